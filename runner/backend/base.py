@@ -1,0 +1,450 @@
+"""``Backend``: what the model's forward is written against.
+
+Each method is one step of the forward. It announces the step's operations, with shapes taken from
+the tensors at hand, to a sink, and leaves the work to a ``Math``; communication goes to a
+``Communicator``. The same class serves the record backend and the torch backend, so the two
+cannot differ in what they call, only in how.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from math import prod
+from typing import Any, Protocol
+
+from runner.backend.math import Dispatched, Math, Routing, Tokens
+from runner.backend.sink import OpSink, R
+from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
+from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.schedule import Collective, Compute, Mark, Recv, Send
+
+_MASKED_ROWS_STEP = 256
+_HC_BLOCK = 64
+
+
+class Communicator(Protocol):
+    """Moves tensors between ranks; groups and peers are world ranks."""
+
+    def all_reduce(self, x: Any, group: tuple[int, ...]) -> Any:
+        """Sum over the group."""
+
+    def all_gather(self, x: Any, group: tuple[int, ...], dim: int) -> Any:
+        """Concatenate the group's tensors along ``dim``, in group order."""
+
+    def send(self, x: Any, peer: int) -> None:
+        """Send to a world rank."""
+
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> Any:
+        """Receive a tensor of the given shape and element type from a world rank."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One rank's interpreter of the forward.
+
+    Attributes:
+        math: does the work behind each step.
+        comm: moves tensors between ranks.
+        sink: is told every operation in order.
+        num_sms: SMs of the GPU that runs, or would run, the kernels.
+        deep_gemm_bf16_fp32: whether bf16 x bf16 -> fp32 GEMMs go through DeepGEMM.
+        masked_budget: bytes that a masked expert layout may take before the contiguous one is
+            used instead, as SGLang's automatic layout choice does with a share of free memory.
+    """
+
+    math: Math
+    comm: Communicator
+    sink: OpSink
+    num_sms: int
+    deep_gemm_bf16_fp32: bool = True
+    masked_budget: int = 6 << 30
+
+    # -- marks and plain steps ------------------------------------------------------------------
+
+    def mark(self, kind: str, name: str) -> None:
+        """Note a point of the forward: a phase, a layer, a yield."""
+        self.sink.run(Mark(kind, name), lambda: None)
+
+    def embed(self, tokens: Tokens, weight: Any, first_row: int, hidden: int) -> Any:
+        """See :meth:`Math.embed`."""
+        return self._compute(
+            "embed", 4 * tokens.count * hidden, lambda: self.math.embed(tokens, weight, first_row)
+        )
+
+    def repeat(self, x: Any, copies: int) -> Any:
+        """See :meth:`Math.repeat`."""
+        return self._compute("repeat", (1 + copies) * x.nbytes, lambda: self.math.repeat(x, copies))
+
+    def rows(self, x: Any, start: int, stop: int) -> Any:
+        """A view of some rows; no operation."""
+        return self.math.rows(x, start, stop)
+
+    def columns(self, x: Any, *sizes: int) -> list[Any]:
+        """Cut [T, sum(sizes)] into pieces of the given widths; no operation."""
+        edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        return [self.math.columns(x, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+    def last_tokens(self, x: Any, tokens: Tokens) -> Any:
+        """See :meth:`Math.last_tokens`."""
+        return self.math.last_tokens(x, tokens.batch)
+
+    def argmax(self, logits: Any) -> Any:
+        """See :meth:`Math.argmax`."""
+        return self._compute("argmax", logits.nbytes, lambda: self.math.argmax(logits))
+
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        """See :meth:`Math.rms_norm`."""
+        return self._compute("rms_norm", 2 * x.nbytes, lambda: self.math.rms_norm(x, weight, eps))
+
+    def add(self, x: Any, y: Any) -> Any:
+        """See :meth:`Math.add`."""
+        return self._compute("add", 3 * x.nbytes, lambda: self.math.add(x, y))
+
+    def linear(self, x: Any, weight: Any) -> Any:
+        """See :meth:`Math.linear`."""
+        m, k = x.shape
+        n = weight.shape[0]
+        traffic = 2 * (m * k + n * k + m * n)
+        return self._compute(
+            "linear", traffic, lambda: self.math.linear(x, weight), flops=2 * m * n * k
+        )
+
+    # -- DeepGEMM kernels -----------------------------------------------------------------------
+
+    def gemm_fp8(self, x: Any, weight: Any) -> Any:
+        """Dense FP8 GEMM; see :meth:`Math.gemm_fp8`."""
+        m, k = x.shape
+        self._quantise(x)
+        call = self._call(T.GEMM_NT_F8F8BF16, m, weight.n, k, 1)
+        return self.sink.run(call, lambda: self.math.gemm_fp8(x, weight))
+
+    def gemm_bf16_fp32(self, x: Any, weight: Any) -> Any:
+        """bf16 GEMM with fp32 output; see :meth:`Math.gemm_bf16_fp32`."""
+        m, k = x.shape
+        n = weight.shape[0]
+        deep_gemm = self.deep_gemm_bf16_fp32
+        if deep_gemm:
+            call = self._call(T.GEMM_NT_BF16BF16F32, m, n, k, 1)
+            return self.sink.run(
+                call, lambda: self.math.gemm_bf16_fp32(x, weight, deep_gemm=deep_gemm)
+            )
+        return self._compute(
+            "linear_bf16_fp32",
+            2 * (m * k + n * k) + 4 * m * n,
+            lambda: self.math.gemm_bf16_fp32(x, weight, deep_gemm=deep_gemm),
+            flops=2 * m * n * k,
+        )
+
+    def einsum_fp8(self, x: Any, weight: Any) -> Any:
+        """Grouped output projection; see :meth:`Math.einsum_fp8`."""
+        m, groups, k = x.shape
+        self._quantise(x)
+        call = self._call(T.FP8_EINSUM_BHR_HDR_BHD, m, weight.n, k, groups)
+        return self.sink.run(call, lambda: self.math.einsum_fp8(x, weight))
+
+    def hc_prenorm(self, x: Any, fn: Any) -> Any:
+        """Hyper-connection GEMM with splits; see :meth:`Math.hc_prenorm`."""
+        m, k = x.shape
+        splits = hc_num_splits(m, k, self.num_sms)
+        call = self._call(T.TF32_HC_PRENORM_GEMM, m, fn.shape[0], k, splits)
+        return self.sink.run(call, lambda: self.math.hc_prenorm(x, fn, splits))
+
+    def experts_gemm(self, dispatched: Dispatched, weight: Any) -> Any:
+        """Grouped GEMM over the local experts, contiguous or masked as the tokens are laid out."""
+        k = dispatched.x.shape[-1]
+        self._quantise(dispatched.x)
+        masked = len(dispatched.x.shape) == 3
+        kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED if masked else T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
+        work = self.math.gemm_fp8_masked if masked else self.math.gemm_fp8_contiguous
+        call = self._call(kind, dispatched.expected_m, weight.n, k, weight.groups)
+        return self.sink.run(call, lambda: work(dispatched, weight))
+
+    def paged_mqa_metadata(self, tokens: Tokens) -> Any:
+        """See :meth:`Math.paged_mqa_metadata`."""
+        call = self._call(T.PAGED_MQA_LOGITS_METADATA, tokens.count, 1, 1, 1)
+        return self.sink.run(call, lambda: self.math.paged_mqa_metadata(tokens, self.num_sms))
+
+    def mqa_logits(
+        self, q: Any, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
+        config: Dsv4Config, metadata: Any,
+    ) -> Any:  # fmt: skip
+        """See :meth:`Math.mqa_logits`; paged where ``metadata`` is given."""
+        m, heads, dim = q.shape
+        self._quantise(q)
+        paged = metadata is not None
+        kind = T.FP8_PAGED_MQA_LOGITS if paged else T.FP8_MQA_LOGITS
+        return self.sink.run(
+            self._call(kind, m, heads, dim, 1),
+            lambda: self.math.mqa_logits(
+                q, weights, ape, norm, tokens, layer, config, paged=paged, metadata=metadata
+            ),
+        )
+
+    # -- hyper-connections ----------------------------------------------------------------------
+
+    def hc_pre(
+        self, x: Any, gemm: Any, base: Any, scale: Any, config: Dsv4Config
+    ) -> tuple[Any, Any, Any]:
+        """See :meth:`Math.hc_pre`."""
+        traffic = x.nbytes + x.nbytes // config.hc_mult
+        return self._compute(
+            "hc_pre", traffic, lambda: self.math.hc_pre(x, gemm, base, scale, config)
+        )
+
+    def hc_post(self, y: Any, x: Any, post: Any, comb: Any) -> Any:
+        """See :meth:`Math.hc_post`."""
+        return self._compute(
+            "hc_post", 2 * x.nbytes + y.nbytes, lambda: self.math.hc_post(y, x, post, comb)
+        )
+
+    def hc_head(self, x: Any, fn: Any, base: Any, scale: Any, config: Dsv4Config) -> Any:
+        """See :meth:`Math.hc_head`."""
+        traffic = x.nbytes + x.nbytes // config.hc_mult
+        return self._compute(
+            "hc_head", traffic, lambda: self.math.hc_head(x, fn, base, scale, config)
+        )
+
+    # -- attention ------------------------------------------------------------------------------
+
+    def q_norm_rope(self, q: Any, tokens: Tokens, layer: int, config: Dsv4Config) -> Any:
+        """See :meth:`Math.q_norm_rope`."""
+        return self._compute(
+            "q_norm_rope", 2 * q.nbytes, lambda: self.math.q_norm_rope(q, tokens, layer, config)
+        )
+
+    def store_kv(
+        self, kv: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv4Config
+    ) -> None:
+        """See :meth:`Math.store_kv`."""
+        self._compute(
+            "store_kv",
+            2 * kv.nbytes,
+            lambda: self.math.store_kv(kv, weight, tokens, layer, config),
+        )
+
+    def store_compressor(self, name: str, raw: Any, tokens: Tokens, layer: int) -> None:
+        """See :meth:`Math.store_compressor`."""
+        self._compute(
+            "store_compressor",
+            2 * raw.nbytes,
+            lambda: self.math.store_compressor(name, raw, tokens, layer),
+        )
+
+    def index_query(self, q: Any, tokens: Tokens, layer: int, config: Dsv4Config) -> Any:
+        """See :meth:`Math.index_query`."""
+        return self._compute(
+            "index_query", 2 * q.nbytes, lambda: self.math.index_query(q, tokens, layer, config)
+        )
+
+    def top_entries(self, scores: Any, tokens: Tokens, config: Dsv4Config) -> Any:
+        """See :meth:`Math.top_entries`."""
+        return self._compute(
+            "top_entries", scores.nbytes, lambda: self.math.top_entries(scores, tokens, config)
+        )
+
+    def attention(
+        self, q: Any, selected: Any, ape: Any, norm: Any, sink: Any, tokens: Tokens, layer: int,
+        config: Dsv4Config,
+    ) -> Any:  # fmt: skip
+        """See :meth:`Math.attention`."""
+        visible = _visible_entries(tokens, config, layer)
+        _, heads, dim = q.shape
+        return self._compute(
+            "attention",
+            2 * q.nbytes + 2 * visible * dim,
+            lambda: self.math.attention(q, selected, ape, norm, sink, tokens, layer, config),
+            flops=4 * visible * heads * dim,
+        )
+
+    def group_heads(self, x: Any, groups: int) -> Any:
+        """A view; no operation."""
+        return self.math.group_heads(x, groups)
+
+    def flatten_heads(self, x: Any) -> Any:
+        """A view; no operation."""
+        return self.math.flatten_heads(x)
+
+    def mla_store(
+        self, latent: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv3Config
+    ) -> Any:
+        """See :meth:`Math.mla_store`."""
+        return self._compute(
+            "mla_store",
+            2 * latent.nbytes,
+            lambda: self.math.mla_store(latent, weight, tokens, layer, config),
+        )
+
+    def mla_extend(self, q: Any, kv: Any, tokens: Tokens, layer: int, config: Dsv3Config) -> Any:
+        """See :meth:`Math.mla_extend`."""
+        pairs = _causal_pairs(tokens)
+        return self._compute(
+            "mla_extend",
+            q.nbytes + kv.nbytes,
+            lambda: self.math.mla_extend(q, kv, tokens, layer, config),
+            flops=4 * pairs * q.shape[1],
+        )
+
+    def mla_decode(
+        self, q: Any, w_kc: Any, w_vc: Any, tokens: Tokens, layer: int, config: Dsv3Config
+    ) -> Any:
+        """See :meth:`Math.mla_decode`."""
+        pairs = _causal_pairs(tokens)
+        heads = w_kc.shape[0]
+        return self._compute(
+            "mla_decode",
+            q.nbytes + w_kc.nbytes + w_vc.nbytes + 2 * pairs * config.kv_lora_rank,
+            lambda: self.math.mla_decode(q, w_kc, w_vc, tokens, layer, config),
+            flops=4 * pairs * heads * config.kv_lora_rank,
+        )
+
+    # -- mixture of experts ---------------------------------------------------------------------
+
+    def top_k(self, logits: Any, bias: Any, config: MoeConfig) -> Routing:
+        """See :meth:`Math.top_k`."""
+        return self._compute("top_k", logits.nbytes, lambda: self.math.top_k(logits, bias, config))
+
+    def hash_top_k(self, logits: Any, table: Any, tokens: Tokens, config: MoeConfig) -> Routing:
+        """See :meth:`Math.hash_top_k`."""
+        return self._compute(
+            "hash_top_k",
+            logits.nbytes,
+            lambda: self.math.hash_top_k(logits, table, tokens, config),
+        )
+
+    def dispatch(
+        self, x: Any, routing: Routing, experts: tuple[int, int], config: MoeConfig,
+        intermediate: int, *, decode: bool,
+    ) -> Dispatched:  # fmt: skip
+        """Lay tokens out by local expert: masked in DECODE within the budget, else contiguous."""
+        tokens, hidden = x.shape
+        local = experts[1] - experts[0]
+        rows = (tokens // _MASKED_ROWS_STEP + 1) * _MASKED_ROWS_STEP
+        fits = masked_bytes(local, rows, hidden, intermediate) <= self.masked_budget
+        choices = tokens * config.num_experts_per_tok
+        if decode and fits:
+            expected_m = max(1, ceil_div(choices, config.n_routed_experts))
+            return self._compute(
+                "dispatch_masked",
+                2 * choices * hidden * 2,
+                lambda: self.math.dispatch_masked(x, routing, experts, rows, expected_m),
+            )
+        rows = contiguous_rows(choices, local)
+        return self._compute(
+            "dispatch_contiguous",
+            2 * choices * hidden * 2,
+            lambda: self.math.dispatch_contiguous(x, routing, experts, rows),
+        )
+
+    def silu_and_mul(self, x: Any, limit: float) -> Any:
+        """See :meth:`Math.silu_and_mul`."""
+        return self._compute(
+            "silu_and_mul", x.nbytes + x.nbytes // 2, lambda: self.math.silu_and_mul(x, limit)
+        )
+
+    def combine(self, y: Any, dispatched: Dispatched, routing: Routing, factor: float) -> Any:
+        """See :meth:`Math.combine`."""
+        choices = prod(routing.ids.shape)
+        return self._compute(
+            "combine",
+            2 * choices * y.shape[-1],
+            lambda: self.math.combine(y, dispatched.slots, routing, factor),
+        )
+
+    # -- communication --------------------------------------------------------------------------
+
+    def all_reduce(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
+        """Sum over ``group``; nothing happens in a group of one."""
+        if len(group) == 1:
+            return x
+        op = Collective(f"all_reduce {name}", group, x.nbytes)
+        return self.sink.run(op, lambda: self.comm.all_reduce(x, group))
+
+    def all_gather(self, name: str, x: Any, group: tuple[int, ...], dim: int) -> Any:
+        """Concatenate over ``group`` along ``dim``; nothing happens in a group of one."""
+        if len(group) == 1:
+            return x
+        op = Collective(f"all_gather {name}", group, x.nbytes)
+        return self.sink.run(op, lambda: self.comm.all_gather(x, group, dim))
+
+    def send(self, name: str, x: Any, peer: int) -> None:
+        """Send to a world rank."""
+        self.sink.run(Send(name, peer, x.nbytes), lambda: self.comm.send(x, peer))
+
+    def recv(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int, peer: int) -> Any:
+        """Receive from a world rank; blocks until it is there."""
+        return self.sink.run(Recv(name, peer, nbytes), lambda: self.comm.recv(shape, dtype, peer))
+
+    # -- helpers --------------------------------------------------------------------------------
+
+    def _call(self, kind: T, m: int, n: int, k: int, groups: int) -> KernelCall:
+        return KernelCall(kind, m, n, k, groups, self.num_sms)
+
+    def _quantise(self, x: Any) -> None:
+        """Announce the activation quantisation; the work is part of the GEMM's math."""
+        self.sink.run(Compute("quantise_fp8", 0, x.nbytes + x.nbytes // 2), lambda: None)
+
+    def _compute(self, name: str, nbytes: int, work: Callable[[], R], *, flops: int = 0) -> R:
+        return self.sink.run(Compute(name, flops, nbytes), work)
+
+
+def hc_num_splits(tokens: int, k: int, num_sms: int) -> int:
+    """K-splits of the hyper-connection GEMM, as SGLang 0.5.23 picks them.
+
+    Enough splits to fill ``num_sms`` SMs with 64-row blocks, at least four 64-wide K-blocks each.
+    """
+    grid = max(1, ceil_div(tokens, _HC_BLOCK))
+    return max(1, min(num_sms // grid, ceil_div(k, _HC_BLOCK) // 4))
+
+
+def contiguous_rows(choices: int, experts: int) -> int:
+    """Rows that hold any routing of ``choices`` to ``experts``, each expert padded to 128 rows.
+
+    SGLang's bound: at most ``min(choices, experts)`` partly filled blocks, the rest whole.
+    """
+    block = CONTIGUOUS_M_ALIGNMENT
+    started = min(choices, experts)
+    return block * (started + (choices - started) // block)
+
+
+def masked_bytes(experts: int, rows: int, hidden: int, intermediate: int) -> int:
+    """Peak bytes of the masked expert layout (SGLang's estimate): both GEMMs' buffers."""
+    per_row = hidden + hidden // 32 + intermediate + intermediate // 32
+    return experts * rows * (per_row + 2 * max(2 * intermediate, hidden))
+
+
+def _causal_pairs(tokens: Tokens) -> int:
+    """(query, key) pairs under full causal attention."""
+    return sum(count * (position + 1) for position, count in _positions(tokens))
+
+
+def _visible_entries(tokens: Tokens, config: Dsv4Config, layer: int) -> int:
+    """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
+    ratio = config.compress_ratio(layer)
+    total = 0
+    for position, count in _positions(tokens):
+        visible = min(position + 1, config.sliding_window)
+        if ratio:
+            entries = (position + 1) // ratio
+            visible += min(entries, config.index_topk) if ratio == 4 else entries
+        total += count * visible
+    return total
+
+
+def _positions(tokens: Tokens) -> tuple[tuple[int, int], ...]:
+    """(position, number of tokens there) over the rank's tokens."""
+    batch = tokens.batch
+    return _count_positions(batch.seq_lens, batch.extend_seq_lens, tokens.start, tokens.stop)
+
+
+@lru_cache(maxsize=64)
+def _count_positions(
+    seq_lens: tuple[int, ...], new_lens: tuple[int, ...], start: int, stop: int
+) -> tuple[tuple[int, int], ...]:
+    each = (range(length - new, length) for length, new in zip(seq_lens, new_lens, strict=True))
+    return tuple(Counter(islice(chain.from_iterable(each), start, stop)).items())

@@ -1,0 +1,29 @@
+"""Where operations go: recorded, or executed, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from runner.schedule import Op
+
+R = TypeVar("R")
+
+
+class OpSink(Protocol):
+    """Receives every operation of a rank in order; ``action`` does its work."""
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        """Take note of ``op`` and do it."""
+
+
+class ScheduleRecorder:
+    """A sink that keeps the operations: what it holds is one rank's part of a Schedule."""
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        """Note ``op`` and do it."""
+        self.ops.append(op)
+        return action()

@@ -1,0 +1,83 @@
+"""The command that puts two files of Timelines side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from runner.errors import UserError
+from runner.report.compare import Comparison, comparison_json, comparison_tables
+from runner.report.compare import compare as compare_timelines
+from runner.timeline import Timeline, read_timelines
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("a", metavar="A.json", type=_FILE)
+@click.argument("b", metavar="B.json", type=_FILE)
+@click.option(
+    "--json", "json_path", type=_FILE, help="Write JSON here; - is stdout, without the tables."
+)
+def compare(a: Path, b: Path, json_path: Path | None) -> None:
+    """Compare the timelines in A.json with those of the same policy in B.json.
+
+    B is the reference: relative errors are (A - B) / B. Give the prediction as A and the
+    measurement as B.
+    """
+    comparisons = _compare_files(a, b)
+    if json_path is not None:
+        _write_json(json_path, comparisons)
+    if str(json_path) != "-":
+        _print_tables(comparisons)
+
+
+def _compare_files(a: Path, b: Path) -> list[Comparison]:
+    of_a, of_b = _by_policy(a), _by_policy(b)
+    common = [policy for policy in of_a if policy in of_b]
+    if not common:
+        raise UserError(f"no policy in common: {a} has {_listed(of_a)}; {b} has {_listed(of_b)}")
+    for path, policies in ((a, of_a), (b, of_b)):
+        alone = [policy for policy in policies if policy not in common]
+        if alone:
+            click.echo(f"note: only in {path}, not compared: {_listed(alone)}", err=True)
+    return [compare_timelines(of_a[policy], of_b[policy]) for policy in common]
+
+
+def _by_policy(path: Path) -> dict[str, Timeline]:
+    found: dict[str, Timeline] = {}
+    for timeline in read_timelines(path):
+        if timeline.policy in found:
+            raise UserError(
+                f"{path} has policy {timeline.policy} more than once; must be one timeline each"
+            )
+        found[timeline.policy] = timeline
+    return found
+
+
+def _listed(policies: Iterable[str]) -> str:
+    return ", ".join(policies) or "none"
+
+
+def _write_json(path: Path, comparisons: list[Comparison]) -> None:
+    data = {"version": 1, "comparisons": [comparison_json(item) for item in comparisons]}
+    text = json.dumps(data, indent=2)
+    if str(path) == "-":
+        click.echo(text)
+        return
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _print_tables(comparisons: list[Comparison]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for comparison in comparisons:
+        for table in comparison_tables(comparison):
+            console.print(table)

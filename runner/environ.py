@@ -1,0 +1,132 @@
+"""Every environment variable the project understands: typed, and read once at the entry.
+
+Names, defaults and meanings are SGLang's and DeepGEMM's (docs/environment.md). Nothing else in the
+project reads ``os.environ`` for configuration; an :class:`Environ` value is passed down instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+
+_TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
+_FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
+
+_RENAMED = {
+    "SGL_DG_USE_NVRTC": "SGLANG_DG_USE_NVRTC",
+    "SGL_USE_DEEPGEMM_BMM": "SGLANG_USE_DEEPGEMM_BMM",
+    "SGL_DG_CACHE_DIR": "SGLANG_DG_CACHE_DIR",
+    "SGL_ENABLE_JIT_DEEPGEMM": "SGLANG_ENABLE_JIT_DEEPGEMM",
+    "SGL_JIT_DEEPGEMM_PRECOMPILE": "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
+    "SGL_IN_DEEPGEMM_PRECOMPILE_STAGE": "SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE",
+}
+
+BF16_FP32_GEMM_ALGOS = ("", "cublas", "deep_gemm", "torch")
+
+
+def _variable(name: str, default: object) -> Any:
+    return field(default=default, metadata={"variable": name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environ:
+    """One immutable reading of the environment.
+
+    Booleans accept true/1/yes/y/t/on and false/0/no/n/f/off in any case.
+    """
+
+    enable_jit_deepgemm: bool = _variable("SGLANG_ENABLE_JIT_DEEPGEMM", True)
+    precompile: bool = _variable("SGLANG_JIT_DEEPGEMM_PRECOMPILE", True)
+    fast_warmup: bool = _variable("SGLANG_JIT_DEEPGEMM_FAST_WARMUP", False)
+    pp_parallel_warmup: bool = _variable("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP", False)
+    in_precompile_stage: bool = _variable("SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE", False)
+    is_first_rank_on_node: bool = _variable("SGLANG_IS_FIRST_RANK_ON_NODE", True)
+    sanity_check: bool = _variable("SGLANG_DEEPGEMM_SANITY_CHECK", False)
+    pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", False)
+    use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
+    bf16_fp32_gemm_algo: str = _variable("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "")
+    use_nvrtc: bool = _variable("SGLANG_DG_USE_NVRTC", False)
+    sglang_dg_cache_dir: str = _variable("SGLANG_DG_CACHE_DIR", "")
+    dg_jit_cache_dir: str = _variable("DG_JIT_CACHE_DIR", "")
+    dg_jit_use_nvrtc: int = _variable("DG_JIT_USE_NVRTC", 0)
+    dg_jit_nvcc_compiler: str = _variable("DG_JIT_NVCC_COMPILER", "")
+    dg_jit_cpp_standard: int = _variable("DG_JIT_CPP_STANDARD", 20)
+    dg_jit_debug: int = _variable("DG_JIT_DEBUG", 0)
+    dg_jit_ptxas_verbose: int = _variable("DG_JIT_PTXAS_VERBOSE", 0)
+    dg_jit_ptxas_check: int = _variable("DG_JIT_PTXAS_CHECK", 0)
+    dg_jit_with_lineinfo: int = _variable("DG_JIT_WITH_LINEINFO", 0)
+    cuda_home: str = _variable("CUDA_HOME", "")
+    cuda_path: str = _variable("CUDA_PATH", "")
+    home: str = _variable("HOME", "")
+    search_path: str = _variable("PATH", "")
+    world_size: int | None = _variable("WORLD_SIZE", None)
+    rank: int | None = _variable("RANK", None)
+    local_rank: int | None = _variable("LOCAL_RANK", None)
+    local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", None)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Environ:
+        """Parse ``environment`` (normally ``os.environ``).
+
+        Raises:
+            UserError: a value that does not parse; the message names the variable.
+        """
+        found = _with_renamed(environment)
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            variable = item.metadata["variable"]
+            if variable in found:
+                values[item.name] = _parse(variable, found[variable], item.type)
+        result = cls(**values)
+        if result.bf16_fp32_gemm_algo not in BF16_FP32_GEMM_ALGOS:
+            allowed = ", ".join(name for name in BF16_FP32_GEMM_ALGOS if name)
+            raise UserError(
+                f"SGLANG_OPT_BF16_FP32_GEMM_ALGO={result.bf16_fp32_gemm_algo!r} is not known: "
+                f"use one of {allowed}, or leave it unset"
+            )
+        return result
+
+    @property
+    def jit_cache_dir(self) -> Path:
+        """Where kernels are cached: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else ~/.deep_gemm."""
+        chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir
+        return Path(chosen) if chosen else Path(self.home or "~").expanduser() / ".deep_gemm"
+
+
+def _with_renamed(environment: Mapping[str, str]) -> dict[str, str]:
+    found = dict(environment)
+    for old, new in _RENAMED.items():
+        if old not in found:
+            continue
+        if new in found:
+            warnings.warn(f"{old} is ignored: {new} is set as well", stacklevel=4)
+            continue
+        warnings.warn(f"{old} is deprecated: use {new}", stacklevel=4)
+        found[new] = found[old]
+    return found
+
+
+def _parse(variable: str, text: str, annotation: object) -> object:
+    kind = str(annotation)
+    if kind == "bool":
+        return _parse_bool(variable, text)
+    if kind.startswith("int"):
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"{variable}={text!r} is not an integer") from None
+    return text
+
+
+def _parse_bool(variable: str, text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in _TRUE:
+        return True
+    if lowered in _FALSE:
+        return False
+    raise UserError(f"{variable}={text!r} is not a boolean: use one of true, 1, false, 0")

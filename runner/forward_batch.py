@@ -1,0 +1,98 @@
+"""What one forward works on: the mode, the batch and the tensors between pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from runner.errors import UserError
+
+
+class ForwardMode(Enum):
+    """Kinds of forward, named as in SGLang."""
+
+    EXTEND = "extend"
+    DECODE = "decode"
+
+    @property
+    def is_extend(self) -> bool:
+        """Whether prompt tokens are processed."""
+        return self is ForwardMode.EXTEND
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One batch of sequences.
+
+    Attributes:
+        mode: EXTEND processes ``extend_seq_lens[i]`` new tokens of each sequence, DECODE one.
+        seq_lens: length of each sequence after this forward, in tokens.
+        extend_seq_lens: new tokens of each sequence; all 1 in DECODE.
+        input_ids: token ids, one per new token, sequence after sequence; None means that a
+            backend without math needs none.
+        cache: the backend's key-value cache for these sequences; None as above.
+    """
+
+    mode: ForwardMode
+    seq_lens: tuple[int, ...]
+    extend_seq_lens: tuple[int, ...]
+    input_ids: tuple[int, ...] | None = None
+    cache: Any = None
+
+    def __post_init__(self) -> None:
+        if len(self.seq_lens) != len(self.extend_seq_lens):
+            raise UserError(
+                f"{len(self.seq_lens)} sequence lengths but {len(self.extend_seq_lens)} "
+                "extend lengths: one of each is needed per sequence"
+            )
+        if self.mode is ForwardMode.DECODE and set(self.extend_seq_lens) - {1}:
+            raise UserError("a DECODE batch has exactly one new token per sequence")
+
+    @classmethod
+    def extend(
+        cls, lengths: Sequence[int], *, input_ids: Sequence[int] | None = None, cache: Any = None
+    ) -> ForwardBatch:
+        """New prompts of the given lengths, without a cached prefix."""
+        ids = None if input_ids is None else tuple(input_ids)
+        return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), ids, cache)
+
+    @classmethod
+    def decode(
+        cls, seq_lens: Sequence[int], *, input_ids: Sequence[int] | None = None, cache: Any = None
+    ) -> ForwardBatch:
+        """One more token of each sequence; ``seq_lens`` count that token."""
+        ids = None if input_ids is None else tuple(input_ids)
+        return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of new tokens over all sequences."""
+        return sum(self.extend_seq_lens)
+
+
+@dataclass(frozen=True)
+class PPProxyTensors:
+    """Tensors that a pipeline stage hands to the next.
+
+    DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
+    ``residual``, each [tokens, hidden] bf16.
+    """
+
+    tensors: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[name]
+
+
+def proxy_widths(hidden_size: int, hc_mult: int) -> dict[str, int]:
+    """Names and widths of the proxy tensors of a model."""
+    if hc_mult > 1:
+        return {"hidden_states": hc_mult * hidden_size}
+    return {"hidden_states": hidden_size, "residual": hidden_size}

@@ -1,0 +1,123 @@
+"""nvcc as DeepGEMM calls it: signature, flags, cache key and one compile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.digest import hex_digest
+from runner.jit.kernels import Kernel
+from runner.jit.library import Library
+
+ARCH = "90a"
+"""Target of every kernel: SM90 with its architecture-specific instructions."""
+
+
+class CompileError(Exception):
+    """nvcc refused a kernel; the text holds the compiler's own words."""
+
+
+@dataclass(frozen=True)
+class NvccCompiler:
+    """Compiles kernels of one library with one nvcc.
+
+    Attributes:
+        nvcc: the program that is run (may be a recording shim around the real one).
+        library: where the headers come from; its path is part of the flags and so of the key.
+    """
+
+    nvcc: Path
+    library: Library
+    environ: Environ
+
+    @cached_property
+    def signature(self) -> str:
+        """``NVCC<major>.<minor>`` of the program, as the cache key has it."""
+        words = subprocess.run(
+            [str(self.nvcc), "--version"], capture_output=True, text=True, check=False
+        )
+        match = re.search(r"release (\d+)\.(\d+)", words.stdout)
+        if not match:
+            raise UserError(f"{self.nvcc} --version names no release: is it nvcc?")
+        if (int(match[1]), int(match[2])) < (12, 9):
+            raise UserError(
+                f"{self.nvcc} is release {match[1]}.{match[2]}: 12.9 or newer is needed"
+            )
+        return f"NVCC{match[1]}.{match[2]}"
+
+    @cached_property
+    def flags(self) -> str:
+        """Flags as one string; the string itself is hashed into the cache key."""
+        flags = (
+            f"-std=c++{self.environ.dg_jit_cpp_standard} --diag-suppress=39,161,174,177,186,940 "
+            "--ptxas-options=--register-usage-level=10"
+        )
+        environ = self.environ
+        if environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check:
+            flags += " --ptxas-options=--verbose,--warn-on-local-memory-usage"
+        if environ.dg_jit_with_lineinfo:
+            flags += " -Xcompiler -rdynamic -lineinfo"
+        return (
+            f"{flags} -I{self.library.include_path} --gpu-architecture=sm_{ARCH} "
+            "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi "
+            "-O3 --expt-relaxed-constexpr --expt-extended-lambda"
+        )
+
+    def source(self, kernel: Kernel) -> str:
+        """The generated source of a kernel, byte for byte what the library generates."""
+        body = kernel.body
+        return f"// Includes' hash value: {self.library.include_hash(body)}\n{body}"
+
+    def cache_key(self, kernel: Kernel) -> str:
+        """Name of the kernel's directory in the cache: ``kernel.<name>.<hex>``."""
+        text = f"{kernel.name}$${self.signature}$${self.flags}$${self.source(kernel)}"
+        return f"kernel.{kernel.name}.{hex_digest(text)}"
+
+    def compile(self, source_path: Path, cubin_path: Path, work_dir: Path) -> None:
+        """Compile ``source_path`` to ``cubin_path``; nvcc runs in ``work_dir``.
+
+        Raises:
+            CompileError: nvcc failed.
+        """
+        command = [str(self.nvcc), str(source_path), "-cubin", "-o", str(cubin_path)]
+        done = subprocess.run(
+            command + self.flags.split(), capture_output=True, text=True, cwd=work_dir, check=False
+        )
+        if done.returncode:
+            raise CompileError((done.stderr or done.stdout).strip() or f"exit {done.returncode}")
+
+
+def find_nvcc(environ: Environ) -> Path | None:
+    """The nvcc to use: DG_JIT_NVCC_COMPILER, CUDA_HOME, PATH, then the pip-installed toolkit.
+
+    Raises:
+        UserError: DG_JIT_NVCC_COMPILER names something that is no file.
+    """
+    if environ.dg_jit_nvcc_compiler:
+        chosen = Path(environ.dg_jit_nvcc_compiler)
+        if not chosen.is_file():
+            raise UserError(f"DG_JIT_NVCC_COMPILER={chosen} is not a file: it must be nvcc")
+        return chosen
+    for home in (environ.cuda_home, environ.cuda_path):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return Path(home) / "bin" / "nvcc"
+    on_path = shutil.which("nvcc", path=environ.search_path or None)
+    if on_path:
+        return Path(on_path)
+    return _pip_nvcc()
+
+
+def _pip_nvcc() -> Path | None:
+    """nvcc of the ``nvcc`` extra: ``site-packages/nvidia/cu13/bin/nvcc``."""
+    for scheme in ("purelib", "platlib"):
+        candidate = Path(sysconfig.get_path(scheme)) / "nvidia" / "cu13" / "bin" / "nvcc"
+        if candidate.is_file():
+            return candidate
+    return None

@@ -1,0 +1,44 @@
+"""Kernel types of the DeepGEMM wrapper, and the value that describes one call of one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
+
+class DeepGemmKernelType(IntEnum):
+    """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions."""
+
+    GEMM_NT_F8F8BF16 = auto()
+    GROUPED_GEMM_NT_F8F8BF16_CONTIG = auto()
+    GROUPED_GEMM_NT_F8F8BF16_MASKED = auto()
+    GEMM_NT_BF16BF16F32 = auto()
+    TF32_HC_PRENORM_GEMM = auto()
+    FP8_EINSUM_BHR_HDR_BHD = auto()
+    FP8_MQA_LOGITS = auto()
+    PAGED_MQA_LOGITS_METADATA = auto()
+    FP8_PAGED_MQA_LOGITS = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One call of a wrapper entry point, by shape.
+
+    ``m``, ``n``, ``k`` follow ``D[m, n] = A[m, k] @ B[n, k].T``; ``num_groups`` is the number of
+    expert groups (grouped types), of heads groups (einsum) or of splits (``TF32_HC_PRENORM_GEMM``;
+    0 means none). For ``GROUPED_GEMM_NT_F8F8BF16_MASKED`` ``m`` is the expected M per group. For
+    the MQA-logits types ``m`` counts queries, ``n`` heads and ``k`` is the head dimension.
+    ``num_sms`` is the number of SMs that the kernel may use.
+    """
+
+    type: DeepGemmKernelType
+    m: int
+    n: int
+    k: int
+    num_groups: int
+    num_sms: int
+
+    def describe(self) -> str:
+        """Short text for tables and traces."""
+        groups = f" g{self.num_groups}" if self.num_groups > 1 else ""
+        return f"{self.type.name.lower()} m{self.m} n{self.n} k{self.k}{groups}"

@@ -1,0 +1,141 @@
+"""Gate, expert selection, routed and shared experts: the operations of both model families.
+
+Tokens are replicated over the tensor-parallel ranks (after context-parallel ranks have gathered
+theirs). Without expert parallelism each rank holds a slice of every expert, with it whole experts
+of its own; either way one all-reduce sums the ranks' outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from runner.backend.weights import WeightRequest
+from runner.config.model import ModelConfig
+from runner.model.context import RankContext
+from runner.model.mlp import GatedMlp
+from runner.model.operations import OperationState
+
+
+class MixtureOfExperts:
+    """One layer's mixture of experts, as operations."""
+
+    def __init__(
+        self, ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool
+    ) -> None:
+        self._ctx, self._moe = ctx, model.moe
+        moe, hidden = model.moe, model.hidden_size
+        self._gate = ctx.replicated(
+            layer, "gate", "bf16", moe.n_routed_experts, hidden, scale=hidden**-0.5
+        )
+        self._hash_routed = hash_routed
+        if hash_routed:
+            self._choice = ctx.make(_hash_table(layer, model))
+        else:
+            self._choice = ctx.replicated(
+                layer, "gate_bias", "fp32", moe.n_routed_experts, scale=0.1
+            )
+        everything = (0, moe.n_routed_experts)
+        self._experts = ctx.tp_shard(moe.n_routed_experts) if ctx.parallel.ep else everything
+        self._w13, self._w2 = self._expert_weights(layer, hidden)
+        shared = moe.n_shared_experts * moe.moe_intermediate_size
+        self._shared = GatedMlp(ctx, layer, "shared", hidden, shared, moe.swiglu_limit)
+
+    @property
+    def _intermediate(self) -> tuple[int, int]:
+        size = self._moe.moe_intermediate_size
+        return (0, size) if self._ctx.parallel.ep else self._ctx.tp_shard(size)
+
+    def _expert_weights(self, layer: int, hidden: int) -> tuple[Any, Any]:
+        first, last = self._experts
+        inner = self._intermediate
+        width = inner[1] - inner[0]
+        experts, full = self._moe.n_routed_experts, self._moe.moe_intermediate_size
+        w13 = WeightRequest(
+            layer, "experts_w13", "fp8", (experts, 2, full, hidden),
+            ((first, last), (0, 2), inner, (0, hidden)), (last - first, 2 * width, hidden),
+            scale=hidden**-0.5,
+        )  # fmt: skip
+        w2 = WeightRequest(
+            layer, "experts_w2", "fp8", (experts, hidden, full),
+            ((first, last), (0, hidden), inner), (last - first, hidden, width), scale=full**-0.5,
+        )  # fmt: skip
+        return self._ctx.make(w13), self._ctx.make(w2)
+
+    def gate(self, state: OperationState) -> None:
+        """sublayer_input [T, H] -> router_logits [T, experts] fp32."""
+        hidden = self._ctx.gather_tokens(
+            "moe tokens", state.take("sublayer_input"), state.peek("batch")
+        )
+        logits = self._ctx.backend.gemm_bf16_fp32(hidden, self._gate)
+        state.put(moe_input=hidden, router_logits=logits)
+
+    def select_experts(self, state: OperationState) -> None:
+        """router_logits -> routing."""
+        backend, logits = self._ctx.backend, state.take("router_logits")
+        if self._hash_routed:
+            batch = state.peek("batch")
+            everyone = replace(self._ctx.tokens(batch), start=0, stop=batch.num_tokens)
+            routing = backend.hash_top_k(logits, self._choice, everyone, self._moe)
+        else:
+            routing = backend.top_k(logits, self._choice, self._moe)
+        state.put(routing=routing)
+
+    def dispatch_a(self, state: OperationState) -> None:
+        """Start to bring tokens to their experts."""
+        decode = not state.peek("batch").mode.is_extend
+        inner = self._intermediate
+        state.put(
+            dispatched=self._ctx.backend.dispatch(
+                state.peek("moe_input"), state.peek("routing"), self._experts, self._moe,
+                inner[1] - inner[0], decode=decode,
+            )
+        )  # fmt: skip
+
+    def dispatch_b(self, state: OperationState) -> None:
+        """Wait until the tokens are there; with replicated tokens they always are."""
+        state.peek("dispatched")
+
+    def shared_experts(self, state: OperationState) -> None:
+        """moe_input -> shared_output, a partial sum."""
+        state.put(shared_output=self._shared(state.take("moe_input")))
+
+    def experts(self, state: OperationState) -> None:
+        """Two grouped GEMMs with the activation between."""
+        backend, dispatched = self._ctx.backend, state.peek("dispatched")
+        inner = backend.silu_and_mul(
+            backend.experts_gemm(dispatched, self._w13), self._moe.swiglu_limit
+        )
+        expert_output = backend.experts_gemm(replace(dispatched, x=inner), self._w2)
+        state.put(expert_output=expert_output)
+
+    def combine_a(self, state: OperationState) -> None:
+        """Start to bring expert outputs back to their tokens."""
+        routing = state.take("routing")
+        state.put(
+            routed_output=self._ctx.backend.combine(
+                state.take("expert_output"), state.take("dispatched"), routing,
+                self._moe.routed_scaling_factor,
+            )
+        )  # fmt: skip
+
+    def combine_b(self, state: OperationState) -> None:
+        """Wait until the outputs are back."""
+        state.peek("routed_output")
+
+    def output(self, state: OperationState) -> None:
+        """Sum of routed and shared outputs over all ranks -> sublayer_output [T, H]."""
+        ctx, batch = self._ctx, state.peek("batch")
+        total = ctx.backend.add(state.take("routed_output"), state.take("shared_output"))
+        total = ctx.backend.all_reduce("moe output", total, ctx.tp_group)
+        if ctx.splits_tokens(batch):
+            own = ctx.tokens(batch)
+            total = ctx.backend.rows(total, own.start, own.stop)
+        state.put(sublayer_output=total)
+
+
+def _hash_table(layer: int, model: ModelConfig) -> WeightRequest:
+    moe = model.moe
+    shape = (model.vocab_size, moe.num_experts_per_tok)
+    slices = tuple((0, size) for size in shape)
+    return WeightRequest(layer, "tid2eid", "ids", shape, slices, shape, high=moe.n_routed_experts)

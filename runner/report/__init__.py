@@ -1,0 +1,1 @@
+"""Reports of Timelines: terminal tables and bars, Chrome traces, Gantt charts, comparisons."""

@@ -1,0 +1,125 @@
+"""Gantt charts of Timelines as PNG or SVG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UserError
+from runner.report.segments import BUSY_KINDS, busy_segments, label_of, spans_by_rank
+from runner.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+"""File name suffixes that :func:`plot_gantt` accepts."""
+
+# Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
+_COLORS = {
+    "compile": "#D55E00",
+    "load": "#F0C342",
+    "compute": "#0072B2",
+    "comm": "#56B4E9",
+    "wait": "#D4D4D4",
+}
+_INK = "#333333"
+_WIDTH_INCHES = 10.0
+
+
+def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
+    """Draw a panel per Timeline, all on one time axis in seconds, a row per rank.
+
+    The same Timelines make the same SVG file, byte for byte.
+
+    Args:
+        path: the file to write; its suffix, one of :data:`SUFFIXES`, says the format.
+        timelines: what to draw, from top to bottom.
+
+    Raises:
+        UserError: unknown suffix, no Timelines, no matplotlib, or the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"cannot plot to {path}: suffix must be one of {', '.join(SUFFIXES)}")
+    if not timelines:
+        raise UserError(f"cannot plot to {path}: no timelines")
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise UserError(
+            "plotting needs matplotlib: pip install 'deepgemm-coldstart[plot]'"
+        ) from None
+    settings = {"svg.hashsalt": "deepgemm-coldstart", "font.size": 9, "text.color": _INK}
+    metadata = {"Date": None} if suffix == ".svg" else {}
+    with mpl.rc_context(settings):  # type: ignore[arg-type]
+        figure = _figure(timelines)
+        try:
+            figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _figure(timelines: Sequence[Timeline]) -> Figure:
+    # Not pyplot: it would keep the figure and pick a backend for the whole process.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    heights = [_panel_inches(timeline.world_size) for timeline in timelines]
+    layout = ConstrainedLayoutEngine(h_pad=0.08)
+    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.9), layout=layout)
+    grid: Any = figure.subplots(
+        len(timelines), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for axes, timeline in zip(grid[:, 0], timelines, strict=True):
+        _draw_panel(axes, timeline)
+    grid[-1, 0].set_xlim(0, max(timeline.wall for timeline in timelines) * 1.01 or 1)
+    grid[-1, 0].set_xlabel("seconds since start")
+    _add_legend(figure)
+    return figure
+
+
+def _panel_inches(ranks: int) -> float:
+    row = min(0.3, max(0.1, 4.0 / ranks))
+    return 0.5 + ranks * row
+
+
+def _draw_panel(axes: Axes, timeline: Timeline) -> None:
+    for rank, spans in enumerate(spans_by_rank(timeline)):
+        segments = busy_segments(spans)
+        for kind in BUSY_KINDS:
+            ranges = [(start, end - start) for start, end, it in segments if it == kind]
+            axes.broken_barh(ranges, (rank - 0.4, 0.8), facecolors=_COLORS[kind], linewidth=0)
+        starts = [span.start for span in spans if span.kind == "phase" and span.start > 0]
+        axes.vlines(starts, rank - 0.47, rank + 0.47, colors=_INK, linewidth=1)
+    axes.set_title(_title(timeline), loc="left", fontsize=10)
+    axes.set_ylabel("rank")
+    axes.set_ylim(timeline.world_size - 0.4, -0.6)
+    axes.set_yticks(range(0, timeline.world_size, 1 if timeline.world_size <= 16 else 8))
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelbottom=True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#E8E8E8", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _title(timeline: Timeline) -> str:
+    # A dollar sign in a policy's name would start a formula.
+    label = label_of(timeline).replace("$", r"\$")
+    return (
+        f"{label}: {timeline.wall:.2f} s wall, {timeline.kernels_compiled} compiles "
+        f"of {timeline.distinct_kernels} kernels"
+    )
+
+
+def _add_legend(figure: Figure) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Patch | Line2D] = [Patch(color=_COLORS[kind], label=kind) for kind in BUSY_KINDS]
+    handles.append(
+        Line2D([], [], color=_INK, linewidth=0.8, marker="|", linestyle="", label="phase starts")
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

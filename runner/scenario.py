@@ -1,0 +1,98 @@
+"""A whole run of one rank, warm-up and requests, and its recording as a Schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from runner.backend.base import Backend
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.model_runner import ModelRunner, NoBuffers
+from runner.schedule import Op, Schedule
+from runner.traffic import Request, serve_all
+from runner.warmup import (
+    WarmupOptions,
+    WarmupPolicy,
+    dummy_modes,
+    kernel_warmup,
+    resolve_batch_sizes,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What is run: everything that decides the operations of every rank, and nothing else.
+
+    The requests have the warm-up's batch sizes, so that every policy ends at the same point: all
+    these shapes served once.
+
+    Attributes:
+        num_sms: SMs of the GPU that kernels are chosen for.
+        prompt_len: see :class:`runner.traffic.Request`.
+        deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    warmup: WarmupOptions
+    num_sms: int = 132
+    prompt_len: int = 1
+    deep_gemm_bf16_fp32: bool = True
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes of warm-up and requests, ascending."""
+        return resolve_batch_sizes(self.warmup.batch_sizes, self.num_sms, self.parallel.attn_cp)
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Requests sent after the warm-up."""
+        modes = dummy_modes(self.warmup, is_generation=True)
+        return tuple(Request(size, self.prompt_len, modes) for size in self.batch_sizes)
+
+    def with_policy(self, policy: WarmupPolicy) -> Scenario:
+        """The same scenario under another policy."""
+        return replace(self, warmup=replace(self.warmup, policy=policy))
+
+
+def run_rank(runner: ModelRunner, scenario: Scenario) -> list[Any]:
+    """Warm up and serve on this rank; logits of each forward on the last stage."""
+    runner.backend.mark("phase", "warm-up")
+    kernel_warmup(runner, scenario.warmup)
+    runner.backend.mark("phase", "requests")
+    logits = serve_all(runner, scenario.requests)
+    runner.backend.mark("phase", "end")
+    return logits
+
+
+def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
+    """Operations of one rank, from shapes alone."""
+    recorder = ScheduleRecorder()
+    backend = Backend(
+        ShapeMath(),
+        NoComm(),
+        recorder,
+        num_sms=scenario.num_sms,
+        deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
+    )
+    runner = ModelRunner.build(
+        scenario.model, scenario.parallel, rank,
+        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
+    )  # fmt: skip
+    run_rank(runner, scenario)
+    return tuple(recorder.ops)
+
+
+def record(scenario: Scenario) -> Schedule:
+    """Operations of every rank.
+
+    Raises:
+        UserError: the model does not fit the layout.
+    """
+    scenario.parallel.check_fits(scenario.model)
+    return Schedule(
+        tuple(record_rank(scenario, rank) for rank in range(scenario.parallel.world_size))
+    )

@@ -1,0 +1,109 @@
+"""The Schedule: per rank, the ordered operations of a run, with shapes and without a clock.
+
+A Schedule is a value: serialisable, comparable and hashable. The record backend makes one from
+shapes alone; a real run records one as it goes; the simulator replays one in virtual time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Work that is not a DeepGEMM kernel: ``flops`` operations over ``bytes`` of memory traffic."""
+
+    name: str
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """A collective among ``group`` (world ranks); ``bytes`` is the size of one rank's input."""
+
+    name: str
+    group: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Point-to-point send of ``bytes`` to world rank ``peer``; ``name`` says what is sent."""
+
+    name: str
+    peer: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recv:
+    """Point-to-point receive of ``bytes`` from world rank ``peer``; blocks until it is there."""
+
+    name: str
+    peer: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point without work. ``kind`` is phase, forward, layer or yield."""
+
+    kind: str
+    name: str
+
+
+Op = KernelCall | Compute | Collective | Send | Recv | Mark
+
+_TAGS: dict[str, type] = {
+    "kernel": KernelCall,
+    "compute": Compute,
+    "collective": Collective,
+    "send": Send,
+    "recv": Recv,
+    "mark": Mark,
+}
+_TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Operations of every rank of a run; ``ranks[i]`` is what world rank ``i`` does, in order."""
+
+    ranks: tuple[tuple[Op, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` is its inverse."""
+        return {"version": 1, "ranks": [[_encode(op) for op in ops] for ops in self.ranks]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Schedule:
+        """Rebuild a Schedule from :meth:`to_json`'s data."""
+        return cls(tuple(tuple(_decode(item) for item in ops) for ops in data["ranks"]))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: equal digests mean equal schedules."""
+        text = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _encode(op: Op) -> list[Any]:
+    values = [getattr(op, item.name) for item in fields(op)]
+    plain = [list(v) if isinstance(v, tuple) else v for v in values]
+    if isinstance(op, KernelCall):
+        plain[0] = op.type.name
+    return [_TAG_OF[type(op)], *plain]
+
+
+def _decode(item: list[Any]) -> Op:
+    tag, *values = item
+    if tag == "kernel":
+        values[0] = DeepGemmKernelType[values[0]]
+    op: Op = _TAGS[tag](*(tuple(v) if isinstance(v, list) else v for v in values))
+    return op

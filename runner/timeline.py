@@ -1,0 +1,233 @@
+"""The Timeline: per rank, what happened when. Real runs and simulated ones make the same type."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+
+KINDS = ("compile", "load", "compute", "comm", "wait", "phase")
+"""Kinds of span. ``phase`` spans enclose others and are left out of totals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One stretch of time on one rank.
+
+    Attributes:
+        rank: world rank.
+        start: seconds since the run's origin.
+        end: seconds since the run's origin.
+        kind: one of :data:`KINDS`.
+        name: what it was: a kernel's name, an operation, a phase.
+        key: for compile and load, the kernel (same key, same kernel); for comm, the operation's
+            identity, equal on all ranks that take part; otherwise empty.
+    """
+
+    rank: int
+    start: float
+    end: float
+    kind: str
+    name: str
+    key: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class RankTotals:
+    """Seconds of one rank by kind; ``total`` is from the origin to the rank's last moment."""
+
+    rank: int
+    compile: float
+    load: float
+    compute: float
+    comm: float
+    wait: float
+    total: float
+    kernels_compiled: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Spans of all ranks of one run of one warm-up policy.
+
+    Attributes:
+        policy: name of the warm-up policy.
+        source: ``measured`` or ``predicted``.
+        world_size: number of ranks.
+        spans: ordered by (rank, start).
+        meta: what the run was (model, layout, machine, versions), for reports and provenance.
+    """
+
+    policy: str
+    source: str
+    world_size: int
+    spans: tuple[Span, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def wall(self) -> float:
+        """Seconds from the origin to the last span's end."""
+        return max((span.end for span in self.spans), default=0.0)
+
+    @property
+    def kernels_compiled(self) -> int:
+        """Number of compiles, the same kernel on two ranks or nodes counted twice."""
+        return sum(span.kind == "compile" for span in self.spans)
+
+    @property
+    def distinct_kernels(self) -> int:
+        """Number of different kernels that were compiled."""
+        return len({span.key for span in self.spans if span.kind == "compile"})
+
+    @property
+    def duplicates(self) -> int:
+        """Compiles of a kernel beyond its first."""
+        return self.kernels_compiled - self.distinct_kernels
+
+    @property
+    def compile_seconds(self) -> float:
+        """Sum of all compiles' durations."""
+        return sum(span.seconds for span in self.spans if span.kind == "compile")
+
+    def of_rank(self, rank: int) -> list[Span]:
+        """Spans of one rank in order of start."""
+        return [span for span in self.spans if span.rank == rank]
+
+    def phases(self) -> dict[str, float]:
+        """Longest duration over the ranks of each phase, in order of first appearance."""
+        longest: dict[str, float] = {}
+        for span in sorted(self.spans, key=lambda span: span.start):
+            if span.kind == "phase":
+                longest[span.name] = max(longest.get(span.name, 0.0), span.seconds)
+        return longest
+
+    def totals(self) -> list[RankTotals]:
+        """Totals of every rank."""
+        return [self._totals_of(rank) for rank in range(self.world_size)]
+
+    def _totals_of(self, rank: int) -> RankTotals:
+        seconds: dict[str, float] = defaultdict(float)
+        spans = self.of_rank(rank)
+        for span in spans:
+            seconds[span.kind] += span.seconds
+        return RankTotals(
+            rank=rank,
+            compile=seconds["compile"],
+            load=seconds["load"],
+            compute=seconds["compute"],
+            comm=seconds["comm"],
+            wait=seconds["wait"],
+            total=max((span.end for span in spans), default=0.0),
+            kernels_compiled=sum(span.kind == "compile" for span in spans),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; times rounded to microseconds."""
+        return {
+            "version": 1,
+            "policy": self.policy,
+            "source": self.source,
+            "world_size": self.world_size,
+            "meta": self.meta,
+            "spans": [
+                [s.rank, round(s.start, 6), round(s.end, 6), s.kind, s.name, s.key]
+                for s in self.spans
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Timeline:
+        """Rebuild a Timeline from :meth:`to_json`'s data."""
+        return cls(
+            policy=data["policy"],
+            source=data["source"],
+            world_size=data["world_size"],
+            spans=tuple(Span(*item) for item in data["spans"]),
+            meta=data["meta"],
+        )
+
+
+def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Put raw spans of all ranks in order, cut waits out of communication, join neighbours.
+
+    A collective or receive is one comm span per rank with the same key on every rank that takes
+    part. A rank waits until the last of them has arrived; what is left is communication.
+    """
+    return tuple(_join_neighbours(_cut_waits(sorted(spans, key=_order))))
+
+
+def _order(span: Span) -> tuple[int, float, float]:
+    return (span.rank, span.start, -span.end)
+
+
+def _cut_waits(spans: Sequence[Span]) -> list[Span]:
+    last_arrival: dict[str, float] = {}
+    for span in spans:
+        if span.kind == "comm" and span.key:
+            last_arrival[span.key] = max(last_arrival.get(span.key, 0.0), span.start)
+    result = []
+    for span in spans:
+        arrival = min(last_arrival.get(span.key, 0.0), span.end) if span.kind == "comm" else 0.0
+        if span.kind == "comm" and arrival > span.start:
+            result.append(replace(span, end=arrival, kind="wait"))
+            span = replace(span, start=arrival)  # noqa: PLW2901
+        result.append(span)
+    return result
+
+
+def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
+    """Join runs of compute (or of comm) spans of one rank, which a report shows as one anyway."""
+    result: list[Span] = []
+    for span in spans:
+        before = result[-1] if result else None
+        if (
+            before is not None
+            and span.kind == before.kind
+            and span.kind in ("compute", "comm")
+            and span.rank == before.rank
+            and span.start - before.end < _JOIN_GAP
+        ):
+            result[-1] = replace(before, end=max(before.end, span.end), name=span.kind, key="")
+        else:
+            result.append(span)
+    return result
+
+
+_JOIN_GAP = 1e-3
+
+
+def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
+    """Write one or more Timelines to a JSON file (``-`` is standard output)."""
+    text = json.dumps({"timelines": [t.to_json() for t in timelines]}, separators=(",", ":"))
+    if str(path) == "-":
+        print(text)
+        return
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_timelines(path: Path) -> list[Timeline]:
+    """Read a file that :func:`write_timelines` wrote.
+
+    Raises:
+        UserError: unreadable, not JSON, or not a Timeline file.
+    """
+    try:
+        data = json.loads(path.read_text())
+        return [Timeline.from_json(item) for item in data["timelines"]]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a Timeline file: {error!r}") from None

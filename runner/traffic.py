@@ -1,0 +1,120 @@
+"""Requests that flow through the pipeline, stage by stage, as a server's first ones do.
+
+A request of ``tokens`` tokens is one EXTEND of that many prompt tokens and then one DECODE step a
+sequence. The DECODE waits for the token that the last stage sampled, so without a warm-up every
+stage compiles in turn, on arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.errors import UserError
+from runner.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.model_runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the driver.
+
+    Attributes:
+        tokens: prompt tokens over all sequences.
+        prompt_len: prompt length of a sequence; the last one may be shorter. With 1, the default,
+            EXTEND and DECODE both see ``tokens`` tokens, as a dummy run of that batch size does.
+        modes: forwards to run; a prefill node stops after EXTEND, a decode node starts at DECODE.
+    """
+
+    tokens: int
+    prompt_len: int = 1
+    modes: tuple[ForwardMode, ...] = (ForwardMode.EXTEND, ForwardMode.DECODE)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.prompt_len < 1:
+            raise UserError(
+                f"a request needs at least one token and one token per prompt, "
+                f"not tokens={self.tokens}, prompt_len={self.prompt_len}"
+            )
+
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Prompt length of each sequence."""
+        full, rest = divmod(self.tokens, self.prompt_len)
+        return (self.prompt_len,) * full + ((rest,) if rest else ())
+
+
+def serve(runner: ModelRunner, request: Request) -> list[Any]:
+    """Run one request on this rank; every rank of the replica must call it.
+
+    Returns:
+        On the last stage the logits [sequences, vocab] of each forward, elsewhere nothing.
+    """
+    lens = request.prompt_lens
+    cache = runner.buffers.cache(len(lens), max(lens) + 1)
+    logits: list[Any] = []
+    if ForwardMode.EXTEND in request.modes:
+        ids = runner.buffers.dummy_ids(request.tokens)
+        logits += _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
+    if ForwardMode.DECODE in request.modes:
+        grown = tuple(length + 1 for length in lens)
+        if ForwardMode.EXTEND in request.modes:
+            ids = _next_ids(runner, logits, len(lens))
+        else:
+            ids = runner.buffers.dummy_ids(len(lens))
+        logits += _forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache))
+    return logits
+
+
+def serve_all(runner: ModelRunner, requests: Sequence[Request]) -> list[Any]:
+    """Run requests one after the other, as one client in a closed loop sends them."""
+    return [logits for request in requests for logits in serve(runner, request)]
+
+
+def _forward(runner: ModelRunner, batch: ForwardBatch) -> list[Any]:
+    """Receive from the stage before, run, hand on; the logits on the last stage."""
+    proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
+    result = runner.forward(batch, proxy)
+    if runner.stage.is_last:
+        return [result]
+    for name, tensor in result.tensors.items():
+        runner.backend.send(name, tensor, _neighbour(runner, 1))
+    return []
+
+
+def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
+    rows = runner.proxy_tokens(batch)
+    widths = proxy_widths(runner.model.hidden_size, runner.model.hc_mult)
+    peer = _neighbour(runner, -1)
+    return PPProxyTensors(
+        {
+            name: runner.backend.recv(name, (rows, width), "bf16", 2 * rows * width, peer)
+            for name, width in widths.items()
+        }
+    )
+
+
+def _next_ids(runner: ModelRunner, logits: list[Any], sequences: int) -> tuple[int, ...] | None:
+    """Sampled tokens: from the last stage to the first, and on from stage to stage."""
+    backend, last = runner.backend, runner.parallel.pp - 1
+    at = runner.parallel.coordinates(runner.rank)
+    if runner.stage.is_last:
+        ids = backend.argmax(logits[-1])
+        if last > 0:
+            backend.send("next_ids", ids, _stage_peer(runner, 0))
+        return runner.buffers.read_ids(ids)
+    peer = _stage_peer(runner, last if runner.stage.is_first else at.pp_rank - 1)
+    ids = backend.recv("next_ids", (sequences,), "int64", 8 * sequences, peer)
+    if at.pp_rank + 1 < last:
+        backend.send("next_ids", ids, _stage_peer(runner, at.pp_rank + 1))
+    return runner.buffers.read_ids(ids)
+
+
+def _neighbour(runner: ModelRunner, step: int) -> int:
+    return _stage_peer(runner, runner.parallel.coordinates(runner.rank).pp_rank + step)
+
+
+def _stage_peer(runner: ModelRunner, pp_rank: int) -> int:
+    at = runner.parallel.coordinates(runner.rank)
+    return runner.parallel.rank_of(pp_rank, at.tp_rank, at.replica)

@@ -1,0 +1,95 @@
+"""Warm-up policies: what a rank runs before it serves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from runner.errors import UserError
+from runner.forward_batch import ForwardMode
+from runner.jit.heuristics_sm90 import align
+from runner.model_runner import ModelRunner
+
+_BLOCK_M = 64
+
+
+class DisaggregationMode(Enum):
+    """Which part of a prefill/decode split the server is; NONE serves both."""
+
+    NONE = "none"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WarmupPolicy(Enum):
+    """Policies by the name that ``launch --warmup`` and ``runner sim --warmup`` take."""
+
+    NONE = "none"
+    PP_PARALLEL = "pp-parallel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupOptions:
+    """What decides a warm-up besides the policy.
+
+    ``batch_sizes`` replaces the five that follow from the number of SMs.
+    """
+
+    policy: WarmupPolicy
+    batch_sizes: tuple[int, ...] | None = None
+    disaggregation: DisaggregationMode = DisaggregationMode.NONE
+    speculative: bool = False
+
+
+def pp_parallel_batch_sizes(num_sms: int, alignment: int = 1) -> tuple[int, ...]:
+    """The batch sizes of SGLang's per-PP-rank warm-up, ascending, duplicates collapsed.
+
+    1; 2 * 64; max(num_sms // 8, 2) * 64; max(num_sms // 4, 4) * 64; num_sms * 64, each rounded up
+    to ``alignment``. With 64-row blocks they cover the brackets of the split count.
+    """
+    sizes = (
+        1,
+        2 * _BLOCK_M,
+        max(num_sms // 8, 2) * _BLOCK_M,
+        max(num_sms // 4, 4) * _BLOCK_M,
+        num_sms * _BLOCK_M,
+    )
+    return tuple(sorted({align(size, alignment) for size in sizes}))
+
+
+def resolve_batch_sizes(
+    given: tuple[int, ...] | None, num_sms: int, alignment: int
+) -> tuple[int, ...]:
+    """The batch sizes to run: those given, rounded up to ``alignment``, else the five."""
+    if given is None:
+        return pp_parallel_batch_sizes(num_sms, alignment)
+    if not given or min(given) < 1:
+        raise UserError(f"batch sizes {','.join(map(str, given))} must all be at least 1")
+    return tuple(sorted({align(size, alignment) for size in given}))
+
+
+def dummy_modes(options: WarmupOptions, *, is_generation: bool) -> tuple[ForwardMode, ...]:
+    """Modes of the dummy runs: a prefill node never decodes, a decode node never extends."""
+    modes = []
+    if is_generation and options.disaggregation is not DisaggregationMode.PREFILL:
+        modes.append(ForwardMode.DECODE)
+    if options.disaggregation is not DisaggregationMode.DECODE:
+        modes.append(ForwardMode.EXTEND)
+    return tuple(modes)
+
+
+def kernel_warmup(runner: ModelRunner, options: WarmupOptions) -> None:
+    """Run the policy's warm-up on this rank; exceptions are not swallowed.
+
+    ``pp-parallel`` runs only where there is more than one stage and the run is not speculative,
+    as SGLang guards it.
+    """
+    if options.policy is not WarmupPolicy.PP_PARALLEL:
+        return
+    if runner.parallel.pp == 1 or options.speculative:
+        return
+    backend = runner.backend
+    sizes = resolve_batch_sizes(options.batch_sizes, backend.num_sms, runner.parallel.attn_cp)
+    for batch_size in sizes:
+        for mode in dummy_modes(options, is_generation=runner.is_generation):
+            runner._dummy_run(batch_size, forward_mode_override=mode)
