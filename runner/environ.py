@@ -17,15 +17,6 @@ from runner.errors import UserError
 _TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
 _FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
 
-_RENAMED = {
-    "SGL_DG_USE_NVRTC": "SGLANG_DG_USE_NVRTC",
-    "SGL_USE_DEEPGEMM_BMM": "SGLANG_USE_DEEPGEMM_BMM",
-    "SGL_DG_CACHE_DIR": "SGLANG_DG_CACHE_DIR",
-    "SGL_ENABLE_JIT_DEEPGEMM": "SGLANG_ENABLE_JIT_DEEPGEMM",
-    "SGL_JIT_DEEPGEMM_PRECOMPILE": "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
-    "SGL_IN_DEEPGEMM_PRECOMPILE_STAGE": "SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE",
-}
-
 BF16_FP32_GEMM_ALGOS = ("", "cublas", "deep_gemm", "torch")
 
 
@@ -37,7 +28,8 @@ def _variable(name: str, default: object) -> Any:
 class Environ:
     """One immutable reading of the environment.
 
-    Booleans accept true/1/yes/y/t/on and false/0/no/n/f/off in any case.
+    Booleans accept true/1/yes/y/t/on and false/0/no/n/f/off in any case. The old name
+    ``SGL_<rest>`` of a variable ``SGLANG_<rest>`` is understood, with a warning.
     """
 
     enable_jit_deepgemm: bool = _variable("SGLANG_ENABLE_JIT_DEEPGEMM", True)
@@ -49,6 +41,7 @@ class Environ:
     sanity_check: bool = _variable("SGLANG_DEEPGEMM_SANITY_CHECK", False)
     pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", False)
     use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
+    pp_layer_partition: str = _variable("SGLANG_PP_LAYER_PARTITION", "")
     bf16_fp32_gemm_algo: str = _variable("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "")
     use_nvrtc: bool = _variable("SGLANG_DG_USE_NVRTC", False)
     sglang_dg_cache_dir: str = _variable("SGLANG_DG_CACHE_DIR", "")
@@ -76,7 +69,7 @@ class Environ:
         Raises:
             UserError: a value that does not parse; the message names the variable.
         """
-        found = _with_renamed(environment)
+        found = _with_renamed(environment, [item.metadata["variable"] for item in fields(cls)])
         values: dict[str, Any] = {}
         for item in fields(cls):
             variable = item.metadata["variable"]
@@ -98,15 +91,16 @@ class Environ:
         return Path(chosen) if chosen else Path(self.home or "~").expanduser() / ".deep_gemm"
 
 
-def _with_renamed(environment: Mapping[str, str]) -> dict[str, str]:
+def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[str, str]:
     found = dict(environment)
-    for old, new in _RENAMED.items():
-        if old not in found:
+    for new in variables:
+        old = new.replace("SGLANG_", "SGL_", 1)
+        if old == new or old not in found:
             continue
         if new in found:
-            warnings.warn(f"{old} is ignored: {new} is set as well", stacklevel=4)
+            warnings.warn(f"{old} is ignored: {new} is set as well", stacklevel=3)
             continue
-        warnings.warn(f"{old} is deprecated: use {new}", stacklevel=4)
+        warnings.warn(f"{old} is deprecated: use {new}", stacklevel=3)
         found[new] = found[old]
     return found
 

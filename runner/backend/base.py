@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ class Backend:
     def columns(self, x: Any, *sizes: int) -> list[Any]:
         """Cut [T, sum(sizes)] into pieces of the given widths; no operation."""
         edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [self.math.columns(x, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [self.math.columns(x, a, b) for a, b in pairwise(edges)]
 
     def last_tokens(self, x: Any, tokens: Tokens) -> Any:
         """See :meth:`Math.last_tokens`."""

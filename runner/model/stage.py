@@ -83,7 +83,8 @@ class PipelineStage:
         own = ctx.tokens(batch)
         if own.count < batch.num_tokens:
             embedded = backend.rows(embedded, own.start, own.stop)
-        return self._family.first_state(embedded)
+        first: dict[str, Any] = self._family.first_state(embedded)
+        return first
 
     def _logits(self, tensors: dict[str, Any], batch: ForwardBatch) -> Any:
         ctx, backend = self._ctx, self._ctx.backend

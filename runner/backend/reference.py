@@ -1,0 +1,109 @@
+"""The entry points in plain torch: same rounding of the inputs, fp32 accumulation.
+
+What the CPU runs, and what the GPU kernels are held against.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runner.backend.entry_points import Fp8
+from runner.backend.quantise import dequantise_blocks, dequantise_tokens
+
+PAGE = 64
+"""Entries of one page of the index cache."""
+
+
+class ReferenceEntryPoints:
+    """Implements :class:`runner.backend.entry_points.EntryPoints` on any device."""
+
+    def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
+        """See the protocol."""
+        out.copy_(dequantise_tokens(*lhs) @ dequantise_blocks(*rhs).mT)
+
+    def grouped_gemm_nt_f8f8bf16_contig(
+        self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, m_indices: torch.Tensor
+    ) -> None:
+        """See the protocol; padding rows are left alone."""
+        for group in torch.unique(m_indices[m_indices >= 0]).tolist():
+            rows = m_indices == group
+            x = dequantise_tokens(lhs[0][rows], lhs[1][rows])
+            weight = dequantise_blocks(rhs[0][group], rhs[1][group])
+            out[rows] = (x @ weight.mT).to(out.dtype)
+
+    def grouped_gemm_nt_f8f8bf16_masked(
+        self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
+    ) -> None:
+        """See the protocol; rows out of use are left alone."""
+        for group, rows in enumerate(masked_m.tolist()):
+            x = dequantise_tokens(lhs[0][group, :rows], lhs[1][group, :rows])
+            weight = dequantise_blocks(rhs[0][group], rhs[1][group])
+            out[group, :rows] = (x @ weight.mT).to(out.dtype)
+
+    def gemm_nt_bf16bf16f32(
+        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """See the protocol."""
+        out.copy_(lhs.float() @ rhs.float().mT)
+
+    def tf32_hc_prenorm_gemm(
+        self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
+        n_splits: int,
+    ) -> None:  # fmt: skip
+        """See the protocol; the whole sum is in the first split."""
+        out.zero_()
+        sqrsum.zero_()
+        out[0] = x.float() @ fn.mT
+        sqrsum[0] = x.float().square().sum(-1)
+
+    def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
+        """See the protocol."""
+        x, weight = dequantise_tokens(*lhs), dequantise_blocks(*rhs)
+        out.copy_(torch.einsum("bhr,hdr->bhd", x, weight))
+
+    def get_paged_mqa_logits_metadata(
+        self, context_lens: torch.Tensor, block_kv: int, num_sms: int
+    ) -> torch.Tensor:
+        """See the protocol; the reference needs no work split."""
+        return torch.zeros((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
+
+    def fp8_paged_mqa_logits(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor,
+        context_lens: torch.Tensor, block_table: torch.Tensor, schedule_meta: torch.Tensor,
+        max_context_len: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """See the protocol."""
+        entries = unpack_pages(kv_cache)[block_table.long()].flatten(1, 2)[:, :max_context_len]
+        dots = torch.einsum("rhd,red->rhe", q.squeeze(1).float(), entries).relu()
+        return torch.einsum("rh,rhe->re", weights, dots)
+
+    def fp8_mqa_logits(
+        self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
+        ke: torch.Tensor, max_seqlen_k: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """See the protocol; every row starts at entry 0 here."""
+        entries = kv[0].float() * kv[1].unsqueeze(-1)
+        dots = torch.einsum("rhd,ed->rhe", q.float(), entries).relu()
+        logits = torch.einsum("rh,rhe->re", weights, dots)
+        return torch.nn.functional.pad(logits, (0, max_seqlen_k - logits.shape[1]))
+
+
+def pack_pages(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Index cache pages from e4m3 [entries, dim] and fp32 [entries]; entries fill whole pages.
+
+    Returns:
+        [pages, 64, 1, dim + 4] uint8: each page holds its values, then its scales.
+    """
+    dim = values.shape[-1]
+    data = values.view(torch.uint8).reshape(-1, PAGE * dim)
+    tail = scales.contiguous().view(torch.uint8).reshape(-1, PAGE * 4)
+    return torch.cat([data, tail], 1).view(-1, PAGE, 1, dim + 4)
+
+
+def unpack_pages(pages: torch.Tensor) -> torch.Tensor:
+    """Inverse of :func:`pack_pages`, dequantised: fp32 [pages, 64, dim]."""
+    dim = pages.shape[-1] - 4
+    flat = pages.reshape(-1, PAGE * (dim + 4))
+    values = flat[:, : PAGE * dim].contiguous().view(torch.float8_e4m3fn).view(-1, PAGE, dim)
+    scales = flat[:, PAGE * dim :].contiguous().view(torch.float32)
+    return values.float() * scales.unsqueeze(-1)

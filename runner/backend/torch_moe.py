@@ -1,0 +1,115 @@
+"""Expert selection and the layouts of grouped GEMMs in torch, without host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+
+from runner.backend.math import Dispatched, Routing
+from runner.config.model import MoeConfig
+from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+
+
+def select(logits: torch.Tensor, bias: torch.Tensor, config: MoeConfig) -> Routing:
+    """Top-k experts by biased score, weighted by unbiased score; groups first where there are."""
+    scores = _scores(logits, config)
+    ranked = scores + bias
+    if config.n_group > 1:
+        ranked = _best_groups(ranked, config)
+    ids = ranked.topk(config.num_experts_per_tok, -1).indices
+    return _weighted(scores, ids, config)
+
+
+def select_by_table(logits: torch.Tensor, ids: torch.Tensor, config: MoeConfig) -> Routing:
+    """Given experts [T, k], weighted by score."""
+    return _weighted(_scores(logits, config), ids, config)
+
+
+def _scores(logits: torch.Tensor, config: MoeConfig) -> torch.Tensor:
+    if config.scoring_func == "sigmoid":
+        return logits.sigmoid()
+    return torch.nn.functional.softplus(logits).sqrt()
+
+
+def _best_groups(ranked: torch.Tensor, config: MoeConfig) -> torch.Tensor:
+    """Keep the ``topk_group`` groups whose two best experts sum highest."""
+    groups = ranked.unflatten(-1, (config.n_group, -1))
+    best = groups.topk(2, -1).values.sum(-1).topk(config.topk_group, -1).indices
+    keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=ranked.device)
+    keep.scatter_(-1, best, True)
+    return groups.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _weighted(scores: torch.Tensor, ids: torch.Tensor, config: MoeConfig) -> Routing:
+    weights = scores.gather(-1, ids)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(weights, ids)
+
+
+def dispatch_contiguous(
+    x: torch.Tensor, ids: torch.Tensor, experts: tuple[int, int], rows: int
+) -> Dispatched:
+    """See :meth:`runner.backend.math.Math.dispatch_contiguous`."""
+    local, rank, counts = _rank_in_expert(ids, experts)
+    padded = -(-counts // CONTIGUOUS_M_ALIGNMENT) * CONTIGUOUS_M_ALIGNMENT
+    ends = padded.cumsum(0)
+    starts = ends - padded
+    num_local = experts[1] - experts[0]
+    slots = torch.where(local < num_local, starts[local.clamp_max(num_local - 1)] + rank, -1)
+    row = torch.arange(rows, device=x.device)
+    group = torch.searchsorted(ends, row, right=True)
+    owner = group.clamp_max(num_local - 1)
+    used = (group < num_local) & (row - starts[owner] < counts[owner])
+    groups = torch.where(used, owner, -1).to(torch.int32)
+    return Dispatched(_scatter(x, slots, rows, ids.shape[1]), groups, slots, rows)
+
+
+def dispatch_masked(
+    x: torch.Tensor, ids: torch.Tensor, experts: tuple[int, int], rows: int, expected_m: int
+) -> Dispatched:
+    """See :meth:`runner.backend.math.Math.dispatch_masked`."""
+    local, rank, counts = _rank_in_expert(ids, experts)
+    num_local = experts[1] - experts[0]
+    slots = torch.where(local < num_local, local * rows + rank, -1)
+    grid = _scatter(x, slots, num_local * rows, ids.shape[1]).unflatten(0, (num_local, rows))
+    return Dispatched(grid, counts.to(torch.int32), slots, expected_m)
+
+
+def combine(
+    y: torch.Tensor, slots: torch.Tensor, routing: Routing, factor: float
+) -> torch.Tensor:
+    """See :meth:`runner.backend.math.Math.combine`."""
+    flat = y.reshape(-1, y.shape[-1])
+    tokens, choices = routing.ids.shape
+    total = torch.zeros((tokens, y.shape[-1]), dtype=torch.float32, device=y.device)
+    for choice, column in enumerate(slots.view(tokens, choices).unbind(1)):
+        weight = torch.where(column >= 0, routing.weights[:, choice], 0.0).unsqueeze(1)
+        # Rows that no expert wrote may hold anything, NaN included: leave them out by value.
+        rows = torch.where(weight > 0, flat[column.clamp_min(0)].float(), 0.0)
+        total += rows * weight
+    return (total * factor).to(y.dtype)
+
+
+def _rank_in_expert(
+    ids: torch.Tensor, experts: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Local expert of each choice (their number where not local), its rank there, and counts."""
+    num_local = experts[1] - experts[0]
+    flat = ids.flatten()
+    outside = (flat < experts[0]) | (flat >= experts[1])
+    local = torch.where(outside, num_local, flat - experts[0])
+    counts = torch.zeros(num_local + 1, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, local, torch.ones_like(local))
+    order = local.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(local)
+    rank[order] = torch.arange(len(flat), device=ids.device) - starts[local[order]]
+    return local, rank, counts[:num_local]
+
+
+def _scatter(x: torch.Tensor, slots: torch.Tensor, rows: int, choices: int) -> torch.Tensor:
+    """Copy each token's row to its slots; slot -1 goes to a spare row that is cut off."""
+    grid = torch.zeros((rows + 1, x.shape[1]), dtype=x.dtype, device=x.device)
+    source = torch.arange(x.shape[0], device=x.device).repeat_interleave(choices)
+    grid[torch.where(slots >= 0, slots, rows)] = x[source]
+    return grid[:rows]

@@ -1,0 +1,167 @@
+"""Model configurations by name or from a Hugging Face ``config.json``, without transformers.
+
+The fields of our configurations are named as in the published files, so a file is read field by
+field. A field without a default here must be there; anything else in the file is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
+from runner.config.presets import PRESETS
+from runner.errors import UserError
+
+M = TypeVar("M", bound=ModelConfig)
+
+_FAMILIES: dict[str, type[ModelConfig]] = {"deepseek_v3": Dsv3Config, "deepseek_v4": Dsv4Config}
+_ARCHITECTURES = {
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v4": {"scoring_func": "sqrtsoftplus"}}
+"""Values of absent fields where a family differs from the default of our configuration."""
+
+_MAY_BE_ZERO = frozenset({"num_hash_layers", "first_k_dense_replace"})
+
+
+def load_model(name_or_path: str) -> ModelConfig:
+    """A preset by its name, or the model of a ``config.json`` (the file or its directory).
+
+    A loaded model has the name of its directory, or of its file where that is not ``config.json``.
+
+    Raises:
+        UserError: no such preset or file, or a file that does not describe a known model.
+    """
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    path, data = _read_object(name_or_path)
+    name = path.absolute().parent.name if path.name == "config.json" else path.stem
+    try:
+        return from_hf(data, name or path.stem)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
+    """The model called ``name`` that the contents of a ``config.json`` describe.
+
+    Raises:
+        UserError: an unknown model type, a missing field, or a value that cannot be used.
+    """
+    model_type = _model_type(data)
+    cls = _FAMILIES[model_type]
+    defaults = _DEFAULTS.get(model_type, {})
+    given = {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
+    values = _read_fields(cls, given)
+    if cls is Dsv4Config:
+        # Entries beyond the layers belong to the next-token-prediction modules.
+        values["compress_ratios"] = values["compress_ratios"][: values["num_hidden_layers"]]
+    return cls(name=name, moe=MoeConfig(**_read_fields(MoeConfig, given)), **values)
+
+
+def with_layers(model: M, n: int) -> M:
+    """The same model cut to its first ``n`` layers.
+
+    Raises:
+        UserError: ``n`` is not in 1..num_hidden_layers.
+    """
+    if not 1 <= n <= model.num_hidden_layers:
+        raise UserError(
+            f"{n} layers of {model.name} were asked for: the model has 1..{model.num_hidden_layers}"
+        )
+    if isinstance(model, Dsv4Config):
+        return replace(model, num_hidden_layers=n, compress_ratios=model.compress_ratios[:n])
+    return replace(model, num_hidden_layers=n)
+
+
+def _read_object(name_or_path: str) -> tuple[Path, dict[str, Any]]:
+    given = Path(name_or_path)
+    path = given
+    try:
+        if given.is_dir():
+            path = given / "config.json"
+        content = path.read_bytes()
+    except FileNotFoundError:
+        if path is not given:
+            raise UserError(f"{given} holds no config.json") from None
+        raise UserError(
+            f"model {name_or_path!r} is not known: use one of {', '.join(PRESETS)}, "
+            "or a path to a config.json"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds {_show(data)}: a JSON object is needed")
+    return path, data
+
+
+def _model_type(data: Mapping[str, Any]) -> str:
+    named = data.get("model_type")
+    if isinstance(named, str) and named in _FAMILIES:
+        return named
+    architectures = data.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else []:
+        if isinstance(architecture, str) and architecture in _ARCHITECTURES:
+            return _ARCHITECTURES[architecture]
+    raise UserError(f"model_type {_show(named)} is not known: use {' or '.join(_FAMILIES)}")
+
+
+def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the fields of ``cls`` that ``data`` holds; null means the default, if any."""
+    values = {}
+    for item in fields(cls):
+        if item.name in ("name", "moe"):
+            continue
+        has_default = item.default is not MISSING
+        if has_default and data.get(item.name) is None:
+            continue
+        if item.name not in data:
+            raise UserError(f"field {item.name} is missing")
+        values[item.name] = _read_field(item, data[item.name])
+    return values
+
+
+def _read_field(item: Field[Any], value: Any) -> Any:
+    kind = str(item.type)
+    if kind == "int":
+        lowest = 0 if item.name in _MAY_BE_ZERO else 1
+        if _is_int(value) and value >= lowest:
+            return value
+        expected = f"an integer of at least {lowest}"
+    elif kind == "float":
+        # Refuses NaN, Infinity and integers beyond a float's range as well.
+        if (_is_int(value) or isinstance(value, float)) and abs(value) < 1e300:
+            return float(value)
+        expected = "a number"
+    elif kind == "bool":
+        if isinstance(value, bool):
+            return value
+        expected = "true or false"
+    elif kind == "str":
+        if isinstance(value, str):
+            return value
+        expected = "a string"
+    else:
+        if isinstance(value, list) and all(_is_int(entry) for entry in value):
+            return tuple(value)
+        expected = "a list of integers"
+    raise UserError(f"{item.name}={_show(value)} must be {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _show(value: object) -> str:
+    """``value`` as JSON on one line, cut where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,70 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.library import Library, find_library
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    """The installed deep_gemm's headers; skips where there are none that we know."""
+    try:
+        found = find_library()
+    except UserError as error:
+        pytest.skip(str(error))
+    if found is None:
+        pytest.skip("deep_gemm's headers are not installed (pip install sgl-deep-gemm)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def nvcc_compiler(library: Library) -> NvccCompiler:
+    """A real nvcc with the library's headers; skips where either is missing."""
+    environ = Environ(
+        cuda_home=os.environ.get("CUDA_HOME", ""), search_path=os.environ.get("PATH", "")
+    )
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    compiler = NvccCompiler(nvcc, library, Environ())
+    try:
+        assert compiler.signature
+    except UserError as error:
+        pytest.skip(str(error))
+    return compiler
+
+
+@pytest.fixture
+def fake_library(tmp_path: Path) -> Library:
+    """Three small headers in the layout of the package: a.cuh includes b.cuh."""
+    headers = tmp_path / "deep_gemm" / "include" / "deep_gemm"
+    headers.mkdir(parents=True)
+    (headers / "a.cuh").write_text("#include <cuda.h>\n#include <deep_gemm/b.cuh>\nint a;\n")
+    (headers / "b.cuh").write_text("int b;\n")
+    (headers / "c.cuh").write_text("int c;\n")
+    return Library(tmp_path / "deep_gemm")
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> Path:
+    """A script that answers ``--version`` as nvcc 13.0 and "compiles" by copying the source.
+
+    It fails with code 3 where the source holds the word "broken".
+    """
+    path = tmp_path / "real-nvcc"
+    path.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then\n'
+        '    echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0\n'
+        "fi\n"
+        'if grep -q broken "$1"; then echo "error: it is broken" >&2; exit 3; fi\n'
+        'cp "$1" "$4"\n'
+    )
+    path.chmod(0o755)
+    return path

@@ -1,0 +1,163 @@
+"""Model shapes and their presets."""
+
+from collections import Counter
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
+from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY, PRESETS
+from runner.errors import UserError
+
+
+def test_presets_by_name() -> None:
+    assert list(PRESETS) == ["dsv4", "dsv4-pro", "dsv3", "dsv4-tiny"]
+    assert all(model.name == name for name, model in PRESETS.items())
+
+
+def test_published_sizes() -> None:
+    table = {
+        "dsv4": (4096, 43, 64, 512, 64, 1024, 8, 1024, 64, 128, 512, 128, 3, 4, 129280),
+        "dsv4-pro": (7168, 61, 128, 512, 64, 1536, 16, 1024, 64, 128, 1024, 128, 3, 4, 129280),
+    }
+    for name, expected in table.items():
+        model = PRESETS[name]
+        assert isinstance(model, Dsv4Config)
+        assert (
+            model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.head_dim,
+            model.qk_rope_head_dim, model.q_lora_rank, model.o_groups, model.o_lora_rank,
+            model.index_n_heads, model.index_head_dim, model.index_topk, model.sliding_window,
+            model.num_hash_layers, model.hc_mult, model.vocab_size,
+        ) == expected  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "experts"),
+    [
+        (DSV4, (256, 6, 1, 2048, 1.5, "sqrtsoftplus", 1, 1, 10.0)),
+        (DSV4_PRO, (384, 6, 1, 3072, 2.5, "sqrtsoftplus", 1, 1, 10.0)),
+        (DSV3, (256, 8, 1, 2048, 2.5, "sigmoid", 8, 4, 0.0)),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_published_experts(model: ModelConfig, experts: tuple[object, ...]) -> None:
+    moe = model.moe
+    assert (
+        moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts,
+        moe.moe_intermediate_size, moe.routed_scaling_factor, moe.scoring_func, moe.n_group,
+        moe.topk_group, moe.swiglu_limit,
+    ) == experts  # fmt: skip
+    assert moe.norm_topk_prob is True
+
+
+def test_attention_kinds_by_layer() -> None:
+    assert Counter(DSV4.compress_ratios) == {4: 21, 128: 20, 0: 2}
+    assert [DSV4.compress_ratio(layer) for layer in (0, 1, 2, 3, 41, 42)] == [0, 0, 4, 128, 128, 4]
+    assert Counter(DSV4_PRO.compress_ratios) == {4: 30, 128: 31}
+    assert [DSV4_PRO.compress_ratio(layer) for layer in (0, 1, 2, 3, 60)] == [128, 128, 4, 128, 4]
+    assert len(DSV4_TINY.compress_ratios) == DSV4_TINY.num_hidden_layers == 8
+
+
+def test_families() -> None:
+    assert (DSV4.family, DSV3.family) == ("dsv4", "dsv3")
+    assert (DSV4.hc_hidden_size, DSV3.hc_hidden_size) == (16384, 7168)
+    assert [DSV3.is_dense(layer) for layer in range(5)] == [True, True, True, False, False]
+
+
+def test_sizes_that_tensor_parallelism_divides() -> None:
+    assert DSV4.tensor_parallel_sizes() == {
+        "num_attention_heads": 64,
+        "vocab_size": 129280,
+        "o_groups": 8,
+    }
+    assert DSV3.tensor_parallel_sizes() == {"num_attention_heads": 128, "vocab_size": 129280}
+
+
+def test_configurations_are_values() -> None:
+    assert replace(DSV4) == DSV4
+    assert hash(replace(DSV4)) == hash(DSV4)
+    with pytest.raises(FrozenInstanceError):
+        DSV4.hidden_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (DSV4, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        (
+            DSV4,
+            {"hidden_size": 4100},
+            "hidden_size=4100 must be a positive multiple of 128 (FP8 blocks)",
+        ),
+        (DSV4, {"q_lora_rank": 0}, "q_lora_rank=0 must be a positive multiple of 128 (FP8 blocks)"),
+        (DSV4, {"head_dim": 64}, "head_dim=64 must be a positive multiple of 128 (FP8 blocks)"),
+        (
+            DSV4,
+            {"o_lora_rank": -128},
+            "o_lora_rank=-128 must be a positive multiple of 128 (FP8 blocks)",
+        ),
+        (DSV4, {"o_groups": 3}, "o_groups=3 must divide num_attention_heads=64"),
+        (
+            DSV4,
+            {"num_hidden_layers": 44},
+            "compress_ratios has 43 entries for num_hidden_layers=44: one per layer is needed",
+        ),
+        (
+            DSV4,
+            {"compress_ratios": (0, 8, 2) + (4,) * 40},
+            "compress_ratios holds [2, 8]: only 0, 4 and 128 are known",
+        ),
+        (
+            DSV3,
+            {"kv_lora_rank": 500},
+            "kv_lora_rank=500 must be a positive multiple of 128 (FP8 blocks)",
+        ),
+        (
+            DSV3,
+            {"intermediate_size": 1},
+            "intermediate_size=1 must be a positive multiple of 128 (FP8 blocks)",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be(model: ModelConfig, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(model, **change)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok=0 must lie in 1..n_routed_experts=256"),
+        (
+            {"num_experts_per_tok": 257},
+            "num_experts_per_tok=257 must lie in 1..n_routed_experts=256",
+        ),
+        (
+            {"scoring_func": "softmax"},
+            "scoring_func='softmax' is not known: use sigmoid or sqrtsoftplus",
+        ),
+        (
+            {"n_group": 3},
+            "n_group=3 must divide n_routed_experts=256 and topk_group=4 must lie in 1..n_group",
+        ),
+        (
+            {"topk_group": 9},
+            "n_group=8 must divide n_routed_experts=256 and topk_group=9 must lie in 1..n_group",
+        ),
+        (
+            {"moe_intermediate_size": 100},
+            "moe_intermediate_size=100 must be a positive multiple of 128 (FP8 blocks)",
+        ),
+    ],
+)
+def test_experts_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(DSV3.moe, **change)
+    assert str(caught.value) == message
+
+
+def test_classes() -> None:
+    assert isinstance(DSV4_TINY, Dsv4Config)
+    assert isinstance(DSV3, Dsv3Config)

@@ -1,0 +1,185 @@
+"""Environment variables."""
+
+import warnings
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+
+from runner.environ import Environ
+from runner.errors import UserError
+
+VARIABLES = {item.metadata["variable"]: item for item in fields(Environ)}
+BOOLEANS = [name for name, item in VARIABLES.items() if item.type == "bool"]
+INTEGERS = [name for name, item in VARIABLES.items() if str(item.type).startswith("int")]
+STRINGS = [name for name, item in VARIABLES.items() if item.type == "str"]
+
+
+@pytest.fixture(autouse=True)
+def no_stray_warnings() -> None:
+    warnings.simplefilter("error")
+
+
+def value_of(variable: str, text: str) -> object:
+    return getattr(Environ.read({variable: text}), VARIABLES[variable].name)
+
+
+def test_every_variable_is_of_a_known_kind() -> None:
+    assert sorted(BOOLEANS + INTEGERS + STRINGS) == sorted(VARIABLES)
+    assert sorted(VARIABLES) == [
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "DG_JIT_CACHE_DIR",
+        "DG_JIT_CPP_STANDARD",
+        "DG_JIT_DEBUG",
+        "DG_JIT_NVCC_COMPILER",
+        "DG_JIT_PTXAS_CHECK",
+        "DG_JIT_PTXAS_VERBOSE",
+        "DG_JIT_USE_NVRTC",
+        "DG_JIT_WITH_LINEINFO",
+        "HOME",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "PATH",
+        "RANK",
+        "SGLANG_DEEPGEMM_PDL",
+        "SGLANG_DEEPGEMM_SANITY_CHECK",
+        "SGLANG_DG_CACHE_DIR",
+        "SGLANG_DG_USE_NVRTC",
+        "SGLANG_ENABLE_JIT_DEEPGEMM",
+        "SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE",
+        "SGLANG_IS_FIRST_RANK_ON_NODE",
+        "SGLANG_JIT_DEEPGEMM_FAST_WARMUP",
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
+        "SGLANG_OPT_BF16_FP32_GEMM_ALGO",
+        "SGLANG_PP_LAYER_PARTITION",
+        "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP",
+        "SGLANG_USE_DEEPGEMM_BMM",
+        "WORLD_SIZE",
+    ]
+
+
+def test_defaults() -> None:
+    environ = Environ.read({})
+    assert environ == Environ()
+    on = {name for name in BOOLEANS if getattr(environ, VARIABLES[name].name)}
+    assert on == {
+        "SGLANG_ENABLE_JIT_DEEPGEMM",
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
+        "SGLANG_IS_FIRST_RANK_ON_NODE",
+    }
+    assert {getattr(environ, VARIABLES[name].name) for name in STRINGS} == {""}
+    assert environ.dg_jit_cpp_standard == 20
+    assert environ.rank is environ.world_size is environ.local_rank is None
+
+
+@pytest.mark.parametrize("variable", BOOLEANS)
+def test_booleans(variable: str) -> None:
+    for text in ("true", "1", "yes", "y", "t", "on", "TRUE", "On", " 1 "):
+        assert value_of(variable, text) is True
+    for text in ("false", "0", "no", "n", "f", "off", "False", "NO"):
+        assert value_of(variable, text) is False
+
+
+@pytest.mark.parametrize("variable", BOOLEANS)
+@pytest.mark.parametrize("text", ["", "2", "maybe"])
+def test_bad_boolean(variable: str, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        value_of(variable, text)
+    assert str(caught.value) == (
+        f"{variable}={text!r} is not a boolean: use one of true, 1, false, 0"
+    )
+
+
+@pytest.mark.parametrize("variable", INTEGERS)
+def test_integers(variable: str) -> None:
+    assert value_of(variable, "17") == 17
+    for text in ("", "x", "1.5"):
+        with pytest.raises(UserError) as caught:
+            value_of(variable, text)
+        assert str(caught.value) == f"{variable}={text!r} is not an integer"
+
+
+@pytest.mark.parametrize("variable", [v for v in STRINGS if v != "SGLANG_OPT_BF16_FP32_GEMM_ALGO"])
+def test_strings(variable: str) -> None:
+    assert value_of(variable, "some text") == "some text"
+
+
+def test_pp_layer_partition() -> None:
+    assert Environ.read({}).pp_layer_partition == ""
+    environ = Environ.read({"SGLANG_PP_LAYER_PARTITION": "10,11,11,11"})
+    assert environ.pp_layer_partition == "10,11,11,11"
+
+
+@pytest.mark.parametrize("text", ["", "cublas", "deep_gemm", "torch"])
+def test_gemm_algorithms(text: str) -> None:
+    assert value_of("SGLANG_OPT_BF16_FP32_GEMM_ALGO", text) == text
+
+
+def test_unknown_gemm_algorithm() -> None:
+    with pytest.raises(UserError) as caught:
+        value_of("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "fast")
+    assert str(caught.value) == (
+        "SGLANG_OPT_BF16_FP32_GEMM_ALGO='fast' is not known: use one of cublas, deep_gemm, torch, "
+        "or leave it unset"
+    )
+
+
+OLD_NAMES = {
+    name.replace("SGLANG_", "SGL_"): name for name in VARIABLES if name.startswith("SGLANG_")
+}
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_old_names_warn_and_are_used(old: str) -> None:
+    new = OLD_NAMES[old]
+    item = VARIABLES[new]
+    text, expected = (
+        ("torch", "torch")
+        if item.type == "str"
+        else (("0", False) if item.default is True else ("1", True))
+    )
+    with pytest.warns(UserWarning) as caught:
+        environ = Environ.read({old: text})
+    assert [str(warning.message) for warning in caught] == [f"{old} is deprecated: use {new}"]
+    assert caught[0].filename == __file__
+    assert getattr(environ, item.name) == expected
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_the_new_name_wins(old: str) -> None:
+    new = OLD_NAMES[old]
+    item = VARIABLES[new]
+    kept, ignored = ("cublas", "torch") if item.type == "str" else ("0", "1")
+    with pytest.warns(UserWarning) as caught:
+        environ = Environ.read({old: ignored, new: kept})
+    assert [str(warning.message) for warning in caught] == [
+        f"{old} is ignored: {new} is set as well"
+    ]
+    assert environ == Environ.read({new: kept})
+
+
+def test_bad_value_under_an_old_name() -> None:
+    with pytest.warns(UserWarning), pytest.raises(UserError) as caught:
+        Environ.read({"SGL_DG_USE_NVRTC": "maybe"})
+    assert str(caught.value).startswith("SGLANG_DG_USE_NVRTC='maybe' is not a boolean")
+
+
+def test_other_variables_are_left_alone() -> None:
+    environment = {"SGL_UNKNOWN": "1", "SGLANG_UNKNOWN": "?", "DG_JIT_UNKNOWN": "?", "USER": "me"}
+    assert Environ.read(environment) == Environ()
+    assert sorted(environment) == ["DG_JIT_UNKNOWN", "SGLANG_UNKNOWN", "SGL_UNKNOWN", "USER"]
+
+
+def test_cache_directory() -> None:
+    def chosen(**values: str) -> Path:
+        return Environ(home="/home/me", **values).jit_cache_dir
+
+    assert chosen() == Path("/home/me/.deep_gemm")
+    assert chosen(dg_jit_cache_dir="/dg") == Path("/dg")
+    assert chosen(dg_jit_cache_dir="/dg", sglang_dg_cache_dir="/sgl") == Path("/sgl")
+
+
+def test_a_reading_is_a_value() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Environ().rank = 3  # type: ignore[misc]

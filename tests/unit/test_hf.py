@@ -1,0 +1,270 @@
+"""Models by preset name and from config.json."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.config.hf import from_hf, load_model, with_layers
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
+from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY, PRESETS
+from runner.errors import UserError
+
+
+def hf_of(model: ModelConfig) -> dict[str, Any]:
+    """A config.json as published: flat, with fields that we do not know."""
+    values = {**asdict(model), **asdict(model.moe)}
+    del values["name"], values["moe"]
+    if isinstance(model, Dsv4Config):
+        values.update(
+            model_type="deepseek_v4",
+            architectures=["DeepseekV4ForCausalLM"],
+            compress_ratios=[*model.compress_ratios, 0],
+            num_nextn_predict_layers=1,
+            rope_scaling={"type": "yarn", "factor": 16},
+            topk_method="noaux_tc",
+        )
+        del values["n_group"], values["topk_group"]
+    else:
+        values.update(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"])
+    return values
+
+
+def write(path: Path, data: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+    return str(path)
+
+
+def message_of(name_or_path: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(str(name_or_path))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_load_by_name(name: str) -> None:
+    assert load_model(name) is PRESETS[name]
+
+
+@pytest.mark.parametrize("model", PRESETS.values(), ids=PRESETS)
+def test_a_file_gives_the_same_model_as_the_preset(model: ModelConfig) -> None:
+    assert from_hf(hf_of(model), model.name) == model
+
+
+def test_names_of_loaded_models(tmp_path: Path) -> None:
+    data = hf_of(DSV4)
+    write(tmp_path / "DeepSeek-V4.1" / "config.json", data)
+    assert load_model(str(tmp_path / "DeepSeek-V4.1")).name == "DeepSeek-V4.1"
+    assert load_model(str(tmp_path / "DeepSeek-V4.1" / "config.json")).name == "DeepSeek-V4.1"
+    assert load_model(write(tmp_path / "flash.json", data)).name == "flash"
+
+
+def test_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "v4" / "config.json", hf_of(DSV4))
+    monkeypatch.chdir(tmp_path / "v4")
+    assert load_model("config.json") == replace(DSV4, name="v4")
+    assert load_model(".") == replace(DSV4, name="v4")
+
+
+def test_one_entry_a_layer_is_enough() -> None:
+    data = {**hf_of(DSV4), "compress_ratios": list(DSV4.compress_ratios)}
+    assert from_hf(data, "dsv4") == DSV4
+    data["compress_ratios"] += [0, 0, 0]
+    assert from_hf(data, "dsv4") == DSV4
+
+
+def test_absent_and_null_fields_take_the_familys_defaults() -> None:
+    data = hf_of(DSV4)
+    for name in ("hc_eps", "hc_mult", "scoring_func", "norm_topk_prob", "compress_rope_theta"):
+        del data[name]
+    assert from_hf(data, "dsv4") == DSV4
+    assert from_hf({**data, "scoring_func": None, "hc_mult": None}, "dsv4") == DSV4
+    v3 = hf_of(DSV3)
+    del v3["scoring_func"]
+    assert from_hf(v3, "dsv3").moe.scoring_func == "sigmoid"
+
+
+def test_values_are_taken_from_the_file() -> None:
+    changed = {
+        "hc_mult": 2, "hc_sinkhorn_iters": 5, "hc_eps": 1e-3, "rope_theta": 500,
+        "compress_rope_theta": 40000, "sliding_window": 256, "num_hash_layers": 0,
+        "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    experts = {
+        "swiglu_limit": 7, "scoring_func": "sigmoid", "norm_topk_prob": False,
+        "routed_scaling_factor": 3, "n_group": 8, "topk_group": 2,
+    }  # fmt: skip
+    model = from_hf({**hf_of(DSV4), **changed, **experts}, "x")
+    assert model == replace(DSV4, name="x", moe=replace(DSV4.moe, **experts), **changed)
+    assert isinstance(model.moe.swiglu_limit, float)
+
+
+def test_architectures_name_the_family_where_model_type_does_not() -> None:
+    data = hf_of(DSV3)
+    del data["model_type"]
+    assert isinstance(from_hf(data, "x"), Dsv3Config)
+    assert isinstance(from_hf({**hf_of(DSV4), "model_type": "custom"}, "x"), Dsv4Config)
+
+
+@pytest.mark.parametrize("name", ["dsv5", "deepseek-ai/DeepSeek-V4-Flash", "missing/config.json"])
+def test_unknown_preset(name: str) -> None:
+    assert message_of(name) == (
+        f"model {name!r} is not known: use one of dsv4, dsv4-pro, dsv3, dsv4-tiny, "
+        "or a path to a config.json"
+    )
+
+
+def test_directory_without_a_file(tmp_path: Path) -> None:
+    assert message_of(tmp_path) == f"{tmp_path} holds no config.json"
+
+
+def test_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    path = tmp_path / "config.json"
+    assert message_of(tmp_path) == f"{path} cannot be read: Is a directory"
+    below = Path(write(tmp_path / "file", {})) / "config.json"
+    assert message_of(below) == f"{below} cannot be read: Not a directory"
+
+
+def test_not_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{hidden_size: 1}")
+    assert message_of(path).startswith(f"{path} is not JSON: Expecting property name")
+    path.write_bytes(b"\xff\xfe\xff")
+    assert message_of(path).startswith(f"{path} is not JSON: ")
+    path.write_text("[" * 100_000)
+    assert message_of(path).startswith(f"{path} is not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [([], "[]"), ("x", '"x"'), (None, "null"), ([0] * 99, "[" + "0, " * 18 + "0,...")],
+)
+def test_not_an_object(tmp_path: Path, data: object, shown: str) -> None:
+    path = write(tmp_path / "config.json", data)
+    assert message_of(path) == f"{path} holds {shown}: a JSON object is needed"
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        ({}, "null"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, '"llama"'),
+        (
+            {"model_type": ["deepseek_v4"], "architectures": "DeepseekV4ForCausalLM"},
+            '["deepseek_v4"]',
+        ),
+        ({"model_type": "deepseek_v32", "architectures": [None, {}]}, '"deepseek_v32"'),
+    ],
+)
+def test_unknown_model_type(tmp_path: Path, data: dict[str, Any], shown: str) -> None:
+    path = write(tmp_path / "config.json", data)
+    assert message_of(path) == (
+        f"{path}: model_type {shown} is not known: use deepseek_v3 or deepseek_v4"
+    )
+
+
+REQUIRED_V4 = [
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "qk_rope_head_dim",
+    "vocab_size", "head_dim", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim",
+    "index_topk", "sliding_window", "compress_ratios", "num_hash_layers", "n_routed_experts",
+    "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "routed_scaling_factor",
+]  # fmt: skip
+REQUIRED_V3 = [
+    "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "intermediate_size", "first_k_dense_replace",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [(DSV4, field) for field in REQUIRED_V4] + [(DSV3, field) for field in REQUIRED_V3],
+)
+def test_missing_field(tmp_path: Path, model: ModelConfig, field: str) -> None:
+    data = hf_of(model)
+    del data[field]
+    path = write(tmp_path / "config.json", data)
+    assert message_of(path) == f"{path}: field {field} is missing"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "4096", 'hidden_size="4096" must be an integer of at least 1'),
+        ("hidden_size", 4096.0, "hidden_size=4096.0 must be an integer of at least 1"),
+        ("hidden_size", True, "hidden_size=true must be an integer of at least 1"),
+        ("q_lora_rank", None, "q_lora_rank=null must be an integer of at least 1"),
+        ("o_groups", 0, "o_groups=0 must be an integer of at least 1"),
+        ("n_group", 0, "n_group=0 must be an integer of at least 1"),
+        ("num_hash_layers", -1, "num_hash_layers=-1 must be an integer of at least 0"),
+        ("swiglu_limit", "10", 'swiglu_limit="10" must be a number'),
+        ("hc_eps", float("nan"), "hc_eps=NaN must be a number"),
+        ("rope_theta", False, "rope_theta=false must be a number"),
+        ("norm_topk_prob", 1, "norm_topk_prob=1 must be true or false"),
+        ("scoring_func", 3, "scoring_func=3 must be a string"),
+        ("compress_ratios", 4, "compress_ratios=4 must be a list of integers"),
+        ("compress_ratios", [0, "4"], 'compress_ratios=[0, "4"] must be a list of integers'),
+        # What the configuration itself refuses names the file as well.
+        ("hidden_size", 4100, "hidden_size=4100 must be a positive multiple of 128 (FP8 blocks)"),
+        (
+            "compress_ratios",
+            [0, 4],
+            "compress_ratios has 2 entries for num_hidden_layers=43: one per layer is needed",
+        ),
+    ],
+)
+def test_wrong_value(tmp_path: Path, field: str, value: object, message: str) -> None:
+    path = write(tmp_path / "config.json", {**hf_of(DSV4), field: value})
+    assert message_of(path) == f"{path}: {message}"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(hf_of(DSV4))), json_values)
+def test_any_value_of_any_field_loads_or_is_refused(field: str, value: object) -> None:
+    try:
+        model = from_hf({**hf_of(DSV4), field: value}, "x")
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(model, Dsv4Config)
+
+
+@given(st.sampled_from(sorted(PRESETS)), st.data())
+def test_with_layers_keeps_the_first(name: str, data: st.DataObject) -> None:
+    model = PRESETS[name]
+    n = data.draw(st.integers(1, model.num_hidden_layers))
+    cut = with_layers(model, n)
+    assert cut.num_hidden_layers == n
+    if isinstance(model, Dsv4Config):
+        assert isinstance(cut, Dsv4Config)
+        assert cut.compress_ratios == model.compress_ratios[:n]
+        restored: ModelConfig = replace(
+            cut, num_hidden_layers=model.num_hidden_layers, compress_ratios=model.compress_ratios
+        )
+    else:
+        restored = replace(cut, num_hidden_layers=model.num_hidden_layers)
+    assert restored == model
+
+
+@pytest.mark.parametrize("n", [-1, 0, 44])
+def test_with_layers_outside(n: int) -> None:
+    with pytest.raises(UserError) as caught:
+        with_layers(DSV4, n)
+    assert str(caught.value) == f"{n} layers of dsv4 were asked for: the model has 1..43"
+
+
+def test_with_all_layers_is_the_model() -> None:
+    assert with_layers(DSV4_PRO, 61) == DSV4_PRO
+    assert with_layers(DSV4_TINY, 3).compress_ratios == (0, 4, 128)
