@@ -39,7 +39,7 @@ class Environ:
     in_precompile_stage: bool = _variable("SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE", False)
     is_first_rank_on_node: bool = _variable("SGLANG_IS_FIRST_RANK_ON_NODE", True)
     sanity_check: bool = _variable("SGLANG_DEEPGEMM_SANITY_CHECK", False)
-    pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", False)
+    pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", True)
     use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
     pp_layer_partition: str = _variable("SGLANG_PP_LAYER_PARTITION", "")
     bf16_fp32_gemm_algo: str = _variable("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "")

@@ -104,7 +104,7 @@ class Backend:
 
     def add(self, x: Any, y: Any) -> Any:
         """See :meth:`Math.add`."""
-        return self._compute("add", 3 * x.nbytes, lambda: self.math.add(x, y))
+        return self._compute("add", 3 * _bf16_bytes(x), lambda: self.math.add(x, y))
 
     def linear(self, x: Any, weight: Any) -> Any:
         """See :meth:`Math.linear`."""
@@ -117,12 +117,12 @@ class Backend:
 
     # -- DeepGEMM kernels -----------------------------------------------------------------------
 
-    def gemm_fp8(self, x: Any, weight: Any) -> Any:
+    def gemm_fp8(self, x: Any, weight: Any, *, partial: bool = False) -> Any:
         """Dense FP8 GEMM; see :meth:`Math.gemm_fp8`."""
         m, k = x.shape
         self._quantise(x)
         call = self._call(T.GEMM_NT_F8F8BF16, m, weight.n, k, 1)
-        return self.sink.run(call, lambda: self.math.gemm_fp8(x, weight))
+        return self.sink.run(call, lambda: self.math.gemm_fp8(x, weight, partial=partial))
 
     def gemm_bf16_fp32(self, x: Any, weight: Any) -> Any:
         """bf16 GEMM with fp32 output; see :meth:`Math.gemm_bf16_fp32`."""
@@ -155,7 +155,7 @@ class Backend:
         call = self._call(T.TF32_HC_PRENORM_GEMM, m, fn.shape[0], k, splits)
         return self.sink.run(call, lambda: self.math.hc_prenorm(x, fn, splits))
 
-    def experts_gemm(self, dispatched: Dispatched, weight: Any) -> Any:
+    def experts_gemm(self, dispatched: Dispatched, weight: Any, *, partial: bool = False) -> Any:
         """Grouped GEMM over the local experts, contiguous or masked as the tokens are laid out."""
         k = dispatched.x.shape[-1]
         self._quantise(dispatched.x)
@@ -163,7 +163,7 @@ class Backend:
         kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED if masked else T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
         work = self.math.gemm_fp8_masked if masked else self.math.gemm_fp8_contiguous
         call = self._call(kind, dispatched.expected_m, weight.n, k, weight.groups)
-        return self.sink.run(call, lambda: work(dispatched, weight))
+        return self.sink.run(call, lambda: work(dispatched, weight, partial=partial))
 
     def paged_mqa_metadata(self, tokens: Tokens) -> Any:
         """See :meth:`Math.paged_mqa_metadata`."""
@@ -365,6 +365,16 @@ class Backend:
         op = Collective(f"all_reduce {name}", group, x.nbytes)
         return self.sink.run(op, lambda: self.comm.all_reduce(x, group))
 
+    def sum_hidden(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
+        """Sum partial results [T, H] over ``group`` into hidden states, bf16 on the wire.
+
+        The CPU reference really moves wider partial sums; the operation is the real model's.
+        """
+        if len(group) > 1:
+            op = Collective(f"all_reduce {name}", group, _bf16_bytes(x))
+            x = self.sink.run(op, lambda: self.comm.all_reduce(x, group))
+        return self.math.round_hidden(x)
+
     def all_gather(self, name: str, x: Any, group: tuple[int, ...], dim: int) -> Any:
         """Concatenate over ``group`` along ``dim``; nothing happens in a group of one."""
         if len(group) == 1:
@@ -391,6 +401,10 @@ class Backend:
 
     def _compute(self, name: str, nbytes: int, work: Callable[[], R], *, flops: int = 0) -> R:
         return self.sink.run(Compute(name, flops, nbytes), work)
+
+
+def _bf16_bytes(x: Any) -> int:
+    return 2 * int(prod(x.shape))
 
 
 def hc_num_splits(tokens: int, k: int, num_sms: int) -> int:

@@ -29,9 +29,7 @@ class EntryPoints(Protocol):
     ) -> None:
         """out [g, m, n] bf16; of group i the first ``masked_m[i]`` rows are defined."""
 
-    def gemm_nt_bf16bf16f32(
-        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """out [m, n] fp32 = lhs [m, k] bf16 @ rhs [n, k] bf16 .T."""
 
     def tf32_hc_prenorm_gemm(

@@ -84,8 +84,15 @@ class Math(Protocol):
     def linear(self, x: Any, weight: Any) -> Any:
         """[T, K] x [N, K] -> [T, N], plain bf16."""
 
-    def gemm_fp8(self, x: Any, weight: Any) -> Any:
-        """[T, K] bf16, quantised per token and 128 columns, x FP8 [N, K] -> [T, N]."""
+    def round_hidden(self, x: Any) -> Any:
+        """A sum of partial results in the element type of hidden states."""
+
+    def gemm_fp8(self, x: Any, weight: Any, *, partial: bool = False) -> Any:
+        """[T, K] bf16, quantised per token and 128 columns, x FP8 [N, K] -> [T, N].
+
+        A ``partial`` result is one rank's part of a sum and may be kept wider than bf16 until
+        :meth:`round_hidden`; the grouped GEMMs likewise.
+        """
 
     def gemm_bf16_fp32(self, x: Any, weight: Any, *, deep_gemm: bool) -> Any:
         """[T, K] x [N, K] -> [T, N] fp32, by DeepGEMM or by the plain library."""
@@ -93,10 +100,12 @@ class Math(Protocol):
     def einsum_fp8(self, x: Any, weight: Any) -> Any:
         """``bhr,hdr->bhd``: [T, G, R] bf16, quantised along R, x FP8 [G, D, R] -> [T, G, D]."""
 
-    def gemm_fp8_contiguous(self, dispatched: Dispatched, weight: Any) -> Any:
+    def gemm_fp8_contiguous(
+        self, dispatched: Dispatched, weight: Any, *, partial: bool = False
+    ) -> Any:
         """[rows, K] x FP8 [E, N, K] by the row's expert -> [rows, N]."""
 
-    def gemm_fp8_masked(self, dispatched: Dispatched, weight: Any) -> Any:
+    def gemm_fp8_masked(self, dispatched: Dispatched, weight: Any, *, partial: bool = False) -> Any:
         """[E, rows, K] x FP8 [E, N, K] -> [E, rows, N]; rows out of use are undefined."""
 
     def hc_prenorm(self, x: Any, fn: Any, num_splits: int) -> Any:

@@ -41,6 +41,16 @@ class Fp8Weight:
         return self.data, self.scales
 
 
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the element type of intermediate math: fp64 on a CPU, fp32 on a GPU.
+
+    In fp64 the order of a sum no longer shows after rounding to bf16, so a CPU gives the same
+    numbers for every split of a model over ranks. In fp32 it would show now and then, and FP8
+    rounding would make much of it.
+    """
+    return x.double() if x.device.type == "cpu" else x.float()
+
+
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., K] -> e4m3 [..., K] and row-major fp32 scales [..., K / 128]."""
     groups = x.float().unflatten(-1, (-1, FP8_BLOCK))
@@ -62,11 +72,13 @@ def quantise_blocks(w: torch.Tensor) -> Fp8Weight:
 
 def dequantise_tokens(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`quantise_tokens`, fp32."""
-    return (values.float().unflatten(-1, (-1, FP8_BLOCK)) * scales.unsqueeze(-1)).flatten(-2)
+    groups: torch.Tensor = values.float().unflatten(-1, (-1, FP8_BLOCK)) * scales.unsqueeze(-1)
+    return groups.flatten(-2)
 
 
 def dequantise_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Inverse of :func:`quantise_blocks`, fp32."""
     n, k = values.shape[-2:]
     rows = scales.repeat_interleave(FP8_BLOCK, -2)[..., :n, :]
-    return values.float() * rows.repeat_interleave(FP8_BLOCK, -1)[..., :k]
+    dequantised: torch.Tensor = values.float() * rows.repeat_interleave(FP8_BLOCK, -1)[..., :k]
+    return dequantised

@@ -1,4 +1,4 @@
-"""The entry points in plain torch: same rounding of the inputs, fp32 accumulation.
+"""The entry points in plain torch: same rounding of the inputs, accumulation as wide as can be.
 
 What the CPU runs, and what the GPU kernels are held against.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from runner.backend.entry_points import Fp8
-from runner.backend.quantise import dequantise_blocks, dequantise_tokens
+from runner.backend.quantise import dequantise_blocks, dequantise_tokens, widen
 
 PAGE = 64
 """Entries of one page of the index cache."""
@@ -19,7 +19,7 @@ class ReferenceEntryPoints:
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
-        out.copy_(dequantise_tokens(*lhs) @ dequantise_blocks(*rhs).mT)
+        out.copy_(_activations(*lhs) @ _weights(*rhs).mT)
 
     def grouped_gemm_nt_f8f8bf16_contig(
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, m_indices: torch.Tensor
@@ -27,8 +27,8 @@ class ReferenceEntryPoints:
         """See the protocol; padding rows are left alone."""
         for group in torch.unique(m_indices[m_indices >= 0]).tolist():
             rows = m_indices == group
-            x = dequantise_tokens(lhs[0][rows], lhs[1][rows])
-            weight = dequantise_blocks(rhs[0][group], rhs[1][group])
+            x = _activations(lhs[0][rows], lhs[1][rows])
+            weight = _weights(rhs[0][group], rhs[1][group])
             out[rows] = (x @ weight.mT).to(out.dtype)
 
     def grouped_gemm_nt_f8f8bf16_masked(
@@ -36,15 +36,13 @@ class ReferenceEntryPoints:
     ) -> None:
         """See the protocol; rows out of use are left alone."""
         for group, rows in enumerate(masked_m.tolist()):
-            x = dequantise_tokens(lhs[0][group, :rows], lhs[1][group, :rows])
-            weight = dequantise_blocks(rhs[0][group], rhs[1][group])
+            x = _activations(lhs[0][group, :rows], lhs[1][group, :rows])
+            weight = _weights(rhs[0][group], rhs[1][group])
             out[group, :rows] = (x @ weight.mT).to(out.dtype)
 
-    def gemm_nt_bf16bf16f32(
-        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """See the protocol."""
-        out.copy_(lhs.float() @ rhs.float().mT)
+        out.copy_(widen(lhs) @ widen(rhs).mT)
 
     def tf32_hc_prenorm_gemm(
         self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
@@ -53,12 +51,12 @@ class ReferenceEntryPoints:
         """See the protocol; the whole sum is in the first split."""
         out.zero_()
         sqrsum.zero_()
-        out[0] = x.float() @ fn.mT
-        sqrsum[0] = x.float().square().sum(-1)
+        out[0] = widen(x) @ widen(fn).mT
+        sqrsum[0] = widen(x).square().sum(-1)
 
     def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
-        x, weight = dequantise_tokens(*lhs), dequantise_blocks(*rhs)
+        x, weight = _activations(*lhs), _weights(*rhs)
         out.copy_(torch.einsum("bhr,hdr->bhd", x, weight))
 
     def get_paged_mqa_logits_metadata(
@@ -73,19 +71,28 @@ class ReferenceEntryPoints:
         max_context_len: int,
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
-        entries = unpack_pages(kv_cache)[block_table.long()].flatten(1, 2)[:, :max_context_len]
-        dots = torch.einsum("rhd,red->rhe", q.squeeze(1).float(), entries).relu()
-        return torch.einsum("rh,rhe->re", weights, dots)
+        pages = widen(unpack_pages(kv_cache))[block_table.long()]
+        entries = pages.flatten(1, 2)[:, :max_context_len]
+        dots = torch.einsum("rhd,red->rhe", widen(q.squeeze(1).float()), entries).relu()
+        return torch.einsum("rh,rhe->re", widen(weights), dots).float()
 
     def fp8_mqa_logits(
         self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
         ke: torch.Tensor, max_seqlen_k: int,
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol; every row starts at entry 0 here."""
-        entries = kv[0].float() * kv[1].unsqueeze(-1)
-        dots = torch.einsum("rhd,ed->rhe", q.float(), entries).relu()
-        logits = torch.einsum("rh,rhe->re", weights, dots)
+        entries = widen(kv[0].float() * kv[1].unsqueeze(-1))
+        dots = torch.einsum("rhd,ed->rhe", widen(q.float()), entries).relu()
+        logits = torch.einsum("rh,rhe->re", widen(weights), dots).float()
         return torch.nn.functional.pad(logits, (0, max_seqlen_k - logits.shape[1]))
+
+
+def _activations(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return widen(dequantise_tokens(values, scales))
+
+
+def _weights(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return widen(dequantise_blocks(values, scales))
 
 
 def pack_pages(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

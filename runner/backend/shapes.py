@@ -73,7 +73,13 @@ class ShapeMath:
         """[T, N]."""
         return TensorSpec((x.shape[0], weight.shape[0]))
 
-    def gemm_fp8(self, x: TensorSpec, weight: Fp8WeightSpec) -> TensorSpec:
+    def round_hidden(self, x: TensorSpec) -> TensorSpec:
+        """Shape of x."""
+        return x
+
+    def gemm_fp8(
+        self, x: TensorSpec, weight: Fp8WeightSpec, *, partial: bool = False
+    ) -> TensorSpec:
         """[T, N]."""
         return TensorSpec((x.shape[0], weight.n))
 
@@ -85,11 +91,15 @@ class ShapeMath:
         """[T, G, D]."""
         return TensorSpec((x.shape[0], weight.groups, weight.n))
 
-    def gemm_fp8_contiguous(self, dispatched: Dispatched, weight: Fp8WeightSpec) -> TensorSpec:
+    def gemm_fp8_contiguous(
+        self, dispatched: Dispatched, weight: Fp8WeightSpec, *, partial: bool = False
+    ) -> TensorSpec:
         """[rows, N]."""
         return TensorSpec((dispatched.x.shape[0], weight.n))
 
-    def gemm_fp8_masked(self, dispatched: Dispatched, weight: Fp8WeightSpec) -> TensorSpec:
+    def gemm_fp8_masked(
+        self, dispatched: Dispatched, weight: Fp8WeightSpec, *, partial: bool = False
+    ) -> TensorSpec:
         """[E, rows, N]."""
         return TensorSpec((*dispatched.x.shape[:2], weight.n))
 

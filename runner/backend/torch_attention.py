@@ -1,7 +1,7 @@
 """Attention in torch: rotary embedding, compressed entries, window and latent attention.
 
-Formulas: docs/models.md. Work is done in fp32 over chunks of tokens, so that gathered keys stay
-within a fixed budget of memory.
+Formulas: docs/models.md. Work is done in wide floats over chunks of tokens, so that gathered
+keys stay within a fixed budget of memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from runner.backend.math import Tokens
+from runner.backend.quantise import widen
 from runner.backend.torch_cache import KVCache, Places, cache_of, places_of
 from runner.config.model import Dsv3Config, Dsv4Config
 from runner.forward_batch import ForwardBatch
@@ -46,9 +47,9 @@ def rotate_tail(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension, in fp32, in x's element type."""
-    wide = x.float()
+    wide = widen(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide if weight is None else wide * weight.float()).to(x.dtype)
+    return (wide if weight is None else wide * widen(weight)).to(x.dtype)
 
 
 def rope_theta(config: Dsv4Config, layer: int) -> float:
@@ -80,7 +81,7 @@ def pooled_entries(
     values, scores = blocks[..., :width], blocks[..., width:] + ape
     if ratio == 4:
         values, scores = _with_overlap(values, scores)
-    pooled = (values * scores.softmax(2)).sum(2).to(torch.bfloat16)
+    pooled = (widen(values) * widen(scores).softmax(2)).sum(2).to(torch.bfloat16)
     pooled = rms_norm(pooled, norm, config.rms_norm_eps)
     first = torch.arange(entries, device=raw.device) * ratio
     theta = config.compress_rope_theta
@@ -88,9 +89,7 @@ def pooled_entries(
     return by_entry.transpose(0, 1)
 
 
-def _with_overlap(
-    values: torch.Tensor, scores: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_overlap(values: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Join each block's own halves with the overlap halves of the block before."""
     half = values.shape[-1] // 2
     before_values = torch.zeros_like(values[..., :half])
@@ -141,9 +140,7 @@ def finished(position: torch.Tensor, entries: int, ratio: int) -> torch.Tensor:
     return index < ((position + 1) // ratio).unsqueeze(1)
 
 
-def _window_rows(
-    keys: torch.Tensor, at: Places, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _window_rows(keys: torch.Tensor, at: Places, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     index = at.position.unsqueeze(1) - torch.arange(window, device=keys.device)
     return keys[at.sequence.unsqueeze(1), index.clamp_min(0)], index >= 0
 
@@ -151,10 +148,10 @@ def _window_rows(
 def _attend(
     q: torch.Tensor, rows: torch.Tensor, visible: torch.Tensor, sink: torch.Tensor
 ) -> torch.Tensor:
-    wide = rows.float()
-    scores = torch.einsum("thd,tkd->thk", q.float(), wide) * q.shape[-1] ** -0.5
+    wide = widen(rows)
+    scores = torch.einsum("thd,tkd->thk", widen(q), wide) * q.shape[-1] ** -0.5
     scores = scores.masked_fill(~visible.unsqueeze(1), float("-inf"))
-    with_sink = torch.cat((scores, sink.view(1, -1, 1).expand(len(q), -1, 1)), -1)
+    with_sink = torch.cat((scores, widen(sink).view(1, -1, 1).expand(len(q), -1, 1)), -1)
     weights = with_sink.softmax(-1)[..., :-1]
     return torch.einsum("thk,tkd->thd", weights, wide).to(q.dtype)
 
@@ -177,12 +174,14 @@ def mla_extend(
     k_rope = cache.read(layer, "latent")[every.sequence, every.position, -rope:]
     shared = k_rope.unsqueeze(1).expand(-1, keys_values.shape[1], -1)
     key = torch.cat((keys_values[..., :nope], shared), -1)
-    grids = [
-        _grid(rows, places, batch.batch_size, longest)
-        for rows, places in ((query, own), (key, every), (keys_values[..., nope:], every))
-    ]
-    out = torch.nn.functional.scaled_dot_product_attention(*grids, is_causal=True)
-    return out.transpose(1, 2)[own.sequence, own.position].flatten(1)
+    sequences = batch.batch_size
+    out = torch.nn.functional.scaled_dot_product_attention(
+        widen(_grid(query, own, sequences, longest)),
+        widen(_grid(key, every, sequences, longest)),
+        widen(_grid(keys_values[..., nope:], every, sequences, longest)),
+        is_causal=True,
+    )
+    return out.transpose(1, 2)[own.sequence, own.position].flatten(1).to(q.dtype)
 
 
 def _grid(rows: torch.Tensor, at: Places, sequences: int, longest: int) -> torch.Tensor:
@@ -207,11 +206,11 @@ def mla_decode(
     at = places_of(tokens)
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
     query = rotate_tail(q.unflatten(-1, (-1, nope + rope)), at.position, rope, config.rope_theta)
-    absorbed = torch.einsum("thn,hnc->thc", query[..., :nope], w_kc)
-    whole = torch.cat((absorbed, query[..., nope:]), -1).float()
-    rows = cache.read(layer, "latent")[at.sequence].float()
+    absorbed = torch.einsum("thn,hnc->thc", widen(query[..., :nope]), widen(w_kc))
+    whole = torch.cat((absorbed, widen(query[..., nope:])), -1)
+    rows = widen(cache.read(layer, "latent")[at.sequence])
     scores = torch.einsum("thc,tlc->thl", whole, rows) * (nope + rope) ** -0.5
     hidden = torch.arange(rows.shape[1], device=q.device) > at.position.unsqueeze(1)
     weights = scores.masked_fill(hidden.unsqueeze(1), float("-inf")).softmax(-1)
     mixed = torch.einsum("thl,tlc->thc", weights, rows[..., : config.kv_lora_rank])
-    return torch.einsum("thc,hvc->thv", mixed.to(q.dtype), w_vc).flatten(1)
+    return torch.einsum("thc,hvc->thv", mixed, widen(w_vc)).flatten(1).to(q.dtype)

@@ -9,7 +9,7 @@ import torch
 from runner.backend import torch_attention, torch_moe
 from runner.backend.entry_points import EntryPoints
 from runner.backend.math import Dispatched, Routing, Tokens
-from runner.backend.quantise import Fp8Weight, dequantise_blocks, quantise_tokens
+from runner.backend.quantise import Fp8Weight, dequantise_blocks, quantise_tokens, widen
 from runner.backend.reference import PAGE, pack_pages
 from runner.backend.shapes import compressed_entries
 from runner.backend.torch_cache import KVCache, cache_of, places_of
@@ -22,6 +22,8 @@ class TorchMath:
 
     def __init__(self, device: torch.device, gemms: EntryPoints) -> None:
         self._device, self._gemms = device, gemms
+        # Kernels write bf16; the reference can keep partial sums whole until they are summed.
+        self._partial = torch.float64 if device.type == "cpu" else torch.bfloat16
 
     def _out(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -66,15 +68,23 @@ class TorchMath:
         """See the protocol."""
         return x + y
 
+    def round_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """See the protocol."""
+        return x.to(torch.bfloat16)
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See the protocol."""
-        return torch.nn.functional.linear(x, weight)
+        if x.device.type != "cpu":
+            return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(widen(x), widen(weight)).to(x.dtype)
 
     # -- GEMMs ----------------------------------------------------------------------------------
 
-    def gemm_fp8(self, x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
+    def gemm_fp8(
+        self, x: torch.Tensor, weight: Fp8Weight, *, partial: bool = False
+    ) -> torch.Tensor:
         """See the protocol."""
-        out = self._out(x.shape[0], weight.n)
+        out = self._out(x.shape[0], weight.n, dtype=self._dtype(partial=partial))
         self._gemms.gemm_nt_f8f8bf16(quantise_tokens(x), weight.pair, out)
         return out
 
@@ -94,17 +104,24 @@ class TorchMath:
         self._gemms.fp8_einsum_bhr_hdr_bhd(quantise_tokens(x), weight.pair, out)
         return out
 
-    def gemm_fp8_contiguous(self, dispatched: Dispatched, weight: Fp8Weight) -> torch.Tensor:
+    def _dtype(self, *, partial: bool) -> torch.dtype:
+        return self._partial if partial else torch.bfloat16
+
+    def gemm_fp8_contiguous(
+        self, dispatched: Dispatched, weight: Fp8Weight, *, partial: bool = False
+    ) -> torch.Tensor:
         """See the protocol."""
-        out = self._out(dispatched.x.shape[0], weight.n)
+        out = self._out(dispatched.x.shape[0], weight.n, dtype=self._dtype(partial=partial))
         lhs = quantise_tokens(dispatched.x)
         self._gemms.grouped_gemm_nt_f8f8bf16_contig(lhs, weight.pair, out, dispatched.groups)
         return out
 
-    def gemm_fp8_masked(self, dispatched: Dispatched, weight: Fp8Weight) -> torch.Tensor:
+    def gemm_fp8_masked(
+        self, dispatched: Dispatched, weight: Fp8Weight, *, partial: bool = False
+    ) -> torch.Tensor:
         """See the protocol."""
         groups, rows, _ = dispatched.x.shape
-        out = self._out(groups, rows, weight.n)
+        out = self._out(groups, rows, weight.n, dtype=self._dtype(partial=partial))
         lhs = quantise_tokens(dispatched.x)
         self._gemms.grouped_gemm_nt_f8f8bf16_masked(
             lhs, weight.pair, out, dispatched.groups, dispatched.expected_m
@@ -136,25 +153,27 @@ class TorchMath:
         pre = (pre * scale[0] + base_pre).sigmoid() + eps
         post = 2 * (post * scale[1] + base_post).sigmoid()
         comb = (comb * scale[2] + base_comb).unflatten(1, (copies, copies))
-        mixed = (pre.unsqueeze(-1) * x.float().unflatten(1, (copies, -1))).sum(1)
+        mixed = (widen(pre).unsqueeze(-1) * widen(x).unflatten(1, (copies, -1))).sum(1)
         return mixed.to(x.dtype), post, _sinkhorn(comb, config.hc_sinkhorn_iters, eps)
 
     def hc_post(
         self, y: torch.Tensor, x: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
     ) -> torch.Tensor:
         """See the protocol."""
-        stream = x.float().unflatten(1, (post.shape[1], -1))
-        kept = torch.einsum("tji,tjh->tih", comb, stream)
-        return (kept + post.unsqueeze(-1) * y.float().unsqueeze(1)).flatten(1).to(x.dtype)
+        stream = widen(x).unflatten(1, (post.shape[1], -1))
+        kept = torch.einsum("tji,tjh->tih", widen(comb), stream)
+        added = widen(post).unsqueeze(-1) * widen(y).unsqueeze(1)
+        return (kept + added).flatten(1).to(x.dtype)
 
     def hc_head(
         self, x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor,
         config: Dsv4Config,
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
-        wide = x.float()
+        wide = widen(x)
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + config.rms_norm_eps)
-        weights = ((wide @ fn.T) * inverse * scale + base).sigmoid() + config.hc_eps
+        mix = (wide @ widen(fn).T) * inverse
+        weights = (mix * widen(scale) + widen(base)).sigmoid() + config.hc_eps
         copies = wide.unflatten(1, (config.hc_mult, -1))
         return (weights.unsqueeze(-1) * copies).sum(1).to(x.dtype)
 
@@ -236,9 +255,7 @@ class TorchMath:
         )  # fmt: skip
         return logits[:, :entries]
 
-    def top_entries(
-        self, scores: torch.Tensor, tokens: Tokens, config: Dsv4Config
-    ) -> torch.Tensor:
+    def top_entries(self, scores: torch.Tensor, tokens: Tokens, config: Dsv4Config) -> torch.Tensor:
         """See the protocol."""
         allowed = torch_attention.finished(places_of(tokens).position, scores.shape[1], 4)
         ranked = scores.masked_fill(~allowed, float("-inf"))

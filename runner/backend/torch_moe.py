@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from runner.backend.math import Dispatched, Routing
+from runner.backend.quantise import widen
 from runner.config.model import MoeConfig
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 
@@ -27,7 +28,8 @@ def select_by_table(logits: torch.Tensor, ids: torch.Tensor, config: MoeConfig) 
 def _scores(logits: torch.Tensor, config: MoeConfig) -> torch.Tensor:
     if config.scoring_func == "sigmoid":
         return logits.sigmoid()
-    return torch.nn.functional.softplus(logits).sqrt()
+    softplus: torch.Tensor = torch.nn.functional.softplus(logits)
+    return softplus.sqrt()
 
 
 def _best_groups(ranked: torch.Tensor, config: MoeConfig) -> torch.Tensor:
@@ -75,17 +77,15 @@ def dispatch_masked(
     return Dispatched(grid, counts.to(torch.int32), slots, expected_m)
 
 
-def combine(
-    y: torch.Tensor, slots: torch.Tensor, routing: Routing, factor: float
-) -> torch.Tensor:
+def combine(y: torch.Tensor, slots: torch.Tensor, routing: Routing, factor: float) -> torch.Tensor:
     """See :meth:`runner.backend.math.Math.combine`."""
     flat = y.reshape(-1, y.shape[-1])
     tokens, choices = routing.ids.shape
-    total = torch.zeros((tokens, y.shape[-1]), dtype=torch.float32, device=y.device)
+    total = torch.zeros((tokens, y.shape[-1]), dtype=widen(flat[:0]).dtype, device=y.device)
     for choice, column in enumerate(slots.view(tokens, choices).unbind(1)):
         weight = torch.where(column >= 0, routing.weights[:, choice], 0.0).unsqueeze(1)
         # Rows that no expert wrote may hold anything, NaN included: leave them out by value.
-        rows = torch.where(weight > 0, flat[column.clamp_min(0)].float(), 0.0)
+        rows = torch.where(weight > 0, widen(flat[column.clamp_min(0)]), 0.0)
         total += rows * weight
     return (total * factor).to(y.dtype)
 

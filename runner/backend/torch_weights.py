@@ -43,9 +43,7 @@ class TorchWeights:
         salt = _salt(self._seed, request.layer, request.name)
         if request.kind == "ids":
             return self._ids(request, salt)
-        outer = [
-            self._slab(request, salt, first, last) for first, last in _slabs(request.slices)
-        ]
+        outer = [self._slab(request, salt, first, last) for first, last in _slabs(request.slices)]
         if request.kind != "fp8":
             return torch.cat([w.to(_DTYPES[request.kind]) for w in outer]).view(request.view)
         if len(request.view) == 2 or len(outer) == 1:

@@ -67,7 +67,7 @@ class KernelCache:
         Returns:
             True where this call's entry was taken, False where another process was first.
         """
-        work_dir = self.root / "tmp"
+        work_dir = self.root.absolute() / "tmp"  # the compiler runs elsewhere
         temporary = work_dir / f"{os.getpid()}-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         try:

@@ -41,7 +41,7 @@ class NvccCompiler:
     def signature(self) -> str:
         """``NVCC<major>.<minor>`` of the program, as the cache key has it."""
         words = subprocess.run(
-            [str(self.nvcc), "--version"], capture_output=True, text=True, check=False
+            [str(self.nvcc.absolute()), "--version"], capture_output=True, text=True, check=False
         )
         match = re.search(r"release (\d+)\.(\d+)", words.stdout)
         if not match:
@@ -77,8 +77,12 @@ class NvccCompiler:
 
     def cache_key(self, kernel: Kernel) -> str:
         """Name of the kernel's directory in the cache: ``kernel.<name>.<hex>``."""
-        text = f"{kernel.name}$${self.signature}$${self.flags}$${self.source(kernel)}"
-        return f"kernel.{kernel.name}.{hex_digest(text)}"
+        return self.key_of(kernel.name, self.source(kernel))
+
+    def key_of(self, name: str, source: str) -> str:
+        """Cache key of a generated source, headers' hash line included."""
+        digest = hex_digest(f"{name}$${self.signature}$${self.flags}$${source}")
+        return f"kernel.{name}.{digest}"
 
     def compile(self, source_path: Path, cubin_path: Path, work_dir: Path) -> None:
         """Compile ``source_path`` to ``cubin_path``; nvcc runs in ``work_dir``.
@@ -86,7 +90,7 @@ class NvccCompiler:
         Raises:
             CompileError: nvcc failed.
         """
-        command = [str(self.nvcc), str(source_path), "-cubin", "-o", str(cubin_path)]
+        command = [str(self.nvcc.absolute()), str(source_path), "-cubin", "-o", str(cubin_path)]
         done = subprocess.run(
             command + self.flags.split(), capture_output=True, text=True, cwd=work_dir, check=False
         )

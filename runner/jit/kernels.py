@@ -1,7 +1,7 @@
 """From a wrapper call to the kernels that it runs: names and generated sources, for SM90.
 
 Source: csrc/jit_kernels/impls/*.hpp and csrc/apis/*.hpp of DeepGEMM 2.6. A generated source is an
-include and one template instantiation; :mod:`runner.jit.source` adds the line with the hash of the
+include and one template instantiation; ``NvccCompiler.source`` adds the line with the hash of the
 included headers that the library puts before it.
 """
 

@@ -75,7 +75,9 @@ def write_shim(path: Path, *, nvcc: Path, log_dir: Path) -> Path:
     """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        _SCRIPT.format(nvcc=shlex.quote(str(nvcc)), log=shlex.quote(str(log_dir.resolve())))
+        _SCRIPT.format(
+            nvcc=shlex.quote(str(nvcc.absolute())), log=shlex.quote(str(log_dir.resolve()))
+        )
     )
     path.chmod(0o755)
     return path

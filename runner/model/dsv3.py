@@ -80,9 +80,9 @@ class MlaAttention:
             out = backend.mla_extend(q, kv, tokens, self._layer, self._config)
         else:
             out = backend.mla_decode(q, self._w_kc, self._w_vc, tokens, self._layer, self._config)
-        partial = backend.gemm_fp8(out, self._o)
+        partial = backend.gemm_fp8(out, self._o, partial=True)
         state.put(
-            sublayer_output=backend.all_reduce("attention output", partial, ctx.attn_tp_group)
+            sublayer_output=backend.sum_hidden("attention output", partial, ctx.attn_tp_group)
         )
 
 
@@ -146,7 +146,7 @@ class Dsv3Layer:
         ctx, batch = self._ctx, state.peek("batch")
         assert self._mlp is not None
         hidden = ctx.gather_tokens("mlp tokens", state.take("sublayer_input"), batch)
-        total = ctx.backend.all_reduce("mlp output", self._mlp(hidden), ctx.tp_group)
+        total = ctx.backend.sum_hidden("mlp output", self._mlp(hidden), ctx.tp_group)
         if ctx.splits_tokens(batch):
             own = ctx.tokens(batch)
             total = ctx.backend.rows(total, own.start, own.stop)

@@ -152,7 +152,7 @@ class Dsv4Attention:
             self._config,
         )  # fmt: skip
         grouped = backend.einsum_fp8(backend.group_heads(out, self._groups), self._wo_a)
-        partial = backend.gemm_fp8(backend.flatten_heads(grouped), self._wo_b)
+        partial = backend.gemm_fp8(backend.flatten_heads(grouped), self._wo_b, partial=True)
         state.put(
-            sublayer_output=backend.all_reduce("attention output", partial, ctx.attn_tp_group)
+            sublayer_output=backend.sum_hidden("attention output", partial, ctx.attn_tp_group)
         )

@@ -33,4 +33,6 @@ class GatedMlp:
     def __call__(self, x: Any) -> Any:
         """[T, H] -> [T, H], this rank's part of the sum."""
         gate_up = self._backend.gemm_fp8(x, self._gate_up)
-        return self._backend.gemm_fp8(self._backend.silu_and_mul(gate_up, self._limit), self._down)
+        return self._backend.gemm_fp8(
+            self._backend.silu_and_mul(gate_up, self._limit), self._down, partial=True
+        )

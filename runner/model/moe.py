@@ -106,7 +106,8 @@ class MixtureOfExperts:
         inner = backend.silu_and_mul(
             backend.experts_gemm(dispatched, self._w13), self._moe.swiglu_limit
         )
-        expert_output = backend.experts_gemm(replace(dispatched, x=inner), self._w2)
+        narrow = replace(dispatched, x=inner)
+        expert_output = backend.experts_gemm(narrow, self._w2, partial=True)
         state.put(expert_output=expert_output)
 
     def combine_a(self, state: OperationState) -> None:
@@ -127,7 +128,7 @@ class MixtureOfExperts:
         """Sum of routed and shared outputs over all ranks -> sublayer_output [T, H]."""
         ctx, batch = self._ctx, state.peek("batch")
         total = ctx.backend.add(state.take("routed_output"), state.take("shared_output"))
-        total = ctx.backend.all_reduce("moe output", total, ctx.tp_group)
+        total = ctx.backend.sum_hidden("moe output", total, ctx.tp_group)
         if ctx.splits_tokens(batch):
             own = ctx.tokens(batch)
             total = ctx.backend.rows(total, own.start, own.stop)

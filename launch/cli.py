@@ -1,0 +1,196 @@
+"""Command line of the launch: starts its own ranks, or is one of those torchrun started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launch.options import LaunchOptions
+from runner.cli.common import batch_sizes_option, layout_options, model_options, report_options
+from runner.cli.guard import run_guarded
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.report.outputs import print_timelines, write_reports
+from runner.timeline import Timeline, read_timelines
+from runner.warmup import DisaggregationMode, WarmupPolicy
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_guarded(launch, arguments, program="torchrun -m launch")
+
+
+@click.command()
+@model_options
+@layout_options
+@click.option(
+    "--virtual-nodes",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Give each of N groups of ranks a cache directory of its own.",
+)
+@click.option(
+    "--warmup",
+    "policies",
+    multiple=True,
+    default=["pp-parallel"],
+    show_default=True,
+    type=click.Choice([policy.value for policy in WarmupPolicy]),
+    help="Warm-up policy; give it again to run several, each from a cold start.",
+)
+@batch_sizes_option
+@click.option(
+    "--disaggregation-mode",
+    default="none",
+    show_default=True,
+    type=click.Choice([mode.value for mode in DisaggregationMode]),
+    help="A prefill node never decodes, a decode node never extends.",
+)
+@click.option("--speculative", is_flag=True, help="Speculative decoding: no pp-parallel warm-up.")
+@click.option(
+    "--compute",
+    type=click.Choice(["real", "skip"]),
+    help="Do the math, or only shapes, communication and JIT.  [default: by size]",
+)
+@click.option("--jit/--no-jit", default=True, show_default=True, help="Compile kernels.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--num-sms",
+    type=int,
+    default=132,
+    show_default=True,
+    help="Without a GPU: SMs of the GPU that kernels are compiled for.",
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
+@click.option(
+    "--timeout",
+    type=float,
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest run and longest wait of a collective.",
+)
+@click.option("--logits", type=click.Path(path_type=Path), help="Write the logits (torch.save).")
+@click.option(
+    "--schedule",
+    type=click.Path(path_type=Path),
+    help="Write the operations that really ran, as JSON.",
+)
+@report_options
+@click.option("--result", type=click.Path(path_type=Path), hidden=True)
+def launch(result: Path | None, policies: Sequence[str], disaggregation_mode: str,
+           **values: Any) -> None:  # fmt: skip
+    """Run every rank of a model for real: build, warm up, serve, compile on the way.
+
+    Under torchrun with WORLD_SIZE = pp * tp this process is one of the ranks. Under a single
+    worker, or without torchrun, it starts pp * tp ranks on this machine itself.
+    """
+    if find_spec("torch") is None:
+        raise UserError("launch needs torch: pip install 'deepgemm-coldstart[torch]'")
+    environ = Environ.read(os.environ)
+    options = LaunchOptions(
+        policies=tuple(WarmupPolicy(name) for name in policies),
+        disaggregation=DisaggregationMode(disaggregation_mode),
+        **values,
+    )
+    _check(options, environ)
+    num_ranks = options.pp * options.tp
+    world_size = environ.world_size or 1
+    if world_size == num_ranks and (num_ranks > 1 or len(options.policies) == 1):
+        _be_a_rank(options, environ, result)
+    elif world_size == 1:
+        _start_ranks(options, num_ranks)
+    else:
+        raise UserError(_wrong_world_size(options, world_size))
+
+
+def _check(options: LaunchOptions, environ: Environ) -> None:
+    """Everything that can be wrong before a rank starts."""
+    for policy in options.policies:
+        options.scenario(environ, num_sms=options.num_sms, policy=policy).batch_sizes  # noqa: B018
+    if options.timeout <= 0:
+        raise UserError(f"--timeout {options.timeout:g} must be above 0 seconds")
+    if options.num_sms < 2 or options.num_sms % 2:
+        raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
+
+
+def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
+    num_ranks = options.pp * options.tp
+    return (
+        f"WORLD_SIZE={world_size} but --pp {options.pp} --tp {options.tp} needs {num_ranks} "
+        f"ranks: run torchrun --nproc-per-node {num_ranks} -m launch --pp {options.pp} "
+        f"--tp {options.tp}, or torchrun -m launch with the same options"
+    )
+
+
+def _be_a_rank(options: LaunchOptions, environ: Environ, result: Path | None) -> None:
+    from launch.report import finish
+    from launch.worker import run_worker
+
+    if len(options.policies) != 1:
+        raise UserError(
+            f"{len(options.policies)} policies were given to ranks that torchrun started: give "
+            "one, or let launch start the ranks itself (torchrun -m launch without "
+            "--nproc-per-node)"
+        )
+    rank = environ.rank or 0
+    outcome = run_worker(
+        options, environ, options.policies[0], say=_say if rank == 0 else lambda line: None
+    )
+    if outcome is not None:
+        finish(options, outcome, result)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _start_ranks(options: LaunchOptions, num_ranks: int) -> None:
+    from launch.elastic import start_ranks
+
+    timelines: list[Timeline] = []
+    for policy in options.policies:
+        with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
+            result = Path(folder) / "timeline.json"
+            one = replace(options, policies=(policy,), timeline=None, trace=None, plot=None)
+            start_ranks(num_ranks, [*_arguments(one), "--result", str(result)])
+            timelines += read_timelines(result)
+    print_timelines(timelines)
+    write_reports(timelines, timeline=options.timeline, trace=options.trace, plot=options.plot)
+
+
+def _arguments(options: LaunchOptions) -> list[str]:
+    """The command line that gives these options."""
+    flags = {
+        "--model": options.model, "--layers": options.layers, "--pp": options.pp,
+        "--tp": options.tp, "--attn-cp": options.attn_cp, "--stage-layers": options.stage_layers,
+        "--virtual-nodes": options.virtual_nodes, "--warmup": options.policies[0].value,
+        "--batch-sizes": options.batch_sizes, "--prompt-len": options.prompt_len,
+        "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
+        "--device": options.device, "--num-sms": options.num_sms,
+        "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
+        "--logits": options.logits, "--schedule": options.schedule,
+    }  # fmt: skip
+    words = []
+    for flag, value in flags.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [flag, text]
+    words += ["--ep"] * options.ep + ["--speculative"] * options.speculative
+    return [*words, "--jit" if options.jit else "--no-jit"]

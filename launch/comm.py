@@ -1,0 +1,124 @@
+"""Tensors between ranks over torch.distributed: gloo or NCCL, one communicator a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+
+import torch
+import torch.distributed as dist
+
+from runner.backend.shapes import NoComm
+from runner.backend.tensor import TensorSpec
+from runner.config.parallel import ParallelConfig
+
+_TORCH_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "int32": torch.int32,
+    "int64": torch.int64,
+}
+
+Groups = dict[tuple[int, ...], dist.ProcessGroup]
+
+
+def make_groups(parallel: ParallelConfig) -> Groups:
+    """One process group per distinct group of more than one rank, made by all ranks in order."""
+    wanted: dict[tuple[int, ...], None] = {}
+    for rank in range(parallel.world_size):
+        for group in _groups_of(parallel, rank):
+            if len(group) > 1:
+                wanted[group] = None
+    return {group: dist.new_group(list(group)) for group in wanted}
+
+
+def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]:
+    tp_group = parallel.tp_group(rank)
+    yield tp_group
+    yield parallel.attn_cp_group(rank)
+    size = parallel.attn_tp
+    first = parallel.coordinates(rank).tp_rank // size * size
+    yield tp_group[first : first + size]
+
+
+class TorchComm:
+    """Implements :class:`runner.backend.base.Communicator` on torch tensors.
+
+    gloo moves host memory only, so tensors of a GPU go through the host there.
+    """
+
+    def __init__(self, groups: Groups, device: torch.device, *, through_host: bool) -> None:
+        self._groups, self._device, self._through_host = groups, device, through_host
+        self._sends: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
+        """Sum over the group."""
+        buffer = self._outbound(x)
+        dist.all_reduce(buffer, group=self._groups[group])
+        return self._inbound(buffer)
+
+    def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
+        """Concatenate along ``dim``."""
+        buffer = self._outbound(x)
+        parts = [torch.empty_like(buffer) for _ in group]
+        dist.all_gather(parts, buffer, group=self._groups[group])
+        return self._inbound(torch.cat(parts, dim))
+
+    def send(self, x: torch.Tensor, peer: int) -> None:
+        """Start a send; it ends on its own, so that a late receiver does not hold us up."""
+        buffer = self._outbound(x)
+        work = dist.isend(buffer, peer)
+        assert work is not None
+        self._sends.append((work, buffer))
+
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:
+        """Wait for a tensor."""
+        where = torch.device("cpu") if self._through_host else self._device
+        buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=where)
+        dist.recv(buffer, peer)
+        return self._inbound(buffer)
+
+    def finish(self) -> None:
+        """Wait until all sends have been taken."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
+
+    def _outbound(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to("cpu", copy=True) if self._through_host else x.clone()
+
+    def _inbound(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self._device)
+
+
+class ScratchComm:
+    """Really communicates for a forward of shapes: bytes of the right number, no content."""
+
+    def __init__(self, comm: TorchComm) -> None:
+        self._comm, self._shapes = comm, NoComm()
+        self._scratch: dict[tuple[int, str], torch.Tensor] = {}
+
+    def all_reduce(self, x: TensorSpec, group: tuple[int, ...]) -> TensorSpec:
+        """Sum zeros over the group."""
+        self._comm.all_reduce(self._buffer(x), group)
+        return x
+
+    def all_gather(self, x: TensorSpec, group: tuple[int, ...], dim: int) -> TensorSpec:
+        """Gather zeros."""
+        self._comm.all_gather(self._buffer(x), group, 0)
+        return self._shapes.all_gather(x, group, dim)
+
+    def send(self, x: TensorSpec, peer: int) -> None:
+        """Send zeros."""
+        self._comm.send(self._buffer(x), peer)
+
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> TensorSpec:
+        """Receive and forget."""
+        self._comm.recv((prod(shape),), dtype, peer)
+        return TensorSpec(shape, dtype)
+
+    def _buffer(self, x: TensorSpec) -> torch.Tensor:
+        key = (prod(x.shape), x.dtype)
+        if key not in self._scratch:
+            self._scratch[key] = torch.zeros(key[0], dtype=_TORCH_DTYPES[x.dtype])
+        return self._scratch[key]

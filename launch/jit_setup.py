@@ -1,0 +1,136 @@
+"""Which JIT a rank uses: the library's own on a GPU, ours where there is only nvcc, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from launch.options import LaunchOptions
+from launch.rank_sink import KernelLoader, LibraryJit, OwnJit
+from runner.backend.entry_points import EntryPoints
+from runner.backend.reference import ReferenceEntryPoints
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.lazy import LazyJit
+from runner.jit.library import find_library
+from runner.jit.shim import CompileRecord, write_shim
+from runner.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class RankJit:
+    """A rank's JIT.
+
+    Attributes:
+        loader: makes kernels ready.
+        entry_points: what GEMMs are called through.
+        inside: whether loading happens inside the call.
+        log_dir: where the compiler shim puts its records.
+        key_of: cache key of a compile that the shim saw.
+        description: one line for the user.
+    """
+
+    loader: KernelLoader
+    entry_points: EntryPoints
+    inside: bool
+    log_dir: Path
+    key_of: Callable[[CompileRecord], str]
+    description: str
+
+
+def set_up_jit(
+    options: LaunchOptions, environ: Environ, scenario: Scenario, rank: int, work_dir: Path,
+    *, library: bool,
+) -> RankJit:  # fmt: skip
+    """Set the rank's JIT up, with its node's cache directory and the compiler shim.
+
+    Args:
+        options: the launch.
+        environ: the environment.
+        scenario: says on which node the rank is.
+        rank: world rank.
+        work_dir: the run's temporary directory, one per node.
+        library: use the real library (a GPU and real math).
+
+    Raises:
+        UserError: the cache cannot be written, or a GPU run lacks what it needs.
+    """
+    log_dir = work_dir / "compiles"
+    cache_root = _cache_root(options, environ, work_dir)
+    if scenario.parallel.nodes > 1:
+        cache_root = cache_root / f"node{scenario.parallel.node_of(rank)}"
+    compiler, missing = _find_compiler(options, environ)
+    if compiler is None:
+        if library:
+            raise UserError(f"a GPU run compiles with nvcc, but {missing}")
+        return RankJit(
+            OwnJit(None), ReferenceEntryPoints(), False, log_dir, _nameless,
+            f"off, kernels are not compiled: {missing}",
+        )  # fmt: skip
+    KernelCache(cache_root).prepare()
+    shim = work_dir / f"nvcc-{rank}"
+    write_shim(shim, nvcc=compiler.nvcc, log_dir=log_dir)
+    release = compiler.signature.removeprefix("NVCC")
+    where = f"nvcc {release}, cache {_describe_cache(options, environ)}"
+    # The key does not depend on the path of nvcc, so the shim's keys are the real one's.
+    recorded = replace(compiler, nvcc=shim)
+    if library:
+        return _library_jit(environ, cache_root, recorded, log_dir, where)
+    jit = LazyJit(recorded, KernelCache(cache_root))
+    return RankJit(
+        OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
+    )
+
+
+def _library_jit(
+    environ: Environ, cache_root: Path, compiler: NvccCompiler, log_dir: Path, where: str
+) -> RankJit:
+    from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
+    from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+
+    check_deep_gemm(environ, torch.cuda.get_device_capability())
+    lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
+    wrapper = DeepGemmWrapper(lib, ExecutionHook())
+    return RankJit(LibraryJit(), wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
+
+
+def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:
+    if not options.jit:
+        return None, "--no-jit was given"
+    library = find_library()
+    if library is None:
+        return None, "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        return None, "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
+    return NvccCompiler(nvcc, library, environ), ""
+
+
+def _cache_root(options: LaunchOptions, environ: Environ, work_dir: Path) -> Path:
+    if options.cache_dir is not None:
+        return options.cache_dir.absolute()
+    if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
+        return environ.jit_cache_dir.absolute()
+    return work_dir / "cache"
+
+
+def _describe_cache(options: LaunchOptions, environ: Environ) -> str:
+    if options.cache_dir is not None:
+        return str(options.cache_dir)
+    if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
+        return str(environ.jit_cache_dir)
+    return "cold (temporary)"
+
+
+def _keys(compiler: NvccCompiler) -> Callable[[CompileRecord], str]:
+    return lambda record: compiler.key_of(record.kernel_name, record.source)
+
+
+def _nameless(record: CompileRecord) -> str:
+    return record.kernel_name

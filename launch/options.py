@@ -1,0 +1,82 @@
+"""What a launch was asked to do, and what follows for the scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.config.hf import load_model, with_layers
+from runner.config.parallel import ParallelConfig
+from runner.environ import Environ
+from runner.scenario import Scenario
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+
+REAL_MATH_LIMIT = 2 << 30
+"""Weights of one rank, in elements, above which a CPU is not asked for real math."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """One launch, as the command line gave it. Sizes in tokens and seconds."""
+
+    model: str = "dsv4"
+    layers: int | None = None
+    pp: int = 1
+    tp: int = 1
+    ep: bool = False
+    attn_cp: int = 1
+    stage_layers: tuple[int, ...] | None = None
+    policies: tuple[WarmupPolicy, ...] = (WarmupPolicy.PP_PARALLEL,)
+    batch_sizes: tuple[int, ...] | None = None
+    prompt_len: int = 1
+    disaggregation: DisaggregationMode = DisaggregationMode.NONE
+    speculative: bool = False
+    compute: str | None = None
+    jit: bool = True
+    device: str = "auto"
+    num_sms: int = 132
+    virtual_nodes: int = 1
+    cache_dir: Path | None = None
+    seed: int = 0
+    timeout: float = 1800.0
+    timeline: Path | None = None
+    trace: Path | None = None
+    plot: Path | None = None
+    logits: Path | None = None
+    schedule: Path | None = None
+
+    def scenario(self, environ: Environ, *, num_sms: int, policy: WarmupPolicy) -> Scenario:
+        """The scenario of one policy.
+
+        Raises:
+            UserError: an unknown model, or a model that the layout does not fit.
+        """
+        model = load_model(self.model)
+        if self.layers is not None:
+            model = with_layers(model, self.layers)
+        parallel = self.parallel()
+        parallel.check_fits(model)
+        return Scenario(
+            model=model,
+            parallel=parallel,
+            warmup=WarmupOptions(
+                policy=policy,
+                batch_sizes=self.batch_sizes,
+                disaggregation=self.disaggregation,
+                speculative=self.speculative,
+            ),
+            num_sms=num_sms,
+            prompt_len=self.prompt_len,
+            deep_gemm_bf16_fp32=environ.bf16_fp32_gemm_algo in ("", "deep_gemm"),
+        )
+
+    def parallel(self) -> ParallelConfig:
+        """The layout; virtual nodes are the nodes."""
+        return ParallelConfig(
+            pp=self.pp,
+            tp=self.tp,
+            ep=self.ep,
+            attn_cp=self.attn_cp,
+            nodes=self.virtual_nodes,
+            stage_layers=self.stage_layers,
+        )

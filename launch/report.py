@@ -1,0 +1,38 @@
+"""What rank 0 does with a finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from launch.options import LaunchOptions
+from launch.worker import RunResult
+from runner.errors import UserError
+from runner.report.outputs import print_timelines, write_reports
+from runner.timeline import write_timelines
+
+
+def finish(options: LaunchOptions, outcome: RunResult, result: Path | None) -> None:
+    """Write what was asked for; print the report unless a parent process will.
+
+    Args:
+        options: the launch.
+        outcome: the run.
+        result: where the process that started the ranks wants the Timeline.
+    """
+    try:
+        if options.logits is not None:
+            torch.save(outcome.logits, options.logits)
+        if options.schedule is not None:
+            options.schedule.write_text(json.dumps(outcome.schedule.to_json()))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    if result is not None:
+        write_timelines(result, [outcome.timeline])
+        return
+    print_timelines([outcome.timeline])
+    write_reports(
+        [outcome.timeline], timeline=options.timeline, trace=options.trace, plot=options.plot
+    )

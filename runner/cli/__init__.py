@@ -1,0 +1,45 @@
+"""The ``runner`` command; its subcommands are imported only when they are used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from runner import __version__
+from runner.cli.guard import run_guarded
+
+_COMMANDS = {
+    "sim": "Predict a start-up: the same schedule in virtual time.",
+    "compare": "Lay two Timelines side by side.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its commands by name and imports ``runner.cli.<name>`` on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"runner.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup)
+@click.version_option(__version__, prog_name="runner")
+def cli() -> None:
+    """Predict, plan and end the cold start of DeepGEMM servers."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the ``runner`` console script."""
+    sys.exit(run_guarded(cli, arguments, program="runner"))

@@ -1,0 +1,82 @@
+"""Options that several commands share, so that they are named and explained once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from runner.config.presets import PRESETS
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class IntList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """Comma-separated integers."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """A tuple of the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(word) for word in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers such as 1,128,1024", param, ctx)
+
+
+def model_options(function: F) -> F:
+    """``--model`` and ``--layers``."""
+    function = click.option(
+        "--layers", type=int, metavar="N", help="Only the model's first N layers."
+    )(function)
+    return click.option(
+        "--model",
+        default="dsv4",
+        show_default=True,
+        help=f"{', '.join(PRESETS)}, or a path to a Hugging Face config.json.",
+    )(function)
+
+
+def layout_options(function: F) -> F:
+    """``--pp``, ``--tp``, ``--ep``, ``--attn-cp``, ``--stage-layers``."""
+    for option in (
+        click.option("--stage-layers", type=IntList(),
+                     help="Layers of each stage.  [default: even]"),
+        click.option("--attn-cp", type=int, default=1, show_default=True,
+                     help="Split EXTEND tokens of the attention over so many ranks."),
+        click.option("--ep", is_flag=True, help="Whole experts per rank instead of slices."),
+        click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks."),
+        click.option("--pp", type=int, default=1, show_default=True, help="Pipeline stages."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def batch_sizes_option(function: F) -> F:
+    """``--batch-sizes`` and ``--prompt-len``."""
+    function = click.option(
+        "--prompt-len", type=int, default=1, show_default=True, metavar="N",
+        help="Tokens of each prompt in the requests.",
+    )(function)  # fmt: skip
+    return click.option(
+        "--batch-sizes", type=IntList(),
+        help="Batch sizes of warm-up and requests.  [default: the five that follow from the SMs]",
+    )(function)  # fmt: skip
+
+
+def report_options(function: F) -> F:
+    """``--timeline``, ``--trace``, ``--plot``."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    for option in (
+        click.option("--plot", type=path, help="Draw a Gantt picture (.png or .svg)."),
+        click.option("--trace", type=path, help="Write a Chrome trace; open it in Perfetto."),
+        click.option("--timeline", type=path, help="Write the Timelines as JSON (- for stdout)."),
+    ):
+        function = option(function)
+    return function

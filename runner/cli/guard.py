@@ -1,0 +1,48 @@
+"""How every command of the project ends: bad input is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from runner.errors import UserError
+
+
+def run_guarded(command: click.Command, arguments: Sequence[str] | None, *, program: str) -> int:
+    """Run a click command and turn its end into an exit code.
+
+    0: done. 1: the work itself failed. 2: bad input. 130: interrupted.
+    """
+    warnings.showwarning = _one_line
+    try:
+        command.main(args=arguments, prog_name=program, standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except click.UsageError as error:
+        return _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except WorkFailedError as error:
+        return _fail(str(error), error.exit_code)
+    return 0
+
+
+class WorkFailedError(Exception):
+    """The work failed in a way that one line tells; ``exit_code`` is what the program ends with."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)

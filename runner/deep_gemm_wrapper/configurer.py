@@ -1,0 +1,47 @@
+"""Whether DeepGEMM can be used here, and the environment it reads when it is imported."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.library import find_library
+
+MIN_CAPABILITY = (9, 0)
+
+
+def check_deep_gemm(environ: Environ, capability: tuple[int, int]) -> None:
+    """Raise UserError where DeepGEMM cannot run on this GPU or is switched off."""
+    if not environ.enable_jit_deepgemm:
+        raise UserError(
+            "SGLANG_ENABLE_JIT_DEEPGEMM is off: a CUDA run needs DeepGEMM; unset it or use "
+            "--device cpu"
+        )
+    if capability[0] != MIN_CAPABILITY[0]:
+        raise UserError(
+            f"this GPU has compute capability {capability[0]}.{capability[1]}: only 9.x (Hopper) "
+            "is supported; use --device cpu"
+        )
+    if find_library() is None:
+        raise UserError(
+            "deep_gemm is not installed: pip install 'deepgemm-coldstart[gpu]', or use --device cpu"
+        )
+
+
+def import_deep_gemm(*, cache_dir: Path, nvcc: Path, pdl: bool) -> ModuleType:
+    """Import the library so that it caches in ``cache_dir`` and compiles with ``nvcc``.
+
+    The library reads these variables of its process's environment at its first compile, so they
+    have to be set there; nothing else of the environment is touched.
+    """
+    os.environ["DG_JIT_CACHE_DIR"] = str(cache_dir)
+    os.environ["DG_JIT_NVCC_COMPILER"] = str(nvcc)
+    os.environ["DG_JIT_USE_NVRTC"] = "0"
+    deep_gemm = importlib.import_module("deep_gemm")
+    if pdl and hasattr(deep_gemm, "set_pdl"):
+        deep_gemm.set_pdl(True)
+    return deep_gemm

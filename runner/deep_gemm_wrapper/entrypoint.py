@@ -1,0 +1,134 @@
+"""Entry points on the real library, named as in SGLang; see ``EntryPoints`` for their contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+import torch.utils.dlpack
+
+from runner.backend.entry_points import Fp8
+from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
+from runner.jit.kernel_type import DeepGemmKernelType as T
+
+
+class DeepGemmWrapper:
+    """Implements :class:`runner.backend.entry_points.EntryPoints` with ``deep_gemm``.
+
+    FP8 activations come with row-major scales; the library brings them into the layout that its
+    kernels read, with a transpose kernel of its own.
+    """
+
+    def __init__(self, deep_gemm: ModuleType, hook: ExecutionHook) -> None:
+        self._lib, self._hook = deep_gemm, hook
+
+    def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
+        """See the protocol."""
+        m, k = lhs[0].shape
+        n = rhs[0].shape[0]
+        with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_F8F8BF16):
+            self._lib.fp8_gemm_nt(lhs, rhs, out)
+
+    def grouped_gemm_nt_f8f8bf16_contig(
+        self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, m_indices: torch.Tensor
+    ) -> None:
+        """See the protocol."""
+        m, k = lhs[0].shape
+        groups, n, _ = rhs[0].shape
+        if m == 0:
+            return
+        kind = T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
+        with self._hook.deep_gemm_execution_hook(m, n, k, groups, kind):
+            self._lib.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices)
+
+    def grouped_gemm_nt_f8f8bf16_masked(
+        self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
+    ) -> None:
+        """See the protocol."""
+        groups, _, k = lhs[0].shape
+        n = rhs[0].shape[1]
+        kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED
+        with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
+            self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
+
+    def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
+        """See the protocol."""
+        m, k = lhs.shape
+        n = rhs.shape[0]
+        with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_BF16BF16F32):
+            self._lib.bf16_gemm_nt(lhs, rhs, out)
+
+    def tf32_hc_prenorm_gemm(
+        self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
+        n_splits: int,
+    ) -> None:  # fmt: skip
+        """See the protocol."""
+        m, k = x.shape
+        if m == 0:
+            return
+        kind = T.TF32_HC_PRENORM_GEMM
+        with self._hook.deep_gemm_execution_hook(m, fn.shape[0], k, n_splits, kind):
+            self._lib.tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_splits=n_splits)
+
+    def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
+        """See the protocol."""
+        m, groups, k = lhs[0].shape
+        n = rhs[0].shape[1]
+        with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.FP8_EINSUM_BHR_HDR_BHD):
+            self._lib.fp8_einsum("bhr,hdr->bhd", lhs, rhs, out)
+
+    def get_paged_mqa_logits_metadata(
+        self, context_lens: torch.Tensor, block_kv: int, num_sms: int
+    ) -> torch.Tensor:
+        """See the protocol."""
+        kind = T.PAGED_MQA_LOGITS_METADATA
+        with self._hook.deep_gemm_execution_hook(context_lens.shape[0], 1, 1, 1, kind):
+            made = self._lib.get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms)
+        return _owned(made, context_lens)
+
+    def fp8_paged_mqa_logits(
+        self, q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor,
+        context_lens: torch.Tensor, block_table: torch.Tensor, schedule_meta: torch.Tensor,
+        max_context_len: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """See the protocol."""
+        rows, _, heads, dim = q.shape
+        with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_PAGED_MQA_LOGITS):
+            made = self._lib.fp8_paged_mqa_logits(
+                q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
+            )
+        return _owned(made, q)
+
+    def fp8_mqa_logits(
+        self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
+        ke: torch.Tensor, max_seqlen_k: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """See the protocol."""
+        rows, heads, dim = q.shape
+        with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_MQA_LOGITS):
+            made = self._lib.fp8_mqa_logits(
+                q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
+            )
+        return _owned(made, q)
+
+    @contextmanager
+    def configure_deep_gemm_num_sms(self, num_sms: int | None) -> Iterator[None]:
+        """Limit the SMs that GEMMs inside the block use; None changes nothing."""
+        if num_sms is None:
+            yield
+            return
+        before = self._lib.get_num_sms()
+        self._lib.set_num_sms(num_sms)
+        try:
+            yield
+        finally:
+            self._lib.set_num_sms(before)
+
+
+def _owned(made: object, like: torch.Tensor) -> torch.Tensor:
+    """The library's result as a torch tensor; some builds hand back DLPack objects."""
+    if isinstance(made, torch.Tensor):
+        return made
+    return torch.utils.dlpack.from_dlpack(made).to(like.device)

@@ -1,0 +1,50 @@
+"""What a command shows and writes of its Timelines, real and simulated alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from runner.report.table import policy_table, rank_bars, timeline_table
+from runner.timeline import Timeline, write_timelines
+
+
+def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> None:
+    """Print each Timeline's ranks, as a table and as bars on one scale, then the policies."""
+    console = Console(width=None if Console().is_terminal else 100)
+    scale = max((timeline.wall for timeline in timelines), default=0.0)
+    for timeline in timelines:
+        if tables:
+            console.print(timeline_table(timeline))
+        console.print(rank_bars(timeline, scale_seconds=scale or None))
+        console.print()
+    console.print(policy_table(timelines))
+
+
+def write_reports(
+    timelines: Sequence[Timeline], *, timeline: Path | None, trace: Path | None, plot: Path | None
+) -> None:
+    """Write the files that were asked for and say so.
+
+    Raises:
+        UserError: a file cannot be written, or the picture's suffix is unknown.
+    """
+    written = []
+    if timeline is not None:
+        write_timelines(timeline, timelines)
+        written.append(timeline)
+    if trace is not None:
+        from runner.report.chrome import write_chrome_trace
+
+        write_chrome_trace(trace, timelines)
+        written.append(trace)
+    if plot is not None:
+        from runner.report.gantt import plot_gantt
+
+        plot_gantt(plot, timelines)
+        written.append(plot)
+    for path in written:
+        if str(path) != "-":
+            print(f"wrote {path}")

@@ -1,0 +1,176 @@
+"""The kernel cache on disk."""
+
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import CompileError, NvccCompiler
+from runner.jit.kernels import Kernel
+from runner.jit.lazy import Found, LazyJit
+from runner.jit.library import Library
+from runner.jit.shim import read_records, write_shim
+
+KEY = "kernel.gemm.0123"
+
+
+def files_below(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def build(source: Path, cubin: Path, work_dir: Path) -> None:
+    assert work_dir.is_dir()
+    cubin.write_bytes(b"cubin of " + source.read_bytes())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> KernelCache:
+    return KernelCache(tmp_path / "dg")
+
+
+def test_an_entry_appears_whole(cache: KernelCache) -> None:
+    seen = []
+
+    def watching(source: Path, cubin: Path, work_dir: Path) -> None:
+        build(source, cubin, work_dir)
+        seen.append((cache.has(KEY), cache.entry(KEY).exists(), work_dir, source.parent.parent))
+
+    assert not cache.has(KEY)
+    assert cache.add(KEY, "code", watching) is True
+    assert seen == [(False, False, cache.root / "tmp", cache.root / "tmp")]
+    assert cache.has(KEY)
+    assert cache.entry(KEY) == cache.root / "cache" / KEY
+    assert files_below(cache.root) == [f"cache/{KEY}/kernel.cu", f"cache/{KEY}/kernel.cubin"]
+    assert (cache.entry(KEY) / "kernel.cu").read_text() == "code"
+    assert (cache.entry(KEY) / "kernel.cubin").read_bytes() == b"cubin of code"
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_the_loser_of_a_race_cleans_up(cache: KernelCache) -> None:
+    def overtaken(source: Path, cubin: Path, work_dir: Path) -> None:
+        assert cache.add(KEY, "first", build) is True
+        build(source, cubin, work_dir)
+
+    assert cache.add(KEY, "second", overtaken) is False
+    assert (cache.entry(KEY) / "kernel.cubin").read_bytes() == b"cubin of first"
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_many_writers_one_winner(cache: KernelCache) -> None:
+    barrier, taken = Barrier(8), []
+
+    def late(source: Path, cubin: Path, work_dir: Path) -> None:
+        build(source, cubin, work_dir)
+        barrier.wait()
+
+    threads = [Thread(target=lambda: taken.append(cache.add(KEY, "x", late))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [False] * 7 + [True]
+    assert files_below(cache.root) == [f"cache/{KEY}/kernel.cu", f"cache/{KEY}/kernel.cubin"]
+
+
+def test_a_failing_build_leaves_nothing_behind(cache: KernelCache) -> None:
+    def failing(source: Path, cubin: Path, work_dir: Path) -> None:
+        build(source, cubin, work_dir)
+        raise CompileError("no")
+
+    with pytest.raises(CompileError, match=r"^no$"):
+        cache.add(KEY, "code", failing)
+    assert not cache.has(KEY)
+    assert files_below(cache.root) == []
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_a_build_without_a_result_leaves_nothing_behind(cache: KernelCache) -> None:
+    with pytest.raises(FileNotFoundError):
+        cache.add(KEY, "code", lambda source, cubin, work_dir: None)
+    assert not cache.has(KEY)
+    assert files_below(cache.root) == []
+
+
+@pytest.mark.parametrize("kept", [["kernel.cu"], ["kernel.cubin"], []])
+def test_a_corrupted_entry(cache: KernelCache, kept: list[str]) -> None:
+    entry = cache.entry(KEY)
+    entry.mkdir(parents=True)
+    for name in kept:
+        (entry / name).write_text("")
+    with pytest.raises(UserError) as caught:
+        cache.has(KEY)
+    assert str(caught.value) == (
+        f"corrupted cache entry {entry}: kernel.cu or kernel.cubin is missing; remove it"
+    )
+
+
+def test_a_file_in_place_of_an_entry(cache: KernelCache) -> None:
+    cache.entry(KEY).parent.mkdir(parents=True)
+    cache.entry(KEY).write_text("")
+    with pytest.raises(UserError, match=r"^corrupted cache entry "):
+        cache.has(KEY)
+    with pytest.raises(NotADirectoryError):
+        cache.add(KEY, "code", build)
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_prepare_makes_the_directory(cache: KernelCache) -> None:
+    cache.prepare()
+    cache.prepare()
+    assert files_below(cache.root) == []
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "cache"
+    with pytest.raises(UserError) as caught:
+        KernelCache(root).prepare()
+    assert str(caught.value) == (
+        f"cache directory {root} cannot be written (Not a directory): "
+        "choose another with --cache-dir or DG_JIT_CACHE_DIR"
+    )
+
+
+KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))
+BROKEN = Kernel("gemm", "deep_gemm/a.cuh", "broken_impl", ("1, 2",))
+
+
+def test_memory_then_disk_then_compiler(
+    cache: KernelCache, fake_nvcc: Path, fake_library: Library
+) -> None:
+    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
+    first, second = LazyJit(compiler, cache), LazyJit(compiler, cache)
+    assert not first.is_loaded(KERNEL)
+    assert [first.ensure(KERNEL) for _ in range(2)] == [Found.MISS, Found.MEMORY]
+    assert first.is_loaded(KERNEL)
+    assert [second.ensure(KERNEL) for _ in range(2)] == [Found.DISK, Found.MEMORY]
+    entry = cache.entry(compiler.cache_key(KERNEL))
+    assert (entry / "kernel.cu").read_text() == compiler.source(KERNEL)
+    assert (entry / "kernel.cubin").read_text() == compiler.source(KERNEL)
+
+
+def test_a_kernel_that_does_not_compile_is_not_loaded(
+    cache: KernelCache, fake_nvcc: Path, fake_library: Library
+) -> None:
+    jit = LazyJit(NvccCompiler(fake_nvcc, fake_library, Environ()), cache)
+    for _ in range(2):
+        with pytest.raises(CompileError, match=r"^error: it is broken$"):
+            jit.ensure(BROKEN)
+    assert not jit.is_loaded(BROKEN)
+    assert files_below(cache.root) == []
+
+
+def test_paths_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_nvcc: Path, fake_library: Library
+) -> None:
+    """nvcc runs in the cache's own directory, so a relative path must not reach it."""
+    monkeypatch.chdir(tmp_path)
+    compiler = NvccCompiler(Path("./nvcc"), fake_library, Environ())
+    write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
+    assert LazyJit(compiler, KernelCache(Path("here"))).ensure(KERNEL) is Found.MISS
+    assert KernelCache(tmp_path / "here").has(compiler.cache_key(KERNEL))
+    assert len(read_records(tmp_path / "log")) == 1

@@ -1,0 +1,246 @@
+"""nvcc's flags, the cache key and finding nvcc."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import CompileError, NvccCompiler, find_nvcc
+from runner.jit.digest import hex_digest
+from runner.jit.kernels import Kernel, transpose_fp32
+from runner.jit.lazy import Found, LazyJit
+from runner.jit.library import Library, find_library
+from runner.jit.shim import read_records, write_shim
+
+BEFORE_INCLUDE = (
+    "-std=c++20 --diag-suppress=39,161,174,177,186,940 --ptxas-options=--register-usage-level=10"
+)
+AFTER_INCLUDE = (
+    "--gpu-architecture=sm_90a "
+    "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi "
+    "-O3 --expt-relaxed-constexpr --expt-extended-lambda"
+)
+VERBOSE = "--ptxas-options=--verbose,--warn-on-local-memory-usage"
+KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))
+
+
+def flags(**values: Any) -> str:
+    return NvccCompiler(Path("nvcc"), Library(Path("/opt/dg")), Environ(**values)).flags
+
+
+def write_nvcc(path: Path, answer: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_flags() -> None:
+    assert flags() == f"{BEFORE_INCLUDE} -I/opt/dg/include {AFTER_INCLUDE}"
+
+
+def test_flags_that_the_environment_changes() -> None:
+    plain = f"-I/opt/dg/include {AFTER_INCLUDE}"
+    assert flags(dg_jit_cpp_standard=17).startswith("-std=c++17 ")
+    for name in ("dg_jit_debug", "dg_jit_ptxas_verbose", "dg_jit_ptxas_check"):
+        assert flags(**{name: 1}) == f"{BEFORE_INCLUDE} {VERBOSE} {plain}"
+    assert flags(dg_jit_with_lineinfo=1) == (
+        f"{BEFORE_INCLUDE} -Xcompiler -rdynamic -lineinfo {plain}"
+    )
+    assert flags(dg_jit_debug=1, dg_jit_ptxas_check=1, dg_jit_with_lineinfo=1) == (
+        f"{BEFORE_INCLUDE} {VERBOSE} -Xcompiler -rdynamic -lineinfo {plain}"
+    )
+
+
+def test_source_starts_with_the_hash_of_its_headers(fake_nvcc: Path, fake_library: Library) -> None:
+    def of_file(name: str, children: str) -> str:
+        text = (fake_library.include_path / "deep_gemm" / name).read_text()
+        return hex_digest(f"{children}#{hex_digest(text)}")
+
+    headers = hex_digest(of_file("a.cuh", of_file("b.cuh", "") + "$") + "$")
+    source = NvccCompiler(fake_nvcc, fake_library, Environ()).source(KERNEL)
+    assert source == (
+        f"// Includes' hash value: {headers}\n"
+        "\n#include <deep_gemm/a.cuh>\n"
+        "\nusing namespace deep_gemm;\n"
+        "\nstatic void __instantiate_kernel() {\n"
+        "    auto ptr = reinterpret_cast<void*>(&gemm_impl<\n"
+        "        1, 2\n"
+        "    >);\n"
+        "};\n"
+    )
+
+
+def test_cache_key_is_the_digest_of_name_signature_flags_and_source(
+    fake_nvcc: Path, fake_library: Library
+) -> None:
+    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
+    text = f"gemm$$NVCC13.0$${compiler.flags}$${compiler.source(KERNEL)}"
+    assert compiler.cache_key(KERNEL) == f"kernel.gemm.{hex_digest(text)}"
+
+
+def test_cache_key_changes_with_the_include_path(fake_nvcc: Path, fake_library: Library) -> None:
+    copy = fake_library.root.with_name("elsewhere")
+    shutil.copytree(fake_library.root, copy)
+    here = NvccCompiler(fake_nvcc, fake_library, Environ())
+    there, again = (NvccCompiler(fake_nvcc, Library(copy), Environ()) for _ in range(2))
+    assert here.source(KERNEL) == there.source(KERNEL)
+    assert here.cache_key(KERNEL) != there.cache_key(KERNEL)
+    assert again.cache_key(KERNEL) == there.cache_key(KERNEL)
+
+
+def key_with(nvcc: Path, library: Library, kernel: Kernel = KERNEL, **environ: Any) -> str:
+    return NvccCompiler(nvcc, Library(library.root), Environ(**environ)).cache_key(kernel)
+
+
+def test_what_else_changes_the_cache_key(
+    tmp_path: Path, fake_nvcc: Path, fake_library: Library
+) -> None:
+    plain = key_with(fake_nvcc, fake_library)
+    assert key_with(fake_nvcc, fake_library, dg_jit_cpp_standard=17) != plain
+    newer = write_nvcc(tmp_path / "newer", "release 13.1, V13.1.1")
+    assert key_with(newer, fake_library) != plain
+    other = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 3",))
+    assert key_with(fake_nvcc, fake_library, other) != plain
+    headers = fake_library.include_path / "deep_gemm"
+    (headers / "c.cuh").write_text("int unrelated;\n")
+    assert key_with(fake_nvcc, fake_library) == plain
+    (headers / "b.cuh").write_text("int changed;\n")
+    assert key_with(fake_nvcc, fake_library) != plain
+
+
+def test_where_nvcc_lies_does_not_change_the_cache_key(
+    tmp_path: Path, fake_nvcc: Path, fake_library: Library
+) -> None:
+    other = write_nvcc(tmp_path / "other" / "nvcc", "release 13.0, V13.0.1")
+    assert key_with(other, fake_library) == key_with(fake_nvcc, fake_library)
+
+
+def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Library) -> None:
+    def message(nvcc: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            assert NvccCompiler(nvcc, fake_library, Environ()).signature
+        return str(caught.value)
+
+    other = write_nvcc(tmp_path / "gcc", "gcc (GCC) 14.2.0")
+    assert message(other) == f"{other} --version names no release: is it nvcc?"
+    old = write_nvcc(tmp_path / "old", "release 12.8, V12.8.61")
+    assert message(old) == f"{old} is release 12.8: 12.9 or newer is needed"
+    oldest_known = write_nvcc(tmp_path / "known", "release 12.9, V12.9.41")
+    assert NvccCompiler(oldest_known, fake_library, Environ()).signature == "NVCC12.9"
+
+
+def test_compile_passes_the_flags_and_runs_in_the_work_dir(
+    tmp_path: Path, fake_library: Library
+) -> None:
+    nvcc, log = tmp_path / "nvcc", tmp_path / "log"
+    nvcc.write_text(f'#!/bin/sh\n{{ pwd -P; printf "%s\\n" "$@"; }} >"{log}"\n')
+    nvcc.chmod(0o755)
+    compiler = NvccCompiler(nvcc, fake_library, Environ())
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+    compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", work_dir)
+    assert log.read_text().splitlines() == [
+        str(work_dir.resolve()),
+        str(tmp_path / "k.cu"),
+        "-cubin",
+        "-o",
+        str(tmp_path / "k.cubin"),
+        *compiler.flags.split(" "),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo to-stdout; echo to-stderr >&2; exit 2", "to-stderr"),
+        ("echo to-stdout; exit 2", "to-stdout"),
+        ("exit 2", "exit 2"),
+    ],
+)
+def test_a_failing_compile_tells_the_compilers_words(
+    tmp_path: Path, fake_library: Library, script: str, message: str
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    compiler = NvccCompiler(nvcc, fake_library, Environ())
+    with pytest.raises(CompileError) as caught:
+        compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", tmp_path)
+    assert str(caught.value) == message
+
+
+def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = write_nvcc(tmp_path / "my-nvcc", "")
+    homes = {name: tmp_path / name for name in ("home", "path")}
+    in_home, in_path = (write_nvcc(root / "bin" / "nvcc", "") for root in homes.values())
+    on_path = write_nvcc(tmp_path / "dir" / "nvcc", "")
+    from_pip = write_nvcc(tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc", "")
+    monkeypatch.setattr("sysconfig.get_path", lambda scheme: str(tmp_path / "site"))
+    values = {
+        "dg_jit_nvcc_compiler": str(chosen),
+        "cuda_home": str(homes["home"]),
+        "cuda_path": str(homes["path"]),
+        "search_path": str(on_path.parent),
+    }
+    for found, dropped in zip((chosen, in_home, in_path, on_path), list(values), strict=True):
+        assert find_nvcc(Environ(**values)) == found
+        values[dropped] = str(tmp_path / "empty") if dropped != "dg_jit_nvcc_compiler" else ""
+    assert find_nvcc(Environ(**values)) == from_pip
+    from_pip.unlink()
+    assert find_nvcc(Environ(**values)) is None
+
+
+def test_a_chosen_nvcc_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        find_nvcc(Environ(dg_jit_nvcc_compiler=str(tmp_path)))
+    assert str(caught.value) == f"DG_JIT_NVCC_COMPILER={tmp_path} is not a file: it must be nvcc"
+
+
+def test_find_library(
+    tmp_path: Path, fake_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = fake_library.root
+    (root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for version in ("0.1.5", None):
+        if version:
+            (root / "VERSION").write_text(version)
+        else:
+            (root / "VERSION").unlink()
+        with pytest.raises(UserError) as caught:
+            find_library()
+        assert str(caught.value) == (
+            f"deep_gemm {version or 'of unknown version'} at {root} is not known: this project "
+            "reproduces sgl-deep-gemm==0.1.4.post1; install that version"
+        )
+    (root / "VERSION").write_text("0.1.4.post1\n")
+    assert find_library() == Library(root)
+    (root / "include" / "deep_gemm").rename(root / "include" / "gone")
+    assert find_library() is None
+
+
+@pytest.mark.nvcc
+def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
+    shim = write_shim(tmp_path / "nvcc", nvcc=nvcc_compiler.nvcc, log_dir=tmp_path / "log")
+    compiler = NvccCompiler(shim, nvcc_compiler.library, Environ())
+    assert re.fullmatch(r"NVCC\d+\.\d+", compiler.signature)
+    assert compiler.signature == nvcc_compiler.signature
+    kernel = transpose_fp32(1024)
+    key = nvcc_compiler.cache_key(kernel)
+    assert compiler.cache_key(kernel) == key
+    cache = KernelCache(tmp_path / "cache")
+    assert LazyJit(compiler, cache).ensure(kernel) is Found.MISS
+    assert LazyJit(nvcc_compiler, cache).ensure(kernel) is Found.DISK
+    cubin = (cache.entry(key) / "kernel.cubin").read_bytes()
+    assert cubin.startswith(b"\x7fELF")
+    assert b"transpose_fp32" in cubin
+    (record,) = read_records(tmp_path / "log")
+    assert (record.kernel_name, record.exit_code) == ("transpose_fp32", 0)
+    assert record.source == nvcc_compiler.source(kernel)
+    assert 0 < record.end - record.start < 60

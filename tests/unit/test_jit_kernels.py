@@ -1,0 +1,249 @@
+"""Which kernel a call needs: against measurements on an H200, and source by source."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.jit.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
+from runner.jit.library import Library
+from runner.jit.shim import name_of_source
+
+MEASURED = [
+    json.loads(line)
+    for line in (Path(__file__).parents[1] / "data" / "h200_dsv4flash_tp2.jsonl")
+    .read_text()
+    .splitlines()
+]
+TYPES = {
+    "bf16f32": T.GEMM_NT_BF16BF16F32,
+    "hc": T.TF32_HC_PRENORM_GEMM,
+    "contig": T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
+    "masked": T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
+    "fp8": T.GEMM_NT_F8F8BF16,
+}
+NUM_SMS = 132
+
+
+def measured_call(shape: dict[str, Any], m: int) -> KernelCall:
+    groups = shape["g"]
+    if shape["kind"] == "hc":
+        groups = max(1, NUM_SMS // ceil_div(m, 64))
+    return KernelCall(TYPES[shape["kind"]], m, shape["n"], shape["k"], groups, NUM_SMS)
+
+
+def candidates(shape: dict[str, Any]) -> list[int]:
+    """Every M up to 70, both sides of every multiple of 16 above and of every recorded M."""
+    last = shape["last_m"]
+    if shape["kind"] == "contig":
+        return list(range(128, last + 1, 128))
+    recorded = {m for m, _ in shape["compiles"]}
+    edges = {edge + step for edge in range(16, last, 16) for step in (0, 1)}
+    return sorted({*range(1, 71), *edges, *recorded, *(m - 1 for m in recorded if m > 1), last})
+
+
+def test_all_seven_shapes_are_there() -> None:
+    assert [shape["tag"] for shape in MEASURED] == [
+        "gate", "hc_prenorm", "moe_w13_c", "moe_w2_m", "sh_down", "wq_b", "wqkv_a",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
+def test_kernels_appear_at_the_measured_m(shape: dict[str, Any]) -> None:
+    seen: set[Kernel] = set()
+    first_at = []
+    for m in candidates(shape):
+        new = set(kernels_of(measured_call(shape, m))) - seen
+        if new:
+            first_at.append(m)
+            seen |= new
+    assert first_at == [m for m, _ in shape["compiles"]]
+    assert len(seen) == shape["kernels"]
+
+
+def call(kind: T, **values: int) -> KernelCall:
+    defaults = {"m": 100, "n": 4096, "k": 1024, "num_groups": 1, "num_sms": NUM_SMS}
+    return KernelCall(kind, **{**defaults, **values})
+
+
+FAMILIES = {
+    "dense": (
+        call(T.GEMM_NT_F8F8BF16),
+        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
+    ),
+    "contiguous": (
+        call(T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, m=256, num_groups=256),
+        ["transpose_fp32", "sm90_m_grouped_fp8_gemm_contiguous_1d2d"],
+    ),
+    "masked": (
+        call(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, num_groups=256),
+        ["transpose_fp32", "sm90_fp8_m_grouped_gemm_masked_1d2d"],
+    ),
+    "bf16": (call(T.GEMM_NT_BF16BF16F32, n=256, k=4096), ["sm90_bf16_gemm"]),
+    "hc": (
+        call(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66),
+        ["sm90_tf32_hc_prenorm_gemm"],
+    ),
+    "einsum": (
+        call(T.FP8_EINSUM_BHR_HDR_BHD, n=1024, k=4096, num_groups=4),
+        ["sm90_fp8_gemm_1d2d"],
+    ),
+    "einsum of one token": (
+        call(T.FP8_EINSUM_BHR_HDR_BHD, m=1, n=1024, k=4096, num_groups=4),
+        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
+    ),
+    "einsum of one group": (
+        call(T.FP8_EINSUM_BHR_HDR_BHD, n=1024, k=4096, num_groups=1),
+        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
+    ),
+    "mqa logits": (call(T.FP8_MQA_LOGITS, n=64, k=128), ["sm90_fp8_mqa_logits"]),
+    "metadata": (
+        call(T.PAGED_MQA_LOGITS_METADATA, n=64, k=128),
+        ["sm90_paged_mqa_logits_metadata"],
+    ),
+    "paged mqa logits": (
+        call(T.FP8_PAGED_MQA_LOGITS, n=64, k=128),
+        ["sm90_fp8_paged_mqa_logits"],
+    ),
+}
+
+
+def test_every_type_has_its_example() -> None:
+    assert {example.type for example, _ in FAMILIES.values()} == set(T)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_a_calls_kernels(family: str) -> None:
+    example, names = FAMILIES[family]
+    assert [kernel.name for kernel in kernels_of(example)] == names
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shim_reads_the_name_off_the_source(family: str) -> None:
+    for kernel in kernels_of(FAMILIES[family][0]):
+        assert name_of_source(kernel.body) == kernel.name
+        assert name_of_source(f"// Includes' hash value: 00\n{kernel.body}") == kernel.name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_rows_no_kernels(family: str) -> None:
+    assert kernels_of(replace(FAMILIES[family][0], m=0)) == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_headers_exist_in_the_library(family: str, library: Library) -> None:
+    for kernel in kernels_of(FAMILIES[family][0]):
+        assert (library.include_path / kernel.header).is_file()
+        name = kernel.entry.rpartition("::")[2]
+        assert name in (library.include_path / kernel.header).read_text()
+
+
+def arguments(family: str) -> tuple[str, ...]:
+    return kernels_of(FAMILIES[family][0])[-1].arguments
+
+
+def test_dense_kernels_hold_neither_n_nor_k_and_grouped_ones_both() -> None:
+    assert arguments("dense")[1] == arguments("bf16")[1] == "0, 0, 0"
+    assert arguments("contiguous")[1] == arguments("masked")[1] == "0, 4096, 1024"
+    assert arguments("einsum")[1] == "0, 1024, 4096"
+
+
+def test_arguments_without_heuristics() -> None:
+    assert arguments("hc") == ("24, 16384", "64, 32, 64", "66", "128", "12", "128, 128")
+    assert arguments("mqa logits") == (
+        "64, 128", "true", "2, 256", "3, 3", "132", "128, 512", "float",
+    )  # fmt: skip
+    assert arguments("metadata") == ("128, 256, 132, false",)
+    assert arguments("paged mqa logits") == (
+        "1, 64", "128, 64", "true, false", "3, 3", "256", "128, 512", "float",
+    )  # fmt: skip
+    assert transpose_fp32(4096).arguments == ("512, 64, 32",)
+    assert transpose_fp32(4097).arguments == ("512, 64, 33",)
+
+
+def test_no_splits_are_one_split() -> None:
+    none, one = (kernels_of(call(T.TF32_HC_PRENORM_GEMM, n=24, num_groups=g)) for g in (0, 1))
+    assert none == one
+
+
+def test_source_of_a_transpose() -> None:
+    assert transpose_fp32(1024).body == (
+        "\n#include <deep_gemm/impls/smxx_layout.cuh>\n"
+        "\nusing namespace deep_gemm;\n"
+        "\nstatic void __instantiate_kernel() {\n"
+        "    auto ptr = reinterpret_cast<void*>(&transpose_fp32<\n"
+        "        512, 64, 8\n"
+        "    >);\n"
+        "};\n"
+    )
+
+
+def test_source_of_a_dense_gemm() -> None:
+    body = kernels_of(call(T.GEMM_NT_F8F8BF16, m=1, n=1536, k=4096))[1].body
+    assert body == DENSE_SOURCE
+
+
+DENSE_SOURCE = """
+#include <deep_gemm/impls/sm90_fp8_gemm_1d2d.cuh>
+
+using namespace deep_gemm;
+
+static void __instantiate_kernel() {
+    auto ptr = reinterpret_cast<void*>(&sm90_fp8_gemm_1d2d_impl<
+        cute::UMMA::Major::K,
+        0, 0, 0,
+        1,
+        16, 16, 128,
+        128, 128, 32,
+        16,
+        128, 128,
+        1, false,
+        132, GemmType::Normal,
+        cutlass::bfloat16_t,
+        epilogue::transform::EpilogueIdentity
+    >);
+};
+"""
+
+
+@given(st.integers(1, 20_000), st.sampled_from([64, 78, 112, 132]))
+def test_the_sm_count_is_part_of_a_gemms_identity(m: int, num_sms: int) -> None:
+    kernel = kernels_of(call(T.GEMM_NT_F8F8BF16, m=m, num_sms=num_sms))[1]
+    assert f"{num_sms}, GemmType::Normal" in kernel.arguments
+
+
+@given(
+    st.sampled_from([T.GEMM_NT_F8F8BF16, T.GEMM_NT_BF16BF16F32]),
+    st.integers(1, 20_000),
+    st.integers(1, 128).map(lambda blocks: 64 * blocks),
+    st.integers(1, 64).map(lambda blocks: 128 * blocks),
+)
+def test_a_chosen_tile_fits_shared_memory(kind: T, m: int, n: int, k: int) -> None:
+    gemm = kernels_of(call(kind, m=m, n=n, k=k))[-1]
+    block_m, block_n, block_k = map(int, gemm.arguments[3].split(", "))
+    stages = int(gemm.arguments[5])
+    element = 1 if kind is T.GEMM_NT_F8F8BF16 else 2
+    assert block_k * element == 128
+    assert 3 <= stages <= 16
+    assert stages * (block_m + block_n) * block_k * element < SMEM_CAPACITY
+
+
+@pytest.mark.parametrize(
+    ("block", "element", "expected"),
+    [(64, 2, 128), (48, 2, 32), (16, 2, 32), (32, 2, 64), (8, 2, 16)],
+)
+def test_swizzle_modes(block: int, element: int, expected: int) -> None:
+    assert swizzle_mode(block, element) == expected
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**4))
+def test_rounding(a: int, b: int) -> None:
+    assert (ceil_div(a, b) - 1) * b < a <= ceil_div(a, b) * b
+    assert align(a, b) == ceil_div(a, b) * b

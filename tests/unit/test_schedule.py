@@ -1,0 +1,107 @@
+"""Schedules as values."""
+
+import hashlib
+import json
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4_TINY
+from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.scenario import Scenario, record
+from runner.schedule import Collective, Compute, Mark, Op, Recv, Schedule, Send
+from runner.warmup import WarmupOptions, WarmupPolicy
+
+names = st.text(max_size=8)
+sizes = st.integers(0, 2**63)
+ranks = st.integers(0, 1024)
+ops: st.SearchStrategy[Op] = st.one_of(
+    st.builds(KernelCall, st.sampled_from(DeepGemmKernelType), sizes, sizes, sizes, sizes, sizes),
+    st.builds(Compute, names, sizes, sizes),
+    st.builds(Collective, names, st.lists(ranks, max_size=4).map(tuple), sizes),
+    st.builds(Send, names, ranks, sizes),
+    st.builds(Recv, names, ranks, sizes),
+    st.builds(Mark, names, names),
+)
+schedules = st.builds(
+    Schedule, st.lists(st.lists(ops, max_size=5).map(tuple), max_size=4).map(tuple)
+)
+
+ONE_OF_EACH = Schedule(
+    (
+        (
+            Mark("phase", "warm-up"),
+            KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 1, 1536, 4096, 1, 132),
+            Compute("rms_norm", 10, 20),
+            Collective("output", (0, 1), 64),
+        ),
+        (Send("hidden_states", 0, 8), Recv("next_ids", 0, 16)),
+    )
+)
+CANONICAL = (
+    '{"ranks":[[["mark","phase","warm-up"],'
+    '["kernel","GEMM_NT_F8F8BF16",1,1536,4096,1,132],'
+    '["compute","rms_norm",10,20],'
+    '["collective","output",[0,1],64]],'
+    '[["send","hidden_states",0,8],["recv","next_ids",0,16]]],"version":1}'
+)
+
+
+@given(schedules)
+def test_json_round_trip(schedule: Schedule) -> None:
+    back = Schedule.from_json(json.loads(json.dumps(schedule.to_json())))
+    assert back == schedule
+    assert hash(back) == hash(schedule)
+    assert back.digest == schedule.digest
+
+
+@given(schedules, schedules)
+def test_digests_tell_schedules_apart(first: Schedule, second: Schedule) -> None:
+    assert (first.digest == second.digest) == (first == second)
+
+
+def test_canonical_text_and_digest() -> None:
+    assert ONE_OF_EACH.to_json() == json.loads(CANONICAL)
+    assert ONE_OF_EACH.digest == hashlib.sha256(CANONICAL.encode()).hexdigest()
+    assert ONE_OF_EACH.digest == "f3f0d5ab4cc68be3f12d9217d0edaecb316eff1b426fa32606ba2f7952390f80"
+
+
+def changed(value: object) -> object:
+    if isinstance(value, DeepGemmKernelType):
+        return DeepGemmKernelType.FP8_MQA_LOGITS
+    if isinstance(value, tuple):
+        return (*value, 9)
+    return f"{value}x" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize(("rank", "position"), [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)])
+def test_every_field_of_every_operation_counts(rank: int, position: int) -> None:
+    op = ONE_OF_EACH.ranks[rank][position]
+    for item in fields(op):
+        ranks_of_other = [list(ops_of_rank) for ops_of_rank in ONE_OF_EACH.ranks]
+        other = replace(op, **{item.name: changed(getattr(op, item.name))})
+        ranks_of_other[rank][position] = other
+        schedule = Schedule(tuple(tuple(ops_of_rank) for ops_of_rank in ranks_of_other))
+        assert schedule.digest != ONE_OF_EACH.digest
+
+
+def test_order_of_operations_counts() -> None:
+    turned = Schedule((ONE_OF_EACH.ranks[0][::-1], ONE_OF_EACH.ranks[1]))
+    assert turned != ONE_OF_EACH
+    assert turned.digest != ONE_OF_EACH.digest
+
+
+def test_a_recorded_scenario_is_stable_and_survives_json() -> None:
+    scenario = Scenario(
+        model=DSV4_TINY,
+        parallel=ParallelConfig(pp=2, tp=2),
+        warmup=WarmupOptions(policy=WarmupPolicy.PP_PARALLEL, batch_sizes=(1, 64)),
+    )
+    schedule = record(scenario)
+    assert len(schedule.ranks) == 4
+    assert record(scenario).digest == schedule.digest
+    assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+    assert record(scenario.with_policy(WarmupPolicy.NONE)).digest != schedule.digest
