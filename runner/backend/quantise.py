@@ -53,6 +53,21 @@ def widen(x: torch.Tensor) -> torch.Tensor:
 
 def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., K] -> e4m3 [..., K] and row-major fp32 scales [..., K / 128]."""
+    parts = [_quantise_rows(rows) for rows in in_slabs(x.reshape(-1, x.shape[-1]))]
+    values = torch.cat([part[0].view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    scales = torch.cat([part[1] for part in parts])
+    return values.view(x.shape), scales.view(*x.shape[:-1], -1)
+
+
+def in_slabs(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Rows of [R, N] in pieces, so that wide temporaries of a large tensor stay small."""
+    return x.split(max(1, _SLAB_ELEMENTS // x.shape[1]))
+
+
+_SLAB_ELEMENTS = 1 << 26
+
+
+def _quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     groups = x.float().unflatten(-1, (-1, FP8_BLOCK))
     scales = groups.abs().amax(-1).clamp_min(_MIN_AMAX) / E4M3_MAX
     values = (groups / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).flatten(-2)

@@ -9,7 +9,7 @@ import torch
 from runner.backend import torch_attention, torch_moe
 from runner.backend.entry_points import EntryPoints
 from runner.backend.math import Dispatched, Routing, Tokens
-from runner.backend.quantise import Fp8Weight, dequantise_blocks, quantise_tokens, widen
+from runner.backend.quantise import Fp8Weight, dequantise_blocks, in_slabs, quantise_tokens, widen
 from runner.backend.reference import PAGE, pack_pages
 from runner.backend.shapes import compressed_entries
 from runner.backend.torch_cache import KVCache, cache_of, places_of
@@ -351,16 +351,21 @@ class TorchMath:
 
     def silu_and_mul(self, x: torch.Tensor, limit: float) -> torch.Tensor:
         """See the protocol."""
-        gate, up = x.float().chunk(2, -1)
-        if limit > 0:
-            gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
-        return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        rows = in_slabs(x.reshape(-1, x.shape[-1]))
+        return torch.cat([_silu_and_mul(part, limit) for part in rows]).view(*x.shape[:-1], -1)
 
     def combine(
         self, y: torch.Tensor, slots: torch.Tensor, routing: Routing, factor: float
     ) -> torch.Tensor:
         """See the protocol."""
         return torch_moe.combine(y, slots, routing, factor)
+
+
+def _silu_and_mul(x: torch.Tensor, limit: float) -> torch.Tensor:
+    gate, up = x.float().chunk(2, -1)
+    if limit > 0:
+        gate, up = gate.clamp_max(limit), up.clamp(-limit, limit)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def _sinkhorn(comb: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
