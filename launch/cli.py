@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,9 +15,10 @@ import click
 
 from launch.options import LaunchOptions
 from runner.cli.common import batch_sizes_option, layout_options, model_options, report_options
-from runner.cli.guard import run_guarded
+from runner.cli.guard import WorkFailedError, run_guarded
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.jit.compiler import CompileError
 from runner.report.outputs import print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
@@ -150,11 +152,26 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, result: Path | None) ->
             "--nproc-per-node)"
         )
     rank = environ.rank or 0
-    outcome = run_worker(
-        options, environ, options.policies[0], say=_say if rank == 0 else lambda line: None
-    )
-    if outcome is not None:
-        finish(options, outcome, result)
+    say = _say if rank == 0 else lambda line: None
+    try:
+        outcome = run_worker(options, environ, options.policies[0], say=say)
+        if outcome is not None:
+            finish(options, outcome, result)
+    except Exception as error:
+        raise _rank_failure(rank, error) from error
+
+
+def _rank_failure(rank: int, error: Exception) -> WorkFailedError:
+    """Leave the error where torch's launcher looks for it, and say it in one line."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    words = str(error).strip() or type(error).__name__
+    expected = isinstance(error, UserError | CompileError)
+    if not expected:
+        words = f"{type(error).__name__}: {words}"
+        traceback.print_exception(error)
+    get_error_handler().record_exception(type(error)(words) if expected else error)
+    return WorkFailedError(f"rank {rank}: {words}", 2 if isinstance(error, UserError) else 1)
 
 
 def _say(line: str) -> None:

@@ -8,25 +8,19 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from runner.cli.guard import WorkFailedError
+
 _OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class RankFailedError(Exception):
-    """A rank failed; ``exit_code`` is what the launch should end with."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     """Run ``python -m launch ARGUMENTS`` on ``num_ranks`` local ranks and wait for them.
 
     Raises:
-        RankFailedError: the first rank that failed, with its own words.
+        WorkFailedError: the first rank that failed, with its own words.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # An outer torchrun's variables describe its one worker, not our ranks.
@@ -47,4 +41,15 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = 2 if failure.exitcode == 2 else 1
-        raise RankFailedError(f"rank {rank}: {failure.message.splitlines()[0]}", code) from None
+        raise WorkFailedError(_describe(rank, failure), code) from None
+
+
+def _describe(rank: int, failure: ProcessFailure) -> str:
+    """The rank's own words where it left any, else how it ended."""
+    if failure.error_file and failure.error_file != "<N/A>":
+        words = failure.message
+        lines = [line for line in words.strip().splitlines() if line]
+        return f"rank {rank} failed: {lines[0] if lines else words}"
+    if failure.exitcode < 0:
+        return f"rank {rank} was ended by signal {-failure.exitcode}"
+    return f"rank {rank} failed with exit code {failure.exitcode}; see its lines above"

@@ -84,13 +84,15 @@ def run_worker(
     _init_process_group(device, exclusive=exclusive, timeout=options.timeout)
     work_dir = _shared_work_dir()
     try:
-        with _deadline(options.timeout, place.rank) as deadline:
+        with _Deadline(options.timeout, place.rank) as deadline:
             rank_run = _RankRun(options, environ, scenario, place, device, work_dir, deadline)
-            return rank_run.run(started, exclusive=exclusive, say=say)
+            result = rank_run.run(started, exclusive=exclusive, say=say)
     finally:
         if place.local_rank == 0:
             shutil.rmtree(work_dir, ignore_errors=True)
-        dist.destroy_process_group()
+    # Only after a good end: with a rank gone, this would wait for it.
+    dist.destroy_process_group()
+    return result
 
 
 @dataclass
@@ -338,7 +340,3 @@ class _Deadline:
             flush=True,
         )
         os._exit(1)
-
-
-def _deadline(seconds: float, rank: int) -> _Deadline:
-    return _Deadline(seconds, rank)

@@ -270,8 +270,9 @@ class TorchMath:
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
         compressed = None
-        if ape is not None and norm is not None:
-            entries = compressed_entries(tokens.batch, config.compress_ratio(layer))
+        ratio = config.compress_ratio(layer)
+        entries = max(tokens.batch.seq_lens) // ratio if ratio else 0
+        if entries and ape is not None and norm is not None:
             compressed = torch_attention.pooled_entries(
                 tokens.batch, layer, "compressor", ape, norm, entries, config
             )
