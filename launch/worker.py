@@ -33,7 +33,7 @@ from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
-from runner.scenario import Scenario, run_rank
+from runner.scenario import Scenario, run_meta, run_rank
 from runner.schedule import Op, Schedule
 from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
@@ -238,26 +238,6 @@ class _RankRun:
         )
         schedule = Schedule(tuple(tuple(item[2]) for item in everyone))
         return RunResult(timeline, schedule, everyone[last][3])
-
-
-def run_meta(scenario: Scenario) -> dict[str, Any]:
-    """What a Timeline says of its scenario; the same for measured and predicted ones."""
-    parallel = scenario.parallel
-    coordinates = [parallel.coordinates(rank) for rank in range(parallel.world_size)]
-    return {
-        "model": scenario.model.name,
-        "layers": scenario.model.num_hidden_layers,
-        "pp": parallel.pp,
-        "tp": parallel.tp,
-        "ep": parallel.ep,
-        "nodes": parallel.nodes,
-        "batch_sizes": list(scenario.batch_sizes),
-        "num_sms": scenario.num_sms,
-        "ranks": [
-            {"pp_rank": at.pp_rank, "tp_rank": at.tp_rank, "node": parallel.node_of(rank)}
-            for rank, at in enumerate(coordinates)
-        ],
-    }
 
 
 def weight_elements(scenario: Scenario, rank: int) -> int:

@@ -11,7 +11,7 @@ from runner.backend.sink import ScheduleRecorder
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import Op, Schedule
+from runner.schedule import Collective, Op, Recv, Schedule, Send
 from runner.traffic import Request, serve_all
 from runner.warmup import (
     WarmupOptions,
@@ -89,10 +89,59 @@ def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
 def record(scenario: Scenario) -> Schedule:
     """Operations of every rank.
 
+    Tensor ranks of a stage run the same operations on the same shapes, so one is recorded and the
+    others differ only in whom they talk to; where attention splits tokens over ranks, each is
+    recorded.
+
     Raises:
         UserError: the model does not fit the layout.
     """
-    scenario.parallel.check_fits(scenario.model)
-    return Schedule(
-        tuple(record_rank(scenario, rank) for rank in range(scenario.parallel.world_size))
-    )
+    parallel = scenario.parallel
+    parallel.check_fits(scenario.model)
+    stages: dict[int, tuple[Op, ...]] = {}
+    ranks = []
+    for rank in range(parallel.world_size):
+        if parallel.attn_cp > 1:
+            ranks.append(record_rank(scenario, rank))
+            continue
+        stage = parallel.coordinates(rank).pp_rank
+        if stage not in stages:
+            stages[stage] = record_rank(scenario, rank)
+        first = parallel.rank_of(stage, 0)
+        ranks.append(_moved(stages[stage], rank - first, parallel.tp_group(rank)))
+    return Schedule(tuple(ranks))
+
+
+def _moved(ops: tuple[Op, ...], by: int, group: tuple[int, ...]) -> tuple[Op, ...]:
+    """The same operations for a rank ``by`` further on, with its own tensor-parallel group."""
+    if by == 0:
+        return ops
+    moved: list[Op] = []
+    for op in ops:
+        if isinstance(op, Send | Recv):
+            moved.append(replace(op, peer=op.peer + by))
+        elif isinstance(op, Collective) and op.group != group:
+            moved.append(replace(op, group=group))
+        else:
+            moved.append(op)
+    return tuple(moved)
+
+
+def run_meta(scenario: Scenario) -> dict[str, Any]:
+    """What a Timeline says of its scenario; the same for measured and predicted ones."""
+    parallel = scenario.parallel
+    coordinates = [parallel.coordinates(rank) for rank in range(parallel.world_size)]
+    return {
+        "model": scenario.model.name,
+        "layers": scenario.model.num_hidden_layers,
+        "pp": parallel.pp,
+        "tp": parallel.tp,
+        "ep": parallel.ep,
+        "nodes": parallel.nodes,
+        "batch_sizes": list(scenario.batch_sizes),
+        "num_sms": scenario.num_sms,
+        "ranks": [
+            {"pp_rank": at.pp_rank, "tp_rank": at.tp_rank, "node": parallel.node_of(rank)}
+            for rank, at in enumerate(coordinates)
+        ],
+    }

@@ -161,7 +161,8 @@ def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
     """Put raw spans of all ranks in order, cut waits out of communication, join neighbours.
 
     A collective or receive is one comm span per rank with the same key on every rank that takes
-    part. A rank waits until the last of them has arrived; what is left is communication.
+    part. A rank waits until the last of them has arrived; what is left is communication. A send
+    does not wait for its receiver.
     """
     return tuple(_join_neighbours(_cut_waits(sorted(spans, key=_order))))
 
@@ -177,11 +178,14 @@ def _cut_waits(spans: Sequence[Span]) -> list[Span]:
             last_arrival[span.key] = max(last_arrival.get(span.key, 0.0), span.start)
     result = []
     for span in spans:
-        arrival = min(last_arrival.get(span.key, 0.0), span.end) if span.kind == "comm" else 0.0
-        if span.kind == "comm" and arrival > span.start:
+        if span.kind != "comm" or span.name.startswith("send "):
+            result.append(span)
+            continue
+        arrival = min(last_arrival.get(span.key, 0.0), span.end)
+        if arrival > span.start:
             result.append(replace(span, end=arrival, kind="wait"))
-            span = replace(span, start=arrival)  # noqa: PLW2901
-        result.append(span)
+        if arrival < span.end:
+            result.append(replace(span, start=max(span.start, arrival)))
     return result
 
 

@@ -61,7 +61,8 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def in_slabs(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows of [R, N] in pieces, so that wide temporaries of a large tensor stay small."""
-    return x.split(max(1, _SLAB_ELEMENTS // x.shape[1]))
+    slabs: tuple[torch.Tensor, ...] = x.split(max(1, _SLAB_ELEMENTS // x.shape[1]))
+    return slabs
 
 
 _SLAB_ELEMENTS = 1 << 26

@@ -174,7 +174,7 @@ class TorchMath:
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + config.rms_norm_eps)
         mix = (wide @ widen(fn).T) * inverse
         weights = (mix * widen(scale) + widen(base)).sigmoid() + config.hc_eps
-        copies = wide.unflatten(1, (config.hc_mult, -1))
+        copies: torch.Tensor = wide.unflatten(1, (config.hc_mult, -1))
         return (weights.unsqueeze(-1) * copies).sum(1).to(x.dtype)
 
     # -- DSV4 attention -------------------------------------------------------------------------

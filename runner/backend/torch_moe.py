@@ -38,7 +38,8 @@ def _best_groups(ranked: torch.Tensor, config: MoeConfig) -> torch.Tensor:
     best = groups.topk(2, -1).values.sum(-1).topk(config.topk_group, -1).indices
     keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=ranked.device)
     keep.scatter_(-1, best, True)
-    return groups.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
+    kept: torch.Tensor = groups.masked_fill(~keep.unsqueeze(-1), float("-inf"))
+    return kept.flatten(-2)
 
 
 def _weighted(scores: torch.Tensor, ids: torch.Tensor, config: MoeConfig) -> Routing:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from runner.jit.digest import hex_digest
 from runner.jit.heuristics_sm90 import (
     SMEM_CAPACITY,
     GemmConfig,
@@ -37,6 +38,11 @@ class Kernel:
     header: str
     entry: str
     arguments: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for equal kernels and short enough for a Timeline."""
+        return f"{self.name} {hex_digest(self.body)[:16]}"
 
     @property
     def body(self) -> str:
