@@ -46,10 +46,12 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
     """The rank's own words where it left any, else how it ended."""
-    if failure.error_file and failure.error_file != "<N/A>":
-        words = failure.message
-        lines = [line for line in words.strip().splitlines() if line]
-        return f"rank {rank} failed: {lines[0] if lines else words}"
+    words = failure.message
+    if isinstance(words, dict):
+        words = words.get("message", "")
+    lines = [line for line in str(words).splitlines() if line.strip()]
+    if failure.error_file != "<N/A>" and lines:
+        return f"rank {rank} failed: {lines[0]}"
     if failure.exitcode < 0:
         return f"rank {rank} was ended by signal {-failure.exitcode}"
     return f"rank {rank} failed with exit code {failure.exitcode}; see its lines above"

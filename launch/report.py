@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from launch.options import LaunchOptions
 from launch.worker import RunResult
 from runner.errors import UserError
@@ -23,8 +21,6 @@ def finish(options: LaunchOptions, outcome: RunResult, result: Path | None) -> N
         result: where the process that started the ranks wants the Timeline.
     """
     try:
-        if options.logits is not None:
-            torch.save(outcome.logits, options.logits)
         if options.schedule is not None:
             options.schedule.write_text(json.dumps(outcome.schedule.to_json()))
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import tempfile
@@ -55,7 +56,6 @@ class RunResult:
 
     timeline: Timeline
     schedule: Schedule
-    logits: list[torch.Tensor]
 
 
 def run_worker(
@@ -80,11 +80,12 @@ def run_worker(
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     scenario = options.scenario(environ, num_sms=num_sms, policy=policy)
     started = time.time()
+    deadline = _Deadline(options.timeout, place.rank)
     exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
     _init_process_group(device, exclusive=exclusive, timeout=options.timeout)
     work_dir = _shared_work_dir()
     try:
-        with _Deadline(options.timeout, place.rank) as deadline:
+        with deadline:
             rank_run = _RankRun(options, environ, scenario, place, device, work_dir, deadline)
             result = rank_run.run(started, exclusive=exclusive, say=say)
     finally:
@@ -129,12 +130,15 @@ class _RankRun:
         ready = time.time()
         dist.barrier()
         origin = time.time()
+        logits: list[torch.Tensor] = []
+        keep = self._keeper(logits)
         with torch.inference_mode():
-            logits = run_rank(runner, self.scenario)
+            run_rank(runner, self.scenario, keep)
         comm.finish()
         self._synchronise()
+        self._save(logits)
         meta = {"startup_seconds": round(ready - started, 3), "compute": compute}
-        return self._gather(sink, jit, origin, logits, meta, exclusive=exclusive)
+        return self._gather(sink, jit, origin, meta, exclusive=exclusive)
 
     def _compute_mode(self) -> tuple[str, str]:
         """``real`` or ``skip``, and why."""
@@ -191,14 +195,33 @@ class _RankRun:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _keeper(self, logits: list[torch.Tensor]) -> Callable[[Any], None]:
+        """Keeps logits where they were asked for: on the last stage's first rank."""
+        at = self.scenario.parallel.coordinates(self.place.rank)
+        last = at.pp_rank == self.scenario.parallel.pp - 1 and at.tp_rank == 0
+        if self.options.logits is None or not last:
+            return lambda logits: None
+
+        def keep(made: Any) -> None:
+            if isinstance(made, torch.Tensor):
+                logits.append(made.float().cpu())
+
+        return keep
+
+    def _save(self, logits: list[torch.Tensor]) -> None:
+        if logits and self.options.logits is not None:
+            try:
+                torch.save(logits, self.options.logits)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"cannot write {self.options.logits}: {error}") from None
+
     def _gather(
-        self, sink: RankSink, jit: RankJit, origin: float, logits: list[Any],
-        meta: dict[str, Any], *, exclusive: bool,
+        self, sink: RankSink, jit: RankJit, origin: float, meta: dict[str, Any],
+        *, exclusive: bool,
     ) -> RunResult | None:  # fmt: skip
         records = [r for r in read_records(jit.log_dir) if r.rank == self.place.rank]
         spans = cut_compiles(sink.spans, records, jit.key_of)
-        shown = [x.float().cpu() for x in logits if isinstance(x, torch.Tensor)]
-        mine = (origin, spans, sink.ops, shown, meta)
+        mine = (origin, spans, sink.ops, meta)
         everyone: list[Any] | None = (
             [None] * self.place.world_size if self.place.rank == 0 else None
         )
@@ -209,7 +232,7 @@ class _RankRun:
 
     def _assemble(
         self,
-        everyone: list[tuple[float, list[Span], list[Op], list[torch.Tensor], dict[str, Any]]],
+        everyone: list[tuple[float, list[Span], list[Op], dict[str, Any]]],
         jit: RankJit,
         *,
         exclusive: bool,
@@ -221,7 +244,6 @@ class _RankRun:
             for s in item[1]
         ]
         parallel = self.scenario.parallel
-        last = parallel.rank_of(parallel.pp - 1, 0)
         timeline = Timeline(
             policy=self.scenario.warmup.policy.value,
             source="measured",
@@ -231,13 +253,13 @@ class _RankRun:
                 **run_meta(self.scenario),
                 "device": self.device.type,
                 "link": "nccl" if exclusive else "gloo",
-                "compute": everyone[0][4]["compute"],
+                "compute": everyone[0][3]["compute"],
                 "jit": jit.description,
-                "startup_seconds": [item[4]["startup_seconds"] for item in everyone],
+                "startup_seconds": [item[3]["startup_seconds"] for item in everyone],
             },
         )
         schedule = Schedule(tuple(tuple(item[2]) for item in everyone))
-        return RunResult(timeline, schedule, everyone[last][3])
+        return RunResult(timeline, schedule)
 
 
 def weight_elements(scenario: Scenario, rank: int) -> int:
@@ -283,7 +305,8 @@ def _init_process_group(device: torch.device, *, exclusive: bool, timeout: float
     backend = "cpu:gloo,cuda:nccl" if exclusive else "gloo"
     dist.init_process_group(
         backend,
-        timeout=timedelta(seconds=timeout),
+        # A little longer than the deadline, which can say more about where a rank stood.
+        timeout=timedelta(seconds=timeout + 30),
         device_id=device if exclusive else None,
     )
 
@@ -305,9 +328,9 @@ class _Deadline:
         self._seconds, self._rank = seconds, rank
         self._timer = threading.Timer(seconds, self._abort)
         self._timer.daemon = True
+        self._timer.start()
 
     def __enter__(self) -> _Deadline:
-        self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -319,4 +342,5 @@ class _Deadline:
             f"[rank {self._rank}] error: no end after --timeout {self._seconds:g} s, in: {where}",
             flush=True,
         )
+        faulthandler.dump_traceback(all_threads=False)
         os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,14 +59,15 @@ class Scenario:
         return replace(self, warmup=replace(self.warmup, policy=policy))
 
 
-def run_rank(runner: ModelRunner, scenario: Scenario) -> list[Any]:
-    """Warm up and serve on this rank; logits of each forward on the last stage."""
+def run_rank(
+    runner: ModelRunner, scenario: Scenario, keep: Callable[[Any], None] = lambda logits: None
+) -> None:
+    """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage."""
     runner.backend.mark("phase", "warm-up")
     kernel_warmup(runner, scenario.warmup)
     runner.backend.mark("phase", "requests")
-    logits = serve_all(runner, scenario.requests)
+    serve_all(runner, scenario.requests, keep)
     runner.backend.mark("phase", "end")
-    return logits
 
 
 def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:

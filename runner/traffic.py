@@ -7,7 +7,7 @@ stage compiles in turn, on arrival.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,42 +45,49 @@ class Request:
         return (self.prompt_len,) * full + ((rest,) if rest else ())
 
 
-def serve(runner: ModelRunner, request: Request) -> list[Any]:
+def serve(
+    runner: ModelRunner, request: Request, keep: Callable[[Any], None] = lambda logits: None
+) -> None:
     """Run one request on this rank; every rank of the replica must call it.
 
-    Returns:
-        On the last stage the logits [sequences, vocab] of each forward, elsewhere nothing.
+    Args:
+        runner: this rank.
+        request: what to run.
+        keep: on the last stage called with the logits [sequences, vocab] of each forward; nothing
+            else holds on to them, since those of a large batch are gigabytes.
     """
     lens = request.prompt_lens
     cache = runner.buffers.cache(len(lens), max(lens) + 1)
-    logits: list[Any] = []
-    if ForwardMode.EXTEND in request.modes:
+    extends = ForwardMode.EXTEND in request.modes
+    logits = None
+    if extends:
         ids = runner.buffers.dummy_ids(request.tokens)
-        logits += _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
+        logits = _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
+        keep(logits)
     if ForwardMode.DECODE in request.modes:
+        many = len(lens)
+        ids = _next_ids(runner, logits, many) if extends else runner.buffers.dummy_ids(many)
         grown = tuple(length + 1 for length in lens)
-        if ForwardMode.EXTEND in request.modes:
-            ids = _next_ids(runner, logits, len(lens))
-        else:
-            ids = runner.buffers.dummy_ids(len(lens))
-        logits += _forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache))
-    return logits
+        keep(_forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache)))
 
 
-def serve_all(runner: ModelRunner, requests: Sequence[Request]) -> list[Any]:
+def serve_all(
+    runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Any], None]
+) -> None:
     """Run requests one after the other, as one client in a closed loop sends them."""
-    return [logits for request in requests for logits in serve(runner, request)]
+    for request in requests:
+        serve(runner, request, keep)
 
 
-def _forward(runner: ModelRunner, batch: ForwardBatch) -> list[Any]:
-    """Receive from the stage before, run, hand on; the logits on the last stage."""
+def _forward(runner: ModelRunner, batch: ForwardBatch) -> Any:
+    """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
     proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
     result = runner.forward(batch, proxy)
     if runner.stage.is_last:
-        return [result]
+        return result
     for name, tensor in result.tensors.items():
         runner.backend.send(name, tensor, _neighbour(runner, 1))
-    return []
+    return None
 
 
 def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
@@ -95,12 +102,12 @@ def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
     )
 
 
-def _next_ids(runner: ModelRunner, logits: list[Any], sequences: int) -> tuple[int, ...] | None:
+def _next_ids(runner: ModelRunner, logits: Any, sequences: int) -> tuple[int, ...] | None:
     """Sampled tokens: from the last stage to the first, and on from stage to stage."""
     backend, last = runner.backend, runner.parallel.pp - 1
     at = runner.parallel.coordinates(runner.rank)
     if runner.stage.is_last:
-        ids = backend.argmax(logits[-1])
+        ids = backend.argmax(logits)
         if last > 0:
             backend.send("next_ids", ids, _stage_peer(runner, 0))
         return runner.buffers.read_ids(ids)

@@ -1,9 +1,10 @@
 """The event engine: every rank's operations in virtual time.
 
 A rank runs ahead through what concerns only itself and stops where it meets others: at a kernel
-that is not in its memory (its node's disk and cores), at a collective, at a receive. Kernel
-events are taken in order of time, with a counter as tie-break; whoever misses a kernel while
-another still compiles it compiles it too, as the library does.
+that is not in its memory (its node's disk and cores), at a collective, at a receive. Events are
+taken in order of time; at one time compiles end before anything starts, then the order of
+planning decides. Whoever misses a kernel while another still compiles it compiles it too, as the
+library does.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Engine:
         nodes = set(node_of)
         self._disk: dict[int, set[Kernel]] = {node: set(cached) for node in nodes}
         self._cores = {node: Cores(cores_per_node) for node in nodes}
-        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._tie = count()
         self._arrivals: dict[str, dict[int, float]] = {}
         self._sent: dict[str, tuple[float, float]] = {}
@@ -123,7 +124,7 @@ class Engine:
         for rank in self._ranks:
             self._advance(rank)
         while self._events:
-            time, _, action = heapq.heappop(self._events)
+            time, _, _, action = heapq.heappop(self._events)
             action(time)
         stuck = [rank for rank in self._ranks if not rank.done]
         if stuck:
@@ -133,8 +134,8 @@ class Engine:
         first = min(self._timeouts, key=lambda timeout: timeout.time, default=None)
         return Outcome(spans, first and _with_busy(first, spans))
 
-    def _at(self, time: float, action: Callable[[float], None]) -> None:
-        heapq.heappush(self._events, (time, next(self._tie), action))
+    def _at(self, time: float, action: Callable[[float], None], priority: int = 1) -> None:
+        heapq.heappush(self._events, (time, priority, next(self._tie), action))
 
     def _advance(self, rank: _Rank) -> None:
         """Run a rank until it meets others or ends."""
@@ -213,7 +214,7 @@ class Engine:
                 cores.finish(time)
                 self._plan_end(node)
 
-        self._at(end, act)
+        self._at(end, act, priority=0)
 
     def _load(self, rank: _Rank, kernel: Kernel, rest: list[Kernel], time: float) -> None:
         rank.loaded.add(kernel)

@@ -1,0 +1,293 @@
+"""Real ranks under torchrun, gloo on CPU: any split of a model computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.jit.compiler import NvccCompiler
+from runner.schedule import Schedule
+from runner.timeline import Timeline, read_timelines
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.distributed
+
+SMALL = ["--batch-sizes", "2,24", "--prompt-len", "12", "--no-jit", "--device", "cpu"]
+"""EXTEND of 2 and of 2 x 12 tokens, each followed by a DECODE step."""
+
+DSV3_SMALL = {
+    "model_type": "deepseek_v3", "hidden_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 512, "vocab_size": 1024,
+    "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "moe_intermediate_size": 256, "routed_scaling_factor": 2.5,
+    "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid",
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+
+FEW_KERNELS = {
+    "num_hidden_layers": 2, "first_k_dense_replace": 2, "q_lora_rank": 512, "kv_lora_rank": 512,
+    "v_head_dim": 128,
+}  # fmt: skip
+"""Dense layers whose GEMMs all have K = 512: a handful of kernels on each stage."""
+
+
+def launch(*arguments: str, torchrun: list[str] | None = None, timeout: float = 300) -> str:
+    """Run a launch and return what it printed; fails the test where it fails."""
+    done = run_launch(*arguments, torchrun=torchrun, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_launch(
+    *arguments: str,
+    torchrun: list[str] | None = None,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    prefix = [sys.executable]
+    if torchrun is not None:
+        prefix += ["-m", "torch.distributed.run", *torchrun]
+    command = [*prefix, "-m", "launch", *arguments]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL"))}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, check=False,
+        env={**clean, **(env or {})},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def dsv3_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dsv3") / "config.json"
+    path.write_text(json.dumps(DSV3_SMALL))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, dsv3_config: Path) -> dict[str, list]:
+    """Logits of one rank, by model."""
+    folder = tmp_path_factory.mktemp("reference")
+    found = {}
+    for model in ("dsv4-tiny", str(dsv3_config)):
+        path = folder / "logits.pt"
+        launch("--model", model, "--warmup", "none", *SMALL, "--logits", str(path))
+        found[model] = torch.load(path)
+    return found
+
+
+def assert_same_logits(expected: list, path: Path) -> None:
+    found = torch.load(path)
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 1e-6
+
+
+LAYOUTS = [
+    "--pp 1 --tp 2", "--pp 2 --tp 1", "--pp 2 --tp 2", "--pp 4 --tp 1", "--pp 4 --tp 2",
+    "--pp 1 --tp 2 --ep", "--pp 4 --tp 2 --ep", "--pp 2 --tp 2 --attn-cp 2",
+    "--pp 3 --stage-layers 1,5,2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_do_not_depend_on_the_layout(
+    layout: str, reference: dict[str, list], tmp_path: Path
+) -> None:
+    """Stated tolerance 1e-6: on a CPU partial sums stay wide until they are summed."""
+    path = tmp_path / "logits.pt"
+    launch(
+        "--model", "dsv4-tiny", "--warmup", "none", *layout.split(), *SMALL, "--logits", str(path)
+    )
+    assert_same_logits(reference["dsv4-tiny"], path)
+
+
+@pytest.mark.parametrize("layout", ["--pp 2 --tp 2", "--pp 2 --tp 2 --ep", "--tp 2 --attn-cp 2"])
+def test_dsv3_logits_do_not_depend_on_the_layout(
+    layout: str, reference: dict[str, list], dsv3_config: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "logits.pt"
+    arguments = ["--model", str(dsv3_config), "--warmup", "none", *layout.split()]
+    launch(*arguments, *SMALL, "--logits", str(path))
+    assert_same_logits(reference[str(dsv3_config)], path)
+
+
+def test_a_warm_up_does_not_change_the_logits(reference: dict[str, list], tmp_path: Path) -> None:
+    path = tmp_path / "logits.pt"
+    launch(
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "2",
+        "--warmup",
+        "pp-parallel",
+        *SMALL,
+        "--logits",
+        str(path),
+    )
+    assert_same_logits(reference["dsv4-tiny"], path)
+
+
+def test_under_torchrun_the_given_ranks_are_used(
+    reference: dict[str, list], tmp_path: Path
+) -> None:
+    path = tmp_path / "logits.pt"
+    rendezvous = [
+        "--nproc-per-node",
+        "4",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    printed = launch(
+        "--model", "dsv4-tiny", "--pp", "2", "--tp", "2", "--warmup", "none", *SMALL,
+        "--logits", str(path), torchrun=rendezvous,
+    )  # fmt: skip
+    assert "= 4 ranks over gloo on cpu" in printed
+    assert_same_logits(reference["dsv4-tiny"], path)
+
+
+def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> None:
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    printed = launch("--model", "dsv4-tiny", "--pp", "2", "--tp", "1", *SMALL, torchrun=rendezvous)
+    assert "pp 2 x tp 1 = 2 ranks over gloo on cpu" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--model dsv4-tiny --pp 4 --tp 2 --warmup pp-parallel --batch-sizes 1,24 --no-jit",
+        "--model dsv4-tiny --pp 2 --tp 2 --ep --warmup none --batch-sizes 5 --prompt-len 3 --no-jit",
+        "--model dsv4-tiny --pp 2 --tp 2 --attn-cp 2 --warmup pp-parallel --batch-sizes 8 --no-jit",
+        "--model dsv4 --layers 4 --pp 2 --tp 2 --compute skip --batch-sizes 1,64 --no-jit",
+        "--model dsv3 --layers 4 --pp 2 --tp 1 --compute skip --batch-sizes 1 --no-jit",
+    ],
+)
+def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path) -> None:
+    """Operation by operation, on every rank: what ran is what the record backend foretold."""
+    from dataclasses import replace
+
+    from runner.config.hf import load_model, with_layers
+    from runner.config.parallel import ParallelConfig
+    from runner.scenario import Scenario, record
+    from runner.warmup import WarmupOptions, WarmupPolicy
+
+    words = dict(_pairs(arguments.split()))
+    path = tmp_path / "schedule.json"
+    launch(*arguments.split(), "--device", "cpu", "--schedule", str(path))
+    model = load_model(words["--model"])
+    if "--layers" in words:
+        model = with_layers(model, int(words["--layers"]))
+    parallel = ParallelConfig(
+        pp=int(words["--pp"]), tp=int(words["--tp"]), ep="--ep" in words,
+        attn_cp=int(words.get("--attn-cp", "1")),
+    )  # fmt: skip
+    sizes = tuple(int(size) for size in words["--batch-sizes"].split(","))
+    policy = WarmupPolicy(words.get("--warmup", "pp-parallel"))
+    scenario = Scenario(
+        model=model, parallel=parallel,
+        warmup=WarmupOptions(policy=policy, batch_sizes=sizes),
+        prompt_len=int(words.get("--prompt-len", "1")),
+    )  # fmt: skip
+    really = Schedule.from_json(json.loads(path.read_text()))
+    foretold = record(replace(scenario))
+    for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
+        assert ran == said, f"rank {rank}"
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            following = words[index + 1] if index + 1 < len(words) else "--"
+            pairs.append((word, "" if following.startswith("--") else following))
+    return pairs
+
+
+@pytest.mark.nvcc
+def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
+    """The point of it all, with real compiles: serial through the pipeline, or parallel."""
+    config, path = tmp_path / "config.json", tmp_path / "timeline.json"
+    config.write_text(json.dumps(DSV3_SMALL | FEW_KERNELS))
+    launch(
+        "--model", str(config), "--pp", "2", "--virtual-nodes", "2", "--compute", "skip",
+        "--batch-sizes", "1", "--disaggregation-mode", "prefill", "--device", "cpu",
+        "--warmup", "none", "--warmup", "pp-parallel", "--timeline", str(path), timeout=540,
+    )  # fmt: skip
+    serial, parallel = read_timelines(path)
+    for timeline in (serial, parallel):
+        assert timeline.kernels_compiled == 2 * timeline.distinct_kernels > 2
+        assert timeline.distinct_kernels == serial.distinct_kernels
+    assert not _overlap(serial), "without a warm-up stage 1 compiles after stage 0"
+    assert _overlap(parallel), "with it they compile at the same time"
+
+
+def _overlap(timeline: Timeline) -> bool:
+    """Whether compiles of the two stages overlap in time."""
+    zero, one = ([s for s in timeline.of_rank(rank) if s.kind == "compile"] for rank in (0, 1))
+    return any(a.start < b.end and b.start < a.end for a in zero for b in one)
+
+
+BAD_INPUT = {
+    "--model nothing": "'nothing'",
+    "--pp 9 --model dsv4-tiny": "pp=9 stages need at least as many layers: the model has 8",
+    "--tp 3 --model dsv4-tiny": "tp=3 must divide num_attention_heads=4 of dsv4-tiny",
+    "--tp 4 --model dsv4-tiny": "tp=4 must divide o_groups=2 of dsv4-tiny",
+    "--pp 2 --stage-layers 3,4 --model dsv4-tiny": "stage sizes 3,4 must each be at least 1",
+    "--model dsv4-tiny --layers 99": "99",
+    "--model dsv4-tiny --batch-sizes 0": "0",
+    "--model dsv4-tiny --batch-sizes x": "'x' is not a list of integers",
+    "--model dsv4-tiny --device cuda": "--device cuda: torch sees no CUDA device",
+    "--model dsv4-tiny --warmup slow": "'slow'",
+    "--model dsv4-tiny --timeout 0": "--timeout 0 must be above 0 seconds",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda text: text.replace(" ", "_"))
+def test_bad_input_is_one_line_and_exit_code_2(arguments: str) -> None:
+    if "--device cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = run_launch(*arguments.split(), "--no-jit")
+    assert done.returncode == 2
+    assert BAD_INPUT[arguments] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_wrong_world_size_shows_the_right_command() -> None:
+    done = run_launch("--pp", "4", "--tp", "2", env={"WORLD_SIZE": "3", "RANK": "0"})
+    assert done.returncode == 2
+    assert "WORLD_SIZE=3 but --pp 4 --tp 2 needs 8 ranks" in done.stderr
+    assert "torchrun --nproc-per-node 8 -m launch --pp 4 --tp 2" in done.stderr
+
+
+def test_a_bad_environment_value_names_the_variable() -> None:
+    done = run_launch("--model", "dsv4-tiny", env={"SGLANG_DEEPGEMM_PDL": "perhaps"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: SGLANG_DEEPGEMM_PDL='perhaps' is not a boolean")
+
+
+@pytest.mark.nvcc
+def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = run_launch(
+        "--model", "dsv4-tiny", "--layers", "1", "--batch-sizes", "1", "--device", "cpu",
+        "--cache-dir", str(blocker / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"cache directory {blocker / 'cache'} cannot be written" in done.stderr
+
+
+def test_a_run_past_its_time_out_ends() -> None:
+    done = run_launch(
+        "--model", "dsv4-tiny", "--pp", "2", "--no-jit", "--timeout", "0.01", timeout=120
+    )
+    assert done.returncode == 1
+    assert "no end after --timeout 0.01 s" in done.stdout + done.stderr
