@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import shutil
 import tempfile
@@ -342,5 +341,4 @@ class _Deadline:
             f"[rank {self._rank}] error: no end after --timeout {self._seconds:g} s, in: {where}",
             flush=True,
         )
-        faulthandler.dump_traceback(all_threads=False)
         os._exit(1)
