@@ -109,7 +109,7 @@ def launch(result: Path | None, policies: Sequence[str], disaggregation_mode: st
     options = LaunchOptions(
         policies=tuple(WarmupPolicy(name) for name in policies),
         disaggregation=DisaggregationMode(disaggregation_mode),
-        **values,
+        **{**values, "stage_layers": values["stage_layers"] or environ.stage_layers},
     )
     _check(options, environ)
     num_ranks = options.pp * options.tp

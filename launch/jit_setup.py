@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,8 @@ def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompil
     library = find_library()
     if library is None:
         return None, "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     nvcc = find_nvcc(environ)
     if nvcc is None:
         return None, "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"

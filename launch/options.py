@@ -67,7 +67,7 @@ class LaunchOptions:
             ),
             num_sms=num_sms,
             prompt_len=self.prompt_len,
-            deep_gemm_bf16_fp32=environ.bf16_fp32_gemm_algo in ("", "deep_gemm"),
+            deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
         )
 
     def parallel(self) -> ParallelConfig:

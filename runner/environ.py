@@ -85,6 +85,28 @@ class Environ:
         return result
 
     @property
+    def deep_gemm_bf16_fp32(self) -> bool:
+        """Whether bf16 x bf16 -> fp32 GEMMs go through DeepGEMM; unset means that they do."""
+        return self.bf16_fp32_gemm_algo in ("", "deep_gemm")
+
+    @property
+    def stage_layers(self) -> tuple[int, ...] | None:
+        """Layers of each pipeline stage from SGLANG_PP_LAYER_PARTITION, None where it is unset.
+
+        Raises:
+            UserError: not a list of integers.
+        """
+        if not self.pp_layer_partition:
+            return None
+        try:
+            return tuple(int(word) for word in self.pp_layer_partition.split(","))
+        except ValueError:
+            raise UserError(
+                f"SGLANG_PP_LAYER_PARTITION={self.pp_layer_partition!r} is not a list of integers "
+                "such as 10,11,11,11"
+            ) from None
+
+    @property
     def jit_cache_dir(self) -> Path:
         """Where kernels are cached: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else ~/.deep_gemm."""
         chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir

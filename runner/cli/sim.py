@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from runner.cli.common import IntList, batch_sizes_option, model_options, report_options
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
+from runner.environ import Environ
 from runner.errors import UserError
 from runner.report.outputs import print_timelines, write_reports
 from runner.report.table import phase_summary
@@ -76,6 +78,9 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
         trace: Path | None, plot: Path | None, **values: Any) -> None:  # fmt: skip
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
     profile = load_profile(values.pop("hardware"))
+    environ = Environ.read(os.environ)
+    values["stage_layers"] = values["stage_layers"] or environ.stage_layers
+    values["deep_gemm_bf16_fp32"] = environ.deep_gemm_bf16_fp32
     machine = _machine(profile, values)
     predictions = [
         simulate(_scenario(WarmupPolicy(name), profile, values), machine)
@@ -125,6 +130,7 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         warmup=WarmupOptions(policy=policy, batch_sizes=values["batch_sizes"]),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
+        deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
     )
 
 

@@ -80,6 +80,13 @@ class ModelConfig:
         """Sizes that the tensor-parallel degree must divide, by name."""
         return {"num_attention_heads": self.num_attention_heads, "vocab_size": self.vocab_size}
 
+    def fp8_head_widths(self) -> dict[str, int]:
+        """Rows per attention head of FP8 weights that are cut by heads, by name.
+
+        A rank's heads must fill whole scaling blocks, or its scales would not be the model's.
+        """
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dsv4Config(ModelConfig):
@@ -148,6 +155,14 @@ class Dsv3Config(ModelConfig):
         super().__post_init__()
         _require_blocks("kv_lora_rank", self.kv_lora_rank)
         _require_blocks("intermediate_size", self.intermediate_size)
+
+    def fp8_head_widths(self) -> dict[str, int]:
+        """See :meth:`ModelConfig.fp8_head_widths`."""
+        return {
+            "q_b_proj": self.qk_nope_head_dim + self.qk_rope_head_dim,
+            "kv_b_proj": self.qk_nope_head_dim + self.v_head_dim,
+            "o_proj": self.v_head_dim,
+        }
 
     def is_dense(self, layer_id: int) -> bool:
         """Whether the layer has a dense MLP instead of a mixture of experts."""

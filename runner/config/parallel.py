@@ -118,6 +118,13 @@ class ParallelConfig:
                 f"ep over tp={self.tp} must divide n_routed_experts="
                 f"{model.moe.n_routed_experts} of {model.name}"
             )
+        heads = model.num_attention_heads // self.attn_tp
+        for name, width in model.fp8_head_widths().items():
+            if heads * width % FP8_BLOCK:
+                raise UserError(
+                    f"tp={self.attn_tp} leaves {heads} heads of {width} in {name} of {model.name}: "
+                    f"their product must be a multiple of {FP8_BLOCK} (FP8 scaling blocks)"
+                )
         self._check_shard("moe_intermediate_size", model.moe.moe_intermediate_size, model.name)
         dense = getattr(model, "intermediate_size", None)
         if dense is not None:

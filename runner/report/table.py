@@ -151,7 +151,7 @@ def _dominant_kinds(
     segments: Iterable[Segment], total: float, step: float, width: int
 ) -> list[str]:
     """The kind that takes up most of each cell of ``step`` seconds, up to the rank's end."""
-    if total <= 0:
+    if total <= 0 or step <= 0:
         return []
     # Cells that the rank's end only touches because of rounding are not its own.
     cells = min(width, int(total / step - 1e-9) + 1)

@@ -10,25 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from runner.config.hf import load_model, with_layers
+from runner.config.parallel import ParallelConfig
 from runner.jit.compiler import NvccCompiler
+from runner.scenario import Scenario, record
 from runner.schedule import Schedule
 from runner.timeline import Timeline, read_timelines
+from runner.warmup import WarmupOptions, WarmupPolicy
+from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
 SMALL = ["--batch-sizes", "2,24", "--prompt-len", "12", "--no-jit", "--device", "cpu"]
 """EXTEND of 2 and of 2 x 12 tokens, each followed by a DECODE step."""
-
-DSV3_SMALL = {
-    "model_type": "deepseek_v3", "hidden_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 512, "vocab_size": 1024,
-    "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "moe_intermediate_size": 256, "routed_scaling_factor": 2.5,
-    "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid",
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-}  # fmt: skip
 
 FEW_KERNELS = {
     "num_hidden_layers": 2, "first_k_dense_replace": 2, "q_lora_rank": 512, "kv_lora_rank": 512,
@@ -162,25 +157,18 @@ def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--model dsv4-tiny --pp 4 --tp 2 --warmup pp-parallel --batch-sizes 1,24 --no-jit",
-        "--model dsv4-tiny --pp 2 --tp 2 --ep --warmup none --batch-sizes 5 --prompt-len 3 --no-jit",
-        "--model dsv4-tiny --pp 2 --tp 2 --attn-cp 2 --warmup pp-parallel --batch-sizes 8 --no-jit",
-        "--model dsv4 --layers 4 --pp 2 --tp 2 --compute skip --batch-sizes 1,64 --no-jit",
-        "--model dsv3 --layers 4 --pp 2 --tp 1 --compute skip --batch-sizes 1 --no-jit",
+        "--model dsv4-tiny --pp 4 --tp 2 --warmup pp-parallel --batch-sizes 1,24",
+        "--model dsv4-tiny --pp 2 --tp 2 --ep --warmup none --batch-sizes 5 --prompt-len 3",
+        "--model dsv4-tiny --pp 2 --tp 2 --attn-cp 2 --warmup pp-parallel --batch-sizes 8",
+        "--model dsv4 --layers 4 --pp 2 --tp 2 --compute skip --batch-sizes 1,64",
+        "--model dsv3 --layers 4 --pp 2 --tp 1 --compute skip --batch-sizes 1",
     ],
 )
 def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path) -> None:
     """Operation by operation, on every rank: what ran is what the record backend foretold."""
-    from dataclasses import replace
-
-    from runner.config.hf import load_model, with_layers
-    from runner.config.parallel import ParallelConfig
-    from runner.scenario import Scenario, record
-    from runner.warmup import WarmupOptions, WarmupPolicy
-
     words = dict(_pairs(arguments.split()))
     path = tmp_path / "schedule.json"
-    launch(*arguments.split(), "--device", "cpu", "--schedule", str(path))
+    launch(*arguments.split(), "--no-jit", "--device", "cpu", "--schedule", str(path))
     model = load_model(words["--model"])
     if "--layers" in words:
         model = with_layers(model, int(words["--layers"]))
@@ -196,7 +184,7 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
         prompt_len=int(words.get("--prompt-len", "1")),
     )  # fmt: skip
     really = Schedule.from_json(json.loads(path.read_text()))
-    foretold = record(replace(scenario))
+    foretold = record(scenario)
     for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
         assert ran == said, f"rank {rank}"
 

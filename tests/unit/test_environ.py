@@ -67,6 +67,7 @@ def test_defaults() -> None:
         "SGLANG_ENABLE_JIT_DEEPGEMM",
         "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
         "SGLANG_IS_FIRST_RANK_ON_NODE",
+        "SGLANG_DEEPGEMM_PDL",
     }
     assert {getattr(environ, VARIABLES[name].name) for name in STRINGS} == {""}
     assert environ.dg_jit_cpp_standard == 20
