@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import platform
 import shutil
 import tempfile
 import threading
@@ -22,6 +24,7 @@ from launch.comm import ScratchComm, TorchComm, make_groups
 from launch.jit_setup import RankJit, set_up_jit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank_sink import RankSink, cut_compiles
+import runner
 from runner.backend.base import Backend, Communicator
 from runner.backend.math import Math
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
@@ -254,11 +257,25 @@ class _RankRun:
                 "link": "nccl" if exclusive else "gloo",
                 "compute": everyone[0][3]["compute"],
                 "jit": jit.description,
+                "machine": _machine(self.device),
                 "startup_seconds": [item[3]["startup_seconds"] for item in everyone],
             },
         )
         schedule = Schedule(tuple(tuple(item[2]) for item in everyone))
         return RunResult(timeline, schedule)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Where and with what a run was made: the provenance of its figures."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "deepgemm_coldstart": runner.__version__,
+    }
 
 
 def weight_elements(scenario: Scenario, rank: int) -> int:

@@ -1,8 +1,8 @@
 """Requests that flow through the pipeline, stage by stage, as a server's first ones do.
 
 A request of ``tokens`` tokens is one EXTEND of that many prompt tokens and then one DECODE step a
-sequence. The DECODE waits for the token that the last stage sampled, so without a warm-up every
-stage compiles in turn, on arrival.
+sequence. The DECODE waits for the token that the last stage sampled, so without a warm-up the
+stages compile a request's kernels in turn, on arrival.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def serve(
 def serve_all(
     runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Any], None]
 ) -> None:
-    """Run requests one after the other, as one client in a closed loop sends them."""
+    """Run requests in order, as a queue of waiting ones: each starts once stage 0 is free."""
     for request in requests:
         serve(runner, request, keep)
 

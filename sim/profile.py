@@ -29,10 +29,18 @@ _FP8_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class Link:
-    """A link between ranks: seconds before the first byte, and bytes per second."""
+    """A link between ranks.
+
+    Attributes:
+        latency: seconds before the first byte.
+        bandwidth: bytes per second of reductions and transfers.
+        gather_bandwidth: bytes per second of gathers, which some backends do more slowly; None
+            means the same.
+    """
 
     latency: float
     bandwidth: float
+    gather_bandwidth: float | None = None
 
     def seconds(self, nbytes: float) -> float:
         """Time to move ``nbytes``."""
@@ -159,8 +167,10 @@ class ProfileCosts:
     def collective_seconds(self, op: Collective) -> float:
         """Ring: an all-reduce moves twice (n - 1) / n of the data, a gather n - 1 times it."""
         n = len(op.group)
-        moved = 2 * (n - 1) / n if op.name.startswith("all_reduce") else n - 1
-        return self.link.seconds(moved * op.bytes)
+        if op.name.startswith("all_reduce"):
+            return self.link.seconds(2 * (n - 1) / n * op.bytes)
+        bandwidth = self.link.gather_bandwidth or self.link.bandwidth
+        return self.link.latency + (n - 1) * op.bytes / bandwidth
 
     def transfer_seconds(self, nbytes: int) -> float:
         """Latency and bandwidth of the link."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 _COLUMNS = (*BUSY_KINDS, "total")
 
 
+_SHOWS_AS_ZERO = 0.005
+"""Half of the last digit that tables show of seconds: an error relative to less says nothing."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number of both Timelines.
@@ -34,8 +38,8 @@ class Figure:
 
     @property
     def relative_error(self) -> float | None:
-        """``(a - b) / b``; None where ``b`` is 0 or either is missing."""
-        if self.a is None or not self.b:
+        """``(a - b) / b``; None where ``b`` shows as 0 or either is missing."""
+        if self.a is None or self.b is None or abs(self.b) < _SHOWS_AS_ZERO:
             return None
         return (self.a - self.b) / self.b
 
