@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import runner
 from launch.comm import ScratchComm, TorchComm, make_groups
 from launch.jit_setup import RankJit, set_up_jit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank_sink import RankSink, cut_compiles
-import runner
 from runner.backend.base import Backend, Communicator
 from runner.backend.math import Math
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights

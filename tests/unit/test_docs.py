@@ -1,0 +1,72 @@
+"""Output shown in the docs is output that the commands give: each golden block, word for word."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ROOT / "docs" / "measurements"
+ONE_NODE = ["--nodes", "1", "--link", "gloo", "--ranks-per-gpu", "2"]
+FOUR_NODES = ["--layers", "4", "--pp", "4", "--tp", "1", "--batch-sizes", "1", "--link", "gloo"]
+BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n```", re.DOTALL)
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """(document, command's name, text) of every golden block."""
+    found = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for name, text in BLOCK.findall(path.read_text()):
+            found.append((path.name, name, text))
+    return found
+
+
+def output_of(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command behind a golden block prints, without trailing blanks."""
+    if name.startswith("sim"):
+        arguments = ["sim"]
+    elif name.startswith("compare-four"):
+        predicted = folder / "predicted.json"
+        made = ["sim", *FOUR_NODES, "--timeline", str(predicted)]
+        assert run_guarded(cli, made, program="runner") == 0
+        capsys.readouterr()
+        arguments = ["compare", str(predicted), str(MEASURED / "h200_dsv4_l4_pp4_vn4.json")]
+    else:
+        policy = {"compare-none": "none", "compare-parallel": "pp-parallel"}[name]
+        predicted = folder / "predicted.json"
+        made = ["sim", *ONE_NODE, "--warmup", policy, "--timeline", str(predicted)]
+        assert run_guarded(cli, made, program="runner") == 0
+        capsys.readouterr()
+        arguments = ["compare", str(predicted), str(MEASURED / f"h200_dsv4_pp4tp2_{policy}.json")]
+    assert run_guarded(cli, arguments, program="runner") == 0
+    return "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(("document", "name", "text"), blocks(), ids=lambda text: text[:20])
+def test_golden_output(
+    document: str, name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert text in output_of(name, tmp_path, capsys)
+
+
+def test_there_are_golden_blocks_in_readme_and_docs() -> None:
+    assert {(document, name) for document, name, _ in blocks()} == {
+        ("README.md", "sim"),
+        ("predictions.md", "sim-full"),
+        ("predictions.md", "compare-none"),
+        ("predictions.md", "compare-parallel"),
+        ("predictions.md", "compare-four-none"),
+        ("predictions.md", "compare-four-parallel"),
+    }
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name} links to {target}"
