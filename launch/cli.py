@@ -13,13 +13,21 @@ from typing import Any
 
 import click
 
+from launch.jit_setup import cache_of_policy, check_jit
 from launch.options import LaunchOptions
-from runner.cli.common import batch_sizes_option, layout_options, model_options, report_options
+from runner.cli.common import (
+    SECONDS,
+    batch_sizes_option,
+    layout_options,
+    model_options,
+    report_options,
+    serving_options,
+)
 from runner.cli.guard import WorkFailedError, run_guarded
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.compiler import CompileError
-from runner.report.outputs import print_timelines, write_reports
+from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
 
@@ -31,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @click.command()
 @model_options
-@layout_options
+@layout_options(pp=1, tp=1)
 @click.option(
     "--virtual-nodes",
     type=int,
@@ -47,17 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default=["pp-parallel"],
     show_default=True,
     type=click.Choice([policy.value for policy in WarmupPolicy]),
-    help="Warm-up policy; give it again to run several, each from a cold start.",
+    help="Warm-up policy; give it again to run several, each with a cache of its own.",
 )
 @batch_sizes_option
-@click.option(
-    "--disaggregation-mode",
-    default="none",
-    show_default=True,
-    type=click.Choice([mode.value for mode in DisaggregationMode]),
-    help="A prefill node never decodes, a decode node never extends.",
-)
-@click.option("--speculative", is_flag=True, help="Speculative decoding: no pp-parallel warm-up.")
+@serving_options
 @click.option(
     "--compute",
     type=click.Choice(["real", "skip"]),
@@ -82,22 +83,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
 @click.option(
     "--timeout",
-    type=float,
+    type=SECONDS,
     default=1800.0,
     show_default=True,
     metavar="SECONDS",
     help="Longest run and longest wait of a collective.",
 )
-@click.option("--logits", type=click.Path(path_type=Path), help="Write the logits (torch.save).")
+@click.option(
+    "--logits",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the requests' logits (torch.save, from the last stage).",
+)
 @click.option(
     "--schedule",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Write the operations that really ran, as JSON.",
 )
 @report_options
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)
-def launch(result: Path | None, policies: Sequence[str], disaggregation_mode: str,
-           **values: Any) -> None:  # fmt: skip
+@click.option("--work-dir", type=click.Path(path_type=Path), hidden=True)
+def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
+           disaggregation_mode: str, **values: Any) -> None:  # fmt: skip
     """Run every rank of a model for real: build, warm up, serve, compile on the way.
 
     Under torchrun with WORLD_SIZE = pp * tp this process is one of the ranks. Under a single
@@ -115,9 +121,9 @@ def launch(result: Path | None, policies: Sequence[str], disaggregation_mode: st
     num_ranks = options.pp * options.tp
     world_size = environ.world_size or 1
     if world_size == num_ranks and (num_ranks > 1 or len(options.policies) == 1):
-        _be_a_rank(options, environ, result)
+        _be_a_rank(options, environ, result, work_dir)
     elif world_size == 1:
-        _start_ranks(options, num_ranks)
+        _start_ranks(options, environ, num_ranks)
     else:
         raise UserError(_wrong_world_size(options, world_size))
 
@@ -125,11 +131,23 @@ def launch(result: Path | None, policies: Sequence[str], disaggregation_mode: st
 def _check(options: LaunchOptions, environ: Environ) -> None:
     """Everything that can be wrong before a rank starts."""
     for policy in options.policies:
-        options.scenario(environ, num_sms=options.num_sms, policy=policy).batch_sizes  # noqa: B018
-    if options.timeout <= 0:
-        raise UserError(f"--timeout {options.timeout:g} must be above 0 seconds")
+        scenario = options.scenario(environ, num_sms=options.num_sms, policy=policy)
+        assert scenario.requests, "a scenario without requests measures nothing"
     if options.num_sms < 2 or options.num_sms % 2:
         raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
+    if str(options.timeline) == "-":
+        raise UserError("--timeline needs a file: a launch prints its progress")
+    single = {"--logits": options.logits, "--schedule": options.schedule}
+    for flag, path in single.items():
+        if path is not None and len(options.policies) > 1:
+            raise UserError(f"{flag} {path} holds one run: give one --warmup with it")
+    check_outputs(
+        timeline=options.timeline,
+        trace=options.trace,
+        plot=options.plot,
+        others=tuple(single.values()),
+    )
+    check_jit(options, environ)
 
 
 def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
@@ -141,7 +159,9 @@ def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
     )
 
 
-def _be_a_rank(options: LaunchOptions, environ: Environ, result: Path | None) -> None:
+def _be_a_rank(
+    options: LaunchOptions, environ: Environ, result: Path | None, work_dir: Path | None
+) -> None:
     from launch.report import finish
     from launch.worker import run_worker
 
@@ -154,7 +174,7 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, result: Path | None) ->
     rank = environ.rank or 0
     say = _say if rank == 0 else lambda line: None
     try:
-        outcome = run_worker(options, environ, options.policies[0], say=say)
+        outcome = run_worker(options, environ, options.policies[0], say=say, work_dir=work_dir)
         if outcome is not None:
             finish(options, outcome, result)
     except Exception as error:
@@ -165,11 +185,14 @@ def _rank_failure(rank: int, error: Exception) -> WorkFailedError:
     """Leave the error where torch's launcher looks for it, and say it in one line."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    from launch.elastic import lost_a_peer
+
     words = str(error).strip() or type(error).__name__
     expected = isinstance(error, UserError | CompileError)
     if not expected:
         words = f"{type(error).__name__}: {words}"
-        traceback.print_exception(error)
+        if not lost_a_peer(error):
+            traceback.print_exception(error)
     get_error_handler().record_exception(type(error)(words) if expected else error)
     return WorkFailedError(f"rank {rank}: {words}", 2 if isinstance(error, UserError) else 1)
 
@@ -178,15 +201,19 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _start_ranks(options: LaunchOptions, num_ranks: int) -> None:
+def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> None:
     from launch.elastic import start_ranks
 
     timelines: list[Timeline] = []
     for policy in options.policies:
         with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
             result = Path(folder) / "timeline.json"
-            one = replace(options, policies=(policy,), timeline=None, trace=None, plot=None)
-            start_ranks(num_ranks, [*_arguments(one), "--result", str(result)])
+            one = replace(
+                options, policies=(policy,), timeline=None, trace=None, plot=None,
+                cache_dir=cache_of_policy(options, environ, policy),
+            )  # fmt: skip
+            arguments = [*_arguments(one), "--result", str(result), "--work-dir", folder]
+            start_ranks(num_ranks, arguments)
             timelines += read_timelines(result)
     print_timelines(timelines)
     write_reports(timelines, timeline=options.timeline, trace=options.trace, plot=options.plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -39,9 +40,29 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launch", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error)
         code = 2 if failure.exitcode == 2 else 1
         raise WorkFailedError(_describe(rank, failure), code) from None
+
+
+_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether a rank failed only because another one was gone."""
+    return any(words in str(error) for words in _PEER_WORDS)
+
+
+def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """The failure behind the others: torch orders them by whole seconds, which is too coarse."""
+    first = error.get_first_failure()
+    for rank, failure in sorted(error.failures.items()):
+        if failure.exitcode > 0 and not lost_a_peer(Exception(str(failure.message))):
+            return rank, failure
+    for rank, failure in sorted(error.failures.items()):
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            return rank, failure
+    return first
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:

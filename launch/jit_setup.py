@@ -6,13 +6,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from launch.options import LaunchOptions
 from launch.rank_sink import KernelLoader, LibraryJit, OwnJit
-from runner.backend.entry_points import EntryPoints
-from runner.backend.reference import ReferenceEntryPoints
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
@@ -21,6 +18,10 @@ from runner.jit.lazy import LazyJit
 from runner.jit.library import find_library
 from runner.jit.shim import CompileRecord, write_shim
 from runner.scenario import Scenario
+from runner.warmup import WarmupPolicy
+
+if TYPE_CHECKING:
+    from runner.backend.entry_points import EntryPoints
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,12 @@ def set_up_jit(
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
     """
+    from runner.backend.reference import ReferenceEntryPoints
+
     log_dir = work_dir / "compiles"
-    cache_root = _cache_root(options, environ, work_dir)
-    if scenario.parallel.nodes > 1:
+    given = _given_cache(options, environ)
+    cache_root = given or work_dir / "cache"
+    if options.virtual_nodes > 1:
         cache_root = cache_root / f"node{scenario.parallel.node_of(rank)}"
     compiler, missing = _find_compiler(options, environ)
     if compiler is None:
@@ -77,12 +81,13 @@ def set_up_jit(
     shim = work_dir / f"nvcc-{rank}"
     write_shim(shim, nvcc=compiler.nvcc, log_dir=log_dir)
     release = compiler.signature.removeprefix("NVCC")
-    where = f"nvcc {release}, cache {_describe_cache(options, environ)}"
+    cache = KernelCache(cache_root)
+    where = f"nvcc {release}, cache {_describe_cache(cache, given=given is not None)}"
     # The key does not depend on the path of nvcc, so the shim's keys are the real one's.
     recorded = replace(compiler, nvcc=shim)
     if library:
         return _library_jit(environ, cache_root, recorded, log_dir, where)
-    jit = LazyJit(recorded, KernelCache(cache_root))
+    jit = LazyJit(recorded, cache)
     return RankJit(
         OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
     )
@@ -91,6 +96,8 @@ def set_up_jit(
 def _library_jit(
     environ: Environ, cache_root: Path, compiler: NvccCompiler, log_dir: Path, where: str
 ) -> RankJit:
+    import torch
+
     from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
     from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
@@ -101,34 +108,57 @@ def _library_jit(
     return RankJit(LibraryJit(), wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
 
 
+def check_jit(options: LaunchOptions, environ: Environ) -> None:
+    """Find out before ranks start whether compiler and cache can be used.
+
+    Raises:
+        UserError: an unusable nvcc, an unknown library, a cache that cannot be written.
+    """
+    compiler, _ = _find_compiler(options, environ)
+    if compiler is None:
+        return
+    assert compiler.signature
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
+    given = _given_cache(options, environ)
+    if given is not None:
+        KernelCache(given).prepare()
+
+
+def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:
+    """Cache directory of one of several policies: a given one is divided, so each starts alike."""
+    given = _given_cache(options, environ)
+    if given is None or len(options.policies) == 1:
+        return given
+    return given / policy.value
+
+
 def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:
     if not options.jit:
         return None, "--no-jit was given"
     library = find_library()
     if library is None:
         return None, "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
-    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
-        warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     nvcc = find_nvcc(environ)
     if nvcc is None:
         return None, "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
     return NvccCompiler(nvcc, library, environ), ""
 
 
-def _cache_root(options: LaunchOptions, environ: Environ, work_dir: Path) -> Path:
+def _given_cache(options: LaunchOptions, environ: Environ) -> Path | None:
+    """The cache directory that was asked for, by option or environment; None: a cold one."""
     if options.cache_dir is not None:
         return options.cache_dir.absolute()
     if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
         return environ.jit_cache_dir.absolute()
-    return work_dir / "cache"
+    return None
 
 
-def _describe_cache(options: LaunchOptions, environ: Environ) -> str:
-    if options.cache_dir is not None:
-        return str(options.cache_dir)
-    if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
-        return str(environ.jit_cache_dir)
-    return "cold (temporary)"
+def _describe_cache(cache: KernelCache, *, given: bool) -> str:
+    if not given:
+        return "cold (temporary)"
+    count = cache.count()
+    return f"{cache.root} ({f'{count} kernels' if count else 'cold'})"
 
 
 def _keys(compiler: NvccCompiler) -> Callable[[CompileRecord], str]:

@@ -12,7 +12,8 @@ from runner.scenario import Scenario
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 REAL_MATH_LIMIT = 2 << 30
-"""Weights of one rank, in elements, above which a CPU is not asked for real math."""
+"""Weights of all ranks, in elements, above which a CPU is not asked for real math, and a GPU run
+gives equal shapes one buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class LaunchOptions:
         model = load_model(self.model)
         if self.layers is not None:
             model = with_layers(model, self.layers)
-        parallel = self.parallel()
+        parallel = self.parallel(environ)
         parallel.check_fits(model)
         return Scenario(
             model=model,
@@ -70,13 +71,15 @@ class LaunchOptions:
             deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
         )
 
-    def parallel(self) -> ParallelConfig:
-        """The layout; virtual nodes are the nodes."""
+    def parallel(self, environ: Environ) -> ParallelConfig:
+        """The layout; nodes are those that torchrun uses, or the virtual ones if they are more."""
+        world_size = environ.world_size or 1
+        real_nodes = world_size // (environ.local_world_size or world_size)
         return ParallelConfig(
             pp=self.pp,
             tp=self.tp,
             ep=self.ep,
             attn_cp=self.attn_cp,
-            nodes=self.virtual_nodes,
+            nodes=max(self.virtual_nodes, real_nodes),
             stage_layers=self.stage_layers,
         )

@@ -88,9 +88,20 @@ class RankSink:
         if isinstance(op, KernelCall):
             return self._kernel(op, action)
         if isinstance(op, Collective | Send | Recv):
-            self._synchronise()
-            return self._timed("comm", _comm_name(op), action, self._comm_key(op))
+            # What the device still does is compute, not communication.
+            self._timed("compute", "device", self._synchronise)
+            return self._timed("comm", _comm_name(op), self._to_the_end(action), self._comm_key(op))
         return self._timed("compute", op.name, action)
+
+    def _to_the_end(self, action: Callable[[], R]) -> Callable[[], R]:
+        """NCCL returns when a collective is queued; its time is until it is done."""
+
+        def act() -> R:
+            result = action()
+            self._synchronise()
+            return result
+
+        return act
 
     def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
         start = time.time()
@@ -105,7 +116,7 @@ class RankSink:
     def _mark(self, mark: Mark) -> None:
         if mark.kind != "phase":
             return
-        self._synchronise()
+        self._timed("compute", "device", self._synchronise)
         now = time.time()
         if self._phase is not None:
             name, start = self._phase

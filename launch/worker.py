@@ -61,7 +61,12 @@ class RunResult:
 
 
 def run_worker(
-    options: LaunchOptions, environ: Environ, policy: WarmupPolicy, say: Callable[[str], None]
+    options: LaunchOptions,
+    environ: Environ,
+    policy: WarmupPolicy,
+    *,
+    say: Callable[[str], None],
+    work_dir: Path | None,
 ) -> RunResult | None:
     """Run this rank from process group to gathered Timeline.
 
@@ -70,6 +75,8 @@ def run_worker(
         environ: the environment, read at the entry; holds this rank's place.
         policy: the one policy to run.
         say: prints a line, on rank 0 only.
+        work_dir: temporary directory that the process that started the ranks will remove; None
+            makes one and removes it after a good end.
 
     Raises:
         UserError: bad input.
@@ -85,15 +92,14 @@ def run_worker(
     deadline = _Deadline(options.timeout, place.rank)
     exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
     _init_process_group(device, exclusive=exclusive, timeout=options.timeout)
-    work_dir = _shared_work_dir()
-    try:
-        with deadline:
-            rank_run = _RankRun(options, environ, scenario, place, device, work_dir, deadline)
-            result = rank_run.run(started, exclusive=exclusive, say=say)
-    finally:
-        if place.local_rank == 0:
-            shutil.rmtree(work_dir, ignore_errors=True)
-    # Only after a good end: with a rank gone, this would wait for it.
+    folder = work_dir or _shared_work_dir()
+    with deadline:
+        rank_run = _RankRun(options, environ, scenario, place, device, folder, deadline)
+        result = rank_run.run(started, exclusive=exclusive, say=say)
+    # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
+    dist.barrier()
+    if place.local_rank == 0 and work_dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
     dist.destroy_process_group()
     return result
 
@@ -123,8 +129,11 @@ class _RankRun:
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside
         )
         self.deadline.sink = sink
+        # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         comm = TorchComm(
-            make_groups(self.scenario.parallel), self.device, through_host=not exclusive
+            make_groups(self.scenario.parallel),
+            self.device,
+            through_host=not exclusive or compute == "skip",
         )
         for line in self._introduction(compute, reason, jit, exclusive=exclusive):
             say(line)
@@ -148,11 +157,16 @@ class _RankRun:
             return self.options.compute, "as asked"
         if self.device.type == "cuda":
             return "real", "on a GPU"
-        elements = weight_elements(self.scenario, self.place.rank)
-        total = elements * self.place.local_world_size
+        total = self._total_elements()
         if total > REAL_MATH_LIMIT:
             return "skip", f"{total / 1e9:.0f} G weights are too many for math on a CPU"
         return "real", "the model is small"
+
+    def _total_elements(self) -> int:
+        """Weights of all ranks, which every rank must count alike to decide alike."""
+        parallel = self.scenario.parallel
+        stages = [parallel.rank_of(stage, 0) for stage in range(parallel.pp)]
+        return parallel.tp * sum(weight_elements(self.scenario, rank) for rank in stages)
 
     def _build_runner(
         self, compute: str, jit: RankJit, sink: RankSink, comm: TorchComm
@@ -167,7 +181,7 @@ class _RankRun:
             weights, buffers = ShapeWeights(), NoBuffers()
         else:
             math, link = TorchMath(self.device, jit.entry_points), comm
-            share = weight_elements(scenario, self.place.rank) > REAL_MATH_LIMIT
+            share = self._total_elements() > REAL_MATH_LIMIT
             weights = TorchWeights(self.options.seed, self.device, share=share)
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(
@@ -300,6 +314,8 @@ class _CountingWeights(ShapeWeights):
 
 def _place(environ: Environ) -> Place:
     rank, world = environ.rank or 0, environ.world_size or 1
+    if not 0 <= rank < world:
+        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}: torchrun sets both")
     return Place(rank, world, environ.local_rank or 0, environ.local_world_size or world)
 
 

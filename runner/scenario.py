@@ -139,7 +139,11 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "pp": parallel.pp,
         "tp": parallel.tp,
         "ep": parallel.ep,
+        "attn_cp": parallel.attn_cp,
+        "stage_layers": list(parallel.stage_layers) if parallel.stage_layers else None,
         "nodes": parallel.nodes,
+        "prompt_len": scenario.prompt_len,
+        "disaggregation": scenario.warmup.disaggregation.value,
         "batch_sizes": list(scenario.batch_sizes),
         "num_sms": scenario.num_sms,
         "ranks": [

@@ -25,8 +25,11 @@ class Span:
         end: seconds since the run's origin.
         kind: one of :data:`KINDS`.
         name: what it was: a kernel's name, an operation, a phase.
-        key: for compile and load, the kernel (same key, same kernel); for comm, the operation's
-            identity, equal on all ranks that take part; otherwise empty.
+        key: for compile, the kernel (same key, same kernel); for comm, the operation's identity,
+            equal on all ranks that take part; otherwise empty.
+
+    A kernel's first use is a ``compile`` span where neither memory nor disk had it, then a ``load``
+    span; a load alone is a hit on disk. A hit in memory leaves no span.
     """
 
     rank: int
@@ -147,14 +150,27 @@ class Timeline:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Timeline:
-        """Rebuild a Timeline from :meth:`to_json`'s data."""
-        return cls(
-            policy=data["policy"],
-            source=data["source"],
-            world_size=data["world_size"],
-            spans=tuple(Span(*item) for item in data["spans"]),
-            meta=data["meta"],
+        """Rebuild a Timeline from :meth:`to_json`'s data.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such data.
+        """
+        timeline = cls(
+            policy=str(data["policy"]),
+            source=str(data["source"]),
+            world_size=int(data["world_size"]),
+            spans=tuple(
+                Span(int(rank), float(start), float(end), kind, name, key)
+                for rank, start, end, kind, name, key in data["spans"]
+            ),
+            meta=dict(data["meta"]),
         )
+        for span in timeline.spans:
+            if not 0 <= span.rank < timeline.world_size or span.kind not in KINDS:
+                raise ValueError(f"no such span in {timeline.world_size} ranks: {span}")
+            if span.end < span.start:
+                raise ValueError(f"a span ends before it starts: {span}")
+        return timeline
 
 
 def merge(spans: Iterable[Span]) -> tuple[Span, ...]:

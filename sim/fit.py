@@ -1,8 +1,8 @@
 """Compile-time tables of a profile from measured compiles.
 
-``python -m sim.fit RUN.json... `` reads Timelines of real runs and prints the three tables of a
-:class:`sim.profile.Profile` as JSON. Compiles of runs where compilers outnumbered cores would
-count the waiting as well; give runs with enough cores.
+``python -m sim.fit WALK.jsonl...`` reads walks of the real library over M and prints the three
+tables of a :class:`sim.profile.Profile` as JSON. Where compilers outnumbered cores their waiting
+would count as well; give walks made with enough cores.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def walk_samples(path: Path, num_sms: int = 132) -> list[tuple[Kernel, float]]:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         for m, seconds in row["compiles"]:
+            # The walk asked for these splits itself, without the cap that the model applies.
             splits = max(1, num_sms // -(-m // 64))
             groups = splits if row["kind"] == "hc" else row["g"]
             call = KernelCall(_KINDS[row["kind"]], m, row["n"], row["k"], groups, num_sms)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ _FP8_TYPES = frozenset(
         T.FP8_PAGED_MQA_LOGITS,
     }
 )
+
+
+_NUMBERS = (
+    "num_sms", "cores_per_node", "compile_default", "load", "call", "fp8_flops", "bf16_flops",
+    "memory_bandwidth",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,18 @@ class Profile:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Profile:
-        """Build a profile from its JSON form."""
+        """Build a profile from its JSON form.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: not that form.
+        """
         links = {name: Link(**values) for name, values in data["links"].items()}
+        numbers = [data[name] for name in _NUMBERS]
+        numbers += [*data["compile_by_tile"].values(), *data["compile_by_name"].values()]
+        numbers += [value for link in links.values() for value in (link.latency, link.bandwidth)]
+        wrong = [value for value in numbers if not isinstance(value, int | float) or value < 0]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not a number of at least 0")
         return cls(**{**data, "links": links})
 
 
@@ -102,19 +119,19 @@ def load_profile(name_or_path: str) -> Profile:
     Raises:
         UserError: neither a shipped name nor a readable profile.
     """
+    path: Path | Traversable = Path(name_or_path)
     if name_or_path in shipped_profiles():
-        text = (resources.files("sim") / "profiles" / f"{name_or_path}.json").read_text()
-    else:
-        path = Path(name_or_path)
-        if not path.is_file():
-            known = ", ".join(shipped_profiles())
-            raise UserError(
-                f"hardware {name_or_path!r} is not known: use one of {known}, or a profile file"
-            )
-        text = path.read_text()
+        path = resources.files("sim") / "profiles" / f"{name_or_path}.json"
+    elif not path.is_file():
+        known = ", ".join(shipped_profiles())
+        raise UserError(
+            f"hardware {name_or_path!r} is not known: use one of {known}, or a profile file"
+        )
     try:
-        return Profile.from_json(json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+        return Profile.from_json(json.loads(path.read_text()))
+    except OSError as error:
+        raise UserError(f"cannot read {name_or_path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{name_or_path} is not a hardware profile: {error!r}") from None
 
 

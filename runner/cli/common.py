@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from runner.config.presets import PRESETS
+from runner.warmup import DisaggregationMode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,19 +44,41 @@ def model_options(function: F) -> F:
     )(function)
 
 
-def layout_options(function: F) -> F:
-    """``--pp``, ``--tp``, ``--ep``, ``--attn-cp``, ``--stage-layers``."""
-    for option in (
+def layout_options(*, pp: int, tp: int) -> Callable[[F], F]:
+    """``--pp``, ``--tp``, ``--ep``, ``--attn-cp``, ``--stage-layers`` with the given defaults."""
+    options = (
         click.option("--stage-layers", type=IntList(),
                      help="Layers of each stage.  [default: even]"),
         click.option("--attn-cp", type=int, default=1, show_default=True,
                      help="Split EXTEND tokens of the attention over so many ranks."),
         click.option("--ep", is_flag=True, help="Whole experts per rank instead of slices."),
-        click.option("--tp", type=int, default=1, show_default=True, help="Tensor-parallel ranks."),
-        click.option("--pp", type=int, default=1, show_default=True, help="Pipeline stages."),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+        click.option("--tp", type=int, default=tp, show_default=True,
+                     help="Tensor-parallel ranks."),
+        click.option("--pp", type=int, default=pp, show_default=True, help="Pipeline stages."),
+    )  # fmt: skip
+
+    def decorate(function: F) -> F:
+        for option in options:
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def serving_options(function: F) -> F:
+    """``--disaggregation-mode`` and ``--speculative``."""
+    function = click.option(
+        "--speculative", is_flag=True, help="Speculative decoding: no pp-parallel warm-up."
+    )(function)
+    return click.option(
+        "--disaggregation-mode", default="none", show_default=True,
+        type=click.Choice([mode.value for mode in DisaggregationMode]),
+        help="A prefill node never decodes, a decode node never extends.",
+    )(function)  # fmt: skip
+
+
+SECONDS = click.FloatRange(min=0, min_open=True, max=1e7)
+"""A duration on the command line; NaN is out of any range."""
 
 
 def batch_sizes_option(function: F) -> F:

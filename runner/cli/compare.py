@@ -44,7 +44,21 @@ def _compare_files(a: Path, b: Path) -> list[Comparison]:
         alone = [policy for policy in policies if policy not in common]
         if alone:
             click.echo(f"note: only in {path}, not compared: {_listed(alone)}", err=True)
+    _note_differences(of_a[common[0]], of_b[common[0]])
     return [compare_timelines(of_a[policy], of_b[policy]) for policy in common]
+
+
+_SCENARIO = (
+    "model", "layers", "pp", "tp", "ep", "attn_cp", "stage_layers", "nodes", "batch_sizes",
+    "prompt_len", "disaggregation", "num_sms",
+)  # fmt: skip
+
+
+def _note_differences(a: Timeline, b: Timeline) -> None:
+    """Say where the two runs were not runs of the same thing."""
+    for name in _SCENARIO:
+        if name in a.meta and name in b.meta and a.meta[name] != b.meta[name]:
+            click.echo(f"note: {name} differs: {a.meta[name]} in A, {b.meta[name]} in B", err=True)
 
 
 def _by_policy(path: Path) -> dict[str, Timeline]:

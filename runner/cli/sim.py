@@ -11,33 +11,30 @@ from typing import Any
 import click
 from rich.console import Console
 
-from runner.cli.common import IntList, batch_sizes_option, model_options, report_options
+from runner.cli.common import (
+    SECONDS,
+    batch_sizes_option,
+    layout_options,
+    model_options,
+    report_options,
+    serving_options,
+)
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.report.outputs import print_timelines, write_reports
+from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.report.table import phase_summary
 from runner.scenario import Scenario
 from runner.timeline import Timeline
-from runner.warmup import WarmupOptions, WarmupPolicy
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from sim.profile import Profile, load_profile
 from sim.simulate import Machine, Prediction, simulate
 
 
 @click.command()
 @model_options
-@click.option("--pp", type=int, default=4, show_default=True, help="Pipeline stages.")
-@click.option("--tp", type=int, default=2, show_default=True, help="Tensor-parallel ranks.")
-@click.option("--ep", is_flag=True, help="Whole experts per rank instead of slices.")
-@click.option(
-    "--attn-cp",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Split EXTEND tokens of the attention over so many ranks.",
-)
-@click.option("--stage-layers", type=IntList(), help="Layers of each stage.  [default: even]")
+@layout_options(pp=4, tp=2)
 @click.option(
     "--nodes",
     type=int,
@@ -53,6 +50,7 @@ from sim.simulate import Machine, Prediction, simulate
     help="Policies to predict, the first is the reference.",
 )
 @batch_sizes_option
+@serving_options
 @click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
 @click.option("--cores", type=int, help="CPU cores of a node.  [default: the profile's]")
 @click.option("--link", default="nvlink", show_default=True, help="One of the profile's links.")
@@ -61,7 +59,7 @@ from sim.simulate import Machine, Prediction, simulate
 )
 @click.option(
     "--nccl-timeout",
-    type=float,
+    type=SECONDS,
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -77,6 +75,7 @@ from sim.simulate import Machine, Prediction, simulate
 def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
         trace: Path | None, plot: Path | None, **values: Any) -> None:  # fmt: skip
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
+    check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
     profile = load_profile(values.pop("hardware"))
     environ = Environ.read(os.environ)
     values["stage_layers"] = values["stage_layers"] or environ.stage_layers
@@ -100,7 +99,7 @@ def _machine(profile: Profile, values: dict[str, Any]) -> Machine:
     if link not in profile.links:
         known = ", ".join(profile.links)
         raise UserError(f"--link {link!r} is not in profile {profile.name}: use one of {known}")
-    for name in ("cores", "ranks_per_gpu", "nccl_timeout"):
+    for name in ("cores", "ranks_per_gpu"):
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values[name]} must be above 0")
     return Machine(
@@ -121,13 +120,18 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         tp=values["tp"],
         ep=values["ep"],
         attn_cp=values["attn_cp"],
-        nodes=values["nodes"] or values["pp"],
+        nodes=values["pp"] if values["nodes"] is None else values["nodes"],
         stage_layers=values["stage_layers"],
     )
     return Scenario(
         model=model,
         parallel=parallel,
-        warmup=WarmupOptions(policy=policy, batch_sizes=values["batch_sizes"]),
+        warmup=WarmupOptions(
+            policy=policy,
+            batch_sizes=values["batch_sizes"],
+            disaggregation=DisaggregationMode(values["disaggregation_mode"]),
+            speculative=values["speculative"],
+        ),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
         deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],

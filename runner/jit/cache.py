@@ -37,6 +37,11 @@ class KernelCache:
                 "choose another with --cache-dir or DG_JIT_CACHE_DIR"
             ) from None
 
+    def count(self) -> int:
+        """Number of entries."""
+        folder = self.root / "cache"
+        return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+
     def entry(self, key: str) -> Path:
         """Directory of a kernel, whether it exists or not."""
         return self.root / "cache" / key

@@ -39,11 +39,17 @@ class NvccCompiler:
 
     @cached_property
     def signature(self) -> str:
-        """``NVCC<major>.<minor>`` of the program, as the cache key has it."""
-        words = subprocess.run(
-            [str(self.nvcc.absolute()), "--version"], capture_output=True, text=True, check=False
-        )
-        match = re.search(r"release (\d+)\.(\d+)", words.stdout)
+        """``NVCC<major>.<minor>`` of the program, as the cache key has it.
+
+        Raises:
+            UserError: not an nvcc, or one too old for the flags.
+        """
+        command = [str(self.nvcc.absolute()), "--version"]
+        try:
+            words = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        except OSError as error:
+            raise UserError(f"{self.nvcc} cannot be run as nvcc: {error.strerror}") from None
+        match = re.search(r"release (\d+)\.(\d+)", words)
         if not match:
             raise UserError(f"{self.nvcc} --version names no release: is it nvcc?")
         if (int(match[1]), int(match[2])) < (12, 9):

@@ -10,7 +10,7 @@ from runner.jit.kernels import Kernel
 
 
 class Found(Enum):
-    """Where a kernel was found; ``MISS`` means it was compiled. Values are those of a Timeline."""
+    """Where a kernel was found; ``MISS`` means that it was compiled."""
 
     MEMORY = "memory"
     DISK = "disk"

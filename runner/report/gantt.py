@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +42,12 @@ def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
     Raises:
         UserError: unknown suffix, no Timelines, no matplotlib, or the file cannot be written.
     """
+    check_plot(path)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"cannot plot to {path}: suffix must be one of {', '.join(SUFFIXES)}")
     if not timelines:
         raise UserError(f"cannot plot to {path}: no timelines")
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise UserError(
-            "plotting needs matplotlib: pip install 'deepgemm-coldstart[plot]'"
-        ) from None
+    import matplotlib as mpl
+
     settings = {"svg.hashsalt": "deepgemm-coldstart", "font.size": 9, "text.color": _INK}
     metadata = {"Date": None} if suffix == ".svg" else {}
     with mpl.rc_context(settings):  # type: ignore[arg-type]
@@ -60,6 +56,14 @@ def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
             figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_plot(path: Path) -> None:
+    """Raise UserError where :func:`plot_gantt` could not draw to ``path``: suffix, matplotlib."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"cannot plot to {path}: suffix must be one of {', '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise UserError("plotting needs matplotlib: pip install 'deepgemm-coldstart[plot]'")
 
 
 def _figure(timelines: Sequence[Timeline]) -> Figure:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from runner.errors import UserError
 from runner.report.table import policy_table, rank_bars, timeline_table
 from runner.timeline import Timeline, write_timelines
 
@@ -21,6 +22,34 @@ def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> No
         console.print(rank_bars(timeline, scale_seconds=scale or None))
         console.print()
     console.print(policy_table(timelines))
+
+
+def check_outputs(
+    *,
+    timeline: Path | None,
+    trace: Path | None,
+    plot: Path | None,
+    others: Sequence[Path | None] = (),
+) -> None:
+    """Find out before a long run whether its files can be written after it.
+
+    Raises:
+        UserError: a missing folder, a picture of unknown kind or without matplotlib, ``-`` where
+            only a file will do, or two outputs that both want standard output.
+    """
+    for path in (trace, plot):
+        if path is not None and str(path) == "-":
+            raise UserError("--trace and --plot need a file: - is only for JSON outputs")
+    given = [path for path in (timeline, trace, plot, *others) if path is not None]
+    if sum(str(path) == "-" for path in given) > 1:
+        raise UserError("only one output can go to standard output (-)")
+    for path in given:
+        if str(path) != "-" and not path.absolute().parent.is_dir():
+            raise UserError(f"cannot write {path}: its folder does not exist")
+    if plot is not None:
+        from runner.report.gantt import check_plot
+
+        check_plot(plot)
 
 
 def write_reports(

@@ -62,13 +62,13 @@ def timeline_table(timeline: Timeline) -> Table:
 
 
 def policy_table(timelines: Sequence[Timeline]) -> Table:
-    """Tabulate policies, one a row: wall seconds, compiles, their CPU seconds, slowest rank.
+    """Tabulate policies, one a row: wall seconds, compiles and their sum, the last rank to end.
 
     With more than one Timeline, the last column says how the wall changed against the first:
     ``-62 %`` is 62 % less time.
     """
     headers = ["wall s", "kernels\ncompiled", "distinct", "dupli-\ncates"]
-    headers += ["compile\nCPU-s", "slowest\nrank"]
+    headers += ["compile\nsum s", "last\nrank"]
     several = len(timelines) > 1
     table = make_table("Policies", ["policy", "source"], headers + ["vs\nfirst"] * several)
     for index, timeline in enumerate(timelines):
@@ -105,7 +105,7 @@ def phase_summary(timeline: Timeline) -> Table:
     for start, end, kind in busy_segments(timeline.of_rank(critical.rank)):
         seconds[kind] += end - start
     seconds["other"] = max(critical.total - sum(seconds.values()), 0.0)
-    title = f"{label_of(timeline)}\nslowest: rank {critical.rank}, {critical.total:.2f} s"
+    title = f"{label_of(timeline)}\nends last: rank {critical.rank}, {critical.total:.2f} s"
     table = make_table(title, ["kind"], ["seconds", "share"])
     for kind, value in seconds.items():
         share = f"{100 * value / critical.total:.1f} %" if critical.total else "-"

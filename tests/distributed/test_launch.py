@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -233,7 +236,14 @@ BAD_INPUT = {
     "--model dsv4-tiny --batch-sizes x": "'x' is not a list of integers",
     "--model dsv4-tiny --device cuda": "--device cuda: torch sees no CUDA device",
     "--model dsv4-tiny --warmup slow": "'slow'",
-    "--model dsv4-tiny --timeout 0": "--timeout 0 must be above 0 seconds",
+    "--model dsv4-tiny --timeout 0": "0",
+    "--model dsv4-tiny --timeout nan": "nan",
+    "--model dsv4-tiny --prompt-len 0": "prompt_len=0",
+    "--model dsv4-tiny --num-sms 7": "--num-sms 7 must be a positive even number",
+    "--model dsv4-tiny --logits /no/x.pt": "cannot write /no/x.pt: its folder does not exist",
+    "--model dsv4-tiny --plot x.gif": "suffix must be one of .png, .svg",
+    "--model dsv4-tiny --timeline -": "--timeline needs a file",
+    "--model dsv4-tiny --schedule s.json --warmup none --warmup pp-parallel": "holds one run",
 }
 
 
@@ -266,16 +276,54 @@ def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: 
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = run_launch(
-        "--model", "dsv4-tiny", "--layers", "1", "--batch-sizes", "1", "--device", "cpu",
+        "--model", "dsv4-tiny", "--pp", "2", "--batch-sizes", "1", "--device", "cpu",
         "--cache-dir", str(blocker / "cache"),
     )  # fmt: skip
     assert done.returncode == 2
+    assert done.stderr.count("error:") == 1
     assert f"cache directory {blocker / 'cache'} cannot be written" in done.stderr
 
 
-def test_a_run_past_its_time_out_ends() -> None:
+def test_a_rank_beyond_the_world_is_one_line() -> None:
+    done = run_launch("--model", "dsv4-tiny", "--no-jit", env={"RANK": "5"})
+    assert done.returncode == 2
+    assert "RANK=5 must be below WORLD_SIZE=1" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["0.01", "12"])
+def test_a_run_past_its_time_out_ends(seconds: str) -> None:
+    """Before the ranks have met, and in the middle of a run that would take much longer."""
     done = run_launch(
-        "--model", "dsv4-tiny", "--pp", "2", "--no-jit", "--timeout", "0.01", timeout=120
-    )
+        "--model", "dsv4-tiny", "--pp", "2", "--no-jit", "--device", "cpu",
+        "--timeout", seconds, timeout=120,
+    )  # fmt: skip
     assert done.returncode == 1
-    assert "no end after --timeout 0.01 s" in done.stdout + done.stderr
+    assert f"no end after --timeout {seconds} s" in done.stdout + done.stderr
+
+
+def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch", "--model", "dsv4-tiny", "--pp", "2", "--no-jit",
+         "--device", "cpu"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        os.kill(_pid_of_rank(job.pid, 1), signal.SIGKILL)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 1
+    assert "error: rank 1 was ended by signal 9" in errors
+    assert "Traceback" not in errors
+
+
+def _pid_of_rank(parent: int, rank: int) -> int:
+    """Wait for the parent's rank to appear."""
+    for _ in range(600):
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                if f"RANK={rank}".encode() in environment:
+                    return int(child)
+        time.sleep(0.1)
+    raise AssertionError(f"rank {rank} did not start")

@@ -59,16 +59,16 @@ cold (predicted): wall 10.00 s, seconds by rank
 GOLDEN_POLICIES = """\
 Policies
 
-                              kernels            dupli-  compile  slowest     vs
-  policy  source     wall s  compiled  distinct   cates    CPU-s     rank  first
- ────────────────────────────────────────────────────────────────────────────────
-  cold    predicted   10.00         4         3       1    11.00        1      -
-  warm    predicted    3.80         1         1       0     3.80        1  -62 %
+                              kernels            dupli-  compile  last     vs
+  policy  source     wall s  compiled  distinct   cates    sum s  rank  first
+ ─────────────────────────────────────────────────────────────────────────────
+  cold    predicted   10.00         4         3       1    11.00     1      -
+  warm    predicted    3.80         1         1       0     3.80     1  -62 %
 """
 
 GOLDEN_SUMMARY = """\
 cold (predicted)
-slowest: rank 1, 10.00 s
+ends last: rank 1, 10.00 s
 
   kind     seconds   share
  ──────────────────────────

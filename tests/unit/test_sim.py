@@ -191,8 +191,15 @@ BAD = {
     "--hardware abacus": "hardware 'abacus' is not known: use one of",
     "--link string": "--link 'string' is not in profile h200: use one of",
     "--cores 0": "--cores 0 must be above 0",
+    "--nodes 0": "nodes=0 must be at least 1",
+    "--nccl-timeout nan": "nan",
+    "--nccl-timeout 0": "0",
+    "--prompt-len 0": "prompt_len=0",
+    "--plot x.gif": "suffix must be one of .png, .svg",
+    "--trace -": "--trace and --plot need a file",
+    "--json - --timeline -": "only one output can go to standard output",
     "--nodes 3": "nodes=3 must divide the 8 ranks",
-    "--timeline /nonexistent/x.json": "cannot write /nonexistent/x.json",
+    "--timeline /nonexistent/x.json": "cannot write /nonexistent/x.json: its folder does not exist",
     "--batch-sizes 1,b": "'1,b' is not a list of integers",
     "--warmup slow": "'slow'",
 }
@@ -203,6 +210,30 @@ def test_bad_input(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sim(*arguments.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and BAD[arguments] in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["\xff", "[]", "{}", "3", '{"name": "x"}', None], ids=lambda text: repr(text)[:12]
+)
+def test_a_bad_profile_file_is_one_line(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "profile.json"
+    good = (Path(__file__).parents[2] / "sim" / "profiles" / "h200.json").read_text()
+    wrong = good.replace('"load": 0.008', '"load": "x"') if text is None else text
+    path.write_bytes(wrong.encode("latin-1"))
+    assert sim("--hardware", str(path)) == 2
+    err = capsys.readouterr().err
+    assert f"{path} is not a hardware profile" in err and err.count("\n") == 1
+
+
+def test_a_prefill_node_is_foretold_without_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--json", "-"]
+    assert sim(*arguments, "--disaggregation-mode", "prefill") == 0
+    prefill = json.loads(capsys.readouterr().out)["predictions"][0]
+    assert sim(*arguments) == 0
+    both = json.loads(capsys.readouterr().out)["predictions"][0]
+    assert prefill["kernels_compiled"] < both["kernels_compiled"]
 
 
 def test_no_command_of_runner_imports_torch_or_numpy() -> None:
