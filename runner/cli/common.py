@@ -77,8 +77,23 @@ def serving_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
-SECONDS = click.FloatRange(min=0, min_open=True, max=1e7)
-"""A duration on the command line; NaN is out of any range."""
+class Seconds(click.FloatRange):
+    """A duration above 0, at most some months; not NaN, which no comparison would ever stop."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True, max=1e7)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        seconds = float(super().convert(value, param, ctx))
+        if seconds != seconds:
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = Seconds()
 
 
 def batch_sizes_option(function: F) -> F:
