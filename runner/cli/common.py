@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +89,7 @@ class Seconds(click.FloatRange):
     ) -> float:
         """The number."""
         seconds = float(super().convert(value, param, ctx))
-        if seconds != seconds:
+        if isnan(seconds):
             self.fail(f"{value!r} is not a number of seconds", param, ctx)
         return seconds
 
