@@ -205,18 +205,24 @@ def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> No
     from launch.elastic import start_ranks
 
     timelines: list[Timeline] = []
-    for policy in options.policies:
-        with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
-            result = Path(folder) / "timeline.json"
-            one = replace(
-                options, policies=(policy,), timeline=None, trace=None, plot=None,
-                cache_dir=cache_of_policy(options, environ, policy),
-            )  # fmt: skip
-            arguments = [*_arguments(one), "--result", str(result), "--work-dir", folder]
-            start_ranks(num_ranks, arguments)
-            timelines += read_timelines(result)
-    print_timelines(timelines)
-    write_reports(timelines, timeline=options.timeline, trace=options.trace, plot=options.plot)
+    try:
+        for policy in options.policies:
+            with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
+                result = Path(folder) / "timeline.json"
+                one = replace(
+                    options, policies=(policy,), timeline=None, trace=None, plot=None,
+                    cache_dir=cache_of_policy(options, environ, policy),
+                )  # fmt: skip
+                arguments = [*_arguments(one), "--result", str(result), "--work-dir", folder]
+                start_ranks(num_ranks, arguments)
+                timelines += read_timelines(result)
+    finally:
+        # Where a later policy fails, the runs before it are not lost.
+        if timelines:
+            print_timelines(timelines)
+            write_reports(
+                timelines, timeline=options.timeline, trace=options.trace, plot=options.plot
+            )
 
 
 def _arguments(options: LaunchOptions) -> list[str]:

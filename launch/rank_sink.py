@@ -60,7 +60,13 @@ class RankSink:
     """
 
     def __init__(
-        self, rank: int, loader: KernelLoader, *, synchronise: Callable[[], None], inside: bool
+        self,
+        rank: int,
+        loader: KernelLoader,
+        *,
+        synchronise: Callable[[], None],
+        inside: bool,
+        on_forward: Callable[[str, str], None] = lambda phase, name: None,
     ) -> None:
         """Make a sink.
 
@@ -69,12 +75,14 @@ class RankSink:
             loader: makes kernels ready.
             synchronise: waits until the device is idle.
             inside: whether loading happens inside the call (the library) or before it (ours).
+            on_forward: told (phase, mode and tokens) at the start of each forward.
         """
         self.rank = rank
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self.last = "start"
         self._loader, self._synchronise, self._inside = loader, synchronise, inside
+        self._on_forward = on_forward
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
 
@@ -114,6 +122,8 @@ class RankSink:
         return self._timed("compute", name, action)
 
     def _mark(self, mark: Mark) -> None:
+        if mark.kind == "forward" and self._phase is not None:
+            self._on_forward(self._phase[0], mark.name)
         if mark.kind != "phase":
             return
         self._timed("compute", "device", self._synchronise)

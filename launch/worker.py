@@ -126,8 +126,9 @@ class _RankRun:
             library=self.device.type == "cuda" and compute == "real",
         )  # fmt: skip
         sink = RankSink(
-            self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside
-        )
+            self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
+            on_forward=self._progress(jit, say),
+        )  # fmt: skip
         self.deadline.sink = sink
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         comm = TorchComm(
@@ -150,6 +151,17 @@ class _RankRun:
         self._save(logits)
         meta = {"startup_seconds": round(ready - started, 3), "compute": compute}
         return self._gather(sink, jit, origin, meta, exclusive=exclusive)
+
+    def _progress(self, jit: RankJit, say: Callable[[str], None]) -> Callable[[str, str], None]:
+        """Prints a line a forward on rank 0: how long, where, and how much is compiled so far."""
+        began = time.time()
+
+        def tell(phase: str, name: str) -> None:
+            if self.place.rank == 0:
+                compiled = sum(1 for _ in jit.log_dir.glob("*.compile"))
+                say(f"{time.time() - began:7.1f} s  {phase}: {name}, {compiled} compiles so far")
+
+        return tell
 
     def _compute_mode(self) -> tuple[str, str]:
         """``real`` or ``skip``, and why."""
