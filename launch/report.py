@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.options import LaunchOptions
 from launch.worker import RunResult
-from runner.errors import UserError
+from runner.files import write_text
 from runner.report.outputs import print_timelines, write_reports
 from runner.timeline import write_timelines
 
@@ -20,11 +20,8 @@ def finish(options: LaunchOptions, outcome: RunResult, result: Path | None) -> N
         outcome: the run.
         result: where the process that started the ranks wants the Timeline.
     """
-    try:
-        if options.schedule is not None:
-            options.schedule.write_text(json.dumps(outcome.schedule.to_json()))
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    if options.schedule is not None:
+        write_text(options.schedule, json.dumps(outcome.schedule.to_json()))
     if result is not None:
         write_timelines(result, [outcome.timeline])
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
+from runner.files import write_text
 
 KINDS = ("compile", "load", "compute", "comm", "wait", "phase")
 """Kinds of span. ``phase`` spans enclose others and are left out of totals."""
@@ -228,14 +229,8 @@ _JOIN_GAP = 1e-3
 
 def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     """Write one or more Timelines to a JSON file (``-`` is standard output)."""
-    text = json.dumps({"timelines": [t.to_json() for t in timelines]}, separators=(",", ":"))
-    if str(path) == "-":
-        print(text)
-        return
-    try:
-        path.write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    data = {"timelines": [timeline.to_json() for timeline in timelines]}
+    write_text(path, json.dumps(data, separators=(",", ":")))
 
 
 def read_timelines(path: Path) -> list[Timeline]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from runner.errors import UserError
+from runner.files import write_text
 from runner.report.compare import Comparison, comparison_json, comparison_tables
 from runner.report.compare import compare as compare_timelines
 from runner.timeline import Timeline, read_timelines
@@ -78,14 +79,7 @@ def _listed(policies: Iterable[str]) -> str:
 
 def _write_json(path: Path, comparisons: list[Comparison]) -> None:
     data = {"version": 1, "comparisons": [comparison_json(item) for item in comparisons]}
-    text = json.dumps(data, indent=2)
-    if str(path) == "-":
-        click.echo(text)
-        return
-    try:
-        path.write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, json.dumps(data, indent=2))
 
 
 def _print_tables(comparisons: list[Comparison]) -> None:

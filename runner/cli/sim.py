@@ -23,6 +23,7 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.files import write_text
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.report.table import phase_summary
 from runner.scenario import Scenario
@@ -176,14 +177,8 @@ def _print_verdict(timelines: Sequence[Timeline]) -> None:
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
-    text = json.dumps({"version": 1, "predictions": [_figures(p) for p in predictions]}, indent=1)
-    if str(path) == "-":
-        print(text)
-        return
-    try:
-        path.write_text(text + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    data = {"version": 1, "predictions": [_figures(prediction) for prediction in predictions]}
+    write_text(path, json.dumps(data, indent=1))
 
 
 def _figures(prediction: Prediction) -> dict[str, Any]:
