@@ -33,7 +33,8 @@ class CollectiveTimeout:
         operation: what it waited in.
         waiting_for: the rank that arrived last, or not in time.
         busy_with: what that rank was doing at ``time``.
-        needed: the smallest limit that would have survived this wait, in seconds.
+        needed: the smallest limit that the whole run would have survived, in seconds: its longest
+            wait, which need not be this one.
     """
 
     time: float
@@ -131,8 +132,15 @@ class Engine:
             where = ", ".join(f"rank {rank.index} in {rank.waiting_in}" for rank in stuck[:4])
             raise SimulationError(f"{len(stuck)} ranks wait for ever: {where}")
         spans = [span for rank in self._ranks for span in rank.spans]
-        first = min(self._timeouts, key=lambda timeout: timeout.time, default=None)
-        return Outcome(spans, first and _with_busy(first, spans))
+        return Outcome(spans, self._first_timeout(spans))
+
+    def _first_timeout(self, spans: list[Span]) -> CollectiveTimeout | None:
+        """The time-out that ends the run, with what the whole run would have needed."""
+        if not self._timeouts:
+            return None
+        first = min(self._timeouts, key=lambda timeout: timeout.time)
+        needed = max(timeout.needed for timeout in self._timeouts)
+        return _with_busy(replace(first, needed=needed), spans)
 
     def _at(self, time: float, action: Callable[[float], None], priority: int = 1) -> None:
         heapq.heappush(self._events, (time, priority, next(self._tie), action))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def _print(predictions: Sequence[Prediction], machine: Machine) -> None:
             print(
                 f"{prediction.timeline.policy}: the watchdog ends this run at {lost.time:.0f} s: "
                 f"rank {lost.rank} waits for rank {lost.waiting_for} in {lost.operation} while "
-                f"that does {lost.busy_with}; --nccl-timeout {lost.needed:.0f} would survive"
+                f"that does {lost.busy_with}; --nccl-timeout {ceil(lost.needed)} would survive"
             )
 
 
@@ -189,7 +190,7 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
         "kernels_compiled": timeline.kernels_compiled,
         "distinct_kernels": timeline.distinct_kernels,
         "duplicates": timeline.duplicates,
-        "compile_cpu_seconds": round(timeline.compile_seconds, 3),
+        "compile_seconds_summed": round(timeline.compile_seconds, 3),
         "phases": {name: round(seconds, 3) for name, seconds in timeline.phases().items()},
         "ranks": [
             {

@@ -177,6 +177,16 @@ def test_the_earliest_timeout_is_the_one_that_counts() -> None:
     assert outcome.timeout is not None and outcome.timeout.operation == "second"
 
 
+def test_the_limit_that_is_needed_is_that_of_the_whole_run() -> None:
+    """Rank 0 gives up first, after 10 s of its 15 s wait; rank 2's wait of 40 s comes later."""
+    one, two = Collective("first", (0, 1), 8), Collective("second", (2, 3), 8)
+    ranks = ([one], [work(15), one], [work(5), two], [work(45), two])
+    lost = simulate(*ranks, timeout=10.0).timeout
+    assert lost is not None and (lost.operation, lost.needed) == ("first", 40.0)
+    assert simulate(*ranks, timeout=39.9).timeout is not None
+    assert simulate(*ranks, timeout=40.0).timeout is None
+
+
 def test_receive_times_out_too() -> None:
     outcome = simulate([work(9), Send("x", 1, 1)], [Recv("x", 0, 1)], timeout=8.0)
     assert outcome.timeout is not None
