@@ -29,7 +29,7 @@ from runner.errors import UserError
 from runner.jit.compiler import CompileError
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import DisaggregationMode, WarmupPolicy
+from runner.warmup import RUNNABLE_POLICIES, DisaggregationMode, WarmupPolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     multiple=True,
     default=["pp-parallel"],
     show_default=True,
-    type=click.Choice([policy.value for policy in WarmupPolicy]),
+    type=click.Choice([policy.value for policy in RUNNABLE_POLICIES]),
     help="Warm-up policy; give it again to run several, each with a cache of its own.",
 )
 @batch_sizes_option

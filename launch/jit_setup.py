@@ -162,7 +162,7 @@ def _describe_cache(cache: KernelCache, *, given: bool) -> str:
 
 
 def _keys(compiler: NvccCompiler) -> Callable[[CompileRecord], str]:
-    return lambda record: compiler.key_of(record.kernel_name, record.source)
+    return lambda record: compiler.keys.key_of(record.kernel_name, record.source)
 
 
 def _nameless(record: CompileRecord) -> str:

@@ -116,9 +116,9 @@ class ModelRunner:
             input_ids=self.buffers.dummy_ids(batch_size),
             cache=self.buffers.cache(batch_size, 1),
         )
-        return self.forward(batch, self._dummy_proxy(batch))
+        return self.forward(batch, self.dummy_proxy(batch))
 
-    def _dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
+    def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
         """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
         if self.stage.is_first:
             return None

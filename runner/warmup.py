@@ -22,10 +22,24 @@ class DisaggregationMode(Enum):
 
 
 class WarmupPolicy(Enum):
-    """Policies by the name that ``launch --warmup`` and ``runner sim --warmup`` take."""
+    """Policies by name. Those that walk lists of M are only planned with so far."""
 
     NONE = "none"
+    FULL = "full"
+    FAST = "fast"
     PP_PARALLEL = "pp-parallel"
+    RELAX = "relax"
+    PLANNED = "planned"
+    PREBUILT = "prebuilt"
+
+
+RUNNABLE_POLICIES = (
+    WarmupPolicy.NONE,
+    WarmupPolicy.PP_PARALLEL,
+    WarmupPolicy.PLANNED,
+    WarmupPolicy.PREBUILT,
+)
+"""What ``launch --warmup`` and ``runner sim --warmup`` take."""
 
 
 @dataclass(frozen=True, kw_only=True)

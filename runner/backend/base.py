@@ -16,16 +16,20 @@ from itertools import chain, islice, pairwise
 from math import prod
 from typing import Any, Protocol
 
+from runner.backend.layout import (
+    MASKED_BUDGET,
+    contiguous_rows,
+    hc_num_splits,
+    masked_bytes,
+    masked_expected_m,
+    masked_rows,
+)
 from runner.backend.math import Dispatched, Math, Routing, Tokens
 from runner.backend.sink import OpSink, R
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.schedule import Collective, Compute, Mark, Recv, Send
-
-_MASKED_ROWS_STEP = 256
-_HC_BLOCK = 64
 
 
 class Communicator(Protocol):
@@ -63,7 +67,7 @@ class Backend:
     sink: OpSink
     num_sms: int
     deep_gemm_bf16_fp32: bool = True
-    masked_budget: int = 6 << 30
+    masked_budget: int = MASKED_BUDGET
 
     # -- marks and plain steps ------------------------------------------------------------------
 
@@ -324,11 +328,11 @@ class Backend:
         """Lay tokens out by local expert: masked in DECODE within the budget, else contiguous."""
         tokens, hidden = x.shape
         local = experts[1] - experts[0]
-        rows = (tokens // _MASKED_ROWS_STEP + 1) * _MASKED_ROWS_STEP
+        rows = masked_rows(tokens)
         fits = masked_bytes(local, rows, hidden, intermediate) <= self.masked_budget
         choices = tokens * config.num_experts_per_tok
         if decode and fits:
-            expected_m = max(1, ceil_div(choices, config.n_routed_experts))
+            expected_m = masked_expected_m(choices, config.n_routed_experts)
             return self._compute(
                 "dispatch_masked",
                 2 * choices * hidden * 2,
@@ -407,31 +411,6 @@ def _bf16_bytes(x: Any) -> int:
     return 2 * int(prod(x.shape))
 
 
-def hc_num_splits(tokens: int, k: int, num_sms: int) -> int:
-    """K-splits of the hyper-connection GEMM, as SGLang 0.5.23 picks them.
-
-    Enough splits to fill ``num_sms`` SMs with 64-row blocks, at least four 64-wide K-blocks each.
-    """
-    grid = max(1, ceil_div(tokens, _HC_BLOCK))
-    return max(1, min(num_sms // grid, ceil_div(k, _HC_BLOCK) // 4))
-
-
-def contiguous_rows(choices: int, experts: int) -> int:
-    """Rows that hold any routing of ``choices`` to ``experts``, each expert padded to 128 rows.
-
-    SGLang's bound: at most ``min(choices, experts)`` partly filled blocks, the rest whole.
-    """
-    block = CONTIGUOUS_M_ALIGNMENT
-    started = min(choices, experts)
-    return block * (started + (choices - started) // block)
-
-
-def masked_bytes(experts: int, rows: int, hidden: int, intermediate: int) -> int:
-    """Peak bytes of the masked expert layout (SGLang's estimate): both GEMMs' buffers."""
-    per_row = hidden + hidden // 32 + intermediate + intermediate // 32
-    return experts * rows * (per_row + 2 * max(2 * intermediate, hidden))
-
-
 def _causal_pairs(tokens: Tokens) -> int:
     """(query, key) pairs under full causal attention."""
     return sum(count * (position + 1) for position, count in _positions(tokens))
@@ -439,13 +418,21 @@ def _causal_pairs(tokens: Tokens) -> int:
 
 def _visible_entries(tokens: Tokens, config: Dsv4Config, layer: int) -> int:
     """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
-    ratio = config.compress_ratio(layer)
+    return _count_visible(
+        _positions(tokens), config.compress_ratio(layer), config.sliding_window, config.index_topk
+    )
+
+
+@lru_cache(maxsize=256)
+def _count_visible(
+    positions: tuple[tuple[int, int], ...], ratio: int, window: int, top_k: int
+) -> int:
     total = 0
-    for position, count in _positions(tokens):
-        visible = min(position + 1, config.sliding_window)
+    for position, count in positions:
+        visible = min(position + 1, window)
         if ratio:
             entries = (position + 1) // ratio
-            visible += min(entries, config.index_topk) if ratio == 4 else entries
+            visible += min(entries, top_k) if ratio == 4 else entries
         total += count * visible
     return total
 

@@ -13,6 +13,7 @@ from runner.cli.guard import run_guarded
 
 _COMMANDS = {
     "sim": "Predict a start-up: the same schedule in virtual time.",
+    "plan": "The exact kernels that a deployment can ever need.",
     "compare": "Lay two Timelines side by side.",
 }
 

@@ -29,7 +29,12 @@ from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.report.table import phase_summary
 from runner.scenario import Scenario
 from runner.timeline import Timeline
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from runner.warmup import (
+    RUNNABLE_POLICIES,
+    DisaggregationMode,
+    WarmupOptions,
+    WarmupPolicy,
+)
 from sim.profile import Profile, load_profile
 from sim.simulate import Machine, Prediction, simulate
 
@@ -48,7 +53,7 @@ from sim.simulate import Machine, Prediction, simulate
     multiple=True,
     default=["none", "pp-parallel"],
     show_default=True,
-    type=click.Choice([policy.value for policy in WarmupPolicy]),
+    type=click.Choice([policy.value for policy in RUNNABLE_POLICIES]),
     help="Policies to predict, the first is the reference.",
 )
 @batch_sizes_option

@@ -12,12 +12,8 @@ from pathlib import Path
 
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.jit.digest import hex_digest
-from runner.jit.kernels import Kernel
+from runner.jit.keys import CacheKeys, nvcc_flags
 from runner.jit.library import Library
-
-ARCH = "90a"
-"""Target of every kernel: SM90 with its architecture-specific instructions."""
 
 
 class CompileError(Exception):
@@ -61,34 +57,12 @@ class NvccCompiler:
     @cached_property
     def flags(self) -> str:
         """Flags as one string; the string itself is hashed into the cache key."""
-        flags = (
-            f"-std=c++{self.environ.dg_jit_cpp_standard} --diag-suppress=39,161,174,177,186,940 "
-            "--ptxas-options=--register-usage-level=10"
-        )
-        environ = self.environ
-        if environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check:
-            flags += " --ptxas-options=--verbose,--warn-on-local-memory-usage"
-        if environ.dg_jit_with_lineinfo:
-            flags += " -Xcompiler -rdynamic -lineinfo"
-        return (
-            f"{flags} -I{self.library.include_path} --gpu-architecture=sm_{ARCH} "
-            "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi "
-            "-O3 --expt-relaxed-constexpr --expt-extended-lambda"
-        )
+        return nvcc_flags(self.library.include_path, self.environ)
 
-    def source(self, kernel: Kernel) -> str:
-        """The generated source of a kernel, byte for byte what the library generates."""
-        body = kernel.body
-        return f"// Includes' hash value: {self.library.include_hash(body)}\n{body}"
-
-    def cache_key(self, kernel: Kernel) -> str:
-        """Name of the kernel's directory in the cache: ``kernel.<name>.<hex>``."""
-        return self.key_of(kernel.name, self.source(kernel))
-
-    def key_of(self, name: str, source: str) -> str:
-        """Cache key of a generated source, headers' hash line included."""
-        digest = hex_digest(f"{name}$${self.signature}$${self.flags}$${source}")
-        return f"kernel.{name}.{digest}"
+    @cached_property
+    def keys(self) -> CacheKeys:
+        """Keys for this machine: this nvcc's signature, this library's path."""
+        return CacheKeys(self.library, self.library.include_path, self.signature, self.environ)
 
     def compile(self, source_path: Path, cubin_path: Path, work_dir: Path) -> None:
         """Compile ``source_path`` to ``cubin_path``; nvcc runs in ``work_dir``.

@@ -8,9 +8,12 @@ which kernel is built.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from math import inf
+
+from runner.errors import UserError
 
 SMEM_CAPACITY = 232448
 _MAX_STAGES = 16
@@ -107,34 +110,120 @@ def swizzle_mode(block_size: int, element_bytes: int) -> int:
     return next(mode for mode in (128, 64, 32, 16) if block_size * element_bytes % mode == 0)
 
 
-@lru_cache(maxsize=65536)
 def get_best_config(desc: GemmDesc) -> GemmConfig:
     """The configuration that the library picks for ``desc``; the first of equals wins."""
-    best = min(_layout_candidates(_candidate_key(desc)), key=lambda layout: _cycles(desc, layout))
-    swizzles = _swizzles(desc, best)
+    return _chooser(replace(desc, m=_bracket(desc.m), expected_m=0)).choose(
+        desc.expected_m or desc.m
+    )
+
+
+def _bracket(m: int) -> int:
+    """M as far as the candidates depend on it."""
+    return 16 if m <= 16 else 32 if m <= 32 else 64
+
+
+M_GRANULE = 64
+"""Above M = 32 the choice can change only after a multiple of this many rows: M enters the model
+as ``ceil(M / block_m)`` alone, and every candidate's ``block_m`` is a multiple of 64 there."""
+
+
+@lru_cache(maxsize=4096)
+def _chooser(desc: GemmDesc) -> _Chooser:
+    return _Chooser(desc)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A layout with everything of the cycle model that does not depend on M."""
+
+    layout: Layout
+    blocks_per_row: int
+    l1_bytes: int
+    l2_bytes: int
+    cycles: float
+
+
+class _Chooser:
+    """Picks the layout for any M of one bracket; all else of the GEMM is fixed."""
+
+    def __init__(self, desc: GemmDesc) -> None:
+        self._desc = desc
+        self._l1 = 128 * desc.num_sms
+        self._l2 = int(min(64.0 * desc.num_sms, 8e6 / 1.3e3))
+        self._candidates = [self._candidate(layout) for layout in _layout_candidates(desc)]
+        if not self._candidates:
+            raise UserError(
+                f"no {desc.family.value} kernel of {desc.gemm_type.value} exists for n={desc.n}, "
+                f"k={desc.k}: its tiles do not fit shared memory"
+            )
+        self._configs: dict[Layout, GemmConfig] = {}
+
+    def choose(self, m: int) -> GemmConfig:
+        """The configuration for ``m`` rows (the expected ones where the library is told)."""
+        layout = self._best(m)
+        if layout not in self._configs:
+            self._configs[layout] = _config(self._desc, layout)
+        return self._configs[layout]
+
+    def _best(self, m: int) -> Layout:
+        """The first candidate with the fewest modelled cycles.
+
+        An estimate sorts out all but the closest; those are compared in the library's own
+        arithmetic. The library cuts cycles to whole ones before it divides by the efficiency
+        (at least 1 / num_sms) and rounds to 24 bits, so it is off by less than the bound allows.
+        """
+        num_sms = self._desc.num_sms
+        rough = []
+        for candidate in self._candidates:
+            blocks = -(-m // candidate.layout.block_m) * candidate.blocks_per_row
+            waves = -(-blocks // num_sms)
+            multicast_of_one_wave = waves <= 1 and candidate.layout.cluster_size > 1
+            rough.append(inf if multicast_of_one_wave else candidate.cycles * waves * num_sms)
+        bound = min(rough) * (1 + 1e-6) + 2 * num_sms
+        close = [c for c, cycles in zip(self._candidates, rough, strict=True) if cycles <= bound]
+        if len(close) == 1:
+            return close[0].layout
+        return min(close, key=lambda candidate: self._cycles(candidate, m)).layout
+
+    def _candidate(self, layout: Layout) -> _Candidate:
+        desc, ab = self._desc, self._desc.ab_bytes
+        block_m, block_n = layout.block_m, layout.block_n
+        output = block_m * block_n * desc.cd_bytes
+        l2_in = desc.k * (block_m // layout.cluster_n + block_n // layout.cluster_m) * ab
+        l1_in = desc.k * (block_m + block_n) * ab
+        l1_tensor_core = desc.k * (max(_WGMMA_M, block_m) + block_n) * ab + output
+        l1, l2 = l1_in + l1_tensor_core + output, l2_in + output
+        groups = desc.expected_num_groups or desc.num_groups
+        rate = max(l1 / self._l1, l2 / self._l2)
+        return _Candidate(layout, ceil_div(desc.n, block_n) * groups, l1, l2, rate)
+
+    def _cycles(self, candidate: _Candidate, m: int) -> int:
+        """Modelled L1/L2 cycles, the only quantity that the library compares."""
+        blocks = ceil_div(m, candidate.layout.block_m) * candidate.blocks_per_row
+        waves = ceil_div(blocks, self._desc.num_sms)
+        if candidate.layout.cluster_size > 1 and waves <= 1:
+            return _INT64_MAX
+        l1_cycles = candidate.l1_bytes * blocks // self._l1
+        l2_cycles = candidate.l2_bytes * blocks // self._l2
+        efficiency = _f32(_f32(blocks) / _f32(waves * self._desc.num_sms))
+        return int(_f32(_f32(max(l1_cycles, l2_cycles)) / efficiency))
+
+
+def _config(desc: GemmDesc, layout: Layout) -> GemmConfig:
+    swizzles = _swizzles(desc, layout)
     return GemmConfig(
-        layout=best,
+        layout=layout,
         swizzle_a_mode=swizzles[0],
         swizzle_b_mode=swizzles[1],
         swizzle_cd_mode=swizzles[2],
-        num_stages=_num_stages(desc, best),
+        num_stages=_num_stages(desc, layout),
         num_tma_threads=128,
-        num_math_threads=128 if best.block_m <= 64 else 256,
+        num_math_threads=128 if layout.block_m <= 64 else 256,
         num_sms=desc.num_sms,
     )
 
 
-def _candidate_key(desc: GemmDesc) -> GemmDesc:
-    """``desc`` with M replaced by one of its bracket: candidates depend on M no further."""
-    bracket = 16 if desc.m <= 16 else 32 if desc.m <= 32 else 64
-    return GemmDesc(
-        desc.gemm_type, desc.family, bracket, desc.n, desc.k, desc.num_groups, desc.num_sms,
-        desc.fp32_output,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def _layout_candidates(desc: GemmDesc) -> tuple[Layout, ...]:
+def _layout_candidates(desc: GemmDesc) -> list[Layout]:
     candidates = []
     for cluster_m, cluster_n in _clusters(desc):
         for block_m in _block_m_candidates(desc):
@@ -142,7 +231,7 @@ def _layout_candidates(desc: GemmDesc) -> tuple[Layout, ...]:
                 layout = Layout(block_m, block_n, 128 // desc.ab_bytes, cluster_m, cluster_n)
                 if _is_legal(desc, layout):
                     candidates.append(layout)
-    return tuple(candidates)
+    return candidates
 
 
 def _clusters(desc: GemmDesc) -> list[tuple[int, int]]:
@@ -201,29 +290,6 @@ def _num_stages(desc: GemmDesc, layout: Layout) -> int:
         extra += align(ceil_div(desc.k, block_k) * 4 * scales_per_k_block, 8)
         per_stage += align(block_m * 4, 128)
     return min((SMEM_CAPACITY - extra) // per_stage, _MAX_STAGES)
-
-
-def _cycles(desc: GemmDesc, layout: Layout) -> int:
-    """Modelled L1/L2 cycles, the only quantity that the library compares."""
-    num_blocks = (
-        ceil_div(desc.expected_m or desc.m, layout.block_m)
-        * ceil_div(desc.n, layout.block_n)
-        * (desc.expected_num_groups or desc.num_groups)
-    )
-    num_waves = ceil_div(num_blocks, desc.num_sms)
-    if layout.cluster_size > 1 and num_waves <= 1:
-        return _INT64_MAX
-    l2_bandwidth = int(min(64.0 * desc.num_sms, 8e6 / 1.3e3))
-    l1_bandwidth = 128 * desc.num_sms
-    block_m, block_n, ab = layout.block_m, layout.block_n, desc.ab_bytes
-    output = block_m * block_n * desc.cd_bytes
-    l2_in = desc.k * (block_m // layout.cluster_n + block_n // layout.cluster_m) * ab
-    l1_in = desc.k * (block_m + block_n) * ab
-    l1_tensor_core = desc.k * (max(_WGMMA_M, block_m) + block_n) * ab + output
-    l2_cycles = (l2_in + output) * num_blocks // l2_bandwidth
-    l1_cycles = (l1_in + l1_tensor_core + output) * num_blocks // l1_bandwidth
-    efficiency = _f32(_f32(num_blocks) / _f32(num_waves * desc.num_sms))
-    return int(_f32(_f32(max(l1_cycles, l2_cycles)) / efficiency))
 
 
 def _f32(value: float) -> float:

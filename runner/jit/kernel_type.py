@@ -7,17 +7,38 @@ from enum import IntEnum, auto
 
 
 class DeepGemmKernelType(IntEnum):
-    """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions."""
+    """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions.
+
+    ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with bf16 output, which SGLang leaves to
+    cuBLAS.
+    """
 
     GEMM_NT_F8F8BF16 = auto()
     GROUPED_GEMM_NT_F8F8BF16_CONTIG = auto()
     GROUPED_GEMM_NT_F8F8BF16_MASKED = auto()
     GEMM_NT_BF16BF16F32 = auto()
+    GEMM_NT_BF16BF16BF16 = auto()
+    GROUPED_GEMM_NT_BF16_CONTIG = auto()
+    GROUPED_GEMM_NT_BF16_MASKED = auto()
     TF32_HC_PRENORM_GEMM = auto()
     FP8_EINSUM_BHR_HDR_BHD = auto()
     FP8_MQA_LOGITS = auto()
     PAGED_MQA_LOGITS_METADATA = auto()
     FP8_PAGED_MQA_LOGITS = auto()
+
+
+MASKED_TYPES = frozenset(
+    {
+        DeepGemmKernelType.GROUPED_GEMM_NT_F8F8BF16_MASKED,
+        DeepGemmKernelType.GROUPED_GEMM_NT_BF16_MASKED,
+    }
+)
+CONTIGUOUS_TYPES = frozenset(
+    {
+        DeepGemmKernelType.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
+        DeepGemmKernelType.GROUPED_GEMM_NT_BF16_CONTIG,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +47,7 @@ class KernelCall:
 
     ``m``, ``n``, ``k`` follow ``D[m, n] = A[m, k] @ B[n, k].T``; ``num_groups`` is the number of
     expert groups (grouped types), of heads groups (einsum) or of splits (``TF32_HC_PRENORM_GEMM``;
-    0 means none). For ``GROUPED_GEMM_NT_F8F8BF16_MASKED`` ``m`` is the expected M per group. For
+    0 means none). For the masked types ``m`` is the expected M per group. For
     the MQA-logits types ``m`` counts queries, ``n`` heads and ``k`` is the head dimension.
     ``num_sms`` is the number of SMs that the kernel may use.
     """

@@ -1,18 +1,21 @@
 """From a wrapper call to the kernels that it runs: names and generated sources, for SM90.
 
 Source: csrc/jit_kernels/impls/*.hpp and csrc/apis/*.hpp of DeepGEMM 2.6. A generated source is an
-include and one template instantiation; ``NvccCompiler.source`` adds the line with the hash of the
+include and one template instantiation; ``CacheKeys.source`` adds the line with the hash of the
 included headers that the library puts before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from runner.errors import UserError
 from runner.jit.digest import hex_digest
 from runner.jit.heuristics_sm90 import (
+    CONTIGUOUS_M_ALIGNMENT,
+    M_GRANULE,
     SMEM_CAPACITY,
     GemmConfig,
     GemmDesc,
@@ -24,6 +27,11 @@ from runner.jit.heuristics_sm90 import (
 )
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
+
+_METADATA_ROWS = 32
+_HC_MAX_N = 32
+_MQA_HEADS = (32, 64)
+_MQA_HEAD_DIMS = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +79,24 @@ def _kernels_of(call: KernelCall) -> tuple[Kernel, ...]:
 
 
 def _dense_fp8(call: KernelCall) -> tuple[Kernel, ...]:
-    desc = GemmDesc(GemmType.NORMAL, KernelFamily.FP8_1D2D, call.m, call.n, call.k, 1, call.num_sms)
+    desc = _desc(call, GemmType.NORMAL, KernelFamily.FP8_1D2D)
     return transpose_fp32(call.k), _fp8_1d2d("sm90_fp8_gemm_1d2d", desc, compiled="")
 
 
 def _contiguous_fp8(call: KernelCall) -> tuple[Kernel, ...]:
-    desc = GemmDesc(
-        GemmType.M_GROUPED_CONTIGUOUS, KernelFamily.FP8_1D2D, call.m, call.n, call.k,
-        call.num_groups, call.num_sms, expected_m=call.m, expected_num_groups=1,
-    )  # fmt: skip
+    desc = _desc(call, GemmType.M_GROUPED_CONTIGUOUS, KernelFamily.FP8_1D2D)
     name = "sm90_m_grouped_fp8_gemm_contiguous_1d2d"
     return transpose_fp32(call.k), _fp8_1d2d(name, desc, compiled="nk")
 
 
 def _masked_fp8(call: KernelCall) -> tuple[Kernel, ...]:
-    desc = GemmDesc(
-        GemmType.M_GROUPED_MASKED, KernelFamily.FP8_1D2D, call.m, call.n, call.k,
-        call.num_groups, call.num_sms, expected_m=call.m, expected_num_groups=call.num_groups,
-    )  # fmt: skip
+    desc = _desc(call, GemmType.M_GROUPED_MASKED, KernelFamily.FP8_1D2D)
     name = "sm90_fp8_m_grouped_gemm_masked_1d2d"
     return transpose_fp32(call.k), _fp8_1d2d(name, desc, compiled="nk")
 
 
 def _einsum_fp8(call: KernelCall) -> tuple[Kernel, ...]:
-    desc = GemmDesc(
-        GemmType.BATCHED, KernelFamily.FP8_1D2D, call.m, call.n, call.k,
-        call.num_groups, call.num_sms,
-    )  # fmt: skip
+    desc = _desc(call, GemmType.BATCHED, KernelFamily.FP8_1D2D)
     gemm = _fp8_1d2d("sm90_fp8_gemm_1d2d", desc, compiled="nk")
     # The scales arrive permuted to [groups, m, k / 128]. Only where that is still contiguous does
     # the library transpose them with a kernel of its own; otherwise torch copies them.
@@ -106,32 +105,44 @@ def _einsum_fp8(call: KernelCall) -> tuple[Kernel, ...]:
     return (gemm,)
 
 
-def _bf16(call: KernelCall) -> tuple[Kernel, ...]:
-    desc = GemmDesc(
-        GemmType.NORMAL, KernelFamily.NO_SF, call.m, call.n, call.k, 1, call.num_sms,
-        fp32_output=True,
+def _dense_bf16(call: KernelCall) -> tuple[Kernel, ...]:
+    desc = _desc(call, GemmType.NORMAL, KernelFamily.NO_SF)
+    desc = replace(desc, fp32_output=call.type is T.GEMM_NT_BF16BF16F32)
+    return (_bf16("sm90_bf16_gemm", desc, compiled=""),)
+
+
+def _contiguous_bf16(call: KernelCall) -> tuple[Kernel, ...]:
+    desc = _desc(call, GemmType.M_GROUPED_CONTIGUOUS, KernelFamily.NO_SF)
+    return (_bf16("sm90_m_grouped_bf16_gemm_contiguous", desc, compiled="nk"),)
+
+
+def _masked_bf16(call: KernelCall) -> tuple[Kernel, ...]:
+    desc = _desc(call, GemmType.M_GROUPED_MASKED, KernelFamily.NO_SF)
+    return (_bf16("sm90_bf16_m_grouped_gemm_masked", desc, compiled="nk"),)
+
+
+def _desc(call: KernelCall, gemm_type: GemmType, family: KernelFamily) -> GemmDesc:
+    """The library is told the expected M of grouped GEMMs; the contiguous layout is one group."""
+    expected_groups = {GemmType.M_GROUPED_CONTIGUOUS: 1, GemmType.M_GROUPED_MASKED: call.num_groups}
+    grouped = gemm_type in expected_groups
+    return GemmDesc(
+        gemm_type, family, call.m, call.n, call.k,
+        1 if gemm_type is GemmType.NORMAL else call.num_groups, call.num_sms,
+        expected_m=call.m if grouped else 0, expected_num_groups=expected_groups.get(gemm_type, 0),
     )  # fmt: skip
-    config = get_best_config(desc)
-    arguments = (
-        "cute::UMMA::Major::K, cute::UMMA::Major::K",
-        *_gemm_arguments(desc, config, compiled=""),
-        str(config.num_sms),
-        f"{desc.gemm_type.value}, false",
-        _output_type(desc),
-    )
-    header = "deep_gemm/impls/sm90_bf16_gemm.cuh"
-    return (Kernel("sm90_bf16_gemm", header, "sm90_bf16_gemm_impl", arguments),)
 
 
 def _hc_prenorm(call: KernelCall) -> tuple[Kernel, ...]:
     block_m, block_k, block_n = 64, 64, align(call.n, 16)
     swizzle_cd = swizzle_mode(block_n, 4)
     per_stage = block_m * block_k * 2 + block_n * block_k * 4
-    num_stages = next(
-        stages
-        for stages in range(12, 0, -1)
-        if (per_stage + 16) * stages + block_m * swizzle_cd <= SMEM_CAPACITY
-    )
+    fitting = (SMEM_CAPACITY - block_m * swizzle_cd) // (per_stage + 16)
+    if call.n > _HC_MAX_N or call.n % 8 or call.k % block_k:
+        raise UserError(
+            f"no tf32_hc_prenorm_gemm kernel exists for n={call.n}, k={call.k}: n must be a "
+            f"multiple of 8 up to {_HC_MAX_N} and k a multiple of {block_k}"
+        )
+    num_stages = min(fitting, 12)
     arguments = (
         f"{call.n}, {call.k}",
         f"{block_m}, {block_n}, {block_k}",
@@ -145,6 +156,7 @@ def _hc_prenorm(call: KernelCall) -> tuple[Kernel, ...]:
 
 
 def _mqa_logits(call: KernelCall) -> tuple[Kernel, ...]:
+    _check_heads(call)
     arguments = (
         f"{call.n}, {call.k}",
         "true",  # compressed logits: SGLang always gives max_seqlen_k
@@ -160,12 +172,21 @@ def _mqa_logits(call: KernelCall) -> tuple[Kernel, ...]:
 
 def _paged_mqa_logits_metadata(call: KernelCall) -> tuple[Kernel, ...]:
     name = "sm90_paged_mqa_logits_metadata"
-    arguments = (f"{align(call.m, 32)}, 256, {call.num_sms}, false",)
+    arguments = (f"{align(call.m, _METADATA_ROWS)}, 256, {call.num_sms}, false",)
     header = "deep_gemm/scheduler/sm90_paged_mqa_logits.cuh"
     return (Kernel(name, header, f"sched::{name}", arguments),)
 
 
+def _check_heads(call: KernelCall) -> None:
+    if call.n not in _MQA_HEADS or call.k not in _MQA_HEAD_DIMS:
+        raise UserError(
+            f"no {call.type.name.lower()} kernel exists for {call.n} heads of {call.k}: heads must "
+            f"be one of {_MQA_HEADS}, the head dimension one of {_MQA_HEAD_DIMS}"
+        )
+
+
 def _paged_mqa_logits(call: KernelCall) -> tuple[Kernel, ...]:
+    _check_heads(call)
     arguments = (
         f"1, {call.n}",
         f"{call.k}, 64",
@@ -183,6 +204,19 @@ def transpose_fp32(k: int) -> Kernel:
     """Transpose of [m, k / 128] FP32 activation scales into the layout that TMA wants."""
     header = "deep_gemm/impls/smxx_layout.cuh"
     return Kernel("transpose_fp32", header, "transpose_fp32", (f"512, 64, {-(-k // 128)}",))
+
+
+def _bf16(name: str, desc: GemmDesc, *, compiled: str) -> Kernel:
+    config = get_best_config(desc)
+    arguments = (
+        "cute::UMMA::Major::K, cute::UMMA::Major::K",
+        *_gemm_arguments(desc, config, compiled=compiled),
+        str(config.num_sms),
+        f"{desc.gemm_type.value}, false",
+        _output_type(desc),
+    )
+    header = "deep_gemm/impls/sm90_bf16_gemm.cuh"
+    return Kernel(name, header, "sm90_bf16_gemm_impl", arguments)
 
 
 def _fp8_1d2d(name: str, desc: GemmDesc, *, compiled: str) -> Kernel:
@@ -220,10 +254,37 @@ _FAMILIES: dict[T, Callable[[KernelCall], tuple[Kernel, ...]]] = {
     T.GEMM_NT_F8F8BF16: _dense_fp8,
     T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: _contiguous_fp8,
     T.GROUPED_GEMM_NT_F8F8BF16_MASKED: _masked_fp8,
-    T.GEMM_NT_BF16BF16F32: _bf16,
+    T.GEMM_NT_BF16BF16F32: _dense_bf16,
+    T.GEMM_NT_BF16BF16BF16: _dense_bf16,
+    T.GROUPED_GEMM_NT_BF16_CONTIG: _contiguous_bf16,
+    T.GROUPED_GEMM_NT_BF16_MASKED: _masked_bf16,
     T.TF32_HC_PRENORM_GEMM: _hc_prenorm,
     T.FP8_EINSUM_BHR_HDR_BHD: _einsum_fp8,
     T.FP8_MQA_LOGITS: _mqa_logits,
     T.PAGED_MQA_LOGITS_METADATA: _paged_mqa_logits_metadata,
     T.FP8_PAGED_MQA_LOGITS: _paged_mqa_logits,
 }
+
+
+_TILED = ((1, 17, 33), M_GRANULE)
+_M_CLASSES: dict[T, tuple[tuple[int, ...], int]] = {
+    T.GEMM_NT_F8F8BF16: _TILED,
+    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: ((1,), CONTIGUOUS_M_ALIGNMENT),
+    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: ((1,), M_GRANULE),
+    T.GEMM_NT_BF16BF16F32: _TILED,
+    T.GEMM_NT_BF16BF16BF16: _TILED,
+    T.GROUPED_GEMM_NT_BF16_CONTIG: ((1,), CONTIGUOUS_M_ALIGNMENT),
+    T.GROUPED_GEMM_NT_BF16_MASKED: ((1,), M_GRANULE),
+    T.TF32_HC_PRENORM_GEMM: ((1,), 0),
+    T.FP8_EINSUM_BHR_HDR_BHD: ((1, 2, 17, 33), M_GRANULE),
+    T.FP8_MQA_LOGITS: ((1,), 0),
+    T.PAGED_MQA_LOGITS_METADATA: ((1,), _METADATA_ROWS),
+    T.FP8_PAGED_MQA_LOGITS: ((1,), 0),
+}
+
+
+def m_class_starts(kind: T, last: int) -> list[int]:
+    """First M of each class up to ``last``: within a class every M runs the same kernels."""
+    starts, step = _M_CLASSES[kind]
+    more = range(step + 1, last + 1, step) if step else ()
+    return [*(start for start in starts if start <= last), *more]

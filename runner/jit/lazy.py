@@ -40,11 +40,11 @@ class LazyJit:
         """
         if kernel in self._keys:
             return Found.MEMORY
-        key = self._compiler.cache_key(kernel)
+        key = self._compiler.keys.cache_key(kernel)
         found = Found.DISK
         if not self._cache.has(key):
             found = Found.MISS
-            self._cache.add(key, self._compiler.source(kernel), self._compiler.compile)
+            self._cache.add(key, self._compiler.keys.source(kernel), self._compiler.compile)
         # A real load reads the whole file; so does this, to pay what a load pays.
         (self._cache.entry(key) / "kernel.cubin").read_bytes()
         self._keys[kernel] = key

@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from runner.errors import UserError
 from runner.jit.digest import hex_digest
-
-SUPPORTED_VERSION = "0.1.4.post1"
-"""Version of ``sgl-deep-gemm`` whose rules :mod:`runner.jit` reproduces."""
+from runner.jit.rules import rules_for
 
 _INCLUDE = re.compile(r"#\s*include\s*[<\"]([^>\"]+)[>\"]")
 
@@ -60,12 +57,7 @@ def find_library() -> Library | None:
     root = Path(next(iter(spec.submodule_search_locations)))
     if not (root / "include" / "deep_gemm").is_dir():
         return None
-    version = _read_version(root)
-    if version != SUPPORTED_VERSION:
-        raise UserError(
-            f"deep_gemm {version} at {root} is not known: this project reproduces "
-            f"sgl-deep-gemm=={SUPPORTED_VERSION}; install that version"
-        )
+    rules_for(_read_version(root))
     return Library(root)
 
 

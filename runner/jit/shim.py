@@ -8,10 +8,11 @@ parallel compiles never mix.
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from runner.jit.describe import name_of_source
 
 _SCRIPT = r"""#!/bin/sh
 # Runs the real nvcc and records the compile (start, end, rank, pid, exit code, source).
@@ -43,15 +44,6 @@ record="$log/$start-$$"
 }} >"$record.tmp" && mv "$record.tmp" "$record.compile"
 exit $code
 """
-
-_INSTANTIATION = re.compile(r"&(?:sched::)?(\w+)<(.*?)>\s*\)", re.DOTALL)
-
-_NAMES_BY_GEMM_TYPE = {
-    ("sm90_fp8_gemm_1d2d_impl", "MGroupedContiguous"): "sm90_m_grouped_fp8_gemm_contiguous_1d2d",
-    ("sm90_fp8_gemm_1d2d_impl", "MGroupedMasked"): "sm90_fp8_m_grouped_gemm_masked_1d2d",
-    ("sm90_bf16_gemm_impl", "MGroupedContiguous"): "sm90_m_grouped_bf16_gemm_contiguous",
-    ("sm90_bf16_gemm_impl", "MGroupedMasked"): "sm90_bf16_m_grouped_gemm_masked",
-}
 
 
 @dataclass(frozen=True)
@@ -87,16 +79,6 @@ def read_records(log_dir: Path) -> list[CompileRecord]:
     """Records in order of their start."""
     records = [_read_record(path) for path in log_dir.glob("*.compile")]
     return sorted(records, key=lambda record: (record.start, record.pid))
-
-
-def name_of_source(source: str) -> str:
-    """Kernel name of a generated source: its template, told apart by the GEMM type."""
-    match = _INSTANTIATION.search(source)
-    if not match:
-        return "unknown"
-    gemm_type = re.search(r"GemmType::(\w+)", match[2])
-    key = (match[1], gemm_type[1] if gemm_type else "")
-    return _NAMES_BY_GEMM_TYPE.get(key, match[1].removesuffix("_impl"))
 
 
 def _read_record(path: Path) -> CompileRecord:

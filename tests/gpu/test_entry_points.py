@@ -72,9 +72,9 @@ def test_agrees_with_float64_and_with_our_cache_key(call: KernelCall) -> None:
     assert error < MAX_BF16_ERROR
     cached = Environ.read(os.environ).jit_cache_dir / "cache"
     for kernel in kernels_of(call):
-        entry = Path(cached) / _compiler().cache_key(kernel)
+        entry = Path(cached) / _compiler().keys.cache_key(kernel)
         assert entry.is_dir(), f"the library made no {entry.name}"
-        assert (entry / "kernel.cu").read_text() == _compiler().source(kernel)
+        assert (entry / "kernel.cu").read_text() == _compiler().keys.source(kernel)
 
 
 def _random(*shape: int):  # type: ignore[no-untyped-def]

@@ -148,9 +148,9 @@ def test_memory_then_disk_then_compiler(
     assert [first.ensure(KERNEL) for _ in range(2)] == [Found.MISS, Found.MEMORY]
     assert first.is_loaded(KERNEL)
     assert [second.ensure(KERNEL) for _ in range(2)] == [Found.DISK, Found.MEMORY]
-    entry = cache.entry(compiler.cache_key(KERNEL))
-    assert (entry / "kernel.cu").read_text() == compiler.source(KERNEL)
-    assert (entry / "kernel.cubin").read_text() == compiler.source(KERNEL)
+    entry = cache.entry(compiler.keys.cache_key(KERNEL))
+    assert (entry / "kernel.cu").read_text() == compiler.keys.source(KERNEL)
+    assert (entry / "kernel.cubin").read_text() == compiler.keys.source(KERNEL)
 
 
 def test_a_kernel_that_does_not_compile_is_not_loaded(
@@ -172,5 +172,5 @@ def test_paths_relative_to_the_working_directory(
     compiler = NvccCompiler(Path("./nvcc"), fake_library, Environ())
     write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
     assert LazyJit(compiler, KernelCache(Path("here"))).ensure(KERNEL) is Found.MISS
-    assert KernelCache(tmp_path / "here").has(compiler.cache_key(KERNEL))
+    assert KernelCache(tmp_path / "here").has(compiler.keys.cache_key(KERNEL))
     assert len(read_records(tmp_path / "log")) == 1

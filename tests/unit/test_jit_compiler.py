@@ -63,7 +63,7 @@ def test_source_starts_with_the_hash_of_its_headers(fake_nvcc: Path, fake_librar
         return hex_digest(f"{children}#{hex_digest(text)}")
 
     headers = hex_digest(of_file("a.cuh", of_file("b.cuh", "") + "$") + "$")
-    source = NvccCompiler(fake_nvcc, fake_library, Environ()).source(KERNEL)
+    source = NvccCompiler(fake_nvcc, fake_library, Environ()).keys.source(KERNEL)
     assert source == (
         f"// Includes' hash value: {headers}\n"
         "\n#include <deep_gemm/a.cuh>\n"
@@ -80,8 +80,8 @@ def test_cache_key_is_the_digest_of_name_signature_flags_and_source(
     fake_nvcc: Path, fake_library: Library
 ) -> None:
     compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
-    text = f"gemm$$NVCC13.0$${compiler.flags}$${compiler.source(KERNEL)}"
-    assert compiler.cache_key(KERNEL) == f"kernel.gemm.{hex_digest(text)}"
+    text = f"gemm$$NVCC13.0$${compiler.flags}$${compiler.keys.source(KERNEL)}"
+    assert compiler.keys.cache_key(KERNEL) == f"kernel.gemm.{hex_digest(text)}"
 
 
 def test_cache_key_changes_with_the_include_path(fake_nvcc: Path, fake_library: Library) -> None:
@@ -89,13 +89,13 @@ def test_cache_key_changes_with_the_include_path(fake_nvcc: Path, fake_library: 
     shutil.copytree(fake_library.root, copy)
     here = NvccCompiler(fake_nvcc, fake_library, Environ())
     there, again = (NvccCompiler(fake_nvcc, Library(copy), Environ()) for _ in range(2))
-    assert here.source(KERNEL) == there.source(KERNEL)
-    assert here.cache_key(KERNEL) != there.cache_key(KERNEL)
-    assert again.cache_key(KERNEL) == there.cache_key(KERNEL)
+    assert here.keys.source(KERNEL) == there.keys.source(KERNEL)
+    assert here.keys.cache_key(KERNEL) != there.keys.cache_key(KERNEL)
+    assert again.keys.cache_key(KERNEL) == there.keys.cache_key(KERNEL)
 
 
 def key_with(nvcc: Path, library: Library, kernel: Kernel = KERNEL, **environ: Any) -> str:
-    return NvccCompiler(nvcc, Library(library.root), Environ(**environ)).cache_key(kernel)
+    return NvccCompiler(nvcc, Library(library.root), Environ(**environ)).keys.cache_key(kernel)
 
 
 def test_what_else_changes_the_cache_key(
@@ -232,8 +232,8 @@ def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: Nvc
     assert re.fullmatch(r"NVCC\d+\.\d+", compiler.signature)
     assert compiler.signature == nvcc_compiler.signature
     kernel = transpose_fp32(1024)
-    key = nvcc_compiler.cache_key(kernel)
-    assert compiler.cache_key(kernel) == key
+    key = nvcc_compiler.keys.cache_key(kernel)
+    assert compiler.keys.cache_key(kernel) == key
     cache = KernelCache(tmp_path / "cache")
     assert LazyJit(compiler, cache).ensure(kernel) is Found.MISS
     assert LazyJit(nvcc_compiler, cache).ensure(kernel) is Found.DISK
@@ -242,5 +242,5 @@ def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: Nvc
     assert b"transpose_fp32" in cubin
     (record,) = read_records(tmp_path / "log")
     assert (record.kernel_name, record.exit_code) == ("transpose_fp32", 0)
-    assert record.source == nvcc_compiler.source(kernel)
+    assert record.source == nvcc_compiler.keys.source(kernel)
     assert 0 < record.end - record.start < 60

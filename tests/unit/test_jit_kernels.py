@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.jit.describe import name_of_source
 from runner.jit.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
 from runner.jit.library import Library
-from runner.jit.shim import name_of_source
 
 MEASURED = [
     json.loads(line)

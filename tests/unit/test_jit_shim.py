@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.shim import name_of_source, read_records, write_shim
+from runner.jit.describe import name_of_source
+from runner.jit.shim import read_records, write_shim
 
 SOURCE = "// Includes' hash value: 00\n\nauto p = (&gemm_impl<\n    1\n>);\n\nint last;\n"
 

@@ -1,0 +1,92 @@
+"""``runner plan``: the exact kernels that a deployment can ever need."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runner.cli.deployment import (
+    Planned,
+    deployment_options,
+    find_target,
+    planned,
+    target_options,
+)
+from runner.coverage import Coverage, coverage
+from runner.deployment import Deployment
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.files import write_text
+from runner.jit.plan_json import plan_to_json, use_to_json
+from runner.report.outputs import check_outputs
+from runner.report.plan_table import print_coverage, print_plan
+from runner.warmup import WarmupPolicy
+from sim.profile import Profile, ProfileCosts, load_profile
+
+
+@click.command()
+@deployment_options
+@target_options
+@click.option(
+    "--policy",
+    type=click.Choice([policy.value for policy in WarmupPolicy]),
+    help="Tell what this warm-up leaves uncovered.",
+)
+@click.option(
+    "--hardware", default="h200", show_default=True, help="Profile to estimate compiles with."
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Write the plan as JSON (- for stdout, and nothing else).",
+)
+def plan(policy: str | None, hardware: str, json_path: Path | None, target_root: Path | None,
+         cuda_version: str | None, **values: Any) -> None:  # fmt: skip
+    """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
+    check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
+    environ = Environ.read(os.environ)
+    profile = load_profile(hardware)
+    result = planned(values, environ)
+    covered = None
+    if policy is not None:
+        covered = coverage(WarmupPolicy(policy), _needs_model(result), result.plan)
+    if str(json_path) != "-":
+        _print(result, profile, covered)
+    if json_path is not None:
+        target = find_target(target_root, cuda_version)
+        if target.lacking:
+            click.echo(f"cache keys are left out: {target.lacking}", err=True)
+        data = plan_to_json(result.plan, target.keys)
+        data["for"] = result.title
+        data["policy"] = None if covered is None else _policy_json(covered)
+        write_text(json_path, json.dumps(data, indent=1))
+
+
+def _needs_model(result: Planned) -> Deployment:
+    if result.deployment is None:
+        raise UserError("--policy needs a model: a single GEMM has no warm-up")
+    return result.deployment
+
+
+def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
+    costs = ProfileCosts(profile, next(iter(profile.links.values())))
+    pp = 1 if result.deployment is None else result.deployment.parallel.pp
+    print(result.title)
+    print_plan(result.plan, costs.compile_seconds, pp=pp, cores=profile.cores_per_node)
+    if covered is not None:
+        print_coverage(covered, result.plan)
+
+
+def _policy_json(covered: Coverage) -> dict[str, Any]:
+    return {
+        "name": covered.policy.value,
+        "compiled": len(covered.compiled),
+        "missing": covered.missing,
+        "superfluous": covered.superfluous,
+        "uncovered": [use_to_json(use) for use in covered.uncovered],
+    }

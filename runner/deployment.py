@@ -1,0 +1,252 @@
+"""A deployment: which GEMMs its ranks run, and with which M.
+
+The GEMMs are found by running the model's own forward on shapes, stage by stage, so that the plan
+cannot know other GEMMs than the forward runs. Their M follow from the tokens a forward may have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from runner.backend.base import Backend
+from runner.backend.layout import (
+    contiguous_rows,
+    hc_num_splits,
+    masked_expected_m,
+    masked_token_limit,
+)
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.errors import UserError
+from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.plan import Demand, GemmShape
+from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
+from runner.model_runner import ModelRunner, NoBuffers
+from runner.warmup import DisaggregationMode
+
+MAX_TOKENS = 131072
+"""Largest M that SGLang's warm-up ever walks to; more tokens than that in a forward are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What decides the kernels that a server can ever need.
+
+    Attributes:
+        num_sms: SMs of the GPU.
+        reduced_num_sms: other SM counts that an overlap strategy leaves to GEMMs.
+        max_tokens: most tokens of an EXTEND forward (the chunked prefill size).
+        decode_batch_sizes: tokens of DECODE forwards (the captured graphs' batch sizes); None
+            means any number up to ``max_tokens``.
+        disaggregation: a prefill node never decodes, a decode node never extends.
+        deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
+        without: types that something else than DeepGEMM serves.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    num_sms: int = 132
+    reduced_num_sms: tuple[int, ...] = ()
+    max_tokens: int = 16384
+    decode_batch_sizes: tuple[int, ...] | None = None
+    disaggregation: DisaggregationMode = DisaggregationMode.NONE
+    deep_gemm_bf16_fp32: bool = True
+    without: frozenset[T] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.parallel.attn_cp <= self.max_tokens <= MAX_TOKENS:
+            raise UserError(
+                f"max-tokens {self.max_tokens} must lie in {self.parallel.attn_cp}..{MAX_TOKENS}"
+            )
+        for count in (self.num_sms, *self.reduced_num_sms):
+            if not 1 <= count <= self.num_sms:
+                raise UserError(f"num-sms {count} must lie in 1..{self.num_sms}")
+        sizes = self.decode_batch_sizes
+        if sizes is not None and not (sizes and 1 <= min(sizes) <= max(sizes) <= MAX_TOKENS):
+            raise UserError(
+                f"decode batch sizes {','.join(map(str, sizes)) or '(none)'} must lie in "
+                f"1..{MAX_TOKENS}"
+            )
+        self.parallel.check_fits(self.model)
+
+    @property
+    def extend_tokens(self) -> range:
+        """Tokens that an EXTEND forward may have."""
+        if self.disaggregation is DisaggregationMode.DECODE:
+            return range(0)
+        step = self.parallel.attn_cp
+        return range(step, self.max_tokens + 1, step)
+
+    @property
+    def decode_tokens(self) -> Sequence[int]:
+        """Tokens that a DECODE forward may have."""
+        if self.disaggregation is DisaggregationMode.PREFILL:
+            return range(0)
+        if self.decode_batch_sizes is not None:
+            return tuple(sorted(set(self.decode_batch_sizes)))
+        return range(1, self.max_tokens + 1)
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that a rank holds at least a slice of."""
+        experts = self.model.moe.n_routed_experts
+        return experts // self.parallel.tp if self.parallel.ep else experts
+
+    @property
+    def masked_tokens(self) -> int:
+        """Most tokens of a DECODE forward that still uses the masked expert layout."""
+        width = self.model.moe.moe_intermediate_size
+        width = width if self.parallel.ep else width // self.parallel.tp
+        return masked_token_limit(self.local_experts, self.model.hidden_size, width)
+
+
+def demands(deployment: Deployment) -> list[Demand]:
+    """Every GEMM of the deployment, with every M, in order of first use."""
+    ms: dict[GemmShape, set[int]] = {}
+    stages: dict[GemmShape, set[int]] = {}
+    shapes_of: dict[tuple[ForwardMode, KernelCall], list[GemmShape]] = {}
+    for stage in range(deployment.parallel.pp):
+        for batch, calls in _probe(deployment, stage):
+            for call in calls:
+                at = (batch.mode, call)
+                if at not in shapes_of:
+                    found = list(_shapes(deployment, batch, call))
+                    shapes_of[at] = [shape for shape, _ in found]
+                    for shape, values in found:
+                        ms.setdefault(shape, set()).update(values)
+                for shape in shapes_of[at]:
+                    stages.setdefault(shape, set()).add(stage)
+    return [
+        Demand(each, tuple(sorted(values)), tuple(sorted(stages[shape])))
+        for shape, values in ms.items()
+        for each in _with_reduced(deployment, shape)
+        if values and shape.type not in deployment.without
+    ]
+
+
+def _probe(
+    deployment: Deployment, stage: int
+) -> Iterator[tuple[ForwardBatch, Iterable[KernelCall]]]:
+    """A stage's calls in forwards that between them run every GEMM it ever runs."""
+    runner, recorder = _shape_runner(deployment, stage)
+    for batch in _probe_batches(deployment):
+        recorder.ops.clear()
+        runner.forward(batch, runner.dummy_proxy(batch))
+        yield batch, _calls(recorder)
+
+
+def recorded_calls(
+    deployment: Deployment, dummies: Iterable[tuple[int, ForwardMode]]
+) -> list[KernelCall]:
+    """Distinct calls of dummy runs (batch size, mode) of every stage."""
+    found: dict[KernelCall, None] = {}
+    wanted = list(dummies)
+    for stage in range(deployment.parallel.pp):
+        runner, recorder = _shape_runner(deployment, stage)
+        for batch_size, mode in wanted:
+            runner._dummy_run(batch_size, forward_mode_override=mode)
+        found.update(_calls(recorder))
+    return [call for call in found if call.type not in deployment.without]
+
+
+def _shape_runner(deployment: Deployment, stage: int) -> tuple[ModelRunner, ScheduleRecorder]:
+    recorder = ScheduleRecorder()
+    parallel = deployment.parallel
+    backend = Backend(
+        ShapeMath(), NoComm(), recorder, num_sms=deployment.num_sms,
+        deep_gemm_bf16_fp32=deployment.deep_gemm_bf16_fp32,
+    )  # fmt: skip
+    runner = ModelRunner.build(
+        deployment.model, parallel, parallel.rank_of(stage, 0),
+        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
+    )  # fmt: skip
+    return runner, recorder
+
+
+def _calls(recorder: ScheduleRecorder) -> dict[KernelCall, None]:
+    return dict.fromkeys(op for op in recorder.ops if isinstance(op, KernelCall))
+
+
+def _probe_batches(deployment: Deployment) -> Iterator[ForwardBatch]:
+    """The largest forwards, and the smallest DECODE: experts are masked there or nowhere."""
+    extend, decode = deployment.extend_tokens, deployment.decode_tokens
+    if extend:
+        yield ForwardBatch.extend((1,) * extend[-1])
+        if extend[-1] >= NONPAGED_MIN_QUERY_TOKENS:
+            yield ForwardBatch.extend((extend[-1],))
+    if decode:
+        yield ForwardBatch.decode((1,) * decode[0])
+        yield ForwardBatch.decode((1,) * decode[-1])
+
+
+def _shapes(
+    deployment: Deployment, batch: ForwardBatch, call: KernelCall
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
+    """The GEMM of a probed call, with every M that forwards of its mode can give it."""
+    shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
+    extend = batch.mode.is_extend
+    tokens = deployment.extend_tokens if extend else deployment.decode_tokens
+    if call.type in MASKED_TYPES or call.type in CONTIGUOUS_TYPES:
+        yield shape, _expert_rows(deployment, call.type, tokens, extend=extend)
+    elif call.type is T.FP8_MQA_LOGITS:
+        yield shape, (count for count in tokens if count >= NONPAGED_MIN_QUERY_TOKENS)
+    else:
+        rows = _own_rows(deployment, tokens, call.m * deployment.parallel.attn_cp == tokens[-1])
+        if call.type is T.TF32_HC_PRENORM_GEMM:
+            yield from _by_splits(deployment, shape, rows)
+        else:
+            yield shape, rows
+
+
+def _own_rows(deployment: Deployment, tokens: Sequence[int], split: bool) -> Sequence[int]:
+    """Rows of a rank's part of the tokens, where context parallelism splits them."""
+    if split and deployment.parallel.attn_cp > 1:
+        return [count // deployment.parallel.attn_cp for count in tokens]
+    return tokens
+
+
+def _by_splits(
+    deployment: Deployment, shape: GemmShape, rows: Sequence[int]
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
+    """One GEMM a number of splits, as SGLang's warm-up keys them."""
+    found: dict[int, list[int]] = {}
+    for count in rows:
+        splits = hc_num_splits(count, shape.k, deployment.num_sms)
+        found.setdefault(splits, []).append(count)
+    for splits, values in found.items():
+        yield GemmShape(shape.type, shape.n, shape.k, splits, shape.num_sms), values
+
+
+def _expert_rows(
+    deployment: Deployment, kind: T, tokens: Sequence[int], *, extend: bool
+) -> Iterable[int]:
+    """M of the grouped GEMMs.
+
+    Contiguous: every multiple of the alignment up to the bound that no routing passes, since the
+    routing decides how many rows there really are where tokens are dispatched.
+    """
+    moe, limit = deployment.model.moe, deployment.masked_tokens
+    top_k = moe.num_experts_per_tok
+    if kind in MASKED_TYPES:
+        masked = (count for count in tokens if count <= limit)
+        return {masked_expected_m(count * top_k, moe.n_routed_experts) for count in masked}
+    contiguous = [count for count in tokens if extend or count > limit]
+    if not contiguous:
+        return ()
+    most = contiguous_rows(contiguous[-1] * top_k, deployment.local_experts)
+    return range(CONTIGUOUS_M_ALIGNMENT, most + 1, CONTIGUOUS_M_ALIGNMENT)
+
+
+def _with_reduced(deployment: Deployment, shape: GemmShape) -> Iterator[GemmShape]:
+    """The GEMM at each SM count; the hyper-connection GEMM always asks for the whole GPU."""
+    yield shape
+    if shape.type is not T.TF32_HC_PRENORM_GEMM:
+        for count in dict.fromkeys(deployment.reduced_num_sms):
+            if count != shape.num_sms:
+                yield GemmShape(shape.type, shape.n, shape.k, shape.num_groups, count)

@@ -1,0 +1,107 @@
+"""A plan and its coverage as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from runner.coverage import Coverage
+from runner.jit.kernel_type import DeepGemmKernelType
+from runner.jit.kernels import Kernel
+from runner.jit.plan import MRanges, Plan, PlannedKernel
+
+_WIDTH = 100
+_SHOWN_RANGES = 6
+
+
+def print_plan(plan: Plan, seconds_of: Callable[[Kernel], float], *, pp: int, cores: int) -> None:
+    """Kernels per type, who shares them, and what compiling them costs."""
+    console = Console(width=_WIDTH)
+    console.print(_table(plan, seconds_of))
+    total = sum(seconds_of(item.kernel) for item in plan.kernels)
+    longest = max((seconds_of(item.kernel) for item in plan.kernels), default=0.0)
+    console.print(
+        f"{len(plan.kernels)} distinct kernels for {len(plan.demands)} GEMM shapes"
+        + _sharing(plan, pp)
+    )
+    console.print(
+        f"one by one {total:.0f} s of compiling; on {cores} cores "
+        f"{max(total / cores, longest):.0f} s at best (estimated)"
+    )
+
+
+def _sharing(plan: Plan, pp: int) -> str:
+    if pp == 1:
+        return ""
+    needs = [sum(stage in item.stages for item in plan.kernels) for stage in range(pp)]
+    return f"; stage by stage {', '.join(map(str, needs))}: {sum(needs)} without sharing"
+
+
+def _table(plan: Plan, seconds_of: Callable[[Kernel], float]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("type")
+    for name in ("GEMMs", "M up to", "kernels", "compile s"):
+        table.add_column(name, justify="right")
+    for name, items in _groups(plan).items():
+        shapes = {use.shape for item in items for use in item.uses}
+        table.add_row(
+            name,
+            str(len(shapes)),
+            str(max(last for item in items for _, last in item.m_ranges)),
+            str(len(items)),
+            f"{sum(seconds_of(item.kernel) for item in items):.0f}",
+        )
+    return table
+
+
+def _groups(plan: Plan) -> dict[str, list[PlannedKernel]]:
+    """Kernels by the type that needs them first; layout transposes apart."""
+    groups: dict[str, list[PlannedKernel]] = {}
+    for item in plan.kernels:
+        transpose = item.kernel.name == "transpose_fp32"
+        name = "layout transposes" if transpose else item.uses[0].shape.type.name.lower()
+        groups.setdefault(name, []).append(item)
+    return groups
+
+
+def print_coverage(covered: Coverage, plan: Plan) -> None:
+    """What a policy compiles, and the M that would still stall a request."""
+    console = Console(width=_WIDTH)
+    planned = len(plan.kernels)
+    extra = f", and {covered.superfluous} that nothing needs" if covered.superfluous else ""
+    console.print(
+        f"\n{covered.policy.value}: compiles {planned - covered.missing} of {planned} planned "
+        f"kernels{extra}"
+    )
+    if not covered.uncovered:
+        console.print("covered: no token count up to the limit compiles anything afterwards")
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("uncovered GEMM")
+    table.add_column("num_sms", justify="right")
+    table.add_column("M that would stall")
+    for use in _gathered(covered):
+        table.add_row(*use)
+    console.print(table)
+
+
+def _gathered(covered: Coverage) -> list[tuple[str, str, str]]:
+    """One row a GEMM; numbers of splits of one hyper-connection GEMM together."""
+    rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for use in covered.uncovered:
+        shape = use.shape
+        name = shape.describe()
+        if shape.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM:
+            name = f"{shape.type.name.lower()}:{shape.n}:{shape.k}"
+        rows.setdefault((name, str(shape.num_sms)), []).extend(use.m_ranges)
+    return [(name, sms, ranges_text(sorted(pairs))) for (name, sms), pairs in rows.items()]
+
+
+def ranges_text(m_ranges: MRanges | Sequence[tuple[int, int]], shown: int = _SHOWN_RANGES) -> str:
+    """``1..16, 33`` and so on; many ranges are cut short with their number."""
+    words = [str(a) if a == b else f"{a}..{b}" for a, b in m_ranges]
+    if len(words) <= shown:
+        return ", ".join(words)
+    return f"{', '.join(words[:shown])} and {len(words) - shown} more, up to {m_ranges[-1][1]}"
