@@ -44,7 +44,7 @@ def fast_m_list(chunked_prefill_size: int) -> tuple[int, ...]:
 
 
 def relax_m_list(max_tokens: int, n: int, num_sms: int) -> tuple[int, ...]:
-    """vLLM's list for a dense GEMM of width ``n``: small M, multiples of blocks, wave boundaries."""
+    """vLLM's list for a dense GEMM of width ``n``: small M, block multiples, wave boundaries."""
     found = {1, 2, 4, *range(8, 65, 8)}
     for block_m in _RELAX_BLOCK_MS:
         found.update(range(block_m, max_tokens + 1, block_m))

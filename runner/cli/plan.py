@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from runner.cli.ask_library import ask_library
 from runner.cli.deployment import (
     Planned,
     deployment_options,
@@ -40,18 +41,40 @@ from sim.profile import Profile, ProfileCosts, load_profile
     "--hardware", default="h200", show_default=True, help="Profile to estimate compiles with."
 )
 @click.option(
+    "--source",
+    type=click.Choice(["rules", "library"]),
+    default="rules",
+    show_default=True,
+    help="Plan by our rules, or ask the installed library itself (needs a GPU).",
+)
+@click.option("--check", is_flag=True, help="Do both and print every difference (needs a GPU).")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="With --source library: ask only for what this cache lacks.",
+)
+@click.option(
+    "--jobs", type=int, default=8, show_default=True, help="Walks of the library at a time."
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path),
     help="Write the plan as JSON (- for stdout, and nothing else).",
 )
-def plan(policy: str | None, hardware: str, json_path: Path | None, target_root: Path | None,
-         cuda_version: str | None, **values: Any) -> None:  # fmt: skip
+def plan(policy: str | None, hardware: str, source: str, check: bool, cache_dir: Path | None,
+         jobs: int, json_path: Path | None, target_root: Path | None, cuda_version: str | None,
+         **values: Any) -> None:  # fmt: skip
     """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
+    if cache_dir is not None and source != "library":
+        raise UserError(f"--cache-dir {cache_dir} goes with --source library only")
     environ = Environ.read(os.environ)
     profile = load_profile(hardware)
     result = planned(values, environ)
+    if source == "library" or check:
+        ask_library(result, check=check, cache_dir=cache_dir, jobs=jobs, json_path=json_path)
+        return
     covered = None
     if policy is not None:
         covered = coverage(WarmupPolicy(policy), _needs_model(result), result.plan)
@@ -59,7 +82,7 @@ def plan(policy: str | None, hardware: str, json_path: Path | None, target_root:
         _print(result, profile, covered)
     if json_path is not None:
         target = find_target(target_root, cuda_version)
-        if target.lacking:
+        if target.keys is None:
             click.echo(f"cache keys are left out: {target.lacking}", err=True)
         data = plan_to_json(result.plan, target.keys)
         data["for"] = result.title

@@ -60,6 +60,34 @@ class DeepGemmWrapper:
         with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_BF16BF16F32):
             self._lib.bf16_gemm_nt(lhs, rhs, out)
 
+    def gemm_nt_bf16bf16bf16(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
+        """``out`` [m, n] bf16 = ``lhs`` [m, k] bf16 @ ``rhs`` [n, k].T bf16."""
+        m, k = lhs.shape
+        with self._hook.deep_gemm_execution_hook(m, rhs.shape[0], k, 1, T.GEMM_NT_BF16BF16BF16):
+            self._lib.bf16_gemm_nt(lhs, rhs, out)
+
+    def grouped_gemm_nt_bf16_contig(
+        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, m_indices: torch.Tensor
+    ) -> None:
+        """As ``grouped_gemm_nt_f8f8bf16_contig`` with bf16 operands and no scales."""
+        m, k = lhs.shape
+        groups, n, _ = rhs.shape
+        if m == 0:
+            return
+        with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.GROUPED_GEMM_NT_BF16_CONTIG):
+            self._lib.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
+
+    def grouped_gemm_nt_bf16_masked(
+        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, masked_m: torch.Tensor,
+        expected_m: int,
+    ) -> None:  # fmt: skip
+        """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
+        groups, _, k = lhs.shape
+        n = rhs.shape[1]
+        kind = T.GROUPED_GEMM_NT_BF16_MASKED
+        with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
+            self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
+
     def tf32_hc_prenorm_gemm(
         self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
         n_splits: int,

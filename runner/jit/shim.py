@@ -15,9 +15,11 @@ from pathlib import Path
 from runner.jit.describe import name_of_source
 
 _SCRIPT = r"""#!/bin/sh
-# Runs the real nvcc and records the compile (start, end, rank, pid, exit code, source).
+# Stands in for nvcc and records each compile (start, end, rank, process, exit code, source).
 real={nvcc}
 log={log}
+forbid={forbid}
+blank={blank}
 source=
 output=
 previous=
@@ -27,28 +29,58 @@ for argument in "$@"; do
     previous=$argument
 done
 [ -n "$source" ] || exec "$real" "$@"
+# The library starts us through a shell; the process that asked is that shell's parent.
+asker=$PPID
+case "$(cat /proc/$asker/comm 2>/dev/null)" in
+    sh|dash|bash) asker=$(set -- $(cat /proc/$asker/stat); echo "$4") ;;
+esac
 start=$(date +%s.%N)
-"$real" "$@"
-code=$?
-end=$(date +%s.%N)
 record="$log/$start-$$"
-{{
+describe() {{
     echo "start $start"
-    echo "end $end"
+    echo "end $1"
     echo "rank ${{RANK:--1}}"
-    echo "pid $PPID"
-    echo "exit $code"
+    echo "pid $asker"
+    echo "command $(tr '\\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
+    echo "exit $2"
     echo "output $output"
     echo
     cat "$source"
-}} >"$record.tmp" && mv "$record.tmp" "$record.compile"
+}}
+describe 0 -1 >"$record.tmp" && mv "$record.tmp" "$record.running"
+if [ -n "$forbid" ] && [ -e "$forbid" ]; then
+    echo "a DeepGEMM compile is forbidden by now: $source" >&2
+    code={forbidden}
+elif [ -n "$blank" ]; then
+    cp "$blank" "$output"
+    code=$?
+else
+    "$real" "$@"
+    code=$?
+fi
+describe "$(date +%s.%N)" $code >"$record.tmp" && mv "$record.tmp" "$record.compile"
+rm -f "$record.running"
 exit $code
 """
+
+FORBIDDEN_EXIT = 97
+"""Exit code of a compile that was not allowed."""
 
 
 @dataclass(frozen=True)
 class CompileRecord:
-    """One compile seen by the shim. Times are seconds since the epoch; rank -1 means unknown."""
+    """One compile seen by the shim.
+
+    Attributes:
+        start: seconds since the epoch.
+        end: the same; 0 where it never ended.
+        rank: world rank, -1 where the environment names none.
+        pid: process that asked for the kernel.
+        exit_code: the compiler's; -1 where it never ended.
+        source: the generated source.
+        output: path of the cubin that was asked for.
+        command: command line of the process that asked.
+    """
 
     start: float
     end: float
@@ -56,6 +88,8 @@ class CompileRecord:
     pid: int
     exit_code: int
     source: str
+    output: str = ""
+    command: str = ""
 
     @property
     def kernel_name(self) -> str:
@@ -63,12 +97,31 @@ class CompileRecord:
         return name_of_source(self.source)
 
 
-def write_shim(path: Path, *, nvcc: Path, log_dir: Path) -> Path:
-    """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``."""
+def write_shim(
+    path: Path,
+    *,
+    nvcc: Path,
+    log_dir: Path,
+    forbid: Path | None = None,
+    blank: Path | None = None,
+) -> Path:
+    """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``.
+
+    Args:
+        path: where the script goes.
+        nvcc: the real compiler.
+        log_dir: made where it does not exist.
+        forbid: compiles fail once this file exists.
+        blank: a cubin that every compile yields, so that nothing is compiled.
+    """
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
         _SCRIPT.format(
-            nvcc=shlex.quote(str(nvcc.absolute())), log=shlex.quote(str(log_dir.resolve()))
+            nvcc=shlex.quote(str(nvcc.absolute())),
+            log=shlex.quote(str(log_dir.resolve())),
+            forbid=shlex.quote(str(forbid.absolute())) if forbid else "",
+            blank=shlex.quote(str(blank.absolute())) if blank else "",
+            forbidden=FORBIDDEN_EXIT,
         )
     )
     path.chmod(0o755)
@@ -76,14 +129,23 @@ def write_shim(path: Path, *, nvcc: Path, log_dir: Path) -> Path:
 
 
 def read_records(log_dir: Path) -> list[CompileRecord]:
-    """Records in order of their start."""
-    records = [_read_record(path) for path in log_dir.glob("*.compile")]
+    """Finished compiles in order of their start."""
+    return _read(log_dir, "*.compile")
+
+
+def read_unfinished(log_dir: Path) -> list[CompileRecord]:
+    """Compiles that have begun and not ended: running, or killed."""
+    return _read(log_dir, "*.running")
+
+
+def _read(log_dir: Path, pattern: str) -> list[CompileRecord]:
+    records = [_read_record(path) for path in log_dir.glob(pattern)]
     return sorted(records, key=lambda record: (record.start, record.pid))
 
 
 def _read_record(path: Path) -> CompileRecord:
     head, _, source = path.read_text().partition("\n\n")
-    values = dict(line.split(" ", 1) for line in head.splitlines())
+    values = dict(line.partition(" ")[::2] for line in head.splitlines())
     return CompileRecord(
         start=float(values["start"]),
         end=float(values["end"]),
@@ -91,4 +153,6 @@ def _read_record(path: Path) -> CompileRecord:
         pid=int(values["pid"]),
         exit_code=int(values["exit"]),
         source=source,
+        output=values["output"],
+        command=values["command"].strip(),
     )

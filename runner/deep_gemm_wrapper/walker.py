@@ -1,0 +1,179 @@
+"""Call an entry point with every M of a list: what a warm-up walk does, and what proves one.
+
+Each maker allocates the buffers of the largest M once and returns a function that calls the entry
+point with the first ``m`` rows of them. All values are zero: only the shapes matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.plan import GemmShape
+
+Call = Callable[[int], None]
+
+_FP8 = torch.float8_e4m3fn
+_MASKED_ROWS = 128
+_PAGE = 64
+_ENTRIES = 256
+
+
+def walk(
+    wrapper: DeepGemmWrapper,
+    shape: GemmShape,
+    ms: Sequence[int],
+    after_call: Callable[[int], None] = lambda m: None,
+) -> None:
+    """Call the GEMM with each of ``ms`` (ascending) and then ``after_call`` with the M."""
+    if not ms:
+        return
+    with wrapper.configure_deep_gemm_num_sms(shape.num_sms), torch.inference_mode():
+        call = _MAKERS[shape.type](wrapper, shape, ms[-1])
+        for m in ms:
+            call(m)
+            after_call(m)
+        torch.cuda.synchronize()
+
+
+def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, device="cuda", dtype=dtype)
+
+
+def _fp8_rows(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations with row-major scales, one per 128 values."""
+    scales = _zeros(*shape[:-1], -(-shape[-1] // 128), dtype=torch.float32)
+    return _zeros(*shape, dtype=_FP8), scales
+
+
+def _fp8_blocks(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights with one scale per 128 x 128 block."""
+    blocks = (-(-shape[-2] // 128), -(-shape[-1] // 128))
+    return _zeros(*shape, dtype=_FP8), _zeros(*shape[:-2], *blocks, dtype=torch.float32)
+
+
+def _dense_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    (values, scales), weight = _fp8_rows(most, shape.k), _fp8_blocks(shape.n, shape.k)
+    out = _zeros(most, shape.n, dtype=torch.bfloat16)
+    return lambda m: wrapper.gemm_nt_f8f8bf16((values[:m], scales[:m]), weight, out[:m])
+
+
+def _contiguous_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    values, scales = _fp8_rows(most, shape.k)
+    weight = _fp8_blocks(shape.num_groups, shape.n, shape.k)
+    out = _zeros(most, shape.n, dtype=torch.bfloat16)
+    groups = _zeros(most, dtype=torch.int32)
+    return lambda m: wrapper.grouped_gemm_nt_f8f8bf16_contig(
+        (values[:m], scales[:m]), weight, out[:m], groups[:m]
+    )
+
+
+def _masked_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    rows = _fp8_rows(shape.num_groups, _MASKED_ROWS, shape.k)
+    weight = _fp8_blocks(shape.num_groups, shape.n, shape.k)
+    out = _zeros(shape.num_groups, _MASKED_ROWS, shape.n, dtype=torch.bfloat16)
+    used = _zeros(shape.num_groups, dtype=torch.int32)
+    return lambda m: wrapper.grouped_gemm_nt_f8f8bf16_masked(rows, weight, out, used, m)
+
+
+def _dense_bf16(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    x = _zeros(most, shape.k, dtype=torch.bfloat16)
+    weight = _zeros(shape.n, shape.k, dtype=torch.bfloat16)
+    wide = shape.type is T.GEMM_NT_BF16BF16F32
+    out = _zeros(most, shape.n, dtype=torch.float32 if wide else torch.bfloat16)
+    entry = wrapper.gemm_nt_bf16bf16f32 if wide else wrapper.gemm_nt_bf16bf16bf16
+    return lambda m: entry(x[:m], weight, out[:m])
+
+
+def _contiguous_bf16(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    x = _zeros(most, shape.k, dtype=torch.bfloat16)
+    weight = _zeros(shape.num_groups, shape.n, shape.k, dtype=torch.bfloat16)
+    out = _zeros(most, shape.n, dtype=torch.bfloat16)
+    groups = _zeros(most, dtype=torch.int32)
+    return lambda m: wrapper.grouped_gemm_nt_bf16_contig(x[:m], weight, out[:m], groups[:m])
+
+
+def _masked_bf16(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    x = _zeros(shape.num_groups, _MASKED_ROWS, shape.k, dtype=torch.bfloat16)
+    weight = _zeros(shape.num_groups, shape.n, shape.k, dtype=torch.bfloat16)
+    out = _zeros(shape.num_groups, _MASKED_ROWS, shape.n, dtype=torch.bfloat16)
+    used = _zeros(shape.num_groups, dtype=torch.int32)
+    return lambda m: wrapper.grouped_gemm_nt_bf16_masked(x, weight, out, used, m)
+
+
+def _hc_prenorm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    x = _zeros(most, shape.k, dtype=torch.bfloat16)
+    fn = _zeros(shape.n, shape.k, dtype=torch.float32)
+    splits = max(1, shape.num_groups)
+
+    def call(m: int) -> None:
+        out = torch.empty((splits, m, shape.n), device="cuda")
+        squares = torch.empty((splits, m), device="cuda")
+        wrapper.tf32_hc_prenorm_gemm(x[:m], fn, out, squares, splits)
+
+    return call
+
+
+def _einsum_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    values, scales = _fp8_rows(most, shape.num_groups, shape.k)
+    weight = _fp8_blocks(shape.num_groups, shape.n, shape.k)
+    out = _zeros(most, shape.num_groups, shape.n, dtype=torch.bfloat16)
+    return lambda m: wrapper.fp8_einsum_bhr_hdr_bhd((values[:m], scales[:m]), weight, out[:m])
+
+
+def _mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    q = _zeros(most, shape.n, shape.k, dtype=_FP8)
+    weights = _zeros(most, shape.n, dtype=torch.float32)
+    keys = (_zeros(_ENTRIES, shape.k, dtype=_FP8), _zeros(_ENTRIES, dtype=torch.float32))
+    start = _zeros(most, dtype=torch.int32)
+    end = start + _ENTRIES
+
+    def call(m: int) -> None:
+        wrapper.fp8_mqa_logits(q[:m], keys, weights[:m], start[:m], end[:m], _ENTRIES)
+
+    return call
+
+
+def _metadata(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    lens = _zeros(most, 1, dtype=torch.int32) + 1
+
+    def call(m: int) -> None:
+        wrapper.get_paged_mqa_logits_metadata(lens[:m], _PAGE, shape.num_sms)
+
+    return call
+
+
+def _paged_mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
+    q = _zeros(most, 1, shape.n, shape.k, dtype=_FP8)
+    weights = _zeros(most, shape.n, dtype=torch.float32)
+    lens = _zeros(most, 1, dtype=torch.int32) + 1
+    pages = _zeros(_ENTRIES // _PAGE, _PAGE, 1, shape.k + 4, dtype=torch.uint8)
+    table = _zeros(most, _ENTRIES // _PAGE, dtype=torch.int32)
+    # Zeroed metadata: each SM starts where it ends and computes nothing.
+    schedule = _zeros(shape.num_sms + 1, 2, dtype=torch.int32)
+
+    def call(m: int) -> None:
+        wrapper.fp8_paged_mqa_logits(
+            q[:m], pages, weights[:m], lens[:m], table[:m], schedule, _ENTRIES
+        )
+
+    return call
+
+
+_MAKERS: dict[T, Callable[[DeepGemmWrapper, GemmShape, int], Call]] = {
+    T.GEMM_NT_F8F8BF16: _dense_fp8,
+    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: _contiguous_fp8,
+    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: _masked_fp8,
+    T.GEMM_NT_BF16BF16F32: _dense_bf16,
+    T.GEMM_NT_BF16BF16BF16: _dense_bf16,
+    T.GROUPED_GEMM_NT_BF16_CONTIG: _contiguous_bf16,
+    T.GROUPED_GEMM_NT_BF16_MASKED: _masked_bf16,
+    T.TF32_HC_PRENORM_GEMM: _hc_prenorm,
+    T.FP8_EINSUM_BHR_HDR_BHD: _einsum_fp8,
+    T.FP8_MQA_LOGITS: _mqa_logits,
+    T.PAGED_MQA_LOGITS_METADATA: _metadata,
+    T.FP8_PAGED_MQA_LOGITS: _paged_mqa_logits,
+}
