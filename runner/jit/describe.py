@@ -45,7 +45,7 @@ _NAMES_BY_GEMM_TYPE = {
 
 def config_of(kernel: Kernel) -> Config:
     """Template arguments of a kernel by name."""
-    return _named(kernel.entry, ", ".join(kernel.arguments))
+    return _named(kernel.entry.removeprefix("sched::"), ", ".join(kernel.arguments))
 
 
 def config_of_source(source: str) -> Config:

@@ -216,8 +216,9 @@ def test_find_library(
         with pytest.raises(UserError) as caught:
             find_library()
         assert str(caught.value) == (
-            f"deep_gemm {version or 'of unknown version'} at {root} is not known: this project "
-            "reproduces sgl-deep-gemm==0.1.4.post1; install that version"
+            f"deep_gemm {version or 'of unknown version'} on sm_90a is not known: the rules of "
+            "sgl-deep-gemm==0.1.4.post1 on sm_90a are; install that version, or let the library "
+            "itself tell (runner plan --source library, on a GPU)"
         )
     (root / "VERSION").write_text("0.1.4.post1\n")
     assert find_library() == Library(root)

@@ -87,6 +87,15 @@ FAMILIES = {
         ["transpose_fp32", "sm90_fp8_m_grouped_gemm_masked_1d2d"],
     ),
     "bf16": (call(T.GEMM_NT_BF16BF16F32, n=256, k=4096), ["sm90_bf16_gemm"]),
+    "bf16 out": (call(T.GEMM_NT_BF16BF16BF16), ["sm90_bf16_gemm"]),
+    "bf16 contiguous": (
+        call(T.GROUPED_GEMM_NT_BF16_CONTIG, m=256, num_groups=32),
+        ["sm90_m_grouped_bf16_gemm_contiguous"],
+    ),
+    "bf16 masked": (
+        call(T.GROUPED_GEMM_NT_BF16_MASKED, num_groups=32),
+        ["sm90_bf16_m_grouped_gemm_masked"],
+    ),
     "hc": (
         call(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66),
         ["sm90_tf32_hc_prenorm_gemm"],

@@ -1,0 +1,209 @@
+"""Deployments: every call that a forward makes is planned, and every M has its reason."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.backend.layout import (
+    MASKED_BUDGET,
+    contiguous_rows,
+    masked_bytes,
+    masked_rows,
+    masked_token_limit,
+)
+from runner.config.hf import with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV3, DSV4, PRESETS
+from runner.coverage import coverage
+from runner.deployment import Deployment, demands, recorded_calls
+from runner.errors import UserError
+from runner.forward_batch import ForwardMode
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.plan import Plan, make_plan
+from runner.warmup import DisaggregationMode, WarmupPolicy
+
+FEW = {"dsv4": with_layers(DSV4, 5), "dsv3": with_layers(DSV3, 5)}
+
+
+def deployment(model: str = "dsv4", max_tokens: int = 2048, **values: Any) -> Deployment:
+    layout = {name: values.pop(name) for name in ("pp", "tp", "ep", "attn_cp") if name in values}
+    return Deployment(
+        model=FEW[model], parallel=ParallelConfig(**layout), max_tokens=max_tokens, **values
+    )
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("dsv4", {"tp": 2}),
+    ("dsv4", {"tp": 2, "pp": 2}),
+    ("dsv4", {"tp": 8, "ep": True}),
+    ("dsv4", {"tp": 4, "attn_cp": 2}),
+    ("dsv3", {"tp": 8}),
+]
+
+
+@cache
+def planned(index: int) -> tuple[Deployment, frozenset[Kernel]]:
+    model, layout = LAYOUTS[index]
+    made = deployment(model, max_tokens=12000, **layout)
+    return made, frozenset(item.kernel for item in make_plan(demands(made)).kernels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    index=st.integers(0, len(LAYOUTS) - 1),
+    tokens=st.integers(1, 12000) | st.integers(1, 300),
+    mode=st.sampled_from([ForwardMode.EXTEND, ForwardMode.DECODE]),
+)
+def test_a_forward_of_any_size_runs_planned_kernels_only(
+    index: int, tokens: int, mode: ForwardMode
+) -> None:
+    made, kernels = planned(index)
+    step = made.parallel.attn_cp
+    size = -(-tokens // step) * step
+    for call in recorded_calls(made, [(size, mode)]):
+        assert set(kernels_of(call)) <= kernels, call.describe()
+
+
+def by_type(made: Deployment) -> dict[T, list[tuple[int, int]]]:
+    """(first, last) M of each demand, by type."""
+    found: dict[T, list[tuple[int, int]]] = {}
+    for demand in demands(made):
+        found.setdefault(demand.shape.type, []).append((demand.ms[0], demand.ms[-1]))
+    return found
+
+
+def test_m_limits_follow_from_the_deployment() -> None:
+    limits = by_type(deployment(max_tokens=1000, tp=2))
+    assert set(limits[T.GEMM_NT_F8F8BF16]) == {(1, 1000)}
+    # 1000 tokens x 6 choices over 256 experts, each padded to 128 rows.
+    bound = contiguous_rows(6000, 256)
+    assert bound == 128 * (256 + (6000 - 256) // 128)
+    assert set(limits[T.GROUPED_GEMM_NT_F8F8BF16_CONTIG]) == {(128, bound)}
+    assert set(limits[T.GROUPED_GEMM_NT_F8F8BF16_MASKED]) == {(1, 24)}
+    assert T.FP8_MQA_LOGITS not in limits
+    assert T.FP8_MQA_LOGITS in by_type(deployment(max_tokens=8192, tp=2))
+
+
+def test_graph_batch_sizes_bound_a_decode_node() -> None:
+    sizes = (1, 2, 4, 8)
+    node = deployment(decode_batch_sizes=sizes, disaggregation=DisaggregationMode.DECODE, tp=2)
+    for demand in demands(node):
+        assert set(demand.ms) <= set(sizes)
+    assert T.GROUPED_GEMM_NT_F8F8BF16_CONTIG not in by_type(node)
+
+
+def test_a_prefill_node_has_no_masked_experts() -> None:
+    node = deployment(disaggregation=DisaggregationMode.PREFILL, tp=2)
+    assert T.GROUPED_GEMM_NT_F8F8BF16_MASKED not in by_type(node)
+    assert T.GROUPED_GEMM_NT_F8F8BF16_CONTIG in by_type(node)
+
+
+def test_types_that_something_else_serves_are_left_out() -> None:
+    made = deployment(without=frozenset({T.PAGED_MQA_LOGITS_METADATA}), tp=2)
+    assert T.PAGED_MQA_LOGITS_METADATA not in by_type(made)
+
+
+def test_a_reduced_sm_count_is_a_second_set() -> None:
+    plain, overlapped = deployment(tp=2), deployment(tp=2, reduced_num_sms=(112,))
+    once, twice = demands(plain), demands(overlapped)
+    extra = [demand for demand in twice if demand.shape.num_sms == 112]
+    assert [demand for demand in twice if demand.shape.num_sms == 132] == once
+    hc = sum(demand.shape.type is T.TF32_HC_PRENORM_GEMM for demand in once)
+    assert len(extra) == len(once) - hc
+    assert all(demand.shape.type is not T.TF32_HC_PRENORM_GEMM for demand in extra)
+
+
+def test_context_parallel_ranks_project_their_own_tokens_only() -> None:
+    made = deployment(max_tokens=1000, tp=4, attn_cp=2, disaggregation=DisaggregationMode.PREFILL)
+    last = {demand.shape.n: demand.ms[-1] for demand in demands(made)
+            if demand.shape.type is T.GEMM_NT_F8F8BF16}  # fmt: skip
+    assert last[1536] == 500  # wqkv_a
+    assert last[1024] == 1000  # shared experts' gate_up
+
+
+def test_stages_know_what_they_run() -> None:
+    found = {
+        demand.shape: demand.stages for demand in demands(deployment(pp=5, tp=2, max_tokens=256))
+    }
+    # Layers 0 and 1 slide a window only, layers 2 to 4 compress by 4, 128, 4.
+    compressed = [stages for shape, stages in found.items() if shape.n == 8192]
+    assert compressed == [(2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_tokens": 0}, "max-tokens 0 must lie in 1..131072"),
+        ({"max_tokens": 200000}, "max-tokens 200000 must lie in 1..131072"),
+        ({"num_sms": 0}, "num-sms 0 must lie in 1..0"),
+        ({"reduced_num_sms": (140,)}, "num-sms 140 must lie in 1..132"),
+        ({"decode_batch_sizes": ()}, "decode batch sizes (none) must lie in 1..131072"),
+        ({"decode_batch_sizes": (4, 0)}, "decode batch sizes 4,0 must lie in 1..131072"),
+        ({"tp": 3}, "tp=3 must divide"),
+    ],
+)
+def test_bad_deployments_are_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        deployment(**values)
+    assert message in str(caught.value)
+
+
+@given(st.integers(1, 256), st.sampled_from([4096, 7168]), st.sampled_from([256, 1024, 2048]))
+def test_the_masked_limit_is_the_last_that_fits(experts: int, hidden: int, width: int) -> None:
+    limit = masked_token_limit(experts, hidden, width)
+    assert masked_bytes(experts, masked_rows(limit + 1), hidden, width) > MASKED_BUDGET
+    if limit:
+        assert masked_bytes(experts, masked_rows(limit), hidden, width) <= MASKED_BUDGET
+
+
+def test_dsv4_at_tp_2_whole() -> None:
+    made = Deployment(model=PRESETS["dsv4"], parallel=ParallelConfig(pp=4, tp=2))
+    plan = make_plan(demands(made))
+    counts: dict[str, int] = {}
+    for item in plan.kernels:
+        counts[item.kernel.name] = counts.get(item.kernel.name, 0) + 1
+    assert counts == {
+        "sm90_paged_mqa_logits_metadata": 512,
+        "sm90_tf32_hc_prenorm_gemm": 21,
+        "transpose_fp32": 2,
+        "sm90_fp8_gemm_1d2d": 52,
+        "sm90_bf16_gemm": 28,
+        "sm90_m_grouped_fp8_gemm_contiguous_1d2d": 25,
+        "sm90_fp8_m_grouped_gemm_masked_1d2d": 2,
+        "sm90_fp8_paged_mqa_logits": 1,
+        "sm90_fp8_mqa_logits": 1,
+    }
+
+
+def plan_of(made: Deployment) -> Plan:
+    return make_plan(demands(made))
+
+
+def test_what_policies_leave_uncovered() -> None:
+    made = deployment(pp=5, tp=2, max_tokens=4096)
+    plan = plan_of(made)
+    found = {policy: coverage(policy, made, plan) for policy in WarmupPolicy}
+    everything = len(plan.kernels)
+    assert found[WarmupPolicy.NONE].missing == everything
+    for policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
+        assert (found[policy].missing, found[policy].superfluous) == (0, 0)
+        assert found[policy].uncovered == ()
+    unhooked = {T.PAGED_MQA_LOGITS_METADATA, T.FP8_PAGED_MQA_LOGITS, T.FP8_EINSUM_BHR_HDR_BHD}
+    full = found[WarmupPolicy.FULL]
+    assert {use.shape.type for use in full.uncovered} == unhooked
+    # The full list goes to 16384 whatever the chunk is, so it compiles what no forward needs.
+    assert full.superfluous > 0
+    assert found[WarmupPolicy.FAST].missing >= full.missing
+    relax = {use.shape.type for use in found[WarmupPolicy.RELAX].uncovered}
+    assert T.GEMM_NT_BF16BF16F32 in relax and T.GROUPED_GEMM_NT_F8F8BF16_CONTIG not in relax
+    parallel = found[WarmupPolicy.PP_PARALLEL]
+    assert 0 < parallel.missing < everything
+
+
+def test_pp_parallel_does_nothing_with_one_stage() -> None:
+    made = deployment(pp=1, tp=2, max_tokens=256)
+    assert coverage(WarmupPolicy.PP_PARALLEL, made, plan_of(made)).compiled == frozenset()
