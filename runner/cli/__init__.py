@@ -14,6 +14,9 @@ from runner.cli.guard import run_guarded
 _COMMANDS = {
     "sim": "Predict a start-up: the same schedule in virtual time.",
     "plan": "The exact kernels that a deployment can ever need.",
+    "compile": "Build a deployment's kernels ahead of time, without a GPU.",
+    "cache": "List, verify, move and pack kernel caches.",
+    "watch": "Run any server and report every DeepGEMM compile.",
     "compare": "Lay two Timelines side by side.",
 }
 

@@ -37,10 +37,14 @@ class KernelCache:
                 "choose another with --cache-dir or DG_JIT_CACHE_DIR"
             ) from None
 
+    def entries(self) -> list[Path]:
+        """Everything that lies where entries lie, whole or not, ordered by name."""
+        folder = self.root / "cache"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
     def count(self) -> int:
         """Number of entries."""
-        folder = self.root / "cache"
-        return sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+        return len(self.entries())
 
     def entry(self, key: str) -> Path:
         """Directory of a kernel, whether it exists or not."""
@@ -61,19 +65,22 @@ class KernelCache:
             )
         return True
 
-    def add(self, key: str, source: str, build: Callable[[Path, Path, Path], None]) -> bool:
+    def add(
+        self, key: str, source: str, build: Callable[[Path, Path, Path], None], *, tag: str = ""
+    ) -> bool:
         """Build an entry in a temporary directory and move it into place.
 
         Args:
             key: the entry's name.
             source: text of ``kernel.cu``.
             build: called with (source path, cubin path to write, working directory).
+            tag: begins the temporary directory's name.
 
         Returns:
             True where this call's entry was taken, False where another process was first.
         """
         work_dir = self.root.absolute() / "tmp"  # the compiler runs elsewhere
-        temporary = work_dir / f"{os.getpid()}-{uuid.uuid4().hex}"
+        temporary = work_dir / f"{tag}{os.getpid()}-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         try:
             source_path, cubin_path = temporary / "kernel.cu", temporary / "kernel.cubin"
@@ -86,6 +93,19 @@ class KernelCache:
             return _rename(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def discard(self, key: str) -> None:
+        """Take an entry away in one step, whole or not; nothing happens where there is none."""
+        away = self.root / "tmp" / f"discarded-{os.getpid()}-{uuid.uuid4().hex}"
+        away.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.entry(key).rename(away)
+        except FileNotFoundError:
+            return
+        if away.is_dir():
+            shutil.rmtree(away)
+        else:
+            away.unlink()
 
 
 def _fsync(path: Path) -> None:

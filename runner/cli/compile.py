@@ -1,0 +1,118 @@
+"""``runner compile``: build a deployment's kernels ahead of time, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runner.cli.deployment import deployment_options, find_target, planned, target_options
+from runner.cli.guard import WorkFailedError
+from runner.cli.progress import progress
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.cubin import kernels_in
+from runner.jit.prebuild import BuildOrder, BuildReport, BuildStoppedError, prebuild
+
+_SHOWN_FAILURES = 5
+_SHOWN_WORDS = 400
+
+
+@click.command()
+@deployment_options
+@target_options
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the kernels go.  [default: DG_JIT_CACHE_DIR, else ~/.deep_gemm]",
+)
+@click.option("--jobs", type=int, help="Compiler processes at a time.  [default: one a core]")
+@click.option(
+    "--plain", is_flag=True, help="One nvcc process a kernel, as the library compiles: slower."
+)
+@click.option(
+    "--check", is_flag=True, help="Then build all the plain way too, and compare machine code."
+)
+def compile(  # noqa: A001  # the command's name
+    target_root: Path | None, cuda_version: str | None, cache_dir: Path | None,
+    jobs: int | None, plain: bool, check: bool, **values: Any,
+) -> None:  # fmt: skip
+    """Build every planned kernel exactly once, in parallel; a rerun goes on where one stopped."""
+    environ = Environ.read(os.environ)
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1")
+    result = planned(values, environ)
+    target = find_target(target_root, cuda_version)
+    if target.keys is None:
+        raise UserError(target.lacking)
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    cache = KernelCache(cache_dir or environ.jit_cache_dir)
+    order = BuildOrder(
+        plan=result.plan,
+        title=result.title,
+        keys=target.keys,
+        compiler=NvccCompiler(nvcc, target.keys.library, environ),
+        cache=cache,
+        jobs=jobs or os.cpu_count() or 1,
+        environment=os.environ,
+        fast=not plain,
+    )
+    print(f"{result.title}\n{len(result.plan.kernels)} kernels -> {cache.root}", flush=True)
+    _print(_build(order, "compile"))
+    if check:
+        _check(order)
+
+
+def _build(order: BuildOrder, what: str) -> BuildReport:
+    try:
+        with progress(what) as shown:
+            return prebuild(order, say=_say, progress=shown)
+    except BuildStoppedError as error:
+        raise WorkFailedError(str(error)) from None
+
+
+def _check(order: BuildOrder) -> None:
+    """Hold every kernel's machine code against what one nvcc process makes of it."""
+    with tempfile.TemporaryDirectory(prefix="deepgemm-check-") as folder:
+        plain = replace(order, cache=KernelCache(Path(folder)), fast=False)
+        print("the plain way, to compare:", flush=True)
+        _print(_build(plain, "check"))
+        keys = [order.keys.cache_key(item.kernel) for item in order.plan.kernels]
+        other = [key for key in keys if _code(order.cache, key) != _code(plain.cache, key)]
+    for key in other[:_SHOWN_FAILURES]:
+        print(f"other machine code: {key}")
+    if other:
+        raise WorkFailedError(f"{len(other)} of {len(keys)} kernels have other machine code")
+    print(f"all {len(keys)} kernels have the same machine code")
+
+
+def _code(cache: KernelCache, key: str) -> dict[str, bytes]:
+    return kernels_in((cache.entry(key) / "kernel.cubin").read_bytes())
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _print(report: BuildReport) -> None:
+    plain = sum(report.plain.values())
+    replaced = f", {report.replaced} of them in place of broken ones" if report.replaced else ""
+    print(
+        f"{report.built} built{replaced}, {report.present} were there; "
+        f"{report.wall_seconds:.1f} s, {report.cpu_seconds:.1f} CPU-seconds"
+    )
+    if plain and set(report.plain) != {"as asked"}:
+        for reason, count in report.plain.most_common(_SHOWN_FAILURES):
+            print(f"{count} built the plain way: {reason[:_SHOWN_WORDS]}")
+    for name, words in report.failed[:_SHOWN_FAILURES]:
+        print(f"failed: {name}: {words[:_SHOWN_WORDS]}")
+    if report.failed:
+        raise WorkFailedError(f"{len(report.failed)} of {report.planned} kernels do not compile")

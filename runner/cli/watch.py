@@ -1,0 +1,176 @@
+"""``runner watch``: any server, unchanged, with every DeepGEMM compile reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runner.cli.guard import WorkFailedError
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.files import write_text
+from runner.jit.compiler import find_nvcc
+from runner.jit.describe import config_of_source, in_words
+from runner.jit.shim import FORBIDDEN_EXIT, CompileRecord
+from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
+from runner.report.outputs import check_outputs
+from runner.watch import Forbid, Watched
+from runner.watch import watch as run_watched
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--forbid-after",
+    metavar="SECONDS|FILE",
+    help="Compiles fail after so many seconds, or once FILE exists; then the exit code is 1.",
+)
+@click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="JSON of runner plan: tells which M a compiled kernel serves.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the compiles as JSON.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def watch(
+    command: tuple[str, ...], forbid_after: str | None, plan_path: Path | None,
+    json_path: Path | None,
+) -> None:  # fmt: skip
+    """Run COMMAND unchanged and report every DeepGEMM compile: when, who, what, how long."""
+    if str(json_path) == "-":
+        raise UserError("--json needs a file: the command has standard output")
+    check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
+    plan = read_plan_file(plan_path) if plan_path else None
+    nvcc = _nvcc()
+    with tempfile.TemporaryDirectory(prefix="deepgemm-watch-") as folder:
+        watched = run_watched(
+            command,
+            nvcc=nvcc,
+            environment=os.environ,
+            work_dir=Path(folder),
+            forbid=_forbid(forbid_after),
+            on_compile=lambda record, seconds: _say(_line(record, seconds, plan)),
+        )
+    _say(_summary(watched))
+    if json_path is not None:
+        write_text(json_path, json.dumps(_as_json(watched, command, plan), indent=1))
+    _end(watched)
+
+
+def _nvcc() -> Path:
+    environ = Environ.read(os.environ)
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        raise UserError(
+            "DG_JIT_USE_NVRTC is set: compiles inside the process cannot be seen; unset it"
+        )
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        raise UserError("there is no nvcc to stand before: install one or set CUDA_HOME")
+    return nvcc
+
+
+def _forbid(text: str | None) -> Forbid | None:
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        return Forbid(file=Path(text).absolute())
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"--forbid-after {text} must be at least 0 seconds, or a file")
+    return Forbid(seconds=seconds)
+
+
+def _say(line: str) -> None:
+    print(f"[runner watch] {line}", file=sys.stderr, flush=True)
+
+
+def _line(record: CompileRecord, seconds: float, plan: PlanFile | None) -> str:
+    config = config_of_source(record.source)
+    outcome = f"{record.end - record.start:.1f} s"
+    if record.exit_code == FORBIDDEN_EXIT:
+        outcome = "FORBIDDEN"
+    elif record.exit_code:
+        outcome += f", failed with {record.exit_code}"
+    serves = ""
+    if plan is not None:
+        uses = plan.uses_of(record.kernel_name, config)
+        serves = f"; {uses_in_words(uses) if uses else 'not in the plan'}"
+    return (
+        f"{seconds:8.1f} s  {_who(record)}  {record.kernel_name} ({in_words(config)})  "
+        f"{outcome}{serves}"
+    )
+
+
+def _who(record: CompileRecord) -> str:
+    rank = f"rank {record.rank}, " if record.rank >= 0 else ""
+    program = Path(record.command.split(" ")[0]).name or "?"
+    return f"{rank}pid {record.pid} ({program})"
+
+
+def _summary(watched: Watched) -> str:
+    distinct = len({record.source for record in watched.compiled})
+    total = sum(record.end - record.start for record in watched.compiled)
+    words = [
+        f"{len(watched.compiled)} compiles of {distinct} kernels, {total:.1f} s of compiling in "
+        f"{watched.seconds:.1f} s"
+    ]
+    if watched.unfinished:
+        words.append(f"{len(watched.unfinished)} never ended")
+    if watched.forbidden:
+        words.append(f"{len(watched.forbidden)} forbidden")
+    processes = Counter(_who(record) for record in watched.records)
+    if processes:
+        words.append("; ".join(f"{who}: {count}" for who, count in processes.most_common(8)))
+    return ", ".join(words)
+
+
+def _as_json(watched: Watched, command: Sequence[str], plan: PlanFile | None) -> Mapping[str, Any]:
+    def plain(record: CompileRecord, *, finished: bool) -> dict[str, Any]:
+        config = config_of_source(record.source)
+        return {
+            "start": round(record.start - watched.started, 3),
+            "seconds": round(record.end - record.start, 3) if finished else None,
+            "exit_code": record.exit_code if finished else None,
+            "forbidden": record.exit_code == FORBIDDEN_EXIT,
+            "rank": record.rank,
+            "pid": record.pid,
+            "command": record.command,
+            "name": record.kernel_name,
+            "config": config,
+            "uses": plan.uses_of(record.kernel_name, config) if plan else None,
+        }
+
+    return {
+        "version": 1,
+        "command": list(command),
+        "exit_code": watched.exit_code,
+        "seconds": round(watched.seconds, 3),
+        "compiles": [
+            *(plain(record, finished=True) for record in watched.records),
+            *(plain(record, finished=False) for record in watched.unfinished),
+        ],
+    }
+
+
+def _end(watched: Watched) -> None:
+    if watched.forbidden:
+        raise WorkFailedError(
+            f"{len(watched.forbidden)} compiles after they were forbidden; the command ended with "
+            f"{watched.exit_code}"
+        )
+    if watched.exit_code:
+        raise WorkFailedError(f"the command ended with {watched.exit_code}", watched.exit_code)

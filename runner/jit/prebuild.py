@@ -1,0 +1,236 @@
+"""Build a plan into a cache: what is there stays, what is missing is built once."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner.errors import UserError
+from runner.jit.build.builder import Builder, Built, Way
+from runner.jit.build.unit import Job
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import NvccCompiler
+from runner.jit.cubin import NotACubinError, kernels_in
+from runner.jit.keys import CacheKeys
+from runner.jit.plan import Plan, PlannedKernel
+from runner.jit.plan_json import use_to_json
+from runner.jit.store.archive import merge_manifest
+from runner.jit.store.manifest import Manifest, describe_entry, locked
+
+_TAG = "build-"
+
+
+class BuildStoppedError(Exception):
+    """The build could not go on; what was built is kept. The text is one line."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build stands."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        planned: kernels of the plan.
+        present: of them, there before.
+        replaced: entries that were there and not whole.
+        built: built now.
+        plain: of them, the plain way, by reason.
+        failed: kernel names with the compiler's words.
+        wall_seconds: from first to last.
+        cpu_seconds: of this process and all compilers.
+    """
+
+    planned: int
+    present: int = 0
+    replaced: int = 0
+    built: int = 0
+    plain: Counter[str] = field(default_factory=Counter)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BuildOrder:
+    """What is built, where, and with what.
+
+    Attributes:
+        plan: the kernels.
+        title: what the plan is for.
+        keys: names of the entries, for the machine that will run.
+        compiler: this machine's.
+        cache: where entries go.
+        jobs: processes at a time.
+        environment: what the compiler's stages run in.
+        fast: False builds the plain way.
+    """
+
+    plan: Plan
+    title: str
+    keys: CacheKeys
+    compiler: NvccCompiler
+    cache: KernelCache
+    jobs: int
+    environment: Mapping[str, str]
+    fast: bool = True
+
+
+def prebuild(
+    order: BuildOrder,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BuildReport:
+    """Build what the cache lacks of the plan, and write the manifest.
+
+    One builder at a time works in a cache; the next one waits and then finds all there. A killed
+    build leaves whole entries behind, and the next one goes on from them.
+
+    Args:
+        order: what to build.
+        say: told when there is something to wait for.
+        progress: told (done, of how many), from worker threads.
+
+    Raises:
+        UserError: a cache that cannot be written, is another machine's, or flags that would
+            name the build machine's compiler wrongly.
+        BuildStoppedError: the disk is full or the like.
+    """
+    if order.keys.signature != order.compiler.signature:
+        raise UserError(
+            f"nvcc here is {order.compiler.signature} and the target's is {order.keys.signature}: "
+            "install the target's release (pip install nvidia-cuda-nvcc==...), or build for this "
+            "one and relocate"
+        )
+    order.cache.prepare()
+    with locked(order.cache.root, wait=False) as free:
+        if free:
+            return _build(order, progress)
+    say(f"another builder is at work in {order.cache.root}: waiting for it")
+    with locked(order.cache.root):
+        return _build(order, progress)
+
+
+def _build(order: BuildOrder, progress: Callable[[int, int], None]) -> BuildReport:
+    _clear_leftovers(order.cache)
+    started, cpu = time.monotonic(), _cpu_seconds()
+    report = BuildReport(planned=len(order.plan.kernels))
+    keyed = {order.keys.cache_key(item.kernel): item for item in order.plan.kernels}
+    missing = [key for key in keyed if not _usable(order.cache, key, report)]
+    report.present = len(keyed) - len(missing)
+    try:
+        _build_missing(order, {key: keyed[key] for key in missing}, report, progress)
+    except OSError as error:
+        raise BuildStoppedError(
+            f"the build stopped after {report.built} of {len(missing)} kernels: "
+            f"{error.strerror or error}; what was built is kept, run it again to go on"
+        ) from None
+    finally:
+        _write_manifest(order, keyed)
+        report.wall_seconds = time.monotonic() - started
+        report.cpu_seconds = _cpu_seconds() - cpu
+    return report
+
+
+def _clear_leftovers(cache: KernelCache) -> None:
+    """Temporary folders of builders that were killed: whoever holds the lock has no rivals."""
+    for path in (cache.root / "tmp").glob(f"{_TAG}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _usable(cache: KernelCache, key: str, report: BuildReport) -> bool:
+    """Whether an entry is there and whole; one that is not is taken away to be built anew."""
+    entry = cache.entry(key)
+    if not entry.exists():
+        return False
+    try:
+        if (entry / "kernel.cu").is_file() and kernels_in((entry / "kernel.cubin").read_bytes()):
+            return True
+    except (OSError, NotACubinError):
+        pass
+    cache.discard(key)
+    report.replaced += 1
+    return False
+
+
+def _build_missing(
+    order: BuildOrder,
+    missing: Mapping[str, PlannedKernel],
+    report: BuildReport,
+    progress: Callable[[int, int], None],
+) -> None:
+    jobs = [Job(key, item.kernel, order.keys.source(item.kernel)) for key, item in missing.items()]
+    guard = threading.Lock()
+
+    def take(built: Built) -> None:
+        if built.cubin is not None:
+            order.cache.add(built.job.key, built.job.source, _writer(built.cubin), tag=_TAG)
+        with guard:
+            _count(report, built)
+            progress(report.built + len(report.failed), len(jobs))
+
+    with tempfile.TemporaryDirectory(prefix="deepgemm-build-") as scratch:
+        builder = Builder(
+            order.compiler, Path(scratch).resolve(), order.jobs, order.environment, take, order.fast
+        )
+        builder.build(jobs)
+
+
+def _count(report: BuildReport, built: Built) -> None:
+    if built.cubin is None:
+        report.failed.append((built.job.kernel.name, built.words))
+        return
+    report.built += 1
+    if built.way is Way.PLAIN:
+        report.plain[built.words] += 1
+
+
+def _writer(cubin: bytes) -> Callable[[Path, Path, Path], None]:
+    def write(source: Path, target: Path, work_dir: Path) -> None:
+        target.write_bytes(cubin)
+
+    return write
+
+
+def _write_manifest(order: BuildOrder, keyed: Mapping[str, PlannedKernel]) -> None:
+    """Name every planned kernel that is there, whoever built it."""
+    entries = {
+        key: describe_entry(
+            order.cache.entry(key), item.kernel.name, [use_to_json(use) for use in item.uses]
+        )
+        for key, item in keyed.items()
+        if order.cache.entry(key).is_dir()
+    }
+    rules = order.plan.rules
+    merge_manifest(
+        order.cache.root,
+        Manifest(
+            library=f"sgl-deep-gemm {rules.library_version}",
+            arch=rules.arch,
+            signature=order.keys.signature,
+            flags=order.keys.flags,
+            built_with=order.compiler.signature,
+            plans=[order.title],
+            entries=entries,
+        ),
+    )
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(who)[:2]) for who in both)

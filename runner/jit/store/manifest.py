@@ -1,0 +1,150 @@
+"""The manifest: what was built into a cache, for whom, with what.
+
+It lies beside the entries, in ``<cache_dir>/manifest.json``; the library never looks at it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+
+_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel of the cache.
+
+    Attributes:
+        name: the library's kernel name.
+        uses: GEMMs that run it, as :func:`runner.jit.plan_json.use_to_json` writes them.
+        source_sha256: digest of ``kernel.cu``.
+        cubin_sha256: digest of ``kernel.cubin``.
+        cubin_bytes: size of ``kernel.cubin``.
+    """
+
+    name: str
+    uses: list[dict[str, Any]]
+    source_sha256: str
+    cubin_sha256: str
+    cubin_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds.
+
+    Attributes:
+        library: name and version of the library whose kernels these are.
+        arch: architecture.
+        signature: signature of the compiler that the running machine has.
+        flags: its flags, with the include path of the running machine.
+        built_with: release of the compiler that built them.
+        plans: titles of the plans that were built.
+        entries: kernels by cache key.
+    """
+
+    library: str
+    arch: str
+    signature: str
+    flags: str
+    built_with: str
+    plans: list[str] = field(default_factory=list)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+
+    def same_target(self, other: Manifest) -> bool:
+        """Whether both are for machines that look for the same keys."""
+        return (self.library, self.arch, self.signature, self.flags) == (
+            other.library, other.arch, other.signature, other.flags,
+        )  # fmt: skip
+
+    def merged(self, newer: Manifest) -> Manifest:
+        """Both manifests' entries and plans; where both have an entry, the newer one's."""
+        plans = list(dict.fromkeys([*self.plans, *newer.plans]))
+        entries = dict(self.entries)
+        for key, entry in newer.entries.items():
+            uses = entries[key].uses if key in entries else []
+            more = [use for use in entry.uses if use not in uses]
+            entries[key] = replace(entry, uses=uses + more)
+        return replace(newer, plans=plans, entries=entries)
+
+    def without(self, keys: set[str]) -> Manifest:
+        """The manifest less some entries."""
+        kept = {key: entry for key, entry in self.entries.items() if key not in keys}
+        return replace(self, entries=kept)
+
+
+def describe_entry(folder: Path, name: str, uses: list[dict[str, Any]]) -> Entry:
+    """The manifest's line for an entry on disk."""
+    source, cubin = (folder / "kernel.cu").read_bytes(), (folder / "kernel.cubin").read_bytes()
+    return Entry(name, uses, sha256(source), sha256(cubin), len(cubin))
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(cache_dir: Path) -> Manifest | None:
+    """The manifest of a cache, None where it has none.
+
+    Raises:
+        UserError: a file that is no manifest.
+    """
+    path = cache_dir / _NAME
+    try:
+        data = json.loads(path.read_text())
+        entries = {key: Entry(**entry) for key, entry in data.pop("entries").items()}
+        if data.pop("version") != 1:
+            raise ValueError("unknown version")
+        return Manifest(**data, entries=entries)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest: {error!r}") from None
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Canonical JSON: equal manifests give equal text."""
+    data = {"version": 1, **asdict(manifest)}
+    data["entries"] = {key: asdict(manifest.entries[key]) for key in sorted(manifest.entries)}
+    return json.dumps(data, indent=1) + "\n"
+
+
+def write_manifest(cache_dir: Path, manifest: Manifest) -> None:
+    """Replace the manifest; readers see the old one or the new one."""
+    temporary = cache_dir / f".{_NAME}.{os.getpid()}"
+    try:
+        with temporary.open("w") as file:
+            file.write(manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(cache_dir / _NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(cache_dir: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the cache's lock among builders; gives False where ``wait`` is off and it is taken.
+
+    The lock goes with its holder, however that ends. The library itself does not take it.
+    """
+    with (cache_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,100 @@
+"""Move a cache to another install path or compiler: same machine code, other keys.
+
+The key digests the include path, so a cache built for one path misses at another although the
+kernels are the same. An entry may take another key where the sources agree that they are: the
+headers' hash in its source is the target's, and the target's CUDA release is not older than the
+one that built it, since a driver loads what older compilers made, not what newer ones did.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.keys import CacheKeys
+from runner.jit.store.manifest import Manifest, describe_entry
+from runner.jit.store.verify import Expectation, Finding, verify
+
+_NVCC = re.compile(r"NVCC(\d+)\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Relocation:
+    """What a relocation did: entries placed, entries that were there, entries refused."""
+
+    manifest: Manifest
+    placed: int
+    present: int
+    refused: list[Finding]
+
+
+def relocate(
+    source: KernelCache,
+    manifest: Manifest,
+    keys: CacheKeys,
+    target: KernelCache,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Relocation:
+    """Copy every sound entry of ``source`` to ``target`` under the keys of another machine.
+
+    Args:
+        source: where the entries are; left as it is.
+        manifest: what ``source`` was built for.
+        keys: the machine that will run; its library holds the headers to compare with.
+        target: where they go; may be ``source`` itself.
+        progress: told (done, of how many).
+
+    Raises:
+        UserError: the target's compiler is older than the one that built the cache.
+    """
+    _check_release(manifest.built_with, keys.signature)
+    held = Expectation(
+        wanted=(), known=manifest.entries, signature=manifest.signature, flags=manifest.flags,
+        library=keys.library, manifest=manifest,
+    )  # fmt: skip
+    findings = verify(source, held)
+    unsound = {finding.key for finding in findings}
+    moved = replace(manifest, signature=keys.signature, flags=keys.flags, entries={})
+    entries, placed, present = {}, 0, 0
+    sound = [key for key in manifest.entries if key not in unsound and source.has(key)]
+    for number, key in enumerate(sound, start=1):
+        old = manifest.entries[key]
+        text = (source.entry(key) / "kernel.cu").read_text()
+        new = keys.key_of(old.name, text)
+        if target.has(new):
+            present += 1
+        else:
+            placed += target.add(new, text, _copier(source.entry(key) / "kernel.cubin"))
+        entries[new] = describe_entry(target.entry(new), old.name, old.uses)
+        progress(number, len(sound))
+    return Relocation(replace(moved, entries=entries), placed, present, findings)
+
+
+def _copier(cubin: Path) -> Callable[[Path, Path, Path], None]:
+    def copy(source: Path, target: Path, work_dir: Path) -> None:
+        shutil.copyfile(cubin, target)
+
+    return copy
+
+
+def _check_release(built_with: str, signature: str) -> None:
+    built, wanted = _release(built_with), _release(signature)
+    if wanted < built:
+        raise UserError(
+            f"the cache was built with CUDA {built[0]}.{built[1]} and cannot go to CUDA "
+            f"{wanted[0]}.{wanted[1]}: a driver need not load what a newer compiler made; build "
+            f"it with nvcc {wanted[0]}.{wanted[1]}"
+        )
+
+
+def _release(signature: str) -> tuple[int, int]:
+    match = _NVCC.search(signature)
+    if not match:
+        raise UserError(f"{signature!r} is not a compiler signature such as NVCC13.0")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,131 @@
+"""Is a cache what it should be: every problem, entry by entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from runner.jit.cache import KernelCache
+from runner.jit.cubin import NotACubinError, kernels_in
+from runner.jit.digest import hex_digest
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, sha256
+
+_KEY = re.compile(r"kernel\.(\w+)\.[0-9a-f]{32}")
+_HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
+
+
+class Problem(Enum):
+    """What can be wrong with a cache."""
+
+    MISSING = "missing"
+    FOREIGN = "foreign"
+    TRUNCATED = "truncated"
+    CHANGED = "changed"
+    WRONG_KEY = "wrong key"
+    WRONG_VERSION = "wrong version"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem; ``key`` names the entry, ``words`` say what is wrong."""
+
+    problem: Problem
+    key: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a cache is held against.
+
+    Attributes:
+        wanted: keys that must be there.
+        known: keys that may be there, or None where any may.
+        signature: compiler signature that keys are made with; None leaves keys unchecked.
+        flags: flags that keys are made with.
+        library: headers that sources must name; None leaves them unchecked.
+        manifest: digests; None leaves contents unchecked but for being whole.
+    """
+
+    wanted: Collection[str]
+    known: Collection[str] | None
+    signature: str | None
+    flags: str | None
+    library: Library | None
+    manifest: Manifest | None
+
+
+def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
+    """Every problem of the cache, missing entries first."""
+    present = {path.name: path for path in cache.entries()}
+    findings = [
+        Finding(Problem.MISSING, key, "is not in the cache")
+        for key in expected.wanted
+        if key not in present
+    ]
+    for name in sorted(present):
+        findings += _entry_problems(present[name], expected)
+    return findings
+
+
+def _entry_problems(path: Path, expected: Expectation) -> Iterator[Finding]:
+    match = _KEY.fullmatch(path.name)
+    if not match or not path.is_dir():
+        yield Finding(Problem.FOREIGN, path.name, "is not a kernel's folder")
+        return
+    if expected.known is not None and path.name not in expected.known:
+        yield Finding(Problem.FOREIGN, path.name, "is not in the manifest or the plan")
+    whole = _incomplete(path)
+    if whole:
+        yield Finding(Problem.TRUNCATED, path.name, whole)
+        return
+    source = (path / "kernel.cu").read_text(errors="replace")
+    yield from _identity_problems(path.name, match[1], source, expected)
+    if expected.manifest is not None and path.name in expected.manifest.entries:
+        entry = expected.manifest.entries[path.name]
+        for file, digest in (("kernel.cu", entry.source_sha256),
+                             ("kernel.cubin", entry.cubin_sha256)):  # fmt: skip
+            if sha256((path / file).read_bytes()) != digest:
+                yield Finding(Problem.CHANGED, path.name, f"{file} is not what was built")
+
+
+def _incomplete(path: Path) -> str:
+    """What an entry lacks to be whole; empty where it is."""
+    for name in ("kernel.cu", "kernel.cubin"):
+        if not (path / name).is_file():
+            return f"{name} is missing: the library aborts on this entry"
+    try:
+        count = len(kernels_in((path / "kernel.cubin").read_bytes()))
+    except NotACubinError as error:
+        return f"kernel.cubin is {error}"
+    return "" if count == 1 else f"kernel.cubin holds {count} kernels instead of one"
+
+
+def _identity_problems(
+    key: str, name: str, source: str, expected: Expectation
+) -> Iterator[Finding]:
+    if expected.signature is not None:
+        text = f"{name}$${expected.signature}$${expected.flags}$${source}"
+        if key != f"kernel.{name}.{hex_digest(text)}":
+            yield Finding(
+                Problem.WRONG_KEY, key, "is not this source's key for this compiler and path"
+            )
+    if expected.library is not None:
+        match = _HASH_LINE.match(source)
+        body = source[match.end() :] if match else source
+        if not match or match[1] != _include_hash(expected.library, body):
+            yield Finding(
+                Problem.WRONG_VERSION, key, "was generated from headers of another version"
+            )
+
+
+def _include_hash(library: Library, body: str) -> str:
+    """Digest over the headers that a source names; empty where the library lacks one."""
+    try:
+        return library.include_hash(body)
+    except OSError:
+        return ""

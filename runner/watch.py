@@ -1,0 +1,158 @@
+"""Run any server unchanged and see every DeepGEMM compile that happens while it runs.
+
+The only means is ``DG_JIT_NVCC_COMPILER``: a shim in nvcc's place records what it passes on, and
+refuses it once a compile is forbidden.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import UserError
+from runner.jit.shim import (
+    FORBIDDEN_EXIT,
+    CompileRecord,
+    read_records,
+    read_unfinished,
+    write_shim,
+)
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Forbid:
+    """When compiles begin to fail: after so many seconds, or once a file exists."""
+
+    seconds: float | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a watched run did.
+
+    Attributes:
+        exit_code: the command's; 128 + n where signal n ended it.
+        started: seconds since the epoch.
+        seconds: how long it ran.
+        records: finished compiles, forbidden ones among them.
+        unfinished: compiles that had begun and never ended.
+    """
+
+    exit_code: int
+    started: float
+    seconds: float
+    records: list[CompileRecord]
+    unfinished: list[CompileRecord]
+
+    @property
+    def forbidden(self) -> list[CompileRecord]:
+        """Compiles that were refused."""
+        return [record for record in self.records if record.exit_code == FORBIDDEN_EXIT]
+
+    @property
+    def compiled(self) -> list[CompileRecord]:
+        """Compiles that the real compiler did."""
+        return [record for record in self.records if record.exit_code != FORBIDDEN_EXIT]
+
+
+def watch(
+    command: Sequence[str],
+    *,
+    nvcc: Path,
+    environment: Mapping[str, str],
+    work_dir: Path,
+    forbid: Forbid | None = None,
+    on_compile: Callable[[CompileRecord, float], None] = lambda record, seconds: None,
+) -> Watched:
+    """Run ``command`` to its end.
+
+    Args:
+        command: program and arguments.
+        nvcc: the real compiler.
+        environment: the command's environment; the shim is added.
+        work_dir: for the shim and its records.
+        forbid: when compiles begin to fail.
+        on_compile: told each compile soon after its end, with its seconds since the start.
+
+    Raises:
+        UserError: the command cannot be started.
+    """
+    flag = _flag(forbid, work_dir)
+    log = work_dir / "compiles"
+    shim = write_shim(work_dir / "nvcc", nvcc=nvcc, log_dir=log, forbid=flag)
+    started = time.time()
+    try:
+        child = subprocess.Popen(
+            list(command), env={**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute())}
+        )
+    except OSError as error:
+        raise UserError(f"cannot run {command[0]}: {error.strerror}") from None
+    told: set[CompileRecord] = set()
+    with _passing_signals_on(child):
+        while (code := _wait(child)) is None:
+            if forbid is not None and forbid.seconds is not None and flag is not None:
+                _raise_flag(flag, due=time.time() - started >= forbid.seconds)
+            _tell(log, told, started, on_compile)
+    _tell(log, told, started, on_compile)
+    return Watched(
+        exit_code=code if code >= 0 else 128 - code,
+        started=started,
+        seconds=time.time() - started,
+        records=read_records(log),
+        unfinished=read_unfinished(log),
+    )
+
+
+def _flag(forbid: Forbid | None, work_dir: Path) -> Path | None:
+    """The file whose existence forbids; where nothing is to be waited for it is there at once."""
+    if forbid is None:
+        return None
+    flag = forbid.file or work_dir / "forbidden"
+    if forbid.seconds is not None:
+        _raise_flag(flag, due=forbid.seconds <= 0)
+    return flag
+
+
+def _raise_flag(flag: Path, *, due: bool) -> None:
+    if due and not flag.exists():
+        flag.touch()
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(_POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _tell(
+    log: Path,
+    told: set[CompileRecord],
+    started: float,
+    on_compile: Callable[[CompileRecord, float], None],
+) -> None:
+    for record in read_records(log):
+        if record not in told:
+            told.add(record)
+            on_compile(record, record.start - started)
+
+
+@contextmanager
+def _passing_signals_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends of this process go to the command, whose own end then ends the watch."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, lambda got, frame: child.send_signal(got))
+              for each in signals}  # fmt: skip
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
