@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from runner.backend.base import Backend
@@ -11,10 +12,17 @@ from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.deployment import Deployment, demands
+from runner.errors import UserError
+from runner.jit.kernels import Kernel
+from runner.jit.plan import Plan, make_plan
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import Collective, Op, Recv, Schedule, Send
+from runner.schedule import Collective, KernelWork, Op, Recv, Schedule, Send
+from runner.sharing import share_out
 from runner.traffic import Request, serve_all
 from runner.warmup import (
+    PLANNING_POLICIES,
+    KernelSet,
     WarmupOptions,
     WarmupPolicy,
     dummy_modes,
@@ -32,6 +40,8 @@ class Scenario:
 
     Attributes:
         num_sms: SMs of the GPU that kernels are chosen for.
+        max_tokens: most tokens of a forward: what ``planned`` and ``prebuilt`` cover, and what a
+            run's coverage is told for.
         prompt_len: see :class:`runner.traffic.Request`.
         deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
     """
@@ -42,6 +52,48 @@ class Scenario:
     num_sms: int = 132
     prompt_len: int = 1
     deep_gemm_bf16_fp32: bool = True
+    max_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        largest = max(self.batch_sizes)
+        if self.warmup.policy in PLANNING_POLICIES and largest > self.max_tokens:
+            raise UserError(
+                f"batch size {largest} is above --max-tokens {self.max_tokens}, for which "
+                f"{self.warmup.policy.value} prepares: give smaller --batch-sizes"
+            )
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Every kernel that a forward of up to ``max_tokens`` can need, on any rank."""
+        return make_plan(
+            demands(
+                Deployment(
+                    model=self.model,
+                    parallel=self.parallel,
+                    num_sms=self.num_sms,
+                    max_tokens=self.max_tokens,
+                    disaggregation=self.warmup.disaggregation,
+                    deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
+                )
+            )
+        )
+
+    def kernel_set(self, rank: int) -> KernelSet:
+        """What the policy makes a rank do with planned kernels."""
+        if self.warmup.policy not in PLANNING_POLICIES:
+            return KernelSet()
+        stage = self.parallel.coordinates(rank).pp_rank
+        node = self.parallel.node_of(rank)
+        leads = rank == 0 or self.parallel.node_of(rank - 1) != node
+        return KernelSet(
+            everything=tuple(item.kernel for item in self.plan.kernels),
+            share=self._shares[node] if leads else (),
+            own=tuple(item.kernel for item in self.plan.kernels if stage in item.stages),
+        )
+
+    @cached_property
+    def _shares(self) -> list[tuple[Kernel, ...]]:
+        return share_out([item.kernel for item in self.plan.kernels], self.parallel.nodes)
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -64,7 +116,7 @@ def run_rank(
 ) -> None:
     """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage."""
     runner.backend.mark("phase", "warm-up")
-    kernel_warmup(runner, scenario.warmup)
+    kernel_warmup(runner, scenario.warmup, scenario.kernel_set(runner.rank))
     runner.backend.mark("phase", "requests")
     serve_all(runner, scenario.requests, keep)
     runner.backend.mark("phase", "end")
@@ -109,21 +161,25 @@ def record(scenario: Scenario) -> Schedule:
         stage = parallel.coordinates(rank).pp_rank
         if stage not in stages:
             stages[stage] = record_rank(scenario, rank)
-        first = parallel.rank_of(stage, 0)
-        ranks.append(_moved(stages[stage], rank - first, parallel.tp_group(rank)))
+        ranks.append(_moved(stages[stage], scenario, rank))
     return Schedule(tuple(ranks))
 
 
-def _moved(ops: tuple[Op, ...], by: int, group: tuple[int, ...]) -> tuple[Op, ...]:
-    """The same operations for a rank ``by`` further on, with its own tensor-parallel group."""
+def _moved(ops: tuple[Op, ...], scenario: Scenario, rank: int) -> tuple[Op, ...]:
+    """A stage's first rank's operations as another tensor rank of the stage runs them."""
+    parallel = scenario.parallel
+    by, group = rank % parallel.tp, parallel.tp_group(rank)
     if by == 0:
         return ops
+    first_group = parallel.tp_group(rank - by)
     moved: list[Op] = []
     for op in ops:
         if isinstance(op, Send | Recv):
             moved.append(replace(op, peer=op.peer + by))
-        elif isinstance(op, Collective) and op.group != group:
+        elif isinstance(op, Collective) and op.group == first_group:
             moved.append(replace(op, group=group))
+        elif isinstance(op, KernelWork) and op.action == "build":
+            moved.append(replace(op, kernels=scenario.kernel_set(rank).share))
         else:
             moved.append(op)
     return tuple(moved)
@@ -145,6 +201,7 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "prompt_len": scenario.prompt_len,
         "disaggregation": scenario.warmup.disaggregation.value,
         "batch_sizes": list(scenario.batch_sizes),
+        "max_tokens": scenario.max_tokens,
         "num_sms": scenario.num_sms,
         "ranks": [
             {"pp_rank": at.pp_rank, "tp_rank": at.tp_rank, "node": parallel.node_of(rank)}

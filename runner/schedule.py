@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.jit.kernels import Kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,24 @@ class Mark:
     name: str
 
 
-Op = KernelCall | Compute | Collective | Send | Recv | Mark
+@dataclass(frozen=True, slots=True)
+class KernelWork:
+    """Work on kernels themselves, apart from any call.
+
+    ``action`` is ``build`` (compile them into the node's cache), ``verify`` (they must be there) or
+    ``load`` (bring them into this process).
+    """
+
+    action: str
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def name(self) -> str:
+        """Short text for reports."""
+        return f"{self.action} {len(self.kernels)} kernels"
+
+
+Op = KernelCall | Compute | Collective | Send | Recv | Mark | KernelWork
 
 _TAGS: dict[str, type] = {
     "kernel": KernelCall,
@@ -67,6 +85,7 @@ _TAGS: dict[str, type] = {
     "send": Send,
     "recv": Recv,
     "mark": Mark,
+    "kernels": KernelWork,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 
@@ -98,6 +117,8 @@ def _encode(op: Op) -> list[Any]:
     plain = [list(v) if isinstance(v, tuple) else v for v in values]
     if isinstance(op, KernelCall):
         plain[0] = op.type.name
+    elif isinstance(op, KernelWork):
+        plain[1] = [[k.name, k.header, k.entry, list(k.arguments)] for k in op.kernels]
     return [_TAG_OF[type(op)], *plain]
 
 
@@ -105,5 +126,11 @@ def _decode(item: list[Any]) -> Op:
     tag, *values = item
     if tag == "kernel":
         values[0] = DeepGemmKernelType[values[0]]
+    elif tag == "kernels":
+        made = (
+            Kernel(name, header, entry, tuple(arguments))
+            for name, header, entry, arguments in values[1]
+        )
+        return KernelWork(values[0], tuple(made))
     op: Op = _TAGS[tag](*(tuple(v) if isinstance(v, list) else v for v in values))
     return op

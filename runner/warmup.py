@@ -7,7 +7,8 @@ from enum import Enum
 
 from runner.errors import UserError
 from runner.forward_batch import ForwardMode
-from runner.jit.heuristics_sm90 import align
+from runner.jit.heuristics_sm90 import align, ceil_div
+from runner.jit.kernels import Kernel
 from runner.model_runner import ModelRunner
 
 _BLOCK_M = 64
@@ -40,6 +41,9 @@ RUNNABLE_POLICIES = (
     WarmupPolicy.PREBUILT,
 )
 """What ``launch --warmup`` and ``runner sim --warmup`` take."""
+
+PLANNING_POLICIES = frozenset({WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT})
+"""Policies that know beforehand which kernels a deployment can need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +96,55 @@ def dummy_modes(options: WarmupOptions, *, is_generation: bool) -> tuple[Forward
     return tuple(modes)
 
 
-def kernel_warmup(runner: ModelRunner, options: WarmupOptions) -> None:
+@dataclass(frozen=True)
+class KernelSet:
+    """What a rank has to do with the planned kernels.
+
+    Attributes:
+        everything: kernels of all ranks; a node's cache shall hold them.
+        share: what this rank builds; empty but for the first rank of each node.
+        own: what this rank's stage runs.
+    """
+
+    everything: tuple[Kernel, ...] = ()
+    share: tuple[Kernel, ...] = ()
+    own: tuple[Kernel, ...] = ()
+
+
+_CUBIN_BYTES = 40960
+"""Typical size of a compiled kernel, to tell what an exchange moves."""
+
+
+def kernel_warmup(runner: ModelRunner, options: WarmupOptions, kernels: KernelSet) -> None:
     """Run the policy's warm-up on this rank; exceptions are not swallowed.
 
     ``pp-parallel`` runs only where there is more than one stage and the run is not speculative,
-    as SGLang guards it.
+    as SGLang guards it. ``planned`` builds each planned kernel once on one node, hands it to the
+    others and loads it; ``prebuilt`` expects them all in the cache.
     """
-    if options.policy is not WarmupPolicy.PP_PARALLEL:
-        return
+    if options.policy is WarmupPolicy.PP_PARALLEL:
+        _dummy_runs(runner, options)
+    elif options.policy is WarmupPolicy.PLANNED:
+        _build_and_exchange(runner, kernels)
+        runner.backend.load_kernels(kernels.own)
+    elif options.policy is WarmupPolicy.PREBUILT:
+        runner.backend.verify_kernels(kernels.everything)
+        runner.backend.load_kernels(kernels.own)
+
+
+def _build_and_exchange(runner: ModelRunner, kernels: KernelSet) -> None:
+    parallel = runner.parallel
+    runner.backend.build_kernels(kernels.share)
+    most = ceil_div(len(kernels.everything), parallel.nodes) if parallel.nodes > 1 else 0
+    runner.backend.exchange_kernels(tuple(range(parallel.world_size)), _CUBIN_BYTES * most)
+
+
+def _dummy_runs(runner: ModelRunner, options: WarmupOptions) -> None:
     if runner.parallel.pp == 1 or options.speculative:
         return
-    backend = runner.backend
-    sizes = resolve_batch_sizes(options.batch_sizes, backend.num_sms, runner.parallel.attn_cp)
+    sizes = resolve_batch_sizes(
+        options.batch_sizes, runner.backend.num_sms, runner.parallel.attn_cp
+    )
     for batch_size in sizes:
         for mode in dummy_modes(options, is_generation=runner.is_generation):
             runner._dummy_run(batch_size, forward_mode_override=mode)

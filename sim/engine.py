@@ -166,8 +166,10 @@ class Engine:
                 rank.close_compute()
                 if isinstance(op, Collective):
                     self._collective(rank, op)
-                else:
+                elif isinstance(op, Recv):
                     self._recv(rank, op)
+                else:
+                    self._kernel_work(rank, op)
                 return
             rank.at += 1
         rank.close_compute()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice, pairwise
 from math import prod
@@ -29,7 +29,8 @@ from runner.backend.sink import OpSink, R
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
-from runner.schedule import Collective, Compute, Mark, Recv, Send
+from runner.jit.kernels import Kernel
+from runner.schedule import Collective, Compute, KernelWork, Mark, Recv, Send
 
 
 class Communicator(Protocol):
@@ -48,6 +49,38 @@ class Communicator(Protocol):
         """Receive a tensor of the given shape and element type from a world rank."""
 
 
+class KernelStore(Protocol):
+    """Where a rank's compiled kernels come from."""
+
+    def build(self, kernels: tuple[Kernel, ...]) -> None:
+        """Compile kernels into this node's cache; nothing happens for none."""
+
+    def verify(self, kernels: tuple[Kernel, ...]) -> None:
+        """Make sure that this node's cache holds kernels, whole."""
+
+    def load(self, kernels: tuple[Kernel, ...]) -> None:
+        """Bring kernels into this process."""
+
+    def exchange(self) -> None:
+        """Wait for all nodes' builds and give every node's cache what the others built."""
+
+
+class NoKernels:
+    """For shapes alone: no kernel is ever there."""
+
+    def build(self, kernels: tuple[Kernel, ...]) -> None:
+        """Nothing to build."""
+
+    def verify(self, kernels: tuple[Kernel, ...]) -> None:
+        """Nothing to verify."""
+
+    def load(self, kernels: tuple[Kernel, ...]) -> None:
+        """Nothing to load."""
+
+    def exchange(self) -> None:
+        """Nothing to exchange."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One rank's interpreter of the forward.
@@ -60,6 +93,7 @@ class Backend:
         deep_gemm_bf16_fp32: whether bf16 x bf16 -> fp32 GEMMs go through DeepGEMM.
         masked_budget: bytes that a masked expert layout may take before the contiguous one is
             used instead, as SGLang's automatic layout choice does with a share of free memory.
+        kernels: where compiled kernels come from.
     """
 
     math: Math
@@ -68,6 +102,7 @@ class Backend:
     num_sms: int
     deep_gemm_bf16_fp32: bool = True
     masked_budget: int = MASKED_BUDGET
+    kernels: KernelStore = field(default_factory=NoKernels)
 
     # -- marks and plain steps ------------------------------------------------------------------
 
@@ -189,6 +224,24 @@ class Backend:
                 q, weights, ape, norm, tokens, layer, config, paged=paged, metadata=metadata
             ),
         )
+
+    # -- kernels themselves ---------------------------------------------------------------------
+
+    def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.build`."""
+        self.sink.run(KernelWork("build", kernels), lambda: self.kernels.build(kernels))
+
+    def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.verify`."""
+        self.sink.run(KernelWork("verify", kernels), lambda: self.kernels.verify(kernels))
+
+    def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.load`."""
+        self.sink.run(KernelWork("load", kernels), lambda: self.kernels.load(kernels))
+
+    def exchange_kernels(self, group: tuple[int, ...], nbytes: int) -> None:
+        """See :meth:`KernelStore.exchange`; every rank of ``group`` takes part."""
+        self.sink.run(Collective("exchange kernels", group, nbytes), self.kernels.exchange)
 
     # -- hyper-connections ----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import click
 
 from runner.cli.deployment import find_target, target_options
 from runner.cli.guard import WorkFailedError
-from runner.cli.progress import progress
+from runner.cli.progress import counting, progress
 from runner.errors import UserError
 from runner.files import write_text
 from runner.jit.cache import KernelCache
@@ -186,7 +186,7 @@ def relocate(
     target = KernelCache(to or directory)
     target.prepare()
     with locked(target.root), progress("relocate") as shown:
-        result = relocate_cache(source, manifest, keys, target, progress=shown)
+        result = relocate_cache(source, manifest, keys, target, progress=counting(shown))
         _write_relocated(target, result.manifest, own=to is None)
     _show(result.refused)
     print(
@@ -250,7 +250,7 @@ def unpack(archive: Path, directory: Path) -> None:
     target = KernelCache(directory)
     target.prepare()
     with locked(directory), progress("unpack") as shown:
-        manifest, placed = unpack_archive(archive, target, progress=shown)
+        manifest, placed = unpack_archive(archive, target, progress=counting(shown))
         merge_manifest(directory, manifest)
     there = len(manifest.entries) - placed
     print(f"{directory}: {placed} kernels placed, {there} were there")

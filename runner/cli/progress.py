@@ -10,25 +10,28 @@ from contextlib import contextmanager
 _PLAIN_EVERY_SECONDS = 5.0
 
 
+Show = Callable[[int, int, float], None]
+"""Told (items done, of how many, fraction of the work done)."""
+
+
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives a function to be told (done, total); shows rate and time left on standard error."""
+def progress(what: str) -> Iterator[Show]:
+    """Gives a function to be told how far work is; shows rate and time left on standard error."""
     if not sys.stderr.isatty():
         yield _Plain(what)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
-    rate_column = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), rate_column, Remaining())
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[words]}"), Remaining())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None, rate="")
+        task = bar.add_task(what, total=1.0, words="")
         started = time.monotonic()
 
-        def show(done: int, total: int) -> None:
+        def show(done: int, total: int, fraction: float) -> None:
             rate = done / max(1e-6, time.monotonic() - started)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
+            bar.update(task, completed=fraction, words=f"{done}/{total} {rate:.1f}/s")
 
         yield show
 
@@ -38,17 +41,23 @@ class _Plain:
 
     def __init__(self, what: str) -> None:
         self._what, self._started, self._last = what, time.monotonic(), time.monotonic()
+        self._ended = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, fraction: float) -> None:
         now = time.monotonic()
-        if done < total and now - self._last < _PLAIN_EVERY_SECONDS:
+        ends = done == total and not self._ended
+        if not ends and now - self._last < _PLAIN_EVERY_SECONDS:
             return
-        self._last = now
+        self._last, self._ended = now, ends
         elapsed = max(1e-6, now - self._started)
-        rate = done / elapsed
-        left = (total - done) / rate if rate else 0.0
+        left = elapsed / fraction - elapsed if fraction else 0.0
         print(
-            f"{self._what}: {done} of {total}, {rate:.1f}/s, {left:.0f} s left",
+            f"{self._what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
+
+
+def counting(show: Show) -> Callable[[int, int], None]:
+    """For work whose items cost about the same."""
+    return lambda done, total: show(done, total, done / total)

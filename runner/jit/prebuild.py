@@ -26,17 +26,11 @@ from runner.jit.store.manifest import Manifest, describe_entry, locked
 
 _TAG = "build-"
 
+ShowProgress = Callable[[int, int, float], None]
+
 
 class BuildStoppedError(Exception):
     """The build could not go on; what was built is kept. The text is one line."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a build stands."""
-
-    done: int
-    total: int
 
 
 @dataclass
@@ -93,7 +87,7 @@ def prebuild(
     order: BuildOrder,
     *,
     say: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: ShowProgress = lambda done, total, fraction: None,
 ) -> BuildReport:
     """Build what the cache lacks of the plan, and write the manifest.
 
@@ -103,7 +97,7 @@ def prebuild(
     Args:
         order: what to build.
         say: told when there is something to wait for.
-        progress: told (done, of how many), from worker threads.
+        progress: told (kernels done, of how many, fraction of the work), from worker threads.
 
     Raises:
         UserError: a cache that cannot be written, is another machine's, or flags that would
@@ -125,7 +119,7 @@ def prebuild(
         return _build(order, progress)
 
 
-def _build(order: BuildOrder, progress: Callable[[int, int], None]) -> BuildReport:
+def _build(order: BuildOrder, progress: ShowProgress) -> BuildReport:
     _clear_leftovers(order.cache)
     started, cpu = time.monotonic(), _cpu_seconds()
     report = BuildReport(planned=len(order.plan.kernels))
@@ -171,7 +165,7 @@ def _build_missing(
     order: BuildOrder,
     missing: Mapping[str, PlannedKernel],
     report: BuildReport,
-    progress: Callable[[int, int], None],
+    progress: ShowProgress,
 ) -> None:
     jobs = [Job(key, item.kernel, order.keys.source(item.kernel)) for key, item in missing.items()]
     guard = threading.Lock()
@@ -181,12 +175,16 @@ def _build_missing(
             order.cache.add(built.job.key, built.job.source, _writer(built.cubin), tag=_TAG)
         with guard:
             _count(report, built)
-            progress(report.built + len(report.failed), len(jobs))
+
+    def step(done: float, expected: float) -> None:
+        with guard:
+            progress(report.built + len(report.failed), len(jobs), done / max(done, expected))
 
     with tempfile.TemporaryDirectory(prefix="deepgemm-build-") as scratch:
         builder = Builder(
-            order.compiler, Path(scratch).resolve(), order.jobs, order.environment, take, order.fast
-        )
+            order.compiler, Path(scratch).resolve(), order.jobs, order.environment, take,
+            order.fast, step,
+        )  # fmt: skip
         builder.build(jobs)
 
 

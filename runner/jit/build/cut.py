@@ -1,0 +1,82 @@
+"""Cut kernels into units so that a given number of cores is done soonest."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from math import ceil
+
+from runner.jit.build.costs import (
+    expected_assemble_seconds,
+    front_end_seconds,
+    header_seconds,
+)
+from runner.jit.build.unit import Job, signature
+
+Unit = list[Job]
+
+_BUDGETS = [0.25 * 1.5**step for step in range(-2, 12)]
+
+
+def cut_units(jobs: Sequence[Job], workers: int) -> list[Unit]:
+    """Units of one header each, of the size with the smallest expected makespan."""
+    by_header: dict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_header[job.kernel.header].append(job)
+    choices = []
+    for budget in _BUDGETS:
+        units = [unit for same in by_header.values() for unit in _cut(same, budget)]
+        choices.append((makespan(units, workers), len(units), units))
+    return min(choices, key=lambda choice: choice[:2])[2]
+
+
+def _cut(jobs: Sequence[Job], budget: float) -> list[Unit]:
+    """Units of about ``budget`` seconds, evenly filled.
+
+    Kernels of one signature never share a unit: their entries could not be told apart.
+    """
+    total = sum(front_end_seconds(job.kernel) for job in jobs)
+    alike = Counter(signature(job.kernel) for job in jobs)
+    count = max(1, min(len(jobs), ceil(total / budget)), *alike.values())
+    units: list[Unit] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    taken: list[set[object]] = [set() for _ in units]
+    for job in sorted(jobs, key=lambda job: -front_end_seconds(job.kernel)):
+        same = signature(job.kernel)
+        best = min((i for i in range(count) if same not in taken[i]), key=loads.__getitem__)
+        units[best].append(job)
+        loads[best] += front_end_seconds(job.kernel)
+        taken[best].add(same)
+    return [unit for unit in units if unit]
+
+
+def unit_seconds(unit: Sequence[Job]) -> float:
+    """Front end of a unit."""
+    kernels = [job.kernel for job in unit]
+    return header_seconds(kernels[0].header) + sum(map(front_end_seconds, kernels))
+
+
+def to_end_seconds(unit: Sequence[Job]) -> float:
+    """From a unit's start to the end of its last kernel, were there cores enough."""
+    return unit_seconds(unit) + max(expected_assemble_seconds(job.kernel) for job in unit)
+
+
+def makespan(units: Sequence[Sequence[Job]], workers: int) -> float:
+    """Expected seconds of a build: units by longest way to the end, then their assemblers."""
+    ready: list[tuple[float, int, float, tuple[float, ...]]] = []
+    for number, unit in enumerate(units):
+        after = tuple(expected_assemble_seconds(job.kernel) for job in unit)
+        heapq.heappush(ready, (-to_end_seconds(unit), number, unit_seconds(unit), after))
+    running: list[tuple[float, int, tuple[float, ...]]] = []
+    now, number = 0.0, len(units)
+    while ready or running:
+        while ready and len(running) < workers:
+            _, _, own, after = heapq.heappop(ready)
+            number += 1
+            heapq.heappush(running, (now + own, number, after))
+        now, _, after = heapq.heappop(running)
+        for seconds in after:
+            number += 1
+            heapq.heappush(ready, (-seconds, number, seconds, ()))
+    return now
