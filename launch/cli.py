@@ -13,12 +13,13 @@ from typing import Any
 
 import click
 
-from launch.jit_setup import cache_of_policy, check_jit
+from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt
 from launch.options import LaunchOptions
 from runner.cli.common import (
     SECONDS,
     batch_sizes_option,
     layout_options,
+    max_tokens_option,
     model_options,
     report_options,
     serving_options,
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="Warm-up policy; give it again to run several, each with a cache of its own.",
 )
 @batch_sizes_option
+@max_tokens_option
 @serving_options
 @click.option(
     "--compute",
@@ -148,6 +150,11 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         others=tuple(single.values()),
     )
     check_jit(options, environ)
+    if (environ.world_size or 1) == 1:
+        for policy in options.policies:
+            check_prebuilt(
+                options, environ, options.scenario(environ, num_sms=options.num_sms, policy=policy)
+            )
 
 
 def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
@@ -232,6 +239,7 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--tp": options.tp, "--attn-cp": options.attn_cp, "--stage-layers": options.stage_layers,
         "--virtual-nodes": options.virtual_nodes, "--warmup": options.policies[0].value,
         "--batch-sizes": options.batch_sizes, "--prompt-len": options.prompt_len,
+        "--max-tokens": options.max_tokens,
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
         "--device": options.device, "--num-sms": options.num_sms,
         "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,

@@ -35,6 +35,8 @@ class RankJit:
         log_dir: where the compiler shim puts its records.
         key_of: cache key of a compile that the shim saw.
         description: one line for the user.
+        compiler: the real compiler, None where nothing is compiled.
+        cache: the node's cache, None where nothing is compiled.
     """
 
     loader: KernelLoader
@@ -43,6 +45,8 @@ class RankJit:
     log_dir: Path
     key_of: Callable[[CompileRecord], str]
     description: str
+    compiler: NvccCompiler | None = None
+    cache: KernelCache | None = None
 
 
 def set_up_jit(
@@ -67,7 +71,7 @@ def set_up_jit(
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
     cache_root = given or work_dir / "cache"
-    if options.virtual_nodes > 1:
+    if options.virtual_nodes > 1 and scenario.warmup.policy is not WarmupPolicy.PREBUILT:
         cache_root = cache_root / f"node{scenario.parallel.node_of(rank)}"
     compiler, missing = _find_compiler(options, environ)
     if compiler is None:
@@ -86,26 +90,31 @@ def set_up_jit(
     # The key does not depend on the path of nvcc, so the shim's keys are the real one's.
     recorded = replace(compiler, nvcc=shim)
     if library:
-        return _library_jit(environ, cache_root, recorded, log_dir, where)
-    jit = LazyJit(recorded, cache)
-    return RankJit(
-        OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
-    )
+        made = _library_jit(environ, scenario, cache_root, recorded, log_dir, where)
+    else:
+        jit = LazyJit(recorded, cache)
+        made = RankJit(
+            OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
+        )
+    return replace(made, compiler=compiler, cache=cache)
 
 
 def _library_jit(
-    environ: Environ, cache_root: Path, compiler: NvccCompiler, log_dir: Path, where: str
-) -> RankJit:
+    environ: Environ, scenario: Scenario, cache_root: Path, compiler: NvccCompiler,
+    log_dir: Path, where: str,
+) -> RankJit:  # fmt: skip
     import torch
 
     from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
     from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+    from runner.deep_gemm_wrapper.walker import call_each
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
     wrapper = DeepGemmWrapper(lib, ExecutionHook())
-    return RankJit(LibraryJit(), wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
+    loader = LibraryJit(lambda kernels: call_each(wrapper, scenario.plan, kernels))
+    return RankJit(loader, wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
 
 
 def check_jit(options: LaunchOptions, environ: Environ) -> None:
@@ -125,12 +134,36 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
         KernelCache(given).prepare()
 
 
+def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
+    """Find out before ranks start whether the cache holds what ``prebuilt`` expects.
+
+    Raises:
+        UserError: it does not, or there is no such cache.
+    """
+    compiler, _ = _find_compiler(options, environ)
+    if compiler is None or scenario.warmup.policy is not WarmupPolicy.PREBUILT:
+        return
+    given = _given_cache(options, environ)
+    if given is None:
+        raise UserError(
+            "--warmup prebuilt needs the cache that was built: give --cache-dir or DG_JIT_CACHE_DIR"
+        )
+    cache = KernelCache(given)
+    planned = [item.kernel for item in scenario.plan.kernels]
+    missing = sum(not cache.has(compiler.keys.cache_key(kernel)) for kernel in planned)
+    if missing:
+        raise UserError(
+            f"the cache {given} lacks {missing} of {len(planned)} planned kernels: build them "
+            "first (runner compile), or use --warmup planned"
+        )
+
+
 def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:
     """Cache directory of one of several policies: a given one is divided, so each starts alike."""
     given = _given_cache(options, environ)
-    if given is None or len(options.policies) == 1:
+    if given is None or len(options.policies) == 1 or policy is WarmupPolicy.PREBUILT:
         return given
-    return given / policy.value
+    return given / str(policy.value)
 
 
 def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:

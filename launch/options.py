@@ -30,6 +30,7 @@ class LaunchOptions:
     policies: tuple[WarmupPolicy, ...] = (WarmupPolicy.PP_PARALLEL,)
     batch_sizes: tuple[int, ...] | None = None
     prompt_len: int = 1
+    max_tokens: int = 16384
     disaggregation: DisaggregationMode = DisaggregationMode.NONE
     speculative: bool = False
     compute: str | None = None
@@ -69,6 +70,7 @@ class LaunchOptions:
             num_sms=num_sms,
             prompt_len=self.prompt_len,
             deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
+            max_tokens=self.max_tokens,
         )
 
     def parallel(self, environ: Environ) -> ParallelConfig:

@@ -12,7 +12,7 @@ from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.lazy import LazyJit
 from runner.jit.shim import CompileRecord
-from runner.schedule import Collective, Mark, Op, Recv, Send
+from runner.schedule import Collective, KernelWork, Mark, Op, Recv, Send
 from runner.timeline import Span
 
 
@@ -21,6 +21,9 @@ class KernelLoader(Protocol):
 
     def prepare(self, kernels: Sequence[Kernel]) -> bool:
         """Load or compile what is not in memory; True where there was any."""
+
+    def load(self, kernels: Sequence[Kernel]) -> None:
+        """Bring kernels that are on disk into memory."""
 
 
 class OwnJit:
@@ -38,18 +41,32 @@ class OwnJit:
             self._jit.ensure(kernel)
         return bool(new)
 
+    def load(self, kernels: Sequence[Kernel]) -> None:
+        """See the protocol."""
+        self.prepare(kernels)
+
 
 class LibraryJit:
-    """The library's own JIT: it loads or compiles inside the call; we only know which are new."""
+    """The library's own JIT: it loads or compiles inside the call; we only know which are new.
 
-    def __init__(self) -> None:
+    ``call_each`` makes the library load kernels by calling each once; it returns those it called.
+    """
+
+    def __init__(self, call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]]) -> None:
         self._seen: set[Kernel] = set()
+        self._call_each = call_each
 
     def prepare(self, kernels: Sequence[Kernel]) -> bool:
         """See the protocol."""
         new = set(kernels) - self._seen
         self._seen |= new
         return bool(new)
+
+    def load(self, kernels: Sequence[Kernel]) -> None:
+        """See the protocol."""
+        self._seen.update(
+            self._call_each([kernel for kernel in kernels if kernel not in self._seen])
+        )
 
 
 class RankSink:
@@ -99,7 +116,8 @@ class RankSink:
             # What the device still does is compute, not communication.
             self._timed("compute", "device", self._synchronise)
             return self._timed("comm", _comm_name(op), self._to_the_end(action), self._comm_key(op))
-        return self._timed("compute", op.name, action)
+        kind = "load" if isinstance(op, KernelWork) and op.action != "build" else "compute"
+        return self._timed(kind, op.name, action)
 
     def _to_the_end(self, action: Callable[[], R]) -> Callable[[], R]:
         """NCCL returns when a collective is queued; its time is until it is done."""

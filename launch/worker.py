@@ -23,9 +23,10 @@ import torch.distributed as dist
 import runner
 from launch.comm import ScratchComm, TorchComm, make_groups
 from launch.jit_setup import RankJit, set_up_jit
+from launch.kernel_store import NodeKernels, leaders_group
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank_sink import RankSink, cut_compiles
-from runner.backend.base import Backend, Communicator
+from runner.backend.base import Backend, Communicator, NoKernels
 from runner.backend.math import Math
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
@@ -138,7 +139,8 @@ class _RankRun:
         )
         for line in self._introduction(compute, reason, jit, exclusive=exclusive):
             say(line)
-        runner = self._build_runner(compute, jit, sink, comm)
+        store = self._kernel_store(jit, sink)
+        runner = self._build_runner(compute, jit, sink, comm, store)
         ready = time.time()
         dist.barrier()
         origin = time.time()
@@ -149,7 +151,11 @@ class _RankRun:
         comm.finish()
         self._synchronise()
         self._save(logits)
-        meta = {"startup_seconds": round(ready - started, 3), "compute": compute}
+        meta = {
+            "startup_seconds": round(ready - started, 3),
+            "compute": compute,
+            "coverage": store.proof(self.scenario.plan) if store else None,
+        }
         return self._gather(sink, jit, origin, meta, exclusive=exclusive)
 
     def _progress(self, jit: RankJit, say: Callable[[str], None]) -> Callable[[str, str], None]:
@@ -180,9 +186,22 @@ class _RankRun:
         stages = [parallel.rank_of(stage, 0) for stage in range(parallel.pp)]
         return parallel.tp * sum(weight_elements(self.scenario, rank) for rank in stages)
 
+    def _kernel_store(self, jit: RankJit, sink: RankSink) -> NodeKernels | None:
+        """What planned policies build with; None where nothing is compiled."""
+        group = leaders_group(self.scenario)
+        if jit.compiler is None or jit.cache is None:
+            return None
+        here = max(1, self.place.local_world_size // self.scenario.parallel.ranks_per_node)
+        return NodeKernels(
+            rank=self.place.rank, scenario=self.scenario, cache=jit.cache, compiler=jit.compiler,
+            load_kernels=jit.loader.load, note=sink.spans.append, leaders=group,
+            workers=max(1, (os.cpu_count() or 1) // here), environment=os.environ,
+        )  # fmt: skip
+
     def _build_runner(
-        self, compute: str, jit: RankJit, sink: RankSink, comm: TorchComm
-    ) -> ModelRunner:
+        self, compute: str, jit: RankJit, sink: RankSink, comm: TorchComm,
+        store: NodeKernels | None,
+    ) -> ModelRunner:  # fmt: skip
         scenario = self.scenario
         math: Math
         link: Communicator
@@ -197,8 +216,10 @@ class _RankRun:
             weights = TorchWeights(self.options.seed, self.device, share=share)
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(
-            math, link, sink, scenario.num_sms, deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32
-        )
+            math, link, sink, scenario.num_sms,
+            deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
+            kernels=store or NoKernels(),
+        )  # fmt: skip
         return ModelRunner.build(
             scenario.model, scenario.parallel, self.place.rank,
             backend=backend, weights=weights, buffers=buffers,
@@ -285,6 +306,7 @@ class _RankRun:
                 "jit": jit.description,
                 "machine": _machine(self.device),
                 "startup_seconds": [item[3]["startup_seconds"] for item in everyone],
+                "coverage": [item[3]["coverage"] for item in everyone if item[3]["coverage"]],
             },
         )
         schedule = Schedule(tuple(tuple(item[2]) for item in everyone))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from runner.deployment import Deployment, recorded_calls
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
@@ -11,6 +12,7 @@ from runner.jit.kernel_type import CONTIGUOUS_TYPES
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel
 from runner.jit.plan import GemmShape, KernelUse, Plan, kernel_ranges
+from runner.jit.plan_json import use_to_json
 from runner.m_lists import fast_m_list, full_m_list, multiples_of, relax_m_list
 from runner.warmup import WarmupOptions, WarmupPolicy, dummy_modes, resolve_batch_sizes
 
@@ -102,3 +104,16 @@ def _of_dummy_runs(deployment: Deployment, plan: Plan) -> Iterator[Kernel]:
     modes = dummy_modes(options, is_generation=True)
     for call in recorded_calls(deployment, [(size, mode) for size in sizes for mode in modes]):
         yield from plan.rules.kernels_of(call)
+
+
+def node_coverage(node: int, plan: Plan, present: Collection[Kernel]) -> dict[str, Any]:
+    """A node's proof of coverage as plain data.
+
+    It tells how many planned kernels the cache holds, and the M of each GEMM that would compile.
+    """
+    return {
+        "node": node,
+        "planned": len(plan.kernels),
+        "present": sum(item.kernel in present for item in plan.kernels),
+        "stalls": [use_to_json(use) for use in plan.uncovered(present)],
+    }

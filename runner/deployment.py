@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from runner.backend.base import Backend
 from runner.backend.layout import (
@@ -25,7 +26,7 @@ from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import Demand, GemmShape
+from runner.jit.plan import Demand, GemmShape, Plan, make_plan
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.warmup import DisaggregationMode
@@ -104,6 +105,12 @@ class Deployment:
         width = self.model.moe.moe_intermediate_size
         width = width if self.parallel.ep else width // self.parallel.tp
         return masked_token_limit(self.local_experts, self.model.hidden_size, width)
+
+
+@lru_cache(maxsize=32)
+def plan_of(deployment: Deployment) -> Plan:
+    """The deployment's plan."""
+    return make_plan(demands(deployment))
 
 
 def demands(deployment: Deployment) -> list[Demand]:

@@ -12,10 +12,10 @@ from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, demands
+from runner.deployment import Deployment, plan_of
 from runner.errors import UserError
 from runner.jit.kernels import Kernel
-from runner.jit.plan import Plan, make_plan
+from runner.jit.plan import Plan
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.schedule import Collective, KernelWork, Op, Recv, Schedule, Send
 from runner.sharing import share_out
@@ -62,19 +62,17 @@ class Scenario:
                 f"{self.warmup.policy.value} prepares: give smaller --batch-sizes"
             )
 
-    @cached_property
+    @property
     def plan(self) -> Plan:
         """Every kernel that a forward of up to ``max_tokens`` can need, on any rank."""
-        return make_plan(
-            demands(
-                Deployment(
-                    model=self.model,
-                    parallel=self.parallel,
-                    num_sms=self.num_sms,
-                    max_tokens=self.max_tokens,
-                    disaggregation=self.warmup.disaggregation,
-                    deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
-                )
+        return plan_of(
+            Deployment(
+                model=self.model,
+                parallel=self.parallel,
+                num_sms=self.num_sms,
+                max_tokens=self.max_tokens,
+                disaggregation=self.warmup.disaggregation,
+                deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
             )
         )
 

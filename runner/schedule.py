@@ -59,6 +59,10 @@ class Mark:
     name: str
 
 
+EXCHANGE = "exchange kernels"
+"""Name of the collective after which every node has what any of them built."""
+
+
 @dataclass(frozen=True, slots=True)
 class KernelWork:
     """Work on kernels themselves, apart from any call.

@@ -26,7 +26,8 @@ class Span:
         end: seconds since the run's origin.
         kind: one of :data:`KINDS`.
         name: what it was: a kernel's name, an operation, a phase.
-        key: for compile, the kernel (same key, same kernel); for comm, the operation's identity,
+        key: for compile, the kernel (same key, same kernel), empty for work that a builder does
+            for several kernels at once; for comm, the operation's identity,
             equal on all ranks that take part; otherwise empty.
 
     A kernel's first use is a ``compile`` span where neither memory nor disk had it, then a ``load``
@@ -44,6 +45,11 @@ class Span:
     def seconds(self) -> float:
         """Duration."""
         return self.end - self.start
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the span is one kernel's compile."""
+        return self.kind == "compile" and bool(self.key)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,12 @@ class Timeline:
     @property
     def kernels_compiled(self) -> int:
         """Number of compiles, the same kernel on two ranks or nodes counted twice."""
-        return sum(span.kind == "compile" for span in self.spans)
+        return sum(span.is_kernel for span in self.spans)
 
     @property
     def distinct_kernels(self) -> int:
         """Number of different kernels that were compiled."""
-        return len({span.key for span in self.spans if span.kind == "compile"})
+        return len({span.key for span in self.spans if span.is_kernel})
 
     @property
     def duplicates(self) -> int:
@@ -132,7 +138,7 @@ class Timeline:
             comm=seconds["comm"],
             wait=seconds["wait"],
             total=max((span.end for span in spans), default=0.0),
-            kernels_compiled=sum(span.kind == "compile" for span in spans),
+            kernels_compiled=sum(span.is_kernel for span in spans),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from runner.jit.kernel_type import KernelCall
@@ -14,6 +15,14 @@ class CostModel(Protocol):
 
     def compile_seconds(self, kernel: Kernel) -> float:
         """One compile on a core of its own."""
+
+    def build_spans(
+        self, kernels: Sequence[Kernel], cores: int
+    ) -> list[tuple[Kernel | None, float, float]]:
+        """One builder on a node's cores: its steps, from its start; None is for several kernels."""
+
+    def verify_seconds(self, kernel: Kernel) -> float:
+        """Finding a compiled kernel whole on disk."""
 
     def load_seconds(self, kernel: Kernel) -> float:
         """Bringing a compiled kernel from disk into the process."""

@@ -17,7 +17,17 @@ from itertools import count
 
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
-from runner.schedule import Collective, Compute, Mark, Op, Recv, Schedule, Send
+from runner.schedule import (
+    EXCHANGE,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Schedule,
+    Send,
+)
 from runner.timeline import Span
 from sim.cores import Cores
 from sim.costs import CostModel
@@ -47,10 +57,17 @@ class CollectiveTimeout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a simulation: raw spans (see :func:`runner.timeline.merge`) and the time-out."""
+    """Result of a simulation.
+
+    Attributes:
+        spans: raw spans (see :func:`runner.timeline.merge`).
+        timeout: the wait that would have ended the run, if any.
+        disks: kernels that each node's disk holds in the end.
+    """
 
     spans: list[Span]
     timeout: CollectiveTimeout | None
+    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)
 
 
 class SimulationError(Exception):
@@ -109,6 +126,7 @@ class Engine:
         nodes = set(node_of)
         self._disk: dict[int, set[Kernel]] = {node: set(cached) for node in nodes}
         self._cores = {node: Cores(cores_per_node) for node in nodes}
+        self._cores_per_node = cores_per_node
         self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._tie = count()
         self._arrivals: dict[str, dict[int, float]] = {}
@@ -132,7 +150,8 @@ class Engine:
             where = ", ".join(f"rank {rank.index} in {rank.waiting_in}" for rank in stuck[:4])
             raise SimulationError(f"{len(stuck)} ranks wait for ever: {where}")
         spans = [span for rank in self._ranks for span in rank.spans]
-        return Outcome(spans, self._first_timeout(spans))
+        disks = {node: frozenset(disk) for node, disk in self._disk.items()}
+        return Outcome(spans, self._first_timeout(spans), disks)
 
     def _first_timeout(self, spans: list[Span]) -> CollectiveTimeout | None:
         """The time-out that ends the run, with what the whole run would have needed."""
@@ -158,6 +177,12 @@ class Engine:
                     self._at(rank.clock, self._lookup(rank, missing))
                     return
                 self._compute(rank, self._costs.kernel_seconds(op))
+            elif isinstance(op, KernelWork) and op.action == "load":
+                missing = [kernel for kernel in op.kernels if kernel not in rank.loaded]
+                if missing:
+                    rank.close_compute()
+                    self._at(rank.clock, self._lookup(rank, missing))
+                    return
             elif isinstance(op, Mark):
                 self._mark(rank, op)
             elif isinstance(op, Send):
@@ -213,6 +238,24 @@ class Engine:
 
         return act
 
+    def _kernel_work(self, rank: _Rank, op: KernelWork) -> None:
+        """Build or verify; the builder has its node's cores to itself, since all wait for it."""
+        start = rank.clock
+        disk = self._disk[rank.node]
+        if op.action == "verify":
+            end = start + sum(map(self._costs.verify_seconds, op.kernels))
+            if end > start:
+                rank.spans.append(Span(rank.index, start, end, "load", op.name))
+            self._resume(rank, end)
+            return
+        missing = [kernel for kernel in op.kernels if kernel not in disk]
+        spans = self._costs.build_spans(missing, self._cores_per_node)
+        for kernel, began, ended in spans:
+            name, key = (kernel.name, kernel.identity) if kernel else ("front end", "")
+            rank.spans.append(Span(rank.index, start + began, start + ended, "compile", name, key))
+        disk.update(missing)
+        self._resume(rank, start + max((ended for _, _, ended in spans), default=0.0))
+
     def _plan_end(self, node: int) -> None:
         cores = self._cores[node]
         end, version = cores.next_end(), cores.version
@@ -252,11 +295,19 @@ class Engine:
         del self._arrivals[key]
         last = max(arrivals, key=lambda index: arrivals[index])
         end = arrivals[last] + self._costs.collective_seconds(op)
+        if op.name == EXCHANGE:
+            self._share_disks(op.group)
         for index, arrival in arrivals.items():
             member = self._ranks[index]
             self._check_wait(index, arrival, last, arrivals[last], op.name)
             member.spans.append(Span(index, arrival, end, "comm", op.name, key))
             self._resume(member, end)
+
+    def _share_disks(self, group: Sequence[int]) -> None:
+        disks = [self._disk[node] for node in {self._ranks[index].node for index in group}]
+        everything = set().union(*disks)
+        for disk in disks:
+            disk.update(everything)
 
     def _send(self, rank: _Rank, op: Send) -> None:
         rank.close_compute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
+from runner.jit.build.cut import cut_units, expected_schedule
+from runner.jit.build.unit import Job
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
@@ -29,8 +32,8 @@ _FP8_TYPES = frozenset(
 
 
 _NUMBERS = (
-    "num_sms", "cores_per_node", "compile_default", "load", "call", "fp8_flops", "bf16_flops",
-    "memory_bandwidth",
+    "num_sms", "cores_per_node", "compile_default", "build_scale", "build_start", "verify",
+    "load", "call", "fp8_flops", "bf16_flops", "memory_bandwidth",
 )  # fmt: skip
 
 
@@ -65,6 +68,10 @@ class Profile:
         compile_by_tile: seconds of a compile by :func:`tile_key`.
         compile_by_name: mean seconds by template, where the tile is not listed.
         compile_default: mean seconds over everything measured, where the template is not listed.
+        build_scale: this machine's builder against the expectation of
+            :mod:`runner.jit.build.costs`, all cores at work.
+        build_start: seconds of a build before the first front end.
+        verify: seconds to find one compiled kernel whole on disk.
         load: seconds to load one compiled kernel.
         call: seconds of one operation that has nothing to do, as the driver's host code costs it.
         fp8_flops: sustained operations per second of FP8 GEMMs.
@@ -80,6 +87,9 @@ class Profile:
     compile_by_tile: dict[str, float]
     compile_by_name: dict[str, float]
     compile_default: float
+    build_scale: float
+    build_start: float
+    verify: float
     load: float
     call: float
     fp8_flops: float
@@ -161,6 +171,24 @@ class ProfileCosts:
             template = profile.compile_by_name.get(key.split()[0], profile.compile_default)
             memo[kernel] = profile.compile_by_tile.get(key, template)
         return memo[kernel]
+
+    def build_spans(
+        self, kernels: Sequence[Kernel], cores: int
+    ) -> list[tuple[Kernel | None, float, float]]:
+        """The builder's own expectation, scaled to this machine."""
+        if not kernels:
+            return []
+        profile = self.profile
+        units = cut_units([Job("", kernel, "") for kernel in kernels], cores)
+        return [
+            (item.kernel, profile.build_start + profile.build_scale * item.start,
+             profile.build_start + profile.build_scale * item.end)
+            for item in expected_schedule(units, cores)
+        ]  # fmt: skip
+
+    def verify_seconds(self, kernel: Kernel) -> float:
+        """One constant for all kernels."""
+        return self.profile.verify
 
     def load_seconds(self, kernel: Kernel) -> float:
         """One constant for all kernels."""

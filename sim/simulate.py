@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from runner.coverage import node_coverage
+from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record, run_meta
 from runner.timeline import Timeline, merge
-from sim.engine import CollectiveTimeout, Engine
+from runner.warmup import WarmupPolicy
+from sim.engine import CollectiveTimeout, Engine, Outcome
 from sim.profile import Profile, ProfileCosts
 
 
@@ -27,6 +30,19 @@ class Machine:
     link: str = "nvlink"
     ranks_per_gpu: int = 1
     nccl_timeout: float = 600.0
+
+
+def _coverage(scenario: Scenario, outcome: Outcome) -> list[dict[str, Any]]:
+    """Every node's proof; nodes whose disks hold the same share one look."""
+    proofs = {disk: node_coverage(0, scenario.plan, disk) for disk in set(outcome.disks.values())}
+    return [{**proofs[disk], "node": node} for node, disk in sorted(outcome.disks.items())]
+
+
+def _cached(scenario: Scenario) -> frozenset[Kernel]:
+    """What every node's disk holds before the run: a cold cache, or the prebuilt one."""
+    if scenario.warmup.policy is not WarmupPolicy.PREBUILT:
+        return frozenset()
+    return frozenset(item.kernel for item in scenario.plan.kernels)
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
         cores_per_node=cores,
         timeout=machine.nccl_timeout,
+        cached=_cached(scenario),
     )
     outcome = engine.run()
     meta: dict[str, Any] = {
@@ -60,6 +77,10 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         "cores_per_node": cores,
         "link": machine.link,
         "ranks_per_gpu": machine.ranks_per_gpu,
+        "coverage": [
+            node_coverage(node, scenario.plan, outcome.disks[node])
+            for node in sorted(outcome.disks)
+        ],
     }
     timeline = Timeline(
         policy=scenario.warmup.policy.value,

@@ -30,7 +30,7 @@ from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
-from runner.schedule import Collective, Compute, KernelWork, Mark, Recv, Send
+from runner.schedule import EXCHANGE, Collective, Compute, KernelWork, Mark, Recv, Send
 
 
 class Communicator(Protocol):
@@ -241,7 +241,7 @@ class Backend:
 
     def exchange_kernels(self, group: tuple[int, ...], nbytes: int) -> None:
         """See :meth:`KernelStore.exchange`; every rank of ``group`` takes part."""
-        self.sink.run(Collective("exchange kernels", group, nbytes), self.kernels.exchange)
+        self.sink.run(Collective(EXCHANGE, group, nbytes), self.kernels.exchange)
 
     # -- hyper-connections ----------------------------------------------------------------------
 

@@ -109,6 +109,14 @@ def batch_sizes_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def max_tokens_option(function: F) -> F:
+    """``--max-tokens`` of a run."""
+    return click.option(
+        "--max-tokens", type=int, default=16384, show_default=True, metavar="N",
+        help="Most tokens of a forward that planned and prebuilt prepare for.",
+    )(function)  # fmt: skip
+
+
 def report_options(function: F) -> F:
     """``--timeline``, ``--trace``, ``--plot``."""
     path = click.Path(path_type=Path, dir_okay=False)

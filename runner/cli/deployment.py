@@ -13,7 +13,7 @@ import click
 from runner.cli.common import F, IntList, layout_options, model_options
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, demands
+from runner.deployment import Deployment, plan_of
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.gemm_spec import gemm_demands
@@ -95,7 +95,7 @@ def planned(values: dict[str, Any], environ: Environ) -> Planned:
         title = f"{', '.join(gemms)}: M up to {max_m}, {_sms(num_sms)}"
         return Planned(None, title, make_plan(wanted))
     deployment = _deployment(values, environ)
-    return Planned(deployment, _title(deployment), make_plan(demands(deployment)))
+    return Planned(deployment, _title(deployment), plan_of(deployment))
 
 
 def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:

@@ -16,6 +16,7 @@ from runner.cli.common import (
     SECONDS,
     batch_sizes_option,
     layout_options,
+    max_tokens_option,
     model_options,
     report_options,
     serving_options,
@@ -57,6 +58,7 @@ from sim.simulate import Machine, Prediction, simulate
     help="Policies to predict, the first is the reference.",
 )
 @batch_sizes_option
+@max_tokens_option
 @serving_options
 @click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
 @click.option("--cores", type=int, help="CPU cores of a node.  [default: the profile's]")
@@ -142,6 +144,7 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
         deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
+        max_tokens=values["max_tokens"],
     )
 
 

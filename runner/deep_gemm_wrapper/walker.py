@@ -12,7 +12,8 @@ import torch
 
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.jit.kernels import Kernel
+from runner.jit.plan import GemmShape, Plan
 
 Call = Callable[[int], None]
 
@@ -37,6 +38,29 @@ def walk(
             call(m)
             after_call(m)
         torch.cuda.synchronize()
+
+
+def call_each(wrapper: DeepGemmWrapper, plan: Plan, kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Call each kernel once, at the first M that runs it, so that the library loads it.
+
+    GEMMs whose buffers do not fit the GPU's free memory are left to their first use; returned are
+    the kernels that were called.
+    """
+    wanted, called = set(kernels), []
+    calls: dict[GemmShape, dict[int, list[Kernel]]] = {}
+    for item in plan.kernels:
+        if item.kernel in wanted:
+            use = item.uses[0]
+            calls.setdefault(use.shape, {}).setdefault(use.m_ranges[0][0], []).append(item.kernel)
+    for shape, by_m in calls.items():
+        try:
+            walk(wrapper, shape, sorted(by_m))
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            continue
+        called += [kernel for found in by_m.values() for kernel in found]
+    torch.cuda.empty_cache()
+    return called
 
 
 def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from runner.errors import UserError
+from runner.report.plan_table import coverage_line
 from runner.report.table import policy_table, rank_bars, timeline_table
 from runner.timeline import Timeline, write_timelines
 
@@ -22,6 +23,10 @@ def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> No
         console.print(rank_bars(timeline, scale_seconds=scale or None))
         console.print()
     console.print(policy_table(timelines))
+    for timeline in timelines:
+        if timeline.meta.get("coverage"):
+            line = coverage_line(timeline.meta["coverage"], timeline.meta["max_tokens"])
+            console.print(f"{timeline.policy}: {line}")
 
 
 def check_outputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -105,3 +106,12 @@ def ranges_text(m_ranges: MRanges | Sequence[tuple[int, int]], shown: int = _SHO
     if len(words) <= shown:
         return ", ".join(words)
     return f"{', '.join(words[:shown])} and {len(words) - shown} more, up to {m_ranges[-1][1]}"
+
+
+def coverage_line(nodes: Sequence[dict[str, Any]], max_tokens: int) -> str:
+    """One line for all nodes' proofs: the least that any of them holds."""
+    planned = max(node["planned"] for node in nodes)
+    least = min(node["present"] for node in nodes)
+    held = f"{least} of {planned} kernels covered, forwards of up to {max_tokens} tokens"
+    gemms = max(len(node["stalls"]) for node in nodes)
+    return f"{held}: {f'{gemms} GEMMs can still stall' if gemms else 'none can stall'}"

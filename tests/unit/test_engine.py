@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -28,6 +29,14 @@ class RoundCosts:
 
     def compile_seconds(self, kernel: Kernel) -> float:
         return self.compile
+
+    def build_spans(
+        self, kernels: Sequence[Kernel], cores: int
+    ) -> list[tuple[Kernel | None, float, float]]:
+        return [(kernel, 5.0 * i, 5.0 * i + 5.0) for i, kernel in enumerate(kernels)]
+
+    def verify_seconds(self, kernel: Kernel) -> float:
+        return 0.5
 
     def load_seconds(self, kernel: Kernel) -> float:
         return self.load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,13 +42,24 @@ class Built:
         job: the job.
         cubin: the kernel, None where the compiler refused it.
         way: how.
+        started: when work on it alone began, in seconds since the epoch.
         words: why it went the plain way or, without a cubin, the compiler's words.
     """
 
     job: Job
     cubin: bytes | None
     way: Way
+    started: float
     words: str = ""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One kernel's part of a unit's PTX."""
+
+    job: Job
+    entry: str
+    ptx: str
 
 
 @dataclass
@@ -61,6 +73,7 @@ class Builder:
         environment: what the compiler's stages run in.
         on_built: told each outcome, from a worker thread; what it raises ends the build.
         fast: False builds everything the plain way.
+        on_shared: told (name, start, end) of each step for several kernels, from a worker thread.
         on_step: told (expected seconds done, expected seconds in all), from worker threads.
     """
 
@@ -71,6 +84,7 @@ class Builder:
     on_built: Callable[[Built], None]
     fast: bool = True
     on_step: Callable[[float, float], None] = lambda done, total: None
+    on_shared: Callable[[str, float, float], None] = lambda name, start, end: None
     _pool: Pool = field(init=False, repr=False)
 
     def build(self, jobs: Sequence[Job]) -> None:
@@ -113,8 +127,10 @@ class Builder:
     def _preprocess(self, stages: Stages, units: list[Unit], folder: Path) -> None:
         folder.mkdir()
         (folder / "kernel.cu").write_text(f"\n#include <{units[0][0].kernel.header}>\n")
+        started = time.time()
         try:
             stages.run(stages.preprocess, folder)
+            self.on_shared(f"preprocess {units[0][0].kernel.header}", started, time.time())
         except StageError as error:
             for unit in units:
                 self._queue_all_plain(unit, str(error))
@@ -133,10 +149,12 @@ class Builder:
     def _unit(self, stages: Stages, unit: Unit, header: bytes, folder: Path) -> None:
         """Front end of a unit; its kernels' assemblers are queued at once."""
         folder.mkdir()
+        started = time.time()
         text = folder / stages.preprocessed
         try:
             text.write_bytes(header + unit_text(unit).encode())
             stages.run(stages.front_end, folder)
+            self.on_shared(f"front end of {len(unit)} kernels", started, time.time())
             modules = split_ptx((folder / "kernel.ptx").read_text())
             entries = match_entries(unit, list(modules))
         except StageError as error:
@@ -148,7 +166,8 @@ class Builder:
         finally:
             text.unlink(missing_ok=True)
         for number, (entry, job) in enumerate(entries.items()):
-            self._queue_assemble(stages, job, entry, modules[entry], folder / f"kernel{number}")
+            module = Module(job, entry, modules[entry])
+            self._queue_assemble(stages, module, folder / f"kernel{number}")
 
     def _queue_halves(
         self, stages: Stages, unit: Unit, header: bytes, folder: Path, reason: str
@@ -160,27 +179,28 @@ class Builder:
         for number, part in enumerate((unit[::2], unit[1::2])):
             self._queue_unit(stages, part, header, folder / f"part{number}")
 
-    def _queue_assemble(self, stages: Stages, job: Job, entry: str, ptx: str, folder: Path) -> None:
+    def _queue_assemble(self, stages: Stages, module: Module, folder: Path) -> None:
         self._pool.add(
-            assemble_seconds(len(ptx)),
-            lambda: self._assemble(stages, job, entry, ptx, folder),
-            own=expected_assemble_seconds(job.kernel),
+            assemble_seconds(len(module.ptx)),
+            lambda: self._assemble(stages, module, folder),
+            own=expected_assemble_seconds(module.job.kernel),
         )
 
-    def _assemble(self, stages: Stages, job: Job, entry: str, ptx: str, folder: Path) -> None:
+    def _assemble(self, stages: Stages, module: Module, folder: Path) -> None:
         folder.mkdir()
-        (folder / "kernel.ptx").write_text(ptx)
+        (folder / "kernel.ptx").write_text(module.ptx)
+        started = time.time()
         try:
             stages.run(stages.assemble, folder)
             cubin = (folder / "kernel.cubin").read_bytes()
-            if list(kernels_in(cubin)) != [entry]:
+            if list(kernels_in(cubin)) != [module.entry]:
                 raise UnusualError("a cubin of other kernels than its own")
         except (UnusualError, NotACubinError) as error:
-            self._queue_plain(job, str(error))
+            self._queue_plain(module.job, str(error))
             return
         for name in ("kernel.ptx", "kernel.cubin"):
             (folder / name).unlink()
-        self.on_built(Built(job, cubin, Way.FAST))
+        self.on_built(Built(module.job, cubin, Way.FAST, started))
 
     def _queue_all_plain(self, jobs: Sequence[Job], reason: str) -> None:
         for job in jobs:
@@ -196,9 +216,10 @@ class Builder:
         folder.mkdir(parents=True)
         source, cubin = folder / "kernel.cu", folder / "kernel.cubin"
         source.write_text(job.source)
+        started = time.time()
         try:
             self.compiler.compile(source, cubin, folder)
         except CompileError as error:
-            self.on_built(Built(job, None, Way.PLAIN, str(error)))
+            self.on_built(Built(job, None, Way.PLAIN, started, str(error)))
             return
-        self.on_built(Built(job, cubin.read_bytes(), Way.PLAIN, reason))
+        self.on_built(Built(job, cubin.read_bytes(), Way.PLAIN, started, reason))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from runner.jit.build.costs import (
@@ -13,6 +14,7 @@ from runner.jit.build.costs import (
     header_seconds,
 )
 from runner.jit.build.unit import Job, signature
+from runner.jit.kernels import Kernel
 
 Unit = list[Job]
 
@@ -62,21 +64,37 @@ def to_end_seconds(unit: Sequence[Job]) -> float:
     return unit_seconds(unit) + max(expected_assemble_seconds(job.kernel) for job in unit)
 
 
-def makespan(units: Sequence[Sequence[Job]], workers: int) -> float:
-    """Expected seconds of a build: units by longest way to the end, then their assemblers."""
-    ready: list[tuple[float, int, float, tuple[float, ...]]] = []
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A step of a build, in seconds from the first front end; ``kernel`` is None for a unit's."""
+
+    kernel: Kernel | None
+    start: float
+    end: float
+
+
+def expected_schedule(units: Sequence[Sequence[Job]], workers: int) -> list[Expected]:
+    """What the builder's order of work comes to: the longest way to the end first."""
+    ready: list[tuple[float, int, float, Sequence[Job], bool]] = []
     for number, unit in enumerate(units):
-        after = tuple(expected_assemble_seconds(job.kernel) for job in unit)
-        heapq.heappush(ready, (-to_end_seconds(unit), number, unit_seconds(unit), after))
-    running: list[tuple[float, int, tuple[float, ...]]] = []
+        heapq.heappush(ready, (-to_end_seconds(unit), number, unit_seconds(unit), unit, True))
+    running: list[tuple[float, int, float, Sequence[Job], bool]] = []
+    done = []
     now, number = 0.0, len(units)
     while ready or running:
         while ready and len(running) < workers:
-            _, _, own, after = heapq.heappop(ready)
+            _, _, seconds, jobs, is_unit = heapq.heappop(ready)
             number += 1
-            heapq.heappush(running, (now + own, number, after))
-        now, _, after = heapq.heappop(running)
-        for seconds in after:
+            heapq.heappush(running, (now + seconds, number, now, jobs, is_unit))
+        now, _, start, jobs, is_unit = heapq.heappop(running)
+        done.append(Expected(None if is_unit else jobs[0].kernel, start, now))
+        for job in jobs if is_unit else ():
+            seconds = expected_assemble_seconds(job.kernel)
             number += 1
-            heapq.heappush(ready, (-seconds, number, seconds, ()))
-    return now
+            heapq.heappush(ready, (-seconds, number, seconds, [job], False))
+    return done
+
+
+def makespan(units: Sequence[Sequence[Job]], workers: int) -> float:
+    """Expected seconds of a build, preprocessing left out."""
+    return max((item.end for item in expected_schedule(units, workers)), default=0.0)
