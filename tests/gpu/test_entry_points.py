@@ -40,6 +40,11 @@ def _calls() -> list[KernelCall]:
                 if isinstance(op, KernelCall):
                     found[op] = None
     found[KernelCall(T.FP8_MQA_LOGITS, 256, 64, 128, 1, 132)] = None
+    for m in (1, 200):
+        found[KernelCall(T.GEMM_NT_BF16BF16BF16, m, 2048, 4096, 1, 132)] = None
+        found[KernelCall(T.GROUPED_GEMM_NT_BF16_MASKED, m, 1024, 2048, 8, 132)] = None
+    for m in (128, 2048):
+        found[KernelCall(T.GROUPED_GEMM_NT_BF16_CONTIG, m, 1024, 2048, 8, 132)] = None
     return list(found)
 
 
@@ -150,9 +155,32 @@ def _masked(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
 
 def _bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
     lhs, rhs = _random(call.m, call.k), _random(call.n, call.k)
-    out = torch.empty((call.m, call.n), device="cuda", dtype=torch.float32)
-    wrapper.gemm_nt_bf16bf16f32(lhs, rhs, out)
+    wide = call.type is T.GEMM_NT_BF16BF16F32
+    dtype = torch.float32 if wide else torch.bfloat16
+    out = torch.empty((call.m, call.n), device="cuda", dtype=dtype)
+    (wrapper.gemm_nt_bf16bf16f32 if wide else wrapper.gemm_nt_bf16bf16bf16)(lhs, rhs, out)
     return _error(out, lhs.double() @ rhs.double().mT)
+
+
+def _contiguous_bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
+    lhs, rhs = _random(call.m, call.k), _random(call.num_groups, call.n, call.k)
+    groups = (torch.arange(call.m // 128, device="cuda") * 7) % call.num_groups
+    indices = groups.repeat_interleave(128).to(torch.int32)
+    out = torch.empty((call.m, call.n), device="cuda", dtype=torch.bfloat16)
+    wrapper.grouped_gemm_nt_bf16_contig(lhs, rhs, out, indices)
+    blocks = lhs.double().view(-1, 128, call.k)
+    return _error(out, (blocks @ rhs.double()[groups].mT).view(call.m, call.n))
+
+
+def _masked_bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
+    rows = 256
+    lhs = _random(call.num_groups, rows, call.k)
+    rhs = _random(call.num_groups, call.n, call.k)
+    used = torch.randint(1, rows + 1, (call.num_groups,), device="cuda", dtype=torch.int32)
+    out = torch.zeros((call.num_groups, rows, call.n), device="cuda", dtype=torch.bfloat16)
+    wrapper.grouped_gemm_nt_bf16_masked(lhs, rhs, out, used, call.m)
+    valid = torch.arange(rows, device="cuda") < used.unsqueeze(1)
+    return _error(out[valid], (lhs.double() @ rhs.double().mT)[valid])
 
 
 def _hc(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
@@ -233,6 +261,9 @@ _EXERCISES = {
     T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: _contiguous,
     T.GROUPED_GEMM_NT_F8F8BF16_MASKED: _masked,
     T.GEMM_NT_BF16BF16F32: _bf16,
+    T.GEMM_NT_BF16BF16BF16: _bf16,
+    T.GROUPED_GEMM_NT_BF16_CONTIG: _contiguous_bf16,
+    T.GROUPED_GEMM_NT_BF16_MASKED: _masked_bf16,
     T.TF32_HC_PRENORM_GEMM: _hc,
     T.FP8_EINSUM_BHR_HDR_BHD: _einsum,
     T.PAGED_MQA_LOGITS_METADATA: _metadata,
