@@ -227,7 +227,7 @@ def tile_key(kernel: Kernel) -> str:
 
     Dense, contiguous and masked GEMMs instantiate one template; their tile decides the time.
     """
-    template = kernel.entry.removesuffix("_impl")
+    template = kernel.entry.rsplit("::", 1)[-1].removesuffix("_impl")
     if template not in ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm"):
         return template
     block_m, block_n, _ = kernel.arguments[3].split(", ")

@@ -66,7 +66,7 @@ def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
     found = _existing(directory)
     manifest = read_manifest(directory)
     plan = read_plan_file(plan_path) if plan_path else None
-    rows = [_row(path, manifest, plan) for path in found.entries()]
+    rows = sorted((_row(path, manifest, plan) for path in found.entries()), key=_order)
     if json_path is not None:
         write_text(json_path, json.dumps({"version": 1, "kernels": rows}, indent=1))
     if str(json_path) == "-":
@@ -95,6 +95,12 @@ def _row(path: Path, manifest: Manifest | None, plan: PlanFile | None) -> dict[s
         "bytes": size_of(path),
         "uses": uses,
     }
+
+
+def _order(row: dict[str, Any]) -> tuple[str, int, str]:
+    """By name, then by the first M that is served; keys alone would shuffle alike kernels."""
+    first = min((use["m_ranges"][0][0] for use in row["uses"]), default=0)
+    return row["name"], first, row["words"]
 
 
 def _whose(manifest: Manifest | None) -> str:

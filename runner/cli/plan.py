@@ -24,7 +24,7 @@ from runner.errors import UserError
 from runner.files import write_text
 from runner.jit.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
-from runner.report.plan_table import print_coverage, print_plan
+from runner.report.plan_table import Machine, print_coverage, print_plan
 from runner.warmup import WarmupPolicy
 from sim.profile import Profile, ProfileCosts, load_profile
 
@@ -99,8 +99,16 @@ def _needs_model(result: Planned) -> Deployment:
 def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
     costs = ProfileCosts(profile, next(iter(profile.links.values())))
     pp = 1 if result.deployment is None else result.deployment.parallel.pp
+    kernels = [item.kernel for item in result.plan.kernels]
+    steps = costs.build_spans(kernels, profile.cores_per_node)
+    machine = Machine(
+        name=profile.name,
+        cores=profile.cores_per_node,
+        seconds_of=costs.compile_seconds,
+        build_seconds=max((end for _, _, end in steps), default=0.0),
+    )
     print(result.title)
-    print_plan(result.plan, costs.compile_seconds, pp=pp, cores=profile.cores_per_node)
+    print_plan(result.plan, machine, pp=pp)
     if covered is not None:
         print_coverage(covered, result.plan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -17,19 +18,35 @@ _WIDTH = 100
 _SHOWN_RANGES = 6
 
 
-def print_plan(plan: Plan, seconds_of: Callable[[Kernel], float], *, pp: int, cores: int) -> None:
+@dataclass(frozen=True)
+class Machine:
+    """What compiling would cost somewhere, all estimates.
+
+    Attributes:
+        name: the machine's.
+        cores: its CPU cores.
+        seconds_of: one nvcc process for a kernel.
+        build_seconds: all planned kernels by ``runner compile``.
+    """
+
+    name: str
+    cores: int
+    seconds_of: Callable[[Kernel], float]
+    build_seconds: float
+
+
+def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
     """Kernels per type, who shares them, and what compiling them costs."""
     console = Console(width=_WIDTH)
-    console.print(_table(plan, seconds_of))
-    total = sum(seconds_of(item.kernel) for item in plan.kernels)
-    longest = max((seconds_of(item.kernel) for item in plan.kernels), default=0.0)
+    console.print(_table(plan, machine.seconds_of))
+    total = sum(machine.seconds_of(item.kernel) for item in plan.kernels)
     console.print(
         f"{len(plan.kernels)} distinct kernels for {len(plan.demands)} GEMM shapes"
         + _sharing(plan, pp)
     )
     console.print(
-        f"one by one {total:.0f} s of compiling; on {cores} cores "
-        f"{max(total / cores, longest):.0f} s at best (estimated)"
+        f"compiled one by one {total:.0f} s, by runner compile on {machine.cores} cores "
+        f"{machine.build_seconds:.0f} s (estimates for {machine.name})"
     )
 
 

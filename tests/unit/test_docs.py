@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
+from runner.jit.compiler import NvccCompiler
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "docs" / "measurements"
 ONE_NODE = ["--nodes", "1", "--link", "gloo", "--ranks-per-gpu", "2"]
 FOUR_NODES = ["--layers", "4", "--pp", "4", "--tp", "1", "--batch-sizes", "1", "--link", "gloo"]
+PLANS = {
+    "plan": ["plan"],
+    "plan-gemm": ["plan", "--gemm", "gemm_nt_f8f8bf16:4096:1024"],
+    "plan-fast": ["plan", "--policy", "fast"],
+}
+TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
+MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KB")
 BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n```", re.DOTALL)
 
 
@@ -30,6 +39,8 @@ def output_of(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> st
     """What the command behind a golden block prints, without trailing blanks."""
     if name.startswith("sim"):
         arguments = ["sim"]
+    elif name.startswith("plan"):
+        arguments = PLANS[name]
     elif name.startswith("compare-four"):
         predicted = folder / "predicted.json"
         made = ["sim", *FOUR_NODES, "--timeline", str(predicted)]
@@ -57,12 +68,49 @@ def test_golden_output(
 def test_there_are_golden_blocks_in_readme_and_docs() -> None:
     assert {(document, name) for document, name, _ in blocks()} == {
         ("README.md", "sim"),
+        ("planning.md", "plan"),
+        ("planning.md", "plan-gemm"),
+        ("planning.md", "plan-fast"),
         ("predictions.md", "sim-full"),
         ("predictions.md", "compare-none"),
         ("predictions.md", "compare-parallel"),
         ("predictions.md", "compare-four-none"),
         ("predictions.md", "compare-four-parallel"),
     }
+
+
+def transcripts() -> list[tuple[str, str]]:
+    """(document, text) of every transcript: commands after ``$``, each with what it printed."""
+    return [
+        (path.name, text)
+        for path in sorted((ROOT / "docs").rglob("*.md"))
+        for text in TRANSCRIPT.findall(path.read_text())
+    ]
+
+
+def masked(text: str) -> str:
+    """Without what a machine decides: seconds and sizes."""
+    lines = (line.rstrip() for line in MEASURED_NUMBER.sub("N", text).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(("document", "text"), transcripts(), ids=lambda text: text[:20])
+def test_transcripts(
+    document: str, text: str, tmp_path: Path, nvcc_compiler: NvccCompiler,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for step in text.removeprefix("$ ").split("\n$ "):
+        command, _, shown = step.partition("\n")
+        program, *arguments = shlex.split(command)
+        assert program == "runner"
+        assert run_guarded(cli, arguments, program="runner") == 0
+        assert masked(capsys.readouterr().out) == masked(shown), command
+
+
+def test_there_is_a_transcript() -> None:
+    assert [document for document, _ in transcripts()] == ["deploying.md"]
 
 
 def test_links_between_documents_lead_somewhere() -> None:

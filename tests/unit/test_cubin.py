@@ -1,0 +1,156 @@
+"""Cubins read as ELF files."""
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.jit.compiler import NvccCompiler
+from runner.jit.cubin import NotACubinError, kernels_in, sections
+from runner.jit.kernels import transpose_fp32
+from tests.unit.elf import tiny_cubin
+
+HEADER = SECTION = 64
+SEGMENT = 56
+PROGBITS, STRTAB, NOBITS = 1, 3, 8
+TABLE_AT, COUNT_AT, NAMES_AT, ENTRY_SIZE_AT = 0x28, 0x3C, 0x3E, 0x3A
+GARBLED = "bytes that are no ELF file raise other exceptions than NotACubinError"
+
+
+def elf(content: dict[str, bytes], *, nobits: int = 0, segments: int = 0) -> bytes:
+    """An ELF64 file laid out as nvcc lays it out: contents, section table, program headers."""
+    named = {"": b"", ".shstrtab": b"", **content, **({".bss": b""} if nobits else {})}
+    names, starts = b"", {}
+    for name in named:
+        starts[name] = len(names)
+        names += name.encode() + b"\0"
+    named[".shstrtab"] = names
+    body, table = b"", b""
+    for name, data in named.items():
+        kind = {".shstrtab": STRTAB, "": 0, ".bss": NOBITS}.get(name, PROGBITS)
+        at, size = HEADER + len(body), nobits if kind == NOBITS else len(data)
+        table += struct.pack("<IIQQQQIIQQ", starts[name], kind, 0, 0, at, size, 0, 0, 1, 0)
+        body += data
+    ends = HEADER + len(body)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 190, 1, 0, ends + len(table), ends, 0,
+        HEADER, SEGMENT, segments, SECTION, len(named), 1,
+    )  # fmt: skip
+    return header + body + table + bytes(SEGMENT * segments)
+
+
+def words(data: bytes) -> str:
+    with pytest.raises(NotACubinError) as caught:
+        sections(data)
+    return str(caught.value)
+
+
+def changed(data: bytes, at: int, kind: str, value: int) -> bytes:
+    copy = bytearray(data)
+    struct.pack_into(kind, copy, at, value)
+    return bytes(copy)
+
+
+def contents() -> st.SearchStrategy[dict[str, bytes]]:
+    names = st.from_regex(r"\.(text\.|nv\.info\.)?[a-z]\w{0,8}", fullmatch=True)
+    named = st.dictionaries(names, st.binary(max_size=20), max_size=4)
+    return named.map(lambda found: {k: v for k, v in found.items() if k not in (".shstrtab",)})
+
+
+@given(content=contents())
+def test_what_was_put_in_comes_out(content: dict[str, bytes]) -> None:
+    found = sections(elf(content, nobits=1 << 40))
+    assert {k: v for k, v in found.items() if k not in ("", ".shstrtab")} == content
+
+
+def test_kernels_are_the_text_sections() -> None:
+    assert kernels_in(
+        elf({".text.one": b"1", ".nv.info.one": b"i", ".text.two": b"22", ".text": b"x"})
+    ) == {"one": b"1", "two": b"22"}
+    assert kernels_in(elf({".nv.info.one": b"i"})) == {}
+    assert kernels_in(tiny_cubin(b"code", "gemm")) == {"gemm": b"code"}
+
+
+@given(content=contents(), data=st.data())
+def test_a_file_cut_anywhere_is_not_whole(content: dict[str, bytes], data: st.DataObject) -> None:
+    whole = elf(content)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(NotACubinError):
+        sections(whole[:cut])
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="sections() does not look at the program headers, which nvcc puts last: a cubin that "
+    "lacks up to its last 280 bytes counts as whole",
+)
+def test_a_file_cut_in_its_program_headers_is_not_whole() -> None:
+    whole = elf({".text.one": b"1"}, segments=5)
+    for cut in range(len(whole) - 5 * SEGMENT, len(whole)):
+        with pytest.raises(NotACubinError):
+            sections(whole[:cut])
+
+
+def test_what_is_wrong_in_words() -> None:
+    whole = elf({".text.one": b"1"})
+    assert words(b"") == "empty"
+    for other in (b"\x7f", b"#!/bin/sh\n" * 20, b"\x7fELF\x01\x01" + whole[6:]):
+        assert words(other) == "not an ELF64 file"
+    assert words(b"\x7fELF\x02\x02" + whole[6:]) == "not an ELF64 file"  # big-endian
+    assert words(whole[:63]) == "cut short: 63 bytes"
+    for cut in (64, 70, len(whole) - 1):
+        assert words(whole[:cut]) == f"cut short: {cut} bytes, its section table ends later"
+    text_size_at = len(whole) - SECTION + 0x20
+    assert words(changed(whole, text_size_at, "<Q", len(whole))) == (
+        f"cut short: {len(whole)} bytes, a section ends later"
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "kind", "value"),
+    [
+        pytest.param(COUNT_AT, "<H", 0, id="no sections"),
+        pytest.param(NAMES_AT, "<H", 99, id="names in a section that is not there"),
+        pytest.param(TABLE_AT, "<Q", 300, id="table in the middle of itself"),
+        pytest.param(ENTRY_SIZE_AT, "<H", 1, id="table of short lines"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason=GARBLED)
+def test_a_garbled_header(at: int, kind: str, value: int) -> None:
+    content = {".text.one": b"\xff" * 40}
+    assert words(changed(elf(content), at, kind, value))
+
+
+@pytest.mark.xfail(strict=True, reason=GARBLED)
+@pytest.mark.parametrize("name", [1 << 31, HEADER], ids=["past the end", "not text"])
+def test_a_garbled_name(name: int) -> None:
+    whole = elf({".text.one": b"\xff" * 40})
+    assert words(changed(whole, len(whole) - SECTION, "<I", name))
+
+
+def regions(cubin: bytes) -> list[int]:
+    """Where the header, each section and the section table end, and the byte before each."""
+    (table,) = struct.unpack_from("<Q", cubin, TABLE_AT)
+    size, count = struct.unpack_from("<HH", cubin, ENTRY_SIZE_AT)
+    ends = {HEADER, table, table + size * count - 1}
+    for number in range(count):
+        kind, start, length = struct.unpack_from("<4xI16xQQ", cubin, table + number * size)
+        ends |= {start, start + length} if kind != NOBITS else set()
+    return sorted({max(0, end - step) for end in ends for step in (0, 1)})
+
+
+@pytest.mark.nvcc
+def test_a_real_cubin(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
+    source, target = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
+    source.write_text(nvcc_compiler.keys.source(transpose_fp32(1024)))
+    nvcc_compiler.compile(source, target, tmp_path)
+    cubin = target.read_bytes()
+    ((name, code),) = kernels_in(cubin).items()
+    assert name.startswith("_ZN9deep_gemm14transpose_fp32ILj512ELj64ELj8E")
+    assert len(code) > 1000 and code in cubin
+    assert len(regions(cubin)) > 10
+    for end in regions(cubin):
+        with pytest.raises(NotACubinError):
+            sections(cubin[:end])
