@@ -116,8 +116,10 @@ class RankSink:
             # What the device still does is compute, not communication.
             self._timed("compute", "device", self._synchronise)
             return self._timed("comm", _comm_name(op), self._to_the_end(action), self._comm_key(op))
-        kind = "load" if isinstance(op, KernelWork) and op.action != "build" else "compute"
-        return self._timed(kind, op.name, action)
+        if isinstance(op, KernelWork):
+            # What a build spends its time on, the builder notes kernel by kernel.
+            return action() if op.action == "build" else self._timed("load", op.name, action)
+        return self._timed("compute", op.name, action)
 
     def _to_the_end(self, action: Callable[[], R]) -> Callable[[], R]:
         """NCCL returns when a collective is queued; its time is until it is done."""

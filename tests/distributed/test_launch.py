@@ -19,7 +19,7 @@ from runner.jit.compiler import NvccCompiler
 from runner.scenario import Scenario, record
 from runner.schedule import Schedule
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import WarmupOptions, WarmupPolicy
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
@@ -219,6 +219,60 @@ def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path
     assert _overlap(parallel), "with it they compile at the same time"
 
 
+PLANNED = [
+    "--pp", "2", "--tp", "2", "--compute", "skip", "--batch-sizes", "1",
+    "--disaggregation-mode", "prefill", "--device", "cpu", "--max-tokens", "16",
+]  # fmt: skip
+
+
+@pytest.mark.nvcc
+def test_planned_builds_each_kernel_once_and_prebuilt_none(
+    nvcc_compiler: NvccCompiler, tmp_path: Path
+) -> None:
+    """Two nodes share the plan out and exchange it; what one then holds is enough for any rank."""
+    config, cache = tmp_path / "config.json", tmp_path / "cache"
+    config.write_text(json.dumps(DSV3_SMALL | FEW_KERNELS))
+    common = ["--model", str(config), *PLANNED, "--cache-dir", str(cache)]
+    built, schedule = tmp_path / "planned.json", tmp_path / "schedule.json"
+    launch(
+        *common, "--virtual-nodes", "2", "--warmup", "planned", "--timeline", str(built),
+        "--schedule", str(schedule), timeout=540,
+    )  # fmt: skip
+    (planned,) = read_timelines(built)
+    scenario = _planned_scenario(config)
+    everything = len(scenario.plan.kernels)
+    assert planned.kernels_compiled == planned.distinct_kernels == everything > 2
+    assert {span.rank for span in planned.spans if span.kind == "compile"} == {0, 2}
+    assert [node["present"] for node in planned.meta["coverage"]] == [everything] * 2
+    assert [node["stalls"] for node in planned.meta["coverage"]] == [[], []]
+    assert Schedule.from_json(json.loads(schedule.read_text())) == record(scenario)
+
+    again = tmp_path / "prebuilt.json"
+    node = str(cache / "node1")
+    launch(*common, "--cache-dir", node, "--warmup", "prebuilt", "--timeline", str(again))
+    (prebuilt,) = read_timelines(again)
+    assert prebuilt.kernels_compiled == 0
+    assert prebuilt.meta["coverage"][0]["present"] == everything
+
+    lacking = run_launch(*common, "--cache-dir", str(tmp_path / "none"), "--warmup", "prebuilt")
+    assert lacking.returncode == 2
+    assert f"lacks {everything} of {everything} planned kernels" in lacking.stderr
+    assert "Traceback" not in lacking.stderr
+
+
+def _planned_scenario(config: Path) -> Scenario:
+    return Scenario(
+        model=load_model(str(config)),
+        parallel=ParallelConfig(pp=2, tp=2, nodes=2),
+        warmup=WarmupOptions(
+            policy=WarmupPolicy.PLANNED,
+            batch_sizes=(1,),
+            disaggregation=DisaggregationMode.PREFILL,
+        ),
+        max_tokens=16,
+    )
+
+
 def _overlap(timeline: Timeline) -> bool:
     """Whether compiles of the two stages overlap in time."""
     zero, one = ([s for s in timeline.of_rank(rank) if s.kind == "compile"] for rank in (0, 1))
@@ -236,6 +290,8 @@ BAD_INPUT = {
     "--model dsv4-tiny --batch-sizes x": "'x' is not a list of integers",
     "--model dsv4-tiny --device cuda": "--device cuda: torch sees no CUDA device",
     "--model dsv4-tiny --warmup slow": "'slow'",
+    "--model dsv4-tiny --warmup planned --max-tokens 64": "is above --max-tokens 64",
+    "--model dsv4-tiny --warmup planned --max-tokens 0": "is above --max-tokens 0",
     "--model dsv4-tiny --timeout 0": "0.0 is not in the range",
     "--model dsv4-tiny --timeout nan": "not a number of seconds",
     "--model dsv4-tiny --prompt-len 0": "prompt_len=0",

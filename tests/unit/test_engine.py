@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel, kernels_of
-from runner.schedule import Collective, Compute, Mark, Op, Recv, Schedule, Send
+from runner.schedule import (
+    EXCHANGE,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Schedule,
+    Send,
+)
 from runner.timeline import Span, Timeline, merge
 from sim.cores import Cores
 from sim.engine import Engine, Outcome, SimulationError
@@ -240,3 +250,54 @@ def test_cores_do_all_work_and_never_more_than_they_can(
         assert ends[index] >= start + seconds - 1e-6
     assert max(ends.values()) >= starts[0][0] + total / count - 1e-6
     assert max(ends.values()) <= starts[-1][0] + total + 1e-6
+
+
+def kernel_of(k: int) -> Kernel:
+    return kernels_of(call(k))[0]
+
+
+def test_nodes_build_their_shares_exchange_and_load() -> None:
+    a, b, c = (kernel_of(k) for k in (1, 2, 3))
+    exchange = Collective(EXCHANGE, (0, 1), 0)
+    first: list[Op] = [KernelWork("build", (a, b)), exchange, KernelWork("load", (a, c)), call(3)]
+    second: list[Op] = [KernelWork("build", (c,)), exchange, KernelWork("load", (b, c)), call(2)]
+    outcome = simulate(first, second, node_of=[0, 1])
+    # Two builds of 5 s, an exchange of 3 s, two loads of 1 s, a call of 2 s.
+    assert rows(outcome, 0) == [
+        ("compile", 0, 5), ("compile", 5, 10), ("comm", 10, 13), ("load", 13, 14),
+        ("load", 14, 15), ("compute", 15, 17),
+    ]  # fmt: skip
+    assert rows(outcome, 1) == [
+        ("compile", 0, 5), ("wait", 5, 10), ("comm", 10, 13), ("load", 13, 14),
+        ("load", 14, 15), ("compute", 15, 17),
+    ]  # fmt: skip
+    assert outcome.disks == {0: {a, b, c}, 1: {a, b, c}}
+
+
+def test_a_build_leaves_what_the_disk_holds() -> None:
+    a, b = kernel_of(1), kernel_of(2)
+    outcome = simulate([KernelWork("build", (a, b))], cached=frozenset({a}))
+    assert rows(outcome, 0) == [("compile", 0, 5)]
+
+
+def test_prebuilt_kernels_are_verified_and_loaded() -> None:
+    a, b = kernel_of(1), kernel_of(2)
+    ops: list[Op] = [KernelWork("verify", (a, b)), KernelWork("load", (a, b)), call(1)]
+    outcome = simulate(ops, cached=frozenset({a, b}))
+    assert rows(outcome, 0) == [
+        ("load", 0, 1), ("load", 1, 2), ("load", 2, 3), ("compute", 3, 5),
+    ]  # fmt: skip
+
+
+def test_loading_what_no_disk_holds_compiles_it() -> None:
+    outcome = simulate([KernelWork("load", (kernel_of(1),))])
+    assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11)]
+
+
+def test_who_waits_too_long_for_a_build_dies() -> None:
+    exchange = Collective(EXCHANGE, (0, 1), 0)
+    builder: list[Op] = [KernelWork("build", tuple(kernel_of(k) for k in range(1, 5))), exchange]
+    outcome = simulate(builder, [KernelWork("build", ()), exchange], timeout=15.0)
+    lost = outcome.timeout
+    assert lost is not None
+    assert (lost.rank, lost.waiting_for, lost.operation, lost.needed) == (1, 0, EXCHANGE, 20.0)

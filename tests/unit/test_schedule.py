@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.errors import UserError
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.scenario import Scenario, record
-from runner.schedule import Collective, Compute, Mark, Op, Recv, Schedule, Send
+from runner.schedule import Collective, Compute, KernelWork, Mark, Op, Recv, Schedule, Send
 from runner.warmup import WarmupOptions, WarmupPolicy
 
 names = st.text(max_size=8)
@@ -105,3 +106,54 @@ def test_a_recorded_scenario_is_stable_and_survives_json() -> None:
     assert record(scenario).digest == schedule.digest
     assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
     assert record(scenario.with_policy(WarmupPolicy.NONE)).digest != schedule.digest
+
+
+def planned_scenario(**values: int) -> Scenario:
+    return Scenario(
+        model=DSV4_TINY,
+        parallel=ParallelConfig(**values),
+        warmup=WarmupOptions(policy=WarmupPolicy.PLANNED, batch_sizes=(1,)),
+        max_tokens=64,
+    )
+
+
+def kernel_work(schedule: Schedule, rank: int, action: str) -> KernelWork:
+    (work,) = (
+        op for op in schedule.ranks[rank] if isinstance(op, KernelWork) and op.action == action
+    )
+    return work
+
+
+def test_a_planned_schedule_builds_every_kernel_on_one_node_only() -> None:
+    scenario = planned_scenario(pp=2, tp=2, nodes=2)
+    schedule = record(scenario)
+    built = [kernel_work(schedule, rank, "build").kernels for rank in range(4)]
+    everything = {item.kernel for item in scenario.plan.kernels}
+    assert built[1] == built[3] == ()
+    assert set(built[0]) | set(built[2]) == everything
+    assert not set(built[0]) & set(built[2])
+    assert len(built[0]) + len(built[2]) == len(everything)
+    for rank in range(4):
+        stage = rank // 2
+        own = {item.kernel for item in scenario.plan.kernels if stage in item.stages}
+        assert set(kernel_work(schedule, rank, "load").kernels) == own
+    assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
+
+
+def test_one_rank_a_node_builds_whatever_the_layout() -> None:
+    schedule = record(planned_scenario(pp=1, tp=2, nodes=1))
+    assert [bool(kernel_work(schedule, rank, "build").kernels) for rank in (0, 1)] == [True, False]
+
+
+def test_a_batch_beyond_what_is_planned_for_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        Scenario(
+            model=DSV4_TINY,
+            parallel=ParallelConfig(),
+            warmup=WarmupOptions(policy=WarmupPolicy.PREBUILT, batch_sizes=(1, 65)),
+            max_tokens=64,
+        )
+    assert str(caught.value) == (
+        "batch size 65 is above --max-tokens 64, for which prebuilt prepares: give smaller "
+        "--batch-sizes"
+    )

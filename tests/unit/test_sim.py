@@ -103,7 +103,7 @@ def test_a_short_limit_is_a_timeout() -> None:
 def profile(**changes: object) -> Profile:
     base = Profile(
         name="round", num_sms=132, cores_per_node=4, compile_by_tile={}, compile_by_name={},
-        compile_default=3.0, load=0.5, call=1.0, fp8_flops=1e12, bf16_flops=1e11,
+        compile_default=3.0, build_scale=2.0, build_start=1.0, verify=0.25, load=0.5, call=1.0, fp8_flops=1e12, bf16_flops=1e11,
         memory_bandwidth=1e9, links={"x": Link(1.0, 100.0)}, provenance=[],
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
