@@ -52,7 +52,7 @@ from sim.simulate import Machine, Prediction, simulate
     "--warmup",
     "policies",
     multiple=True,
-    default=["none", "pp-parallel"],
+    default=["none", "pp-parallel", "planned"],
     show_default=True,
     type=click.Choice([policy.value for policy in RUNNABLE_POLICIES]),
     help="Policies to predict, the first is the reference.",

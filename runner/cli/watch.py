@@ -26,6 +26,9 @@ from runner.watch import Forbid, Watched
 from runner.watch import watch as run_watched
 
 
+_PROGRAM_LENGTH = 40
+
+
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "--forbid-after",
@@ -117,7 +120,7 @@ def _line(record: CompileRecord, seconds: float, plan: PlanFile | None) -> str:
 
 def _who(record: CompileRecord) -> str:
     rank = f"rank {record.rank}, " if record.rank >= 0 else ""
-    program = Path(record.command.split(" ")[0]).name or "?"
+    program = Path(record.command.split(" ")[0]).name[:_PROGRAM_LENGTH] or "?"
     return f"{rank}pid {record.pid} ({program})"
 
 

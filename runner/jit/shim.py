@@ -29,11 +29,11 @@ for argument in "$@"; do
     previous=$argument
 done
 [ -n "$source" ] || exec "$real" "$@"
-# The library starts us through a shell; the process that asked is that shell's parent.
+# The library starts us through a shell, other shims directly; who asked is above them.
 asker=$PPID
-case "$(cat /proc/$asker/comm 2>/dev/null)" in
-    sh|dash|bash) asker=$(set -- $(cat /proc/$asker/stat); echo "$4") ;;
-esac
+while case "$(cat /proc/$asker/comm 2>/dev/null)" in sh|dash|bash|nvcc*) ;; *) false ;; esac; do
+    asker=$(set -- $(cat /proc/$asker/stat); echo "$4")
+done
 start=$(date +%s.%N)
 record="$log/$start-$$"
 describe() {{
@@ -41,7 +41,7 @@ describe() {{
     echo "end $1"
     echo "rank ${{RANK:--1}}"
     echo "pid $asker"
-    echo "command $(tr '\\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
+    echo "command $(tr '\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
     echo "exit $2"
     echo "output $output"
     echo

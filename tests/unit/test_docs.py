@@ -15,6 +15,7 @@ from runner.jit.compiler import NvccCompiler
 ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "docs" / "measurements"
 ONE_NODE = ["--nodes", "1", "--link", "gloo", "--ranks-per-gpu", "2"]
+SERIAL_PARALLEL = ["--warmup", "none", "--warmup", "pp-parallel"]
 FOUR_NODES = ["--layers", "4", "--pp", "4", "--tp", "1", "--batch-sizes", "1", "--link", "gloo"]
 PLANS = {
     "plan": ["plan"],
@@ -41,14 +42,21 @@ def output_of(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> st
         arguments = ["sim"]
     elif name.startswith("plan"):
         arguments = PLANS[name]
+    elif name == "compare-four-planned":
+        predicted = folder / "predicted.json"
+        four_cores = [*FOUR_NODES, "--cores", "4", "--warmup", "planned"]
+        made = ["sim", *four_cores, "--timeline", str(predicted)]
+        assert run_guarded(cli, made, program="runner") == 0
+        capsys.readouterr()
+        arguments = ["compare", str(predicted), str(MEASURED / "h200_dsv4_l4_pp4_vn4_planned.json")]
     elif name.startswith("compare-four"):
         predicted = folder / "predicted.json"
-        made = ["sim", *FOUR_NODES, "--timeline", str(predicted)]
+        made = ["sim", *FOUR_NODES, *SERIAL_PARALLEL, "--timeline", str(predicted)]
         assert run_guarded(cli, made, program="runner") == 0
         capsys.readouterr()
         arguments = ["compare", str(predicted), str(MEASURED / "h200_dsv4_l4_pp4_vn4.json")]
     else:
-        policy = {"compare-none": "none", "compare-parallel": "pp-parallel"}[name]
+        policy = name.removeprefix("compare-").replace("parallel", "pp-parallel")
         predicted = folder / "predicted.json"
         made = ["sim", *ONE_NODE, "--warmup", policy, "--timeline", str(predicted)]
         assert run_guarded(cli, made, program="runner") == 0
@@ -74,6 +82,9 @@ def test_there_are_golden_blocks_in_readme_and_docs() -> None:
         ("predictions.md", "sim-full"),
         ("predictions.md", "compare-none"),
         ("predictions.md", "compare-parallel"),
+        ("predictions.md", "compare-planned"),
+        ("predictions.md", "compare-prebuilt"),
+        ("predictions.md", "compare-four-planned"),
         ("predictions.md", "compare-four-none"),
         ("predictions.md", "compare-four-parallel"),
     }

@@ -14,9 +14,12 @@ from runner.cli import cli
 from runner.cli.guard import run_guarded
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
+from runner.jit.build.cut import cut_units, makespan
+from runner.jit.build.unit import Job
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import kernels_of
+from runner.jit.plan import GemmShape, kernel_ranges
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import Collective, Compute, Schedule
 from runner.timeline import read_timelines
@@ -103,7 +106,8 @@ def test_a_short_limit_is_a_timeout() -> None:
 def profile(**changes: object) -> Profile:
     base = Profile(
         name="round", num_sms=132, cores_per_node=4, compile_by_tile={}, compile_by_name={},
-        compile_default=3.0, build_scale=2.0, build_start=1.0, verify=0.25, load=0.5, call=1.0, fp8_flops=1e12, bf16_flops=1e11,
+        compile_default=3.0, build_scale=2.0, build_start=1.0, verify=0.25, load=0.5, call=1.0,
+        fp8_flops=1e12, bf16_flops=1e11,
         memory_bandwidth=1e9, links={"x": Link(1.0, 100.0)}, provenance=[],
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ def sim(*arguments: str) -> int:
 def test_json_on_stdout_is_only_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sim("--model", "dsv4-tiny", "--batch-sizes", "1", "--json", "-") == 0
     data = json.loads(capsys.readouterr().out)
-    assert [p["policy"] for p in data["predictions"]] == ["none", "pp-parallel"]
+    assert [p["policy"] for p in data["predictions"]] == ["none", "pp-parallel", "planned"]
     assert data["predictions"][0]["timeout"] is None
     assert len(data["predictions"][0]["ranks"]) == 8
 
@@ -173,7 +177,7 @@ def test_timelines_are_written_and_compare(
 ) -> None:
     path = tmp_path / "t.json"
     assert sim("--model", "dsv4-tiny", "--batch-sizes", "1", "--timeline", str(path)) == 0
-    assert [t.source for t in read_timelines(path)] == ["predicted", "predicted"]
+    assert [t.source for t in read_timelines(path)] == ["predicted"] * 3
     assert run_guarded(cli, ["compare", str(path), str(path)], program="runner") == 0
 
 
@@ -220,7 +224,7 @@ def test_a_bad_profile_file_is_one_line(
 ) -> None:
     path = tmp_path / "profile.json"
     good = (Path(__file__).parents[2] / "sim" / "profiles" / "h200.json").read_text()
-    wrong = good.replace('"load": 0.008', '"load": "x"') if text is None else text
+    wrong = good.replace('"load": 0.0012', '"load": "x"') if text is None else text
     path.write_bytes(wrong.encode("latin-1"))
     assert sim("--hardware", str(path)) == 2
     err = capsys.readouterr().err
@@ -254,3 +258,22 @@ def test_help_imports_no_subcommand() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_build_is_the_builders_own_schedule_on_this_machine() -> None:
+    profile = Profile(
+        name="round", num_sms=132, cores_per_node=4, compile_by_tile={}, compile_by_name={},
+        compile_default=3.0, build_scale=2.0, build_start=1.0, verify=0.25, load=0.5, call=1.0,
+        fp8_flops=1e12, bf16_flops=1e11, memory_bandwidth=1e9, links={"x": Link(1.0, 100.0)},
+        provenance=[],
+    )  # fmt: skip
+    costs = ProfileCosts(profile, profile.links["x"])
+    shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
+    kernels = list(kernel_ranges(shape, range(1, 2049)))
+    spans = costs.build_spans(kernels, 4)
+    units = cut_units([Job("", kernel, "") for kernel in kernels], 4)
+    assert sorted(k.identity for k, _, _ in spans if k) == sorted(k.identity for k in kernels)
+    assert sum(kernel is None for kernel, _, _ in spans) == len(units)
+    assert min(start for _, start, _ in spans) == 1.0
+    assert max(end for _, _, end in spans) == pytest.approx(1.0 + 2.0 * makespan(units, 4))
+    assert costs.build_spans([], 4) == []

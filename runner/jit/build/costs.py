@@ -6,6 +6,7 @@ front end and the assembler follows the size of its PTX, and that follows its ti
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import gcd
 
 from runner.jit.describe import config_of
@@ -61,6 +62,7 @@ def _stem(header: str) -> str:
     return header.rsplit("/", 1)[-1].removesuffix(".cuh")
 
 
+@lru_cache(maxsize=8192)
 def _ptx_megabytes(kernel: Kernel) -> float:
     if _stem(kernel.header) != "sm90_fp8_gemm_1d2d":
         return _PTX_MEGABYTES.get(_stem(kernel.header), _PTX_DEFAULT)
