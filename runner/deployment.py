@@ -26,6 +26,7 @@ from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernels import METADATA_MAX_ROWS
 from runner.jit.plan import Demand, GemmShape, Plan, make_plan
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
 from runner.model_runner import ModelRunner, NoBuffers
@@ -33,6 +34,10 @@ from runner.warmup import DisaggregationMode
 
 MAX_TOKENS = 131072
 """Largest M that SGLang's warm-up ever walks to; more tokens than that in a forward are refused."""
+
+
+MAX_SMS = 1024
+"""More than any GPU has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +70,11 @@ class Deployment:
             raise UserError(
                 f"max-tokens {self.max_tokens} must lie in {self.parallel.attn_cp}..{MAX_TOKENS}"
             )
-        for count in (self.num_sms, *self.reduced_num_sms):
+        if not 1 <= self.num_sms <= MAX_SMS:
+            raise UserError(f"num-sms {self.num_sms} must lie in 1..{MAX_SMS}")
+        for count in self.reduced_num_sms:
             if not 1 <= count <= self.num_sms:
-                raise UserError(f"num-sms {count} must lie in 1..{self.num_sms}")
+                raise UserError(f"reduced num-sms {count} must lie in 1..{self.num_sms}")
         sizes = self.decode_batch_sizes
         if sizes is not None and not (sizes and 1 <= min(sizes) <= max(sizes) <= MAX_TOKENS):
             raise UserError(
@@ -205,6 +212,8 @@ def _shapes(
         yield shape, (count for count in tokens if count >= NONPAGED_MIN_QUERY_TOKENS)
     else:
         rows = _own_rows(deployment, tokens, call.m * deployment.parallel.attn_cp == tokens[-1])
+        if call.type is T.PAGED_MQA_LOGITS_METADATA:
+            rows = [count for count in rows if count <= METADATA_MAX_ROWS]
         if call.type is T.TF32_HC_PRENORM_GEMM:
             yield from _by_splits(deployment, shape, rows)
         else:

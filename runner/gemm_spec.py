@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runner.deployment import MAX_SMS
 from runner.errors import UserError
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.jit.kernel_type import CONTIGUOUS_TYPES
@@ -25,8 +26,8 @@ def gemm_demands(spec: str, *, max_m: int, num_sms: int) -> list[Demand]:
     kind, n, k, groups = _parse(spec)
     if not 1 <= max_m <= 1 << 20:
         raise UserError(f"--max-m {max_m} must lie in 1..{1 << 20}")
-    if not 1 <= num_sms <= 1024:
-        raise UserError(f"--num-sms {num_sms} must lie in 1..1024")
+    if not 1 <= num_sms <= MAX_SMS:
+        raise UserError(f"--num-sms {num_sms} must lie in 1..{MAX_SMS}")
     if kind is T.TF32_HC_PRENORM_GEMM:
         return _split_demands(n, k, groups, max_m, num_sms)
     if groups == 0:

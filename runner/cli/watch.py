@@ -25,7 +25,6 @@ from runner.report.outputs import check_outputs
 from runner.watch import Forbid, Watched
 from runner.watch import watch as run_watched
 
-
 _PROGRAM_LENGTH = 40
 
 

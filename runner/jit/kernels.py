@@ -29,6 +29,8 @@ from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 
 _METADATA_ROWS = 32
+METADATA_MAX_ROWS = SMEM_CAPACITY // 4
+"""The metadata kernel keeps an integer a row in shared memory; the library refuses more rows."""
 _HC_MAX_N = 32
 _MQA_HEADS = (32, 64)
 _MQA_HEAD_DIMS = (32, 64, 128)
@@ -172,6 +174,10 @@ def _mqa_logits(call: KernelCall) -> tuple[Kernel, ...]:
 
 def _paged_mqa_logits_metadata(call: KernelCall) -> tuple[Kernel, ...]:
     name = "sm90_paged_mqa_logits_metadata"
+    if call.m > METADATA_MAX_ROWS:
+        raise UserError(
+            f"no {name} kernel exists for {call.m} rows: at most {METADATA_MAX_ROWS} fit"
+        )
     arguments = (f"{align(call.m, _METADATA_ROWS)}, 256, {call.num_sms}, false",)
     header = "deep_gemm/scheduler/sm90_paged_mqa_logits.cuh"
     return (Kernel(name, header, f"sched::{name}", arguments),)

@@ -107,8 +107,8 @@ def prebuild(
     if order.keys.signature != order.compiler.signature:
         raise UserError(
             f"nvcc here is {order.compiler.signature} and the target's is {order.keys.signature}: "
-            "install the target's release (pip install nvidia-cuda-nvcc==...), or build for this "
-            "one and relocate"
+            "build with the target's release, or with an older one and relocate (runner cache "
+            "relocate --cuda-version)"
         )
     order.cache.prepare()
     with locked(order.cache.root, wait=False) as free:

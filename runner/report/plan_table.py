@@ -54,7 +54,7 @@ def _sharing(plan: Plan, pp: int) -> str:
     if pp == 1:
         return ""
     needs = [sum(stage in item.stages for item in plan.kernels) for stage in range(pp)]
-    return f"; stage by stage {', '.join(map(str, needs))}: {sum(needs)} without sharing"
+    return f"; by stage {', '.join(map(str, needs))}, unshared {sum(needs)}"
 
 
 def _table(plan: Plan, seconds_of: Callable[[Kernel], float]) -> Table:

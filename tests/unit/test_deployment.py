@@ -139,8 +139,8 @@ def test_stages_know_what_they_run() -> None:
     [
         ({"max_tokens": 0}, "max-tokens 0 must lie in 1..131072"),
         ({"max_tokens": 200000}, "max-tokens 200000 must lie in 1..131072"),
-        ({"num_sms": 0}, "num-sms 0 must lie in 1..0"),
-        ({"reduced_num_sms": (140,)}, "num-sms 140 must lie in 1..132"),
+        ({"num_sms": 0}, "num-sms 0 must lie in 1..1024"),
+        ({"reduced_num_sms": (140,)}, "reduced num-sms 140 must lie in 1..132"),
         ({"decode_batch_sizes": ()}, "decode batch sizes (none) must lie in 1..131072"),
         ({"decode_batch_sizes": (4, 0)}, "decode batch sizes 4,0 must lie in 1..131072"),
         ({"tp": 3}, "tp=3 must divide"),

@@ -13,7 +13,7 @@ from runner.jit.build.costs import (
     front_end_seconds,
     header_seconds,
 )
-from runner.jit.build.unit import Job, signature
+from runner.jit.build.unit import Job, Signature, signature
 from runner.jit.kernels import Kernel
 
 Unit = list[Job]
@@ -42,14 +42,18 @@ def _cut(jobs: Sequence[Job], budget: float) -> list[Unit]:
     alike = Counter(signature(job.kernel) for job in jobs)
     count = max(1, min(len(jobs), ceil(total / budget)), *alike.values())
     units: list[Unit] = [[] for _ in range(count)]
-    loads = [0.0] * count
-    taken: list[set[object]] = [set() for _ in units]
+    taken: list[set[Signature]] = [set() for _ in units]
+    lightest = [(0.0, index) for index in range(count)]
     for job in sorted(jobs, key=lambda job: -front_end_seconds(job.kernel)):
-        same = signature(job.kernel)
-        best = min((i for i in range(count) if same not in taken[i]), key=loads.__getitem__)
-        units[best].append(job)
-        loads[best] += front_end_seconds(job.kernel)
-        taken[best].add(same)
+        same, passed = signature(job.kernel), []
+        while same in taken[lightest[0][1]]:
+            passed.append(heapq.heappop(lightest))
+        load, index = lightest[0]
+        units[index].append(job)
+        taken[index].add(same)
+        heapq.heapreplace(lightest, (load + front_end_seconds(job.kernel), index))
+        for item in passed:
+            heapq.heappush(lightest, item)
     return [unit for unit in units if unit]
 
 
