@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from runner.coverage import node_coverage
 from runner.errors import UserError
 from runner.jit.build.builder import Builder, Built
+from runner.jit.build.scratch import scratch_folder
 from runner.jit.build.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler
@@ -67,8 +67,7 @@ class NodeKernels:
         ]
         if not jobs:
             return
-        with tempfile.TemporaryDirectory(prefix="deepgemm-build-") as scratch:
-            folder = Path(scratch).resolve()
+        with scratch_folder() as folder:
             builder = Builder(
                 self.compiler, folder, self.workers, self.environment, self._take,
                 on_shared=self._note_shared,

@@ -6,6 +6,7 @@ refuses it once a compile is forbidden.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -16,14 +17,17 @@ from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.shim import (
+    FINISHED,
     FORBIDDEN_EXIT,
     CompileRecord,
+    read_record,
     read_records,
     read_unfinished,
     write_shim,
 )
 
 _POLL_SECONDS = 0.2
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,8 @@ def watch(
     log = work_dir / "compiles"
     shim = write_shim(work_dir / "nvcc", nvcc=nvcc, log_dir=log, forbid=flag)
     started = time.time()
-    try:
-        child = subprocess.Popen(
-            list(command), env={**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute())}
-        )
-    except OSError as error:
-        raise UserError(f"cannot run {command[0]}: {error.strerror}") from None
-    told: set[CompileRecord] = set()
-    with _passing_signals_on(child):
+    told: set[Path] = set()
+    with _running(command, {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute())}) as child:
         while (code := _wait(child)) is None:
             if forbid is not None and forbid.seconds is not None and flag is not None:
                 _raise_flag(flag, due=time.time() - started >= forbid.seconds)
@@ -135,24 +133,55 @@ def _wait(child: subprocess.Popen[bytes]) -> int | None:
 
 def _tell(
     log: Path,
-    told: set[CompileRecord],
+    told: set[Path],
     started: float,
     on_compile: Callable[[CompileRecord, float], None],
 ) -> None:
-    for record in read_records(log):
-        if record not in told:
-            told.add(record)
-            on_compile(record, record.start - started)
+    for path in sorted(set(log.glob(FINISHED)) - told):
+        told.add(path)
+        record = read_record(path)
+        on_compile(record, record.start - started)
 
 
 @contextmanager
-def _passing_signals_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ends of this process go to the command, whose own end then ends the watch."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {each: signal.signal(each, lambda got, frame: child.send_signal(got))
-              for each in signals}  # fmt: skip
+def _running(
+    command: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process group of its own; it ends when the block is left early.
+
+    A terminal's Ctrl-C would reach a shared group by itself, and the command twice. So the group
+    is its own, an interrupt goes to all of it, and what else ends us goes to the command alone.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+    pending: list[int] = []
+
+    def pass_on(got: int, frame: object) -> None:
+        if not running:
+            pending.append(got)
+        elif got == signal.SIGINT:
+            os.killpg(running[0].pid, got)
+        else:
+            running[0].send_signal(got)
+
+    # What is ignored (a hang-up under nohup) stays ignored, here and in the command.
+    heard = [each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, pass_on) for each in heard}
     try:
-        yield
+        running.append(_start(command, environment))
+        for got in pending:
+            pass_on(got, None)
+        yield running[0]
     finally:
+        for child in running:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(list(command), env=dict(environment), process_group=0)
+    except OSError as error:
+        raise UserError(f"cannot run {command[0]}: {error.strerror}") from None

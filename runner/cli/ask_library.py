@@ -30,9 +30,9 @@ def ask_library(
         UserError: no GPU or no library here.
         WorkFailedError: ``check`` found differences, or ``cache_dir`` lacks kernels.
     """
-    nvcc = _needs_gpu()
     if jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
+    nvcc = _needs_gpu()
     from runner.deep_gemm_wrapper.library_source import library_kernels, walker_environment
 
     def say(line: str) -> None:

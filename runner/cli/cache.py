@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,16 @@ from runner.jit.cache import KernelCache
 from runner.jit.describe import config_of_source, in_words
 from runner.jit.keys import CacheKeys
 from runner.jit.library import find_library
-from runner.jit.store.archive import merge_manifest
 from runner.jit.store.archive import pack as pack_cache
 from runner.jit.store.archive import unpack as unpack_archive
 from runner.jit.store.manifest import (
     Entry,
     Manifest,
+    check_target,
     describe_entry,
     locked,
+    merge_manifest,
     read_manifest,
-    write_manifest,
 )
 from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.jit.store.prune import prune as prune_entries
@@ -168,7 +170,7 @@ def _show(findings: list[Finding]) -> None:
 @cache.command()
 @click.argument("directory", type=_directory)
 @target_options
-@click.option("--to", type=_directory, help="Where the new entries go.  [default: DIRECTORY]")
+@click.option("--to", type=_directory, required=True, help="Where the new entries go.")
 @click.option(
     "--from-root",
     type=click.Path(path_type=Path),
@@ -179,21 +181,24 @@ def _show(findings: list[Finding]) -> None:
     "--from-cuda", metavar="X.Y", help="Without a manifest: the CUDA release that built it."
 )
 def relocate(
-    directory: Path, target_root: Path | None, cuda_version: str | None, to: Path | None,
+    directory: Path, target_root: Path | None, cuda_version: str | None, to: Path,
     from_root: Path | None, from_cuda: str | None,
 ) -> None:  # fmt: skip
-    """Make a cache hit at another install path or a newer compiler; the old entries stay."""
+    """Copy a cache so that it hits at another install path or with a newer compiler."""
     source = _existing(directory)
     if target_root is None:
         raise UserError("--target-root PATH is needed: where deep_gemm lies on that machine")
     manifest = _origin(source, from_root, from_cuda)
     release = cuda_version or manifest.signature.removeprefix("NVCC")
     keys = _keys(target_root, release)
-    target = KernelCache(to or directory)
+    if to.resolve() == directory.resolve():
+        raise UserError(f"--to {to} must be another directory: a cache is for one machine")
+    target = KernelCache(to)
     target.prepare()
-    with locked(target.root), progress("relocate") as shown:
+    with locked(to), progress("relocate") as shown:
+        check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
         result = relocate_cache(source, manifest, keys, target, progress=counting(shown))
-        _write_relocated(target, result.manifest, own=to is None)
+        merge_manifest(to, result.manifest)
     _show(result.refused)
     print(
         f"{result.placed} kernels placed in {target.root} for {target_root} and "
@@ -201,14 +206,6 @@ def relocate(
     )
     if result.refused:
         raise WorkFailedError(f"{len(result.refused)} entries could not be relocated")
-
-
-def _write_relocated(target: KernelCache, manifest: Manifest, *, own: bool) -> None:
-    """In the same directory the manifest now speaks for the new keys alone."""
-    if own:
-        write_manifest(target.root, manifest)
-    else:
-        merge_manifest(target.root, manifest)
 
 
 def _origin(source: KernelCache, from_root: Path | None, from_cuda: str | None) -> Manifest:
@@ -241,8 +238,7 @@ def pack(directory: Path, archive: Path) -> None:
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"{directory} has no manifest: build it with runner compile")
-    with locked(directory):
-        size = pack_cache(found, manifest, archive)
+    size = pack_cache(found, manifest, archive)
     print(f"{archive}: {len(manifest.entries)} kernels, {size / 1e6:.1f} MB")
 
 
@@ -276,10 +272,13 @@ def unpack(archive: Path, directory: Path) -> None:
 def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     """Remove kernels that no given plan needs."""
     found = _existing(directory)
-    wanted = {key for path in plan_paths for key in read_plan_file(path).keys}
-    with locked(directory):
+    plans = [read_plan_file(path) for path in plan_paths]
+    wanted = {key for plan in plans for key in plan.keys}
+    _check_same_machine(directory, plans)
+    # Without --yes nothing is written, not even a lock: the cache may be one that only is read.
+    with locked(directory) if yes else nullcontext():
         entries = superfluous(found, wanted)
-        kept = found.count() - len(entries)
+        kept = sum(path.name in wanted for path in found.entries())
         for path in entries:
             print(f"{'remove' if yes else 'would remove'} {path.name}")
         if yes:
@@ -290,6 +289,17 @@ def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
             print(
                 f"{len(entries)} kernels would go, {freed / 1e6:.1f} MB; {kept} stay "
                 "(--yes removes them)"
+            )
+
+
+def _check_same_machine(directory: Path, plans: list[PlanFile]) -> None:
+    """A plan for another machine needs none of these keys: it would remove them all."""
+    manifest = read_manifest(directory)
+    for plan in plans:
+        if manifest and (plan.signature, plan.flags) != (manifest.signature, manifest.flags):
+            raise UserError(
+                f"the plan of {plan.title} is for another machine than {directory}: make it with "
+                "the --target-root and --cuda-version that the cache was built with"
             )
 
 

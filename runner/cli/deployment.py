@@ -17,7 +17,7 @@ from runner.deployment import Deployment, plan_of
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.gemm_spec import gemm_demands
-from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.compiler import OLDEST_RELEASE, NvccCompiler, find_nvcc
 from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.keys import CacheKeys
 from runner.jit.library import Library, find_library
@@ -151,6 +151,10 @@ def find_target(target_root: Path | None, cuda_version: str | None) -> Target:
         UserError: a library that is not known, or a version that is none.
     """
     environ = Environ.read(os.environ)
+    if target_root is not None and not target_root.is_absolute():
+        raise UserError(f"--target-root {target_root} must be an absolute path: the key holds it")
+    if cuda_version is not None:
+        _check_release(cuda_version)
     library = find_library()
     if library is None:
         return Target(
@@ -161,16 +165,23 @@ def find_target(target_root: Path | None, cuda_version: str | None) -> Target:
     if signature is None:
         return Target(None, "there is no nvcc here: name the runner's with --cuda-version X.Y")
     root = library.root if target_root is None else target_root
-    if not root.is_absolute():
-        raise UserError(f"--target-root {root} must be an absolute path: it is part of the key")
     return Target(CacheKeys(library, root / "include", signature, environ), "")
 
 
 def _signature(cuda_version: str | None, library: Library, environ: Environ) -> str | None:
     if cuda_version is not None:
-        major, dot, minor = cuda_version.partition(".")
-        if not (dot and major.isdecimal() and minor.isdecimal() and int(major) >= 12):
-            raise UserError(f"--cuda-version {cuda_version!r} must be X.Y, such as 13.0")
-        return f"NVCC{int(major)}.{int(minor)}"
+        return "NVCC{}.{}".format(*_check_release(cuda_version))
     nvcc = find_nvcc(environ)
     return None if nvcc is None else NvccCompiler(nvcc, library, environ).signature
+
+
+def _check_release(text: str) -> tuple[int, int]:
+    """The numbers of ``X.Y``, which must be a release that the library's flags are made for."""
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise UserError(f"--cuda-version {text!r} must be X.Y, such as 13.0")
+    release = int(major), int(minor)
+    if release < OLDEST_RELEASE:
+        oldest = "{}.{}".format(*OLDEST_RELEASE)
+        raise UserError(f"--cuda-version {text} is too old: {oldest} or newer is needed")
+    return release

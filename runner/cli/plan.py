@@ -73,15 +73,22 @@ def plan(policy: str | None, hardware: str, source: str, check: bool, cache_dir:
     profile = load_profile(hardware)
     result = planned(values, environ)
     if source == "library" or check:
+        if policy is not None or target_root is not None or cuda_version is not None:
+            raise UserError(
+                "--policy, --target-root and --cuda-version do not go with --source library or "
+                "--check: the library here answers for itself"
+            )
         ask_library(result, check=check, cache_dir=cache_dir, jobs=jobs, json_path=json_path)
         return
+    target = (
+        find_target(target_root, cuda_version) if json_path or target_root or cuda_version else None
+    )
     covered = None
     if policy is not None:
         covered = coverage(WarmupPolicy(policy), _needs_model(result), result.plan)
     if str(json_path) != "-":
         _print(result, profile, covered)
-    if json_path is not None:
-        target = find_target(target_root, cuda_version)
+    if json_path is not None and target is not None:
         if target.keys is None:
             click.echo(f"cache keys are left out: {target.lacking}", err=True)
         data = plan_to_json(result.plan, target.keys)

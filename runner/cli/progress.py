@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _PLAIN_EVERY_SECONDS = 5.0
 
@@ -17,7 +17,7 @@ Show = Callable[[int, int, float], None]
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
     """Gives a function to be told how far work is; shows rate and time left on standard error."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield _Plain(what)
         return
     from rich.console import Console
@@ -51,11 +51,13 @@ class _Plain:
         self._last, self._ended = now, ends
         elapsed = max(1e-6, now - self._started)
         left = elapsed / fraction - elapsed if fraction else 0.0
-        print(
-            f"{self._what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Work must not end because nobody listens any more.
+        with suppress(OSError, ValueError):
+            print(
+                f"{self._what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def counting(show: Show) -> Callable[[int, int], None]:

@@ -28,7 +28,7 @@ from runner.watch import watch as run_watched
 _PROGRAM_LENGTH = 40
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
     "--forbid-after",
     metavar="SECONDS|FILE",

@@ -102,7 +102,7 @@ class KernelCache:
             self.entry(key).rename(away)
         except FileNotFoundError:
             return
-        if away.is_dir():
+        if away.is_dir() and not away.is_symlink():
             shutil.rmtree(away)
         else:
             away.unlink()

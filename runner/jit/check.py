@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import GemmShape, Plan
@@ -13,11 +13,13 @@ FirstM = Mapping[tuple[GemmShape, str], int]
 
 def planned_first_m(plan: Plan, keys: CacheKeys) -> dict[tuple[GemmShape, str], int]:
     """The plan in the form that the library's answers have."""
-    return {
-        (use.shape, keys.cache_key(item.kernel)): use.m_ranges[0][0]
-        for item in plan.kernels
-        for use in item.uses
-    }
+    found: dict[tuple[GemmShape, str], int] = {}
+    for item in plan.kernels:
+        key = keys.cache_key(item.kernel)
+        for use in item.uses:
+            m = use.m_ranges[0][0]
+            found[use.shape, key] = min(m, found.get((use.shape, key), m))
+    return found
 
 
 def differences(planned: FirstM, asked: FirstM) -> list[str]:
@@ -54,9 +56,3 @@ def _by_family(first: FirstM) -> dict[_Family, dict[str, int]]:
         keys = found.setdefault(family, {})
         keys[key] = min(m, keys.get(key, m))
     return found
-
-
-def unplanned(asked: FirstM, keys: Sequence[str]) -> list[str]:
-    """Keys that were asked for and are not among ``keys``."""
-    have = set(keys)
-    return sorted({key for _, key in asked if key not in have})

@@ -15,6 +15,9 @@ from runner.errors import UserError
 from runner.jit.keys import CacheKeys, nvcc_flags
 from runner.jit.library import Library
 
+OLDEST_RELEASE = (12, 9)
+"""Oldest nvcc whose flags are those that the library's current versions use."""
+
 
 class CompileError(Exception):
     """nvcc refused a kernel; the text holds the compiler's own words."""
@@ -48,7 +51,7 @@ class NvccCompiler:
         match = re.search(r"release (\d+)\.(\d+)", words)
         if not match:
             raise UserError(f"{self.nvcc} --version names no release: is it nvcc?")
-        if (int(match[1]), int(match[2])) < (12, 9):
+        if (int(match[1]), int(match[2])) < OLDEST_RELEASE:
             raise UserError(
                 f"{self.nvcc} is release {match[1]}.{match[2]}: 12.9 or newer is needed"
             )

@@ -16,16 +16,24 @@ def sections(cubin: bytes) -> dict[str, bytes]:
     """Content of each section by name.
 
     Raises:
-        NotACubinError: not ELF64, or cut short.
+        NotACubinError: not ELF64, cut short, or garbled.
     """
+    try:
+        return _sections(cubin)
+    except (ValueError, IndexError, struct.error):
+        raise NotACubinError("garbled") from None
+
+
+def _sections(cubin: bytes) -> dict[str, bytes]:
     if cubin[:6] != b"\x7fELF\x02\x01":
         raise NotACubinError("not an ELF64 file" if cubin else "empty")
     if len(cubin) < _HEADER_BYTES:
         raise NotACubinError(f"cut short: {len(cubin)} bytes")
-    (offset,) = struct.unpack_from("<Q", cubin, 0x28)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    if offset + size * count > len(cubin):
-        raise NotACubinError(f"cut short: {len(cubin)} bytes, its section table ends later")
+    programs, offset = struct.unpack_from("<QQ", cubin, 0x20)
+    program_size, program_count, size, count, names = struct.unpack_from("<HHHHH", cubin, 0x36)
+    ends = (offset + size * count, programs + program_size * program_count)
+    if max(ends) > len(cubin):
+        raise NotACubinError(f"cut short: {len(cubin)} bytes, its tables end later")
     headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * size) for i in range(count)]
     for _, kind, _, _, start, length in headers:
         if kind != _NOBITS and start + length > len(cubin):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import shutil
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.build.builder import Builder, Built, Way
+from runner.jit.build.scratch import scratch_folder
 from runner.jit.build.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
@@ -21,8 +21,13 @@ from runner.jit.cubin import NotACubinError, kernels_in
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan, PlannedKernel
 from runner.jit.plan_json import use_to_json
-from runner.jit.store.archive import merge_manifest
-from runner.jit.store.manifest import Manifest, describe_entry, locked
+from runner.jit.store.manifest import (
+    Manifest,
+    check_target,
+    describe_entry,
+    locked,
+    merge_manifest,
+)
 
 _TAG = "build-"
 
@@ -120,6 +125,7 @@ def prebuild(
 
 
 def _build(order: BuildOrder, progress: ShowProgress) -> BuildReport:
+    check_target(order.cache.root, _manifest(order, {}))
     _clear_leftovers(order.cache)
     started, cpu = time.monotonic(), _cpu_seconds()
     report = BuildReport(planned=len(order.plan.kernels))
@@ -127,23 +133,26 @@ def _build(order: BuildOrder, progress: ShowProgress) -> BuildReport:
     missing = [key for key in keyed if not _usable(order.cache, key, report)]
     report.present = len(keyed) - len(missing)
     try:
-        _build_missing(order, {key: keyed[key] for key in missing}, report, progress)
+        try:
+            _build_missing(order, {key: keyed[key] for key in missing}, report, progress)
+        finally:
+            merge_manifest(order.cache.root, _manifest(order, keyed))
     except OSError as error:
+        words = error.strerror or str(error) or type(error).__name__
         raise BuildStoppedError(
-            f"the build stopped after {report.built} of {len(missing)} kernels: "
-            f"{error.strerror or error}; what was built is kept, run it again to go on"
+            f"the build stopped after {report.built} of {len(missing)} kernels: {words}; what was "
+            "built is kept, run it again to go on"
         ) from None
-    finally:
-        _write_manifest(order, keyed)
-        report.wall_seconds = time.monotonic() - started
-        report.cpu_seconds = _cpu_seconds() - cpu
+    report.wall_seconds = time.monotonic() - started
+    report.cpu_seconds = _cpu_seconds() - cpu
     return report
 
 
 def _clear_leftovers(cache: KernelCache) -> None:
     """Temporary folders of builders that were killed: whoever holds the lock has no rivals."""
-    for path in (cache.root / "tmp").glob(f"{_TAG}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (f"{_TAG}*", "discarded-*"):
+        for path in (cache.root / "tmp").glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _usable(cache: KernelCache, key: str, report: BuildReport) -> bool:
@@ -152,7 +161,8 @@ def _usable(cache: KernelCache, key: str, report: BuildReport) -> bool:
     if not entry.exists():
         return False
     try:
-        if (entry / "kernel.cu").is_file() and kernels_in((entry / "kernel.cubin").read_bytes()):
+        kernels = kernels_in((entry / "kernel.cubin").read_bytes())
+        if (entry / "kernel.cu").is_file() and len(kernels) == 1:
             return True
     except (OSError, NotACubinError):
         pass
@@ -180,9 +190,9 @@ def _build_missing(
         with guard:
             progress(report.built + len(report.failed), len(jobs), done / max(done, expected))
 
-    with tempfile.TemporaryDirectory(prefix="deepgemm-build-") as scratch:
+    with scratch_folder() as scratch:
         builder = Builder(
-            order.compiler, Path(scratch).resolve(), order.jobs, order.environment, take,
+            order.compiler, scratch, order.jobs, order.environment, take,
             order.fast, step,
         )  # fmt: skip
         builder.build(jobs)
@@ -204,27 +214,23 @@ def _writer(cubin: bytes) -> Callable[[Path, Path, Path], None]:
     return write
 
 
-def _write_manifest(order: BuildOrder, keyed: Mapping[str, PlannedKernel]) -> None:
-    """Name every planned kernel that is there, whoever built it."""
-    entries = {
-        key: describe_entry(
-            order.cache.entry(key), item.kernel.name, [use_to_json(use) for use in item.uses]
-        )
-        for key, item in keyed.items()
-        if order.cache.entry(key).is_dir()
-    }
+def _manifest(order: BuildOrder, keyed: Mapping[str, PlannedKernel]) -> Manifest:
+    """A manifest that names every given kernel that is there, whoever built it."""
     rules = order.plan.rules
-    merge_manifest(
-        order.cache.root,
-        Manifest(
-            library=f"sgl-deep-gemm {rules.library_version}",
-            arch=rules.arch,
-            signature=order.keys.signature,
-            flags=order.keys.flags,
-            built_with=order.compiler.signature,
-            plans=[order.title],
-            entries=entries,
-        ),
+    return Manifest(
+        library=f"sgl-deep-gemm {rules.library_version}",
+        arch=rules.arch,
+        signature=order.keys.signature,
+        flags=order.keys.flags,
+        built_with=order.compiler.signature,
+        plans=[order.title],
+        entries={
+            key: describe_entry(
+                order.cache.entry(key), item.kernel.name, [use_to_json(use) for use in item.uses]
+            )
+            for key, item in keyed.items()
+            if order.cache.entry(key).is_dir()
+        },
     )
 
 

@@ -37,14 +37,9 @@ done
 start=$(date +%s.%N)
 record="$log/$start-$$"
 describe() {{
-    echo "start $start"
-    echo "end $1"
-    echo "rank ${{RANK:--1}}"
-    echo "pid $asker"
-    echo "command $(tr '\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
-    echo "exit $2"
-    echo "output $output"
-    echo
+    printf '%s\n' "start $start" "end $1" "rank ${{RANK:--1}}" "pid $asker" "exit $2"
+    printf '%s\n' "command $(tr '\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
+    printf '%s\n\n' "output $output"
     cat "$source"
 }}
 describe 0 -1 >"$record.tmp" && mv "$record.tmp" "$record.running"
@@ -128,9 +123,13 @@ def write_shim(
     return path
 
 
+FINISHED = "*.compile"
+"""Pattern of the records of finished compiles; their names sort by start."""
+
+
 def read_records(log_dir: Path) -> list[CompileRecord]:
     """Finished compiles in order of their start."""
-    return _read(log_dir, "*.compile")
+    return _read(log_dir, FINISHED)
 
 
 def read_unfinished(log_dir: Path) -> list[CompileRecord]:
@@ -139,17 +138,18 @@ def read_unfinished(log_dir: Path) -> list[CompileRecord]:
 
 
 def _read(log_dir: Path, pattern: str) -> list[CompileRecord]:
-    records = [_read_record(path) for path in log_dir.glob(pattern)]
+    records = [read_record(path) for path in log_dir.glob(pattern)]
     return sorted(records, key=lambda record: (record.start, record.pid))
 
 
-def _read_record(path: Path) -> CompileRecord:
-    head, _, source = path.read_text().partition("\n\n")
+def read_record(path: Path) -> CompileRecord:
+    """One record."""
+    head, _, source = path.read_text(errors="replace").partition("\n\n")
     values = dict(line.partition(" ")[::2] for line in head.splitlines())
     return CompileRecord(
         start=float(values["start"]),
         end=float(values["end"]),
-        rank=int(values["rank"]),
+        rank=int(values["rank"]) if values["rank"].isdecimal() else -1,
         pid=int(values["pid"]),
         exit_code=int(values["exit"]),
         source=source,

@@ -15,7 +15,8 @@ def _section(name: int, kind: int, flags: int, offset: int, size: int) -> bytes:
 def tiny_cubin(code: bytes, name: str = "kernel") -> bytes:
     """An ELF64 little-endian file with ``code`` in a section ``.text.<name>``.
 
-    The section table comes last, as nvcc puts it, so that each shorter file is a truncated one.
+    The section table comes last, so that each shorter file is a truncated one. nvcc puts program
+    headers behind it; here are none.
     """
     text = f".text.{name}".encode()
     names = b"\0.shstrtab\0" + text + b"\0"

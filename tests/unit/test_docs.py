@@ -23,7 +23,7 @@ PLANS = {
     "plan-fast": ["plan", "--policy", "fast"],
 }
 TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
-MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KB")
+MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KB|[0-9a-f]{32}")
 BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n```", re.DOTALL)
 
 
@@ -100,7 +100,7 @@ def transcripts() -> list[tuple[str, str]]:
 
 
 def masked(text: str) -> str:
-    """Without what a machine decides: seconds and sizes."""
+    """Without what a machine decides: seconds, sizes and keys."""
     lines = (line.rstrip() for line in MEASURED_NUMBER.sub("N", text).splitlines())
     return "\n".join(line for line in lines if line)
 

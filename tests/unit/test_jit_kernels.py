@@ -1,8 +1,6 @@
 """Which kernel a call needs: against measurements on an H200, and source by source."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,8 @@ from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
 from runner.jit.library import Library
+from tests.measured import MEASURED, TYPES
 
-MEASURED = [
-    json.loads(line)
-    for line in (Path(__file__).parents[1] / "data" / "h200_dsv4flash_tp2.jsonl")
-    .read_text()
-    .splitlines()
-]
-TYPES = {
-    "bf16f32": T.GEMM_NT_BF16BF16F32,
-    "hc": T.TF32_HC_PRENORM_GEMM,
-    "contig": T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
-    "masked": T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-    "fp8": T.GEMM_NT_F8F8BF16,
-}
 NUM_SMS = 132
 
 

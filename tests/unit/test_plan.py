@@ -1,9 +1,7 @@
 """The planner: against measurements, against the rule M by M, and its own arithmetic."""
 
-import json
 import struct
 from bisect import bisect_left
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,24 +18,11 @@ from runner.jit.kernels import kernels_of
 from runner.jit.plan import Demand, GemmShape, kernel_ranges, make_plan, union
 from runner.jit.plan_json import plan_to_json
 from runner.jit.rules import KNOWN_RULES, rules_for
-
-MEASURED = [
-    json.loads(line)
-    for line in (Path(__file__).parents[1] / "data" / "h200_dsv4flash_tp2.jsonl")
-    .read_text()
-    .splitlines()
-]
-TYPES = {
-    "bf16f32": "gemm_nt_bf16bf16f32",
-    "hc": "tf32_hc_prenorm_gemm",
-    "contig": "grouped_gemm_nt_f8f8bf16_contig",
-    "masked": "grouped_gemm_nt_f8f8bf16_masked",
-    "fp8": "gemm_nt_f8f8bf16",
-}
+from tests.measured import MEASURED, TYPES
 
 
 def spec_of(shape: dict[str, Any], *, groups: bool) -> str:
-    text = f"{TYPES[shape['kind']]}:{shape['n']}:{shape['k']}"
+    text = f"{TYPES[shape['kind']].name.lower()}:{shape['n']}:{shape['k']}"
     return f"{text}:{shape['g']}" if groups or shape["g"] > 1 else text
 
 

@@ -89,11 +89,13 @@ class Builder:
 
     def build(self, jobs: Sequence[Job]) -> None:
         """Build every job once; each outcome goes to ``on_built``."""
+        if not jobs:
+            return
         self._pool = Pool(self.workers, self.on_step)
         stages, why_not = self._stages()
         if stages is None:
             self._queue_all_plain(jobs, why_not)
-        elif jobs:
+        else:
             self._queue_headers(stages, cut_units(jobs, self.workers))
         self._pool.drain()
 
@@ -131,7 +133,7 @@ class Builder:
         try:
             stages.run(stages.preprocess, folder)
             self.on_shared(f"preprocess {units[0][0].kernel.header}", started, time.time())
-        except StageError as error:
+        except UnusualError as error:
             for unit in units:
                 self._queue_all_plain(unit, str(error))
             return
@@ -219,7 +221,10 @@ class Builder:
         started = time.time()
         try:
             self.compiler.compile(source, cubin, folder)
+            made = cubin.read_bytes()
         except CompileError as error:
             self.on_built(Built(job, None, Way.PLAIN, started, str(error)))
-            return
-        self.on_built(Built(job, cubin.read_bytes(), Way.PLAIN, started, reason))
+        except FileNotFoundError:
+            self.on_built(Built(job, None, Way.PLAIN, started, "nvcc wrote no cubin"))
+        else:
+            self.on_built(Built(job, made, Way.PLAIN, started, reason))

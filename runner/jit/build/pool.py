@@ -69,13 +69,13 @@ class Pool:
             seconds, task = item
             try:
                 task()
+                self._on_step(self._done + seconds, self._expected)
             except BaseException as error:  # it is raised again by drain
                 self._stop(error)
             with self._changed:
                 self._open -= 1
                 self._done += seconds
                 self._changed.notify_all()
-            self._on_step(self._done, self._expected)
 
     def _next(self) -> tuple[float, Callable[[], None]] | None:
         with self._changed:

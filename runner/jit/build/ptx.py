@@ -39,7 +39,7 @@ def split_ptx(ptx: str) -> dict[str, str]:
         raise UnusualError("PTX with two entries of one name")
     head = [(line, _declared(line)) for line in ptx[: bounds[0]].splitlines()]
     names = {name for _, name in head if name}
-    used = {entry: {name for name in names if name in body} for entry, body in bodies.items()}
+    used = {entry: {name for name in names if _names(body, name)} for entry, body in bodies.items()}
     by_any = set().union(*used.values())
     return {
         entry: "\n".join(
@@ -48,6 +48,11 @@ def split_ptx(ptx: str) -> dict[str, str]:
         + f"\n\n{body}"
         for entry, body in bodies.items()
     }
+
+
+def _names(body: str, name: str) -> bool:
+    """Whether the text names the variable, and not only one that begins or ends alike."""
+    return re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", body) is not None
 
 
 def _declared(line: str) -> str:

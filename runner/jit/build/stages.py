@@ -46,14 +46,19 @@ class Stages:
 
         Raises:
             StageError: it failed.
+            UnusualError: it cannot be run.
         """
         here = [word.replace(self.folder, str(folder)) for word in stage]
-        done = subprocess.run(
-            here, capture_output=True, text=True, cwd=folder, env=self.environment, check=False
-        )
+        program = Path(here[0]).name
+        try:
+            done = subprocess.run(
+                here, capture_output=True, text=True, cwd=folder, env=self.environment, check=False
+            )
+        except OSError as error:
+            raise UnusualError(f"{program}: {error.strerror}") from None
         if done.returncode:
-            words = (done.stderr or done.stdout).strip()
-            raise StageError(f"{Path(here[0]).name}: {words}")
+            words = (done.stderr or done.stdout).strip() or f"exit {done.returncode}"
+            raise StageError(f"{program}: {words}")
 
 
 def ask_stages(
@@ -67,6 +72,13 @@ def ask_stages(
     """
     if {"-lineinfo", "-G", "-g"} & set(flags):
         raise UnusualError("the flags keep line numbers")
+    try:
+        return _ask(nvcc.absolute(), flags, scratch, environment)
+    except ValueError as error:
+        raise UnusualError(f"nvcc --dryrun cannot be read: {error}") from None
+
+
+def _ask(nvcc: Path, flags: Sequence[str], scratch: Path, environment: Mapping[str, str]) -> Stages:
     folder = scratch / "stages"
     folder.mkdir(parents=True)
     (folder / "kernel.cu").touch()
@@ -102,7 +114,8 @@ def _dry_run(
         env={**environment, "TMPDIR": str(folder)},
     )  # fmt: skip
     if done.returncode:
-        raise UnusualError(f"nvcc --dryrun: {done.stderr.strip()}")
+        words = done.stderr.strip() or f"exit {done.returncode}"
+        raise UnusualError(f"nvcc --dryrun: {words}")
     commands: list[_Argv] = []
     variables: dict[str, str] = {}
     for line in done.stderr.splitlines():

@@ -7,17 +7,20 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.store.manifest import (
     Manifest,
+    check_target,
+    describe_entry,
     manifest_text,
-    read_manifest,
+    parse_manifest,
     sha256,
-    write_manifest,
 )
 
 _MEMBER = re.compile(r"cache/(kernel\.\w+\.[0-9a-f]{32})/(kernel\.cu|kernel\.cubin)")
@@ -30,29 +33,41 @@ def pack(cache: KernelCache, manifest: Manifest, archive: Path) -> int:
     Names are sorted; times, owners and modes are constants; the file appears whole.
 
     Raises:
-        UserError: an entry of the manifest is missing, or the archive cannot be written.
+        UserError: an entry of the manifest is missing or not what was built, or the archive cannot
+            be written.
     """
+    _check_complete(cache, manifest)
+    temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
+    try:
+        try:
+            with (
+                temporary.open("wb") as raw,
+                gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+                tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+            ):
+                for name, data in _members(cache, manifest):
+                    tar.addfile(_info(name, len(data)), io.BytesIO(data))
+            temporary.rename(archive)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return archive.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot write {archive}: {error.strerror}") from None
+
+
+def _check_complete(cache: KernelCache, manifest: Manifest) -> None:
     missing = [key for key in manifest.entries if not cache.has(key)]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(manifest.entries)} kernels of the manifest are missing in "
             f"{cache.root}, {missing[0]} among them: build them first (runner compile)"
         )
-    temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
-    try:
-        with (
-            temporary.open("wb") as raw,
-            gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
-        ):
-            for name, data in _members(cache, manifest):
-                tar.addfile(_info(name, len(data)), io.BytesIO(data))
-        temporary.rename(archive)
-    except OSError as error:
-        raise UserError(f"cannot write {archive}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return archive.stat().st_size
+    for key, entry in manifest.entries.items():
+        now = describe_entry(cache.entry(key), entry.name, entry.uses)
+        if now != entry:
+            raise UserError(
+                f"{cache.entry(key)} is not what was built: runner cache verify {cache.root}"
+            )
 
 
 def _members(cache: KernelCache, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
@@ -77,16 +92,17 @@ def unpack(
     """Place the archive's entries in a cache; entries that are there stay as they are.
 
     Returns:
-        The archive's manifest and how many entries were placed.
+        The manifest of the archive's entries as they now are in the cache, and how many of them
+        were placed.
 
     Raises:
-        UserError: not such an archive, or an entry that differs from the archive's manifest;
-            entries placed before it stay, each of them whole.
+        UserError: not such an archive, an entry that differs from the archive's manifest, or a
+            cache of another machine. Entries placed before the error stay, each of them whole.
     """
     try:
         with tarfile.open(archive, "r:gz") as tar:
             return _unpack(tar, archive, cache, progress)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {archive}: {error}") from None
 
 
@@ -96,48 +112,59 @@ def _unpack(
     first = tar.next()
     if first is None or first.name != "manifest.json":
         raise UserError(f"{archive} is not a packed cache: manifest.json must come first")
-    manifest = _manifest_of(_read(tar, first, archive), cache)
-    sources: dict[str, str] = {}
-    placed = number = 0
-    while member := tar.next():
-        match = _MEMBER.fullmatch(member.name)
-        if not match or match[1] not in manifest.entries:
-            raise UserError(f"{archive} holds {member.name}, which its manifest does not name")
-        key, file = match[1], match[2]
-        data = _read(tar, member, archive)
-        entry = manifest.entries[key]
-        digest = entry.source_sha256 if file == "kernel.cu" else entry.cubin_sha256
-        if sha256(data) != digest:
-            raise UserError(f"{archive}: {member.name} is not what its manifest names")
-        if file == "kernel.cu":
-            sources[key] = data.decode()
-            continue
-        number += 1
+    manifest = parse_manifest(_read(tar, first, archive), f"manifest.json of {archive}")
+    check_target(cache.root, manifest)
+    placed = 0
+    seen: set[str] = set()
+    for key, source, cubin in _entries(tar, archive, manifest):
+        seen.add(key)
         if not cache.has(key):
-            placed += cache.add(key, sources[key], _writer(data))
-        progress(number, len(manifest.entries))
-    lacking = [key for key in manifest.entries if not cache.has(key)]
+            placed += cache.add(key, source, _writer(cubin))
+        progress(len(seen), len(manifest.entries))
+    lacking = len(manifest.entries) - len(seen)
     if lacking:
-        raise UserError(f"{archive} lacks {len(lacking)} kernels that its manifest names")
-    return manifest, placed
+        raise UserError(f"{archive} lacks {lacking} kernels that its manifest names")
+    entries = {
+        key: describe_entry(cache.entry(key), entry.name, entry.uses)
+        for key, entry in manifest.entries.items()
+    }
+    return replace(manifest, entries=entries), placed
 
 
-def _manifest_of(data: bytes, cache: KernelCache) -> Manifest:
-    """Read a manifest out of an archive by way of a folder of its own."""
-    folder = cache.root / "tmp" / f"manifest-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        (folder / "manifest.json").write_bytes(data)
-        manifest = read_manifest(folder)
-        assert manifest is not None
-        return manifest
-    finally:
-        (folder / "manifest.json").unlink(missing_ok=True)
-        folder.rmdir()
+def _entries(
+    tar: tarfile.TarFile, archive: Path, manifest: Manifest
+) -> Iterator[tuple[str, str, bytes]]:
+    """(key, source, cubin) of each entry, whose two files follow each other."""
+    while member := tar.next():
+        key = _key_of(member, "kernel.cu", archive, manifest)
+        source = _checked(tar, member, archive, manifest.entries[key].source_sha256)
+        following = tar.next()
+        if following is None or _key_of(following, "kernel.cubin", archive, manifest) != key:
+            raise UserError(f"{archive}: kernel.cubin of {key} must follow its kernel.cu")
+        cubin = _checked(tar, following, archive, manifest.entries[key].cubin_sha256)
+        yield key, source.decode(), cubin
+
+
+def _key_of(member: tarfile.TarInfo, file: str, archive: Path, manifest: Manifest) -> str:
+    match = _MEMBER.fullmatch(member.name)
+    if not match or match[1] not in manifest.entries:
+        raise UserError(f"{archive} holds {member.name}, which its manifest does not name")
+    if match[2] != file:
+        raise UserError(f"{archive}: {member.name} where {file} was expected")
+    return match[1]
+
+
+def _checked(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path, digest: str) -> bytes:
+    data = _read(tar, member, archive)
+    if sha256(data) != digest:
+        raise UserError(f"{archive}: {member.name} is not what its manifest names")
+    return data
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path) -> bytes:
-    file = tar.extractfile(member) if member.isreg() and member.size <= _LARGEST_FILE else None
+    if member.size > _LARGEST_FILE:
+        raise UserError(f"{archive}: {member.name} is larger than {_LARGEST_FILE >> 20} MiB")
+    file = tar.extractfile(member) if member.isreg() else None
     if file is None:
         raise UserError(f"{archive}: {member.name} is not a plain file")
     return file.read()
@@ -148,22 +175,3 @@ def _writer(data: bytes) -> Callable[[Path, Path, Path], None]:
         target.write_bytes(data)
 
     return write
-
-
-def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
-    """Add to a cache's manifest; the caller holds the lock.
-
-    Raises:
-        UserError: the cache was built for another machine.
-    """
-    older = read_manifest(cache_dir)
-    merged = newer
-    if older is not None and older.entries:
-        if not older.same_target(newer):
-            raise UserError(
-                f"{cache_dir} was built for another machine ({older.signature}, "
-                f"{older.library}, other flags or path): use another directory"
-            )
-        merged = older.merged(newer)
-    write_manifest(cache_dir, merged)
-    return merged

@@ -102,17 +102,55 @@ def read_manifest(cache_dir: Path) -> Manifest | None:
     """
     path = cache_dir / _NAME
     try:
-        data = json.loads(path.read_text())
-        entries = {key: Entry(**entry) for key, entry in data.pop("entries").items()}
-        if data.pop("version") != 1:
-            raise ValueError("unknown version")
-        return Manifest(**data, entries=entries)
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """A manifest from its JSON; ``where`` names it in the error.
+
+    Raises:
+        UserError: not a manifest.
+    """
+    try:
+        data = json.loads(text)
+        entries = {key: Entry(**entry) for key, entry in data.pop("entries").items()}
+        if data.pop("version") != 1:
+            raise ValueError("unknown version")
+        manifest = Manifest(**data, entries=entries)
+        _check_types(manifest)
+        return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest: {error!r}") from None
+        raise UserError(f"{where} is not a manifest: {error!r}") from None
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise TypeError where a field is of another type than it says."""
+    names = (manifest.library, manifest.arch, manifest.signature, manifest.flags)
+    words = [*names, manifest.built_with, *manifest.plans]
+    for entry in manifest.entries.values():
+        words += [entry.name, entry.source_sha256, entry.cubin_sha256]
+        if not isinstance(entry.cubin_bytes, int):
+            raise TypeError("cubin_bytes must be a number")
+        check_uses(entry.uses)
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError("text expected")
+
+
+def check_uses(uses: object) -> None:
+    """Raise TypeError or KeyError where ``uses`` is not what ``use_to_json`` writes."""
+    if not isinstance(uses, list):
+        raise TypeError("uses must be a list")
+    for use in uses:
+        numbers = [use[name] for name in ("n", "k", "num_groups")]
+        numbers += [m for first, last in use["m_ranges"] for m in (first, last)]
+        if not all(isinstance(number, int) for number in numbers):
+            raise TypeError("whole numbers expected")
+        if not isinstance(use["type"], str) or not use["m_ranges"]:
+            raise TypeError("a use needs a type and ranges")
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -135,13 +173,47 @@ def write_manifest(cache_dir: Path, manifest: Manifest) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_target(cache_dir: Path, newer: Manifest) -> None:
+    """Refuse to mix kernels of two machines in one cache.
+
+    Raises:
+        UserError: the cache was built for another machine.
+    """
+    older = read_manifest(cache_dir)
+    if older is not None and older.entries and not older.same_target(newer):
+        raise UserError(
+            f"{cache_dir} was built for another machine ({older.signature}, {older.library}, "
+            "other flags or path): use another directory"
+        )
+
+
+def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
+    """Add to a cache's manifest; the caller holds the lock.
+
+    Raises:
+        UserError: the cache was built for another machine.
+    """
+    check_target(cache_dir, newer)
+    older = read_manifest(cache_dir)
+    merged = older.merged(newer) if older is not None and older.entries else newer
+    write_manifest(cache_dir, merged)
+    return merged
+
+
 @contextmanager
 def locked(cache_dir: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the cache's lock among builders; gives False where ``wait`` is off and it is taken.
 
     The lock goes with its holder, however that ends. The library itself does not take it.
+
+    Raises:
+        UserError: the directory cannot be written.
     """
-    with (cache_dir / ".lock").open("w") as file:
+    try:
+        file = (cache_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot lock {cache_dir}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

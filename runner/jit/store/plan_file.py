@@ -10,6 +10,7 @@ from typing import Any
 
 from runner.errors import UserError
 from runner.jit.describe import Config
+from runner.jit.store.manifest import check_uses
 
 _SHOWN = 3
 
@@ -65,6 +66,8 @@ def read_plan_file(path: Path) -> PlanFile:
             {name: item[name] for name in ("name", "cache_key", "config", "uses")}
             for item in data["kernels"]
         ]
+        for item in kernels:
+            check_uses(item["uses"])
         return PlanFile(data["for"], data.get("signature"), data.get("flags"), kernels)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -76,7 +79,8 @@ def uses_in_words(uses: Sequence[dict[str, Any]]) -> str:
     """``gemm_nt_f8f8bf16:4096:1024 M 1..16; ...``, a few of them."""
     words = [_use_in_words(use) for use in uses[:_SHOWN]]
     more = len(uses) - _SHOWN
-    return "; ".join([*words, f"and {more} more GEMMs"] if more > 0 else words)
+    noun = "GEMM" if more == 1 else "GEMMs"
+    return "; ".join([*words, f"and {more} more {noun}"] if more > 0 else words)
 
 
 def _use_in_words(use: dict[str, Any]) -> str:

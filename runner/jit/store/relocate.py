@@ -47,7 +47,7 @@ def relocate(
         source: where the entries are; left as it is.
         manifest: what ``source`` was built for.
         keys: the machine that will run; its library holds the headers to compare with.
-        target: where they go; may be ``source`` itself.
+        target: where they go; another directory than ``source``.
         progress: told (done, of how many).
 
     Raises:
@@ -55,8 +55,8 @@ def relocate(
     """
     _check_release(manifest.built_with, keys.signature)
     held = Expectation(
-        wanted=(), known=manifest.entries, signature=manifest.signature, flags=manifest.flags,
-        library=keys.library, manifest=manifest,
+        wanted=manifest.entries, known=manifest.entries, signature=manifest.signature,
+        flags=manifest.flags, library=keys.library, manifest=manifest,
     )  # fmt: skip
     findings = verify(source, held)
     unsound = {finding.key for finding in findings}

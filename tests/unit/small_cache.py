@@ -1,0 +1,89 @@
+"""Small caches made by hand: sources and keys as the library makes them, tiny cubins."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.environ import Environ
+from runner.gemm_spec import gemm_demands
+from runner.jit.cache import KernelCache
+from runner.jit.keys import CacheKeys
+from runner.jit.library import Library
+from runner.jit.plan import Plan, PlannedKernel, make_plan
+from runner.jit.plan_json import use_to_json
+from runner.jit.store.manifest import Manifest, describe_entry, write_manifest
+from tests.unit.elf import tiny_cubin
+
+GEMM = "gemm_nt_f8f8bf16:4096:1024"
+ENTRY_BYTES = 20 << 10
+INCLUDE = Path("/srv/deep_gemm/include")
+
+
+def small_plan(max_m: int = 64) -> Plan:
+    """Up to M 64: a transpose and three GEMM kernels, for M 1..16, 17..32 and 33..64."""
+    return make_plan(gemm_demands(GEMM, max_m=max_m, num_sms=132))
+
+
+def small_library(root: Path, text: str = "int a;\n") -> Library:
+    """A library with every header that the small plan includes, ``text`` in each."""
+    for item in small_plan().kernels:
+        path = root / "include" / item.kernel.header
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Library(root)
+
+
+def keys_for(
+    library: Library, include_path: Path = INCLUDE, signature: str = "NVCC13.0"
+) -> CacheKeys:
+    """Keys of a machine whose environment sets nothing."""
+    return CacheKeys(library, include_path, signature, Environ())
+
+
+def cubin_for(source: str) -> bytes:
+    """A cubin of its own for each source, such that an entry holds ``ENTRY_BYTES``."""
+    length = ENTRY_BYTES - len(source) - len(tiny_cubin(b""))
+    return tiny_cubin((hashlib.sha256(source.encode()).digest() * ENTRY_BYTES)[:length])
+
+
+def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
+    """Place a kernel and tell its key."""
+    key, source = keys.cache_key(item.kernel), keys.source(item.kernel)
+
+    def build(_source: Path, cubin: Path, _work_dir: Path) -> None:
+        cubin.write_bytes(cubin_for(source))
+
+    assert cache.add(key, source, build)
+    return key
+
+
+def manifest_for(keys: CacheKeys, title: str = "small") -> Manifest:
+    """A manifest without entries, for the machine of ``keys``."""
+    return Manifest(
+        library="sgl-deep-gemm 0.1.4.post1", arch="sm_90a", signature=keys.signature,
+        flags=keys.flags, built_with="NVCC13.0", plans=[title],
+    )  # fmt: skip
+
+
+def fill(
+    root: Path, keys: CacheKeys, items: Sequence[PlannedKernel] | None = None
+) -> tuple[KernelCache, Manifest]:
+    """Make a cache of planned kernels (the small plan's) with its manifest."""
+    cache, manifest = KernelCache(root), manifest_for(keys)
+    entries = {}
+    for item in small_plan().kernels if items is None else items:
+        key = add(cache, keys, item)
+        uses = [use_to_json(use) for use in item.uses]
+        entries[key] = describe_entry(cache.entry(key), item.kernel.name, uses)
+    manifest = Manifest(**{**vars(manifest), "entries": entries})
+    write_manifest(root, manifest)
+    return cache, manifest
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file below a folder but the lock."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
