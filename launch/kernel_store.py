@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from runner.coverage import node_coverage
 from runner.errors import UserError
-from runner.jit.build.builder import Builder, Built
-from runner.jit.build.scratch import scratch_folder
-from runner.jit.build.unit import Job
+from runner.jit.builder.build import Builder, Built
+from runner.jit.builder.scratch import scratch_folder
+from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler
 from runner.jit.kernels import Kernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.jit.build.costs import expected_assemble_seconds, front_end_seconds
+from runner.jit.builder.costs import expected_assemble_seconds, front_end_seconds
 from runner.jit.kernels import Kernel
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.jit.build.cut import cut_units, expected_schedule
-from runner.jit.build.unit import Job
+from runner.jit.builder.cut import cut_units, expected_schedule
+from runner.jit.builder.unit import Job
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
@@ -69,7 +69,7 @@ class Profile:
         compile_by_name: mean seconds by template, where the tile is not listed.
         compile_default: mean seconds over everything measured, where the template is not listed.
         build_scale: this machine's builder against the expectation of
-            :mod:`runner.jit.build.costs`, all cores at work.
+            :mod:`runner.jit.builder.costs`, all cores at work.
         build_start: seconds of a build before the first front end.
         verify: seconds to find one compiled kernel whole on disk.
         load: seconds to load one compiled kernel.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import UserError
-from runner.jit.build.builder import Builder, Built, Way
-from runner.jit.build.scratch import scratch_folder
-from runner.jit.build.unit import Job
+from runner.jit.builder.build import Builder, Built, Way
+from runner.jit.builder.scratch import scratch_folder
+from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import NotACubinError, kernels_in

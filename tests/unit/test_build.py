@@ -18,20 +18,20 @@ from hypothesis import strategies as st
 
 from runner.environ import Environ
 from runner.gemm_spec import gemm_demands
-from runner.jit.build import costs
-from runner.jit.build.builder import Builder, Built, Way
-from runner.jit.build.cut import (
+from runner.jit.builder import costs
+from runner.jit.builder.build import Builder, Built, Way
+from runner.jit.builder.cut import (
     cut_units,
     expected_schedule,
     makespan,
     to_end_seconds,
     unit_seconds,
 )
-from runner.jit.build.pool import Pool
-from runner.jit.build.ptx import split_ptx
-from runner.jit.build.scratch import scratch_folder
-from runner.jit.build.stages import StageError, Stages, UnusualError, ask_stages
-from runner.jit.build.unit import Job, entry_signature, match_entries, signature, unit_text
+from runner.jit.builder.pool import Pool
+from runner.jit.builder.ptx import split_ptx
+from runner.jit.builder.scratch import scratch_folder
+from runner.jit.builder.stages import StageError, Stages, UnusualError, ask_stages
+from runner.jit.builder.unit import Job, entry_signature, match_entries, signature, unit_text
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import kernels_in
 from runner.jit.kernel_type import DeepGemmKernelType as T

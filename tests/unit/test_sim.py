@@ -14,8 +14,8 @@ from runner.cli import cli
 from runner.cli.guard import run_guarded
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
-from runner.jit.build.cut import cut_units, makespan
-from runner.jit.build.unit import Job
+from runner.jit.builder.cut import cut_units, makespan
+from runner.jit.builder.unit import Job
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import kernels_of

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from runner.jit.build.costs import (
+from runner.jit.builder.costs import (
     PREPROCESS_SECONDS,
     assemble_seconds,
     expected_assemble_seconds,
     plain_seconds,
 )
-from runner.jit.build.cut import Unit, cut_units, to_end_seconds, unit_seconds
-from runner.jit.build.pool import Pool
-from runner.jit.build.ptx import split_ptx
-from runner.jit.build.stages import StageError, Stages, UnusualError, ask_stages
-from runner.jit.build.unit import Job, match_entries, unit_text
+from runner.jit.builder.cut import Unit, cut_units, to_end_seconds, unit_seconds
+from runner.jit.builder.pool import Pool
+from runner.jit.builder.ptx import split_ptx
+from runner.jit.builder.stages import StageError, Stages, UnusualError, ask_stages
+from runner.jit.builder.unit import Job, match_entries, unit_text
 from runner.jit.compiler import CompileError, NvccCompiler
 from runner.jit.cubin import NotACubinError, kernels_in
 

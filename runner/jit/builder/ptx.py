@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from runner.jit.build.stages import UnusualError
+from runner.jit.builder.stages import UnusualError
 
 _ENTRY = re.compile(r"^(?:\.(?:visible|weak) )*\.entry ([\w$]+)\(", re.MULTILINE)
 _NOT_AN_ENTRYS_OWN = re.compile(

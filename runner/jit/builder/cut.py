@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from runner.jit.build.costs import (
+from runner.jit.builder.costs import (
     expected_assemble_seconds,
     front_end_seconds,
     header_seconds,
 )
-from runner.jit.build.unit import Job, Signature, signature
+from runner.jit.builder.unit import Job, Signature, signature
 from runner.jit.kernels import Kernel
 
 Unit = list[Job]

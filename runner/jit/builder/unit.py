@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from runner.jit.build.stages import UnusualError
+from runner.jit.builder.stages import UnusualError
 from runner.jit.kernels import Kernel
 
 _FUNCTION = "__instantiate_kernel"
