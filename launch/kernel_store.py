@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -80,17 +79,9 @@ class NodeKernels:
     def _take(self, built: Built) -> None:
         if built.cubin is None:
             raise CompileError(f"{built.job.kernel.name}: {built.words}")
-        self._place(built.job.key, (built.job.source, built.cubin))
+        self.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
         name = built.job.kernel.name
         self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
-
-    def _place(self, key: str, entry: Entry) -> None:
-        source, cubin = entry
-
-        def write(source_path: Path, cubin_path: Path, work_dir: Path) -> None:
-            cubin_path.write_bytes(cubin)
-
-        self.cache.add(key, source, write, tag=_TAG)
 
     def exchange(self) -> None:
         """Wait for everyone; then leaders hand each other what their caches lack.
@@ -122,7 +113,7 @@ class NodeKernels:
             dist.broadcast_object_list(box, src=leader, group=group)
             for key, entry in zip(keys, box[0], strict=True):
                 if not self.cache.has(key):
-                    self._place(key, entry)
+                    self.cache.put(key, *entry, tag=_TAG)
 
     def _entry(self, key: str) -> Entry:
         folder = self.cache.entry(key)

@@ -94,6 +94,14 @@ class KernelCache:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def put(self, key: str, source: str, cubin: bytes, *, tag: str = "") -> bool:
+        """Add an entry that was built elsewhere; see :meth:`add`."""
+
+        def write(source_path: Path, cubin_path: Path, work_dir: Path) -> None:
+            cubin_path.write_bytes(cubin)
+
+        return self.add(key, source, write, tag=tag)
+
     def discard(self, key: str) -> None:
         """Take an entry away in one step, whole or not; nothing happens where there is none."""
         away = self.root / "tmp" / f"discarded-{os.getpid()}-{uuid.uuid4().hex}"

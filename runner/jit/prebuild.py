@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.builder.build import Builder, Built, Way
@@ -182,7 +181,7 @@ def _build_missing(
 
     def take(built: Built) -> None:
         if built.cubin is not None:
-            order.cache.add(built.job.key, built.job.source, _writer(built.cubin), tag=_TAG)
+            order.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
         with guard:
             _count(report, built)
 
@@ -205,13 +204,6 @@ def _count(report: BuildReport, built: Built) -> None:
     report.built += 1
     if built.way is Way.PLAIN:
         report.plain[built.words] += 1
-
-
-def _writer(cubin: bytes) -> Callable[[Path, Path, Path], None]:
-    def write(source: Path, target: Path, work_dir: Path) -> None:
-        target.write_bytes(cubin)
-
-    return write
 
 
 def _manifest(order: BuildOrder, keyed: Mapping[str, PlannedKernel]) -> Manifest:

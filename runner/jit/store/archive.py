@@ -119,7 +119,7 @@ def _unpack(
     for key, source, cubin in _entries(tar, archive, manifest):
         seen.add(key)
         if not cache.has(key):
-            placed += cache.add(key, source, _writer(cubin))
+            placed += cache.put(key, source, cubin)
         progress(len(seen), len(manifest.entries))
     lacking = len(manifest.entries) - len(seen)
     if lacking:
@@ -168,10 +168,3 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path) -> bytes
     if file is None:
         raise UserError(f"{archive}: {member.name} is not a plain file")
     return file.read()
-
-
-def _writer(data: bytes) -> Callable[[Path, Path, Path], None]:
-    def write(source: Path, target: Path, work_dir: Path) -> None:
-        target.write_bytes(data)
-
-    return write

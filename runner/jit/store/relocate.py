@@ -9,10 +9,8 @@ one that built it, since a driver loads what older compilers made, not what newe
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
@@ -70,17 +68,10 @@ def relocate(
         if target.has(new):
             present += 1
         else:
-            placed += target.add(new, text, _copier(source.entry(key) / "kernel.cubin"))
+            placed += target.put(new, text, (source.entry(key) / "kernel.cubin").read_bytes())
         entries[new] = describe_entry(target.entry(new), old.name, old.uses)
         progress(number, len(sound))
     return Relocation(replace(moved, entries=entries), placed, present, findings)
-
-
-def _copier(cubin: Path) -> Callable[[Path, Path, Path], None]:
-    def copy(source: Path, target: Path, work_dir: Path) -> None:
-        shutil.copyfile(cubin, target)
-
-    return copy
 
 
 def _check_release(built_with: str, signature: str) -> None:
