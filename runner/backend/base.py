@@ -8,11 +8,9 @@ cannot differ in what they call, only in how.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -25,6 +23,7 @@ from runner.backend.layout import (
     masked_rows,
 )
 from runner.backend.math import Dispatched, Math, Routing, Tokens
+from runner.backend.pairs import causal_pairs, visible_entries
 from runner.backend.sink import OpSink, R
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
@@ -310,7 +309,7 @@ class Backend:
         config: Dsv4Config,
     ) -> Any:  # fmt: skip
         """See :meth:`Math.attention`."""
-        visible = _visible_entries(tokens, config, layer)
+        visible = visible_entries(tokens, config, layer)
         _, heads, dim = q.shape
         return self._compute(
             "attention",
@@ -339,7 +338,7 @@ class Backend:
 
     def mla_extend(self, q: Any, kv: Any, tokens: Tokens, layer: int, config: Dsv3Config) -> Any:
         """See :meth:`Math.mla_extend`."""
-        pairs = _causal_pairs(tokens)
+        pairs = causal_pairs(tokens)
         return self._compute(
             "mla_extend",
             q.nbytes + kv.nbytes,
@@ -351,7 +350,7 @@ class Backend:
         self, q: Any, w_kc: Any, w_vc: Any, tokens: Tokens, layer: int, config: Dsv3Config
     ) -> Any:
         """See :meth:`Math.mla_decode`."""
-        pairs = _causal_pairs(tokens)
+        pairs = causal_pairs(tokens)
         heads = w_kc.shape[0]
         return self._compute(
             "mla_decode",
@@ -462,43 +461,3 @@ class Backend:
 
 def _bf16_bytes(x: Any) -> int:
     return 2 * int(prod(x.shape))
-
-
-def _causal_pairs(tokens: Tokens) -> int:
-    """(query, key) pairs under full causal attention."""
-    return sum(count * (position + 1) for position, count in _positions(tokens))
-
-
-def _visible_entries(tokens: Tokens, config: Dsv4Config, layer: int) -> int:
-    """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
-    return _count_visible(
-        _positions(tokens), config.compress_ratio(layer), config.sliding_window, config.index_topk
-    )
-
-
-@lru_cache(maxsize=256)
-def _count_visible(
-    positions: tuple[tuple[int, int], ...], ratio: int, window: int, top_k: int
-) -> int:
-    total = 0
-    for position, count in positions:
-        visible = min(position + 1, window)
-        if ratio:
-            entries = (position + 1) // ratio
-            visible += min(entries, top_k) if ratio == 4 else entries
-        total += count * visible
-    return total
-
-
-def _positions(tokens: Tokens) -> tuple[tuple[int, int], ...]:
-    """(position, number of tokens there) over the rank's tokens."""
-    batch = tokens.batch
-    return _count_positions(batch.seq_lens, batch.extend_seq_lens, tokens.start, tokens.stop)
-
-
-@lru_cache(maxsize=64)
-def _count_positions(
-    seq_lens: tuple[int, ...], new_lens: tuple[int, ...], start: int, stop: int
-) -> tuple[tuple[int, int], ...]:
-    each = (range(length - new, length) for length, new in zip(seq_lens, new_lens, strict=True))
-    return tuple(Counter(islice(chain.from_iterable(each), start, stop)).items())
