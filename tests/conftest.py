@@ -10,6 +10,10 @@ from runner.errors import UserError
 from runner.jit.compiler import NvccCompiler, find_nvcc
 from runner.jit.library import Library, find_library
 
+# Their assertions then tell their values, as those of test files do.
+for _helper in ("build_machine", "cache_cli", "kept_cache"):
+    pytest.register_assert_rewrite(f"tests.unit.{_helper}")
+
 
 @pytest.fixture(scope="session")
 def library() -> Library:

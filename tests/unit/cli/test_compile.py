@@ -1,207 +1,40 @@
 """``runner compile``: what it builds, what it leaves, and how it goes on."""
 
-import errno
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from runner.cli.progress import progress
 from runner.environ import Environ
-from runner.errors import UserError
-from runner.gemm_spec import gemm_demands
-from runner.jit import prebuild as prebuild_module
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import kernels_in
 from runner.jit.library import Library
-from runner.jit.plan import Plan, make_plan
-from runner.jit.prebuild import BuildOrder, BuildStoppedError, prebuild
-from runner.jit.store.manifest import Manifest, read_manifest, sha256
+from runner.jit.store.manifest import read_manifest
+from tests.unit.build_machine import (
+    GEMM,
+    REPOSITORY,
+    SPEC,
+    Machine,
+    assert_manifest_names_all,
+    assert_tidy,
+    assert_whole,
+    error_line,
+    keys_of,
+    output,
+    plan,
+    summary,
+)
 from tests.unit.elf import tiny_cubin
 
-REPOSITORY = Path(__file__).parents[2]
-SPEC = "paged_mqa_logits_metadata:1:1"
-GEMM = ("--gemm", SPEC, "--max-m", "128")
-"""Four kernels of one header, for 32, 64, 96 and 128 rows; in that order with one job."""
 REASON = "nvcc --dryrun: no dry runs here"
-
-NVCC = """#!/bin/sh
-here={here}
-if [ "$1" = --version ]; then
-    echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0
-fi
-for word; do
-    if [ "$word" = --dryrun ]; then echo "no dry runs here" >&2; exit 1; fi
-done
-key=$(basename "$(dirname "$1")")
-echo "$key" >>"$here/log"
-if [ -e "$here/block" ] && grep -q -f "$here/block" "$1"; then
-    echo "$key" >"$here/ready"
-    read -r _ <"$here/go"
-fi
-if [ -e "$here/broken" ] && grep -q -f "$here/broken" "$1"; then
-    echo "error: it is broken" >&2; exit 3
-fi
-cp "$here/kernel.cubin" "$4"
-"""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A build machine: a fake nvcc in ``nvcc``, a fake library, an empty folder for scratch."""
-
-    root: Path
-
-    @property
-    def cache(self) -> KernelCache:
-        return KernelCache(self.root / "dg")
-
-    @property
-    def tmp(self) -> Path:
-        return self.root / "scratch"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL", "NVCC_"))}
-        return {
-            **clean,
-            "DG_JIT_NVCC_COMPILER": str(self.root / "nvcc" / "nvcc"),
-            "DG_JIT_CACHE_DIR": str(self.cache.root),
-            "PYTHONPATH": str(self.root),
-            "TMPDIR": str(self.tmp),
-        }
-
-    def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "runner", "compile", *arguments]
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=120, check=False,
-            cwd=REPOSITORY, env={**self.environment, **environment},
-        )  # fmt: skip
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=REPOSITORY, env=self.environment,
-        )  # fmt: skip
-
-    def compiled(self) -> list[str]:
-        """Keys that nvcc was run for, in order."""
-        path = self.root / "nvcc" / "log"
-        return path.read_text().split() if path.exists() else []
-
-    def tell_nvcc(self, word: str, pattern: str) -> None:
-        """Let nvcc ``block`` at, or call ``broken``, sources that hold a pattern."""
-        (self.root / "nvcc" / word).write_text(f"{pattern}\n")
-
-    def wait_for_nvcc(self) -> str:
-        """The key at which nvcc blocks."""
-        return (self.root / "nvcc" / "ready").read_text().strip()
-
-    def let_nvcc_go(self) -> None:
-        (self.root / "nvcc" / "go").write_text("go\n")
-
-    def leave_no_nvcc(self) -> None:
-        """Let an nvcc go that still blocks, if there is one."""
-        with suppress(OSError):  # nobody reads
-            os.close(os.open(self.root / "nvcc" / "go", os.O_WRONLY | os.O_NONBLOCK))
-
-    def stats(self) -> dict[str, tuple[int, int]]:
-        """Inode and time of every file of every entry: they tell whether one was touched."""
-        files = [path for entry in self.cache.entries() for path in entry.iterdir()]
-        return {
-            f"{path.parent.name}/{path.name}": (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in files
-        }
-
-
-@pytest.fixture
-def machine(tmp_path: Path, fake_library: Library) -> Machine:
-    (fake_library.root / "VERSION").write_text("0.1.4.post1\n")
-    (fake_library.root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
-    headers = fake_library.include_path / "deep_gemm"
-    for name in ("scheduler/sm90_paged_mqa_logits.cuh", "impls/smxx_layout.cuh",
-                 "impls/sm90_fp8_gemm_1d2d.cuh"):  # fmt: skip
-        (headers / name).parent.mkdir(exist_ok=True)
-        (headers / name).write_text("#include <deep_gemm/b.cuh>\n")
-    made = Machine(tmp_path)
-    made.tmp.mkdir()
-    folder = tmp_path / "nvcc"
-    folder.mkdir()
-    (folder / "nvcc").write_text(NVCC.format(here=folder))
-    (folder / "nvcc").chmod(0o755)
-    (folder / "kernel.cubin").write_bytes(tiny_cubin(b"code"))
-    os.mkfifo(folder / "ready")
-    os.mkfifo(folder / "go")
-    return made
-
-
-def error_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The one line on standard error that begins with ``error:``."""
-    assert "Traceback" not in done.stdout + done.stderr
-    assert done.returncode == code, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ")
-
-
-def output(done: subprocess.CompletedProcess[str]) -> list[str]:
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout.splitlines()
-
-
-def summary(lines: list[str]) -> str:
-    (line,) = [line for line in lines if " were there; " in line]
-    return line.partition(";")[0]
-
-
-def rows_of(entry: Path) -> int:
-    source = (entry / "kernel.cu").read_text()
-    return int(source.partition("metadata<\n")[2].partition(",")[0])
-
-
-def keys_of(machine: Machine, *rows: int) -> list[str]:
-    """Keys of the planned kernels with these numbers of rows."""
-    found = {rows_of(entry): entry.name for entry in machine.cache.entries()}
-    return [found[row] for row in rows]
-
-
-def assert_whole(machine: Machine, count: int) -> None:
-    entries = machine.cache.entries()
-    assert len(entries) == count
-    for entry in entries:
-        assert sorted(path.name for path in entry.iterdir()) == ["kernel.cu", "kernel.cubin"]
-        assert kernels_in((entry / "kernel.cubin").read_bytes()) == {"kernel": b"code"}
-        assert "__instantiate_kernel" in (entry / "kernel.cu").read_text()
-
-
-def assert_tidy(machine: Machine) -> None:
-    assert list((machine.cache.root / "tmp").iterdir()) == []
-    assert list(machine.tmp.iterdir()) == []
-
-
-def assert_manifest_names_all(machine: Machine) -> None:
-    manifest = read_manifest(machine.cache.root)
-    assert manifest is not None
-    assert sorted(manifest.entries) == [entry.name for entry in machine.cache.entries()]
-    for key, entry in manifest.entries.items():
-        folder = machine.cache.entry(key)
-        assert entry.name == "sm90_paged_mqa_logits_metadata"
-        assert entry.source_sha256 == sha256((folder / "kernel.cu").read_bytes())
-        assert entry.cubin_sha256 == sha256((folder / "kernel.cubin").read_bytes())
-        assert entry.cubin_bytes == len((folder / "kernel.cubin").read_bytes())
-        rows = rows_of(folder)
-        assert [use["m_ranges"] for use in entry.uses] == [[[rows - 31, rows]]]
 
 
 def test_each_planned_kernel_is_built_once(machine: Machine) -> None:
@@ -570,120 +403,3 @@ def test_a_file_that_is_no_manifest_stops_the_build_before_it_begins(machine: Ma
     (machine.cache.root / "manifest.json").write_text("{}")
     assert "is not a manifest" in error_line(machine.run(*GEMM), 2)
     assert machine.compiled() == []
-
-
-# Within this process: what a disk can do.
-
-
-def plan() -> Plan:
-    return make_plan(gemm_demands(SPEC, max_m=128, num_sms=132))
-
-
-def order_for(machine: Machine) -> BuildOrder:
-    library = Library(machine.root / "deep_gemm")
-    compiler = NvccCompiler(machine.root / "nvcc" / "nvcc", library, Environ())
-    return BuildOrder(plan(), "four", compiler.keys, compiler, machine.cache, 1, dict(os.environ))
-
-
-Add = Callable[..., bool]
-
-
-def fill_disk_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    add: Add = KernelCache.add
-    added: list[str] = []
-
-    def limited(self: KernelCache, key: str, *arguments: Any, **options: Any) -> bool:
-        if len(added) == count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        added.append(key)
-        return add(self, key, *arguments, **options)
-
-    monkeypatch.setattr(KernelCache, "add", limited)
-
-
-def test_a_full_disk_keeps_what_was_built(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as limited:
-        fill_disk_after(limited, 2)
-        with pytest.raises(BuildStoppedError) as caught:
-            prebuild(order_for(machine))
-    assert str(caught.value) == (
-        "the build stopped after 2 of 4 kernels: No space left on device; "
-        "what was built is kept, run it again to go on"
-    )
-    assert_whole(machine, 2)
-    assert_manifest_names_all(machine)
-    report = prebuild(order_for(machine))
-    assert (report.planned, report.present, report.built, report.failed) == (4, 2, 2, [])
-    assert_whole(machine, 4)
-
-
-def test_a_disk_too_full_for_the_manifest(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    fill_disk_after(monkeypatch, 2)
-    monkeypatch.setattr(prebuild_module, "merge_manifest", full)
-    with pytest.raises(BuildStoppedError, match="No space left on device"):
-        prebuild(order_for(machine))
-
-
-def test_a_lock_that_cannot_be_opened(machine: Machine) -> None:
-    (machine.cache.root / ".lock").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"/dg: Is a directory$"):
-        prebuild(order_for(machine))
-
-
-def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(machine: Machine) -> None:
-    def broken(done: int, total: int, fraction: float) -> None:
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    with pytest.raises(BuildStoppedError, match=r" of 4 kernels: Broken pipe; "):
-        prebuild(order_for(machine), progress=broken)
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of this size; skips where mounting is not possible."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def build_on_small_disk(machine: Machine, disk: Path) -> Manifest | None:
-    """Two of four kernels fit: what the build says, what it leaves, and its manifest."""
-    (machine.root / "nvcc" / "kernel.cubin").write_bytes(tiny_cubin(bytes(100_000)))
-    cache = KernelCache(disk / "dg")
-    done = machine.run(*GEMM, "--cache-dir", str(cache.root), "--jobs", "1")
-    for entry in cache.entries():
-        assert kernels_in((entry / "kernel.cubin").read_bytes()) == {"kernel": bytes(100_000)}
-    assert cache.count() == 2
-    assert list((cache.root / "tmp").iterdir()) == []
-    assert error_line(done, 1) == (
-        "the build stopped after 2 of 4 kernels: No space left on device; "
-        "what was built is kept, run it again to go on"
-    )
-    return read_manifest(cache.root)
-
-
-def test_a_really_full_disk(machine: Machine) -> None:
-    with small_disk(machine.root / "disk", "300k") as disk:
-        manifest = build_on_small_disk(machine, disk)
-        assert manifest is not None
-        assert sorted(manifest.entries) == [
-            path.name for path in KernelCache(disk / "dg").entries()
-        ]
-
-
-def test_a_disk_that_two_kernels_fill(machine: Machine) -> None:
-    page = 4  # a kernel is a page of source and 25 of machine code
-    with small_disk(machine.root / "disk", f"{2 * 26 * page}k") as disk:
-        assert build_on_small_disk(machine, disk) is None

@@ -1,0 +1,17 @@
+"""Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
+
+from runner.jit.builder.unit import Job
+from runner.jit.kernels import Kernel
+from runner.jit.keys import CacheKeys
+
+NO_COMMAND = "nvcc has 0 commands where one was expected"
+
+
+def gemm(*arguments: str, entry: str = "gemm_impl", header: str = "deep_gemm/a.cuh") -> Kernel:
+    return Kernel("gemm", header, entry, arguments)
+
+
+def job_of(kernel: Kernel, keys: CacheKeys | None = None) -> Job:
+    if keys is None:
+        return Job(kernel.identity, kernel, f"// hash\n{kernel.body}")
+    return Job(keys.cache_key(kernel), kernel, keys.source(kernel))

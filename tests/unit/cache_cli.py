@@ -1,0 +1,43 @@
+"""``runner cache`` in this process: plans for it, and what it says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import main
+from runner.jit.library import Library
+from runner.jit.plan_json import plan_to_json
+from tests.unit.small_cache import INCLUDE, keys_for, small_plan
+
+Capture = pytest.CaptureFixture[str]
+ROOT = str(INCLUDE.parent)
+ELSEWHERE = Path("/opt/other/deep_gemm")
+
+
+def plan_file(path: Path, library: Library | None, max_m: int = 64, **values: Any) -> Path:
+    keys = None if library is None else keys_for(library, **values)
+    path.write_text(json.dumps({**plan_to_json(small_plan(max_m), keys), "for": "a plan"}))
+    return path
+
+
+def cache(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["cache", *map(str, arguments)])
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def says(capsys: Capture, *lines: str, err: str = "") -> None:
+    captured = capsys.readouterr()
+    assert (captured.out.splitlines(), captured.err) == (list(lines), err)
+
+
+def refuses(capsys: Capture, line: str) -> None:
+    says(capsys, err=f"error: {line}\n")
+
+
+def counted(captured: str, what: str, total: int) -> None:
+    (line,) = captured.splitlines()
+    assert line.startswith(f"{what}: {total} of {total}, ")

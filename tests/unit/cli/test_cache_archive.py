@@ -1,0 +1,130 @@
+"""``runner cache pack`` and ``unpack``: there and back."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, read_manifest, sha256, write_manifest
+from tests.unit.cache_cli import ELSEWHERE, Capture, cache, counted, plan_file, refuses, says
+from tests.unit.elf import tiny_cubin
+from tests.unit.small_cache import contents, fill, keys_for, small_plan
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
+    path = tmp_path / "x.tar.gz"
+    assert cache("pack", directory, path) == 0
+    says(capsys, f"{path}: 4 kernels, 0.0 MB")
+    return path
+
+
+def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys: Capture) -> None:
+    target = tmp_path / "deep" / "target"
+    assert cache("unpack", archive, target) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{target}: 4 kernels placed, 0 were there\n"
+    counted(captured.err, "unpack", 4)
+    assert contents(target) == contents(directory)
+    assert cache("verify", target) == 0
+    assert cache("pack", target, tmp_path / "y.tar.gz") == 0
+    assert (tmp_path / "y.tar.gz").read_bytes() == archive.read_bytes()
+    capsys.readouterr()
+    assert cache("unpack", archive, target) == 0
+    assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 were there\n"
+
+
+def test_unpack_beside_other_kernels(
+    archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    target = tmp_path / "target"
+    few, _ = fill(target, keys_for(here), small_plan(max_m=16).kernels)
+    manifest = read_manifest(target)
+    assert manifest is not None
+    write_manifest(target, replace(manifest, plans=["few"]))
+    assert cache("unpack", archive, target) == 0
+    assert capsys.readouterr().out == f"{target}: 2 kernels placed, 2 were there\n"
+    merged = read_manifest(target)
+    assert merged is not None and merged.plans == ["few", "small"]
+    assert set(merged.entries) == set(made[1].entries)
+    assert cache("verify", few.root) == 0
+
+
+def test_unpacked_beside_another_build_the_cache_is_whole(
+    archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library
+) -> None:
+    """The same key, another nvcc build: its entry stays, and the manifest must say so."""
+    target = tmp_path / "target"
+    other, manifest = fill(target, keys_for(here), small_plan().kernels[:1])
+    (key,) = manifest.entries
+    cubin = tiny_cubin(b"another build")
+    (other.entry(key) / "kernel.cubin").write_bytes(cubin)
+    manifest.entries[key] = replace(  # type: ignore[index]
+        manifest.entries[key], cubin_sha256=sha256(cubin), cubin_bytes=len(cubin)
+    )
+    write_manifest(target, manifest)
+    assert cache("verify", target) == 0
+    assert cache("unpack", archive, target) == 0
+    assert cache("verify", target) == 0
+
+
+def test_unpack_into_another_machines_cache_places_nothing(
+    archive: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    target = tmp_path / "target"
+    fill(target, keys_for(here, ELSEWHERE / "include"))
+    before = contents(target)
+    assert cache("unpack", archive, target) == 2
+    assert "was built for another machine" in capsys.readouterr().err
+    assert contents(target) == before
+
+
+def test_unpack_what_is_no_archive(tmp_path: Path, directory: Path, capsys: Capture) -> None:
+    before = contents(directory)
+    gone = tmp_path / "gone.tar.gz"
+    assert cache("unpack", gone, tmp_path / "target") == 2
+    refuses(capsys, f"{gone} is not a file: it must be an archive of runner cache pack")
+    assert not (tmp_path / "target").exists()
+    text = tmp_path / "text.tar.gz"
+    text.write_text("no archive")
+    assert cache("unpack", text, directory) == 2
+    refuses(capsys, f"cannot read {text}: not a gzip file")
+    assert contents(directory) == before
+
+
+def test_pack_without_a_manifest(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+    (directory / "manifest.json").unlink()
+    assert cache("pack", directory, tmp_path / "x.tar.gz") == 2
+    refuses(capsys, f"{directory} has no manifest: build it with runner compile")
+    assert not (tmp_path / "x.tar.gz").exists()
+
+
+def test_pack_of_half_an_entry(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    half = cache_.entry(min(manifest.entries))
+    (half / "kernel.cu").unlink()
+    assert cache("pack", cache_.root, tmp_path / "x.tar.gz") == 2
+    refuses(
+        capsys,
+        f"corrupted cache entry {half}: kernel.cu or kernel.cubin is missing; remove it",
+    )
+
+
+def test_a_cache_that_cannot_be_locked(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    """As in a read-only image, where even root may not write: reading is enough to pack."""
+    (directory / ".lock").mkdir()
+    plan = plan_file(tmp_path / "plan.json", here)
+    assert cache("pack", directory, tmp_path / "x.tar.gz") == 0
+    assert cache("prune", directory, "--plan", plan) == 0
+    capsys.readouterr()
+    assert cache("prune", directory, "--plan", plan, "--yes") == 2
+    assert capsys.readouterr().err == f"error: cannot lock {directory}: Is a directory\n"

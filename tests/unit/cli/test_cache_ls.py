@@ -1,0 +1,208 @@
+"""``runner cache ls``, and what no command of the group takes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest
+from tests.unit.cache_cli import Capture, cache, plan_file, refuses, says
+from tests.unit.small_cache import contents, small_library
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def listed(manifest: Manifest, serving: Callable[[str], str]) -> list[str]:
+    rows = []
+    words = {
+        "[[1, 16]]": "tile 16x32x128, 16 stages, 132 SMs",
+        "[[17, 32]]": "tile 32x32x128, 16 stages, 132 SMs",
+        "[[33, 64]]": "tile 64x32x128, 16 stages, 132 SMs",
+        "[[1, 64]]": "8 scales a row",
+    }
+    for key in sorted(manifest.entries):
+        name, m_ranges = manifest.entries[key].name, manifest.entries[key].uses[0]["m_ranges"]
+        first, last = m_ranges[0]
+        rows.append(f"{name}  {words[str(m_ranges)]}  20 KB  {serving(f'{first}..{last}')}")
+    return rows
+
+
+def uses_at(m_range: str) -> str:
+    return f"gemm_nt_f8f8bf16:4096:1024 M {m_range}"
+
+
+def test_ls(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
+    cache_, manifest = made
+    assert cache("ls", cache_.root) == 0
+    says(
+        capsys,
+        *listed(manifest, uses_at),
+        "4 kernels, 0.1 MB; for sgl-deep-gemm 0.1.4.post1, NVCC13.0, built for small",
+    )
+
+
+def test_ls_without_a_manifest(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
+    cache_, manifest = made
+    (cache_.root / "manifest.json").unlink()
+    assert cache("ls", cache_.root) == 0
+    says(
+        capsys,
+        *listed(manifest, lambda m_range: "serves: not known"),
+        "4 kernels, 0.1 MB; no manifest",
+    )
+
+
+def test_ls_takes_the_m_of_a_plan(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
+) -> None:
+    """A plan tells what kernels serve by their configuration, so it needs no keys."""
+    cache_, manifest = made
+    (cache_.root / "manifest.json").unlink()
+    assert cache("ls", cache_.root, "--plan", plan_file(tmp_path / "p.json", None)) == 0
+    says(capsys, *listed(manifest, uses_at), "4 kernels, 0.1 MB; no manifest")
+
+
+def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture) -> None:
+    cache_, manifest = made
+    assert cache("ls", cache_.root, "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    data = json.loads(captured.out)
+    assert data["version"] == 1
+    assert [row["cache_key"] for row in data["kernels"]] == sorted(manifest.entries)
+    planned = {item["cache_key"]: item for item in json.loads(
+        plan_file(tmp_path / "p.json", small_library(tmp_path / "deep_gemm")).read_text()
+    )["kernels"]}  # fmt: skip
+    for row in data["kernels"]:
+        item = planned[row["cache_key"]]
+        assert (row["name"], row["config"]) == (item["name"], item["config"])
+        assert (row["bytes"], row["uses"]) == (20 << 10, item["uses"])
+        assert row["words"]
+    assert cache("ls", cache_.root, "--json", tmp_path / "ls.json") == 0
+    assert json.loads((tmp_path / "ls.json").read_text()) == data
+    assert capsys.readouterr().out.endswith("built for small\n")
+
+
+def test_ls_of_what_is_no_kernel(tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "odd" / "cache"
+    (folder / "kernel.gemm.12").mkdir(parents=True)
+    (folder / "kernel.gemm.12" / "kernel.cu").write_bytes(b"\xff" * 2048)
+    (folder / "notes").mkdir()
+    assert cache("ls", folder.parent) == 0
+    says(
+        capsys,
+        "gemm  not a generated kernel  2 KB  serves: not known",
+        "notes  not a generated kernel  0 KB  serves: not known",
+        "2 kernels, 0.0 MB; no manifest",
+    )
+
+
+def test_ls_of_an_empty_cache(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "cache").mkdir()
+    assert cache("ls", tmp_path) == 0
+    says(capsys, "0 kernels, 0.0 MB; no manifest")
+
+
+# What is no cache, no plan, no manifest
+
+COMMANDS = [
+    ["ls"], ["verify"], ["relocate", "--target-root", "/x"], ["pack"], ["prune"],
+]  # fmt: skip
+
+
+def with_rest(command: list[str], directory: Path, tmp_path: Path, plan: Path) -> list[str | Path]:
+    rest: dict[str, list[str | Path]] = {
+        "pack": [tmp_path / "x.tar.gz"], "prune": ["--plan", plan],
+        "relocate": ["--to", tmp_path / "moved"],
+    }  # fmt: skip
+    return [*command, directory, *rest.get(command[0], [])]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize("name", ["nowhere", "deep_gemm"])
+def test_what_is_no_cache(
+    command: list[str], name: str, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    plan = plan_file(tmp_path / "plan.json", here)
+    folder = tmp_path / name
+    assert cache(*with_rest(command, folder, tmp_path, plan)) == 2
+    refuses(capsys, f"{folder} is not a kernel cache: it has no folder named cache")
+    assert not (tmp_path / "nowhere").exists() and not (tmp_path / "moved").exists()
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+def test_a_file_is_no_cache(
+    command: list[str], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    plan = plan_file(tmp_path / "plan.json", here)
+    assert cache(*with_rest(command, plan, tmp_path, plan)) == 2
+    refuses(capsys, f"Invalid value for 'DIRECTORY': Directory '{plan}' is a file.")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [*(each for each in COMMANDS if each[0] != "prune"), ["prune", "--yes"]],
+    ids=lambda words: words[0],
+)
+def test_a_bad_manifest(
+    command: list[str], directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    plan = plan_file(tmp_path / "plan.json", here, max_m=16)
+    (directory / "manifest.json").write_text("{}")
+    before = contents(directory)
+    assert cache(*with_rest(command, directory, tmp_path, plan)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {directory}/manifest.json is not a manifest: ")
+    assert captured.err.count("\n") == 1
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("values", [{"plans": 3}, {"plans": [3]}])
+def test_a_manifest_of_wrong_types(
+    values: dict[str, Any], directory: Path, capsys: Capture
+) -> None:
+    data = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps({**data, **values}))
+    assert cache("ls", directory) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["ls"], ["verify"], ["prune"], ["prune", "--yes"]])
+def test_what_is_no_plan(
+    command: list[str], directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    before = contents(directory)
+    bad = tmp_path / "bad.json"
+    bad.write_text("[]")
+    assert cache(*command, directory, "--plan", bad) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"error: {bad} is not a plan of runner plan --json: ")
+    assert captured.err.count("\n") == 1
+    assert cache(*command, directory, "--plan", tmp_path / "gone.json") == 2
+    refuses(capsys, f"Invalid value for '--plan': File '{tmp_path}/gone.json' does not exist.")
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("command", [["verify"], ["prune"], ["prune", "--yes"]])
+def test_a_plan_without_keys(
+    command: list[str], directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    before = contents(directory)
+    plan = plan_file(tmp_path / "plan.json", None)
+    assert cache(*command, directory, "--plan", plan) == 2
+    refuses(capsys, "the plan has no cache keys: make it where deep_gemm's headers are installed")
+    assert contents(directory) == before
+
+
+# The group itself
+
+
+def test_cache_without_a_command(capsys: Capture) -> None:
+    assert cache("move") == 2
+    refuses(capsys, "No such command 'move'.")

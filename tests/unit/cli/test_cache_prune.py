@@ -1,0 +1,109 @@
+"""``runner cache prune``: what it tells, removes and refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, read_manifest
+from tests.unit.cache_cli import ELSEWHERE, Capture, cache, plan_file, refuses, says
+from tests.unit.kept_cache import remove
+from tests.unit.small_cache import contents, keys_for, small_plan
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def going(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list[str]]:
+    """A plan of M up to 16 and the kernels that it does not need."""
+    keys = keys_for(here)
+    kept = {keys.cache_key(item.kernel) for item in small_plan(max_m=16).kernels}
+    plan = plan_file(tmp_path / "few.json", here, max_m=16)
+    return plan, sorted(set(manifest.entries) - kept)
+
+
+def test_prune_only_tells(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    plan, keys = going(manifest, tmp_path, here)
+    before = contents(cache_.root)
+    assert cache("prune", cache_.root, "--plan", plan) == 0
+    says(
+        capsys,
+        *(f"would remove {key}" for key in keys),
+        "2 kernels would go, 0.0 MB; 2 stay (--yes removes them)",
+    )
+    assert contents(cache_.root) == before
+
+
+def test_prune_removes(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    plan, keys = going(manifest, tmp_path, here)
+    cache_.entry("notes.txt").write_text("mine")
+    assert cache("prune", cache_.root, "--plan", plan, "--yes") == 0
+    says(
+        capsys,
+        *(f"remove {key}" for key in keys),
+        "2 kernels removed, 0.0 MB; 2 stay",
+    )
+    assert {path.name for path in cache_.entries()} == {
+        "notes.txt", *(set(manifest.entries) - set(keys)),
+    }  # fmt: skip
+    assert read_manifest(cache_.root) == manifest.without(set(keys))
+    (cache_.root / "cache" / "notes.txt").unlink()
+    assert cache("verify", cache_.root, "--plan", plan) == 0
+
+
+def test_prune_keeps_what_any_plan_needs(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    plan, _ = going(manifest, tmp_path, here)
+    whole = plan_file(tmp_path / "all.json", here)
+    before = contents(cache_.root)
+    assert cache("prune", cache_.root, "--plan", plan, "--plan", whole, "--yes") == 0
+    says(capsys, "0 kernels removed, 0.0 MB; 4 stay")
+    assert contents(cache_.root) == before
+
+
+@pytest.mark.parametrize("yes", [[], ["--yes"]])
+@pytest.mark.parametrize(
+    "values", [{"include_path": ELSEWHERE / "include"}, {"signature": "NVCC13.1"}],
+    ids=["path", "compiler"],
+)  # fmt: skip
+def test_prune_refuses_a_plan_for_another_machine(
+    values: dict[str, Any], yes: list[str], directory: Path, tmp_path: Path, here: Library,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    before = contents(directory)
+    ours = plan_file(tmp_path / "ours.json", here)
+    theirs = plan_file(tmp_path / "theirs.json", here, **values)
+    assert cache("prune", directory, "--plan", ours, "--plan", theirs, *yes) == 2
+    refuses(
+        capsys,
+        f"the plan of a plan is for another machine than {directory}: make it with the "
+        "--target-root and --cuda-version that the cache was built with",
+    )
+    assert contents(directory) == before
+
+
+def test_prune_counts_only_wanted_kernels_as_staying(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    plan, keys = going(manifest, tmp_path, here)
+    remove(cache_.entry(next(key for key in manifest.entries if key not in keys)))
+    cache_.entry("folder").mkdir()
+    assert cache("prune", cache_.root, "--plan", plan) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "2 kernels would go, 0.0 MB; 1 stay (--yes removes them)"
+    )
+
+
+def test_prune_needs_a_plan(directory: Path, capsys: Capture) -> None:
+    assert cache("prune", directory) == 2
+    refuses(capsys, "Missing option '--plan'.")

@@ -1,0 +1,175 @@
+"""``runner cache relocate``: to another directory for another machine."""
+
+from pathlib import Path
+
+import pytest
+
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, read_manifest
+from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
+from tests.unit.elf import tiny_cubin
+from tests.unit.kept_cache import remove
+from tests.unit.small_cache import contents, fill, keys_for, small_plan
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def placed_line(target: Path, placed: int, present: int, signature: str = "NVCC13.0") -> str:
+    return (
+        f"{placed} kernels placed in {target} for {ELSEWHERE} and {signature}, {present} were there"
+    )
+
+
+@pytest.mark.parametrize("release", [[], ["--cuda-version", "13.1"]])
+def test_relocate_to_another_directory(
+    release: list[str], directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    before = contents(directory)
+    target = tmp_path / "target"
+    command = ["relocate", directory, "--target-root", ELSEWHERE, "--to", target, *release]
+    signature = "NVCC13.1" if release else "NVCC13.0"
+    assert cache(*command) == 0
+    captured = capsys.readouterr()
+    assert captured.out == placed_line(target, 4, 0, signature) + "\n"
+    counted(captured.err, "relocate", 4)
+    keys = keys_for(here, ELSEWHERE / "include", signature)
+    manifest = read_manifest(target)
+    assert manifest is not None
+    assert set(manifest.entries) == {keys.cache_key(item.kernel) for item in small_plan().kernels}
+    assert contents(directory) == before
+    assert cache("verify", target, "--target-root", ELSEWHERE, *release) == 0
+    says(capsys, f"{target} is whole: checked 4 entries, manifest, headers")
+    assert cache(*command) == 0
+    assert capsys.readouterr().out == placed_line(target, 0, 4, signature) + "\n"
+
+
+def test_relocate_needs_a_directory(directory: Path, capsys: Capture) -> None:
+    before = contents(directory)
+    assert cache("relocate", directory, "--target-root", ELSEWHERE) == 2
+    refuses(capsys, "Missing option '--to'.")
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("name", ["made", "made/../made", "link"])
+@pytest.mark.parametrize("root", [ROOT, str(ELSEWHERE)])
+def test_relocate_needs_another_directory(
+    name: str, root: str, directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "link").symlink_to(directory)
+    before = contents(directory)
+    to = tmp_path / name
+    assert cache("relocate", directory, "--target-root", root, "--to", to) == 2
+    refuses(capsys, f"--to {to} must be another directory: a cache is for one machine")
+    assert contents(directory) == before
+
+
+def test_relocate_refuses_unsound_entries(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    key = min(manifest.entries)
+    (cache_.entry(key) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
+    target = tmp_path / "target"
+    assert cache("relocate", cache_.root, "--target-root", ELSEWHERE, "--to", target) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        f"changed: {key} kernel.cubin is not what was built",
+        placed_line(target, 3, 0),
+    ]
+    assert captured.err.splitlines()[-1] == "error: 1 entries could not be relocated"
+
+
+def test_relocate_tells_of_missing_entries(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    cache_, manifest = made
+    remove(cache_.entry(min(manifest.entries)))
+    target = tmp_path / "target"
+    assert cache("relocate", cache_.root, "--target-root", ELSEWHERE, "--to", target) == 1
+
+
+def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
+    refuses(capsys, "--target-root PATH is needed: where deep_gemm lies on that machine")
+
+
+def test_relocate_to_an_older_release(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+    target = tmp_path / "target"
+    arguments = ["--target-root", ELSEWHERE, "--to", target, "--cuda-version", "12.9"]
+    assert cache("relocate", directory, *arguments) == 2
+    refuses(
+        capsys,
+        "the cache was built with CUDA 13.0 and cannot go to CUDA 12.9: a driver need not load "
+        "what a newer compiler made; build it with nvcc 12.9",
+    )
+    assert contents(target) == {}
+
+
+@pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
+def test_relocate_without_a_manifest_needs_to_be_told(
+    given: list[str], directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (directory / "manifest.json").unlink()
+    target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
+    assert cache("relocate", directory, *target, *given) == 2
+    refuses(
+        capsys,
+        f"{directory} has no manifest: say what it was built for with --from-root PATH and "
+        "--from-cuda X.Y",
+    )
+
+
+def test_relocate_without_a_manifest(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    (directory / "manifest.json").unlink()
+    target = tmp_path / "target"
+    origin = ["--from-root", ROOT, "--from-cuda", "13.0"]
+    assert cache("relocate", directory, "--target-root", ELSEWHERE, "--to", target, *origin) == 0
+    assert capsys.readouterr().out == placed_line(target, 4, 0) + "\n"
+    keys = keys_for(here, ELSEWHERE / "include")
+    assert {path.name for path in KernelCache(target).entries()} == {
+        keys.cache_key(item.kernel) for item in small_plan().kernels
+    }
+    assert cache("verify", target) == 0
+
+
+def test_relocate_from_a_root_that_it_was_not(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
+) -> None:
+    cache_, manifest = made
+    (cache_.root / "manifest.json").unlink()
+    origin = ["--from-root", "/srv", "--from-cuda", "13.0"]
+    target = ["--target-root", ELSEWHERE, "--to", tmp_path / "target"]
+    assert cache("relocate", cache_.root, *target, *origin) == 1
+    says(
+        capsys,
+        *(f"wrong key: {key} is not this source's key for this compiler and path"
+          for key in sorted(manifest.entries)),
+        placed_line(tmp_path / "target", 0, 0),
+        err="error: 4 entries could not be relocated\n",
+    )  # fmt: skip
+
+
+def test_relocate_into_another_machines_cache_places_nothing(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    target = tmp_path / "target"
+    fill(target, keys_for(here, Path("/opt/third/include")))
+    before = contents(target)
+    assert cache("relocate", directory, "--target-root", ELSEWHERE, "--to", target) == 2
+    assert "was built for another machine" in capsys.readouterr().err
+    assert contents(target) == before
+
+
+def test_relocate_without_headers(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
+    assert cache("relocate", directory, *target) == 2
+    refuses(
+        capsys,
+        "deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm==0.1.4.post1",
+    )

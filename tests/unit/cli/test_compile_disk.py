@@ -1,0 +1,140 @@
+"""``runner compile`` on disks that fill, locks that do not open, and lost progress."""
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit import prebuild as prebuild_module
+from runner.jit.cache import KernelCache
+from runner.jit.compiler import NvccCompiler
+from runner.jit.cubin import kernels_in
+from runner.jit.library import Library
+from runner.jit.prebuild import BuildOrder, BuildStoppedError, prebuild
+from runner.jit.store.manifest import Manifest, read_manifest
+from tests.unit.build_machine import (
+    GEMM,
+    Machine,
+    assert_manifest_names_all,
+    assert_whole,
+    error_line,
+    plan,
+)
+from tests.unit.elf import tiny_cubin
+
+
+def order_for(machine: Machine) -> BuildOrder:
+    library = Library(machine.root / "deep_gemm")
+    compiler = NvccCompiler(machine.root / "nvcc" / "nvcc", library, Environ())
+    return BuildOrder(plan(), "four", compiler.keys, compiler, machine.cache, 1, dict(os.environ))
+
+
+Add = Callable[..., bool]
+
+
+def fill_disk_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    add: Add = KernelCache.add
+    added: list[str] = []
+
+    def limited(self: KernelCache, key: str, *arguments: Any, **options: Any) -> bool:
+        if len(added) == count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        added.append(key)
+        return add(self, key, *arguments, **options)
+
+    monkeypatch.setattr(KernelCache, "add", limited)
+
+
+def test_a_full_disk_keeps_what_was_built(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as limited:
+        fill_disk_after(limited, 2)
+        with pytest.raises(BuildStoppedError) as caught:
+            prebuild(order_for(machine))
+    assert str(caught.value) == (
+        "the build stopped after 2 of 4 kernels: No space left on device; "
+        "what was built is kept, run it again to go on"
+    )
+    assert_whole(machine, 2)
+    assert_manifest_names_all(machine)
+    report = prebuild(order_for(machine))
+    assert (report.planned, report.present, report.built, report.failed) == (4, 2, 2, [])
+    assert_whole(machine, 4)
+
+
+def test_a_disk_too_full_for_the_manifest(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fill_disk_after(monkeypatch, 2)
+    monkeypatch.setattr(prebuild_module, "merge_manifest", full)
+    with pytest.raises(BuildStoppedError, match="No space left on device"):
+        prebuild(order_for(machine))
+
+
+def test_a_lock_that_cannot_be_opened(machine: Machine) -> None:
+    (machine.cache.root / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"/dg: Is a directory$"):
+        prebuild(order_for(machine))
+
+
+def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(machine: Machine) -> None:
+    def broken(done: int, total: int, fraction: float) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with pytest.raises(BuildStoppedError, match=r" of 4 kernels: Broken pipe; "):
+        prebuild(order_for(machine), progress=broken)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of this size; skips where mounting is not possible."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def build_on_small_disk(machine: Machine, disk: Path) -> Manifest | None:
+    """Two of four kernels fit: what the build says, what it leaves, and its manifest."""
+    (machine.root / "nvcc" / "kernel.cubin").write_bytes(tiny_cubin(bytes(100_000)))
+    cache = KernelCache(disk / "dg")
+    done = machine.run(*GEMM, "--cache-dir", str(cache.root), "--jobs", "1")
+    for entry in cache.entries():
+        assert kernels_in((entry / "kernel.cubin").read_bytes()) == {"kernel": bytes(100_000)}
+    assert cache.count() == 2
+    assert list((cache.root / "tmp").iterdir()) == []
+    assert error_line(done, 1) == (
+        "the build stopped after 2 of 4 kernels: No space left on device; "
+        "what was built is kept, run it again to go on"
+    )
+    return read_manifest(cache.root)
+
+
+def test_a_really_full_disk(machine: Machine) -> None:
+    with small_disk(machine.root / "disk", "300k") as disk:
+        manifest = build_on_small_disk(machine, disk)
+        assert manifest is not None
+        assert sorted(manifest.entries) == [
+            path.name for path in KernelCache(disk / "dg").entries()
+        ]
+
+
+def test_a_disk_that_two_kernels_fill(machine: Machine) -> None:
+    page = 4  # a kernel is a page of source and 25 of machine code
+    with small_disk(machine.root / "disk", f"{2 * 26 * page}k") as disk:
+        assert build_on_small_disk(machine, disk) is None

@@ -1,0 +1,253 @@
+"""``runner watch``: every compile is told, and those forbidden are refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.jit.describe import config_of
+from runner.jit.plan_json import plan_to_json
+from runner.jit.shim import FORBIDDEN_EXIT, CompileRecord
+from runner.watch import Forbid, _flag, _raise_flag
+from tests.unit.small_cache import keys_for, small_library, small_plan
+from tests.unit.watched_server import (
+    ITEMS,
+    MIDDLE,
+    RUNNER,
+    SMALL,
+    SMALL_WORDS,
+    TIME,
+    run,
+    server,
+    summary,
+    told,
+    watched,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+MIDDLE_WORDS = "sm90_fp8_gemm_1d2d (tile 32x32x128, 16 stages, 132 SMs)"
+
+
+def test_every_compile_is_told(room: Path, fake_nvcc: Path) -> None:
+    steps = ["compile=../small.cu", "rank=3", "compile=../middle.cu", "compile=../middle.cu"]
+    ran = run(room, fake_nvcc, server(room, *steps))
+    assert ran.code == 0
+    assert ran.compiles == ["compile 0 "] * 3 and len(ran.out) == 4
+    assert len(ran.err) == 4
+    assert told(ran.err[0], SMALL_WORDS)
+    assert told(ran.err[1], MIDDLE_WORDS, rank="rank 3, ")
+    assert told(ran.err[2], MIDDLE_WORDS, rank="rank 3, ")
+    each = rf", rank 3, pid {ran.pid} \([^)]*\): 2; pid {ran.pid} \([^)]*\): 1"
+    assert summary(ran.err[3], 3, 2, each)
+    cubins = sorted(path.read_text() for path in room.rglob("kernel.cubin"))
+    assert cubins == sorted([SMALL.kernel.body, MIDDLE.kernel.body, MIDDLE.kernel.body])
+
+
+def test_a_command_that_compiles_nothing(room: Path, fake_nvcc: Path) -> None:
+    ran = run(room, fake_nvcc, server(room))
+    assert (ran.code, ran.out) == (0, [f"pid {ran.pid}"])
+    assert len(ran.err) == 1 and summary(ran.err[0], 0, 0)
+
+
+def test_a_compile_that_fails_is_the_servers_affair(room: Path, fake_nvcc: Path) -> None:
+    ran = run(room, fake_nvcc, server(room, "compile=../broken.cu"))
+    assert ran.code == 0
+    assert ran.compiles == ["compile 3 error: it is broken"]
+    assert told(ran.err[0], "unknown ()", outcome=rf"{TIME}, failed with 3")
+    assert summary(ran.err[1], 1, 1, r", pid .*: 1")
+
+
+def test_as_json(room: Path, fake_nvcc: Path) -> None:
+    steps = ["compile=../small.cu", "touch=flag", "rank=3", "compile=../broken.cu", "exit=0"]
+    command = server(room, *steps)
+    ran = run(room, fake_nvcc, command, "--json", "out.json", "--forbid-after", "flag")
+    assert ran.code == 1
+    data = json.loads((room / "out.json").read_text())
+    assert set(data) == {"version", "command", "exit_code", "seconds", "compiles"}
+    assert (data["version"], data["command"], data["exit_code"]) == (1, command, 0)
+    first, second = data["compiles"]
+    assert set(first) == set(second) == {
+        "start", "seconds", "exit_code", "forbidden", "rank", "pid", "command", "name", "config",
+        "uses",
+    }  # fmt: skip
+    assert 0 <= first["start"] <= first["start"] + first["seconds"] <= second["start"] + 0.002
+    assert second["start"] + second["seconds"] <= data["seconds"] + 0.002
+    fields = ("exit_code", "forbidden", "rank", "pid", "name", "config", "uses")
+    assert [first[name] for name in fields] == [
+        0, False, -1, ran.pid, "sm90_fp8_gemm_1d2d", config_of(SMALL.kernel), None,
+    ]  # fmt: skip
+    assert [second[name] for name in fields] == [97, True, 3, ran.pid, "unknown", {}, None]
+
+
+def test_the_command_that_asked(room: Path, fake_nvcc: Path) -> None:
+    command = server(room, "compile=../small.cu", "port=8000", r"a\nb", "two\nlines")
+    ran = run(room, fake_nvcc, command, "--json", "out.json")
+    (compiled,) = json.loads((room / "out.json").read_text())["compiles"]
+    assert compiled["command"] == " ".join(command).replace("\n", " ")
+    assert f"pid {ran.pid} ({Path(sys.executable).name})" in ran.err[0]
+
+
+def test_a_rank_that_is_no_number(room: Path, fake_nvcc: Path) -> None:
+    steps = ["compile=../small.cu", "rank=first", "compile=../middle.cu", "rank=-2",
+             "compile=../middle.cu"]  # fmt: skip
+    ran = run(room, fake_nvcc, server(room, *steps), "--json", "out.json")
+    assert ran.code == 0
+    compiles = json.loads((room / "out.json").read_text())["compiles"]
+    assert [item["rank"] for item in compiles] == [-1, -1, -1]
+
+
+def test_who_asked_is_above_shells_and_other_shims(room: Path, fake_nvcc: Path) -> None:
+    """A watch in a watch: the outer shim is started by the inner one."""
+    inner = [*RUNNER, "--", *server(room, "compile=../small.cu")]
+    ran = run(room, fake_nvcc, inner, "--json", "out.json")
+    assert (ran.code, ran.compiles) == (0, ["compile 0 "])
+    (compiled,) = json.loads((room / "out.json").read_text())["compiles"]
+    assert compiled["pid"] == ran.pid
+    assert [told(line, SMALL_WORDS) for line in ran.err].count(True) == 2
+
+
+def test_a_command_line_that_is_no_text(room: Path, fake_nvcc: Path) -> None:
+    ran = run(room, fake_nvcc, [*server(room, "compile=../small.cu"), b"\xff"])
+    assert (ran.code, ran.compiles) == (0, ["compile 0 "])
+    assert summary(ran.err[-1], 1, 1, ", pid .*")
+
+
+# Forbidding
+
+
+def test_no_compile_at_all(room: Path, fake_nvcc: Path) -> None:
+    ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "0")
+    assert ran.code == 1
+    assert ran.compiles == ["compile 97 a DeepGEMM compile is forbidden by now: DIR/kernel.cu"]
+    assert told(ran.err[0], SMALL_WORDS, outcome="FORBIDDEN")
+    assert summary(ran.err[1], 0, 0, r", 1 forbidden, pid .*: 1")
+    assert ran.err[2:] == ["error: 1 compiles after they were forbidden; the command ended with 0"]
+    assert list(room.rglob("kernel.cubin")) == []
+
+
+def test_no_compile_once_a_file_exists(room: Path, fake_nvcc: Path) -> None:
+    steps = ["compile=../small.cu", "touch=ready", "compile=../middle.cu", "exit=4"]
+    ran = run(room, fake_nvcc, server(room, *steps), "--forbid-after", "ready")
+    assert ran.code == 1
+    assert [line[:10] for line in ran.compiles] == ["compile 0 ", "compile 97"]
+    assert told(ran.err[0], SMALL_WORDS)
+    assert told(ran.err[1], MIDDLE_WORDS, outcome="FORBIDDEN")
+    assert summary(ran.err[2], 1, 1, r", 1 forbidden, pid .*: 2")
+    assert ran.err[3:] == ["error: 1 compiles after they were forbidden; the command ended with 4"]
+
+
+def test_a_file_that_never_comes_forbids_nothing(room: Path, fake_nvcc: Path) -> None:
+    ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "ready")
+    assert (ran.code, ran.compiles) == (0, ["compile 0 "])
+    assert not (room / "ready").exists()
+
+
+def test_nothing_compiled_after_it_was_forbidden(room: Path, fake_nvcc: Path) -> None:
+    ran = run(
+        room, fake_nvcc, server(room, "compile=../small.cu", "touch=x"), "--forbid-after", "x"
+    )
+    assert (ran.code, ran.compiles) == (0, ["compile 0 "])
+
+
+def test_the_flag_that_forbids(tmp_path: Path) -> None:
+    assert _flag(None, tmp_path) is None
+    file = tmp_path / "mine"
+    assert _flag(Forbid(file=file), tmp_path) == file
+    later = _flag(Forbid(seconds=3600.0), tmp_path)
+    assert later == tmp_path / "forbidden"
+    assert list(tmp_path.iterdir()) == []
+    _raise_flag(later, due=False)
+    assert not later.exists()
+    assert _flag(Forbid(seconds=0.0), tmp_path) == later
+    assert later.exists()
+    later.unlink()
+    _raise_flag(later, due=True)
+    _raise_flag(later, due=True)
+    assert later.exists()
+
+
+def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
+    """The server waits for the flag itself, however late it comes."""
+    flag = room / "work" / "forbidden"
+    steps = ["compile=../small.cu", f"await={flag}", "compile=../middle.cu"]
+    done = watched(room, fake_nvcc, *steps, forbid=Forbid(seconds=0.3))
+    assert [record.exit_code for record in done.records][-1] == FORBIDDEN_EXIT
+    assert [record.source for record in done.records] == [
+        SMALL.kernel.body, MIDDLE.kernel.body,
+    ]  # fmt: skip
+    assert done.forbidden[-1] == done.records[-1]
+
+
+def test_seconds_that_do_not_pass_forbid_nothing(room: Path, fake_nvcc: Path) -> None:
+    done = watched(room, fake_nvcc, "compile=../small.cu", forbid=Forbid(seconds=3600.0))
+    assert (done.forbidden, len(done.compiled)) == ([], 1)
+
+
+# Records
+
+
+def test_each_compile_is_told_once_with_its_time(room: Path, fake_nvcc: Path) -> None:
+    seen: list[tuple[CompileRecord, float]] = []
+    done = watched(
+        room, fake_nvcc, "compile=../small.cu", "compile=../broken.cu", "exit=3",
+        on_compile=lambda record, seconds: seen.append((record, seconds)),
+    )  # fmt: skip
+    assert [record for record, _ in seen] == done.records
+    assert [seconds for _, seconds in seen] == [
+        record.start - done.started for record in done.records
+    ]
+    assert [record.exit_code for record in done.records] == [0, 3]
+    assert [record.source for record in done.records] == [SMALL.kernel.body, "broken\n"]
+    assert done.exit_code == 3
+    assert (done.unfinished, done.forbidden, done.compiled) == ([], [], done.records)
+    for record in done.records:
+        assert done.started <= record.start <= record.end <= done.started + done.seconds
+        assert Path(record.output).name == "kernel.cubin"
+
+
+def killing_nvcc(tmp_path: Path, victim: str) -> Path:
+    path = tmp_path / "killing-nvcc"
+    path.write_text(f"#!/bin/sh\nkill -9 {victim}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_killed_compile_never_ended(room: Path, tmp_path: Path) -> None:
+    nvcc = killing_nvcc(tmp_path, "$PPID")
+    ran = run(room, nvcc, server(room, "compile=../small.cu"), "--json", "out.json")
+    assert ran.code == 0
+    assert len(ran.err) == 1 and summary(ran.err[0], 0, 0, ", 1 never ended")
+    (only,) = json.loads((room / "out.json").read_text())["compiles"]
+    assert [only[name] for name in ("seconds", "exit_code", "forbidden", "pid", "name")] == [
+        None, None, False, ran.pid, "sm90_fp8_gemm_1d2d",
+    ]  # fmt: skip
+    assert only["start"] >= 0
+
+
+def test_a_killed_compiler_is_a_failure(room: Path, tmp_path: Path) -> None:
+    nvcc = killing_nvcc(tmp_path, "$$")
+    ran = run(room, nvcc, server(room, "compile=../small.cu"))
+    assert told(ran.err[0], SMALL_WORDS, outcome=rf"{TIME}, failed with 137")
+    assert ran.compiles[0].startswith("compile 137")
+
+
+def test_the_m_that_a_kernel_serves(room: Path, fake_nvcc: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    keys = keys_for(small_library(tmp_path / "deep_gemm"))
+    plan.write_text(json.dumps({**plan_to_json(small_plan(max_m=20), keys), "for": "x"}))
+    other = ITEMS[((33, 64),)]
+    (tmp_path / "other.cu").write_text(other.kernel.body)
+    steps = ["compile=../middle.cu", "compile=../other.cu", "compile=../broken.cu"]
+    ran = run(room, fake_nvcc, server(room, *steps), "--plan", str(plan), "--json", "out.json")
+    assert told(ran.err[0], MIDDLE_WORDS, serves="; gemm_nt_f8f8bf16:4096:1024 M 17..20")
+    words = MIDDLE_WORDS.replace("32x32", "64x32")
+    assert told(ran.err[1], words, serves="; not in the plan")
+    assert told(
+        ran.err[2], "unknown ()", outcome=f"{TIME}, failed with 3", serves="; not in the plan"
+    )
+    compiles = json.loads((room / "out.json").read_text())["compiles"]
+    assert [[use["m_ranges"] for use in item["uses"]] for item in compiles] == [
+        [[[17, 20]]], [], [],
+    ]  # fmt: skip

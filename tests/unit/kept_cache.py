@@ -1,0 +1,47 @@
+"""A kept cache in tests: damage to its entries, what verify is to expect, errors of one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest
+from runner.jit.store.verify import Expectation
+from tests.unit.elf import tiny_cubin
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def expected(manifest: Manifest, library: Library | None = None, /, **values: Any) -> Expectation:
+    given = {
+        "wanted": list(manifest.entries), "known": set(manifest.entries),
+        "signature": manifest.signature, "flags": manifest.flags, "library": library,
+        "manifest": manifest,
+    }  # fmt: skip
+    return Expectation(**{**given, **values})
+
+
+def first_of(made: tuple[KernelCache, Manifest]) -> tuple[str, Path]:
+    key = min(made[1].entries)
+    return key, made[0].entry(key)
+
+
+def remove(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+def change(path: Path) -> None:
+    (path / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
+
+
+def halve(path: Path) -> None:
+    (path / "kernel.cubin").unlink()

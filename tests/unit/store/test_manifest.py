@@ -1,0 +1,213 @@
+"""Manifests: their text, what is none, locks, merges and targets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import (
+    Entry,
+    Manifest,
+    check_target,
+    locked,
+    manifest_text,
+    merge_manifest,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
+from tests.unit.kept_cache import first_of, one_line
+from tests.unit.small_cache import keys_for, manifest_for
+
+
+def entries() -> st.SearchStrategy[Entry]:
+    numbers = {name: st.integers() for name in ("n", "k", "num_groups")}
+    pairs = st.lists(st.integers(), min_size=2, max_size=2)
+    ranges = st.lists(pairs, min_size=1, max_size=2)
+    uses = st.fixed_dictionaries({"type": st.text(), **numbers, "m_ranges": ranges})
+    return st.builds(
+        Entry, st.text(), st.lists(uses, max_size=2), st.text(), st.text(), st.integers()
+    )
+
+
+def manifests() -> st.SearchStrategy[Manifest]:
+    return st.builds(
+        Manifest, st.text(), st.text(), st.text(), st.text(), st.text(),
+        st.lists(st.text(), max_size=3), st.dictionaries(st.text(), entries(), max_size=4),
+    )  # fmt: skip
+
+
+@given(manifests())
+def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        write_manifest(Path(name), manifest)
+        assert read_manifest(Path(name)) == manifest
+        assert os.listdir(name) == ["manifest.json"]  # noqa: PTH208
+
+
+@given(manifests(), st.randoms())
+def test_equal_manifests_have_equal_text(manifest: Manifest, random: Any) -> None:
+    order = list(manifest.entries)
+    random.shuffle(order)
+    shuffled = replace(manifest, entries={key: manifest.entries[key] for key in order})
+    assert shuffled == manifest
+    assert manifest_text(shuffled) == manifest_text(manifest)
+
+
+def entry(name: str, *uses: dict[str, Any]) -> Entry:
+    return Entry(name, list(uses), "s", "c", 1)
+
+
+BASE = Manifest("lib", "sm_90a", "NVCC13.0", "-O3", "NVCC13.0")
+
+
+def test_merged_takes_the_newer_entry_and_all_uses() -> None:
+    older = replace(BASE, plans=["a", "b"], entries={"k1": entry("x", {"n": 1}), "k2": entry("y")})
+    newer = replace(
+        BASE, plans=["b", "c"], built_with="NVCC13.1",
+        entries={"k1": entry("z", {"n": 1}, {"n": 2}), "k3": entry("w")},
+    )  # fmt: skip
+    assert older.merged(newer) == replace(
+        BASE, plans=["a", "b", "c"], built_with="NVCC13.1",
+        entries={"k1": entry("z", {"n": 1}, {"n": 2}), "k2": entry("y"), "k3": entry("w")},
+    )  # fmt: skip
+    assert older.merged(older) == older
+    assert list(older.entries) == ["k1", "k2"]
+
+
+def test_without_forgets_entries() -> None:
+    whole = replace(BASE, entries={"k1": entry("x"), "k2": entry("y")})
+    assert whole.without({"k1", "k9"}) == replace(BASE, entries={"k2": entry("y")})
+    assert whole.without(set()) == whole
+
+
+@pytest.mark.parametrize(
+    ("field", "same"),
+    [
+        ("library", False), ("arch", False), ("signature", False), ("flags", False),
+        ("built_with", True),
+    ],
+)  # fmt: skip
+def test_same_target(field: str, same: bool) -> None:
+    assert BASE.same_target(replace(BASE, **{field: "other"})) is same
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    assert read_manifest(tmp_path / "nowhere") is None
+
+
+def broken(**values: Any) -> str:
+    data = {"version": 1, **asdict(BASE), **values}
+    return json.dumps({name: value for name, value in data.items() if value is not ...})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "\xff", "[]", "3", "null", "{}", '{"entries": {}}', '{"entries": []}',
+        broken(version=2), broken(version=...), broken(flags=...), broken(more=1),
+        broken(entries={"k": {"name": "x"}}), broken(entries={"k": 3}),
+        broken(entries={"k": {**asdict(entry("x")), "more": 1}}),
+        broken(signature=13), broken(plans=3), broken(plans=[3]),
+        broken(entries={"k": {**asdict(entry("x")), "cubin_bytes": "1"}}),
+        broken(entries={"k": {**asdict(entry("x")), "uses": 3}}),
+        broken(entries={"k": asdict(entry("x", {"n": 1}))}),
+    ],
+)  # fmt: skip
+def test_what_is_no_manifest_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    assert one_line(caught).startswith(f"{tmp_path}/manifest.json is not a manifest: ")
+
+
+def test_a_manifest_from_elsewhere_is_named_so() -> None:
+    assert parse_manifest(manifest_text(BASE).encode(), "there") == BASE
+    with pytest.raises(UserError, match=r"^there is not a manifest: "):
+        parse_manifest(b"{}", "there")
+
+
+def test_a_folder_in_place_of_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    assert one_line(caught) == f"cannot read {tmp_path}/manifest.json: Is a directory"
+
+
+def test_the_second_holder_of_a_lock_is_told(tmp_path: Path) -> None:
+    with locked(tmp_path) as first:
+        with locked(tmp_path, wait=False) as second:
+            assert (first, second) == (True, False)
+        with locked(tmp_path, wait=False) as third:
+            assert third is False
+    with locked(tmp_path, wait=False) as after:
+        assert after is True
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from runner.jit.store.manifest import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_lock_goes_with_its_killed_holder(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with locked(tmp_path, wait=False) as got:
+            assert got is False
+        holder.kill()
+        assert holder.wait() == -signal.SIGKILL
+    with locked(tmp_path) as got:
+        assert got is True
+
+
+def test_merge_manifest(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
+    _, manifest = made
+    key, _ = first_of(made)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert merge_manifest(empty, manifest.without({key})) == manifest.without({key})
+    merged = merge_manifest(empty, replace(manifest, plans=["more"]))
+    assert merged == replace(manifest, plans=["small", "more"])
+    assert read_manifest(empty) == merged
+
+
+def test_manifests_of_two_machines_do_not_merge(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
+    cache, manifest = made
+    other = manifest_for(keys_for(here, signature="NVCC13.1"))
+    for refuse in (merge_manifest, check_target):
+        with pytest.raises(UserError) as caught:
+            refuse(cache.root, other)
+        assert one_line(caught) == (
+            f"{cache.root} was built for another machine (NVCC13.0, sgl-deep-gemm 0.1.4.post1, "
+            "other flags or path): use another directory"
+        )
+    assert read_manifest(cache.root) == manifest
+    check_target(cache.root, manifest)
+    check_target(cache.root / "nowhere", other)
+    write_manifest(cache.root, manifest.without(set(manifest.entries)))
+    check_target(cache.root, other)
+    assert merge_manifest(cache.root, other) == other

@@ -1,0 +1,100 @@
+"""Plan files: read back, refused, and their uses in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.errors import UserError
+from runner.jit.describe import config_of
+from runner.jit.keys import CacheKeys
+from runner.jit.plan_json import plan_to_json
+from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
+from tests.unit.kept_cache import one_line
+from tests.unit.small_cache import small_plan
+
+
+def plan_json(keys: CacheKeys | None) -> dict[str, Any]:
+    return {**plan_to_json(small_plan(), keys), "for": "small"}
+
+
+def write_json(path: Path, data: Any) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
+    data = plan_json(keys)
+    plan = read_plan_file(write_json(tmp_path / "plan.json", data))
+    assert (plan.title, plan.signature, plan.flags) == ("small", "NVCC13.0", keys.flags)
+    assert plan.keys == [keys.cache_key(item.kernel) for item in small_plan().kernels]
+    for item, kernel in zip(small_plan().kernels, data["kernels"], strict=True):
+        assert plan.uses_of(item.kernel.name, config_of(item.kernel)) == kernel["uses"]
+        assert plan.uses_of("other", config_of(item.kernel)) == []
+        assert plan.uses_of(item.kernel.name, {}) == []
+
+
+def test_a_plan_without_keys(tmp_path: Path) -> None:
+    plan = read_plan_file(write_json(tmp_path / "plan.json", plan_json(None)))
+    assert (plan.signature, plan.flags) == (None, None)
+    with pytest.raises(UserError) as caught:
+        _ = plan.keys
+    assert one_line(caught) == (
+        "the plan has no cache keys: make it where deep_gemm's headers are installed"
+    )
+
+
+def test_a_plan_of_nothing(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "plan.json", {"for": "x", "kernels": []})
+    assert read_plan_file(path) == PlanFile("x", None, None, [])
+    assert read_plan_file(path).keys == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "\xff", "3", "null", "[]", "{}", '{"for": "x"}', '{"for": "x", "kernels": 3}',
+        '{"kernels": []}', '{"for": "x", "kernels": [{"name": "x"}]}',
+        '{"for": "x", "kernels": [3]}',
+        '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": 3}]}',
+        '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": [{}]}]}',
+    ],
+)  # fmt: skip
+def test_what_is_no_plan_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        read_plan_file(path)
+    assert one_line(caught).startswith(f"{path} is not a plan of runner plan --json: ")
+
+
+def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_plan_file(tmp_path)
+    assert one_line(caught) == f"cannot read {tmp_path}: Is a directory"
+
+
+def use(*m_ranges: list[int], groups: int = 1, n: int = 4096) -> dict[str, Any]:
+    return {"type": "gemm", "n": n, "k": 64, "num_groups": groups, "m_ranges": list(m_ranges)}
+
+
+@pytest.mark.parametrize(
+    ("uses", "words"),
+    [
+        ([], ""),
+        ([use([1, 16])], "gemm:4096:64 M 1..16"),
+        ([use([1, 16], [33, 33])], "gemm:4096:64 M 1..16, 33"),
+        ([use([1, 1], [3, 3], [5, 5])], "gemm:4096:64 M 1, 3, 5"),
+        ([use([1, 1], [3, 3], [5, 5], [7, 9])], "gemm:4096:64 M 1, 3, 5, ..."),
+        ([use([128, 256], groups=256)], "gemm:4096:64:256 M 128..256"),
+        ([use([1, 1]), use([2, 2], n=8)], "gemm:4096:64 M 1; gemm:8:64 M 2"),
+        ([use([1, 1], n=n) for n in (1, 2, 3)], "gemm:1:64 M 1; gemm:2:64 M 1; gemm:3:64 M 1"),
+        (
+            [use([1, 1], n=n) for n in (1, 2, 3, 4, 5)],
+            "gemm:1:64 M 1; gemm:2:64 M 1; gemm:3:64 M 1; and 2 more GEMMs",
+        ),
+    ],
+)
+def test_uses_in_words(uses: list[dict[str, Any]], words: str) -> None:
+    assert uses_in_words(uses) == words

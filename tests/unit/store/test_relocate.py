@@ -1,0 +1,140 @@
+"""Relocate: entries and keys of another machine, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UserError
+from runner.jit.cache import KernelCache
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, write_manifest
+from runner.jit.store.relocate import relocate
+from runner.jit.store.verify import Problem, verify
+from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
+from tests.unit.small_cache import contents, cubin_for, keys_for, small_library, small_plan
+
+OTHER_ROOT = Path("/opt/other/deep_gemm/include")
+
+
+def cubins(cache: KernelCache) -> dict[str, bytes]:
+    return {path.name: (path / "kernel.cubin").read_bytes() for path in cache.entries()}
+
+
+@pytest.mark.parametrize("signature", ["NVCC13.0", "NVCC13.1", "NVCC14.0"])
+def test_a_relocated_cache_is_the_other_machines(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, signature: str
+) -> None:
+    cache, manifest = made
+    before = contents(cache.root)
+    there = keys_for(here, OTHER_ROOT, signature)
+    target = KernelCache(tmp_path / "target")
+    progress: list[tuple[int, int]] = []
+    done = relocate(
+        cache, manifest, there, target, progress=lambda *numbers: progress.append(numbers)
+    )
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert cubins(target) == {
+        there.cache_key(item.kernel): cubin_for(there.source(item.kernel))
+        for item in small_plan().kernels
+    }
+    assert sorted(cubins(target).values()) == sorted(cubins(cache).values())
+    assert contents(cache.root) == before
+    moved = done.manifest
+    assert (moved.signature, moved.flags) == (signature, there.flags)
+    assert (moved.built_with, moved.plans, moved.library) == (
+        "NVCC13.0", manifest.plans, manifest.library,
+    )  # fmt: skip
+    assert verify(target, expected(moved, here)) == []
+    uses = {name: entry.uses for name, entry in manifest.entries.items()}
+    for item in small_plan().kernels:
+        at_target = moved.entries[there.cache_key(item.kernel)]
+        assert at_target.uses == uses[keys_for(here).cache_key(item.kernel)]
+        assert at_target.name == item.kernel.name
+
+
+def test_relocated_again_all_are_there(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
+) -> None:
+    there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
+    first = relocate(*made, there, target)
+    before = contents(target.root)
+    again = relocate(*made, there, target)
+    assert (again.placed, again.present, again.refused) == (0, 4, [])
+    assert again.manifest == first.manifest
+    assert contents(target.root) == before
+
+
+def test_for_the_same_machine_it_is_a_copy(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
+) -> None:
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(here), target)
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert done.manifest == made[1]
+    write_manifest(target.root, done.manifest)
+    assert contents(target.root) == contents(made[0].root)
+
+
+def cut(path: Path) -> None:
+    (path / "kernel.cubin").write_bytes((path / "kernel.cubin").read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem", "words"),
+    [
+        (cut, Problem.TRUNCATED, "kernel.cubin is cut short: "),
+        (change, Problem.CHANGED, "kernel.cubin is not what was built"),
+        (halve, Problem.TRUNCATED, "kernel.cubin is missing: the library aborts on this entry"),
+        (remove, Problem.MISSING, "is not in the cache"),
+    ],
+    ids=["cut", "changed", "halved", "missing"],
+)  # fmt: skip
+def test_unsound_entries_are_refused(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path,
+    damage: Callable[[Path], None], problem: Problem, words: str,
+) -> None:  # fmt: skip
+    key, path = first_of(made)
+    damage(path)
+    there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
+    done = relocate(*made, there, target)
+    (refused,) = done.refused
+    assert (refused.problem, refused.key) == (problem, key)
+    assert refused.words.startswith(words)
+    assert (done.placed, len(done.manifest.entries), target.count()) == (3, 3, 3)
+    assert verify(target, expected(done.manifest, here)) == []
+
+
+def test_sources_of_other_headers_are_refused(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    other = small_library(tmp_path / "newer", "int b;\n")
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(other, OTHER_ROOT), target)
+    assert [each.problem for each in done.refused] == [Problem.WRONG_VERSION] * 4
+    assert (done.placed, target.count(), done.manifest.entries) == (0, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("built", "wanted"), [("13.1", "13.0"), ("13.0", "12.9"), ("13.10", "13.9")]
+)
+def test_an_older_release_is_refused(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, built: str, wanted: str
+) -> None:
+    target = KernelCache(tmp_path / "target")
+    manifest = replace(made[1], built_with=f"NVCC{built}")
+    with pytest.raises(UserError) as caught:
+        relocate(made[0], manifest, keys_for(here, OTHER_ROOT, f"NVCC{wanted}"), target)
+    assert one_line(caught) == (
+        f"the cache was built with CUDA {built} and cannot go to CUDA {wanted}: a driver need not "
+        f"load what a newer compiler made; build it with nvcc {wanted}"
+    )
+    assert target.count() == 0
+
+
+def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    with pytest.raises(UserError) as caught:
+        relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), made[0])
+    assert one_line(caught) == "'clang' is not a compiler signature such as NVCC13.0"
