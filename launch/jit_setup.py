@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.kernel_store import check_holds
 from launch.options import LaunchOptions
 from launch.rank_sink import KernelLoader, LibraryJit, OwnJit
 from runner.environ import Environ
@@ -135,7 +136,7 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
 
 
 def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
-    """Find out before ranks start whether the cache holds what ``prebuilt`` expects.
+    """Find out before ranks start, without a GPU, whether the cache holds what is expected.
 
     Raises:
         UserError: it does not, or there is no such cache.
@@ -148,14 +149,16 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         raise UserError(
             "--warmup prebuilt needs the cache that was built: give --cache-dir or DG_JIT_CACHE_DIR"
         )
-    cache = KernelCache(given)
+    if _on_gpu(options):
+        return  # The plan is for the GPU's own number of SMs, which its rank will know.
     planned = [item.kernel for item in scenario.plan.kernels]
-    missing = sum(not cache.has(compiler.keys.cache_key(kernel)) for kernel in planned)
-    if missing:
-        raise UserError(
-            f"the cache {given} lacks {missing} of {len(planned)} planned kernels: build them "
-            "first (runner compile), or use --warmup planned"
-        )
+    check_holds(KernelCache(given), compiler.keys, planned)
+
+
+def _on_gpu(options: LaunchOptions) -> bool:
+    import torch
+
+    return options.device != "cpu" and torch.cuda.is_available()
 
 
 def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from runner.cli.progress import Show, progress
 from runner.coverage import node_coverage
 from runner.errors import UserError
 from runner.jit.builder.build import Builder, Built
@@ -17,7 +19,9 @@ from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler
 from runner.jit.kernels import Kernel
+from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan
+from runner.jit.store.manifest import locked
 from runner.scenario import Scenario
 from runner.timeline import Span
 
@@ -40,6 +44,7 @@ class NodeKernels:
         leaders: process group of the nodes' first ranks, None where there is one node.
         workers: compiler processes that this node may run at a time.
         environment: what the compiler's stages run in.
+        built: kernels that this rank has built.
     """
 
     rank: int
@@ -51,6 +56,7 @@ class NodeKernels:
     leaders: dist.ProcessGroup | None
     workers: int
     environment: Mapping[str, str]
+    built: int = 0
 
     def build(self, kernels: tuple[Kernel, ...]) -> None:
         """Build what the node's cache lacks, on all its cores.
@@ -58,20 +64,32 @@ class NodeKernels:
         Raises:
             CompileError: a kernel does not compile.
         """
-        keyed = {self.compiler.keys.cache_key(kernel): kernel for kernel in kernels}
-        jobs = [
-            Job(key, kernel, self.compiler.keys.source(kernel))
-            for key, kernel in keyed.items()
-            if not self.cache.has(key)
-        ]
-        if not jobs:
+        if not kernels:
             return
-        with scratch_folder() as folder:
+        # One builder at a time in a cache, whoever started it.
+        with locked(self.cache.root):
+            self._build_missing([kernel for kernel in kernels if not self._holds(kernel)])
+
+    def _build_missing(self, kernels: list[Kernel]) -> None:
+        keys = self.compiler.keys
+        jobs = [Job(keys.cache_key(kernel), kernel, keys.source(kernel)) for kernel in kernels]
+        for job in jobs:
+            self.cache.discard(job.key)
+        with scratch_folder() as folder, self._progress() as show:
             builder = Builder(
                 self.compiler, folder, self.workers, self.environment, self._take,
                 on_shared=self._note_shared,
+                on_step=lambda done, all_: show(self.built, len(jobs), done / max(done, all_)),
             )  # fmt: skip
             builder.build(jobs)
+
+    def _progress(self) -> AbstractContextManager[Show]:
+        """Told on rank 0 alone: nodes build shares of about the same size."""
+        return progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
+
+    def _holds(self, kernel: Kernel) -> bool:
+        keys = self.compiler.keys
+        return self.cache.holds(keys.cache_key(kernel), keys.source(kernel))
 
     def _note_shared(self, name: str, start: float, end: float) -> None:
         self.note(Span(self.rank, start, end, "compile", name))
@@ -80,6 +98,7 @@ class NodeKernels:
         if built.cubin is None:
             raise CompileError(f"{built.job.kernel.name}: {built.words}")
         self.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
+        self.built += 1
         name = built.job.kernel.name
         self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
 
@@ -123,21 +142,14 @@ class NodeKernels:
         return [self.compiler.keys.cache_key(item.kernel) for item in self.scenario.plan.kernels]
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """See the protocol; one rank a node looks.
+        """See the protocol.
 
         Raises:
             UserError: kernels are missing.
         """
-        if not self._leads:
-            return
-        missing = [
-            kernel for kernel in kernels if not self.cache.has(self.compiler.keys.cache_key(kernel))
-        ]
-        if missing:
-            raise UserError(
-                f"the cache {self.cache.root} lacks {len(missing)} of {len(kernels)} planned "
-                "kernels: build them first (runner compile), or use --warmup planned"
-            )
+        check_holds(self.cache, self.compiler.keys, kernels)
+        # Nobody loads, and so compiles, before every node's cache was looked at.
+        dist.barrier()
 
     def load(self, kernels: tuple[Kernel, ...]) -> None:
         """See the protocol."""
@@ -147,11 +159,19 @@ class NodeKernels:
         """The node's coverage, from its leader."""
         if not self._leads:
             return None
-        keys = self.compiler.keys
-        present = {
-            item.kernel for item in plan.kernels if self.cache.has(keys.cache_key(item.kernel))
-        }
+        present = {item.kernel for item in plan.kernels if self._holds(item.kernel)}
         return node_coverage(self.scenario.parallel.node_of(self.rank), plan, present)
+
+
+def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
+    """Raise UserError where a cache does not hold all of the kernels, whole."""
+    held = (cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels)
+    missing = sum(not there for there in held)
+    if missing:
+        raise UserError(
+            f"the cache {cache.root} lacks {missing} of {len(kernels)} planned kernels: build them "
+            "first (runner compile), or use --warmup planned"
+        )
 
 
 def leaders_group(scenario: Scenario) -> dist.ProcessGroup | None:

@@ -128,7 +128,7 @@ class _RankRun:
         )  # fmt: skip
         sink = RankSink(
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
-            on_forward=self._progress(jit, say),
+            on_forward=self._progress(jit, say, lambda: store.built if store else 0),
         )  # fmt: skip
         self.deadline.sink = sink
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
@@ -158,13 +158,15 @@ class _RankRun:
         }
         return self._gather(sink, jit, origin, meta, exclusive=exclusive)
 
-    def _progress(self, jit: RankJit, say: Callable[[str], None]) -> Callable[[str, str], None]:
+    def _progress(
+        self, jit: RankJit, say: Callable[[str], None], built: Callable[[], int]
+    ) -> Callable[[str, str], None]:
         """Prints a line a forward on rank 0: how long, where, and how much is compiled so far."""
         began = time.time()
 
         def tell(phase: str, name: str) -> None:
             if self.place.rank == 0:
-                compiled = sum(1 for _ in jit.log_dir.glob("*.compile"))
+                compiled = built() + sum(1 for _ in jit.log_dir.glob("*.compile"))
                 say(f"{time.time() - began:7.1f} s  {phase}: {name}, {compiled} compiles so far")
 
         return tell

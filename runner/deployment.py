@@ -81,6 +81,8 @@ class Deployment:
                 f"decode batch sizes {','.join(map(str, sizes)) or '(none)'} must lie in "
                 f"1..{MAX_TOKENS}"
             )
+        if sizes is not None and self.disaggregation is DisaggregationMode.PREFILL:
+            raise UserError("decode batch sizes mean nothing for a prefill node: it never decodes")
         self.parallel.check_fits(self.model)
 
     @property
@@ -211,7 +213,8 @@ def _shapes(
     elif call.type is T.FP8_MQA_LOGITS:
         yield shape, (count for count in tokens if count >= NONPAGED_MIN_QUERY_TOKENS)
     else:
-        rows = _own_rows(deployment, tokens, call.m * deployment.parallel.attn_cp == tokens[-1])
+        split = extend and call.m * deployment.parallel.attn_cp == tokens[-1]
+        rows = _own_rows(deployment, tokens, split)
         if call.type is T.PAGED_MQA_LOGITS_METADATA:
             rows = [count for count in rows if count <= METADATA_MAX_ROWS]
         if call.type is T.TF32_HC_PRENORM_GEMM:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from runner.deployment import MAX_SMS
 from runner.errors import UserError
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
-from runner.jit.kernel_type import CONTIGUOUS_TYPES
+from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.plan import Demand, GemmShape
 
 _HC_BLOCK_M = 64
+_GROUPED = CONTIGUOUS_TYPES | MASKED_TYPES | {T.FP8_EINSUM_BHR_HDR_BHD}
 _LARGEST = 2**31 - 1
 
 
@@ -32,7 +33,11 @@ def gemm_demands(spec: str, *, max_m: int, num_sms: int) -> list[Demand]:
         return _split_demands(n, k, groups, max_m, num_sms)
     if groups == 0:
         raise UserError(f"--gemm {spec!r}: GROUPS must be at least 1")
+    if groups not in (None, 1) and kind not in _GROUPED:
+        raise UserError(f"--gemm {spec!r}: {kind.name.lower()} has no GROUPS")
     step = CONTIGUOUS_M_ALIGNMENT if kind in CONTIGUOUS_TYPES else 1
+    if max_m < step:
+        raise UserError(f"--max-m {max_m}: {kind.name.lower()} has M of {step} rows and more only")
     shape = GemmShape(kind, n, k, groups if groups is not None else 1, num_sms)
     return [Demand(shape, range(step, max_m + 1, step))]
 

@@ -55,6 +55,7 @@ class Scenario:
     max_tokens: int = 16384
 
     def __post_init__(self) -> None:
+        assert self.deployment, "made here so that bad values are told before a run"
         largest = max(self.batch_sizes)
         if self.warmup.policy in PLANNING_POLICIES and largest > self.max_tokens:
             raise UserError(
@@ -65,15 +66,18 @@ class Scenario:
     @property
     def plan(self) -> Plan:
         """Every kernel that a forward of up to ``max_tokens`` can need, on any rank."""
-        return plan_of(
-            Deployment(
-                model=self.model,
-                parallel=self.parallel,
-                num_sms=self.num_sms,
-                max_tokens=self.max_tokens,
-                disaggregation=self.warmup.disaggregation,
-                deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
-            )
+        return plan_of(self.deployment)
+
+    @property
+    def deployment(self) -> Deployment:
+        """What a run of this scenario can ever need kernels for."""
+        return Deployment(
+            model=self.model,
+            parallel=self.parallel,
+            num_sms=self.num_sms,
+            max_tokens=self.max_tokens,
+            disaggregation=self.warmup.disaggregation,
+            deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
         )
 
     def kernel_set(self, rank: int) -> KernelSet:
@@ -84,7 +88,8 @@ class Scenario:
         node = self.parallel.node_of(rank)
         leads = rank == 0 or self.parallel.node_of(rank - 1) != node
         return KernelSet(
-            everything=tuple(item.kernel for item in self.plan.kernels),
+            total=len(self.plan.kernels),
+            checked=tuple(item.kernel for item in self.plan.kernels) if leads else (),
             share=self._shares[node] if leads else (),
             own=tuple(item.kernel for item in self.plan.kernels if stage in item.stages),
         )
@@ -176,8 +181,9 @@ def _moved(ops: tuple[Op, ...], scenario: Scenario, rank: int) -> tuple[Op, ...]
             moved.append(replace(op, peer=op.peer + by))
         elif isinstance(op, Collective) and op.group == first_group:
             moved.append(replace(op, group=group))
-        elif isinstance(op, KernelWork) and op.action == "build":
-            moved.append(replace(op, kernels=scenario.kernel_set(rank).share))
+        elif isinstance(op, KernelWork) and op.action in ("build", "verify"):
+            own = scenario.kernel_set(rank)
+            moved.append(replace(op, kernels=own.share if op.action == "build" else own.checked))
         else:
             moved.append(op)
     return tuple(moved)

@@ -101,12 +101,15 @@ class KernelSet:
     """What a rank has to do with the planned kernels.
 
     Attributes:
-        everything: kernels of all ranks; a node's cache shall hold them.
+        total: number of planned kernels of all ranks.
+        checked: what this rank looks for in its node's cache; empty but for the first rank of each
+            node, which looks for all.
         share: what this rank builds; empty but for the first rank of each node.
         own: what this rank's stage runs.
     """
 
-    everything: tuple[Kernel, ...] = ()
+    total: int = 0
+    checked: tuple[Kernel, ...] = ()
     share: tuple[Kernel, ...] = ()
     own: tuple[Kernel, ...] = ()
 
@@ -128,14 +131,14 @@ def kernel_warmup(runner: ModelRunner, options: WarmupOptions, kernels: KernelSe
         _build_and_exchange(runner, kernels)
         runner.backend.load_kernels(kernels.own)
     elif options.policy is WarmupPolicy.PREBUILT:
-        runner.backend.verify_kernels(kernels.everything)
+        runner.backend.verify_kernels(kernels.checked)
         runner.backend.load_kernels(kernels.own)
 
 
 def _build_and_exchange(runner: ModelRunner, kernels: KernelSet) -> None:
     parallel = runner.parallel
     runner.backend.build_kernels(kernels.share)
-    most = ceil_div(len(kernels.everything), parallel.nodes) if parallel.nodes > 1 else 0
+    most = ceil_div(kernels.total, parallel.nodes) if parallel.nodes > 1 else 0
     runner.backend.exchange_kernels(tuple(range(parallel.world_size)), _CUBIN_BYTES * most)
 
 

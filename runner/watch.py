@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from runner.errors import UserError
 from runner.jit.shim import (
     FINISHED,
     FORBIDDEN_EXIT,
+    WATCHED,
     CompileRecord,
     read_record,
     read_records,
@@ -94,7 +96,8 @@ def watch(
     shim = write_shim(work_dir / "nvcc", nvcc=nvcc, log_dir=log, forbid=flag)
     started = time.time()
     told: set[Path] = set()
-    with _running(command, {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute())}) as child:
+    watched = {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute()), WATCHED: "1"}
+    with _running(command, watched) as child:
         while (code := _wait(child)) is None:
             if forbid is not None and forbid.seconds is not None and flag is not None:
                 _raise_flag(flag, due=time.time() - started >= forbid.seconds)
@@ -147,11 +150,13 @@ def _tell(
 def _running(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process group of its own; it ends when the block is left early.
+    """The command; it ends when the block is left early.
 
-    A terminal's Ctrl-C would reach a shared group by itself, and the command twice. So the group
-    is its own, an interrupt goes to all of it, and what else ends us goes to the command alone.
+    A terminal's Ctrl-C reaches a shared group by itself. So with a terminal, which the command may
+    read, the group is shared and an interrupt not passed on; else the group is the command's own
+    and an interrupt goes to all of it. What else ends us goes to the command alone.
     """
+    shared = sys.stdin is not None and sys.stdin.isatty()
     running: list[subprocess.Popen[bytes]] = []
     pending: list[int] = []
 
@@ -159,7 +164,8 @@ def _running(
         if not running:
             pending.append(got)
         elif got == signal.SIGINT:
-            os.killpg(running[0].pid, got)
+            if not shared:
+                os.killpg(running[0].pid, got)
         else:
             running[0].send_signal(got)
 
@@ -167,7 +173,7 @@ def _running(
     heard = [each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, pass_on) for each in heard}
     try:
-        running.append(_start(command, environment))
+        running.append(_start(command, environment, own_group=not shared))
         for got in pending:
             pass_on(got, None)
         yield running[0]
@@ -180,8 +186,11 @@ def _running(
             signal.signal(each, handler)
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    command: Sequence[str], environment: Mapping[str, str], *, own_group: bool
+) -> subprocess.Popen[bytes]:
+    group = 0 if own_group else None
     try:
-        return subprocess.Popen(list(command), env=dict(environment), process_group=0)
+        return subprocess.Popen(list(command), env=dict(environment), process_group=group)
     except OSError as error:
         raise UserError(f"cannot run {command[0]}: {error.strerror}") from None

@@ -37,6 +37,9 @@ _NUMBERS = (
 )  # fmt: skip
 
 
+_DIVISORS = ("num_sms", "cores_per_node", "fp8_flops", "bf16_flops", "memory_bandwidth")
+
+
 @dataclass(frozen=True)
 class Link:
     """A link between ranks.
@@ -112,6 +115,9 @@ class Profile:
         wrong = [value for value in numbers if not isinstance(value, int | float) or value < 0]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is not a number of at least 0")
+        divisors = [data[name] for name in _DIVISORS] + [link.bandwidth for link in links.values()]
+        if min(divisors) <= 0:
+            raise ValueError(f"{', '.join(_DIVISORS)} and bandwidths must be above 0")
         return cls(**{**data, "links": links})
 
 

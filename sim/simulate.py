@@ -35,7 +35,7 @@ class Machine:
 def _coverage(scenario: Scenario, outcome: Outcome) -> list[dict[str, Any]]:
     """Every node's proof; nodes whose disks hold the same share one look."""
     proofs = {disk: node_coverage(0, scenario.plan, disk) for disk in set(outcome.disks.values())}
-    return [{**proofs[disk], "node": node} for node, disk in sorted(outcome.disks.items())]
+    return [{**proofs[outcome.disks[node]], "node": node} for node in sorted(outcome.disks)]
 
 
 def _cached(scenario: Scenario) -> frozenset[Kernel]:
@@ -77,10 +77,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         "cores_per_node": cores,
         "link": machine.link,
         "ranks_per_gpu": machine.ranks_per_gpu,
-        "coverage": [
-            node_coverage(node, scenario.plan, outcome.disks[node])
-            for node in sorted(outcome.disks)
-        ],
+        "coverage": _coverage(scenario, outcome),
     }
     timeline = Timeline(
         policy=scenario.warmup.policy.value,

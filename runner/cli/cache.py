@@ -145,7 +145,7 @@ def _expectation(
     wanted = plan.keys if plan else list(manifest.entries if manifest else ())
     known = {*wanted, *(manifest.entries if manifest else ())}
     signature, flags = (manifest.signature, manifest.flags) if manifest else (None, None)
-    if plan is not None:
+    if plan is not None and plan.flags is not None:
         signature, flags = plan.signature, plan.flags
     if target_root is not None or cuda_version is not None:
         keys = _keys(target_root, cuda_version)
@@ -279,6 +279,11 @@ def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     with locked(directory) if yes else nullcontext():
         entries = superfluous(found, wanted)
         kept = sum(path.name in wanted for path in found.entries())
+        if entries and not kept:
+            raise UserError(
+                f"{directory} holds none of the planned kernels: the plan is for another machine "
+                "or model; remove the directory if nothing of it is wanted"
+            )
         for path in entries:
             print(f"{'remove' if yes else 'would remove'} {path.name}")
         if yes:
@@ -296,7 +301,9 @@ def _check_same_machine(directory: Path, plans: list[PlanFile]) -> None:
     """A plan for another machine needs none of these keys: it would remove them all."""
     manifest = read_manifest(directory)
     for plan in plans:
-        if manifest and (plan.signature, plan.flags) != (manifest.signature, manifest.flags):
+        if manifest is None or plan.flags is None:
+            continue
+        if (plan.signature, plan.flags) != (manifest.signature, manifest.flags):
             raise UserError(
                 f"the plan of {plan.title} is for another machine than {directory}: make it with "
                 "the --target-root and --cuda-version that the cache was built with"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ _SHOWN_WORDS = 400
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where the kernels go.  [default: DG_JIT_CACHE_DIR, else ~/.deep_gemm]",
+    help="Where the kernels go.  [default: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else "
+    "~/.deep_gemm]",
 )
 @click.option("--jobs", type=int, help="Compiler processes at a time.  [default: one a core]")
 @click.option(
@@ -47,6 +49,8 @@ def compile(  # noqa: A001  # the command's name
     environ = Environ.read(os.environ)
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     result = planned(values, environ)
     target = find_target(target_root, cuda_version)
     if target.keys is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from runner.cli.common import F, IntList, layout_options, model_options
 from runner.config.hf import load_model, with_layers
@@ -56,9 +57,11 @@ def target_options(function: F) -> F:
     """``--target-root`` and ``--cuda-version``: the machine that will run."""
     for option in (
         click.option("--cuda-version", metavar="X.Y",
-                     help="CUDA release of that machine's nvcc.  [default: this nvcc's]"),
+                     help="CUDA release of that machine's nvcc.  "
+                          "[default: the cache's or plan's, else this nvcc's]"),
         click.option("--target-root", type=click.Path(path_type=Path), metavar="PATH",
-                     help="The deep_gemm folder of the machine that will run.  [default: ours]"),
+                     help="The deep_gemm folder of the machine that will run.  "
+                          "[default: the cache's or plan's, else ours]"),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -88,6 +91,7 @@ def planned(values: dict[str, Any], environ: Environ) -> Planned:
     gemms, max_m = values.pop("gemms"), values.pop("max_m")
     num_sms: tuple[int, ...] = values["num_sms"]
     if gemms:
+        _refuse_with_gemm()
         wanted: dict[Demand, None] = {}
         for spec in gemms:
             for count in num_sms:
@@ -96,6 +100,15 @@ def planned(values: dict[str, Any], environ: Environ) -> Planned:
         return Planned(None, title, make_plan(wanted))
     deployment = _deployment(values, environ)
     return Planned(deployment, _title(deployment), plan_of(deployment))
+
+
+def _refuse_with_gemm() -> None:
+    """Options that say what a model runs mean nothing for a GEMM that is named."""
+    context = click.get_current_context()
+    for name in ("model", "layers", "pp", "tp", "ep", "attn_cp", "stage_layers", "max_tokens",
+                 "decode_batch_sizes", "disaggregation_mode", "without"):  # fmt: skip
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UserError(f"--{name.replace('_', '-')} does not go with --gemm")
 
 
 def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:
@@ -129,7 +142,20 @@ def _title(deployment: Deployment) -> str:
     return (
         f"{model.name}, {model.num_hidden_layers} layers: pp {parallel.pp} x tp {parallel.tp}"
         f"{ep}{cp}, forwards of up to {deployment.max_tokens} tokens, {_sms(counts)}"
+        + _narrowed(deployment)
     )
+
+
+def _narrowed(deployment: Deployment) -> str:
+    """What makes a plan smaller than the model's whole."""
+    words = ""
+    if deployment.disaggregation is not DisaggregationMode.NONE:
+        words += f", {deployment.disaggregation.value} only"
+    if deployment.decode_batch_sizes is not None:
+        words += f", DECODE of {','.join(map(str, deployment.decode_batch_sizes))}"
+    if deployment.without:
+        words += f", without {', '.join(sorted(kind.name.lower() for kind in deployment.without))}"
+    return words
 
 
 def _sms(counts: tuple[int, ...]) -> str:

@@ -69,6 +69,8 @@ def plan(policy: str | None, hardware: str, source: str, check: bool, cache_dir:
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     if cache_dir is not None and source != "library":
         raise UserError(f"--cache-dir {cache_dir} goes with --source library only")
+    if cache_dir is not None and check:
+        raise UserError("--check compares whole plans: it does not go with --cache-dir")
     environ = Environ.read(os.environ)
     profile = load_profile(hardware)
     result = planned(values, environ)

@@ -74,10 +74,9 @@ def watch(
 
 def _nvcc() -> Path:
     environ = Environ.read(os.environ)
+    name = "SGLANG_DG_USE_NVRTC" if environ.use_nvrtc else "DG_JIT_USE_NVRTC"
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
-        raise UserError(
-            "DG_JIT_USE_NVRTC is set: compiles inside the process cannot be seen; unset it"
-        )
+        raise UserError(f"{name} is set: compiles inside the process cannot be seen; unset it")
     nvcc = find_nvcc(environ)
     if nvcc is None:
         raise UserError("there is no nvcc to stand before: install one or set CUDA_HOME")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import UserError
+from runner.jit.cubin import NotACubinError, kernels_in
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,15 @@ class KernelCache:
                 f"corrupted cache entry {entry}: kernel.cu or kernel.cubin is missing; remove it"
             )
         return True
+
+    def holds(self, key: str, source: str) -> bool:
+        """Whether the entry is there, whole, and of exactly this source."""
+        entry = self.entry(key)
+        try:
+            same = (entry / "kernel.cu").read_bytes() == source.encode()
+            return same and len(kernels_in((entry / "kernel.cubin").read_bytes())) == 1
+        except (OSError, NotACubinError):
+            return False
 
     def add(
         self, key: str, source: str, build: Callable[[Path, Path, Path], None], *, tag: str = ""

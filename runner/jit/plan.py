@@ -31,7 +31,8 @@ class GemmShape:
 
     def describe(self) -> str:
         """``type:N:K[:GROUPS]``, as ``runner plan --gemm`` takes it."""
-        groups = f":{self.num_groups}" if self.num_groups > 1 else ""
+        always = self.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM
+        groups = f":{self.num_groups}" if always or self.num_groups > 1 else ""
         return f"{self.type.name.lower()}:{self.n}:{self.k}{groups}"
 
 

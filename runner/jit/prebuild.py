@@ -16,7 +16,6 @@ from runner.jit.builder.scratch import scratch_folder
 from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
-from runner.jit.cubin import NotACubinError, kernels_in
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan, PlannedKernel
 from runner.jit.plan_json import use_to_json
@@ -26,6 +25,7 @@ from runner.jit.store.manifest import (
     describe_entry,
     locked,
     merge_manifest,
+    read_manifest,
 )
 
 _TAG = "build-"
@@ -129,7 +129,7 @@ def _build(order: BuildOrder, progress: ShowProgress) -> BuildReport:
     started, cpu = time.monotonic(), _cpu_seconds()
     report = BuildReport(planned=len(order.plan.kernels))
     keyed = {order.keys.cache_key(item.kernel): item for item in order.plan.kernels}
-    missing = [key for key in keyed if not _usable(order.cache, key, report)]
+    missing = _missing(order, keyed, report)
     report.present = len(keyed) - len(missing)
     try:
         try:
@@ -154,20 +154,29 @@ def _clear_leftovers(cache: KernelCache) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _usable(cache: KernelCache, key: str, report: BuildReport) -> bool:
-    """Whether an entry is there and whole; one that is not is taken away to be built anew."""
-    entry = cache.entry(key)
-    if not entry.exists():
+def _missing(
+    order: BuildOrder, keyed: Mapping[str, PlannedKernel], report: BuildReport
+) -> list[str]:
+    """Keys to build: without an entry, or with one that is not what it should be, which goes."""
+    before = read_manifest(order.cache.root)
+    missing = []
+    for key, item in keyed.items():
+        if not order.cache.entry(key).exists():
+            missing.append(key)
+        elif not _is_right(order, key, item, before):
+            order.cache.discard(key)
+            report.replaced += 1
+            missing.append(key)
+    return missing
+
+
+def _is_right(order: BuildOrder, key: str, item: PlannedKernel, before: Manifest | None) -> bool:
+    if not order.cache.holds(key, order.keys.source(item.kernel)):
         return False
-    try:
-        kernels = kernels_in((entry / "kernel.cubin").read_bytes())
-        if (entry / "kernel.cu").is_file() and len(kernels) == 1:
-            return True
-    except (OSError, NotACubinError):
-        pass
-    cache.discard(key)
-    report.replaced += 1
-    return False
+    if before is None or key not in before.entries:
+        return True
+    named = before.entries[key]
+    return describe_entry(order.cache.entry(key), named.name, named.uses) == named
 
 
 def _build_missing(

@@ -24,7 +24,7 @@ source=
 output=
 previous=
 for argument in "$@"; do
-    case "$argument" in *.cu) source=$argument ;; esac
+    case "$argument" in *.cu) source=$argument ;; --dryrun) exec "$real" "$@" ;; esac
     [ "$previous" = -o ] && output=$argument
     previous=$argument
 done
@@ -57,6 +57,9 @@ describe "$(date +%s.%N)" $code >"$record.tmp" && mv "$record.tmp" "$record.comp
 rm -f "$record.running"
 exit $code
 """
+
+WATCHED = "DEEPGEMM_COLDSTART_WATCHED"
+"""Set in the environment of a watched command: our own builder then compiles where it is seen."""
 
 FORBIDDEN_EXIT = 97
 """Exit code of a compile that was not allowed."""

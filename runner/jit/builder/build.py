@@ -22,6 +22,7 @@ from runner.jit.builder.stages import StageError, Stages, UnusualError, ask_stag
 from runner.jit.builder.unit import Job, match_entries, unit_text
 from runner.jit.compiler import CompileError, NvccCompiler
 from runner.jit.cubin import NotACubinError, kernels_in
+from runner.jit.shim import WATCHED
 
 _FIRST = 1000.0
 """Preprocessing goes before everything else: all units of a header wait for it."""
@@ -102,6 +103,8 @@ class Builder:
     def _stages(self) -> tuple[Stages | None, str]:
         if not self.fast:
             return None, "as asked"
+        if WATCHED in self.environment:
+            return None, "runner watch sees each kernel's own compile only"
         flags = self.compiler.flags.split()
         try:
             return ask_stages(self.compiler.nvcc, flags, self.scratch, self.environment), ""

@@ -15,11 +15,13 @@ from pathlib import Path
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.store.manifest import (
+    Entry,
     Manifest,
     check_target,
     describe_entry,
     manifest_text,
     parse_manifest,
+    read_manifest,
     sha256,
 )
 
@@ -89,7 +91,10 @@ def unpack(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Manifest, int]:
-    """Place the archive's entries in a cache; entries that are there stay as they are.
+    """Place the archive's entries in a cache.
+
+    An entry that is there stays where it is the archive's or what the cache's own manifest names;
+    one that is neither is replaced.
 
     Returns:
         The manifest of the archive's entries as they now are in the cache, and how many of them
@@ -114,11 +119,13 @@ def _unpack(
         raise UserError(f"{archive} is not a packed cache: manifest.json must come first")
     manifest = parse_manifest(_read(tar, first, archive), f"manifest.json of {archive}")
     check_target(cache.root, manifest)
+    known = read_manifest(cache.root)
     placed = 0
     seen: set[str] = set()
     for key, source, cubin in _entries(tar, archive, manifest):
         seen.add(key)
-        if not cache.has(key):
+        if not _stays(cache, key, manifest.entries[key], known):
+            cache.discard(key)
             placed += cache.put(key, source, cubin)
         progress(len(seen), len(manifest.entries))
     lacking = len(manifest.entries) - len(seen)
@@ -129,6 +136,21 @@ def _unpack(
         for key, entry in manifest.entries.items()
     }
     return replace(manifest, entries=entries), placed
+
+
+def _stays(cache: KernelCache, key: str, packed: Entry, known: Manifest | None) -> bool:
+    """Whether an entry is there already: the archive's, or another build of the cache's own."""
+    if not cache.entry(key).is_dir():
+        return False
+    try:
+        there = describe_entry(cache.entry(key), packed.name, packed.uses)
+    except OSError:
+        return False
+    trusted = [packed] + ([known.entries[key]] if known and key in known.entries else [])
+    return any(
+        (there.source_sha256, there.cubin_sha256) == (entry.source_sha256, entry.cubin_sha256)
+        for entry in trusted
+    )
 
 
 def _entries(

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
+from runner.jit.plan import union
 
 _NAME = "manifest.json"
+_SIGNATURE = re.compile(r"NVCC(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -73,14 +76,40 @@ class Manifest:
         entries = dict(self.entries)
         for key, entry in newer.entries.items():
             uses = entries[key].uses if key in entries else []
-            more = [use for use in entry.uses if use not in uses]
-            entries[key] = replace(entry, uses=uses + more)
-        return replace(newer, plans=plans, entries=entries)
+            entries[key] = replace(entry, uses=_merged_uses([*uses, *entry.uses]))
+        # What a newer compiler built must not pass for an older one's.
+        built_with = max(self.built_with, newer.built_with, key=release_of)
+        return replace(newer, plans=plans, entries=entries, built_with=built_with)
 
     def without(self, keys: set[str]) -> Manifest:
         """The manifest less some entries."""
         kept = {key: entry for key, entry in self.entries.items() if key not in keys}
         return replace(self, entries=kept)
+
+
+def release_of(signature: str) -> tuple[int, int]:
+    """CUDA release of a signature such as ``NVCC13.0``.
+
+    Raises:
+        UserError: not such a signature.
+    """
+    match = _SIGNATURE.search(signature)
+    if not match:
+        raise UserError(f"{signature!r} is not a compiler signature such as NVCC13.0")
+    return int(match[1]), int(match[2])
+
+
+def _merged_uses(uses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One use a GEMM, with every M and every stage."""
+    found: dict[str, dict[str, Any]] = {}
+    for use in uses:
+        what = {name: use[name] for name in use if name not in ("m_ranges", "stages")}
+        same = found.setdefault(json.dumps(what, sort_keys=True), {**use, "m_ranges": []})
+        pairs = [tuple(pair) for pair in [*same["m_ranges"], *use["m_ranges"]]]
+        same["m_ranges"] = [list(pair) for pair in union([tuple(pairs)])]
+        stages = {*same.get("stages", ()), *use.get("stages", ())}
+        same["stages"] = sorted(stages)
+    return list(found.values())
 
 
 def describe_entry(folder: Path, name: str, uses: list[dict[str, Any]]) -> Entry:

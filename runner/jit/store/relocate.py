@@ -8,17 +8,14 @@ one that built it, since a driver loads what older compilers made, not what newe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.keys import CacheKeys
-from runner.jit.store.manifest import Manifest, describe_entry
+from runner.jit.store.manifest import Manifest, describe_entry, release_of
 from runner.jit.store.verify import Expectation, Finding, verify
-
-_NVCC = re.compile(r"NVCC(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,10 @@ def relocate(
 
 
 def _check_release(built_with: str, signature: str) -> None:
-    built, wanted = _release(built_with), _release(signature)
+    built, wanted = release_of(built_with), release_of(signature)
     if wanted < built:
         raise UserError(
             f"the cache was built with CUDA {built[0]}.{built[1]} and cannot go to CUDA "
             f"{wanted[0]}.{wanted[1]}: a driver need not load what a newer compiler made; build "
             f"it with nvcc {wanted[0]}.{wanted[1]}"
         )
-
-
-def _release(signature: str) -> tuple[int, int]:
-    match = _NVCC.search(signature)
-    if not match:
-        raise UserError(f"{signature!r} is not a compiler signature such as NVCC13.0")
-    return int(match[1]), int(match[2])

@@ -261,6 +261,7 @@ def test_check_compares_with_the_plain_way(machine: Machine) -> None:
     assert Counter(Counter(machine.compiled()).values()) == {2: 4}
     (key,) = keys_of(machine, 64)
     (machine.cache.entry(key) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
+    (machine.cache.root / "manifest.json").unlink()  # which would tell that it changed
     done = machine.run(*GEMM, "--check")
     assert error_line(done, 1) == "1 of 4 kernels have other machine code"
     assert done.stdout.splitlines()[-1] == f"other machine code: {key}"
@@ -308,10 +309,24 @@ def test_any_number_of_jobs(machine: Machine, jobs: str) -> None:
     assert len(machine.compiled()) == 4
 
 
-def test_no_kernels(machine: Machine) -> None:
+@pytest.mark.parametrize("spoil", ["kernel.cubin", "kernel.cu"])
+def test_an_entry_that_changed_is_built_again(machine: Machine, spoil: str) -> None:
+    output(machine.run(*GEMM))
+    (key,) = keys_of(machine, 64)
+    file = machine.cache.entry(key) / spoil
+    before = file.read_bytes()
+    file.write_bytes(tiny_cubin(b"other") if spoil == "kernel.cubin" else before + b"//")
+    lines = output(machine.run(*GEMM))
+    assert summary(lines) == "1 built, 1 of them in place of broken ones, 3 were there"
+    assert file.read_bytes() == before
+
+
+def test_no_m_is_no_plan(machine: Machine) -> None:
     spec = "grouped_gemm_nt_f8f8bf16_contig:1024:4096:8"  # its M are multiples of 128
-    lines = output(machine.run("--gemm", spec, "--max-m", "100"))
-    assert summary(lines) == "0 built, 0 were there"
+    done = machine.run("--gemm", spec, "--max-m", "100")
+    assert error_line(done, 2) == (
+        "--max-m 100: grouped_gemm_nt_f8f8bf16_contig has M of 128 rows and more only"
+    )
     assert machine.compiled() == []
 
 

@@ -132,7 +132,7 @@ def test_a_command_that_does_not_exist(room: Path, fake_nvcc: Path) -> None:
 
 @pytest.mark.parametrize("name", ["DG_JIT_USE_NVRTC", "SGLANG_DG_USE_NVRTC"])
 def test_compiles_inside_the_process_cannot_be_seen(room: Path, fake_nvcc: Path, name: str) -> None:
-    line = "DG_JIT_USE_NVRTC is set: compiles inside the process cannot be seen; unset it"
+    line = f"{name} is set: compiles inside the process cannot be seen; unset it"
     refused(room, fake_nvcc, line=line, **{name: "1"})
 
 

@@ -73,18 +73,34 @@ def entry(name: str, *uses: dict[str, Any]) -> Entry:
 BASE = Manifest("lib", "sm_90a", "NVCC13.0", "-O3", "NVCC13.0")
 
 
+def use(n: int, *m_ranges: list[int], stages: tuple[int, ...] = (0,)) -> dict[str, object]:
+    return {
+        "type": "gemm", "n": n, "k": 1, "num_groups": 1,
+        "m_ranges": list(m_ranges), "stages": list(stages),
+    }  # fmt: skip
+
+
 def test_merged_takes_the_newer_entry_and_all_uses() -> None:
-    older = replace(BASE, plans=["a", "b"], entries={"k1": entry("x", {"n": 1}), "k2": entry("y")})
+    older = replace(
+        BASE, plans=["a", "b"],
+        entries={"k1": entry("x", use(1, [1, 4], [9, 9])), "k2": entry("y")},
+    )  # fmt: skip
     newer = replace(
         BASE, plans=["b", "c"], built_with="NVCC13.1",
-        entries={"k1": entry("z", {"n": 1}, {"n": 2}), "k3": entry("w")},
+        entries={"k1": entry("z", use(1, [5, 6], stages=(1,)), use(2, [1, 1])), "k3": entry("w")},
     )  # fmt: skip
+    both = [use(1, [1, 6], [9, 9], stages=(0, 1)), use(2, [1, 1])]
     assert older.merged(newer) == replace(
         BASE, plans=["a", "b", "c"], built_with="NVCC13.1",
-        entries={"k1": entry("z", {"n": 1}, {"n": 2}), "k2": entry("y"), "k3": entry("w")},
+        entries={"k1": entry("z", *both), "k2": entry("y"), "k3": entry("w")},
     )  # fmt: skip
     assert older.merged(older) == older
     assert list(older.entries) == ["k1", "k2"]
+
+
+def test_what_a_newer_compiler_built_stays_known_as_such() -> None:
+    newest = replace(BASE, built_with="NVCC13.10")
+    assert newest.merged(BASE).built_with == BASE.merged(newest).built_with == "NVCC13.10"
 
 
 def test_without_forgets_entries() -> None:
