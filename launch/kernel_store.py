@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -57,6 +58,7 @@ class NodeKernels:
     workers: int
     environment: Mapping[str, str]
     built: int = 0
+    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def build(self, kernels: tuple[Kernel, ...]) -> None:
         """Build what the node's cache lacks, on all its cores.
@@ -66,8 +68,9 @@ class NodeKernels:
         """
         if not kernels:
             return
-        # One builder at a time in a cache, whoever started it.
-        with locked(self.cache.root):
+        # Nodes that share a directory build their shares side by side; a ``runner compile`` in it
+        # would clear away what they are writing.
+        with locked(self.cache.root, shared=True):
             self._build_missing([kernel for kernel in kernels if not self._holds(kernel)])
 
     def _build_missing(self, kernels: list[Kernel]) -> None:
@@ -98,9 +101,10 @@ class NodeKernels:
         if built.cubin is None:
             raise CompileError(f"{built.job.kernel.name}: {built.words}")
         self.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
-        self.built += 1
         name = built.job.kernel.name
         self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
+        with self._guard:
+            self.built += 1
 
     def exchange(self) -> None:
         """Wait for everyone; then leaders hand each other what their caches lack.
@@ -119,27 +123,26 @@ class NodeKernels:
 
     def _hand_over(self, group: dist.ProcessGroup) -> None:
         parallel = self.scenario.parallel
-        planned = self._planned_keys()
+        keys_of = self.compiler.keys.cache_key
         lacking: list[list[str]] = [[] for _ in range(parallel.nodes)]
-        mine = [key for key in planned if not self.cache.has(key)]
+        planned = (item.kernel for item in self.scenario.plan.kernels)
+        mine = [keys_of(kernel) for kernel in planned if not self._holds(kernel)]
         dist.all_gather_object(lacking, mine, group=group)
         wanted = {key for keys in lacking for key in keys}
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
             share = self.scenario.kernel_set(leader).share
-            keys = [key for key in map(self.compiler.keys.cache_key, share) if key in wanted]
+            keys = [key for key in map(keys_of, share) if key in wanted]
             box: list[Any] = [[self._entry(key) for key in keys] if leader == self.rank else None]
             dist.broadcast_object_list(box, src=leader, group=group)
             for key, entry in zip(keys, box[0], strict=True):
-                if not self.cache.has(key):
+                if key in mine:
+                    self.cache.discard(key)
                     self.cache.put(key, *entry, tag=_TAG)
 
     def _entry(self, key: str) -> Entry:
         folder = self.cache.entry(key)
         return (folder / "kernel.cu").read_text(), (folder / "kernel.cubin").read_bytes()
-
-    def _planned_keys(self) -> list[str]:
-        return [self.compiler.keys.cache_key(item.kernel) for item in self.scenario.plan.kernels]
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
         """See the protocol.

@@ -35,7 +35,6 @@ from runner.warmup import DisaggregationMode
 MAX_TOKENS = 131072
 """Largest M that SGLang's warm-up ever walks to; more tokens than that in a forward are refused."""
 
-
 MAX_SMS = 1024
 """More than any GPU has."""
 

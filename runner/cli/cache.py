@@ -147,6 +147,8 @@ def _expectation(
     signature, flags = (manifest.signature, manifest.flags) if manifest else (None, None)
     if plan is not None and plan.flags is not None:
         signature, flags = plan.signature, plan.flags
+    if cuda_version is not None and target_root is None and flags is not None:
+        raise UserError("--cuda-version needs --target-root here: keys hold both")
     if target_root is not None or cuda_version is not None:
         keys = _keys(target_root, cuda_version)
         signature, flags = keys.signature, keys.flags
@@ -246,7 +248,7 @@ def pack(directory: Path, archive: Path) -> None:
 @click.argument("archive", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("directory", type=_directory)
 def unpack(archive: Path, directory: Path) -> None:
-    """Place an ARCHIVE's kernels in a cache; kernels that are there stay."""
+    """Place an ARCHIVE's kernels in a cache; those that are rightly there stay."""
     if not archive.is_file():
         raise UserError(f"{archive} is not a file: it must be an archive of runner cache pack")
     target = KernelCache(directory)

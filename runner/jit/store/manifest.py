@@ -230,9 +230,10 @@ def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
 
 
 @contextmanager
-def locked(cache_dir: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
     """Hold the cache's lock among builders; gives False where ``wait`` is off and it is taken.
 
+    ``shared`` holders, each with a share of its own to build, do not exclude each other.
     The lock goes with its holder, however that ends. The library itself does not take it.
 
     Raises:
@@ -244,7 +245,8 @@ def locked(cache_dir: Path, *, wait: bool = True) -> Iterator[bool]:
         raise UserError(f"cannot lock {cache_dir}: {error.strerror}") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return

@@ -62,9 +62,10 @@ def relocate(
         old = manifest.entries[key]
         text = (source.entry(key) / "kernel.cu").read_text()
         new = keys.key_of(old.name, text)
-        if target.has(new):
+        if target.holds(new, text):
             present += 1
         else:
+            target.discard(new)
             placed += target.put(new, text, (source.entry(key) / "kernel.cubin").read_bytes())
         entries[new] = describe_entry(target.entry(new), old.name, old.uses)
         progress(number, len(sound))

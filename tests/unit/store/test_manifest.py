@@ -98,6 +98,20 @@ def test_merged_takes_the_newer_entry_and_all_uses() -> None:
     assert list(older.entries) == ["k1", "k2"]
 
 
+def test_shared_holders_exclude_only_a_lone_builder(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path, shared=True) as first,
+        locked(tmp_path, shared=True, wait=False) as second,
+    ):
+        assert first and second
+        with locked(tmp_path, wait=False) as alone:
+            assert not alone
+    with locked(tmp_path, wait=False) as alone:
+        assert alone
+        with locked(tmp_path, shared=True, wait=False) as late:
+            assert not late
+
+
 def test_what_a_newer_compiler_built_stays_known_as_such() -> None:
     newest = replace(BASE, built_with="NVCC13.10")
     assert newest.merged(BASE).built_with == BASE.merged(newest).built_with == "NVCC13.10"
