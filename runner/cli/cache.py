@@ -147,10 +147,10 @@ def _expectation(
     signature, flags = (manifest.signature, manifest.flags) if manifest else (None, None)
     if plan is not None and plan.flags is not None:
         signature, flags = plan.signature, plan.flags
-    if cuda_version is not None and target_root is None and flags is not None:
-        raise UserError("--cuda-version needs --target-root here: keys hold both")
     if target_root is not None or cuda_version is not None:
         keys = _keys(target_root, cuda_version)
+        if target_root is None and flags is not None:
+            raise UserError("--cuda-version needs --target-root here: keys hold both")
         signature, flags = keys.signature, keys.flags
     return Expectation(
         wanted=wanted,

@@ -121,3 +121,8 @@ def test_bad_targets(
     refuses(capsys, words)
     assert not (tmp_path / "moved").exists()
     assert contents(directory) == before
+
+
+def test_another_release_alone_names_no_machine(directory: Path, capsys: Capture) -> None:
+    assert cache("verify", directory, "--cuda-version", "13.1") == 2
+    refuses(capsys, "--cuda-version needs --target-root here: keys hold both")
