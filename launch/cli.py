@@ -17,12 +17,15 @@ from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt
 from launch.options import LaunchOptions
 from runner.cli.common import (
     SECONDS,
+    asked_policies,
     batch_sizes_option,
+    check_sizes,
     layout_options,
     max_tokens_option,
     model_options,
     report_options,
     serving_options,
+    warmup_options,
 )
 from runner.cli.guard import WorkFailedError, run_guarded
 from runner.environ import Environ
@@ -30,7 +33,7 @@ from runner.errors import UserError
 from runner.jit.compiler import CompileError
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import RUNNABLE_POLICIES, DisaggregationMode, WarmupPolicy
+from runner.warmup import DisaggregationMode, WarmupPolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,15 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metavar="N",
     help="Give each of N groups of ranks a cache directory of its own.",
 )
-@click.option(
-    "--warmup",
-    "policies",
-    multiple=True,
-    default=["pp-parallel"],
-    show_default=True,
-    type=click.Choice([policy.value for policy in RUNNABLE_POLICIES]),
-    help="Warm-up policy; give it again to run several, each with a cache of its own.",
-)
+@warmup_options
 @batch_sizes_option
 @max_tokens_option
 @serving_options
@@ -89,7 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default=1800.0,
     show_default=True,
     metavar="SECONDS",
-    help="Longest run and longest wait of a collective.",
+    help="Longest run.",
+)
+@click.option(
+    "--nccl-timeout",
+    type=SECONDS,
+    metavar="SECONDS",
+    help="Longest wait of a communication.  [default: torch's: 600 over NCCL, 1800 over gloo]",
 )
 @click.option(
     "--logits",
@@ -114,8 +115,10 @@ def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
     if find_spec("torch") is None:
         raise UserError("launch needs torch: pip install 'deepgemm-coldstart[torch]'")
     environ = Environ.read(os.environ)
+    check_sizes(stream=values["stream"], cuda_graphs=values["cuda_graphs"])
+    values["jit"] = values["jit"] and environ.enable_jit_deepgemm
     options = LaunchOptions(
-        policies=tuple(WarmupPolicy(name) for name in policies),
+        policies=asked_policies(policies, environ, [WarmupPolicy.PP_PARALLEL]),
         disaggregation=DisaggregationMode(disaggregation_mode),
         **{**values, "stage_layers": values["stage_layers"] or environ.stage_layers},
     )
@@ -243,7 +246,9 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
         "--device": options.device, "--num-sms": options.num_sms,
         "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
-        "--logits": options.logits, "--schedule": options.schedule,
+        "--nccl-timeout": options.nccl_timeout, "--stream": options.stream,
+        "--cuda-graphs": options.cuda_graphs, "--walk-max-m": options.walk_max_m,
+        "--walk-memory": options.walk_memory, "--logits": options.logits, "--schedule": options.schedule,
     }  # fmt: skip
     words = []
     for flag, value in flags.items():
@@ -251,4 +256,5 @@ def _arguments(options: LaunchOptions) -> list[str]:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [flag, text]
     words += ["--ep"] * options.ep + ["--speculative"] * options.speculative
+    words += ["--compile-lock"] * options.compile_lock
     return [*words, "--jit" if options.jit else "--no-jit"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 
 import torch
@@ -19,17 +21,39 @@ _TORCH_DTYPES = {
     "int64": torch.int64,
 }
 
-Groups = dict[tuple[int, ...], dist.ProcessGroup]
+@dataclass(frozen=True)
+class Groups:
+    """Process groups of a run.
+
+    Attributes:
+        of: group of each set of ranks that a collective is among.
+        pairs: what sends and receives go through.
+        everyone: for what all ranks do together on their hosts.
+    """
+
+    of: dict[tuple[int, ...], dist.ProcessGroup]
+    pairs: dist.ProcessGroup
+    everyone: dist.ProcessGroup
 
 
-def make_groups(parallel: ParallelConfig) -> Groups:
-    """One process group per distinct group of more than one rank, made by all ranks in order."""
+def make_groups(parallel: ParallelConfig, limit: float) -> Groups:
+    """One process group per distinct group of more than one rank, made by all ranks in order.
+
+    Args:
+        parallel: the layout.
+        limit: seconds that a communication may wait.
+    """
     wanted: dict[tuple[int, ...], None] = {}
     for rank in range(parallel.world_size):
         for group in _groups_of(parallel, rank):
             if len(group) > 1:
                 wanted[group] = None
-    return {group: dist.new_group(list(group)) for group in wanted}
+    timeout = timedelta(seconds=limit)
+    made = {group: dist.new_group(list(group), timeout=timeout) for group in wanted}
+    pairs = dist.new_group(timeout=timeout)
+    everyone = dist.new_group(timeout=timeout, backend="gloo")
+    assert pairs is not None and everyone is not None
+    return Groups(made, pairs, everyone)
 
 
 def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]:
@@ -54,20 +78,20 @@ class TorchComm:
     def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
         """Sum over the group."""
         buffer = self._outbound(x)
-        dist.all_reduce(buffer, group=self._groups[group])
+        dist.all_reduce(buffer, group=self._groups.of[group])
         return self._inbound(buffer)
 
     def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
         """Concatenate along ``dim``."""
         buffer = self._outbound(x)
         parts = [torch.empty_like(buffer) for _ in group]
-        dist.all_gather(parts, buffer, group=self._groups[group])
+        dist.all_gather(parts, buffer, group=self._groups.of[group])
         return self._inbound(torch.cat(parts, dim))
 
     def send(self, x: torch.Tensor, peer: int) -> None:
         """Start a send; it ends on its own, so that a late receiver does not hold us up."""
         buffer = self._outbound(x)
-        work = dist.isend(buffer, peer)
+        work = dist.isend(buffer, peer, group=self._groups.pairs)
         assert work is not None
         self._sends.append((work, buffer))
 
@@ -75,7 +99,7 @@ class TorchComm:
         """Wait for a tensor."""
         where = torch.device("cpu") if self._through_host else self._device
         buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=where)
-        dist.recv(buffer, peer)
+        dist.recv(buffer, peer, group=self._groups.pairs)
         return self._inbound(buffer)
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.kernels import identity_of
 from runner.jit.lazy import LazyJit
 from runner.jit.library import find_library
 from runner.jit.shim import CompileRecord, write_shim
@@ -34,7 +35,7 @@ class RankJit:
         entry_points: what GEMMs are called through.
         inside: whether loading happens inside the call.
         log_dir: where the compiler shim puts its records.
-        key_of: cache key of a compile that the shim saw.
+        key_of: identity of the kernel of a compile that the shim saw.
         description: one line for the user.
         compiler: the real compiler, None where nothing is compiled.
         cache: the node's cache, None where nothing is compiled.
@@ -95,7 +96,7 @@ def set_up_jit(
     else:
         jit = LazyJit(recorded, cache)
         made = RankJit(
-            OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
+            OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _identity, f"own, {where}"
         )
     return replace(made, compiler=compiler, cache=cache)
 
@@ -106,16 +107,18 @@ def _library_jit(
 ) -> RankJit:  # fmt: skip
     import torch
 
-    from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
     from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-    from runner.deep_gemm_wrapper.walker import call_each
+    from runner.deep_gemm_wrapper.walker import call_each, walk_list
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
-    wrapper = DeepGemmWrapper(lib, ExecutionHook())
-    loader = LibraryJit(lambda kernels: call_each(wrapper, scenario.plan, kernels))
-    return RankJit(loader, wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
+    wrapper = DeepGemmWrapper(lib)
+    loader = LibraryJit(
+        lambda kernels: call_each(wrapper, scenario.plan, kernels),
+        lambda op: walk_list(wrapper, op),
+    )
+    return RankJit(loader, wrapper, True, log_dir, _identity, f"deep_gemm, {where}")
 
 
 def check_jit(options: LaunchOptions, environ: Environ) -> None:
@@ -197,8 +200,9 @@ def _describe_cache(cache: KernelCache, *, given: bool) -> str:
     return f"{cache.root} ({f'{count} kernels' if count else 'cold'})"
 
 
-def _keys(compiler: NvccCompiler) -> Callable[[CompileRecord], str]:
-    return lambda record: compiler.keys.key_of(record.kernel_name, record.source)
+def _identity(record: CompileRecord) -> str:
+    """The first line of a generated source holds the hash of the library's headers."""
+    return identity_of(record.kernel_name, record.source.partition("\n")[2])
 
 
 def _nameless(record: CompileRecord) -> str:

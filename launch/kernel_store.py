@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launch.rank_sink import KernelLoader
 from runner.cli.progress import Show, progress
 from runner.coverage import node_coverage
 from runner.errors import UserError
@@ -24,6 +25,7 @@ from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan
 from runner.jit.store.manifest import locked
 from runner.scenario import Scenario
+from runner.schedule import Walk
 from runner.timeline import Span
 
 _TAG = "build-"
@@ -40,8 +42,9 @@ class NodeKernels:
         scenario: says who leads which node.
         cache: this node's.
         compiler: the real one; builds are noted here, not by the shim.
-        load_kernels: brings kernels into this process.
+        loader: brings kernels into this process and walks.
         note: takes the spans of builds.
+        everyone: process group of all ranks.
         leaders: process group of the nodes' first ranks, None where there is one node.
         workers: compiler processes that this node may run at a time.
         environment: what the compiler's stages run in.
@@ -52,8 +55,9 @@ class NodeKernels:
     scenario: Scenario
     cache: KernelCache
     compiler: NvccCompiler
-    load_kernels: Callable[[Sequence[Kernel]], None]
+    loader: KernelLoader
     note: Callable[[Span], None]
+    everyone: dist.ProcessGroup
     leaders: dist.ProcessGroup | None
     workers: int
     environment: Mapping[str, str]
@@ -111,11 +115,11 @@ class NodeKernels:
 
         Where nodes share a directory nothing is lacking and nothing moves.
         """
-        dist.barrier()
+        dist.barrier(group=self.everyone)
         if self.leaders is not None and self._leads:
             self._hand_over(self.leaders)
         if self.scenario.parallel.nodes > 1:
-            dist.barrier()
+            dist.barrier(group=self.everyone)
 
     @property
     def _leads(self) -> bool:
@@ -156,14 +160,19 @@ class NodeKernels:
 
     def load(self, kernels: tuple[Kernel, ...]) -> None:
         """See the protocol."""
-        self.load_kernels(kernels)
+        self.loader.load(kernels)
+
+    def walk(self, walk: Walk) -> None:
+        """See the protocol."""
+        self.loader.walk(walk)
 
     def proof(self, plan: Plan) -> dict[str, Any] | None:
         """The node's coverage, from its leader."""
         if not self._leads:
             return None
         present = {item.kernel for item in plan.kernels if self._holds(item.kernel)}
-        return node_coverage(self.scenario.parallel.node_of(self.rank), plan, present)
+        parallel = self.scenario.parallel
+        return node_coverage(parallel.node_of(self.rank), parallel, plan, present)
 
 
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:

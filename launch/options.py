@@ -9,6 +9,7 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.scenario import Scenario
+from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 REAL_MATH_LIMIT = 2 << 30
@@ -38,6 +39,12 @@ class LaunchOptions:
     device: str = "auto"
     num_sms: int = 132
     virtual_nodes: int = 1
+    stream: tuple[int, ...] | None = None
+    cuda_graphs: tuple[int, ...] | None = None
+    walk_max_m: int | None = None
+    walk_memory: float | None = None
+    compile_lock: bool = False
+    nccl_timeout: float | None = None
     cache_dir: Path | None = None
     seed: int = 0
     timeout: float = 1800.0
@@ -66,11 +73,16 @@ class LaunchOptions:
                 batch_sizes=self.batch_sizes,
                 disaggregation=self.disaggregation,
                 speculative=self.speculative,
+                graph_batch_sizes=self.cuda_graphs or (),
+                walk_max_m=self.walk_max_m,
+                compile_lock=self.compile_lock,
             ),
             num_sms=num_sms,
             prompt_len=self.prompt_len,
             deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
             max_tokens=self.max_tokens,
+            stream=self.stream,
+            walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,
         )
 
     def parallel(self, environ: Environ) -> ParallelConfig:

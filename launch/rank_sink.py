@@ -5,25 +5,34 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from runner.backend.sink import R
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.lazy import LazyJit
+from runner.jit.plan import GemmShape, kernel_ranges
 from runner.jit.shim import CompileRecord
-from runner.schedule import Collective, KernelWork, Mark, Op, Recv, Send
+from runner.m_lists import expand
+from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
 from runner.timeline import Span
 
 
 class KernelLoader(Protocol):
-    """Makes kernels ready before a call; tells whether the call is a first use."""
+    """Makes kernels ready before a call."""
 
-    def prepare(self, kernels: Sequence[Kernel]) -> bool:
-        """Load or compile what is not in memory; True where there was any."""
+    def lacks(self, kernels: Sequence[Kernel]) -> bool:
+        """Whether any of them is not in memory, so that a call of them is a first use."""
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """Load or compile what is not in memory, or take note that the call is about to."""
 
     def load(self, kernels: Sequence[Kernel]) -> None:
         """Bring kernels that are on disk into memory."""
+
+    def walk(self, walk: Walk) -> None:
+        """Call a GEMM with every M of a list, so that what it needs is there afterwards."""
 
 
 class OwnJit:
@@ -32,41 +41,60 @@ class OwnJit:
     def __init__(self, jit: LazyJit | None) -> None:
         self._jit = jit
 
-    def prepare(self, kernels: Sequence[Kernel]) -> bool:
+    def lacks(self, kernels: Sequence[Kernel]) -> bool:
         """See the protocol."""
-        if self._jit is None:
-            return False
-        new = [kernel for kernel in kernels if not self._jit.is_loaded(kernel)]
-        for kernel in new:
-            self._jit.ensure(kernel)
-        return bool(new)
+        return self._jit is not None and not all(map(self._jit.is_loaded, kernels))
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """See the protocol."""
+        if self._jit is not None:
+            for kernel in kernels:
+                self._jit.ensure(kernel)
 
     def load(self, kernels: Sequence[Kernel]) -> None:
         """See the protocol."""
         self.prepare(kernels)
 
+    def walk(self, walk: Walk) -> None:
+        """Nothing is called here: what each M needs is made ready, in order."""
+        for kernel in kernel_ranges(walk.shape, expand(walk.steps)):
+            self.prepare([kernel])
+
 
 class LibraryJit:
     """The library's own JIT: it loads or compiles inside the call; we only know which are new.
 
-    ``call_each`` makes the library load kernels by calling each once; it returns those it called.
+    Args:
+        call_each: makes the library load kernels by calling each once; returns those it called.
+        call_all: calls a GEMM with every M of a walk.
     """
 
-    def __init__(self, call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]]) -> None:
+    def __init__(
+        self,
+        call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]],
+        call_all: Callable[[Walk], None],
+    ) -> None:
         self._seen: set[Kernel] = set()
-        self._call_each = call_each
+        self._call_each, self._call_all = call_each, call_all
 
-    def prepare(self, kernels: Sequence[Kernel]) -> bool:
+    def lacks(self, kernels: Sequence[Kernel]) -> bool:
         """See the protocol."""
-        new = set(kernels) - self._seen
-        self._seen |= new
-        return bool(new)
+        return not self._seen.issuperset(kernels)
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        """See the protocol."""
+        self._seen.update(kernels)
 
     def load(self, kernels: Sequence[Kernel]) -> None:
         """See the protocol."""
         self._seen.update(
             self._call_each([kernel for kernel in kernels if kernel not in self._seen])
         )
+
+    def walk(self, walk: Walk) -> None:
+        """See the protocol."""
+        self._call_all(walk)
+        self._seen.update(kernel_ranges(walk.shape, expand(walk.steps)))
 
 
 class RankSink:
@@ -83,6 +111,10 @@ class RankSink:
         *,
         synchronise: Callable[[], None],
         inside: bool,
+        arrive: Callable[[], None] = lambda: None,
+        explain: Callable[[Collective | Send | Recv, Exception], Exception] = lambda op, e: e,
+        lock: Callable[[GemmShape], AbstractContextManager[None]] = lambda shape: nullcontext(),
+        capture: Callable[[Callable[[], object]], None] = lambda forward: None,
         on_forward: Callable[[str, str], None] = lambda phase, name: None,
     ) -> None:
         """Make a sink.
@@ -92,20 +124,29 @@ class RankSink:
             loader: makes kernels ready.
             synchronise: waits until the device is idle.
             inside: whether loading happens inside the call (the library) or before it (ours).
+            arrive: waits until communication that was begun is done.
+            explain: makes an error of a communication one that says more.
+            lock: held while a GEMM's kernels are brought in for the first time.
+            capture: captures a CUDA graph of a forward.
             on_forward: told (phase, mode and tokens) at the start of each forward.
         """
         self.rank = rank
         self.ops: list[Op] = []
         self.spans: list[Span] = []
+        self.forwards: list[tuple[float, str, str]] = []
         self.last = "start"
         self._loader, self._synchronise, self._inside = loader, synchronise, inside
-        self._on_forward = on_forward
+        self._arrive, self._explain = arrive, explain
+        self._lock, self._capture, self._on_forward = lock, capture, on_forward
+        self._capturing = False
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
         """Note ``op``, do it, and note the time it took."""
         self.ops.append(op)
+        if self._capturing:
+            return action()
         if isinstance(op, Mark):
             self._mark(op)
             return action()
@@ -115,34 +156,68 @@ class RankSink:
         if isinstance(op, Collective | Send | Recv):
             # What the device still does is compute, not communication.
             self._timed("compute", "device", self._synchronise)
-            return self._timed("comm", _comm_name(op), self._to_the_end(action), self._comm_key(op))
+            return self._timed("comm", _comm_name(op), self._to_the_end(op, action), self._comm_key(op))
         if isinstance(op, KernelWork):
             # What a build spends its time on, the builder notes kernel by kernel.
             return action() if op.action == "build" else self._timed("load", op.name, action)
+        if isinstance(op, Walk):
+            with self._lock(op.shape):
+                return self._timed("load", op.name, action)
         return self._timed("compute", op.name, action)
 
-    def _to_the_end(self, action: Callable[[], R]) -> Callable[[], R]:
+    def _to_the_end(
+        self, op: Collective | Send | Recv, action: Callable[[], R]
+    ) -> Callable[[], R]:
         """NCCL returns when a collective is queued; its time is until it is done."""
 
         def act() -> R:
-            result = action()
-            self._synchronise()
+            try:
+                result = action()
+                self._arrive()
+            except Exception as error:
+                raise self._explain(op, error) from error
             return result
 
         return act
 
-    def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Capture a graph of ``forward``; its operations are counted and nothing of it timed."""
+        before, self.ops = self.ops, []
         start = time.time()
-        first_use = self._loader.prepare(kernels_of(call))
+        self._capturing = True
+        try:
+            self._capture(forward)
+        finally:
+            self._capturing = False
+            before.append(Capture(name, len(self.ops)))
+            self.ops = before
+        self.spans.append(Span(self.rank, start, time.time(), "compute", name))
+
+    def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
+        kernels = kernels_of(call)
+        if not self._loader.lacks(kernels):
+            return self._timed("compute", call.type.name.lower(), action)
+        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
+        since = time.time()
+        with self._lock(shape):
+            return self._first_use(call, kernels, action, since)
+
+    def _first_use(
+        self, call: KernelCall, kernels: Sequence[Kernel], action: Callable[[], R], since: float
+    ) -> R:
+        start = time.time()
+        if start - since > _SHOWN_WAIT:
+            self.spans.append(Span(self.rank, since, start, "wait", "compile lock"))
+        self._loader.prepare(kernels)
         name = call.type.name.lower()
-        if first_use and self._inside:
+        if self._inside:
             return self._timed("load", name, action)
-        if first_use:
-            self.spans.append(Span(self.rank, start, time.time(), "load", name))
+        self.spans.append(Span(self.rank, start, time.time(), "load", name))
         return self._timed("compute", name, action)
 
     def _mark(self, mark: Mark) -> None:
         if mark.kind == "forward" and self._phase is not None:
+            self.forwards.append((time.time(), self._phase[0], mark.name))
             self._on_forward(self._phase[0], mark.name)
         if mark.kind != "phase":
             return
@@ -168,6 +243,9 @@ class RankSink:
             where = f"{op.peer}>{self.rank}"
         self._sequence[where] += 1
         return f"{where} #{self._sequence[where]}"
+
+
+_SHOWN_WAIT = 1e-3
 
 
 def _comm_name(op: Collective | Send | Recv) -> str:

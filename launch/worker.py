@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import shutil
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from math import prod
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import runner
-from launch.comm import ScratchComm, TorchComm, make_groups
+from launch.comm import Groups, ScratchComm, TorchComm, make_groups
+from launch.deadline import Deadline
+from launch.gather import RankRecord, RunResult, find_stalls, gather, machine_facts
+from launch.graphs import GraphCapture
 from launch.jit_setup import RankJit, set_up_jit
 from launch.kernel_store import NodeKernels, leaders_group
+from launch.locks import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
+from launch.process import process_start
 from launch.rank_sink import RankSink, cut_compiles
+from launch.watchdog import TORCH_LIMITS, describe_timeout, is_timeout, wait_for_device
 from runner.backend.base import Backend, Communicator, NoKernels
 from runner.backend.math import Math
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.shapes import ShapeMath, ShapeWeights
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
-from runner.backend.weights import WeightRequest, WeightSource
+from runner.backend.weights import WeightSource
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
-from runner.scenario import Scenario, run_meta, run_rank
-from runner.schedule import Op, Schedule
-from runner.timeline import Span, Timeline, merge
+from runner.scenario import Scenario, run_rank
+from runner.schedule import Collective, Recv, Send
+from runner.timeline import Span
 from runner.warmup import WarmupPolicy
+from runner.weight_size import weight_size
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,6 @@ class Place:
     world_size: int
     local_rank: int
     local_world_size: int
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What rank 0 has after a run; the other ranks have None."""
-
-    timeline: Timeline
-    schedule: Schedule
 
 
 def run_worker(
@@ -89,14 +83,16 @@ def run_worker(
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     scenario = options.scenario(environ, num_sms=num_sms, policy=policy)
-    started = time.time()
-    deadline = _Deadline(options.timeout, place.rank)
+    deadline = Deadline(options.timeout, place.rank)
+    phases = [("imports", process_start()), ("process group", time.time())]
     exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
     _init_process_group(device, exclusive=exclusive, timeout=options.timeout)
     folder = work_dir or _shared_work_dir()
     with deadline:
-        rank_run = _RankRun(options, environ, scenario, place, device, folder, deadline)
-        result = rank_run.run(started, exclusive=exclusive, say=say)
+        rank_run = _RankRun(
+            options, environ, scenario, place, device, folder, deadline, exclusive, phases
+        )
+        result = rank_run.run(say)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
     if place.local_rank == 0 and work_dir is None:
@@ -115,48 +111,97 @@ class _RankRun:
     place: Place
     device: torch.device
     work_dir: Path
-    deadline: _Deadline
+    deadline: Deadline
+    exclusive: bool
+    phases: list[tuple[str, float]]
+    walk_memory: float | None = None
 
-    def run(
-        self, started: float, *, exclusive: bool, say: Callable[[str], None]
-    ) -> RunResult | None:
+    def run(self, say: Callable[[str], None]) -> RunResult | None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.local_world_size))
         compute, reason = self._compute_mode()
+        self._check_graphs(compute)
+        groups = make_groups(self.scenario.parallel, self._limit)
+        leaders = leaders_group(self.scenario)
+        self.phases.append(("weights", time.time()))
         jit = set_up_jit(
             self.options, self.environ, self.scenario, self.place.rank, self.work_dir,
             library=self.device.type == "cuda" and compute == "real",
         )  # fmt: skip
-        sink = RankSink(
-            self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
-            on_forward=self._progress(jit, say, lambda: store.built if store else 0),
-        )  # fmt: skip
+        store: NodeKernels | None = None
+        sink = self._sink(jit, compute, self._progress(jit, say, lambda: store.built if store else 0))
         self.deadline.sink = sink
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
-        comm = TorchComm(
-            make_groups(self.scenario.parallel),
-            self.device,
-            through_host=not exclusive or compute == "skip",
-        )
-        for line in self._introduction(compute, reason, jit, exclusive=exclusive):
+        through_host = not self.exclusive or compute == "skip"
+        comm = TorchComm(groups, self.device, through_host=through_host)
+        for line in self._introduction(compute, reason, jit):
             say(line)
-        store = self._kernel_store(jit, sink)
+        store = self._kernel_store(jit, sink, groups, leaders)
         runner = self._build_runner(compute, jit, sink, comm, store)
-        ready = time.time()
+        self._synchronise()
+        self._end_phases(sink, time.time())
         dist.barrier()
-        origin = time.time()
         logits: list[torch.Tensor] = []
-        keep = self._keeper(logits)
         with torch.inference_mode():
-            run_rank(runner, self.scenario, keep)
+            run_rank(runner, self.scenario, self._keeper(logits))
         comm.finish()
         self._synchronise()
         self._save(logits)
-        meta = {
-            "startup_seconds": round(ready - started, 3),
-            "compute": compute,
-            "coverage": store.proof(self.scenario.plan) if store else None,
-        }
-        return self._gather(sink, jit, origin, meta, exclusive=exclusive)
+        return gather(self._record(sink, jit, store), self.scenario, self._facts(compute, jit))
+
+    @property
+    def _limit(self) -> float:
+        """Seconds that a communication may wait."""
+        given = self.options.nccl_timeout
+        return TORCH_LIMITS["nccl" if self.exclusive else "gloo"] if given is None else given
+
+    def _check_graphs(self, compute: str) -> None:
+        """A graph holds what a GPU does: nothing that goes through the host."""
+        sizes = self.scenario.warmup.graph_batch_sizes
+        real = self.device.type == "cuda" and compute == "real"
+        if sizes and real and not self.exclusive and self.scenario.parallel.tp > 1:
+            raise UserError(
+                "--cuda-graphs with --tp above 1 needs a GPU for each rank: over gloo the "
+                "collectives of a forward go through the host, which no graph can hold"
+            )
+
+    def _sink(
+        self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]
+    ) -> RankSink:
+        real = self.device if compute == "real" else torch.device("cpu")
+        extra: dict[str, Any] = {}
+        if self.options.compile_lock and jit.cache is not None:
+            extra["lock"] = CompileLocks(jit.cache.root).held
+        if self.exclusive and compute == "real":
+            extra["arrive"] = lambda: wait_for_device(self.device, self._limit)
+        return RankSink(
+            self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
+            explain=lambda op, error: self._explain(op, error, jit.log_dir),
+            capture=GraphCapture(real), on_forward=on_forward, **extra,
+        )  # fmt: skip
+
+    def _explain(
+        self, op: Collective | Send | Recv, error: Exception, log_dir: Path
+    ) -> Exception:
+        if not is_timeout(error):
+            return error
+        return describe_timeout(op, self.place.rank, self._limit, log_dir)
+
+    def _end_phases(self, sink: RankSink, now: float) -> None:
+        """Note the phases before the warm-up."""
+        ends = [start for _, start in self.phases[1:]] + [now]
+        for (name, start), end in zip(self.phases, ends, strict=True):
+            sink.spans.append(Span(self.place.rank, start, end, "phase", name))
+
+    def _free_memory(self) -> float:
+        """Bytes that a walk may take."""
+        if self.device.type != "cuda":
+            return inf
+        free = float(torch.cuda.mem_get_info(self.device)[0])
+        self.walk_memory = min(free, self.walk_memory or inf)
+        return free
+
+    def _warn(self, line: str) -> None:
+        print(f"[rank {self.place.rank}] warning: {line}", flush=True)
 
     def _progress(
         self, jit: RankJit, say: Callable[[str], None], built: Callable[[], int]
@@ -186,17 +231,19 @@ class _RankRun:
         """Weights of all ranks, which every rank must count alike to decide alike."""
         parallel = self.scenario.parallel
         stages = [parallel.rank_of(stage, 0) for stage in range(parallel.pp)]
-        return parallel.tp * sum(weight_elements(self.scenario, rank) for rank in stages)
+        model = self.scenario.model
+        return parallel.tp * sum(weight_size(model, parallel, rank).elements for rank in stages)
 
-    def _kernel_store(self, jit: RankJit, sink: RankSink) -> NodeKernels | None:
-        """What planned policies build with; None where nothing is compiled."""
-        group = leaders_group(self.scenario)
+    def _kernel_store(
+        self, jit: RankJit, sink: RankSink, groups: Groups, leaders: dist.ProcessGroup | None
+    ) -> NodeKernels | None:
+        """Where kernels come from; None where nothing is compiled."""
         if jit.compiler is None or jit.cache is None:
             return None
         here = max(1, self.place.local_world_size // self.scenario.parallel.ranks_per_node)
         return NodeKernels(
             rank=self.place.rank, scenario=self.scenario, cache=jit.cache, compiler=jit.compiler,
-            load_kernels=jit.loader.load, note=sink.spans.append, leaders=group,
+            loader=jit.loader, note=sink.spans.append, everyone=groups.everyone, leaders=leaders,
             workers=max(1, (os.cpu_count() or 1) // here), environment=os.environ,
         )  # fmt: skip
 
@@ -221,17 +268,19 @@ class _RankRun:
             math, link, sink, scenario.num_sms,
             deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
             kernels=store or NoKernels(),
+            hook=scenario.hook(self.place.rank, self._free_memory, self._warn),
         )  # fmt: skip
         return ModelRunner.build(
             scenario.model, scenario.parallel, self.place.rank,
             backend=backend, weights=weights, buffers=buffers,
         )  # fmt: skip
 
-    def _introduction(
-        self, compute: str, reason: str, jit: RankJit, *, exclusive: bool
-    ) -> list[str]:
-        scenario, parallel = self.scenario, self.scenario.parallel
-        link = "nccl" if exclusive else "gloo"
+    @property
+    def _link(self) -> str:
+        return "nccl" if self.exclusive else "gloo"
+
+    def _introduction(self, compute: str, reason: str, jit: RankJit) -> list[str]:
+        scenario, parallel, link = self.scenario, self.scenario.parallel, self._link
         sizes = ",".join(map(str, scenario.batch_sizes))
         return [
             f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
@@ -266,86 +315,34 @@ class _RankRun:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"cannot write {self.options.logits}: {error}") from None
 
-    def _gather(
-        self, sink: RankSink, jit: RankJit, origin: float, meta: dict[str, Any],
-        *, exclusive: bool,
-    ) -> RunResult | None:  # fmt: skip
+    def _record(self, sink: RankSink, jit: RankJit, store: NodeKernels | None) -> RankRecord:
         records = [r for r in read_records(jit.log_dir) if r.rank == self.place.rank]
-        spans = cut_compiles(sink.spans, records, jit.key_of)
-        mine = (origin, spans, sink.ops, meta)
-        everyone: list[Any] | None = (
-            [None] * self.place.world_size if self.place.rank == 0 else None
+        names = [jit.key_of(record) for record in records]
+        return RankRecord(
+            started=self.phases[0][1],
+            spans=cut_compiles(sink.spans, records, jit.key_of),
+            ops=sink.ops,
+            coverage=store.proof(self.scenario.plan) if store else None,
+            stalls=find_stalls(records, sink.forwards, names, self.place.rank),
+            walk_memory=self.walk_memory,
         )
-        dist.gather_object(mine, everyone)
-        if everyone is None:
-            return None
-        return self._assemble(everyone, jit, exclusive=exclusive)
 
-    def _assemble(
-        self,
-        everyone: list[tuple[float, list[Span], list[Op], dict[str, Any]]],
-        jit: RankJit,
-        *,
-        exclusive: bool,
-    ) -> RunResult:
-        origin = min(item[0] for item in everyone)
-        spans = [
-            Span(s.rank, max(0.0, s.start - origin), s.end - origin, s.kind, s.name, s.key)
-            for item in everyone
-            for s in item[1]
-        ]
-        parallel = self.scenario.parallel
-        timeline = Timeline(
-            policy=self.scenario.warmup.policy.value,
-            source="measured",
-            world_size=parallel.world_size,
-            spans=merge(spans),
-            meta={
-                **run_meta(self.scenario),
-                "device": self.device.type,
-                "link": "nccl" if exclusive else "gloo",
-                "compute": everyone[0][3]["compute"],
-                "jit": jit.description,
-                "machine": _machine(self.device),
-                "startup_seconds": [item[3]["startup_seconds"] for item in everyone],
-                "coverage": [item[3]["coverage"] for item in everyone if item[3]["coverage"]],
-            },
-        )
-        schedule = Schedule(tuple(tuple(item[2]) for item in everyone))
-        return RunResult(timeline, schedule)
+    def _facts(self, compute: str, jit: RankJit) -> dict[str, Any]:
+        return {
+            "device": self.device.type,
+            "link": self._link,
+            "compute": compute,
+            "jit": jit.description,
+            "hosts": self.place.world_size // self.place.local_world_size,
+            "ranks_per_gpu": self._ranks_per_gpu,
+            "machine": machine_facts(self.device),
+        }
 
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made: the provenance of its figures."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "date": datetime.date.today().isoformat(),
-        "gpu": gpu,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "deepgemm_coldstart": runner.__version__,
-    }
-
-
-def weight_elements(scenario: Scenario, rank: int) -> int:
-    """Elements of one rank's weights, counted without making them."""
-    counter = _CountingWeights()
-    backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), scenario.num_sms)
-    ModelRunner.build(
-        scenario.model, scenario.parallel, rank,
-        backend=backend, weights=counter, buffers=NoBuffers(),
-    )  # fmt: skip
-    return counter.elements
-
-
-class _CountingWeights(ShapeWeights):
-    def __init__(self) -> None:
-        self.elements = 0
-
-    def make(self, request: WeightRequest) -> Any:
-        self.elements += prod(request.view)
-        return super().make(request)
+    @property
+    def _ranks_per_gpu(self) -> int:
+        if self.device.type != "cuda":
+            return 1
+        return -(-self.place.local_world_size // torch.cuda.device_count())
 
 
 def _place(environ: Environ) -> Place:
@@ -386,28 +383,3 @@ def _shared_work_dir() -> Path:
     path = Path(tempfile.gettempdir()) / f"deepgemm-coldstart-{name[0]}"
     path.mkdir(mode=0o700, exist_ok=True)
     return path
-
-
-class _Deadline:
-    """Ends the process when a run takes longer than its limit, saying where it stood."""
-
-    def __init__(self, seconds: float, rank: int) -> None:
-        self.sink: RankSink | None = None
-        self._seconds, self._rank = seconds, rank
-        self._timer = threading.Timer(seconds, self._abort)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def __enter__(self) -> _Deadline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _abort(self) -> None:
-        where = self.sink.last if self.sink else "setting up"
-        print(
-            f"[rank {self._rank}] error: no end after --timeout {self._seconds:g} s, in: {where}",
-            flush=True,
-        )
-        os._exit(1)

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-from runner.deployment import Deployment, recorded_calls
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
-from runner.jit.kernel_type import CONTIGUOUS_TYPES
-from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.config.parallel import ParallelConfig
+from runner.deployment import Deployment
 from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape, KernelUse, Plan, kernel_ranges
+from runner.jit.plan import KernelUse, Plan, union
 from runner.jit.plan_json import use_to_json
-from runner.m_lists import fast_m_list, full_m_list, multiples_of, relax_m_list
-from runner.warmup import WarmupOptions, WarmupPolicy, dummy_modes, resolve_batch_sizes
-
-HOOKED_TYPES = frozenset(
-    {
-        T.GEMM_NT_F8F8BF16,
-        T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
-        T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-        T.GEMM_NT_BF16BF16F32,
-        T.GROUPED_GEMM_NT_BF16_CONTIG,
-        T.GROUPED_GEMM_NT_BF16_MASKED,
-        T.TF32_HC_PRENORM_GEMM,
-    }
-)
-"""Types that SGLang's M-walking warm-ups know; einsum, logits and metadata compile on first use."""
+from runner.scenario import Scenario, record
+from runner.schedule import Schedule
+from runner.stalls import Stall, kernels_before, stalls_of
+from runner.warmup import PLANNING_POLICIES, WarmupOptions, WarmupPolicy
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """A policy against a plan.
+    """A policy against a plan, once the server is up: warmed up, first request answered.
 
     Attributes:
         policy: the policy.
-        compiled: kernels that it compiles.
-        uncovered: M of each GEMM that would stall afterwards.
-        missing: planned kernels that it does not compile.
+        compiled: kernels that it compiles on any node.
+        uncovered: M of each GEMM that would stall afterwards on some node.
+        missing: planned kernels that a node which needs them lacks.
         superfluous: kernels that it compiles and no forward needs.
+        stalls: what a stream of requests would compile, in order.
     """
 
     policy: WarmupPolicy
@@ -47,73 +35,98 @@ class Coverage:
     uncovered: tuple[KernelUse, ...]
     missing: int
     superfluous: int
+    stalls: tuple[Stall, ...] = ()
 
 
-def coverage(policy: WarmupPolicy, deployment: Deployment, plan: Plan) -> Coverage:
-    """What the policy leaves uncovered, from a cold cache."""
-    compiled = frozenset(_compiled(policy, deployment, plan))
+def coverage(
+    policy: WarmupPolicy, deployment: Deployment, plan: Plan, *, nodes: int | None = None,
+    stream: tuple[int, ...] = (), walk_max_m: int | None = None,
+) -> Coverage:  # fmt: skip
+    """What the policy leaves uncovered, from cold caches.
+
+    Args:
+        policy: the policy.
+        deployment: what is served.
+        plan: its plan.
+        nodes: nodes that the ranks are on, each with a cache; None is one for each stage.
+        stream: token counts of requests whose stalls are wanted.
+        walk_max_m: see :class:`runner.warmup.WarmupOptions`.
+
+    Raises:
+        UserError: the nodes do not fit the ranks, or a token count is not planned for.
+    """
+    parallel = replace(deployment.parallel, nodes=nodes or deployment.parallel.pp)
+    scenario = Scenario(
+        model=deployment.model, parallel=parallel, num_sms=deployment.num_sms,
+        warmup=WarmupOptions(
+            policy=policy, disaggregation=deployment.disaggregation, walk_max_m=walk_max_m
+        ),
+        deep_gemm_bf16_fp32=deployment.deep_gemm_bf16_fp32, max_tokens=deployment.max_tokens,
+        stream=stream,
+    )  # fmt: skip
+    schedule = record(scenario)
+    held = _held(scenario, schedule, plan)
     planned = {item.kernel for item in plan.kernels}
+    compiled = frozenset[Kernel]().union(*held.values())
+    served = deployment.without
+    gaps, missing = _gaps(plan, parallel, held)
     return Coverage(
         policy,
         compiled,
-        tuple(plan.uncovered(compiled)),
-        missing=len(planned - compiled),
-        superfluous=len(compiled - planned),
+        tuple(gaps),
+        missing=missing,
+        superfluous=0 if served else len(compiled - planned),
+        stalls=tuple(stalls_of(schedule, parallel.node_of)),
     )
 
 
-def _compiled(policy: WarmupPolicy, deployment: Deployment, plan: Plan) -> Iterator[Kernel]:
-    if policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
-        yield from (item.kernel for item in plan.kernels)
-    elif policy is WarmupPolicy.PP_PARALLEL:
-        yield from _of_dummy_runs(deployment, plan)
-    elif policy is not WarmupPolicy.NONE:
-        for demand in plan.demands:
-            walked = _walked(policy, deployment, demand.shape, demand.ms)
-            yield from kernel_ranges(demand.shape, walked, plan.rules)
+def _held(scenario: Scenario, schedule: Schedule, plan: Plan) -> dict[int, frozenset[Kernel]]:
+    """Kernels on each node's disk once the server is up."""
+    if scenario.warmup.policy in PLANNING_POLICIES:
+        everything = frozenset(item.kernel for item in plan.kernels)
+        return dict.fromkeys(range(scenario.parallel.nodes), everything)
+    found = kernels_before(schedule, scenario.parallel.node_of)
+    return {node: frozenset(kernels) for node, kernels in found.items()}
 
 
-def _walked(
-    policy: WarmupPolicy, deployment: Deployment, shape: GemmShape, ms: Sequence[int]
-) -> Sequence[int]:
-    """M that the policy calls a GEMM with."""
-    tokens = deployment.max_tokens
-    contiguous = shape.type in CONTIGUOUS_TYPES
-    if policy is WarmupPolicy.RELAX:
-        # vLLM walks all of a contiguous GEMM's M, a dense one's wave boundaries, nothing else.
-        if contiguous:
-            return ms
-        dense = shape.type is T.GEMM_NT_F8F8BF16
-        return relax_m_list(tokens, shape.n, deployment.num_sms) if dense else ()
-    if shape.type not in HOOKED_TYPES:
-        return ()
-    if shape.type is T.TF32_HC_PRENORM_GEMM:
-        return ms  # SGLang calls it once for each number of splits that a forward can ask for.
-    listed = full_m_list(tokens) if policy is WarmupPolicy.FULL else fast_m_list(tokens)
-    return multiples_of(listed, CONTIGUOUS_M_ALIGNMENT) if contiguous else listed
+def _gaps(
+    plan: Plan, parallel: ParallelConfig, held: dict[int, frozenset[Kernel]]
+) -> tuple[list[KernelUse], int]:
+    """Uncovered M of each GEMM over all nodes, and how many kernels some node lacks."""
+    uses: dict[Any, list[KernelUse]] = {}
+    lacking: set[Kernel] = set()
+    for stages, kernels in {(node_stages(parallel, node), held[node]) for node in held}:
+        lacking.update(item.kernel for item in plan.needed_by(stages) if item.kernel not in kernels)
+        for use in plan.uncovered(kernels, stages):
+            uses.setdefault(use.shape, []).append(use)
+    gaps = [
+        KernelUse(demand.shape, union(use.m_ranges for use in uses[demand.shape]), demand.stages)
+        for demand in plan.demands
+        if demand.shape in uses
+    ]
+    return gaps, len(lacking)
 
 
-def _of_dummy_runs(deployment: Deployment, plan: Plan) -> Iterator[Kernel]:
-    """Kernels of the five dummy batches in each mode; there are none with one stage."""
-    if deployment.parallel.pp == 1:
-        return
-    options = WarmupOptions(
-        policy=WarmupPolicy.PP_PARALLEL, disaggregation=deployment.disaggregation
-    )
-    sizes = resolve_batch_sizes(None, deployment.num_sms, deployment.parallel.attn_cp)
-    modes = dummy_modes(options, is_generation=True)
-    for call in recorded_calls(deployment, [(size, mode) for size in sizes for mode in modes]):
-        yield from plan.rules.kernels_of(call)
+def node_stages(parallel: ParallelConfig, node: int) -> tuple[int, ...]:
+    """Pipeline stages that have ranks on a node."""
+    first = node * parallel.ranks_per_node
+    ranks = range(first, first + parallel.ranks_per_node)
+    return tuple(sorted({parallel.coordinates(rank).pp_rank for rank in ranks}))
 
 
-def node_coverage(node: int, plan: Plan, present: Collection[Kernel]) -> dict[str, Any]:
+def node_coverage(
+    node: int, parallel: ParallelConfig, plan: Plan, present: Collection[Kernel]
+) -> dict[str, Any]:
     """A node's proof of coverage as plain data.
 
-    It tells how many planned kernels the cache holds, and the M of each GEMM that would compile.
+    It tells how many of the kernels that the node's stages can need its cache holds, and the M of
+    each GEMM that would compile.
     """
+    stages = node_stages(parallel, node)
+    needed = plan.needed_by(stages)
     return {
         "node": node,
-        "planned": len(plan.kernels),
-        "present": sum(item.kernel in present for item in plan.kernels),
-        "stalls": [use_to_json(use) for use in plan.uncovered(present)],
+        "planned": len(needed),
+        "present": sum(item.kernel in present for item in needed),
+        "stalls": [use_to_json(use) for use in plan.uncovered(present, stages)],
     }

@@ -33,9 +33,9 @@ class Environ:
     """
 
     enable_jit_deepgemm: bool = _variable("SGLANG_ENABLE_JIT_DEEPGEMM", True)
-    precompile: bool = _variable("SGLANG_JIT_DEEPGEMM_PRECOMPILE", True)
-    fast_warmup: bool = _variable("SGLANG_JIT_DEEPGEMM_FAST_WARMUP", False)
-    pp_parallel_warmup: bool = _variable("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP", False)
+    precompile: bool | None = _variable("SGLANG_JIT_DEEPGEMM_PRECOMPILE", None)
+    fast_warmup: bool | None = _variable("SGLANG_JIT_DEEPGEMM_FAST_WARMUP", None)
+    pp_parallel_warmup: bool | None = _variable("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP", None)
     in_precompile_stage: bool = _variable("SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE", False)
     is_first_rank_on_node: bool = _variable("SGLANG_IS_FIRST_RANK_ON_NODE", True)
     sanity_check: bool = _variable("SGLANG_DEEPGEMM_SANITY_CHECK", False)
@@ -129,7 +129,7 @@ def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[
 
 def _parse(variable: str, text: str, annotation: object) -> object:
     kind = str(annotation)
-    if kind == "bool":
+    if kind.startswith("bool"):
         return _parse_bool(variable, text)
     if kind.startswith("int"):
         try:

@@ -32,15 +32,18 @@ def full_m_list(chunked_prefill_size: int) -> range:
 
 
 def fast_m_list(chunked_prefill_size: int) -> tuple[int, ...]:
-    """Every M up to 1024, then steps that double each octave, and the largest prefill."""
+    """Every M up to 1024, then steps that double each octave, and the largest prefill.
+
+    As upstream, an octave that the largest prefill falls into is sampled to its end.
+    """
     limited = chunked_prefill_size >= 1
-    last = min(chunked_prefill_size, _FAST_MAX) if limited else _DEFAULT_MAX
-    found = set(range(1, _FAST_DENSE_UP_TO + 1))
+    largest = min(chunked_prefill_size, _FAST_MAX) if limited else _DEFAULT_MAX
+    found = {*range(1, _FAST_DENSE_UP_TO + 1), largest}
     start, step = _FAST_DENSE_UP_TO, 2
-    while start < last:
-        found.update(range(start, min(2 * start, last), step))
+    while start < largest:
+        found.update(range(start, 2 * start, step))
         start, step = 2 * start, 2 * step
-    return tuple(sorted({m for m in found if m <= last} | {last}))
+    return tuple(sorted(found))
 
 
 def relax_m_list(max_tokens: int, n: int, num_sms: int) -> tuple[int, ...]:
@@ -58,3 +61,27 @@ def relax_m_list(max_tokens: int, n: int, num_sms: int) -> tuple[int, ...]:
 def multiples_of(values: Sequence[int], alignment: int) -> tuple[int, ...]:
     """Only the multiples of ``alignment``: what contiguous grouped GEMMs can be walked with."""
     return tuple(m for m in values if m % alignment == 0)
+
+
+MSteps = tuple[tuple[int, int, int], ...]
+"""Ascending M as (first, last, step) runs."""
+
+
+def steps_of(values: Sequence[int]) -> MSteps:
+    """Ascending values as few runs of equal steps."""
+    if isinstance(values, range):
+        return ((values[0], values[-1], values.step),) if values else ()
+    runs: list[tuple[int, int, int]] = []
+    for value in values:
+        if runs:
+            first, last, step = runs[-1]
+            if first == last or value - last == step:
+                runs[-1] = (first, value, value - last)
+                continue
+        runs.append((value, value, 1))
+    return tuple(runs)
+
+
+def expand(steps: MSteps) -> list[int]:
+    """The values of :func:`steps_of`."""
+    return [m for first, last, step in steps for m in range(first, last + 1, step)]

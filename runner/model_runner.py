@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,6 +103,12 @@ class ModelRunner:
         Raises:
             UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
         """
+        return self.prepared_dummy(batch_size, forward_mode_override)()
+
+    def prepared_dummy(
+        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    ) -> Callable[[], Any]:
+        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
         if batch_size < 1 or batch_size % self.parallel.attn_cp:
             raise UserError(
                 f"dummy batch size {batch_size} must be a positive multiple of "
@@ -116,7 +123,8 @@ class ModelRunner:
             input_ids=self.buffers.dummy_ids(batch_size),
             cache=self.buffers.cache(batch_size, 1),
         )
-        return self.forward(batch, self.dummy_proxy(batch))
+        proxy = self.dummy_proxy(batch)
+        return lambda: self.forward(batch, proxy)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
         """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""

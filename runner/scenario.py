@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import inf
 from typing import Any
 
 from runner.backend.base import Backend
@@ -14,20 +15,27 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment, plan_of
 from runner.errors import UserError
+from runner.jit.heuristics_sm90 import align
+from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
 from runner.jit.plan import Plan
+from runner.m_lists import steps_of
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import Collective, KernelWork, Op, Recv, Schedule, Send
+from runner.schedule import EXCHANGE, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
 from runner.sharing import share_out
-from runner.traffic import Request, serve_all
+from runner.timeline import FIRST_REQUEST
+from runner.traffic import Request, serve, serve_all
+from runner.walks import ExecutionHook, relaxed_ms
 from runner.warmup import (
     PLANNING_POLICIES,
     KernelSet,
     WarmupOptions,
     WarmupPolicy,
+    capture_graphs,
     dummy_modes,
     kernel_warmup,
     resolve_batch_sizes,
+    walked_ms,
 )
 
 
@@ -43,6 +51,9 @@ class Scenario:
         max_tokens: most tokens of a forward: what ``planned`` and ``prebuilt`` cover, and what a
             run's coverage is told for.
         prompt_len: see :class:`runner.traffic.Request`.
+        stream: token counts of the requests after the first one; None takes the batch sizes.
+        walk_memory: bytes of GPU memory that a walk may take; None is no limit to a recording,
+            and what is free to a run on a GPU.
         deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
     """
 
@@ -53,14 +64,18 @@ class Scenario:
     prompt_len: int = 1
     deep_gemm_bf16_fp32: bool = True
     max_tokens: int = 16384
+    stream: tuple[int, ...] | None = None
+    walk_memory: float | None = None
 
     def __post_init__(self) -> None:
         assert self.deployment, "made here so that bad values are told before a run"
-        largest = max(self.batch_sizes)
+        if min(self.stream or (1,)) < 1:
+            raise UserError(f"token counts {_listed(self.stream)} must all be at least 1")
+        largest = max(request.tokens for request in self.requests)
         if self.warmup.policy in PLANNING_POLICIES and largest > self.max_tokens:
             raise UserError(
-                f"batch size {largest} is above --max-tokens {self.max_tokens}, for which "
-                f"{self.warmup.policy.value} prepares: give smaller --batch-sizes"
+                f"{'token count' if self.stream else 'batch size'} {largest} is above --max-tokens {self.max_tokens}, for which "
+                f"{self.warmup.policy.value} prepares: give smaller ones"
             )
 
     @property
@@ -80,19 +95,56 @@ class Scenario:
             deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
         )
 
+    def leads(self, rank: int) -> bool:
+        """Whether a rank is the first of its node."""
+        return rank % self.parallel.ranks_per_node == 0
+
+    def hook(
+        self, rank: int, budget: Callable[[], float] | None = None,
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> ExecutionHook:  # fmt: skip
+        """What a rank walks at first calls; ``budget`` asks for the GPU's free memory."""
+        given = self.walk_memory
+        limit = budget or (lambda: inf)
+        return ExecutionHook(
+            m_list=walked_ms(self.warmup.policy, self.max_tokens, self.warmup.walk_max_m),
+            leads=self.leads(rank),
+            budget=limit if given is None else lambda: given,
+            warn=warn,
+        )
+
     def kernel_set(self, rank: int) -> KernelSet:
-        """What the policy makes a rank do with planned kernels."""
+        """What the policy makes a rank do with kernels apart from any forward."""
+        stage = self.parallel.coordinates(rank).pp_rank
+        if self.warmup.policy is WarmupPolicy.RELAX:
+            return KernelSet(walks=self._relax_walks(stage))
         if self.warmup.policy not in PLANNING_POLICIES:
             return KernelSet()
-        stage = self.parallel.coordinates(rank).pp_rank
-        node = self.parallel.node_of(rank)
-        leads = rank == 0 or self.parallel.node_of(rank - 1) != node
+        leads = self.leads(rank)
         return KernelSet(
             total=len(self.plan.kernels),
             checked=tuple(item.kernel for item in self.plan.kernels) if leads else (),
-            share=self._shares[node] if leads else (),
-            own=tuple(item.kernel for item in self.plan.kernels if stage in item.stages),
+            share=self._shares[self.parallel.node_of(rank)] if leads else (),
+            own=self._own_kernels[stage],
         )
+
+    @cached_property
+    def _own_kernels(self) -> list[tuple[Kernel, ...]]:
+        """Planned kernels of each stage."""
+        return [
+            tuple(item.kernel for item in self.plan.kernels if stage in item.stages)
+            for stage in range(self.parallel.pp)
+        ]
+
+    def _relax_walks(self, stage: int) -> tuple[Walk, ...]:
+        """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
+        limit = self.warmup.walk_max_m or self.max_tokens
+        walks = []
+        for demand in self.plan.demands:
+            ms = relaxed_ms(demand.shape, demand.ms, self.max_tokens) if stage in demand.stages else ()
+            steps = steps_of([m for m in ms if m <= limit])
+            walks += [Walk(demand.shape, steps)] if steps else []
+        return tuple(walks)
 
     @cached_property
     def _shares(self) -> list[tuple[Kernel, ...]]:
@@ -107,7 +159,18 @@ class Scenario:
     def requests(self) -> tuple[Request, ...]:
         """Requests sent after the warm-up."""
         modes = dummy_modes(self.warmup, is_generation=True)
-        return tuple(Request(size, self.prompt_len, modes) for size in self.batch_sizes)
+        sizes = self.batch_sizes
+        if self.stream is not None:
+            step = self.parallel.attn_cp
+            sizes = (sizes[0], *(align(count, step) for count in self.stream))
+        return tuple(Request(size, self.prompt_len, modes) for size in sizes)
+
+    @property
+    def unwalked(self) -> Scenario:
+        """The same without what adds walks and leaves every other operation as it is."""
+        policy = WarmupPolicy.PP_PARALLEL if self.warmup.policy.runs_dummies else WarmupPolicy.NONE
+        warmup = replace(self.warmup, policy=policy, walk_max_m=None, compile_lock=False)
+        return replace(self, warmup=warmup, walk_memory=None)
 
     def with_policy(self, policy: WarmupPolicy) -> Scenario:
         """The same scenario under another policy."""
@@ -118,75 +181,134 @@ def run_rank(
     runner: ModelRunner, scenario: Scenario, keep: Callable[[Any], None] = lambda logits: None
 ) -> None:
     """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage."""
+    _warm_up(runner, scenario)
+    _come_up(runner, scenario, keep)
+
+
+def _warm_up(runner: ModelRunner, scenario: Scenario) -> None:
     runner.backend.mark("phase", "warm-up")
     kernel_warmup(runner, scenario.warmup, scenario.kernel_set(runner.rank))
-    runner.backend.mark("phase", "requests")
-    serve_all(runner, scenario.requests, keep)
-    runner.backend.mark("phase", "end")
+
+
+def _come_up(runner: ModelRunner, scenario: Scenario, keep: Callable[[Any], None]) -> None:
+    """All after the warm-up. A server is up once its first request is answered."""
+    first, *others = scenario.requests
+    backend = runner.backend
+    if scenario.warmup.graph_batch_sizes:
+        backend.mark("phase", "graph capture")
+        capture_graphs(runner, scenario.warmup)
+    backend.mark("phase", FIRST_REQUEST)
+    serve(runner, first, keep)
+    if others:
+        backend.mark("phase", "requests")
+        serve_all(runner, others, keep)
+    backend.mark("phase", "end")
 
 
 def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
     """Operations of one rank, from shapes alone."""
+    plain = scenario.unwalked
+    ops = _recorded(plain, rank, _warm_up) if plain.warmup.policy.runs_dummies else ()
+    ops = ops or _record(scenario, rank, _warm_up)
+    ops += _recorded(plain.with_policy(WarmupPolicy.NONE), rank, _serve)
+    hook = scenario.hook(rank)
+    return ops if hook.m_list is None else tuple(_with_walks(ops, hook))
+
+
+def _serve(runner: ModelRunner, scenario: Scenario) -> None:
+    _come_up(runner, scenario, lambda logits: None)
+
+
+def _record(
+    scenario: Scenario, rank: int, part: Callable[[ModelRunner, Scenario], None]
+) -> tuple[Op, ...]:
     recorder = ScheduleRecorder()
     backend = Backend(
-        ShapeMath(),
-        NoComm(),
-        recorder,
-        num_sms=scenario.num_sms,
+        ShapeMath(), NoComm(), recorder, num_sms=scenario.num_sms,
         deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
-    )
+    )  # fmt: skip
     runner = ModelRunner.build(
         scenario.model, scenario.parallel, rank,
         backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
     )  # fmt: skip
-    run_rank(runner, scenario)
+    part(runner, scenario)
     return tuple(recorder.ops)
 
 
-def record(scenario: Scenario) -> Schedule:
+_recorded = lru_cache(maxsize=512)(_record)
+"""Policies differ in a few operations; the forwards that they share are recorded once."""
+
+
+def _with_walks(ops: Iterable[Op], hook: ExecutionHook) -> Iterator[Op]:
+    """What a backend with this hook announces."""
+    for op in ops:
+        if isinstance(op, KernelCall):
+            yield from hook.before(op)
+        yield op
+
+
+def record(scenario: Scenario, *, folded: bool = False) -> Schedule:
     """Operations of every rank.
 
     Tensor ranks of a stage run the same operations on the same shapes, so one is recorded and the
-    others differ only in whom they talk to; where attention splits tokens over ranks, each is
-    recorded.
+    others differ only in whom they talk to and in what the first rank of a node does; where
+    attention splits tokens over ranks, each is recorded.
+
+    Args:
+        scenario: what is run.
+        folded: cut the replicas after the first one off behind the last operation that all of
+            them take part in; from there on each does what the first does.
 
     Raises:
         UserError: the model does not fit the layout.
     """
     parallel = scenario.parallel
     parallel.check_fits(scenario.model)
-    stages: dict[int, tuple[Op, ...]] = {}
+    recorded: dict[tuple[int, ...], tuple[int, tuple[Op, ...]]] = {}
     ranks = []
     for rank in range(parallel.world_size):
-        if parallel.attn_cp > 1:
-            ranks.append(record_rank(scenario, rank))
-            continue
-        stage = parallel.coordinates(rank).pp_rank
-        if stage not in stages:
-            stages[stage] = record_rank(scenario, rank)
-        ranks.append(_moved(stages[stage], scenario, rank))
+        at = parallel.coordinates(rank)
+        split = at.tp_rank if parallel.attn_cp > 1 else 0
+        role = (at.pp_rank, split, scenario.leads(rank))
+        if role not in recorded:
+            recorded[role] = rank, record_rank(scenario, rank)
+        first, ops = recorded[role]
+        if folded and at.replica:
+            ops = ops[: common_end(ops)]
+        ranks.append(_moved(first, ops, scenario, rank))
     return Schedule(tuple(ranks))
 
 
-def _moved(ops: tuple[Op, ...], scenario: Scenario, rank: int) -> tuple[Op, ...]:
-    """A stage's first rank's operations as another tensor rank of the stage runs them."""
-    parallel = scenario.parallel
-    by, group = rank % parallel.tp, parallel.tp_group(rank)
+def common_end(ops: Sequence[Op]) -> int:
+    """Index behind the last operation that ranks of all replicas take part in."""
+    shared = (i for i, op in enumerate(ops) if isinstance(op, Collective) and op.name == EXCHANGE)
+    return max((index + 1 for index in shared), default=0)
+
+
+def _moved(first: int, ops: tuple[Op, ...], scenario: Scenario, rank: int) -> tuple[Op, ...]:
+    """Operations of rank ``first`` as another rank of the same role runs them."""
+    by = rank - first
     if by == 0:
         return ops
-    first_group = parallel.tp_group(rank - by)
+    parallel = scenario.parallel
+    tp_groups = parallel.tp_group(first), parallel.tp_group(rank)
+    own = scenario.kernel_set(rank)
     moved: list[Op] = []
     for op in ops:
         if isinstance(op, Send | Recv):
             moved.append(replace(op, peer=op.peer + by))
-        elif isinstance(op, Collective) and op.group == first_group:
-            moved.append(replace(op, group=group))
+        elif isinstance(op, Collective) and op.name != EXCHANGE:
+            others = tuple(member + by for member in op.group)
+            moved.append(replace(op, group=tp_groups[1] if op.group == tp_groups[0] else others))
         elif isinstance(op, KernelWork) and op.action in ("build", "verify"):
-            own = scenario.kernel_set(rank)
             moved.append(replace(op, kernels=own.share if op.action == "build" else own.checked))
         else:
             moved.append(op)
     return tuple(moved)
+
+
+def _listed(values: tuple[int, ...] | None) -> str:
+    return ",".join(map(str, values or ()))
 
 
 def run_meta(scenario: Scenario) -> dict[str, Any]:
@@ -198,6 +320,7 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "layers": scenario.model.num_hidden_layers,
         "pp": parallel.pp,
         "tp": parallel.tp,
+        "replicas": parallel.replicas,
         "ep": parallel.ep,
         "attn_cp": parallel.attn_cp,
         "stage_layers": list(parallel.stage_layers) if parallel.stage_layers else None,
@@ -206,6 +329,12 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "disaggregation": scenario.warmup.disaggregation.value,
         "batch_sizes": list(scenario.batch_sizes),
         "max_tokens": scenario.max_tokens,
+        "stream": None if scenario.stream is None else list(scenario.stream),
+        "graph_batch_sizes": list(scenario.warmup.graph_batch_sizes),
+        "walk_max_m": scenario.warmup.walk_max_m,
+        "walk_memory": scenario.walk_memory,
+        "compile_lock": scenario.warmup.compile_lock,
+        "speculative": scenario.warmup.speculative,
         "num_sms": scenario.num_sms,
         "ranks": [
             {"pp_rank": at.pp_rank, "tp_rank": at.tp_rank, "node": parallel.node_of(rank)}

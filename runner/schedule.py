@@ -13,6 +13,8 @@ from typing import Any
 
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel
+from runner.jit.plan import GemmShape
+from runner.m_lists import MSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,31 @@ class KernelWork:
         return f"{self.action} {len(self.kernels)} kernels"
 
 
-Op = KernelCall | Compute | Collective | Send | Recv | Mark | KernelWork
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Calls of one GEMM with every M of a list, so that their kernels are there afterwards.
+
+    ``steps`` are ascending M as (first, last, step) runs.
+    """
+
+    shape: GemmShape
+    steps: MSteps
+
+    @property
+    def name(self) -> str:
+        """Short text for reports."""
+        return f"walk {self.shape.describe()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """Capture of a CUDA graph of a forward of ``operations`` operations."""
+
+    name: str
+    operations: int
+
+
+Op = KernelCall | Compute | Collective | Send | Recv | Mark | KernelWork | Walk | Capture
 
 _TAGS: dict[str, type] = {
     "kernel": KernelCall,
@@ -90,6 +116,8 @@ _TAGS: dict[str, type] = {
     "recv": Recv,
     "mark": Mark,
     "kernels": KernelWork,
+    "walk": Walk,
+    "capture": Capture,
 }
 _TAG_OF = {cls: tag for tag, cls in _TAGS.items()}
 
@@ -123,6 +151,10 @@ def _encode(op: Op) -> list[Any]:
         plain[0] = op.type.name
     elif isinstance(op, KernelWork):
         plain[1] = [[k.name, k.header, k.entry, list(k.arguments)] for k in op.kernels]
+    elif isinstance(op, Walk):
+        shape = op.shape
+        plain[0] = [shape.type.name, shape.n, shape.k, shape.num_groups, shape.num_sms]
+        plain[1] = [list(run) for run in op.steps]
     return [_TAG_OF[type(op)], *plain]
 
 
@@ -136,5 +168,9 @@ def _decode(item: list[Any]) -> Op:
             for name, header, entry, arguments in values[1]
         )
         return KernelWork(values[0], tuple(made))
+    elif tag == "walk":
+        name, *sizes = values[0]
+        shape = GemmShape(DeepGemmKernelType[name], *sizes)
+        return Walk(shape, tuple((first, last, step) for first, last, step in values[1]))
     op: Op = _TAGS[tag](*(tuple(v) if isinstance(v, list) else v for v in values))
     return op

@@ -12,6 +12,9 @@ from typing import Any
 from runner.errors import UserError
 from runner.files import write_text
 
+FIRST_REQUEST = "first request"
+"""Phase after which a server is up."""
+
 KINDS = ("compile", "load", "compute", "comm", "wait", "phase")
 """Kinds of span. ``phase`` spans enclose others and are left out of totals."""
 
@@ -88,6 +91,17 @@ class Timeline:
     def wall(self) -> float:
         """Seconds from the origin to the last span's end."""
         return max((span.end for span in self.spans), default=0.0)
+
+    def end_of(self, phase: str) -> float | None:
+        """When the last rank leaves a phase, in seconds since the origin; None without it."""
+        ends = [s.end for s in self.spans if s.kind == "phase" and s.name == phase]
+        return max(ends, default=None)
+
+    @property
+    def up(self) -> float:
+        """When the first request was answered, in seconds since the origin; else the wall."""
+        end = self.end_of(FIRST_REQUEST)
+        return self.wall if end is None else end
 
     @property
     def kernels_compiled(self) -> int:

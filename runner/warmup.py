@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -9,7 +11,9 @@ from runner.errors import UserError
 from runner.forward_batch import ForwardMode
 from runner.jit.heuristics_sm90 import align, ceil_div
 from runner.jit.kernels import Kernel
+from runner.m_lists import fast_m_list, full_m_list
 from runner.model_runner import ModelRunner
+from runner.schedule import Walk
 
 _BLOCK_M = 64
 
@@ -23,40 +27,80 @@ class DisaggregationMode(Enum):
 
 
 class WarmupPolicy(Enum):
-    """Policies by name. Those that walk lists of M are only planned with so far."""
+    """Policies by name; see the members' properties for what they do."""
 
     NONE = "none"
     FULL = "full"
     FAST = "fast"
     PP_PARALLEL = "pp-parallel"
+    PP_PARALLEL_FULL = "pp-parallel+full"
+    PP_PARALLEL_FAST = "pp-parallel+fast"
     RELAX = "relax"
     PLANNED = "planned"
     PREBUILT = "prebuilt"
 
+    @property
+    def walked(self) -> str:
+        """The M list that the execution hook walks: ``full``, ``fast``, or empty for none."""
+        last = self.value.rpartition("+")[2]
+        return last if last in ("full", "fast") else ""
 
-RUNNABLE_POLICIES = (
-    WarmupPolicy.NONE,
-    WarmupPolicy.PP_PARALLEL,
-    WarmupPolicy.PLANNED,
-    WarmupPolicy.PREBUILT,
-)
-"""What ``launch --warmup`` and ``runner sim --warmup`` take."""
+    @property
+    def runs_dummies(self) -> bool:
+        """Whether each stage runs dummy batches of its own before it serves."""
+        return self.value.startswith("pp-parallel")
+
 
 PLANNING_POLICIES = frozenset({WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT})
 """Policies that know beforehand which kernels a deployment can need."""
+
+
+def policy_of_flags(
+    *, precompile: bool | None, fast: bool | None, pp_parallel: bool | None
+) -> WarmupPolicy | None:
+    """The policy that SGLang's variables ask for; None where none of them is set.
+
+    Unset ones have upstream's defaults: precompile on, fast and pp-parallel off.
+    """
+    if precompile is fast is pp_parallel is None:
+        return None
+    walked = "" if precompile is False else "fast" if fast else "full"
+    words = ["pp-parallel"] * bool(pp_parallel) + [walked] * bool(walked)
+    return WarmupPolicy("+".join(words) or "none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupOptions:
     """What decides a warm-up besides the policy.
 
-    ``batch_sizes`` replaces the five that follow from the number of SMs.
+    Attributes:
+        batch_sizes: replace the five that follow from the number of SMs.
+        graph_batch_sizes: sizes that a CUDA graph of DECODE is captured for after the warm-up.
+        walk_max_m: ends the lists of M that are walked; None leaves them as upstream has them.
+        compile_lock: whether ranks of a node take turns at the first uses of one GEMM's kernels.
     """
 
     policy: WarmupPolicy
     batch_sizes: tuple[int, ...] | None = None
     disaggregation: DisaggregationMode = DisaggregationMode.NONE
     speculative: bool = False
+    graph_batch_sizes: tuple[int, ...] = ()
+    walk_max_m: int | None = None
+    compile_lock: bool = False
+
+
+def walked_ms(
+    policy: WarmupPolicy, chunked_prefill_size: int, limit: int | None = None
+) -> Sequence[int] | None:
+    """M that the execution hook walks under a policy; None where it walks nothing.
+
+    ``limit`` ends upstream's list there.
+    """
+    if not policy.walked:
+        return None
+    make = full_m_list if policy.walked == "full" else fast_m_list
+    found = make(chunked_prefill_size)
+    return found if limit is None else found[: bisect_right(found, limit)]
 
 
 def pp_parallel_batch_sizes(num_sms: int, alignment: int = 1) -> tuple[int, ...]:
@@ -98,7 +142,7 @@ def dummy_modes(options: WarmupOptions, *, is_generation: bool) -> tuple[Forward
 
 @dataclass(frozen=True)
 class KernelSet:
-    """What a rank has to do with the planned kernels.
+    """What a policy makes a rank do with kernels apart from any forward.
 
     Attributes:
         total: number of planned kernels of all ranks.
@@ -106,12 +150,14 @@ class KernelSet:
             node, which looks for all.
         share: what this rank builds; empty but for the first rank of each node.
         own: what this rank's stage runs.
+        walks: what this rank walks.
     """
 
     total: int = 0
     checked: tuple[Kernel, ...] = ()
     share: tuple[Kernel, ...] = ()
     own: tuple[Kernel, ...] = ()
+    walks: tuple[Walk, ...] = ()
 
 
 _CUBIN_BYTES = 40960
@@ -121,12 +167,17 @@ _CUBIN_BYTES = 40960
 def kernel_warmup(runner: ModelRunner, options: WarmupOptions, kernels: KernelSet) -> None:
     """Run the policy's warm-up on this rank; exceptions are not swallowed.
 
-    ``pp-parallel`` runs only where there is more than one stage and the run is not speculative,
-    as SGLang guards it. ``planned`` builds each planned kernel once on one node, hands it to the
-    others and loads it; ``prebuilt`` expects them all in the cache.
+    The ``pp-parallel`` policies run only where there is more than one stage and the run is not
+    speculative, as SGLang guards it. What ``full`` and ``fast`` walk, the execution hook walks
+    at a GEMM's first call, in these dummy runs or later. ``relax`` walks each GEMM of this rank's
+    stage here, as vLLM does. ``planned`` builds each planned kernel once on one node, hands it to
+    the others and loads it; ``prebuilt`` expects them all in the cache.
     """
-    if options.policy is WarmupPolicy.PP_PARALLEL:
+    if options.policy.runs_dummies:
         _dummy_runs(runner, options)
+    elif options.policy is WarmupPolicy.RELAX:
+        for walk in kernels.walks:
+            runner.backend.walk(walk)
     elif options.policy is WarmupPolicy.PLANNED:
         _build_and_exchange(runner, kernels)
         runner.backend.load_kernels(kernels.own)
@@ -151,3 +202,21 @@ def _dummy_runs(runner: ModelRunner, options: WarmupOptions) -> None:
     for batch_size in sizes:
         for mode in dummy_modes(options, is_generation=runner.is_generation):
             runner._dummy_run(batch_size, forward_mode_override=mode)
+
+
+_EAGER_RUNS = 2
+"""Forwards that SGLang runs before it captures a graph."""
+
+
+def capture_graphs(runner: ModelRunner, options: WarmupOptions) -> None:
+    """Capture a CUDA graph of a DECODE forward for each graph batch size, the largest first.
+
+    Nothing happens on a prefill node, which never decodes.
+    """
+    if ForwardMode.DECODE not in dummy_modes(options, is_generation=runner.is_generation):
+        return
+    for batch_size in sorted(options.graph_batch_sizes, reverse=True):
+        for _ in range(_EAGER_RUNS):
+            runner._dummy_run(batch_size, forward_mode_override=ForwardMode.DECODE)
+        forward = runner.prepared_dummy(batch_size, ForwardMode.DECODE)
+        runner.backend.capture(f"graph DECODE {batch_size}", forward)

@@ -1,4 +1,4 @@
-"""A node's CPU cores, shared evenly by the compiles that run on them."""
+"""A node's CPU cores, shared by the compiles that run on them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class _Job:
 
 
 class Cores:
-    """Processor sharing: ``n`` jobs on ``count`` cores each run at ``min(1, count / n)``.
+    """Processor sharing: each of ``n`` jobs takes ``slowdown(n)`` times as long as alone.
 
     The owner asks for :meth:`next_end` after every change and calls :meth:`finish` at that time;
     ``version`` changes with every change, so that an end computed before one can be recognised.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, slowdown: Callable[[int], float]) -> None:
+        self._slowdown = slowdown
         self._jobs: dict[int, _Job] = {}
         self._now = 0.0
         self._next_id = 0
         self.version = 0
 
     def start(self, now: float, seconds: float, done: Callable[[float], None]) -> None:
-        """Start a job that takes ``seconds`` on a core of its own; ``done(end)`` is called."""
+        """Start a job that takes ``seconds`` alone; ``done(end)`` is called."""
         self._advance(now)
         self._jobs[self._next_id] = _Job(seconds, done)
         self._next_id += 1
@@ -37,7 +37,7 @@ class Cores:
         if not self._jobs:
             return None
         shortest = min(job.remaining for job in self._jobs.values())
-        return self._now + shortest / self._rate()
+        return self._now + shortest * self._slowdown(len(self._jobs))
 
     def finish(self, now: float) -> None:
         """End the jobs that are done at ``now``, in the order they started."""
@@ -47,12 +47,9 @@ class Cores:
         for job in jobs:
             job.done(now)
 
-    def _rate(self) -> float:
-        return min(1.0, self._count / len(self._jobs))
-
     def _advance(self, now: float) -> None:
         if self._jobs:
-            worked = (now - self._now) * self._rate()
+            worked = (now - self._now) / self._slowdown(len(self._jobs))
             for job in self._jobs.values():
                 job.remaining -= worked
         self._now = now

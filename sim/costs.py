@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
-from runner.schedule import Collective, Compute
+from runner.jit.plan import GemmShape
+from runner.schedule import Capture, Collective, Compute
+
+
+class Seconds(NamedTuple):
+    """Work of one rank: seconds of its host and of its GPU, which overlap."""
+
+    host: float
+    device: float = 0.0
 
 
 class CostModel(Protocol):
     """Durations of the operations of a Schedule."""
 
     def compile_seconds(self, kernel: Kernel) -> float:
-        """One compile on a core of its own."""
+        """One compile alone on a node."""
 
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int
@@ -24,17 +32,26 @@ class CostModel(Protocol):
     def verify_seconds(self, kernel: Kernel) -> float:
         """Finding a compiled kernel whole on disk."""
 
-    def load_seconds(self, kernel: Kernel) -> float:
-        """Bringing a compiled kernel from disk into the process."""
+    def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
+        """Bringing a compiled kernel from disk into the process: on its own, or inside a call."""
 
-    def kernel_seconds(self, call: KernelCall) -> float:
+    def kernel_seconds(self, call: KernelCall) -> Seconds:
         """One call with all its kernels loaded."""
 
-    def compute_seconds(self, op: Compute) -> float:
+    def walk_seconds(self, shape: GemmShape, calls: int, mean_m: float, max_m: int) -> float:
+        """Calls of a walk up to ``max_m`` whose kernels are loaded, one after the other."""
+
+    def compute_seconds(self, op: Compute) -> Seconds:
         """Work that is no DeepGEMM kernel."""
+
+    def capture_seconds(self, op: Capture) -> float:
+        """Capturing a CUDA graph."""
 
     def collective_seconds(self, op: Collective) -> float:
         """A collective once every rank has arrived."""
 
     def transfer_seconds(self, nbytes: int) -> float:
         """A point-to-point transfer once it has been sent."""
+
+    def slowdown(self, compilers: int) -> float:
+        """How much longer a compile takes while so many run on a node."""

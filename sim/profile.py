@@ -1,43 +1,17 @@
-"""Hardware profiles: measured constants as data, and the cost model that reads them."""
+"""Hardware profiles: measured constants of one machine type, as data with their provenance."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.jit.builder.cut import cut_units, expected_schedule
-from runner.jit.builder.unit import Job
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel
-from runner.schedule import Collective, Compute
-
-_FP8_TYPES = frozenset(
-    {
-        T.GEMM_NT_F8F8BF16,
-        T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
-        T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-        T.FP8_EINSUM_BHR_HDR_BHD,
-        T.FP8_MQA_LOGITS,
-        T.FP8_PAGED_MQA_LOGITS,
-    }
-)
-
-
-_NUMBERS = (
-    "num_sms", "cores_per_node", "compile_default", "build_scale", "build_start", "verify",
-    "load", "call", "fp8_flops", "bf16_flops", "memory_bandwidth",
-)  # fmt: skip
-
-
-_DIVISORS = ("num_sms", "cores_per_node", "fp8_flops", "bf16_flops", "memory_bandwidth")
+from runner.files import write_text
 
 
 @dataclass(frozen=True)
@@ -49,15 +23,134 @@ class Link:
         bandwidth: bytes per second of reductions and transfers.
         gather_bandwidth: bytes per second of gathers, which some backends do more slowly; None
             means the same.
+        queues: whether hosts queue communication on their GPUs and run ahead, as over NCCL.
     """
 
     latency: float
     bandwidth: float
     gather_bandwidth: float | None = None
+    queues: bool = False
 
     def seconds(self, nbytes: float) -> float:
         """Time to move ``nbytes``."""
         return self.latency + nbytes / self.bandwidth
+
+
+@dataclass(frozen=True)
+class CompileTimes:
+    """Seconds of one compile alone on a node, and what company costs.
+
+    A kernel's time is looked up by :func:`sim.compile_time.config_key`, then by
+    :func:`sim.compile_time.tile_key`, then by template, then the default.
+
+    Attributes:
+        by_config: by everything but the shape.
+        by_tile: by template and tile.
+        by_template: (seconds, seconds for each 1024 elements of the tile).
+        default: where the template is not listed.
+        contention: with all cores of a node compiling, each compile takes 1 + this many times as
+            long as alone; in between the slowdown is linear in the number of compilers.
+    """
+
+    by_config: Mapping[str, float]
+    by_tile: Mapping[str, float]
+    by_template: Mapping[str, tuple[float, float]]
+    default: float
+    contention: float
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Our builder against the expectation of :mod:`runner.jit.builder.costs`, all cores at work.
+
+    Attributes:
+        start: seconds before the first front end.
+        scale: everything after that.
+    """
+
+    start: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Seconds for one compiled kernel on disk.
+
+    Attributes:
+        verify: to find it whole.
+        load: to load it on its own.
+        first_use: to load it inside a call.
+    """
+
+    verify: float
+    load: float
+    first_use: float
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds of host work.
+
+    Attributes:
+        call: one operation of a forward that has nothing to do.
+        walk_call: one call of a walk whose kernel is loaded.
+    """
+
+    call: float
+    walk_call: float
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Sustained rates of the GPU.
+
+    Attributes:
+        memory: bytes.
+        memory_bandwidth: bytes per second.
+        fp8_flops: operations per second of FP8 GEMMs.
+        bf16_flops: operations per second of everything else.
+    """
+
+    memory: float
+    memory_bandwidth: float
+    fp8_flops: float
+    bf16_flops: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of start-up: seconds, and more of them for each rank that shares the machine."""
+
+    seconds: float
+    per_rank: float = 0.0
+
+    def of(self, ranks: int) -> float:
+        """Seconds with ``ranks`` ranks on a machine."""
+        return self.seconds + self.per_rank * ranks
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """What happens before the warm-up and beside it.
+
+    Attributes:
+        imports: from a process's start until its libraries are imported.
+        process_group: until the ranks have met.
+        weights: until a rank's model is set up, without the time that its bytes take.
+        weight_bandwidth: bytes per second of a machine, by where weights come from: ``disk``,
+            ``page-cache``, or ``dummy`` for made-up ones, of each rank.
+        capture: seconds of a graph capture.
+        capture_operation: seconds of each operation in it.
+        graph_free: share of the GPU's memory that is free once a server has its cache.
+    """
+
+    imports: Phase
+    process_group: Phase
+    weights: Phase
+    weight_bandwidth: Mapping[str, float]
+    capture: float
+    capture_operation: float
+    graph_free: float
 
 
 @dataclass(frozen=True)
@@ -68,38 +161,22 @@ class Profile:
         name: as ``--hardware`` takes it.
         num_sms: SMs of the GPU.
         cores_per_node: CPU cores of a node.
-        compile_by_tile: seconds of a compile by :func:`tile_key`.
-        compile_by_name: mean seconds by template, where the tile is not listed.
-        compile_default: mean seconds over everything measured, where the template is not listed.
-        build_scale: this machine's builder against the expectation of
-            :mod:`runner.jit.builder.costs`, all cores at work.
-        build_start: seconds of a build before the first front end.
-        verify: seconds to find one compiled kernel whole on disk.
-        load: seconds to load one compiled kernel.
-        call: seconds of one operation that has nothing to do, as the driver's host code costs it.
-        fp8_flops: sustained operations per second of FP8 GEMMs.
-        bf16_flops: sustained operations per second of everything else.
-        memory_bandwidth: sustained bytes per second of device memory.
-        links: link by name.
+        estimate: whether the numbers are derived from public figures instead of measured.
         provenance: where the numbers come from.
     """
 
     name: str
     num_sms: int
     cores_per_node: int
-    compile_by_tile: dict[str, float]
-    compile_by_name: dict[str, float]
-    compile_default: float
-    build_scale: float
-    build_start: float
-    verify: float
-    load: float
-    call: float
-    fp8_flops: float
-    bf16_flops: float
-    memory_bandwidth: float
-    links: dict[str, Link]
-    provenance: list[str]
+    compile: CompileTimes
+    builder: Builder
+    cache: Cache
+    host: Host
+    gpu: Gpu
+    links: Mapping[str, Link]
+    start_up: StartUp
+    provenance: list[str] = field(default_factory=list)
+    estimate: bool = False
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Profile:
@@ -108,17 +185,56 @@ class Profile:
         Raises:
             ValueError, TypeError, KeyError, AttributeError: not that form.
         """
-        links = {name: Link(**values) for name, values in data["links"].items()}
-        numbers = [data[name] for name in _NUMBERS]
-        numbers += [*data["compile_by_tile"].values(), *data["compile_by_name"].values()]
-        numbers += [value for link in links.values() for value in (link.latency, link.bandwidth)]
-        wrong = [value for value in numbers if not isinstance(value, int | float) or value < 0]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not a number of at least 0")
-        divisors = [data[name] for name in _DIVISORS] + [link.bandwidth for link in links.values()]
-        if min(divisors) <= 0:
-            raise ValueError(f"{', '.join(_DIVISORS)} and bandwidths must be above 0")
-        return cls(**{**data, "links": links})
+        start_up = dict(data["start_up"])
+        for name in ("imports", "process_group", "weights"):
+            start_up[name] = Phase(**start_up[name])
+        templates = data["compile"]["by_template"]
+        pairs = {name: (float(base), float(slope)) for name, (base, slope) in templates.items()}
+        profile = cls(
+            **{
+                **data,
+                "compile": CompileTimes(**{**data["compile"], "by_template": pairs}),
+                "builder": Builder(**data["builder"]),
+                "cache": Cache(**data["cache"]),
+                "host": Host(**data["host"]),
+                "gpu": Gpu(**data["gpu"]),
+                "links": {name: Link(**values) for name, values in data["links"].items()},
+                "start_up": StartUp(**start_up),
+            }
+        )
+        _check(profile)
+        return profile
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; :meth:`from_json` is its inverse."""
+        return asdict(self)
+
+
+_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory")
+
+
+def _check(profile: Profile) -> None:
+    for name, value in _numbers(profile, ""):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} is {value!r}, not a number")
+        least_is_zero = not any(word in name for word in _DIVISORS)
+        if not (value >= 0 if least_is_zero else value > 0):
+            raise ValueError(f"{name} is {value!r}: it must be {'at least' if least_is_zero else 'above'} 0")
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Everything in a profile that has to be a number."""
+    if is_dataclass(value):
+        for item in fields(value):
+            if item.name not in ("name", "provenance", "estimate", "queues"):
+                yield from _numbers(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(each, f"{name}.{key}")
+    elif isinstance(value, tuple):
+        yield from ((name, each) for each in value if each < 0)
+    elif value is not None:
+        yield name, value
 
 
 def shipped_profiles() -> list[str]:
@@ -151,106 +267,6 @@ def load_profile(name_or_path: str) -> Profile:
         raise UserError(f"{name_or_path} is not a hardware profile: {error!r}") from None
 
 
-@dataclass(frozen=True)
-class ProfileCosts:
-    """Cost model of a profile: tables for compiles, roofline for kernels, alpha-beta for links.
-
-    Attributes:
-        link: the link that collectives and transfers use.
-        ranks_per_gpu: ranks that share one GPU; its time is divided among them.
-    """
-
-    profile: Profile
-    link: Link
-    ranks_per_gpu: int = 1
-
-    @cached_property
-    def _compile_memo(self) -> dict[Kernel, float]:
-        return {}
-
-    def compile_seconds(self, kernel: Kernel) -> float:
-        """By tile, else by kernel name, else the mean."""
-        memo = self._compile_memo
-        if kernel not in memo:
-            profile = self.profile
-            key = tile_key(kernel)
-            template = profile.compile_by_name.get(key.split()[0], profile.compile_default)
-            memo[kernel] = profile.compile_by_tile.get(key, template)
-        return memo[kernel]
-
-    def build_spans(
-        self, kernels: Sequence[Kernel], cores: int
-    ) -> list[tuple[Kernel | None, float, float]]:
-        """The builder's own expectation, scaled to this machine."""
-        if not kernels:
-            return []
-        profile = self.profile
-        units = cut_units([Job("", kernel, "") for kernel in kernels], cores)
-        return [
-            (item.kernel, profile.build_start + profile.build_scale * item.start,
-             profile.build_start + profile.build_scale * item.end)
-            for item in expected_schedule(units, cores)
-        ]  # fmt: skip
-
-    def verify_seconds(self, kernel: Kernel) -> float:
-        """One constant for all kernels."""
-        return self.profile.verify
-
-    def load_seconds(self, kernel: Kernel) -> float:
-        """One constant for all kernels."""
-        return self.profile.load
-
-    def kernel_seconds(self, call: KernelCall) -> float:
-        """Roofline over the shape, plus the host's cost of a call."""
-        profile = self.profile
-        flops, nbytes = _gemm_work(call)
-        peak = profile.fp8_flops if call.type in _FP8_TYPES else profile.bf16_flops
-        return self._device(max(flops / peak, nbytes / profile.memory_bandwidth))
-
-    def compute_seconds(self, op: Compute) -> float:
-        """Roofline over the announced work, plus the host's cost of a call."""
-        profile = self.profile
-        return self._device(max(op.flops / profile.bf16_flops, op.bytes / profile.memory_bandwidth))
-
-    def _device(self, seconds: float) -> float:
-        return self.profile.call + seconds * self.ranks_per_gpu
-
-    def collective_seconds(self, op: Collective) -> float:
-        """Ring: an all-reduce moves twice (n - 1) / n of the data, a gather n - 1 times it."""
-        n = len(op.group)
-        if op.name.startswith("all_reduce"):
-            return self.link.seconds(2 * (n - 1) / n * op.bytes)
-        bandwidth = self.link.gather_bandwidth or self.link.bandwidth
-        return self.link.latency + (n - 1) * op.bytes / bandwidth
-
-    def transfer_seconds(self, nbytes: int) -> float:
-        """Latency and bandwidth of the link."""
-        return self.link.seconds(nbytes)
-
-
-def tile_key(kernel: Kernel) -> str:
-    """What compile times are tabulated by: template and tile, or the template where it has none.
-
-    Dense, contiguous and masked GEMMs instantiate one template; their tile decides the time.
-    """
-    template = kernel.entry.rsplit("::", 1)[-1].removesuffix("_impl")
-    if template not in ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm"):
-        return template
-    block_m, block_n, _ = kernel.arguments[3].split(", ")
-    return f"{template} {block_m}x{block_n}"
-
-
-def _gemm_work(call: KernelCall) -> tuple[float, float]:
-    """(operations, bytes moved) of a call."""
-    m, n, k, groups = call.m, call.n, call.k, call.num_groups
-    if call.type is T.GROUPED_GEMM_NT_F8F8BF16_MASKED:
-        return 2.0 * groups * m * n * k, groups * (m * k + n * k + 2.0 * m * n)
-    if call.type is T.GROUPED_GEMM_NT_F8F8BF16_CONTIG:
-        used = min(groups, m // 128)
-        return 2.0 * m * n * k, m * k + used * n * k + 2.0 * m * n
-    if call.type is T.FP8_EINSUM_BHR_HDR_BHD:
-        return 2.0 * groups * m * n * k, groups * (m * k + n * k + 2.0 * m * n)
-    if call.type is T.TF32_HC_PRENORM_GEMM:
-        return 2.0 * m * n * k, 2.0 * m * k + 4.0 * n * k + 4.0 * max(1, groups) * m * n
-    width = 1 if call.type in _FP8_TYPES else 2
-    return 2.0 * m * n * k, width * (m * k + n * k) + 4.0 * m * n
+def write_profile(path: Path, profile: Profile) -> None:
+    """Write a profile where :func:`load_profile` can read it."""
+    write_text(path, json.dumps(profile.to_json(), indent=1))

@@ -1,17 +1,21 @@
-"""From a scenario and a profile to a predicted Timeline."""
+"""From a scenario and a machine to a predicted Timeline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from runner.coverage import node_coverage
+from runner.coverage import node_coverage, node_stages
+from runner.errors import UserError
 from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record, run_meta
-from runner.timeline import Timeline, merge
+from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
 from sim.engine import CollectiveTimeout, Engine, Outcome
-from sim.profile import Profile, ProfileCosts
+from sim.fold import can_fold, unfold
+from sim.profile import Profile
+from sim.profile_costs import ProfileCosts
+from sim.start_up import StartPhases, start_phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +23,153 @@ class Machine:
     """Where a simulated run happens.
 
     Attributes:
-        cores_per_node: CPU cores; None takes the profile's.
+        profile: what things cost.
+        cores_per_node: CPU cores of a machine; None takes the profile's.
+        hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
         ranks_per_gpu: ranks that share a GPU.
         nccl_timeout: longest wait in a collective, in seconds.
+        run_ahead: whether hosts queue communication and go on; None is as the link has it.
+        start: phases before the warm-up.
+        fold: whether replicas that behave alike are simulated once.
     """
 
     profile: Profile
     cores_per_node: int | None = None
+    hosts: int | None = None
     link: str = "nvlink"
     ranks_per_gpu: int = 1
     nccl_timeout: float = 600.0
+    run_ahead: bool | None = None
+    start: StartPhases = StartPhases(())
+    fold: bool = True
 
 
-def _coverage(scenario: Scenario, outcome: Outcome) -> list[dict[str, Any]]:
-    """Every node's proof; nodes whose disks hold the same share one look."""
-    proofs = {disk: node_coverage(0, scenario.plan, disk) for disk in set(outcome.disks.values())}
-    return [{**proofs[outcome.disks[node]], "node": node} for node in sorted(outcome.disks)]
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted Timeline.
+
+    Attributes:
+        timeline: what happens if nothing dies.
+        timeout: where a wait passes the limit, the death it would be.
+        longest_wait: seconds of the longest wait in a communication.
+        stalls: kernels that a forward can still need once the server is up, and some node lacks.
+        stall_seconds: seconds to compile them one by one.
+    """
+
+    timeline: Timeline
+    timeout: CollectiveTimeout | None
+    longest_wait: float = 0.0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+
+
+def simulate(scenario: Scenario, machine: Machine) -> Prediction:
+    """Replay the scenario's schedule in virtual time.
+
+    Raises:
+        UserError: the model does not fit the layout, or the nodes do not fit the hosts.
+    """
+    parallel = scenario.parallel
+    hosts = _hosts(machine, parallel.nodes)
+    cores = machine.cores_per_node or machine.profile.cores_per_node
+    before = start_phases(
+        machine.start, machine.profile.start_up, scenario.model, parallel, hosts
+    )
+    folds = machine.fold and can_fold(parallel)
+    outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
+    if folds:
+        outcome = unfold(outcome, parallel)
+    spans = merge([*_phase_spans(before, parallel.world_size), *outcome.spans])
+    timeline = Timeline(
+        policy=scenario.warmup.policy.value,
+        source="predicted",
+        world_size=parallel.world_size,
+        spans=spans,
+        meta={
+            **run_meta(scenario),
+            "hardware": machine.profile.name,
+            "cores_per_node": cores,
+            "hosts": hosts,
+            "link": machine.link,
+            "ranks_per_gpu": machine.ranks_per_gpu,
+            "coverage": _coverage(scenario, outcome.disks),
+            "coverage_up": _coverage(scenario, outcome.up),
+        },
+    )
+    missing = _missing(scenario, outcome)
+    costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
+    return Prediction(
+        timeline,
+        outcome.timeout,
+        outcome.longest_wait,
+        stalls=len(missing),
+        stall_seconds=sum(map(costs.compile_seconds, missing)),
+    )
+
+
+def _missing(scenario: Scenario, outcome: Outcome) -> set[Kernel]:
+    """Planned kernels that some node which can need them lacks once the server is up."""
+    parallel, plan = scenario.parallel, scenario.plan
+    return {
+        item.kernel
+        for stages, disk in {(node_stages(parallel, node), outcome.up[node]) for node in outcome.up}
+        for item in plan.needed_by(stages)
+        if item.kernel not in disk
+    }
+
+
+def _hosts(machine: Machine, nodes: int) -> int:
+    hosts = nodes if machine.hosts is None else machine.hosts
+    if hosts < 1 or nodes % hosts:
+        raise UserError(f"hosts={hosts} must divide the {nodes} nodes")
+    return hosts
+
+
+def _engine(
+    scenario: Scenario, machine: Machine, cores: int, hosts: int, *, folds: bool, start: float
+) -> Engine:
+    parallel, profile = scenario.parallel, machine.profile
+    link = profile.links[machine.link]
+    nodes_per_host = parallel.nodes // hosts
+    return Engine(
+        record(scenario, folded=folds),
+        ProfileCosts(profile, link, cores, machine.ranks_per_gpu),
+        node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
+        cores_per_node=max(1, cores // nodes_per_host),
+        host_of=[node // nodes_per_host for node in range(parallel.nodes)],
+        timeout=machine.nccl_timeout,
+        cached=_cached(scenario),
+        compile_lock=scenario.warmup.compile_lock,
+        run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
+        start=start,
+    )
+
+
+def _total(phases: list[tuple[str, float]]) -> float:
+    return sum(seconds for _, seconds in phases)
+
+
+def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
+    """The phases before the warm-up, one after the other, the same on every rank."""
+    spans, at = [], 0.0
+    for name, seconds in phases:
+        spans += [Span(rank, at, at + seconds, "phase", name) for rank in range(ranks)]
+        at += seconds
+    return spans
+
+
+def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, Any]]:
+    """Every node's proof; nodes of the same stages whose disks hold the same share one look."""
+    parallel = scenario.parallel
+    proofs: dict[Any, dict[str, Any]] = {}
+    found = []
+    for node, disk in sorted(disks.items()):
+        key = (node_stages(parallel, node), disk)
+        if key not in proofs:
+            proofs[key] = node_coverage(node, parallel, scenario.plan, disk)
+        found.append({**proofs[key], "node": node})
+    return found
 
 
 def _cached(scenario: Scenario) -> frozenset[Kernel]:
@@ -43,47 +177,3 @@ def _cached(scenario: Scenario) -> frozenset[Kernel]:
     if scenario.warmup.policy is not WarmupPolicy.PREBUILT:
         return frozenset()
     return frozenset(item.kernel for item in scenario.plan.kernels)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A predicted Timeline and, where a wait passes the limit, the death it would be."""
-
-    timeline: Timeline
-    timeout: CollectiveTimeout | None
-
-
-def simulate(scenario: Scenario, machine: Machine) -> Prediction:
-    """Replay the scenario's schedule in virtual time.
-
-    Raises:
-        UserError: the model does not fit the layout.
-    """
-    parallel = scenario.parallel
-    profile = machine.profile
-    cores = machine.cores_per_node or profile.cores_per_node
-    engine = Engine(
-        record(scenario),
-        ProfileCosts(profile, profile.links[machine.link], machine.ranks_per_gpu),
-        node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
-        cores_per_node=cores,
-        timeout=machine.nccl_timeout,
-        cached=_cached(scenario),
-    )
-    outcome = engine.run()
-    meta: dict[str, Any] = {
-        **run_meta(scenario),
-        "hardware": profile.name,
-        "cores_per_node": cores,
-        "link": machine.link,
-        "ranks_per_gpu": machine.ranks_per_gpu,
-        "coverage": _coverage(scenario, outcome),
-    }
-    timeline = Timeline(
-        policy=scenario.warmup.policy.value,
-        source="predicted",
-        world_size=parallel.world_size,
-        spans=merge(outcome.spans),
-        meta=meta,
-    )
-    return Prediction(timeline, outcome.timeout)

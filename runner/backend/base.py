@@ -29,7 +29,8 @@ from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
-from runner.schedule import EXCHANGE, Collective, Compute, KernelWork, Mark, Recv, Send
+from runner.schedule import EXCHANGE, Collective, Compute, KernelWork, Mark, Recv, Send, Walk
+from runner.walks import ExecutionHook
 
 
 class Communicator(Protocol):
@@ -63,6 +64,9 @@ class KernelStore(Protocol):
     def exchange(self) -> None:
         """Wait for all nodes' builds and give every node's cache what the others built."""
 
+    def walk(self, walk: Walk) -> None:
+        """Call a GEMM with every M of a list."""
+
 
 class NoKernels:
     """For shapes alone: no kernel is ever there."""
@@ -79,6 +83,9 @@ class NoKernels:
     def exchange(self) -> None:
         """Nothing to exchange."""
 
+    def walk(self, walk: Walk) -> None:
+        """Nothing to walk."""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -93,6 +100,7 @@ class Backend:
         masked_budget: bytes that a masked expert layout may take before the contiguous one is
             used instead, as SGLang's automatic layout choice does with a share of free memory.
         kernels: where compiled kernels come from.
+        hook: tells what to walk before a call.
     """
 
     math: Math
@@ -102,6 +110,7 @@ class Backend:
     deep_gemm_bf16_fp32: bool = True
     masked_budget: int = MASKED_BUDGET
     kernels: KernelStore = field(default_factory=NoKernels)
+    hook: ExecutionHook = field(default_factory=ExecutionHook)
 
     # -- marks and plain steps ------------------------------------------------------------------
 
@@ -160,7 +169,7 @@ class Backend:
         m, k = x.shape
         self._quantise(x)
         call = self._call(T.GEMM_NT_F8F8BF16, m, weight.n, k, 1)
-        return self.sink.run(call, lambda: self.math.gemm_fp8(x, weight, partial=partial))
+        return self._kernel(call, lambda: self.math.gemm_fp8(x, weight, partial=partial))
 
     def gemm_bf16_fp32(self, x: Any, weight: Any) -> Any:
         """bf16 GEMM with fp32 output; see :meth:`Math.gemm_bf16_fp32`."""
@@ -169,7 +178,7 @@ class Backend:
         deep_gemm = self.deep_gemm_bf16_fp32
         if deep_gemm:
             call = self._call(T.GEMM_NT_BF16BF16F32, m, n, k, 1)
-            return self.sink.run(
+            return self._kernel(
                 call, lambda: self.math.gemm_bf16_fp32(x, weight, deep_gemm=deep_gemm)
             )
         return self._compute(
@@ -184,14 +193,14 @@ class Backend:
         m, groups, k = x.shape
         self._quantise(x)
         call = self._call(T.FP8_EINSUM_BHR_HDR_BHD, m, weight.n, k, groups)
-        return self.sink.run(call, lambda: self.math.einsum_fp8(x, weight))
+        return self._kernel(call, lambda: self.math.einsum_fp8(x, weight))
 
     def hc_prenorm(self, x: Any, fn: Any) -> Any:
         """Hyper-connection GEMM with splits; see :meth:`Math.hc_prenorm`."""
         m, k = x.shape
         splits = hc_num_splits(m, k, self.num_sms)
         call = self._call(T.TF32_HC_PRENORM_GEMM, m, fn.shape[0], k, splits)
-        return self.sink.run(call, lambda: self.math.hc_prenorm(x, fn, splits))
+        return self._kernel(call, lambda: self.math.hc_prenorm(x, fn, splits))
 
     def experts_gemm(self, dispatched: Dispatched, weight: Any, *, partial: bool = False) -> Any:
         """Grouped GEMM over the local experts, contiguous or masked as the tokens are laid out."""
@@ -201,12 +210,12 @@ class Backend:
         kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED if masked else T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
         work = self.math.gemm_fp8_masked if masked else self.math.gemm_fp8_contiguous
         call = self._call(kind, dispatched.expected_m, weight.n, k, weight.groups)
-        return self.sink.run(call, lambda: work(dispatched, weight, partial=partial))
+        return self._kernel(call, lambda: work(dispatched, weight, partial=partial))
 
     def paged_mqa_metadata(self, tokens: Tokens) -> Any:
         """See :meth:`Math.paged_mqa_metadata`."""
         call = self._call(T.PAGED_MQA_LOGITS_METADATA, tokens.count, 1, 1, 1)
-        return self.sink.run(call, lambda: self.math.paged_mqa_metadata(tokens, self.num_sms))
+        return self._kernel(call, lambda: self.math.paged_mqa_metadata(tokens, self.num_sms))
 
     def mqa_logits(
         self, q: Any, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
@@ -217,7 +226,7 @@ class Backend:
         self._quantise(q)
         paged = metadata is not None
         kind = T.FP8_PAGED_MQA_LOGITS if paged else T.FP8_MQA_LOGITS
-        return self.sink.run(
+        return self._kernel(
             self._call(kind, m, heads, dim, 1),
             lambda: self.math.mqa_logits(
                 q, weights, ape, norm, tokens, layer, config, paged=paged, metadata=metadata
@@ -237,6 +246,14 @@ class Backend:
     def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
         """See :meth:`KernelStore.load`."""
         self.sink.run(KernelWork("load", kernels), lambda: self.kernels.load(kernels))
+
+    def walk(self, walk: Walk) -> None:
+        """See :meth:`KernelStore.walk`."""
+        self.sink.run(walk, lambda: self.kernels.walk(walk))
+
+    def capture(self, name: str, forward: Callable[[], Any]) -> None:
+        """Capture a CUDA graph of ``forward``; its operations are counted, not announced."""
+        self.sink.capture(name, forward)
 
     def exchange_kernels(self, group: tuple[int, ...], nbytes: int) -> None:
         """See :meth:`KernelStore.exchange`; every rank of ``group`` takes part."""
@@ -450,6 +467,11 @@ class Backend:
 
     def _call(self, kind: T, m: int, n: int, k: int, groups: int) -> KernelCall:
         return KernelCall(kind, m, n, k, groups, self.num_sms)
+
+    def _kernel(self, call: KernelCall, work: Callable[[], R]) -> R:
+        for walk in self.hook.before(call):
+            self.walk(walk)
+        return self.sink.run(call, work)
 
     def _quantise(self, x: Any) -> None:
         """Announce the activation quantisation; the work is part of the GEMM's math."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from runner.schedule import Op
+from runner.schedule import Capture, Op
 
 R = TypeVar("R")
 
@@ -15,6 +15,9 @@ class OpSink(Protocol):
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
         """Take note of ``op`` and do it."""
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Take note of a graph capture of ``forward``, which announces its operations here."""
 
 
 class ScheduleRecorder:
@@ -27,3 +30,10 @@ class ScheduleRecorder:
         """Note ``op`` and do it."""
         self.ops.append(op)
         return action()
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Note the capture, with the number of operations that ``forward`` announces."""
+        before, self.ops = self.ops, []
+        forward()
+        before.append(Capture(name, len(self.ops)))
+        self.ops = before

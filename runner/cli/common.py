@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from runner.config.presets import PRESETS
-from runner.warmup import DisaggregationMode
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.warmup import DisaggregationMode, WarmupPolicy, policy_of_flags
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,6 +117,50 @@ def max_tokens_option(function: F) -> F:
         "--max-tokens", type=int, default=16384, show_default=True, metavar="N",
         help="Most tokens of a forward that planned and prebuilt prepare for.",
     )(function)  # fmt: skip
+
+
+def warmup_options(function: F) -> F:
+    """``--warmup``, which may be given again, and what goes with walks, graphs and streams."""
+    options = (
+        click.option("--warmup", "policies", multiple=True,
+                     type=click.Choice([policy.value for policy in WarmupPolicy]),
+                     help="Warm-up policy; give it again for several."),
+        click.option("--stream", type=IntList(),
+                     help="Token counts of the requests after the first, instead of the batch "
+                          "sizes."),
+        click.option("--cuda-graphs", type=IntList(),
+                     help="Batch sizes that a CUDA graph of DECODE is captured for."),
+        click.option("--walk-max-m", type=click.IntRange(min=1), metavar="N",
+                     help="End the lists of M that full, fast and relax walk there."),
+        click.option("--walk-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
+                     help="GPU memory that a walk may take; it halves its largest M to fit."),
+        click.option("--compile-lock", is_flag=True,
+                     help="Ranks of a node take turns at the first uses of one GEMM's kernels."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def asked_policies(
+    given: Sequence[str], environ: Environ, default: Sequence[WarmupPolicy]
+) -> tuple[WarmupPolicy, ...]:
+    """The policies of the command line, else the one of SGLang's variables, else the default."""
+    if given:
+        return tuple(WarmupPolicy(name) for name in dict.fromkeys(given))
+    of_flags = policy_of_flags(
+        precompile=environ.precompile, fast=environ.fast_warmup,
+        pp_parallel=environ.pp_parallel_warmup,
+    )  # fmt: skip
+    return tuple(default) if of_flags is None else (of_flags,)
+
+
+def check_sizes(**lists: tuple[int, ...] | None) -> None:
+    """Raise UserError where a list of batch sizes or token counts holds what is none."""
+    for name, values in lists.items():
+        if values is not None and not (values and min(values) >= 1):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {','.join(map(str, values))} must all be at least 1")
 
 
 def report_options(function: F) -> F:

@@ -26,7 +26,8 @@ from runner.jit.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan
 from runner.warmup import WarmupPolicy
-from sim.profile import Profile, ProfileCosts, load_profile
+from sim.profile import Profile, load_profile
+from sim.profile_costs import ProfileCosts
 
 
 @click.command()
@@ -106,7 +107,7 @@ def _needs_model(result: Planned) -> Deployment:
 
 
 def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
-    costs = ProfileCosts(profile, next(iter(profile.links.values())))
+    costs = ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
     pp = 1 if result.deployment is None else result.deployment.parallel.pp
     kernels = [item.kernel for item in result.plan.kernels]
     steps = costs.build_spans(kernels, profile.cores_per_node)

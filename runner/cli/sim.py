@@ -5,39 +5,35 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-
 from runner.cli.common import (
     SECONDS,
+    asked_policies,
     batch_sizes_option,
+    check_sizes,
     layout_options,
     max_tokens_option,
     model_options,
     report_options,
     serving_options,
+    warmup_options,
 )
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_text
-from runner.report.outputs import check_outputs, print_timelines, write_reports
-from runner.report.table import phase_summary
+from runner.report.outputs import check_outputs, write_reports
 from runner.scenario import Scenario
-from runner.timeline import Timeline
-from runner.warmup import (
-    RUNNABLE_POLICIES,
-    DisaggregationMode,
-    WarmupOptions,
-    WarmupPolicy,
-)
+from runner.walk_memory import GIB
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from sim.advice import print_predictions
 from sim.profile import Profile, load_profile
 from sim.simulate import Machine, Prediction, simulate
+from sim.start_up import PHASES, StartPhases, Weights
 
 
 @click.command()
@@ -48,15 +44,11 @@ from sim.simulate import Machine, Prediction, simulate
     type=int,
     help="Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
 )
-@click.option(
-    "--warmup",
-    "policies",
-    multiple=True,
-    default=["none", "pp-parallel", "planned"],
-    show_default=True,
-    type=click.Choice([policy.value for policy in RUNNABLE_POLICIES]),
-    help="Policies to predict, the first is the reference.",
-)
+@click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
+              help="Whole copies of the pipeline that start at once, on nodes of their own.")
+@click.option("--hosts", type=int, metavar="N",
+              help="Machines that the nodes share.  [default: one a node]")
+@warmup_options
 @batch_sizes_option
 @max_tokens_option
 @serving_options
@@ -74,6 +66,13 @@ from sim.simulate import Machine, Prediction, simulate
     metavar="SECONDS",
     help="Longest wait in a collective before the watchdog ends the run.",
 )
+@click.option("--run-ahead/--no-run-ahead", default=None,
+              help="Whether hosts queue communication and go on.  [default: as the link does]")
+@click.option("--weights", type=click.Choice([*(item.value for item in Weights), "skip"]),
+              default="disk", show_default=True,
+              help="Where weights come from; dummy ones are made up, as launch does.")
+@click.option("--skip-phase", "skipped", multiple=True, type=click.Choice(PHASES),
+              help="Leave a phase before the warm-up out.")
 @click.option(
     "--json",
     "json_path",
@@ -87,19 +86,18 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
     check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
     profile = load_profile(values.pop("hardware"))
     environ = Environ.read(os.environ)
+    check_sizes(stream=values["stream"], cuda_graphs=values["cuda_graphs"])
     values["stage_layers"] = values["stage_layers"] or environ.stage_layers
     values["deep_gemm_bf16_fp32"] = environ.deep_gemm_bf16_fp32
     machine = _machine(profile, values)
-    predictions = [
-        simulate(_scenario(WarmupPolicy(name), profile, values), machine)
-        for name in dict.fromkeys(policies)
-    ]
+    wanted = asked_policies(policies, environ, tuple(WarmupPolicy))
+    predictions = [simulate(_scenario(policy, profile, values), machine) for policy in wanted]
     timelines = [prediction.timeline for prediction in predictions]
     to_stdout = json_path is not None and str(json_path) == "-"
     if json_path is not None:
         _write_json(json_path, predictions)
     if not to_stdout and str(timeline) != "-":
-        _print(predictions, machine)
+        print_predictions(predictions, machine, bars=bool(policies))
     write_reports(timelines, timeline=timeline, trace=trace, plot=plot)
 
 
@@ -117,7 +115,16 @@ def _machine(profile: Profile, values: dict[str, Any]) -> Machine:
         link=link,
         ranks_per_gpu=values["ranks_per_gpu"],
         nccl_timeout=values["nccl_timeout"],
+        hosts=values["hosts"],
+        run_ahead=values["run_ahead"],
+        start=_start(values),
     )
+
+
+def _start(values: dict[str, Any]) -> StartPhases:
+    skipped = set(values["skipped"]) | ({"weights"} if values["weights"] == "skip" else set())
+    weights = Weights.DISK if values["weights"] == "skip" else Weights(values["weights"])
+    return StartPhases(tuple(name for name in PHASES if name not in skipped), weights)
 
 
 def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) -> Scenario:
@@ -129,7 +136,8 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         tp=values["tp"],
         ep=values["ep"],
         attn_cp=values["attn_cp"],
-        nodes=values["pp"] if values["nodes"] is None else values["nodes"],
+        replicas=values["replicas"],
+        nodes=values["nodes"] or values["replicas"] * values["pp"],
         stage_layers=values["stage_layers"],
     )
     return Scenario(
@@ -140,49 +148,24 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
             batch_sizes=values["batch_sizes"],
             disaggregation=DisaggregationMode(values["disaggregation_mode"]),
             speculative=values["speculative"],
+            graph_batch_sizes=values["cuda_graphs"] or (),
+            walk_max_m=values["walk_max_m"],
+            compile_lock=values["compile_lock"],
         ),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
         deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
         max_tokens=values["max_tokens"],
+        stream=values["stream"],
+        walk_memory=_walk_memory(profile, values["walk_memory"]),
     )
 
 
-def _print(predictions: Sequence[Prediction], machine: Machine) -> None:
-    meta = predictions[0].timeline.meta
-    sizes = ",".join(map(str, meta["batch_sizes"]))
-    print(
-        f"{meta['model']}, {meta['layers']} layers: pp {meta['pp']} x tp {meta['tp']} on "
-        f"{meta['nodes']} node(s), {machine.profile.name}, {meta['cores_per_node']} cores a node\n"
-        f"cold caches; warm-up and requests of batch sizes {sizes}\n"
-    )
-    timelines = [prediction.timeline for prediction in predictions]
-    print_timelines(timelines, tables=False)
-    for timeline in timelines:
-        Console(width=100).print(phase_summary(timeline))
-    _print_verdict(timelines)
-    for prediction in predictions:
-        if prediction.timeout is not None:
-            lost = prediction.timeout
-            print(
-                f"{prediction.timeline.policy}: the watchdog ends this run at {lost.time:.0f} s: "
-                f"rank {lost.rank} waits for rank {lost.waiting_for} in {lost.operation} while "
-                f"that does {lost.busy_with}; --nccl-timeout {ceil(lost.needed)} would survive"
-            )
-
-
-def _print_verdict(timelines: Sequence[Timeline]) -> None:
-    if len(timelines) < 2:
-        return
-    first, best = timelines[0], min(timelines, key=lambda timeline: timeline.wall)
-    if best is first:
-        print(f"{first.policy} is the fastest: {first.wall:.1f} s")
-        return
-    saving = 1 - best.wall / first.wall
-    print(
-        f"{first.policy} {first.wall:.1f} s, {best.policy} {best.wall:.1f} s: "
-        f"{saving:.0%} less, {first.wall / best.wall:.1f} times as fast"
-    )
+def _walk_memory(profile: Profile, given: float | None) -> float:
+    """Bytes that a walk may take: as asked, else what a server's cache leaves free."""
+    if given is not None:
+        return given * GIB
+    return profile.gpu.memory * profile.start_up.graph_free
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -194,7 +177,11 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
     timeline, timeout = prediction.timeline, prediction.timeout
     return {
         "policy": timeline.policy,
+        "up_seconds": round(timeline.up, 3),
         "wall_seconds": round(timeline.wall, 3),
+        "stalls": prediction.stalls,
+        "stall_seconds": round(prediction.stall_seconds, 3),
+        "longest_wait": round(prediction.longest_wait, 3),
         "kernels_compiled": timeline.kernels_compiled,
         "distinct_kernels": timeline.distinct_kernels,
         "duplicates": timeline.duplicates,

@@ -30,7 +30,7 @@ class _Log:
 
 def main() -> None:
     """Walk what stdin orders."""
-    from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
+    
     from runner.deep_gemm_wrapper.configurer import import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
     from runner.deep_gemm_wrapper.library_source import expand
@@ -41,7 +41,7 @@ def main() -> None:
     library = import_deep_gemm(
         cache_dir=Path(orders["cache"]), nvcc=Path(orders["nvcc"]), pdl=False
     )
-    wrapper = DeepGemmWrapper(library, ExecutionHook())
+    wrapper = DeepGemmWrapper(library)
     asked: list[tuple[int, int, str]] = []
     for index, (kind, n, k, groups, num_sms, ms) in enumerate(orders["demands"]):
         shape = GemmShape(DeepGemmKernelType[kind], n, k, groups, num_sms)

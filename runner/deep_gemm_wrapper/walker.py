@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.jit.kernel_type import MASKED_TYPES
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel
 from runner.jit.plan import GemmShape, Plan
+from runner.m_lists import expand
+from runner.schedule import Walk
 
 Call = Callable[[int], None]
 
@@ -28,16 +31,29 @@ def walk(
     shape: GemmShape,
     ms: Sequence[int],
     after_call: Callable[[int], None] = lambda m: None,
+    masked_rows: int = _MASKED_ROWS,
 ) -> None:
-    """Call the GEMM with each of ``ms`` (ascending) and then ``after_call`` with the M."""
+    """Call the GEMM with each of ``ms`` (ascending) and then ``after_call`` with the M.
+
+    A masked GEMM's M is what its groups are expected to hold, not the rows of its buffers, which
+    are ``masked_rows`` a group.
+    """
     if not ms:
         return
     with wrapper.configure_deep_gemm_num_sms(shape.num_sms), torch.inference_mode():
-        call = _MAKERS[shape.type](wrapper, shape, ms[-1])
+        most = masked_rows if shape.type in MASKED_TYPES else ms[-1]
+        call = _MAKERS[shape.type](wrapper, shape, most)
         for m in ms:
             call(m)
             after_call(m)
         torch.cuda.synchronize()
+
+
+def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
+    """A warm-up's walk, with the buffers that upstream's executors have."""
+    ms = expand(op.steps)
+    walk(wrapper, op.shape, ms, masked_rows=ms[-1])
+    torch.cuda.empty_cache()
 
 
 def call_each(wrapper: DeepGemmWrapper, plan: Plan, kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -96,9 +112,9 @@ def _contiguous_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Ca
 
 
 def _masked_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
-    rows = _fp8_rows(shape.num_groups, _MASKED_ROWS, shape.k)
+    rows = _fp8_rows(shape.num_groups, most, shape.k)
     weight = _fp8_blocks(shape.num_groups, shape.n, shape.k)
-    out = _zeros(shape.num_groups, _MASKED_ROWS, shape.n, dtype=torch.bfloat16)
+    out = _zeros(shape.num_groups, most, shape.n, dtype=torch.bfloat16)
     used = _zeros(shape.num_groups, dtype=torch.int32)
     return lambda m: wrapper.grouped_gemm_nt_f8f8bf16_masked(rows, weight, out, used, m)
 
@@ -121,9 +137,9 @@ def _contiguous_bf16(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> C
 
 
 def _masked_bf16(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
-    x = _zeros(shape.num_groups, _MASKED_ROWS, shape.k, dtype=torch.bfloat16)
+    x = _zeros(shape.num_groups, most, shape.k, dtype=torch.bfloat16)
     weight = _zeros(shape.num_groups, shape.n, shape.k, dtype=torch.bfloat16)
-    out = _zeros(shape.num_groups, _MASKED_ROWS, shape.n, dtype=torch.bfloat16)
+    out = _zeros(shape.num_groups, most, shape.n, dtype=torch.bfloat16)
     used = _zeros(shape.num_groups, dtype=torch.int32)
     return lambda m: wrapper.grouped_gemm_nt_bf16_masked(x, weight, out, used, m)
 

@@ -52,7 +52,7 @@ class Kernel:
     @property
     def identity(self) -> str:
         """Text that is equal for equal kernels and short enough for a Timeline."""
-        return f"{self.name} {hex_digest(self.body)[:16]}"
+        return _identity(self)
 
     @property
     def body(self) -> str:
@@ -64,6 +64,16 @@ class Kernel:
             f"    auto ptr = reinterpret_cast<void*>(&{self.entry}<\n"
             f"        {lines}\n    >);\n}};\n"
         )
+
+
+@lru_cache(maxsize=65536)
+def _identity(kernel: Kernel) -> str:
+    return identity_of(kernel.name, kernel.body)
+
+
+def identity_of(name: str, body: str) -> str:
+    """Identity of the kernel with that name and generated source, without the headers' hash."""
+    return f"{name} {hex_digest(body)[:16]}"
 
 
 def kernels_of(call: KernelCall) -> tuple[Kernel, ...]:

@@ -86,13 +86,23 @@ class Plan:
     demands: tuple[Demand, ...]
     rules: JitRules
 
-    def uncovered(self, covered: Collection[Kernel]) -> list[KernelUse]:
-        """M of each GEMM that would still compile if only ``covered`` were there."""
+    def needed_by(self, stages: Collection[int]) -> list[PlannedKernel]:
+        """Kernels that any of the stages can need."""
+        return [item for item in self.kernels if not set(stages).isdisjoint(item.stages)]
+
+    def uncovered(
+        self, covered: Collection[Kernel], stages: Collection[int] | None = None
+    ) -> list[KernelUse]:
+        """M of each GEMM that would still compile if only ``covered`` were there.
+
+        ``stages`` leaves the GEMMs that none of them runs out; None takes all.
+        """
         missing: dict[GemmShape, list[KernelUse]] = {}
         for planned in self.kernels:
             if planned.kernel not in covered:
                 for use in planned.uses:
-                    missing.setdefault(use.shape, []).append(use)
+                    if stages is None or not set(stages).isdisjoint(use.stages):
+                        missing.setdefault(use.shape, []).append(use)
         return [
             KernelUse(shape, union(use.m_ranges for use in uses), uses[0].stages)
             for shape, uses in missing.items()

@@ -50,7 +50,7 @@ def _calls() -> list[KernelCall]:
 
 @cache
 def _wrapper():  # type: ignore[no-untyped-def]
-    from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
+    
     from runner.deep_gemm_wrapper.configurer import import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
@@ -58,7 +58,7 @@ def _wrapper():  # type: ignore[no-untyped-def]
     nvcc = find_nvcc(environ)
     assert nvcc is not None
     lib = import_deep_gemm(cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
-    return DeepGemmWrapper(lib, ExecutionHook())
+    return DeepGemmWrapper(lib)
 
 
 @cache

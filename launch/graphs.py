@@ -1,0 +1,37 @@
+"""Real CUDA graphs of a rank's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from runner.errors import UserError
+
+
+class GraphCapture:
+    """Captures forwards and keeps the graphs, as a server does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def __call__(self, forward: Callable[[], object]) -> None:
+        """Capture ``forward``; without a GPU it is only run once more.
+
+        Raises:
+            UserError: the forward does what no graph can hold.
+        """
+        if self._device.type != "cuda":
+            forward()
+            return
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        try:
+            with torch.cuda.graph(graph):
+                forward()
+        except RuntimeError as error:
+            words = str(error).splitlines()[0]
+            raise UserError(f"a CUDA graph of this forward cannot be captured: {words}") from error
+        torch.cuda.synchronize(self._device)
+        self._graphs.append(graph)

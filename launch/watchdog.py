@@ -1,0 +1,73 @@
+"""What ends a rank that waits too long for another, and says for whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from runner.jit.shim import read_unfinished
+from runner.schedule import Collective, Recv, Send
+
+_POLL = 2e-4
+_GLOO_WORDS = ("Timed out", "timed out", "Timeout", "timeout")
+
+TORCH_LIMITS = {"nccl": 600.0, "gloo": 1800.0}
+"""Seconds that torch 2 lets a collective wait by default."""
+
+
+class CommunicationTimeoutError(Exception):
+    """A communication took longer than the limit."""
+
+
+def wait_for_device(device: torch.device, limit: float) -> None:
+    """Wait until a GPU is done.
+
+    Raises:
+        CommunicationTimeoutError: it is not after ``limit`` seconds.
+    """
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    deadline = time.monotonic() + limit
+    while not done.query():
+        if time.monotonic() > deadline:
+            raise CommunicationTimeoutError(f"timed out after {limit:g} s")
+        time.sleep(_POLL)
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether an error of torch.distributed, or of ours, says that a wait was too long."""
+    return isinstance(error, CommunicationTimeoutError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _GLOO_WORDS)
+    )
+
+
+def describe_timeout(
+    op: Collective | Send | Recv, rank: int, limit: float, log_dir: Path
+) -> CommunicationTimeoutError:
+    """The error that names the operation, whom it waits for and what those compile just now."""
+    others = [peer for peer in _peers(op) if peer != rank]
+    busy = _compiling(others, log_dir)
+    words = "; ".join(f"rank {peer} compiles {name}" for peer, name in busy)
+    waited = f"{op.name} waited {limit:g} s for {_ranks(others)}, the limit of --nccl-timeout"
+    return CommunicationTimeoutError(f"{waited}: {words or 'none of them is compiling'}")
+
+
+def _peers(op: Collective | Send | Recv) -> Sequence[int]:
+    return op.group if isinstance(op, Collective) else (op.peer,)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _compiling(ranks: Sequence[int], log_dir: Path) -> list[tuple[int, str]]:
+    return [
+        (record.rank, record.kernel_name)
+        for record in read_unfinished(log_dir)
+        if record.rank in ranks
+    ]
+
+

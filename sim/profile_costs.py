@@ -1,0 +1,145 @@
+"""The cost model of a profile: tables for compiles, roofline for kernels, alpha-beta for links."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from runner.jit.builder.cut import cut_units, expected_schedule
+from runner.jit.builder.unit import Job
+from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernels import Kernel
+from runner.jit.plan import GemmShape
+from runner.schedule import Capture, Collective, Compute
+from sim.compile_time import compile_seconds, slowdown
+from sim.costs import Seconds
+from sim.profile import Link, Profile
+
+_FP8_TYPES = frozenset(
+    {
+        T.GEMM_NT_F8F8BF16,
+        T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
+        T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
+        T.FP8_EINSUM_BHR_HDR_BHD,
+        T.FP8_MQA_LOGITS,
+        T.FP8_PAGED_MQA_LOGITS,
+    }
+)
+
+
+@dataclass(frozen=True)
+class ProfileCosts:
+    """Cost model of a profile.
+
+    Attributes:
+        link: the link that collectives and transfers use.
+        cores: CPU cores of a node.
+        ranks_per_gpu: ranks that share one GPU; its time is divided among them.
+    """
+
+    profile: Profile
+    link: Link
+    cores: int
+    ranks_per_gpu: int = 1
+
+    @cached_property
+    def _compile_memo(self) -> dict[Kernel, float]:
+        return {}
+
+    def compile_seconds(self, kernel: Kernel) -> float:
+        """By configuration, else tile, else template, else the mean."""
+        memo = self._compile_memo
+        if kernel not in memo:
+            memo[kernel] = compile_seconds(self.profile.compile, kernel)
+        return memo[kernel]
+
+    def slowdown(self, compilers: int) -> float:
+        """Linear up to the cores, which are shared beyond."""
+        return slowdown(self.profile.compile, compilers, self.cores)
+
+    def build_spans(
+        self, kernels: Sequence[Kernel], cores: int
+    ) -> list[tuple[Kernel | None, float, float]]:
+        """The builder's own expectation, scaled to this machine."""
+        if not kernels:
+            return []
+        builder = self.profile.builder
+        units = cut_units([Job("", kernel, "") for kernel in kernels], cores)
+        return [
+            (item.kernel, builder.start + builder.scale * item.start,
+             builder.start + builder.scale * item.end)
+            for item in expected_schedule(units, cores)
+        ]  # fmt: skip
+
+    def verify_seconds(self, kernel: Kernel) -> float:
+        """One constant for all kernels."""
+        return self.profile.cache.verify
+
+    def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
+        """One constant for all kernels."""
+        return self.profile.cache.load if bulk else self.profile.cache.first_use
+
+    def kernel_seconds(self, call: KernelCall) -> Seconds:
+        """Roofline over the shape, plus the host's cost of a call."""
+        return Seconds(self.profile.host.call, self._device(call) * self.ranks_per_gpu)
+
+    def walk_seconds(self, shape: GemmShape, calls: int, mean_m: float, max_m: int) -> float:
+        """Host and GPU overlap; the roofline is linear in M but for its corner.
+
+        In a walk of a masked GEMM no row is in use, as upstream's executor makes it; what is left
+        is the transpose of the scales of ``max_m`` rows a group.
+        """
+        gpu = self.profile.gpu
+        if shape.type in MASKED_TYPES:
+            scales = 8.0 * shape.num_groups * max_m * (shape.k // 128)
+            device = scales / gpu.memory_bandwidth
+        else:
+            device = self._device(shape.call(round(mean_m)))
+        return calls * max(self.profile.host.walk_call, device)
+
+    def compute_seconds(self, op: Compute) -> Seconds:
+        """Roofline over the announced work, plus the host's cost of a call."""
+        gpu = self.profile.gpu
+        device = max(op.flops / gpu.bf16_flops, op.bytes / gpu.memory_bandwidth)
+        return Seconds(self.profile.host.call, device * self.ranks_per_gpu)
+
+    def capture_seconds(self, op: Capture) -> float:
+        """A constant and the host's cost of each operation."""
+        start_up = self.profile.start_up
+        return start_up.capture + op.operations * start_up.capture_operation
+
+    def _device(self, call: KernelCall) -> float:
+        gpu = self.profile.gpu
+        flops, nbytes = gemm_work(call)
+        peak = gpu.fp8_flops if call.type in _FP8_TYPES else gpu.bf16_flops
+        return max(flops / peak, nbytes / gpu.memory_bandwidth)
+
+    def collective_seconds(self, op: Collective) -> float:
+        """Ring: an all-reduce moves twice (n - 1) / n of the data, a gather n - 1 times it."""
+        n = len(op.group)
+        if op.name.startswith("all_reduce"):
+            return self.link.seconds(2 * (n - 1) / n * op.bytes)
+        bandwidth = self.link.gather_bandwidth or self.link.bandwidth
+        return self.link.latency + (n - 1) * op.bytes / bandwidth
+
+    def transfer_seconds(self, nbytes: int) -> float:
+        """Latency and bandwidth of the link."""
+        return self.link.seconds(nbytes)
+
+
+def gemm_work(call: KernelCall) -> tuple[float, float]:
+    """(operations, bytes moved) of a call."""
+    m, n, k, groups = call.m, call.n, call.k, call.num_groups
+    if call.type in MASKED_TYPES:
+        return 2.0 * groups * m * n * k, groups * (m * k + n * k + 2.0 * m * n)
+    if call.type in CONTIGUOUS_TYPES:
+        used = min(groups, m // 128)
+        return 2.0 * m * n * k, m * k + used * n * k + 2.0 * m * n
+    if call.type is T.FP8_EINSUM_BHR_HDR_BHD:
+        return 2.0 * groups * m * n * k, groups * (m * k + n * k + 2.0 * m * n)
+    if call.type is T.TF32_HC_PRENORM_GEMM:
+        return 2.0 * m * n * k, 2.0 * m * k + 4.0 * n * k + 4.0 * max(1, groups) * m * n
+    width = 1 if call.type in _FP8_TYPES else 2
+    return 2.0 * m * n * k, width * (m * k + n * k) + 4.0 * m * n

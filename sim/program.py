@@ -1,0 +1,168 @@
+"""A rank's operations as the engine runs them.
+
+What concerns only the rank is summed up beforehand: between two points at which ranks can meet
+there is one :class:`Run`. Which kernels are first uses is known beforehand too, since a process
+keeps every kernel that it has used.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from statistics import fmean
+
+from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.jit.kernels import Kernel, kernels_of, m_class_starts
+from runner.m_lists import expand
+from runner.schedule import (
+    Capture,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Send,
+    Walk,
+)
+from sim.costs import CostModel
+
+LockKey = tuple[DeepGemmKernelType, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Work of this rank alone: seconds of its host and of its GPU, which overlap."""
+
+    host: float
+    device: float
+
+
+@dataclass(frozen=True, slots=True)
+class FirstUse:
+    """Kernels that come into this process for the first time, in order.
+
+    Attributes:
+        kernels: what is needed.
+        bulk: whether they are loaded on their own, not by a call.
+        lock: what ranks of the node take turns at, None where nothing is.
+    """
+
+    kernels: tuple[Kernel, ...]
+    bulk: bool = False
+    lock: LockKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WalkRun:
+    """A walk: kernels that come in at some M, and the seconds of the calls from there on."""
+
+    name: str
+    steps: tuple[tuple[tuple[Kernel, ...], float], ...]
+    lock: LockKey | None = None
+
+
+Instruction = Run | FirstUse | WalkRun | Collective | Send | Recv | KernelWork | Mark | Capture
+
+
+def compile_program(
+    ops: Iterable[Op], costs: CostModel, *, locked: bool, loaded: Iterable[Kernel] = ()
+) -> list[Instruction]:
+    """Sum up what needs no other rank.
+
+    Args:
+        ops: one rank's operations.
+        costs: how long they take.
+        locked: whether first uses take turns on a node.
+        loaded: kernels that the process has from the start.
+    """
+    seen = set(loaded)
+    program: list[Instruction] = []
+    host = device = 0.0
+    for op in ops:
+        if isinstance(op, Compute):
+            seconds = costs.compute_seconds(op)
+            host, device = host + seconds.host, device + seconds.device
+            continue
+        if isinstance(op, KernelCall):
+            new = tuple(kernel for kernel in kernels_of(op) if kernel not in seen)
+            if new:
+                if host or device:
+                    program.append(Run(host, device))
+                    host = device = 0.0
+                seen.update(new)
+                lock = (op.type, op.n, op.k, op.num_groups) if locked else None
+                program.append(FirstUse(new, lock=lock))
+            seconds = costs.kernel_seconds(op)
+            host, device = host + seconds.host, device + seconds.device
+            continue
+        if isinstance(op, Mark) and op.kind not in ("phase", "forward"):
+            continue
+        if host or device:
+            program.append(Run(host, device))
+            host = device = 0.0
+        program += _others(op, costs, seen, locked=locked)
+    if host or device:
+        program.append(Run(host, device))
+    return program
+
+
+def used_before(program: Iterable[Instruction], phase: str) -> Iterator[Kernel]:
+    """Kernels that a rank brings in before a phase begins."""
+    for item in program:
+        if item == Mark("phase", phase):
+            return
+        if isinstance(item, FirstUse | KernelWork):
+            yield from item.kernels
+        elif isinstance(item, WalkRun):
+            for kernels, _ in item.steps:
+                yield from kernels
+
+
+def _others(
+    op: Op, costs: CostModel, seen: set[Kernel], *, locked: bool
+) -> Iterator[Instruction]:
+    if isinstance(op, Walk):
+        shape = op.shape
+        lock = (shape.type, shape.n, shape.k, shape.num_groups) if locked else None
+        yield WalkRun(op.name, tuple(_walk_steps(op, costs, seen)), lock)
+    elif isinstance(op, KernelWork) and op.action == "load":
+        new = tuple(kernel for kernel in op.kernels if kernel not in seen)
+        seen.update(new)
+        if new:
+            yield FirstUse(new, bulk=True)
+    elif not isinstance(op, Compute | KernelCall):
+        yield op
+
+
+def _walk_steps(
+    walk: Walk, costs: CostModel, seen: set[Kernel]
+) -> Iterator[tuple[tuple[Kernel, ...], float]]:
+    """Parts of a walk: the kernels that each brings in, and the seconds of its calls."""
+    for kernels, calls, mean_m in _walk_parts(walk):
+        new = tuple(kernel for kernel in kernels if kernel not in seen)
+        seen.update(new)
+        yield new, costs.walk_seconds(walk.shape, calls, mean_m, walk.steps[-1][1])
+
+
+@lru_cache(maxsize=4096)
+def _walk_parts(walk: Walk) -> tuple[tuple[tuple[Kernel, ...], int, float], ...]:
+    """M of a list cut where other kernels run: the kernels, the number of calls, their mean M."""
+    ms = expand(walk.steps)
+    starts = [*m_class_starts(walk.shape.type, ms[-1]), ms[-1] + 1]
+    edges = [bisect_left(ms, start) for start in starts]
+    parts: list[tuple[tuple[Kernel, ...], int, int]] = []
+    for low, high in pairwise(edges):
+        if low == high:
+            continue
+        kernels = kernels_of(walk.shape.call(ms[low]))
+        if parts and parts[-1][0] == kernels:
+            parts[-1] = (kernels, parts[-1][1], high)
+        else:
+            parts.append((kernels, low, high))
+    return tuple(
+        (kernels, high - low, fmean((ms[low], ms[high - 1]))) for kernels, low, high in parts
+    )
