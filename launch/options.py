@@ -69,7 +69,7 @@ class LaunchOptions:
             ),
             num_sms=num_sms,
             prompt_len=self.prompt_len,
-            deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
+            bf16_fp32_algo=environ.bf16_fp32_algo,
             max_tokens=self.max_tokens,
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 from runner.backend.base import Backend
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
+from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment, plan_of
@@ -43,7 +44,7 @@ class Scenario:
         max_tokens: most tokens of a forward: what ``planned`` and ``prebuilt`` cover, and what a
             run's coverage is told for.
         prompt_len: see :class:`runner.traffic.Request`.
-        deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
+        bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
     """
 
     model: ModelConfig
@@ -51,7 +52,7 @@ class Scenario:
     warmup: WarmupOptions
     num_sms: int = 132
     prompt_len: int = 1
-    deep_gemm_bf16_fp32: bool = True
+    bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
     max_tokens: int = 16384
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Scenario:
             num_sms=self.num_sms,
             max_tokens=self.max_tokens,
             disaggregation=self.warmup.disaggregation,
-            deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
+            bf16_fp32_algo=self.bf16_fp32_algo,
         )
 
     def kernel_set(self, rank: int) -> KernelSet:
@@ -133,7 +134,7 @@ def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
         NoComm(),
         recorder,
         num_sms=scenario.num_sms,
-        deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
+        bf16_fp32_algo=scenario.bf16_fp32_algo,
     )
     runner = ModelRunner.build(
         scenario.model, scenario.parallel, rank,

@@ -88,7 +88,7 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
     profile = load_profile(values.pop("hardware"))
     environ = Environ.read(os.environ)
     values["stage_layers"] = values["stage_layers"] or environ.stage_layers
-    values["deep_gemm_bf16_fp32"] = environ.deep_gemm_bf16_fp32
+    values["bf16_fp32_algo"] = environ.bf16_fp32_algo
     machine = _machine(profile, values)
     predictions = [
         simulate(_scenario(WarmupPolicy(name), profile, values), machine)
@@ -143,7 +143,7 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         ),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
-        deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
+        bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
     )
 
