@@ -28,6 +28,8 @@ class DeepGemmWrapper:
         """See the protocol."""
         m, k = lhs[0].shape
         n = rhs[0].shape[0]
+        if m == 0:
+            return
         with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_F8F8BF16):
             self._lib.fp8_gemm_nt(lhs, rhs, out)
 
@@ -47,8 +49,10 @@ class DeepGemmWrapper:
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
     ) -> None:
         """See the protocol."""
-        groups, _, k = lhs[0].shape
+        groups, rows, k = lhs[0].shape
         n = rhs[0].shape[1]
+        if rows == 0 or expected_m == 0:
+            return
         kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED
         with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
             self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
@@ -57,12 +61,16 @@ class DeepGemmWrapper:
         """See the protocol."""
         m, k = lhs.shape
         n = rhs.shape[0]
+        if m == 0:
+            return
         with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_BF16BF16F32):
             self._lib.bf16_gemm_nt(lhs, rhs, out)
 
     def gemm_nt_bf16bf16bf16(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """``out`` [m, n] bf16 = ``lhs`` [m, k] bf16 @ ``rhs`` [n, k].T bf16."""
         m, k = lhs.shape
+        if m == 0:
+            return
         with self._hook.deep_gemm_execution_hook(m, rhs.shape[0], k, 1, T.GEMM_NT_BF16BF16BF16):
             self._lib.bf16_gemm_nt(lhs, rhs, out)
 
@@ -82,8 +90,10 @@ class DeepGemmWrapper:
         expected_m: int,
     ) -> None:  # fmt: skip
         """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
-        groups, _, k = lhs.shape
+        groups, rows, k = lhs.shape
         n = rhs.shape[1]
+        if rows == 0 or expected_m == 0:
+            return
         kind = T.GROUPED_GEMM_NT_BF16_MASKED
         with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
             self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
@@ -104,6 +114,8 @@ class DeepGemmWrapper:
         """See the protocol."""
         m, groups, k = lhs[0].shape
         n = rhs[0].shape[1]
+        if m == 0:
+            return
         with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.FP8_EINSUM_BHR_HDR_BHD):
             self._lib.fp8_einsum("bhr,hdr->bhd", lhs, rhs, out)
 
@@ -111,8 +123,11 @@ class DeepGemmWrapper:
         self, context_lens: torch.Tensor, block_kv: int, num_sms: int
     ) -> torch.Tensor:
         """See the protocol."""
+        rows = context_lens.shape[0]
+        if rows == 0:
+            return context_lens.new_zeros((num_sms + 1, 2), dtype=torch.int32)
         kind = T.PAGED_MQA_LOGITS_METADATA
-        with self._hook.deep_gemm_execution_hook(context_lens.shape[0], 1, 1, 1, kind):
+        with self._hook.deep_gemm_execution_hook(rows, 1, 1, 1, kind):
             made = self._lib.get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms)
         return _owned(made, context_lens)
 
@@ -123,6 +138,8 @@ class DeepGemmWrapper:
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
         rows, _, heads, dim = q.shape
+        if rows == 0:
+            return weights.new_empty((0, max_context_len), dtype=torch.float32)
         with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_PAGED_MQA_LOGITS):
             made = self._lib.fp8_paged_mqa_logits(
                 q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
@@ -135,6 +152,8 @@ class DeepGemmWrapper:
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
         rows, heads, dim = q.shape
+        if rows == 0:
+            return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)
         with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_MQA_LOGITS):
             made = self._lib.fp8_mqa_logits(
                 q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
