@@ -69,6 +69,7 @@ def set_up_jit(
     """
     from runner.backend.reference import ReferenceEntryPoints
 
+    reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
     cache_root = given or work_dir / "cache"
@@ -79,7 +80,7 @@ def set_up_jit(
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")
         return RankJit(
-            OwnJit(None), ReferenceEntryPoints(), False, log_dir, _nameless,
+            OwnJit(None), reference, False, log_dir, _nameless,
             f"off, kernels are not compiled: {missing}",
         )  # fmt: skip
     KernelCache(cache_root).prepare()
@@ -94,9 +95,7 @@ def set_up_jit(
         made = _library_jit(environ, scenario, cache_root, recorded, log_dir, where)
     else:
         jit = LazyJit(recorded, cache)
-        made = RankJit(
-            OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _keys(recorded), f"own, {where}"
-        )
+        made = RankJit(OwnJit(jit), reference, False, log_dir, _keys(recorded), f"own, {where}")
     return replace(made, compiler=compiler, cache=cache)
 
 
@@ -113,7 +112,7 @@ def _library_jit(
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
-    wrapper = DeepGemmWrapper(lib, ExecutionHook())
+    wrapper = DeepGemmWrapper(lib, ExecutionHook(), sanity_check=environ.sanity_check)
     loader = LibraryJit(lambda kernels: call_each(wrapper, scenario.plan, kernels))
     return RankJit(loader, wrapper, True, log_dir, _keys(compiler), f"deep_gemm, {where}")
 

@@ -10,6 +10,12 @@ import torch
 import torch.utils.dlpack
 
 from runner.backend.entry_points import Fp8
+from runner.backend.scale_check import (
+    check_entry_scales,
+    check_gemm_scales,
+    check_page_scales,
+    rows_in_use,
+)
 from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
 from runner.jit.kernel_type import DeepGemmKernelType as T
 
@@ -19,10 +25,18 @@ class DeepGemmWrapper:
 
     FP8 activations come with row-major scales; the library brings them into the layout that its
     kernels read, with a transpose kernel of its own.
+
+    Args:
+        deep_gemm: the library.
+        hook: wraps each call.
+        sanity_check: look at every scale of an FP8 operand before it is used; slow, see
+            :mod:`runner.backend.scale_check`.
     """
 
-    def __init__(self, deep_gemm: ModuleType, hook: ExecutionHook) -> None:
-        self._lib, self._hook = deep_gemm, hook
+    def __init__(
+        self, deep_gemm: ModuleType, hook: ExecutionHook, *, sanity_check: bool = False
+    ) -> None:
+        self._lib, self._hook, self._sanity_check = deep_gemm, hook, sanity_check
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
@@ -30,6 +44,8 @@ class DeepGemmWrapper:
         n = rhs[0].shape[0]
         if m == 0:
             return
+        if self._sanity_check:
+            check_gemm_scales("gemm_nt_f8f8bf16", lhs, rhs)
         with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_F8F8BF16):
             self._lib.fp8_gemm_nt(lhs, rhs, out)
 
@@ -41,6 +57,8 @@ class DeepGemmWrapper:
         groups, n, _ = rhs[0].shape
         if m == 0:
             return
+        if self._sanity_check:
+            check_gemm_scales("grouped_gemm_nt_f8f8bf16_contig", lhs, rhs, m_indices >= 0)
         kind = T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
         with self._hook.deep_gemm_execution_hook(m, n, k, groups, kind):
             self._lib.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices)
@@ -53,6 +71,9 @@ class DeepGemmWrapper:
         n = rhs[0].shape[1]
         if rows == 0 or expected_m == 0:
             return
+        if self._sanity_check:
+            used = rows_in_use(masked_m, rows)
+            check_gemm_scales("grouped_gemm_nt_f8f8bf16_masked", lhs, rhs, used)
         kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED
         with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
             self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
@@ -116,6 +137,8 @@ class DeepGemmWrapper:
         n = rhs[0].shape[1]
         if m == 0:
             return
+        if self._sanity_check:
+            check_gemm_scales("fp8_einsum_bhr_hdr_bhd", lhs, rhs)
         with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.FP8_EINSUM_BHR_HDR_BHD):
             self._lib.fp8_einsum("bhr,hdr->bhd", lhs, rhs, out)
 
@@ -140,6 +163,8 @@ class DeepGemmWrapper:
         rows, _, heads, dim = q.shape
         if rows == 0:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
+        if self._sanity_check:
+            check_page_scales("fp8_paged_mqa_logits", kv_cache, context_lens, block_table)
         with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_PAGED_MQA_LOGITS):
             made = self._lib.fp8_paged_mqa_logits(
                 q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
@@ -154,6 +179,8 @@ class DeepGemmWrapper:
         rows, heads, dim = q.shape
         if rows == 0:
             return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)
+        if self._sanity_check:
+            check_entry_scales("fp8_mqa_logits", kv, ks, ke)
         with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_MQA_LOGITS):
             made = self._lib.fp8_mqa_logits(
                 q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
