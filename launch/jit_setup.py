@@ -70,6 +70,7 @@ def set_up_jit(
     """
     from runner.backend.reference import ReferenceEntryPoints
 
+    reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
     cache_root = given or work_dir / "cache"
@@ -80,7 +81,7 @@ def set_up_jit(
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")
         return RankJit(
-            OwnJit(None), ReferenceEntryPoints(), False, log_dir, _nameless,
+            OwnJit(None), reference, False, log_dir, _nameless,
             f"off, kernels are not compiled: {missing}",
         )  # fmt: skip
     KernelCache(cache_root).prepare()
@@ -95,9 +96,7 @@ def set_up_jit(
         made = _library_jit(environ, scenario, cache_root, recorded, log_dir, where)
     else:
         jit = LazyJit(recorded, cache)
-        made = RankJit(
-            OwnJit(jit), ReferenceEntryPoints(), False, log_dir, _identity, f"own, {where}"
-        )
+        made = RankJit(OwnJit(jit), reference, False, log_dir, _identity, f"own, {where}")
     return replace(made, compiler=compiler, cache=cache)
 
 
@@ -113,10 +112,10 @@ def _library_jit(
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
-    wrapper = DeepGemmWrapper(lib)
+    wrapper = DeepGemmWrapper(lib, sanity_check=environ.sanity_check)
     loader = LibraryJit(
         lambda kernels: call_each(wrapper, scenario.plan, kernels),
-        lambda op: walk_list(wrapper, op),
+        lambda op: walk_list(wrapper, op, lib),
     )
     return RankJit(loader, wrapper, True, log_dir, _identity, f"deep_gemm, {where}")
 

@@ -79,7 +79,7 @@ class LaunchOptions:
             ),
             num_sms=num_sms,
             prompt_len=self.prompt_len,
-            deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
+            bf16_fp32_algo=environ.bf16_fp32_algo,
             max_tokens=self.max_tokens,
             stream=self.stream,
             walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,

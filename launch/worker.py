@@ -266,7 +266,7 @@ class _RankRun:
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(
             math, link, sink, scenario.num_sms,
-            deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
+            bf16_fp32_algo=scenario.bf16_fp32_algo,
             kernels=store or NoKernels(),
             hook=scenario.hook(self.place.rank, self._free_memory, self._warn),
         )  # fmt: skip

@@ -61,7 +61,7 @@ def coverage(
         warmup=WarmupOptions(
             policy=policy, disaggregation=deployment.disaggregation, walk_max_m=walk_max_m
         ),
-        deep_gemm_bf16_fp32=deployment.deep_gemm_bf16_fp32, max_tokens=deployment.max_tokens,
+        bf16_fp32_algo=deployment.bf16_fp32_algo, max_tokens=deployment.max_tokens,
         stream=stream,
     )  # fmt: skip
     schedule = record(scenario)

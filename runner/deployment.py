@@ -19,6 +19,7 @@ from runner.backend.layout import (
 )
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
+from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
@@ -50,7 +51,7 @@ class Deployment:
         decode_batch_sizes: tokens of DECODE forwards (the captured graphs' batch sizes); None
             means any number up to ``max_tokens``.
         disaggregation: a prefill node never decodes, a decode node never extends.
-        deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
+        bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
         without: types that something else than DeepGEMM serves.
     """
 
@@ -61,7 +62,7 @@ class Deployment:
     max_tokens: int = 16384
     decode_batch_sizes: tuple[int, ...] | None = None
     disaggregation: DisaggregationMode = DisaggregationMode.NONE
-    deep_gemm_bf16_fp32: bool = True
+    bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
     without: frozenset[T] = frozenset()
 
     def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ def _shape_runner(deployment: Deployment, stage: int) -> tuple[ModelRunner, Sche
     parallel = deployment.parallel
     backend = Backend(
         ShapeMath(), NoComm(), recorder, num_sms=deployment.num_sms,
-        deep_gemm_bf16_fp32=deployment.deep_gemm_bf16_fp32,
+        bf16_fp32_algo=deployment.bf16_fp32_algo,
     )  # fmt: skip
     runner = ModelRunner.build(
         deployment.model, parallel, parallel.rank_of(stage, 0),

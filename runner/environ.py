@@ -12,12 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
 
 _TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
 _FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
-
-BF16_FP32_GEMM_ALGOS = ("", "cublas", "deep_gemm", "torch")
 
 
 def _variable(name: str, default: object) -> Any:
@@ -42,7 +41,9 @@ class Environ:
     pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", True)
     use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
     pp_layer_partition: str = _variable("SGLANG_PP_LAYER_PARTITION", "")
-    bf16_fp32_gemm_algo: str = _variable("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "")
+    bf16_fp32_algo: Bf16Fp32Algo = field(
+        default=DEFAULT_BF16_FP32_ALGO, metadata={"variable": "SGLANG_OPT_BF16_FP32_GEMM_ALGO"}
+    )
     use_nvrtc: bool = _variable("SGLANG_DG_USE_NVRTC", False)
     sglang_dg_cache_dir: str = _variable("SGLANG_DG_CACHE_DIR", "")
     dg_jit_cache_dir: str = _variable("DG_JIT_CACHE_DIR", "")
@@ -75,19 +76,7 @@ class Environ:
             variable = item.metadata["variable"]
             if variable in found:
                 values[item.name] = _parse(variable, found[variable], item.type)
-        result = cls(**values)
-        if result.bf16_fp32_gemm_algo not in BF16_FP32_GEMM_ALGOS:
-            allowed = ", ".join(name for name in BF16_FP32_GEMM_ALGOS if name)
-            raise UserError(
-                f"SGLANG_OPT_BF16_FP32_GEMM_ALGO={result.bf16_fp32_gemm_algo!r} is not known: "
-                f"use one of {allowed}, or leave it unset"
-            )
-        return result
-
-    @property
-    def deep_gemm_bf16_fp32(self) -> bool:
-        """Whether bf16 x bf16 -> fp32 GEMMs go through DeepGEMM; unset means that they do."""
-        return self.bf16_fp32_gemm_algo in ("", "deep_gemm")
+        return cls(**values)
 
     @property
     def stage_layers(self) -> tuple[int, ...] | None:
@@ -136,6 +125,8 @@ def _parse(variable: str, text: str, annotation: object) -> object:
             return int(text)
         except ValueError:
             raise UserError(f"{variable}={text!r} is not an integer") from None
+    if kind == Bf16Fp32Algo.__name__:
+        return _parse_algo(variable, text)
     return text
 
 
@@ -146,3 +137,16 @@ def _parse_bool(variable: str, text: str) -> bool:
     if lowered in _FALSE:
         return False
     raise UserError(f"{variable}={text!r} is not a boolean: use one of true, 1, false, 0")
+
+
+def _parse_algo(variable: str, text: str) -> Bf16Fp32Algo:
+    """The algorithm of that name; an empty name is as good as none."""
+    if not text:
+        return DEFAULT_BF16_FP32_ALGO
+    try:
+        return Bf16Fp32Algo(text)
+    except ValueError:
+        allowed = ", ".join(algo.value for algo in Bf16Fp32Algo)
+        raise UserError(
+            f"{variable}={text!r} is not known: use one of {allowed}, or leave it unset"
+        ) from None

@@ -11,6 +11,7 @@ from typing import Any
 from runner.backend.base import Backend
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
+from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment, plan_of
@@ -54,7 +55,7 @@ class Scenario:
         stream: token counts of the requests after the first one; None takes the batch sizes.
         walk_memory: bytes of GPU memory that a walk may take; None is no limit to a recording,
             and what is free to a run on a GPU.
-        deep_gemm_bf16_fp32: see :class:`runner.backend.base.Backend`.
+        bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
     """
 
     model: ModelConfig
@@ -62,7 +63,7 @@ class Scenario:
     warmup: WarmupOptions
     num_sms: int = 132
     prompt_len: int = 1
-    deep_gemm_bf16_fp32: bool = True
+    bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
     max_tokens: int = 16384
     stream: tuple[int, ...] | None = None
     walk_memory: float | None = None
@@ -92,7 +93,7 @@ class Scenario:
             num_sms=self.num_sms,
             max_tokens=self.max_tokens,
             disaggregation=self.warmup.disaggregation,
-            deep_gemm_bf16_fp32=self.deep_gemm_bf16_fp32,
+            bf16_fp32_algo=self.bf16_fp32_algo,
         )
 
     def leads(self, rank: int) -> bool:
@@ -225,7 +226,7 @@ def _record(
     recorder = ScheduleRecorder()
     backend = Backend(
         ShapeMath(), NoComm(), recorder, num_sms=scenario.num_sms,
-        deep_gemm_bf16_fp32=scenario.deep_gemm_bf16_fp32,
+        bf16_fp32_algo=scenario.bf16_fp32_algo,
     )  # fmt: skip
     runner = ModelRunner.build(
         scenario.model, scenario.parallel, rank,

@@ -25,6 +25,7 @@ from runner.backend.layout import (
 from runner.backend.math import Dispatched, Math, Routing, Tokens
 from runner.backend.pairs import causal_pairs, visible_entries
 from runner.backend.sink import OpSink, R
+from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
@@ -96,7 +97,7 @@ class Backend:
         comm: moves tensors between ranks.
         sink: is told every operation in order.
         num_sms: SMs of the GPU that runs, or would run, the kernels.
-        deep_gemm_bf16_fp32: whether bf16 x bf16 -> fp32 GEMMs go through DeepGEMM.
+        bf16_fp32_algo: what computes bf16 x bf16 -> fp32 GEMMs.
         masked_budget: bytes that a masked expert layout may take before the contiguous one is
             used instead, as SGLang's automatic layout choice does with a share of free memory.
         kernels: where compiled kernels come from.
@@ -107,7 +108,7 @@ class Backend:
     comm: Communicator
     sink: OpSink
     num_sms: int
-    deep_gemm_bf16_fp32: bool = True
+    bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
     masked_budget: int = MASKED_BUDGET
     kernels: KernelStore = field(default_factory=NoKernels)
     hook: ExecutionHook = field(default_factory=ExecutionHook)
@@ -172,21 +173,21 @@ class Backend:
         return self._kernel(call, lambda: self.math.gemm_fp8(x, weight, partial=partial))
 
     def gemm_bf16_fp32(self, x: Any, weight: Any) -> Any:
-        """bf16 GEMM with fp32 output; see :meth:`Math.gemm_bf16_fp32`."""
+        """bf16 GEMM with fp32 output; see :meth:`Math.gemm_bf16_fp32`.
+
+        Only DeepGEMM's is a kernel call: the others' kernels come compiled with their libraries.
+        """
         m, k = x.shape
         n = weight.shape[0]
-        deep_gemm = self.deep_gemm_bf16_fp32
-        if deep_gemm:
-            call = self._call(T.GEMM_NT_BF16BF16F32, m, n, k, 1)
-            return self._kernel(
-                call, lambda: self.math.gemm_bf16_fp32(x, weight, deep_gemm=deep_gemm)
-            )
-        return self._compute(
-            "linear_bf16_fp32",
-            2 * (m * k + n * k) + 4 * m * n,
-            lambda: self.math.gemm_bf16_fp32(x, weight, deep_gemm=deep_gemm),
-            flops=2 * m * n * k,
-        )
+        algo = self.bf16_fp32_algo
+
+        def work() -> Any:
+            return self.math.gemm_bf16_fp32(x, weight, algo)
+
+        if algo is Bf16Fp32Algo.DEEP_GEMM:
+            return self._kernel(self._call(T.GEMM_NT_BF16BF16F32, m, n, k, 1), work)
+        traffic = 2 * (m * k + n * k) + 4 * m * n
+        return self._compute("linear_bf16_fp32", traffic, work, flops=2 * m * n * k)
 
     def einsum_fp8(self, x: Any, weight: Any) -> Any:
         """Grouped output projection; see :meth:`Math.einsum_fp8`."""

@@ -1,7 +1,8 @@
 """The DeepGEMM wrapper's entry points, as both the CUDA wrapper and the reference offer them.
 
 FP8 operands are pairs (e4m3 values, fp32 scales): activations have one scale per row and 128
-columns, weights one per 128 x 128 block. ``out`` is written in place.
+columns, weights one per 128 x 128 block. ``out`` is written in place. A call without rows (M = 0)
+returns at once: nothing is checked, compiled or launched.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class EntryPoints(Protocol):
     def grouped_gemm_nt_f8f8bf16_masked(
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
     ) -> None:
-        """out [g, m, n] bf16; of group i the first ``masked_m[i]`` rows are defined."""
+        """out [g, m, n] bf16; of group i the first ``masked_m[i]`` rows are defined.
+
+        ``expected_m`` is the M that a kernel is chosen for; 0 says that no group has a row.
+        """
 
     def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """out [m, n] fp32 = lhs [m, k] bf16 @ rhs [n, k] bf16 .T."""

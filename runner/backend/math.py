@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.forward_batch import ForwardBatch
 
@@ -94,8 +95,8 @@ class Math(Protocol):
         :meth:`round_hidden`; the grouped GEMMs likewise.
         """
 
-    def gemm_bf16_fp32(self, x: Any, weight: Any, *, deep_gemm: bool) -> Any:
-        """[T, K] x [N, K] -> [T, N] fp32, by DeepGEMM or by the plain library."""
+    def gemm_bf16_fp32(self, x: Any, weight: Any, algo: Bf16Fp32Algo) -> Any:
+        """[T, K] x [N, K] -> [T, N] fp32, by the named algorithm."""
 
     def einsum_fp8(self, x: Any, weight: Any) -> Any:
         """``bhr,hdr->bhd``: [T, G, R] bf16, quantised along R, x FP8 [G, D, R] -> [T, G, D]."""

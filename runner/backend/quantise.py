@@ -56,7 +56,7 @@ def quantise_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     parts = [_quantise_rows(rows) for rows in in_slabs(x.reshape(-1, x.shape[-1]))]
     values = torch.cat([part[0].view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     scales = torch.cat([part[1] for part in parts])
-    return values.view(x.shape), scales.view(*x.shape[:-1], -1)
+    return values.view(x.shape), scales.view(*x.shape[:-1], x.shape[-1] // FP8_BLOCK)
 
 
 def in_slabs(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

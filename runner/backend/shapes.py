@@ -9,6 +9,7 @@ from typing import Any
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.backend.tensor import TensorSpec
 from runner.backend.weights import WeightRequest
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.forward_batch import ForwardBatch
 
@@ -83,7 +84,7 @@ class ShapeMath:
         """[T, N]."""
         return TensorSpec((x.shape[0], weight.n))
 
-    def gemm_bf16_fp32(self, x: TensorSpec, weight: TensorSpec, *, deep_gemm: bool) -> TensorSpec:
+    def gemm_bf16_fp32(self, x: TensorSpec, weight: TensorSpec, algo: Bf16Fp32Algo) -> TensorSpec:
         """[T, N] fp32."""
         return TensorSpec((x.shape[0], weight.shape[0]), "fp32")
 

@@ -8,11 +8,13 @@ import torch
 
 from runner.backend import torch_attention, torch_moe
 from runner.backend.entry_points import EntryPoints
+from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.backend.quantise import Fp8Weight, dequantise_blocks, in_slabs, quantise_tokens, widen
 from runner.backend.reference import PAGE, pack_pages
 from runner.backend.shapes import compressed_entries
 from runner.backend.torch_cache import KVCache, cache_of, places_of
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.forward_batch import ForwardBatch
 
@@ -89,14 +91,10 @@ class TorchMath:
         return out
 
     def gemm_bf16_fp32(
-        self, x: torch.Tensor, weight: torch.Tensor, *, deep_gemm: bool
+        self, x: torch.Tensor, weight: torch.Tensor, algo: Bf16Fp32Algo
     ) -> torch.Tensor:
         """See the protocol."""
-        if not deep_gemm:
-            return torch.nn.functional.linear(x.float(), weight.float())
-        out = self._out(x.shape[0], weight.shape[0], dtype=torch.float32)
-        self._gemms.gemm_nt_bf16bf16f32(x, weight, out)
-        return out
+        return linear_bf16_fp32(x, weight, algo, self._gemms)
 
     def einsum_fp8(self, x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
         """See the protocol."""

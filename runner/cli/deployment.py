@@ -11,6 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.cli.common import F, IntList, layout_options, model_options
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
@@ -129,7 +130,7 @@ def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:
         max_tokens=values["max_tokens"],
         decode_batch_sizes=values["decode_batch_sizes"],
         disaggregation=DisaggregationMode(values["disaggregation_mode"]),
-        deep_gemm_bf16_fp32=environ.deep_gemm_bf16_fp32,
+        bf16_fp32_algo=environ.bf16_fp32_algo,
         without=frozenset(DeepGemmKernelType[name.upper()] for name in values["without"]),
     )
 
@@ -153,6 +154,8 @@ def _narrowed(deployment: Deployment) -> str:
         words += f", {deployment.disaggregation.value} only"
     if deployment.decode_batch_sizes is not None:
         words += f", DECODE of {','.join(map(str, deployment.decode_batch_sizes))}"
+    if deployment.bf16_fp32_algo is not Bf16Fp32Algo.DEEP_GEMM:
+        words += f", bf16 -> fp32 GEMMs by {deployment.bf16_fp32_algo.value}"
     if deployment.without:
         words += f", without {', '.join(sorted(kind.name.lower() for kind in deployment.without))}"
     return words

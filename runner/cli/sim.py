@@ -88,7 +88,7 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
     environ = Environ.read(os.environ)
     check_sizes(stream=values["stream"], cuda_graphs=values["cuda_graphs"])
     values["stage_layers"] = values["stage_layers"] or environ.stage_layers
-    values["deep_gemm_bf16_fp32"] = environ.deep_gemm_bf16_fp32
+    values["bf16_fp32_algo"] = environ.bf16_fp32_algo
     machine = _machine(profile, values)
     wanted = asked_policies(policies, environ, tuple(WarmupPolicy))
     predictions = [simulate(_scenario(policy, profile, values), machine) for policy in wanted]
@@ -154,7 +154,7 @@ def _scenario(policy: WarmupPolicy, profile: Profile, values: dict[str, Any]) ->
         ),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
-        deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
+        bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
         stream=values["stream"],
         walk_memory=_walk_memory(profile, values["walk_memory"]),

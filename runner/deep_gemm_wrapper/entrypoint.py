@@ -10,8 +10,12 @@ import torch
 import torch.utils.dlpack
 
 from runner.backend.entry_points import Fp8
-from runner.deep_gemm_wrapper.compile_utils import ExecutionHook
-from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.backend.scale_check import (
+    check_entry_scales,
+    check_gemm_scales,
+    check_page_scales,
+    rows_in_use,
+)
 
 
 class DeepGemmWrapper:
@@ -19,17 +23,25 @@ class DeepGemmWrapper:
 
     FP8 activations come with row-major scales; the library brings them into the layout that its
     kernels read, with a transpose kernel of its own.
+
+    Args:
+        deep_gemm: the library.
+        sanity_check: look at every scale of an FP8 operand before it is used; slow, see
+            :mod:`runner.backend.scale_check`.
     """
 
-    def __init__(self, deep_gemm: ModuleType, hook: ExecutionHook) -> None:
-        self._lib, self._hook = deep_gemm, hook
+    def __init__(self, deep_gemm: ModuleType, *, sanity_check: bool = False) -> None:
+        self._lib, self._sanity_check = deep_gemm, sanity_check
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
         m, k = lhs[0].shape
         n = rhs[0].shape[0]
-        with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_F8F8BF16):
-            self._lib.fp8_gemm_nt(lhs, rhs, out)
+        if m == 0:
+            return
+        if self._sanity_check:
+            check_gemm_scales("gemm_nt_f8f8bf16", lhs, rhs)
+        self._lib.fp8_gemm_nt(lhs, rhs, out)
 
     def grouped_gemm_nt_f8f8bf16_contig(
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, m_indices: torch.Tensor
@@ -39,32 +51,37 @@ class DeepGemmWrapper:
         groups, n, _ = rhs[0].shape
         if m == 0:
             return
-        kind = T.GROUPED_GEMM_NT_F8F8BF16_CONTIG
-        with self._hook.deep_gemm_execution_hook(m, n, k, groups, kind):
-            self._lib.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices)
+        if self._sanity_check:
+            check_gemm_scales("grouped_gemm_nt_f8f8bf16_contig", lhs, rhs, m_indices >= 0)
+        self._lib.m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices)
 
     def grouped_gemm_nt_f8f8bf16_masked(
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
     ) -> None:
         """See the protocol."""
-        groups, _, k = lhs[0].shape
+        groups, rows, k = lhs[0].shape
         n = rhs[0].shape[1]
-        kind = T.GROUPED_GEMM_NT_F8F8BF16_MASKED
-        with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
-            self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
+        if rows == 0 or expected_m == 0:
+            return
+        if self._sanity_check:
+            used = rows_in_use(masked_m, rows)
+            check_gemm_scales("grouped_gemm_nt_f8f8bf16_masked", lhs, rhs, used)
+        self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
     def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """See the protocol."""
         m, k = lhs.shape
         n = rhs.shape[0]
-        with self._hook.deep_gemm_execution_hook(m, n, k, 1, T.GEMM_NT_BF16BF16F32):
-            self._lib.bf16_gemm_nt(lhs, rhs, out)
+        if m == 0:
+            return
+        self._lib.bf16_gemm_nt(lhs, rhs, out)
 
     def gemm_nt_bf16bf16bf16(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """``out`` [m, n] bf16 = ``lhs`` [m, k] bf16 @ ``rhs`` [n, k].T bf16."""
         m, k = lhs.shape
-        with self._hook.deep_gemm_execution_hook(m, rhs.shape[0], k, 1, T.GEMM_NT_BF16BF16BF16):
-            self._lib.bf16_gemm_nt(lhs, rhs, out)
+        if m == 0:
+            return
+        self._lib.bf16_gemm_nt(lhs, rhs, out)
 
     def grouped_gemm_nt_bf16_contig(
         self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, m_indices: torch.Tensor
@@ -74,19 +91,18 @@ class DeepGemmWrapper:
         groups, n, _ = rhs.shape
         if m == 0:
             return
-        with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.GROUPED_GEMM_NT_BF16_CONTIG):
-            self._lib.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
+        self._lib.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
 
     def grouped_gemm_nt_bf16_masked(
         self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, masked_m: torch.Tensor,
         expected_m: int,
     ) -> None:  # fmt: skip
         """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
-        groups, _, k = lhs.shape
+        groups, rows, k = lhs.shape
         n = rhs.shape[1]
-        kind = T.GROUPED_GEMM_NT_BF16_MASKED
-        with self._hook.deep_gemm_execution_hook(expected_m, n, k, groups, kind):
-            self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
+        if rows == 0 or expected_m == 0:
+            return
+        self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
     def tf32_hc_prenorm_gemm(
         self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
@@ -96,24 +112,26 @@ class DeepGemmWrapper:
         m, k = x.shape
         if m == 0:
             return
-        kind = T.TF32_HC_PRENORM_GEMM
-        with self._hook.deep_gemm_execution_hook(m, fn.shape[0], k, n_splits, kind):
-            self._lib.tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_splits=n_splits)
+        self._lib.tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_splits=n_splits)
 
     def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
         m, groups, k = lhs[0].shape
         n = rhs[0].shape[1]
-        with self._hook.deep_gemm_execution_hook(m, n, k, groups, T.FP8_EINSUM_BHR_HDR_BHD):
-            self._lib.fp8_einsum("bhr,hdr->bhd", lhs, rhs, out)
+        if m == 0:
+            return
+        if self._sanity_check:
+            check_gemm_scales("fp8_einsum_bhr_hdr_bhd", lhs, rhs)
+        self._lib.fp8_einsum("bhr,hdr->bhd", lhs, rhs, out)
 
     def get_paged_mqa_logits_metadata(
         self, context_lens: torch.Tensor, block_kv: int, num_sms: int
     ) -> torch.Tensor:
         """See the protocol."""
-        kind = T.PAGED_MQA_LOGITS_METADATA
-        with self._hook.deep_gemm_execution_hook(context_lens.shape[0], 1, 1, 1, kind):
-            made = self._lib.get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms)
+        rows = context_lens.shape[0]
+        if rows == 0:
+            return context_lens.new_zeros((num_sms + 1, 2), dtype=torch.int32)
+        made = self._lib.get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms)
         return _owned(made, context_lens)
 
     def fp8_paged_mqa_logits(
@@ -123,10 +141,13 @@ class DeepGemmWrapper:
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
         rows, _, heads, dim = q.shape
-        with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_PAGED_MQA_LOGITS):
-            made = self._lib.fp8_paged_mqa_logits(
-                q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
-            )
+        if rows == 0:
+            return weights.new_empty((0, max_context_len), dtype=torch.float32)
+        if self._sanity_check:
+            check_page_scales("fp8_paged_mqa_logits", kv_cache, context_lens, block_table)
+        made = self._lib.fp8_paged_mqa_logits(
+            q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
+        )
         return _owned(made, q)
 
     def fp8_mqa_logits(
@@ -135,10 +156,13 @@ class DeepGemmWrapper:
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
         rows, heads, dim = q.shape
-        with self._hook.deep_gemm_execution_hook(rows, heads, dim, 1, T.FP8_MQA_LOGITS):
-            made = self._lib.fp8_mqa_logits(
-                q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
-            )
+        if rows == 0:
+            return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)
+        if self._sanity_check:
+            check_entry_scales("fp8_mqa_logits", kv, ks, ke)
+        made = self._lib.fp8_mqa_logits(
+            q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
+        )
         return _owned(made, q)
 
     @contextmanager

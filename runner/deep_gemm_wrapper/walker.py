@@ -1,15 +1,19 @@
 """Call an entry point with every M of a list: what a warm-up walk does, and what proves one.
 
 Each maker allocates the buffers of the largest M once and returns a function that calls the entry
-point with the first ``m`` rows of them. All values are zero: only the shapes matter.
+point with the first ``m`` rows of them. Only the shapes matter: all values are zero, and all scales
+one, so that a wrapper that checks scales takes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 
+from runner.backend.reference import pack_pages
+from runner.deep_gemm_wrapper.compile_mode import compile_only
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.jit.kernel_type import MASKED_TYPES
 from runner.jit.kernel_type import DeepGemmKernelType as T
@@ -49,10 +53,14 @@ def walk(
         torch.cuda.synchronize()
 
 
-def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
-    """A warm-up's walk, with the buffers that upstream's executors have."""
+def walk_list(wrapper: DeepGemmWrapper, op: Walk, library: ModuleType) -> None:
+    """A warm-up's walk, with the buffers that upstream's executors have.
+
+    Builds of the library that can compile without launching do that.
+    """
     ms = expand(op.steps)
-    walk(wrapper, op.shape, ms, masked_rows=ms[-1])
+    with compile_only(library):
+        walk(wrapper, op.shape, ms, masked_rows=ms[-1])
     torch.cuda.empty_cache()
 
 
@@ -83,16 +91,21 @@ def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(shape, device="cuda", dtype=dtype)
 
 
+def _ones(*shape: int) -> torch.Tensor:
+    """Scales."""
+    return torch.ones(shape, device="cuda", dtype=torch.float32)
+
+
 def _fp8_rows(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations with row-major scales, one per 128 values."""
-    scales = _zeros(*shape[:-1], -(-shape[-1] // 128), dtype=torch.float32)
+    scales = _ones(*shape[:-1], -(-shape[-1] // 128))
     return _zeros(*shape, dtype=_FP8), scales
 
 
 def _fp8_blocks(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights with one scale per 128 x 128 block."""
     blocks = (-(-shape[-2] // 128), -(-shape[-1] // 128))
-    return _zeros(*shape, dtype=_FP8), _zeros(*shape[:-2], *blocks, dtype=torch.float32)
+    return _zeros(*shape, dtype=_FP8), _ones(*shape[:-2], *blocks)
 
 
 def _dense_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
@@ -167,7 +180,7 @@ def _einsum_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 def _mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     q = _zeros(most, shape.n, shape.k, dtype=_FP8)
     weights = _zeros(most, shape.n, dtype=torch.float32)
-    keys = (_zeros(_ENTRIES, shape.k, dtype=_FP8), _zeros(_ENTRIES, dtype=torch.float32))
+    keys = (_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
     start = _zeros(most, dtype=torch.int32)
     end = start + _ENTRIES
 
@@ -190,7 +203,7 @@ def _paged_mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> 
     q = _zeros(most, 1, shape.n, shape.k, dtype=_FP8)
     weights = _zeros(most, shape.n, dtype=torch.float32)
     lens = _zeros(most, 1, dtype=torch.int32) + 1
-    pages = _zeros(_ENTRIES // _PAGE, _PAGE, 1, shape.k + 4, dtype=torch.uint8)
+    pages = pack_pages(_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
     table = _zeros(most, _ENTRIES // _PAGE, dtype=torch.int32)
     # Zeroed metadata: each SM starts where it ends and computes nothing.
     schedule = _zeros(shape.num_sms + 1, 2, dtype=torch.int32)

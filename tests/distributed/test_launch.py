@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.jit.compiler import NvccCompiler
@@ -190,6 +192,25 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
     foretold = record(scenario)
     for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
         assert ran == said, f"rank {rank}"
+
+
+@pytest.mark.parametrize("algo", [Bf16Fp32Algo.CUBLAS, Bf16Fp32Algo.TORCH])
+def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_path: Path) -> None:
+    """Every rank reads it for itself: what ran is what is foretold for that algorithm."""
+    path = tmp_path / "schedule.json"
+    done = run_launch(
+        "--model", "dsv4-tiny", "--pp", "2", "--warmup", "none", *SMALL, "--schedule", str(path),
+        env={"SGLANG_OPT_BF16_FP32_GEMM_ALGO": algo.value},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    scenario = Scenario(
+        model=load_model("dsv4-tiny"), parallel=ParallelConfig(pp=2), prompt_len=12,
+        warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(2, 24)),
+        bf16_fp32_algo=algo,
+    )  # fmt: skip
+    really = Schedule.from_json(json.loads(path.read_text()))
+    assert really == record(scenario)
+    assert really != record(replace(scenario, bf16_fp32_algo=Bf16Fp32Algo.DEEP_GEMM))
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from runner.jit.kernels import kernels_of
 from runner.jit.library import find_library
 from runner.scenario import Scenario, record
 from runner.warmup import WarmupOptions, WarmupPolicy
+from tests.gpu.library import real_wrapper
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -49,19 +50,6 @@ def _calls() -> list[KernelCall]:
 
 
 @cache
-def _wrapper():  # type: ignore[no-untyped-def]
-    
-    from runner.deep_gemm_wrapper.configurer import import_deep_gemm
-    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-
-    environ = Environ.read(os.environ)
-    nvcc = find_nvcc(environ)
-    assert nvcc is not None
-    lib = import_deep_gemm(cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
-    return DeepGemmWrapper(lib)
-
-
-@cache
 def _compiler() -> NvccCompiler:
     environ = Environ.read(os.environ)
     nvcc, library = find_nvcc(environ), find_library()
@@ -72,7 +60,7 @@ def _compiler() -> NvccCompiler:
 @pytest.mark.parametrize("call", _calls(), ids=lambda call: call.describe().replace(" ", "-"))
 def test_agrees_with_float64_and_with_our_cache_key(call: KernelCall) -> None:
     torch.manual_seed(call.m * 7 + call.n + call.k)
-    error = _EXERCISES[call.type](_wrapper(), call)
+    error = _EXERCISES[call.type](real_wrapper(), call)
     print(f"{call.describe()}: relative error {error:.2e}")
     assert error < MAX_BF16_ERROR
     cached = Environ.read(os.environ).jit_cache_dir / "cache"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.environ import Environ
 from runner.errors import UserError
 
@@ -13,6 +14,7 @@ VARIABLES = {item.metadata["variable"]: item for item in fields(Environ)}
 BOOLEANS = [name for name, item in VARIABLES.items() if item.type == "bool"]
 INTEGERS = [name for name, item in VARIABLES.items() if str(item.type).startswith("int")]
 STRINGS = [name for name, item in VARIABLES.items() if item.type == "str"]
+ALGORITHM = "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def value_of(variable: str, text: str) -> object:
 
 
 def test_every_variable_is_of_a_known_kind() -> None:
-    assert sorted(BOOLEANS + INTEGERS + STRINGS) == sorted(VARIABLES)
+    assert sorted([*BOOLEANS, *INTEGERS, *STRINGS, ALGORITHM]) == sorted(VARIABLES)
     assert sorted(VARIABLES) == [
         "CUDA_HOME",
         "CUDA_PATH",
@@ -101,7 +103,7 @@ def test_integers(variable: str) -> None:
         assert str(caught.value) == f"{variable}={text!r} is not an integer"
 
 
-@pytest.mark.parametrize("variable", [v for v in STRINGS if v != "SGLANG_OPT_BF16_FP32_GEMM_ALGO"])
+@pytest.mark.parametrize("variable", STRINGS)
 def test_strings(variable: str) -> None:
     assert value_of(variable, "some text") == "some text"
 
@@ -112,17 +114,24 @@ def test_pp_layer_partition() -> None:
     assert environ.pp_layer_partition == "10,11,11,11"
 
 
-@pytest.mark.parametrize("text", ["", "cublas", "deep_gemm", "torch"])
-def test_gemm_algorithms(text: str) -> None:
-    assert value_of("SGLANG_OPT_BF16_FP32_GEMM_ALGO", text) == text
+@pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.value)
+def test_gemm_algorithms(algo: Bf16Fp32Algo) -> None:
+    assert value_of(ALGORITHM, algo.value) is algo
 
 
-def test_unknown_gemm_algorithm() -> None:
+def test_the_gemm_algorithm_is_deep_gemm_where_none_is_named() -> None:
+    """SGLang's own default is cublas; ours is the larger set of kernels."""
+    assert Environ.read({}).bf16_fp32_algo is Bf16Fp32Algo.DEEP_GEMM
+    assert value_of(ALGORITHM, "") is Bf16Fp32Algo.DEEP_GEMM
+
+
+@pytest.mark.parametrize("text", ["fast", "hpc", "DEEP_GEMM", " cublas"])
+def test_unknown_gemm_algorithm(text: str) -> None:
+    """``hpc`` is SGLang's name for a library that is not supported here."""
     with pytest.raises(UserError) as caught:
-        value_of("SGLANG_OPT_BF16_FP32_GEMM_ALGO", "fast")
+        value_of(ALGORITHM, text)
     assert str(caught.value) == (
-        "SGLANG_OPT_BF16_FP32_GEMM_ALGO='fast' is not known: use one of cublas, deep_gemm, torch, "
-        "or leave it unset"
+        f"{ALGORITHM}={text!r} is not known: use one of cublas, deep_gemm, torch, or leave it unset"
     )
 
 
@@ -131,27 +140,28 @@ OLD_NAMES = {
 }
 
 
+def two_values(variable: str) -> tuple[str, str]:
+    """Two texts that the variable takes; the first is not its default."""
+    if variable in BOOLEANS:
+        return ("0", "1") if VARIABLES[variable].default is True else ("1", "0")
+    return "torch", "cublas"
+
+
 @pytest.mark.parametrize("old", OLD_NAMES)
 def test_old_names_warn_and_are_used(old: str) -> None:
     new = OLD_NAMES[old]
-    item = VARIABLES[new]
-    text, expected = (
-        ("torch", "torch")
-        if item.type == "str"
-        else (("0", False) if item.default is True else ("1", True))
-    )
+    text, _ = two_values(new)
     with pytest.warns(UserWarning) as caught:
         environ = Environ.read({old: text})
     assert [str(warning.message) for warning in caught] == [f"{old} is deprecated: use {new}"]
     assert caught[0].filename == __file__
-    assert getattr(environ, item.name) == expected
+    assert environ == Environ.read({new: text}) != Environ()
 
 
 @pytest.mark.parametrize("old", OLD_NAMES)
 def test_the_new_name_wins(old: str) -> None:
     new = OLD_NAMES[old]
-    item = VARIABLES[new]
-    kept, ignored = ("cublas", "torch") if item.type == "str" else ("0", "1")
+    kept, ignored = two_values(new)
     with pytest.warns(UserWarning) as caught:
         environ = Environ.read({old: ignored, new: kept})
     assert [str(warning.message) for warning in caught] == [

@@ -95,7 +95,7 @@ def show(steps: list[Step]) -> str:
 
 
 def context(recorder: ScheduleRecorder, parallel: ParallelConfig) -> RankContext:
-    backend = Backend(ShapeMath(), NoComm(), recorder, num_sms=132, deep_gemm_bf16_fp32=True)
+    backend = Backend(ShapeMath(), NoComm(), recorder, num_sms=132)
     return RankContext(backend, ShapeWeights(), parallel, rank=0)
 
 

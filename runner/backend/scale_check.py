@@ -1,0 +1,125 @@
+"""The check behind ``SGLANG_DEEPGEMM_SANITY_CHECK``: are the scales of FP8 operands usable?
+
+SGLang checks scales where they must be powers of two (UE8M0, SM100). On SM90 they are plain fp32,
+and what can go wrong is an element type or layout that the kernels would read as other numbers,
+and a scale that is no positive number: values that overflowed before they were quantised, or
+memory that nothing wrote.
+
+A check reads its scales back from the device, so it makes a run slow and cannot be captured in a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from runner.backend.entry_points import Fp8
+from runner.config.model import FP8_BLOCK
+from runner.jit.heuristics_sm90 import ceil_div
+
+
+class ScaleError(ValueError):
+    """Scales that no quantisation of finite numbers makes."""
+
+
+def check_scales(
+    entry_point: str,
+    operand: str,
+    scales: torch.Tensor,
+    shape: tuple[int, ...],
+    used: torch.Tensor | None = None,
+) -> None:
+    """Raise unless the scales are fp32, of that shape, finite and above 0.
+
+    Args:
+        entry_point: who was called.
+        operand: which of its operands has the scales.
+        scales: any number of dimensions.
+        shape: what the operand's values ask for.
+        used: bool, by the leading dimensions of ``scales``; the others may hold anything.
+
+    Raises:
+        ScaleError: names entry point, operand, and the first bad scale by its index.
+    """
+    whose = f"{entry_point}: the scales of {operand}"
+    if scales.dtype != torch.float32:
+        raise ScaleError(f"{whose} are {scales.dtype}, must be {torch.float32}")
+    if tuple(scales.shape) != shape:
+        raise ScaleError(f"{whose} have shape {list(scales.shape)}, must have {list(shape)}")
+    bad = ~(scales.isfinite() & (scales > 0))
+    if used is not None:
+        bad &= used.view(*used.shape, *(1,) * (scales.dim() - used.dim()))
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ScaleError(
+            f"{whose} must be finite and above 0: the one at {list(at)} is {scales[at].item()}"
+        )
+
+
+def check_gemm_scales(
+    entry_point: str, lhs: Fp8, rhs: Fp8, used: torch.Tensor | None = None
+) -> None:
+    """Check the operands of a GEMM, dense or grouped.
+
+    Args:
+        entry_point: who was called.
+        lhs: activations [..., k], with a scale for 128 columns of a row [..., ceil(k / 128)].
+        rhs: weights [..., n, k], with one for a block [..., ceil(n / 128), ceil(k / 128)].
+        used: bool, which rows of ``lhs`` are in use, where not all are.
+
+    Raises:
+        ScaleError: see :func:`check_scales`.
+    """
+    *rows, k = lhs[0].shape
+    check_scales(entry_point, "lhs", lhs[1], (*rows, ceil_div(k, FP8_BLOCK)), used)
+    *groups, n, k = rhs[0].shape
+    blocks = (ceil_div(n, FP8_BLOCK), ceil_div(k, FP8_BLOCK))
+    check_scales(entry_point, "rhs", rhs[1], (*groups, *blocks))
+
+
+def check_entry_scales(entry_point: str, kv: Fp8, starts: torch.Tensor, ends: torch.Tensor) -> None:
+    """Check index keys: values [entries, dim] with a scale for each entry [entries].
+
+    Only entries that some row reads count: row r reads ``starts[r]`` to ``ends[r]`` ([rows] int32).
+
+    Raises:
+        ScaleError: see :func:`check_scales`.
+    """
+    entries = kv[0].shape[0]
+    check_scales(entry_point, "kv", kv[1], (entries,), _entries_read(starts, ends, entries))
+
+
+def _entries_read(starts: torch.Tensor, ends: torch.Tensor, entries: int) -> torch.Tensor:
+    """[entries] bool: which lie in a row's range; without a grid of rows by entries."""
+    some = ends > starts
+    edges = torch.zeros(entries + 1, dtype=torch.int64, device=starts.device)
+    for bounds, step in ((starts, 1), (ends, -1)):
+        at = bounds[some].long().clamp(0, entries)
+        edges.index_add_(0, at, torch.full_like(at, step))
+    return edges.cumsum(0)[:-1] > 0
+
+
+def check_page_scales(
+    entry_point: str, kv_cache: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor
+) -> None:
+    """Check index keys in pages: the scales of the entries that each row reads.
+
+    Args:
+        entry_point: who was called.
+        kv_cache: [pages, block_kv, 1, dim + 4] uint8: each page its values, then its fp32 scales.
+        context_lens: [rows, 1] int32, how many entries a row reads.
+        block_table: [rows, n] int32, a row's pages; what lies past its length may be anything.
+
+    Raises:
+        ScaleError: the index in it is [row, entry of that row]; see :func:`check_scales`.
+    """
+    pages, block_kv = kv_cache.shape[:2]
+    tails = kv_cache.reshape(pages, -1)[:, -4 * block_kv :].contiguous().view(torch.float32)
+    scales = tails[block_table.long().clamp(0, pages - 1)].flatten(1)
+    used = torch.arange(scales.shape[1], device=scales.device) < context_lens
+    check_scales(entry_point, "kv_cache", scales, tuple(scales.shape), used)
+
+
+def rows_in_use(masked_m: torch.Tensor, rows: int) -> torch.Tensor:
+    """[groups, rows] bool: the first ``masked_m[i]`` rows ([groups] int32) of each group."""
+    return torch.arange(rows, device=masked_m.device) < masked_m.unsqueeze(1)

@@ -1,0 +1,22 @@
+"""The real library behind its wrapper, imported once a process."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from runner.environ import Environ
+from runner.jit.compiler import find_nvcc
+
+
+@cache
+def real_wrapper():  # type: ignore[no-untyped-def]
+    """A ``DeepGemmWrapper`` that caches and compiles as the environment says."""
+    from runner.deep_gemm_wrapper.configurer import import_deep_gemm
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+
+    environ = Environ.read(os.environ)
+    nvcc = find_nvcc(environ)
+    assert nvcc is not None
+    lib = import_deep_gemm(cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
+    return DeepGemmWrapper(lib)

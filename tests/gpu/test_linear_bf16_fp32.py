@@ -1,0 +1,61 @@
+"""Each algorithm of ``linear_bf16_fp32`` on a real GPU, against float64."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.bf16_fp32 import Bf16Fp32Algo
+from tests.gpu.library import real_wrapper
+
+torch = pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+MAX_ERROR = 1e-4
+"""An output that went through bf16 would be off by 1e-3 and more."""
+
+GATE, COMPRESSOR, WIDE_COMPRESSOR = (256, 4096), (1024, 4096), (2048, 4096)
+"""(n, k) of dsv4."""
+
+each_algo = pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.value)
+
+
+class _Untouched:
+    """Entry points that nobody may call."""
+
+    def __getattr__(self, name: str) -> None:
+        raise AssertionError(f"{name} was called")
+
+
+def _entry_points(algo: Bf16Fp32Algo):  # type: ignore[no-untyped-def]
+    return real_wrapper() if algo is Bf16Fp32Algo.DEEP_GEMM else _Untouched()
+
+
+@each_algo
+@pytest.mark.parametrize(("n", "k"), [GATE, COMPRESSOR, WIDE_COMPRESSOR])
+@pytest.mark.parametrize("m", [1, 129, 1024])
+def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int) -> None:
+    from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
+
+    torch.manual_seed(m + n)
+    x = torch.randn((m, k), device="cuda", dtype=torch.bfloat16)
+    y = torch.randn((n, k), device="cuda", dtype=torch.bfloat16)
+    out = linear_bf16_fp32(x, y, algo, _entry_points(algo))
+    assert out.dtype == torch.float32 and out.shape == (m, n) and out.is_cuda
+    expected = x.double() @ y.double().mT
+    error = float((out.double() - expected).norm() / expected.norm())
+    print(f"{algo.value} m{m} n{n} k{k}: relative error {error:.2e}")
+    assert error < MAX_ERROR
+
+
+@each_algo
+def test_no_rows_are_no_rows(algo: Bf16Fp32Algo) -> None:
+    from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
+
+    n, k = GATE
+    x = torch.empty((0, k), device="cuda", dtype=torch.bfloat16)
+    y = torch.ones((n, k), device="cuda", dtype=torch.bfloat16)
+    out = linear_bf16_fp32(x, y, algo, _entry_points(algo))
+    assert out.dtype == torch.float32 and out.shape == (0, n) and out.is_cuda

@@ -1,0 +1,299 @@
+"""``linear_bf16_fp32``: three algorithms with one answer; who chooses, and what it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from launch.cli import main as launch  # noqa: E402
+from launch.options import LaunchOptions  # noqa: E402
+from runner.backend.base import Backend  # noqa: E402
+from runner.backend.linear_bf16_fp32 import linear_bf16_fp32  # noqa: E402
+from runner.backend.reference import ReferenceEntryPoints  # noqa: E402
+from runner.backend.shapes import NoComm  # noqa: E402
+from runner.backend.sink import ScheduleRecorder  # noqa: E402
+from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
+from runner.backend.torch_weights import TorchWeights  # noqa: E402
+from runner.bf16_fp32 import Bf16Fp32Algo  # noqa: E402
+from runner.cli import cli  # noqa: E402
+from runner.cli.guard import run_guarded  # noqa: E402
+from runner.config.hf import from_hf, with_layers  # noqa: E402
+from runner.config.parallel import ParallelConfig  # noqa: E402
+from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
+from runner.deployment import Deployment, demands  # noqa: E402
+from runner.environ import Environ  # noqa: E402
+from runner.forward_batch import ForwardMode  # noqa: E402
+from runner.jit.kernel_type import DeepGemmKernelType as T  # noqa: E402
+from runner.jit.kernel_type import KernelCall  # noqa: E402
+from runner.model_runner import ModelRunner  # noqa: E402
+from runner.scenario import Scenario, record  # noqa: E402
+from runner.schedule import Compute  # noqa: E402
+from runner.warmup import WarmupOptions, WarmupPolicy  # noqa: E402
+from tests.models import DSV3_SMALL  # noqa: E402
+
+CPU = torch.device("cpu")
+VARIABLE = "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
+FOUR_LAYERS = replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
+each_algo = pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.value)
+others = pytest.mark.parametrize(
+    "algo", [Bf16Fp32Algo.CUBLAS, Bf16Fp32Algo.TORCH], ids=lambda algo: algo.value
+)
+
+
+class Spy(ReferenceEntryPoints):
+    """The reference, with the shapes of its bf16 GEMMs written down."""
+
+    def __init__(self, *, compute: bool = True) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int, int]] = []
+        self._compute = compute
+
+    def gemm_nt_bf16bf16f32(self, lhs: Any, rhs: Any, out: Any) -> None:
+        self.calls.append((lhs.shape[0], rhs.shape[0], lhs.shape[1]))
+        if self._compute:
+            super().gemm_nt_bf16bf16f32(lhs, rhs, out)
+
+
+# -- one linear layer -------------------------------------------------------------------------
+
+
+@each_algo
+@settings(max_examples=25, deadline=None)
+@given(m=st.integers(0, 40), n=st.integers(1, 70), k=st.integers(1, 600), seed=st.integers(0, 99))
+def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator).to(torch.bfloat16)
+    y = torch.randn(n, k, generator=generator).to(torch.bfloat16)
+    out = linear_bf16_fp32(x, y, algo, ReferenceEntryPoints())
+    assert out.dtype == torch.float32 and out.shape == (m, n) and out.device == x.device
+    # A product of two bf16 is exact in fp32; a sum of k of them errs by at most k half steps of
+    # the sum of their magnitudes.
+    limit = (x.double().abs() @ y.double().abs().T) * (k + 1) * 2**-24
+    assert bool(((out.double() - x.double() @ y.double().T).abs() <= limit).all())
+
+
+class Log(TorchDispatchMode):
+    """Names of torch's operators as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def products_on(device: str, algo: Bf16Fp32Algo) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Conversions and products that torch is asked for, and calls of the entry point.
+
+    On tensors without numbers, so that it works for CUDA where there is none.
+    """
+    spy = Spy(compute=False)
+    with FakeTensorMode(), Log() as log:
+        x = torch.empty(5, 256, dtype=torch.bfloat16, device=device)
+        y = torch.empty(7, 256, dtype=torch.bfloat16, device=device)
+        made = linear_bf16_fp32(x, y, algo, spy)
+    assert made.dtype == torch.float32 and made.shape == (5, 7) and made.device.type == device
+    return [name for name in log.names if "mm" in name or "_to_copy" in name], spy.calls
+
+
+WIDENED = ["aten._to_copy.default", "aten._to_copy.default", "aten.mm.default"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_deep_gemm_calls_the_entry_point(device: str) -> None:
+    assert products_on(device, Bf16Fp32Algo.DEEP_GEMM)[1] == [(5, 7, 256)]
+    assert products_on(device, Bf16Fp32Algo.CUBLAS)[1] == []
+    assert products_on(device, Bf16Fp32Algo.TORCH)[1] == []
+
+
+def test_cublas_on_a_gpu_reads_bf16_and_writes_fp32() -> None:
+    assert products_on("cuda", Bf16Fp32Algo.CUBLAS)[0] == ["aten.mm.dtype"]
+
+
+def test_cublas_without_a_gpu_widens_as_torch_has_no_such_product() -> None:
+    assert products_on("cpu", Bf16Fp32Algo.CUBLAS)[0] == WIDENED
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_torch_widens_everywhere(device: str) -> None:
+    assert products_on(device, Bf16Fp32Algo.TORCH)[0] == WIDENED
+
+
+def test_cublas_takes_operands_that_are_not_bf16() -> None:
+    x, y = torch.randn(3, 8), torch.randn(4, 8)
+    assert torch.equal(linear_bf16_fp32(x, y, Bf16Fp32Algo.CUBLAS, ReferenceEntryPoints()), x @ y.T)
+
+
+# -- the model --------------------------------------------------------------------------------
+
+
+def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
+    """(m, n, k) of gate and compressors in a DECODE of three tokens, in the order of a forward."""
+    found = []
+    hidden, experts = model.hidden_size, model.moe.n_routed_experts
+    for layer in range(model.num_hidden_layers):
+        ratio = model.compress_ratio(layer)
+        overlap = 2 if ratio == 4 else 1
+        if ratio:
+            found.append((3, 2 * overlap * model.head_dim, hidden))
+        if ratio == 4:
+            found.append((3, 4 * model.index_head_dim, hidden))
+        found.append((3, experts, hidden))
+    return found
+
+
+@each_algo
+def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
+    """Four layers, of which one slides a window, two compress by 4 and one by 128."""
+    spy, recorder = Spy(), ScheduleRecorder()
+    backend = Backend(TorchMath(CPU, spy), NoComm(), recorder, num_sms=132, bf16_fp32_algo=algo)
+    runner = ModelRunner.build(
+        FOUR_LAYERS, ParallelConfig(), 0, backend=backend, weights=TorchWeights(0, CPU),
+        buffers=TorchBuffers(CPU, FOUR_LAYERS.vocab_size),
+    )  # fmt: skip
+    with torch.inference_mode():
+        assert runner._dummy_run(3, ForwardMode.DECODE).shape == (3, 1024)
+    expected = wide_shapes(FOUR_LAYERS)
+    assert len(expected) == 4 + 3 + 2
+    calls = [
+        (op.m, op.n, op.k)
+        for op in recorder.ops
+        if isinstance(op, KernelCall) and op.type is T.GEMM_NT_BF16BF16F32
+    ]
+    linears = [
+        op for op in recorder.ops if isinstance(op, Compute) and op.name == "linear_bf16_fp32"
+    ]
+    by_deep_gemm = algo is Bf16Fp32Algo.DEEP_GEMM
+    assert spy.calls == calls == (expected if by_deep_gemm else [])
+    assert [op.flops for op in linears] == (
+        [] if by_deep_gemm else [2 * m * n * k for m, n, k in expected]
+    )
+
+
+MODELS = {"dsv4": FOUR_LAYERS, "dsv3": from_hf(DSV3_SMALL, "dsv3-small")}
+
+
+@others
+@pytest.mark.parametrize("name", MODELS)
+def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
+    name: str, algo: Bf16Fp32Algo
+) -> None:
+    def recorded(chosen: Bf16Fp32Algo) -> list[Any]:
+        scenario = Scenario(
+            model=MODELS[name], parallel=ParallelConfig(tp=2), bf16_fp32_algo=chosen,
+            warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(1, 24)),
+        )  # fmt: skip
+        return list(record(scenario).ranks[0])
+
+    changed = 0
+    pairs = zip(recorded(Bf16Fp32Algo.DEEP_GEMM), recorded(algo), strict=True)
+    for before, after in pairs:
+        if isinstance(before, KernelCall) and before.type is T.GEMM_NT_BF16BF16F32:
+            changed += 1
+            nbytes = 2 * (before.m + before.n) * before.k + 4 * before.m * before.n
+            flops = 2 * before.m * before.n * before.k
+            assert after == Compute("linear_bf16_fp32", flops, nbytes)
+        else:
+            assert after == before
+    assert changed
+
+
+@each_algo
+def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
+    deployment = Deployment(
+        model=with_layers(DSV4, 4), parallel=ParallelConfig(tp=2), max_tokens=64,
+        bf16_fp32_algo=algo,
+    )  # fmt: skip
+    types = {demand.shape.type for demand in demands(deployment)}
+    assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)
+    assert T.GEMM_NT_F8F8BF16 in types
+
+
+# -- the environment --------------------------------------------------------------------------
+
+
+@each_algo
+def test_a_launch_takes_it_from_the_environment(algo: Bf16Fp32Algo) -> None:
+    environ = Environ.read({VARIABLE: algo.value})
+    options = LaunchOptions(model="dsv4-tiny", max_tokens=64, batch_sizes=(1,))
+    scenario = options.scenario(environ, num_sms=132, policy=WarmupPolicy.PLANNED)
+    assert scenario.bf16_fp32_algo is scenario.deployment.bf16_fp32_algo is algo
+    types = {demand.shape.type for demand in scenario.plan.demands}
+    assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    return monkeypatch
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run_guarded(cli, arguments, program="runner") == 0
+    return capsys.readouterr().out
+
+
+def test_sim_takes_it_from_the_environment(
+    clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = (
+        "sim", "--model", "dsv4-tiny", "--pp", "1", "--tp", "1", "--batch-sizes", "1",
+        "--warmup", "none", "--json", "-",
+    )  # fmt: skip
+
+    def compiled() -> int:
+        return int(json.loads(printed(capsys, *command))["predictions"][0]["distinct_kernels"])
+
+    unset = compiled()
+    found = {}
+    for algo in Bf16Fp32Algo:
+        clean.setenv(VARIABLE, algo.value)
+        found[algo] = compiled()
+    assert found[Bf16Fp32Algo.DEEP_GEMM] == unset
+    assert found[Bf16Fp32Algo.CUBLAS] == found[Bf16Fp32Algo.TORCH] < unset
+
+
+def test_plan_takes_it_from_the_environment_and_says_so(
+    clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("plan", "--model", "dsv4-tiny", "--pp", "1", "--tp", "1", "--max-tokens", "32")
+    unset = printed(capsys, *command)
+    assert "gemm_nt_bf16bf16f32" in unset
+    clean.setenv(VARIABLE, "deep_gemm")
+    assert printed(capsys, *command) == unset
+    for name in ("cublas", "torch"):
+        clean.setenv(VARIABLE, name)
+        narrowed = printed(capsys, *command)
+        assert "gemm_nt_bf16bf16f32" not in narrowed
+        assert f", bf16 -> fp32 GEMMs by {name}\n" in narrowed
+
+
+@pytest.mark.parametrize("name", ["launch", "sim", "plan"])
+def test_an_unknown_algorithm_is_one_line(
+    name: str, clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clean.setenv(VARIABLE, "hpc")
+    arguments = ["--model", "dsv4-tiny"]
+    code = (
+        launch(arguments)
+        if name == "launch"
+        else run_guarded(cli, [name, *arguments], program="runner")
+    )
+    assert code == 2
+    assert capsys.readouterr().err == (
+        f"error: {VARIABLE}='hpc' is not known: use one of cublas, deep_gemm, torch, or leave it "
+        "unset\n"
+    )
