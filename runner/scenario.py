@@ -335,6 +335,7 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "walk_max_m": scenario.warmup.walk_max_m,
         "walk_memory": scenario.walk_memory,
         "compile_lock": scenario.warmup.compile_lock,
+        "bf16_fp32_algo": scenario.bf16_fp32_algo.value,
         "speculative": scenario.warmup.speculative,
         "num_sms": scenario.num_sms,
         "ranks": [

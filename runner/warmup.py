@@ -216,7 +216,7 @@ def capture_graphs(runner: ModelRunner, options: WarmupOptions) -> None:
     if ForwardMode.DECODE not in dummy_modes(options, is_generation=runner.is_generation):
         return
     for batch_size in sorted(options.graph_batch_sizes, reverse=True):
-        for _ in range(_EAGER_RUNS):
-            runner._dummy_run(batch_size, forward_mode_override=ForwardMode.DECODE)
         forward = runner.prepared_dummy(batch_size, ForwardMode.DECODE)
+        for _ in range(_EAGER_RUNS):
+            forward()
         runner.backend.capture(f"graph DECODE {batch_size}", forward)

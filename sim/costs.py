@@ -38,8 +38,8 @@ class CostModel(Protocol):
     def kernel_seconds(self, call: KernelCall) -> Seconds:
         """One call with all its kernels loaded."""
 
-    def walk_seconds(self, shape: GemmShape, calls: int, mean_m: float, max_m: int) -> float:
-        """Calls of a walk up to ``max_m`` whose kernels are loaded, one after the other."""
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        """A call of a walk up to ``max_m`` whose kernels are loaded."""
 
     def compute_seconds(self, op: Compute) -> Seconds:
         """Work that is no DeepGEMM kernel."""

@@ -1,77 +1,73 @@
-"""Compile-time tables of a profile from measured compiles.
-
-``python -m sim.fit WALK.jsonl...`` reads walks of the real library over M and prints the three
-tables of a :class:`sim.profile.Profile` as JSON. Where compilers outnumbered cores their waiting
-would count as well; give walks made with enough cores.
-"""
+"""Small fits: constants from samples, without a numerics library."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean
-from typing import Any
-
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
-from sim.profile import tile_key
-
-_KINDS = {
-    "fp8": T.GEMM_NT_F8F8BF16,
-    "contig": T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
-    "masked": T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-    "bf16f32": T.GEMM_NT_BF16BF16F32,
-    "hc": T.TF32_HC_PRENORM_GEMM,
-}
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 
-def compile_tables(samples: Iterable[tuple[Kernel, float]]) -> dict[str, Any]:
-    """Mean seconds by tile, by template and over all, from (kernel, seconds) samples."""
-    by_tile: Mapping[str, list[float]] = defaultdict(list)
-    by_name: Mapping[str, list[float]] = defaultdict(list)
-    everything = []
-    for kernel, seconds in samples:
-        key = tile_key(kernel)
-        by_tile[key].append(seconds)
-        by_name[key.split()[0]].append(seconds)
-        everything.append(seconds)
-    return {
-        "compile_by_tile": _means(by_tile),
-        "compile_by_name": _means(by_name),
-        "compile_default": round(fmean(everything), 3),
-    }
+def bisect_root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where an increasing function crosses zero between ``low`` and ``high``, or the nearer end."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return (low + high) / 2
 
 
-def walk_samples(path: Path, num_sms: int = 132) -> list[tuple[Kernel, float]]:
-    """Samples of a walk file: one GEMM a line, with the M and seconds of each new kernel.
+def minimum(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of one valley is least, by golden section."""
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if function(left) < function(right) else (left, high)
+    return (low + high) / 2
 
-    The walk's lines hold only the GEMM's own compiles, not its layout transposes.
+
+def non_negative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
+    """Least squares with coefficients of at least 0, for a few columns.
+
+    Of every subset of columns the plain solution is made; the best one without a negative
+    coefficient is the answer.
     """
-    samples = []
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        for m, seconds in row["compiles"]:
-            # The walk asked for these splits itself, without the cap that the model applies.
-            splits = max(1, num_sms // -(-m // 64))
-            groups = splits if row["kind"] == "hc" else row["g"]
-            call = KernelCall(_KINDS[row["kind"]], m, row["n"], row["k"], groups, num_sms)
-            samples.append((kernels_of(call)[-1], seconds))
-    return samples
+    width = len(rows[0])
+    best, least = [0.0] * width, sum(target**2 for target in targets)
+    for size in range(1, width + 1):
+        for chosen in combinations(range(width), size):
+            part = [[row[column] for column in chosen] for row in rows]
+            solution = _least_squares(part, targets)
+            if solution is None or min(solution) < 0:
+                continue
+            found = [0.0] * width
+            for column, value in zip(chosen, solution, strict=True):
+                found[column] = value
+            error = sum(
+                (sum(a * x for a, x in zip(row, found, strict=True)) - target) ** 2
+                for row, target in zip(rows, targets, strict=True)
+            )
+            if error < least * (1 - 1e-9):
+                best, least = found, error
+    return best
 
 
-def _means(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {key: round(fmean(values), 3) for key, values in sorted(samples.items())}
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Print the tables of the walk files given."""
-    samples = [sample for name in arguments for sample in walk_samples(Path(name))]
-    print(json.dumps(compile_tables(samples), indent=1))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def _least_squares(
+    rows: Sequence[Sequence[float]], targets: Sequence[float]
+) -> list[float] | None:
+    """Solve the normal equations; None where they have no single solution."""
+    width = len(rows[0])
+    scales = [max(abs(row[i]) for row in rows) or 1.0 for i in range(width)]
+    scaled = [[row[i] / scales[i] for i in range(width)] for row in rows]
+    matrix = [
+        [sum(row[i] * row[j] for row in scaled) for j in range(width)]
+        + [sum(row[i] * target for row, target in zip(scaled, targets, strict=True))]
+        for i in range(width)
+    ]
+    for i in range(width):
+        pivot = max(range(i, width), key=lambda r: abs(matrix[r][i]))
+        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
+        if abs(matrix[i][i]) < 1e-12:
+            return None
+        for r in range(width):
+            if r != i:
+                factor = matrix[r][i] / matrix[i][i]
+                matrix[r] = [a - factor * b for a, b in zip(matrix[r], matrix[i], strict=True)]
+    return [matrix[i][width] / matrix[i][i] / scales[i] for i in range(width)]

@@ -40,22 +40,18 @@ class Link:
 class CompileTimes:
     """Seconds of one compile alone on a node, and what company costs.
 
-    A kernel's time is looked up by :func:`sim.compile_time.config_key`, then by
-    :func:`sim.compile_time.tile_key`, then by template, then the default.
-
     Attributes:
-        by_config: by everything but the shape.
-        by_tile: by template and tile.
-        by_template: (seconds, seconds for each 1024 elements of the tile).
-        default: where the template is not listed.
+        by_config: seconds by :func:`sim.compile_time.config_key`, where measured.
+        scale: by template, against :func:`runner.jit.builder.costs.plain_seconds`, which follows
+            from the size of a kernel's code.
+        default_scale: the same for templates that are not listed.
         contention: with all cores of a node compiling, each compile takes 1 + this many times as
             long as alone; in between the slowdown is linear in the number of compilers.
     """
 
     by_config: Mapping[str, float]
-    by_tile: Mapping[str, float]
-    by_template: Mapping[str, tuple[float, float]]
-    default: float
+    scale: Mapping[str, float]
+    default_scale: float
     contention: float
 
 
@@ -188,12 +184,10 @@ class Profile:
         start_up = dict(data["start_up"])
         for name in ("imports", "process_group", "weights"):
             start_up[name] = Phase(**start_up[name])
-        templates = data["compile"]["by_template"]
-        pairs = {name: (float(base), float(slope)) for name, (base, slope) in templates.items()}
         profile = cls(
             **{
                 **data,
-                "compile": CompileTimes(**{**data["compile"], "by_template": pairs}),
+                "compile": CompileTimes(**data["compile"]),
                 "builder": Builder(**data["builder"]),
                 "cache": Cache(**data["cache"]),
                 "host": Host(**data["host"]),
@@ -231,8 +225,6 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Mapping):
         for key, each in value.items():
             yield from _numbers(each, f"{name}.{key}")
-    elif isinstance(value, tuple):
-        yield from ((name, each) for each in value if each < 0)
     elif value is not None:
         yield name, value
 

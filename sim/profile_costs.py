@@ -16,6 +16,7 @@ from runner.schedule import Capture, Collective, Compute
 from sim.compile_time import compile_seconds, slowdown
 from sim.costs import Seconds
 from sim.profile import Link, Profile
+from sim.program import WalkRun
 
 _FP8_TYPES = frozenset(
     {
@@ -49,7 +50,7 @@ class ProfileCosts:
         return {}
 
     def compile_seconds(self, kernel: Kernel) -> float:
-        """By configuration, else tile, else template, else the mean."""
+        """See :func:`sim.compile_time.compile_seconds`."""
         memo = self._compile_memo
         if kernel not in memo:
             memo[kernel] = compile_seconds(self.profile.compile, kernel)
@@ -85,8 +86,8 @@ class ProfileCosts:
         """Roofline over the shape, plus the host's cost of a call."""
         return Seconds(self.profile.host.call, self._device(call) * self.ranks_per_gpu)
 
-    def walk_seconds(self, shape: GemmShape, calls: int, mean_m: float, max_m: int) -> float:
-        """Host and GPU overlap; the roofline is linear in M but for its corner.
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        """The roofline is linear in M but for its corner, so a mean M stands for many.
 
         In a walk of a masked GEMM no row is in use, as upstream's executor makes it; what is left
         is the transpose of the scales of ``max_m`` rows a group.
@@ -94,10 +95,8 @@ class ProfileCosts:
         gpu = self.profile.gpu
         if shape.type in MASKED_TYPES:
             scales = 8.0 * shape.num_groups * max_m * (shape.k // 128)
-            device = scales / gpu.memory_bandwidth
-        else:
-            device = self._device(shape.call(round(mean_m)))
-        return calls * max(self.profile.host.walk_call, device)
+            return Seconds(self.profile.host.walk_call, scales / gpu.memory_bandwidth)
+        return Seconds(self.profile.host.walk_call, self._device(shape.call(round(mean_m))))
 
     def compute_seconds(self, op: Compute) -> Seconds:
         """Roofline over the announced work, plus the host's cost of a call."""
@@ -143,3 +142,9 @@ def gemm_work(call: KernelCall) -> tuple[float, float]:
         return 2.0 * m * n * k, 2.0 * m * k + 4.0 * n * k + 4.0 * max(1, groups) * m * n
     width = 1 if call.type in _FP8_TYPES else 2
     return 2.0 * m * n * k, width * (m * k + n * k) + 4.0 * m * n
+
+
+def walk_calls_seconds(run: WalkRun, walk_call: float, first_use: float) -> float:
+    """Seconds of a walk without compiles, were its host's part of a call ``walk_call``."""
+    loads = first_use * sum(len(kernels) for kernels, _ in run.steps)
+    return loads + sum(count * max(walk_call, device) for count, device in run.calls)

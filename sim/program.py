@@ -58,10 +58,14 @@ class FirstUse:
 
 @dataclass(frozen=True, slots=True)
 class WalkRun:
-    """A walk: kernels that come in at some M, and the seconds of the calls from there on."""
+    """A walk: kernels that come in at some M, and the seconds of the calls from there on.
+
+    ``calls`` is how many calls each step has, and ``device`` the seconds of one of them on the GPU.
+    """
 
     name: str
     steps: tuple[tuple[tuple[Kernel, ...], float], ...]
+    calls: tuple[tuple[int, float], ...]
     lock: LockKey | None = None
 
 
@@ -128,7 +132,7 @@ def _others(
     if isinstance(op, Walk):
         shape = op.shape
         lock = (shape.type, shape.n, shape.k, shape.num_groups) if locked else None
-        yield WalkRun(op.name, tuple(_walk_steps(op, costs, seen)), lock)
+        yield _walk_run(op, costs, seen, lock)
     elif isinstance(op, KernelWork) and op.action == "load":
         new = tuple(kernel for kernel in op.kernels if kernel not in seen)
         seen.update(new)
@@ -138,14 +142,18 @@ def _others(
         yield op
 
 
-def _walk_steps(
-    walk: Walk, costs: CostModel, seen: set[Kernel]
-) -> Iterator[tuple[tuple[Kernel, ...], float]]:
+def _walk_run(
+    walk: Walk, costs: CostModel, seen: set[Kernel], lock: LockKey | None
+) -> WalkRun:
     """Parts of a walk: the kernels that each brings in, and the seconds of its calls."""
-    for kernels, calls, mean_m in _walk_parts(walk):
+    steps, calls = [], []
+    for kernels, count, mean_m in _walk_parts(walk):
         new = tuple(kernel for kernel in kernels if kernel not in seen)
         seen.update(new)
-        yield new, costs.walk_seconds(walk.shape, calls, mean_m, walk.steps[-1][1])
+        one = costs.walk_call_seconds(walk.shape, mean_m, walk.steps[-1][1])
+        steps.append((new, count * max(one)))
+        calls.append((count, one.device))
+    return WalkRun(walk.name, tuple(steps), tuple(calls), lock)
 
 
 @lru_cache(maxsize=4096)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from runner.backend.math import Tokens
 from runner.forward_batch import ForwardBatch
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class KVCache:
         self.sequences, self.max_len = sequences, max_len
         self._device = device
         self._rows: dict[tuple[int, str], torch.Tensor] = {}
-        self._places: tuple[ForwardBatch, Places] | None = None
+        self._kept: tuple[ForwardBatch, dict[str, Any]] | None = None
 
     def write(self, layer: int, name: str, rows: torch.Tensor, at: Places) -> None:
         """Store [T, width] rows at their places."""
@@ -40,11 +43,21 @@ class KVCache:
         """[sequences, max_len, width]."""
         return self._rows[(layer, name)]
 
+    def keep(self, batch: ForwardBatch, name: str, make: Callable[[], K]) -> K:
+        """What ``make`` gives for the batch at hand, made once.
+
+        So a second forward of a batch moves nothing from host to GPU, which a graph cannot hold.
+        """
+        if self._kept is None or self._kept[0] is not batch:
+            self._kept = (batch, {})
+        kept = self._kept[1]
+        if name not in kept:
+            kept[name] = make()
+        return cast(K, kept[name])
+
     def places(self, batch: ForwardBatch) -> Places:
-        """Places of all the batch's new tokens; remembered for the batch at hand."""
-        if self._places is None or self._places[0] is not batch:
-            self._places = (batch, self._compute_places(batch))
-        return self._places[1]
+        """Places of all the batch's new tokens."""
+        return self.keep(batch, "places", lambda: self._compute_places(batch))
 
     def _compute_places(self, batch: ForwardBatch) -> Places:
         new = torch.tensor(batch.extend_seq_lens)
@@ -65,3 +78,25 @@ def places_of(tokens: Tokens) -> Places:
     every = cache_of(tokens.batch).places(tokens.batch)
     part = slice(tokens.start, tokens.stop)
     return Places(every.sequence[part], every.position[part])
+
+
+def ids_of(tokens: Tokens, device: torch.device) -> torch.Tensor:
+    """Token ids of this rank's tokens, int64 [T]."""
+    batch = tokens.batch
+    ids = batch.input_ids
+    assert ids is not None
+
+    def make() -> torch.Tensor:
+        return torch.tensor(ids, device=device)
+
+    every = cache_of(batch).keep(batch, "ids", make) if batch.cache is not None else make()
+    return every[tokens.start : tokens.stop]
+
+
+def last_places(batch: ForwardBatch, device: torch.device) -> torch.Tensor:
+    """Index of each sequence's last new token, int64 [sequences]."""
+
+    def make() -> torch.Tensor:
+        return (torch.tensor(batch.extend_seq_lens).cumsum(0) - 1).to(device)
+
+    return cache_of(batch).keep(batch, "last", make) if batch.cache is not None else make()

@@ -13,7 +13,7 @@ from runner.backend.math import Dispatched, Routing, Tokens
 from runner.backend.quantise import Fp8Weight, dequantise_blocks, in_slabs, quantise_tokens, widen
 from runner.backend.reference import PAGE, pack_pages
 from runner.backend.shapes import compressed_entries
-from runner.backend.torch_cache import KVCache, cache_of, places_of
+from runner.backend.torch_cache import KVCache, cache_of, ids_of, last_places, places_of
 from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.forward_batch import ForwardBatch
@@ -34,8 +34,7 @@ class TorchMath:
 
     def embed(self, tokens: Tokens, weight: torch.Tensor, first_row: int) -> torch.Tensor:
         """See the protocol."""
-        assert tokens.batch.input_ids is not None
-        ids = torch.tensor(tokens.batch.input_ids[tokens.start : tokens.stop], device=self._device)
+        ids = ids_of(tokens, self._device)
         local = ids - first_row
         inside = (local >= 0) & (local < weight.shape[0])
         rows = weight[local.clamp(0, weight.shape[0] - 1)]
@@ -55,8 +54,7 @@ class TorchMath:
 
     def last_tokens(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """See the protocol."""
-        last = torch.tensor(batch.extend_seq_lens).cumsum(0) - 1
-        return x[last.to(x.device)]
+        return x[last_places(batch, x.device)]
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """See the protocol."""
@@ -331,8 +329,7 @@ class TorchMath:
         self, logits: torch.Tensor, table: torch.Tensor, tokens: Tokens, config: MoeConfig
     ) -> Routing:
         """See the protocol."""
-        assert tokens.batch.input_ids is not None
-        ids = torch.tensor(tokens.batch.input_ids[tokens.start : tokens.stop], device=self._device)
+        ids = ids_of(tokens, self._device)
         return torch_moe.select_by_table(logits, table[ids], config)
 
     def dispatch_contiguous(

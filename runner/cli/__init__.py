@@ -17,7 +17,8 @@ _COMMANDS = {
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",
     "watch": "Run any server and report every DeepGEMM compile.",
-    "compare": "Lay two Timelines side by side.",
+    "calibrate": "Fit a hardware profile to measured runs.",
+    "compare": "Lay Timelines side by side, or measured ones beside their predictions.",
 }
 
 

@@ -18,22 +18,46 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("a", metavar="A.json", type=_FILE)
-@click.argument("b", metavar="B.json", type=_FILE)
+@click.argument("files", metavar="A.json B.json | MEASURED.json...", nargs=-1, required=True,
+                type=_FILE)
+@click.option("--hardware", metavar="PROFILE",
+              help="Hold every measured run of the files against this profile's prediction of it.")
 @click.option(
     "--json", "json_path", type=_FILE, help="Write JSON here; - is stdout, without the tables."
 )
-def compare(a: Path, b: Path, json_path: Path | None) -> None:
+def compare(files: tuple[Path, ...], hardware: str | None, json_path: Path | None) -> None:
     """Compare the timelines in A.json with those of the same policy in B.json.
 
     B is the reference: relative errors are (A - B) / B. Give the prediction as A and the
-    measurement as B.
+    measurement as B. With --hardware each measured run is predicted here, from what its Timeline
+    says of the model, the layout and the machine.
     """
-    comparisons = _compare_files(a, b)
+    if hardware is not None:
+        _judge(files, hardware, json_path)
+        return
+    if len(files) != 2:
+        raise UserError(f"{len(files)} files were given: two are compared, or use --hardware")
+    comparisons = _compare_files(*files)
     if json_path is not None:
         _write_json(json_path, comparisons)
     if str(json_path) != "-":
         _print_tables(comparisons)
+
+
+def _judge(files: tuple[Path, ...], hardware: str, json_path: Path | None) -> None:
+    from rich.console import Console
+
+    from sim.judge import judge, read_measured, summary
+    from sim.judge_table import judged_json, judged_table
+    from sim.profile import load_profile
+
+    profile = load_profile(hardware)
+    judged = judge(read_measured(files), profile)
+    if json_path is not None:
+        write_text(json_path, json.dumps(judged_json(judged, profile.name), indent=1))
+    if str(json_path) != "-":
+        Console(width=100).print(judged_table(judged, f"Predicted with {profile.name}"))
+        print(summary(judged))
 
 
 def _compare_files(a: Path, b: Path) -> list[Comparison]:

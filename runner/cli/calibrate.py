@@ -1,0 +1,61 @@
+"""``runner calibrate``: a hardware profile out of measured runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from runner.report.outputs import check_outputs
+from runner.report.table import make_table
+from runner.timeline import Timeline
+from sim.calibrate import Calibration, fit_profile, leave_one_out
+from sim.judge import read_measured, summary
+from sim.judge_table import judged_table
+from sim.profile import load_profile, write_profile
+
+
+@click.command()
+@click.argument("timelines", metavar="TIMELINE.json...", nargs=-1, required=True,
+                type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, metavar="PROFILE",
+              type=click.Path(path_type=Path, dir_okay=False),
+              help="Where the profile goes; --hardware takes it.")
+@click.option("--base", default="h200", show_default=True,
+              help="Profile name or file that what no run tells is taken from.")
+@click.option("--name", help="The new profile's name.  [default: the output's]")
+def calibrate(
+    timelines: tuple[Path, ...], output: Path, base: str, name: str | None
+) -> None:
+    """Fit a hardware profile to measured runs and tell its leave-one-out error.
+
+    TIMELINE.json are files that launch wrote with --timeline. Every run is also predicted by a
+    profile that is fitted to the others: that is the error to expect of a run that was not
+    measured.
+    """
+    check_outputs(timeline=None, trace=None, plot=None, others=(output,))
+    known = load_profile(base)
+    measured = read_measured(timelines)
+    made = fit_profile(measured, known, name or output.stem)
+    _print(made)
+    _print_left_out(measured, made)
+    write_profile(output, made.profile)
+    print(f"wrote {output}")
+
+
+def _print(made: Calibration) -> None:
+    table = make_table(f"Profile {made.profile.name}", ["fitted"], ["value", "samples"])
+    for line in made.fitted:
+        table.add_row(line.name, line.value, str(line.samples))
+    Console(width=100).print(table)
+
+
+def _print_left_out(measured: Sequence[Timeline], made: Calibration) -> None:
+    if len(measured) < 2:
+        print("one run: there is none to leave out")
+        return
+    judged = leave_one_out(measured, made.profile)
+    Console(width=100).print(judged_table(judged, "Each run by a profile of the others"))
+    print(summary(judged))

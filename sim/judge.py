@@ -1,0 +1,157 @@
+"""Measured runs against what the simulator says of them, from what each Timeline tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.config.hf import load_model, with_layers
+from runner.config.parallel import ParallelConfig
+from runner.errors import UserError
+from runner.scenario import Scenario
+from runner.timeline import Timeline, read_timelines
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from sim.profile import Profile
+from sim.simulate import Machine, Prediction, simulate
+from sim.start_up import PHASES, StartPhases, Weights
+
+_LINKS = {"gloo": "gloo", "nccl": "nvlink"}
+
+
+def read_measured(paths: Sequence[Path]) -> list[Timeline]:
+    """Measured Timelines of several files.
+
+    Raises:
+        UserError: an unreadable file, or a prediction.
+    """
+    found = [timeline for path in paths for timeline in read_timelines(path)]
+    for timeline in found:
+        if timeline.source != "measured":
+            raise UserError(f"{timeline.policy} is a {timeline.source} Timeline, not a measured one")
+    if not found:
+        raise UserError("the files hold no Timeline")
+    return found
+
+
+def scenario_of(timeline: Timeline) -> Scenario:
+    """The scenario that a run was of.
+
+    Raises:
+        UserError: the Timeline does not say, or its model is no preset.
+    """
+    meta = timeline.meta
+    try:
+        model = load_model(meta["model"])
+        model = with_layers(model, meta["layers"])
+        return Scenario(
+            model=model,
+            parallel=_parallel(meta),
+            warmup=WarmupOptions(
+                policy=WarmupPolicy(timeline.policy),
+                batch_sizes=tuple(meta["batch_sizes"]),
+                disaggregation=DisaggregationMode(meta["disaggregation"]),
+                speculative=meta["speculative"],
+                graph_batch_sizes=tuple(meta["graph_batch_sizes"]),
+                walk_max_m=meta["walk_max_m"],
+                compile_lock=meta["compile_lock"],
+            ),
+            num_sms=meta["num_sms"],
+            prompt_len=meta["prompt_len"],
+            bf16_fp32_algo=Bf16Fp32Algo(meta["bf16_fp32_algo"]),
+            max_tokens=meta["max_tokens"],
+            stream=None if meta["stream"] is None else tuple(meta["stream"]),
+            walk_memory=meta["walk_memory"],
+        )
+    except KeyError as error:
+        raise UserError(
+            f"a Timeline of {timeline.policy} does not tell its {error}: it was written by an "
+            "older version, measure it again"
+        ) from None
+
+
+def _parallel(meta: dict[str, Any]) -> ParallelConfig:
+    sizes = meta["stage_layers"]
+    return ParallelConfig(
+        pp=meta["pp"], tp=meta["tp"], ep=meta["ep"], attn_cp=meta["attn_cp"],
+        replicas=meta["replicas"], nodes=meta["nodes"],
+        stage_layers=None if sizes is None else tuple(sizes),
+    )  # fmt: skip
+
+
+def machine_of(timeline: Timeline, profile: Profile) -> Machine:
+    """The machine that a run was on, with a profile's costs."""
+    meta = timeline.meta
+    link = _LINKS[meta["link"]]
+    if link not in profile.links:
+        raise UserError(f"profile {profile.name} has no link {link!r}, which {meta['link']} is")
+    return Machine(
+        profile=profile,
+        cores_per_node=meta["machine"]["cores"],
+        hosts=meta["hosts"],
+        link=link,
+        ranks_per_gpu=meta["ranks_per_gpu"],
+        nccl_timeout=float("inf"),
+        # The driver waits for each communication, to measure it.
+        run_ahead=False,
+        start=StartPhases(PHASES, Weights.DUMMY),
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A measured run and its prediction."""
+
+    measured: Timeline
+    predicted: Prediction
+
+    @property
+    def error(self) -> float:
+        """Relative error of the predicted start-up, from process start to the last answer."""
+        return self.predicted.timeline.wall / self.measured.wall - 1
+
+    @property
+    def counts_agree(self) -> bool:
+        """Whether compiles and duplicates are exactly those measured."""
+        return _counts(self.measured) == _counts(self.predicted.timeline)
+
+    @property
+    def name(self) -> str:
+        """Model, layout and policy."""
+        meta = self.measured.meta
+        nodes = f", {meta['nodes']} nodes" if meta["nodes"] > 1 else ""
+        lock = ", locked" if meta["compile_lock"] else ""
+        return (
+            f"{meta['model']} {meta['layers']} layers, pp {meta['pp']} tp {meta['tp']}{nodes}"
+            f"{lock}, {self.measured.policy}"
+        )
+
+
+def _counts(timeline: Timeline) -> tuple[int, int]:
+    return timeline.kernels_compiled, timeline.duplicates
+
+
+def judge(measured: Sequence[Timeline], profile: Profile) -> list[Judged]:
+    """Predict every measured run.
+
+    Raises:
+        UserError: a Timeline that does not say what it was of.
+    """
+    judged = []
+    for timeline in measured:
+        prediction = simulate(scenario_of(timeline), machine_of(timeline, profile))
+        judged.append(Judged(timeline, prediction))
+    return judged
+
+
+def summary(judged: Sequence[Judged]) -> str:
+    """Median and worst error, and how many counts are exact."""
+    errors = sorted(abs(item.error) for item in judged)
+    exact = sum(item.counts_agree for item in judged)
+    return (
+        f"{len(judged)} runs: median absolute error {median(errors):.1%}, worst {errors[-1]:.1%}; "
+        f"compiles and duplicates exact in {exact}"
+    )

@@ -1,0 +1,189 @@
+"""What a measured Timeline holds for a calibration."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from runner.jit.kernels import Kernel
+from runner.scenario import Scenario, record
+from runner.schedule import Collective, KernelWork, Send
+from runner.timeline import Span, Timeline
+from runner.warmup import WarmupPolicy
+from sim.judge import machine_of, scenario_of
+from sim.profile import Profile
+from sim.profile_costs import ProfileCosts
+from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program
+
+
+@dataclass(frozen=True)
+class CompileSample:
+    """A compile of one nvcc process: its seconds, and how many ran on average meanwhile."""
+
+    kernel: Kernel
+    seconds: float
+    company: float
+    cores: int
+
+
+@dataclass(frozen=True)
+class RankSample:
+    """Sums of one rank: what it did, and what that took.
+
+    Attributes:
+        runs: its (host operations, GPU seconds) between communications, in order.
+        compute: seconds measured in them.
+        reduced: bytes that its all-reduces move on a ring.
+        gathered: bytes of its other collectives.
+        messages: number of its collectives.
+        comm: seconds measured in them, without waits.
+    """
+
+    operations: int
+    device: float
+    compute: float
+    reduced: float
+    gathered: float
+    messages: int
+    comm: float
+
+
+@dataclass
+class Samples:
+    """Everything that one measured run tells."""
+
+    timeline: Timeline
+    scenario: Scenario
+    compiles: list[CompileSample] = field(default_factory=list)
+    ranks: list[RankSample] = field(default_factory=list)
+    first_uses: tuple[int, float] = (0, 0.0)
+    loads: tuple[int, float] = (0, 0.0)
+    verified: tuple[int, float] = (0, 0.0)
+    walks: list[tuple[WalkRun, float]] = field(default_factory=list)
+    build: tuple[tuple[Kernel, ...], float, float, int] | None = None
+
+
+def take_samples(timeline: Timeline, profile: Profile) -> Samples:
+    """Read one measured run.
+
+    Args:
+        timeline: the run.
+        profile: its rates of the GPU tell a rank's work apart from its waiting for it.
+
+    Raises:
+        UserError: the Timeline does not say what it was of.
+    """
+    scenario = scenario_of(timeline)
+    schedule = record(scenario)
+    machine = machine_of(timeline, profile)
+    cores = machine.cores_per_node or 1
+    costs = ProfileCosts(profile, profile.links[machine.link], cores, machine.ranks_per_gpu)
+    programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
+    samples = Samples(timeline, scenario)
+    kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
+    if scenario.warmup.policy is WarmupPolicy.PLANNED:
+        samples.build = _build(timeline, scenario, cores)
+    else:
+        samples.compiles = _compiles(timeline, kernels, cores)
+    _take_loads(samples, programs)
+    for rank, program in enumerate(programs):
+        samples.ranks.append(_rank_sample(timeline, rank, program, profile.host.call))
+    return samples
+
+
+def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:
+    for item in program:
+        if isinstance(item, FirstUse):
+            yield from item.kernels
+        elif isinstance(item, WalkRun):
+            for kernels, _ in item.steps:
+                yield from kernels
+
+
+def _compiles(
+    timeline: Timeline, kernels: dict[str, Kernel], cores: int
+) -> list[CompileSample]:
+    spans = [span for span in timeline.spans if span.is_kernel]
+    return [
+        CompileSample(kernels[span.key], span.seconds, _company(span, spans), cores)
+        for span in spans
+        if span.key in kernels and span.seconds > 0
+    ]
+
+
+def _company(span: Span, spans: Sequence[Span]) -> float:
+    """Mean number of compiles that ran during a compile, itself included."""
+    shared = sum(max(0.0, min(span.end, other.end) - max(span.start, other.start))
+                 for other in spans)  # fmt: skip
+    return shared / span.seconds
+
+
+def _build(
+    timeline: Timeline, scenario: Scenario, cores: int
+) -> tuple[tuple[Kernel, ...], float, float, int] | None:
+    """Kernels of the largest share, seconds until the first compile, and of all; workers."""
+    spans = [span for span in timeline.spans if span.kind == "compile"]
+    begun = [s.start for s in timeline.spans if s.kind == "phase" and s.name == "warm-up"]
+    if not spans or not begun:
+        return None
+    parallel = scenario.parallel
+    workers = max(1, cores * timeline.meta["hosts"] // parallel.nodes)
+    shares = [scenario.kernel_set(node * parallel.ranks_per_node).share
+              for node in range(parallel.nodes)]  # fmt: skip
+    first, last = min(s.start for s in spans), max(s.end for s in spans)
+    return max(shares, key=len), first - max(begun), last - first, workers
+
+
+def _take_loads(samples: Samples, programs: Sequence[Sequence[Instruction]]) -> None:
+    """Loads by what they were for: walks, bulk loads, verifications, first uses."""
+    seconds: dict[tuple[int, str], float] = defaultdict(float)
+    for span in samples.timeline.spans:
+        if span.kind == "load":
+            seconds[(span.rank, span.name)] += span.seconds
+    for rank, program in enumerate(programs):
+        for item in program:
+            if isinstance(item, WalkRun):
+                samples.walks.append((item, seconds.pop((rank, item.name), 0.0)))
+        _take_rank_loads(samples, rank, program, seconds)
+
+
+def _take_rank_loads(
+    samples: Samples, rank: int, program: Sequence[Instruction],
+    seconds: dict[tuple[int, str], float],
+) -> None:  # fmt: skip
+    own = {name: spent for (at, name), spent in seconds.items() if at == rank}
+    verified = sum(spent for name, spent in own.items() if name.startswith("verify "))
+    bulk = sum(spent for name, spent in own.items() if name.startswith("load "))
+    first = sum(own.values()) - verified - bulk
+    count = sum(len(i.kernels) for i in program if isinstance(i, FirstUse) and not i.bulk)
+    loaded = sum(len(i.kernels) for i in program if isinstance(i, FirstUse) and i.bulk)
+    checked = sum(len(i.kernels) for i in program
+                  if isinstance(i, KernelWork) and i.action == "verify")  # fmt: skip
+    samples.first_uses = _plus(samples.first_uses, count, first)
+    samples.loads = _plus(samples.loads, loaded, bulk)
+    samples.verified = _plus(samples.verified, checked, verified)
+
+
+def _plus(sum_: tuple[int, float], count: int, seconds: float) -> tuple[int, float]:
+    return sum_[0] + count, sum_[1] + seconds
+
+
+def _rank_sample(
+    timeline: Timeline, rank: int, program: Sequence[Instruction], call: float
+) -> RankSample:
+    totals = timeline.totals()[rank]
+    runs = [item for item in program if isinstance(item, Run)]
+    collectives = [item for item in program if isinstance(item, Collective)]
+    sums = [c for c in collectives if c.name.startswith("all_reduce")]
+    gathers = [c for c in collectives if c.name.startswith("all_gather")]
+    sent = [item for item in program if isinstance(item, Send)]
+    return RankSample(
+        operations=round(sum(run.host for run in runs) / call),
+        device=sum(run.device for run in runs),
+        compute=totals.compute,
+        reduced=sum(2 * (len(c.group) - 1) / len(c.group) * c.bytes for c in sums),
+        gathered=sum((len(c.group) - 1) * float(c.bytes) for c in gathers),
+        messages=len(sums) + len(gathers) + len(sent),
+        comm=totals.comm,
+    )
