@@ -196,9 +196,10 @@ def _rank_failure(rank: int, error: Exception) -> WorkFailedError:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     from launch.elastic import lost_a_peer
+    from launch.watchdog import CommunicationTimeoutError
 
     words = str(error).strip() or type(error).__name__
-    expected = isinstance(error, UserError | CompileError)
+    expected = isinstance(error, UserError | CompileError | CommunicationTimeoutError)
     if not expected:
         words = f"{type(error).__name__}: {words}"
         if not lost_a_peer(error):

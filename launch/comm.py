@@ -21,6 +21,7 @@ _TORCH_DTYPES = {
     "int64": torch.int64,
 }
 
+
 @dataclass(frozen=True)
 class Groups:
     """Process groups of a run.

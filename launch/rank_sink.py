@@ -156,7 +156,9 @@ class RankSink:
         if isinstance(op, Collective | Send | Recv):
             # What the device still does is compute, not communication.
             self._timed("compute", "device", self._synchronise)
-            return self._timed("comm", _comm_name(op), self._to_the_end(op, action), self._comm_key(op))
+            return self._timed(
+                "comm", _comm_name(op), self._to_the_end(op, action), self._comm_key(op)
+            )
         if isinstance(op, KernelWork):
             # What a build spends its time on, the builder notes kernel by kernel.
             return action() if op.action == "build" else self._timed("load", op.name, action)
@@ -165,9 +167,7 @@ class RankSink:
                 return self._timed("load", op.name, action)
         return self._timed("compute", op.name, action)
 
-    def _to_the_end(
-        self, op: Collective | Send | Recv, action: Callable[[], R]
-    ) -> Callable[[], R]:
+    def _to_the_end(self, op: Collective | Send | Recv, action: Callable[[], R]) -> Callable[[], R]:
         """NCCL returns when a collective is queued; its time is until it is done."""
 
         def act() -> R:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from launch.options import LaunchOptions
-from launch.worker import RunResult
+from launch.gather import RunResult
 from runner.files import write_text
 from runner.report.outputs import print_timelines, write_reports
 from runner.timeline import write_timelines

@@ -69,5 +69,3 @@ def _compiling(ranks: Sequence[int], log_dir: Path) -> list[tuple[int, str]]:
         for record in read_unfinished(log_dir)
         if record.rank in ranks
     ]
-
-

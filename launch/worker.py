@@ -128,7 +128,9 @@ class _RankRun:
             library=self.device.type == "cuda" and compute == "real",
         )  # fmt: skip
         store: NodeKernels | None = None
-        sink = self._sink(jit, compute, self._progress(jit, say, lambda: store.built if store else 0))
+        sink = self._sink(
+            jit, compute, self._progress(jit, say, lambda: store.built if store else 0)
+        )
         self.deadline.sink = sink
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         through_host = not self.exclusive or compute == "skip"
@@ -164,9 +166,7 @@ class _RankRun:
                 "collectives of a forward go through the host, which no graph can hold"
             )
 
-    def _sink(
-        self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]
-    ) -> RankSink:
+    def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
         real = self.device if compute == "real" else torch.device("cpu")
         extra: dict[str, Any] = {}
         if self.options.compile_lock and jit.cache is not None:
@@ -179,9 +179,7 @@ class _RankRun:
             capture=GraphCapture(real), on_forward=on_forward, **extra,
         )  # fmt: skip
 
-    def _explain(
-        self, op: Collective | Send | Recv, error: Exception, log_dir: Path
-    ) -> Exception:
+    def _explain(self, op: Collective | Send | Recv, error: Exception, log_dir: Path) -> Exception:
         if not is_timeout(error):
             return error
         return describe_timeout(op, self.place.rank, self._limit, log_dir)

@@ -142,7 +142,11 @@ class Scenario:
         limit = self.warmup.walk_max_m or self.max_tokens
         walks = []
         for demand in self.plan.demands:
-            ms = relaxed_ms(demand.shape, demand.ms, self.max_tokens) if stage in demand.stages else ()
+            ms = (
+                relaxed_ms(demand.shape, demand.ms, self.max_tokens)
+                if stage in demand.stages
+                else ()
+            )
             steps = steps_of([m for m in ms if m <= limit])
             walks += [Walk(demand.shape, steps)] if steps else []
         return tuple(walks)

@@ -29,9 +29,7 @@ def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Weig
     """Weights of a rank."""
     counter = _CountingWeights()
     backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
-    ModelRunner.build(
-        model, parallel, rank, backend=backend, weights=counter, buffers=NoBuffers()
-    )
+    ModelRunner.build(model, parallel, rank, backend=backend, weights=counter, buffers=NoBuffers())
     return WeightSize(counter.elements, counter.nbytes)
 
 

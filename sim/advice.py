@@ -57,9 +57,7 @@ def _stalls(prediction: Prediction) -> str:
     return f"{prediction.stalls} kernels ({prediction.stall_seconds:.0f} s) to compile in traffic"
 
 
-def print_predictions(
-    predictions: Sequence[Prediction], machine: Machine, *, bars: bool
-) -> None:
+def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, bars: bool) -> None:
     """Print what was simulated, the policies in one table, what dies, and the advice.
 
     ``bars`` draws every rank and says where the time of the last one goes.

@@ -14,13 +14,16 @@ from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
-from sim.fit import bisect_root, minimum, non_negative
+from sim.fit import minimum, near_known, non_negative
 from sim.judge import Judged, judge
 from sim.profile import Builder, Cache, CompileTimes, Host, Link, Phase, Profile, StartUp
-from sim.profile_costs import walk_calls_seconds
 from sim.samples import CompileSample, RankSample, Samples, take_samples
 
 _MOST_CONTENTION = 4.0
+_MANY_CALLS = 1000
+_PRIOR = 0.5
+_TRUST = 1.0
+"""Weight of the contention known before: as much as a hundred compiles that are off by 10 %."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,16 @@ def _compile_times(
           for name, found in sorted(ratios.items())),
     ]  # fmt: skip
     default = fmean(chain.from_iterable(ratios.values()))
-    return CompileTimes(_means(by_config), scale, round(default, 4), round(contention, 4))
+    expected = {
+        config_key(s.kernel): scale[template_of(s.kernel)] * plain_seconds(s.kernel)
+        for s in samples
+    }
+    settled = _settled(by_config, expected)
+    return CompileTimes(settled, scale, round(default, 4), round(contention, 4))
 
 
 def _contention(samples: Sequence[CompileSample], known: float) -> float:
-    """What makes one configuration's times agree best; ``known`` where all had like company."""
-    spread = max(s.company for s in samples) - min(s.company for s in samples)
-    if spread < 1.0:
-        return known
+    """What makes one configuration's times agree best, near ``known`` where they tell little."""
     groups: dict[str, list[CompileSample]] = defaultdict(list)
     for sample in samples:
         groups[config_key(sample.kernel)].append(sample)
@@ -115,7 +120,7 @@ def _contention(samples: Sequence[CompileSample], known: float) -> float:
             logs = [log(_alone(sample, contention)) for sample in group]
             middle = fmean(logs)
             total += sum((value - middle) ** 2 for value in logs)
-        return total
+        return total + _TRUST * (contention - known) ** 2
 
     return minimum(disagreement, 0.0, _MOST_CONTENTION)
 
@@ -130,11 +135,21 @@ def _alone(sample: CompileSample, contention: float) -> float:
     return sample.seconds / slow
 
 
+def _settled(
+    found: Mapping[str, Sequence[float]], expected: Mapping[str, float]
+) -> dict[str, float]:
+    """Geometric means with the expectation, which counts as half a sample."""
+    return {
+        key: round(
+            exp((sum(map(log, values)) + _PRIOR * log(expected[key])) / (len(values) + _PRIOR)), 4
+        )
+        for key, values in sorted(found.items())
+    }
+
+
 def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Geometric means, rounded: a few slow compiles should not count for many."""
-    return {
-        key: round(exp(fmean(map(log, values))), 4) for key, values in sorted(found.items())
-    }
+    return {key: round(exp(fmean(map(log, values))), 4) for key, values in sorted(found.items())}
 
 
 def _builder(samples: Sequence[Samples], base: Builder, fitted: list[Fitted]) -> Builder:
@@ -179,18 +194,34 @@ def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Ho
         call = sum(max(rank.compute - rank.device, 0.0) for rank in ranks)
         call /= sum(rank.operations for rank in ranks)
         fitted.append(Fitted("host, one operation", f"{1e6 * call:.0f} us", len(ranks)))
+    walk, walk_call = _walk_host(samples, base, fitted)
+    return Host(call=call, walk=walk, walk_call=walk_call)
+
+
+def _walk_host(
+    samples: Sequence[Samples], base: Profile, fitted: list[Fitted]
+) -> tuple[float, float]:
+    """Seconds of a walk and of each of its calls, where the host is what they wait for."""
     walks = [pair for one in samples for pair in one.walks if pair[1] > 0]
-    walk_call = base.host.walk_call
-    if walks:
-        spent = sum(seconds for _, seconds in walks)
-
-        def excess(seconds: float) -> float:
-            first = base.cache.first_use
-            return sum(walk_calls_seconds(run, seconds, first) for run, _ in walks) - spent
-
-        walk_call = bisect_root(excess, 0.0, 0.1)
-        fitted.append(Fitted("host, one call of a walk", f"{1e6 * walk_call:.0f} us", len(walks)))
-    return replace(base.host, call=call, walk_call=walk_call)
+    if not walks:
+        return base.host.walk, base.host.walk_call
+    known = base.host.walk_call
+    rows, targets = [], []
+    for run, seconds in walks:
+        waited = sum(count * device for count, device in run.calls if device > known)
+        loads = base.cache.first_use * sum(len(kernels) for kernels, _ in run.steps)
+        calls = sum(count for count, device in run.calls if device <= known)
+        rows.append((1.0, float(calls)))
+        targets.append(seconds - waited - loads)
+    if max(row[1] for row in rows) < _MANY_CALLS:
+        # Short walks do not tell their calls' part from the rest.
+        walk = max(fmean(t - known * row[1] for row, t in zip(rows, targets, strict=True)), 0.0)
+        call = known
+    else:
+        walk, call = non_negative(rows, targets)
+    fitted += [Fitted("host, one walk", f"{1e3 * walk:.1f} ms", len(walks)),
+               Fitted("host, one call of a walk", f"{1e6 * call:.0f} us", len(walks))]  # fmt: skip
+    return round(walk, 6), round(call or known, 8)
 
 
 def _links(
@@ -210,10 +241,12 @@ def _links(
 
 def _link(ranks: Sequence[RankSample], base: Link) -> Link:
     rows = [(float(rank.messages), rank.reduced, rank.gathered) for rank in ranks]
-    latency, per_byte, per_gathered = non_negative(rows, [rank.comm for rank in ranks])
-    bandwidth = 1 / per_byte if per_byte > 0 else base.bandwidth
-    gather = 1 / per_gathered if per_gathered > 0 else base.gather_bandwidth
-    return replace(base, latency=latency, bandwidth=bandwidth, gather_bandwidth=gather)
+    known = (base.latency, 1 / base.bandwidth, 1 / (base.gather_bandwidth or base.bandwidth))
+    latency, per_byte, per_gathered = near_known(rows, [rank.comm for rank in ranks], known)
+    return replace(
+        base, latency=latency, bandwidth=1 / (per_byte or known[1]),
+        gather_bandwidth=1 / (per_gathered or known[2]),
+    )  # fmt: skip
 
 
 def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]) -> StartUp:
@@ -237,13 +270,11 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
 
 
 def _phase(seen: Sequence[tuple[int, float]], known: Phase) -> Phase:
-    """A line through (ranks, seconds), or a constant where all had the same number of ranks."""
-    if len({ranks for ranks, _ in seen}) < 2:
-        mean = fmean(seconds for _, seconds in seen)
-        return Phase(round(mean - known.per_rank * seen[0][0], 3), known.per_rank)
+    """A line through (ranks, seconds)."""
     rows = [(1.0, float(ranks)) for ranks, _ in seen]
-    base, slope = non_negative(rows, [seconds for _, seconds in seen])
-    return Phase(round(base, 3), round(slope, 4))
+    base = (known.seconds, known.per_rank)
+    seconds, per_rank = near_known(rows, [seconds for _, seconds in seen], base)
+    return Phase(round(seconds, 3), round(per_rank, 4))
 
 
 def _provenance(measured: Sequence[Timeline], base: Profile) -> list[str]:

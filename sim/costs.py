@@ -41,6 +41,9 @@ class CostModel(Protocol):
     def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
         """A call of a walk up to ``max_m`` whose kernels are loaded."""
 
+    def walk_seconds(self) -> float:
+        """What a walk takes besides its calls."""
+
     def compute_seconds(self, op: Compute) -> Seconds:
         """Work that is no DeepGEMM kernel."""
 

@@ -21,35 +21,24 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from runner.jit.kernels import Kernel
-from runner.schedule import EXCHANGE, Capture, Collective, KernelWork, Mark, Recv, Schedule, Send
+from runner.schedule import (
+    EXCHANGE,
+    Capture,
+    Collective,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Schedule,
+    Send,
+)
 from runner.stalls import STALLS_AFTER
 from runner.timeline import Span
 from sim.cores import Cores
 from sim.costs import CostModel
+from sim.culprit import CollectiveTimeout, with_culprit
 from sim.locks import Locks
 from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
-
-
-@dataclass(frozen=True)
-class CollectiveTimeout:
-    """A wait beyond the limit: the run would have died at ``time``.
-
-    Attributes:
-        time: seconds since the origin.
-        rank: the rank that gave up waiting.
-        operation: what it waited in.
-        waiting_for: the rank that arrived last, or not in time.
-        busy_with: what that rank was doing at ``time``.
-        needed: the smallest limit that the whole run would have survived, in seconds: its longest
-            wait, which need not be this one.
-    """
-
-    time: float
-    rank: int
-    operation: str
-    waiting_for: int
-    busy_with: str
-    needed: float
 
 
 @dataclass(frozen=True)
@@ -150,9 +139,7 @@ class Engine:
     ) -> None:
         self._costs, self._timeout, self._run_ahead = costs, timeout, run_ahead
         self._ranks = [
-            _Rank(
-                index, compile_program(ops, costs, locked=compile_lock), node_of[index], start, start
-            )
+            _Rank(index, self._program(ops, compile_lock), node_of[index], start, start)
             for index, ops in enumerate(schedule.ranks)
         ]
         nodes = set(node_of)
@@ -171,6 +158,9 @@ class Engine:
         self._longest_wait = 0.0
         self._cached = cached
         self._exchanged: set[int] = set()
+
+    def _program(self, ops: Sequence[Op], locked: bool) -> list[Instruction]:
+        return compile_program(ops, self._costs, locked=locked)
 
     def run(self) -> Outcome:
         """Run to the end.
@@ -422,9 +412,7 @@ class Engine:
         rank.device = item.end
         return True
 
-    def _arrive(
-        self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]
-    ) -> None:
+    def _arrive(self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]) -> None:
         arrivals = self._arrivals.setdefault(item.key, [])
         arrivals.append((rank, item))
         if len(arrivals) < len(op.group):
@@ -479,7 +467,7 @@ class Engine:
         if not self._timeouts:
             return None
         first = min(self._timeouts, key=lambda timeout: timeout.time)
-        return _with_busy(replace(first, needed=self._longest_wait), spans)
+        return with_culprit(replace(first, needed=self._longest_wait), spans)
 
 
 def _arrived(item: _Queued) -> float:
@@ -498,15 +486,3 @@ def _waiting_in(op: Collective | Send | Recv) -> str:
     if isinstance(op, Collective):
         return f"{op.name} of ranks {op.group}"
     return f"recv {op.name} from rank {op.peer}"
-
-
-def _with_busy(timeout: CollectiveTimeout, spans: list[Span]) -> CollectiveTimeout:
-    """Say what the awaited rank was doing when the limit passed."""
-    doing = [
-        f"{span.kind} {span.name}"
-        for span in spans
-        if span.rank == timeout.waiting_for
-        and span.kind in ("compile", "load", "compute")
-        and span.start <= timeout.time < span.end
-    ]
-    return replace(timeout, busy_with=doing[0] if doing else "nothing")

@@ -6,14 +6,6 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 
-def bisect_root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where an increasing function crosses zero between ``low`` and ``high``, or the nearer end."""
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) < 0 else (low, middle)
-    return (low + high) / 2
-
-
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a function of one valley is least, by golden section."""
     ratio = (5**0.5 - 1) / 2
@@ -49,9 +41,27 @@ def non_negative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> l
     return best
 
 
-def _least_squares(
-    rows: Sequence[Sequence[float]], targets: Sequence[float]
-) -> list[float] | None:
+_KNOWN_SECONDS = 0.3
+
+
+def near_known(
+    rows: Sequence[Sequence[float]], targets: Sequence[float], known: Sequence[float]
+) -> list[float]:
+    """As :func:`non_negative`, in seconds, with what was known before as a sample of its own.
+
+    Each known coefficient counts as if 0.3 s had once been measured at it, so that samples which
+    hardly depend on a coefficient leave it where it was.
+    """
+    width = len(known)
+    prior = [
+        [_KNOWN_SECONDS / known[i] if i == column else 0.0 for i in range(width)]
+        for column in range(width)
+        if known[column] > 0
+    ]
+    return non_negative([*rows, *prior], [*targets, *(_KNOWN_SECONDS for _ in prior)])
+
+
+def _least_squares(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float] | None:
     """Solve the normal equations; None where they have no single solution."""
     width = len(rows[0])
     scales = [max(abs(row[i]) for row in rows) or 1.0 for i in range(width)]

@@ -31,7 +31,9 @@ def read_measured(paths: Sequence[Path]) -> list[Timeline]:
     found = [timeline for path in paths for timeline in read_timelines(path)]
     for timeline in found:
         if timeline.source != "measured":
-            raise UserError(f"{timeline.policy} is a {timeline.source} Timeline, not a measured one")
+            raise UserError(
+                f"{timeline.policy} is a {timeline.source} Timeline, not a measured one"
+            )
     if not found:
         raise UserError("the files hold no Timeline")
     return found

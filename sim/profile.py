@@ -89,10 +89,12 @@ class Host:
 
     Attributes:
         call: one operation of a forward that has nothing to do.
+        walk: one walk, for its buffers and its end.
         walk_call: one call of a walk whose kernel is loaded.
     """
 
     call: float
+    walk: float
     walk_call: float
 
 
@@ -211,9 +213,11 @@ def _check(profile: Profile) -> None:
     for name, value in _numbers(profile, ""):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{name} is {value!r}, not a number")
-        least_is_zero = not any(word in name for word in _DIVISORS)
-        if not (value >= 0 if least_is_zero else value > 0):
-            raise ValueError(f"{name} is {value!r}: it must be {'at least' if least_is_zero else 'above'} 0")
+        divides = any(word in name for word in _DIVISORS)
+        if value < 0 or (divides and value == 0):
+            raise ValueError(
+                f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0"
+            )
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:

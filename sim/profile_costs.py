@@ -16,7 +16,6 @@ from runner.schedule import Capture, Collective, Compute
 from sim.compile_time import compile_seconds, slowdown
 from sim.costs import Seconds
 from sim.profile import Link, Profile
-from sim.program import WalkRun
 
 _FP8_TYPES = frozenset(
     {
@@ -98,6 +97,10 @@ class ProfileCosts:
             return Seconds(self.profile.host.walk_call, scales / gpu.memory_bandwidth)
         return Seconds(self.profile.host.walk_call, self._device(shape.call(round(mean_m))))
 
+    def walk_seconds(self) -> float:
+        """One constant for all walks."""
+        return self.profile.host.walk
+
     def compute_seconds(self, op: Compute) -> Seconds:
         """Roofline over the announced work, plus the host's cost of a call."""
         gpu = self.profile.gpu
@@ -142,9 +145,3 @@ def gemm_work(call: KernelCall) -> tuple[float, float]:
         return 2.0 * m * n * k, 2.0 * m * k + 4.0 * n * k + 4.0 * max(1, groups) * m * n
     width = 1 if call.type in _FP8_TYPES else 2
     return 2.0 * m * n * k, width * (m * k + n * k) + 4.0 * m * n
-
-
-def walk_calls_seconds(run: WalkRun, walk_call: float, first_use: float) -> float:
-    """Seconds of a walk without compiles, were its host's part of a call ``walk_call``."""
-    loads = first_use * sum(len(kernels) for kernels, _ in run.steps)
-    return loads + sum(count * max(walk_call, device) for count, device in run.calls)

@@ -126,9 +126,7 @@ def used_before(program: Iterable[Instruction], phase: str) -> Iterator[Kernel]:
                 yield from kernels
 
 
-def _others(
-    op: Op, costs: CostModel, seen: set[Kernel], *, locked: bool
-) -> Iterator[Instruction]:
+def _others(op: Op, costs: CostModel, seen: set[Kernel], *, locked: bool) -> Iterator[Instruction]:
     if isinstance(op, Walk):
         shape = op.shape
         lock = (shape.type, shape.n, shape.k, shape.num_groups) if locked else None
@@ -142,11 +140,10 @@ def _others(
         yield op
 
 
-def _walk_run(
-    walk: Walk, costs: CostModel, seen: set[Kernel], lock: LockKey | None
-) -> WalkRun:
+def _walk_run(walk: Walk, costs: CostModel, seen: set[Kernel], lock: LockKey | None) -> WalkRun:
     """Parts of a walk: the kernels that each brings in, and the seconds of its calls."""
-    steps, calls = [], []
+    steps: list[tuple[tuple[Kernel, ...], float]] = [((), costs.walk_seconds())]
+    calls = []
     for kernels, count, mean_m in _walk_parts(walk):
         new = tuple(kernel for kernel in kernels if kernel not in seen)
         seen.update(new)

@@ -101,9 +101,7 @@ def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:
                 yield from kernels
 
 
-def _compiles(
-    timeline: Timeline, kernels: dict[str, Kernel], cores: int
-) -> list[CompileSample]:
+def _compiles(timeline: Timeline, kernels: dict[str, Kernel], cores: int) -> list[CompileSample]:
     spans = [span for span in timeline.spans if span.is_kernel]
     return [
         CompileSample(kernels[span.key], span.seconds, _company(span, spans), cores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from runner.coverage import node_coverage, node_stages
@@ -11,7 +11,8 @@ from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record, run_meta
 from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
-from sim.engine import CollectiveTimeout, Engine, Outcome
+from sim.culprit import CollectiveTimeout
+from sim.engine import Engine, Outcome
 from sim.fold import can_fold, unfold
 from sim.profile import Profile
 from sim.profile_costs import ProfileCosts
@@ -41,7 +42,7 @@ class Machine:
     ranks_per_gpu: int = 1
     nccl_timeout: float = 600.0
     run_ahead: bool | None = None
-    start: StartPhases = StartPhases(())
+    start: StartPhases = field(default_factory=lambda: StartPhases(()))
     fold: bool = True
 
 
@@ -73,9 +74,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     parallel = scenario.parallel
     hosts = _hosts(machine, parallel.nodes)
     cores = machine.cores_per_node or machine.profile.cores_per_node
-    before = start_phases(
-        machine.start, machine.profile.start_up, scenario.model, parallel, hosts
-    )
+    before = start_phases(machine.start, machine.profile.start_up, scenario.model, parallel, hosts)
     folds = machine.fold and can_fold(parallel)
     outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
     if folds:

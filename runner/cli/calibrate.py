@@ -18,17 +18,29 @@ from sim.profile import load_profile, write_profile
 
 
 @click.command()
-@click.argument("timelines", metavar="TIMELINE.json...", nargs=-1, required=True,
-                type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, metavar="PROFILE",
-              type=click.Path(path_type=Path, dir_okay=False),
-              help="Where the profile goes; --hardware takes it.")
-@click.option("--base", default="h200", show_default=True,
-              help="Profile name or file that what no run tells is taken from.")
+@click.argument(
+    "timelines",
+    metavar="TIMELINE.json...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="PROFILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the profile goes; --hardware takes it.",
+)
+@click.option(
+    "--base",
+    default="h200",
+    show_default=True,
+    help="Profile name or file that what no run tells is taken from.",
+)
 @click.option("--name", help="The new profile's name.  [default: the output's]")
-def calibrate(
-    timelines: tuple[Path, ...], output: Path, base: str, name: str | None
-) -> None:
+def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | None) -> None:
     """Fit a hardware profile to measured runs and tell its leave-one-out error.
 
     TIMELINE.json are files that launch wrote with --timeline. Every run is also predicted by a

@@ -18,10 +18,14 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("files", metavar="A.json B.json | MEASURED.json...", nargs=-1, required=True,
-                type=_FILE)
-@click.option("--hardware", metavar="PROFILE",
-              help="Hold every measured run of the files against this profile's prediction of it.")
+@click.argument(
+    "files", metavar="A.json B.json | MEASURED.json...", nargs=-1, required=True, type=_FILE
+)
+@click.option(
+    "--hardware",
+    metavar="PROFILE",
+    help="Hold every measured run of the files against this profile's prediction of it.",
+)
 @click.option(
     "--json", "json_path", type=_FILE, help="Write JSON here; - is stdout, without the tables."
 )

@@ -44,10 +44,17 @@ from sim.start_up import PHASES, StartPhases, Weights
     type=int,
     help="Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
 )
-@click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
-              help="Whole copies of the pipeline that start at once, on nodes of their own.")
-@click.option("--hosts", type=int, metavar="N",
-              help="Machines that the nodes share.  [default: one a node]")
+@click.option(
+    "--replicas",
+    type=int,
+    default=1,
+    show_default=True,
+    metavar="R",
+    help="Whole copies of the pipeline that start at once, on nodes of their own.",
+)
+@click.option(
+    "--hosts", type=int, metavar="N", help="Machines that the nodes share.  [default: one a node]"
+)
 @warmup_options
 @batch_sizes_option
 @max_tokens_option
@@ -66,13 +73,25 @@ from sim.start_up import PHASES, StartPhases, Weights
     metavar="SECONDS",
     help="Longest wait in a collective before the watchdog ends the run.",
 )
-@click.option("--run-ahead/--no-run-ahead", default=None,
-              help="Whether hosts queue communication and go on.  [default: as the link does]")
-@click.option("--weights", type=click.Choice([*(item.value for item in Weights), "skip"]),
-              default="disk", show_default=True,
-              help="Where weights come from; dummy ones are made up, as launch does.")
-@click.option("--skip-phase", "skipped", multiple=True, type=click.Choice(PHASES),
-              help="Leave a phase before the warm-up out.")
+@click.option(
+    "--run-ahead/--no-run-ahead",
+    default=None,
+    help="Whether hosts queue communication and go on.  [default: as the link does]",
+)
+@click.option(
+    "--weights",
+    type=click.Choice([*(item.value for item in Weights), "skip"]),
+    default="disk",
+    show_default=True,
+    help="Where weights come from; dummy ones are made up, as launch does.",
+)
+@click.option(
+    "--skip-phase",
+    "skipped",
+    multiple=True,
+    type=click.Choice(PHASES),
+    help="Leave a phase before the warm-up out.",
+)
 @click.option(
     "--json",
     "json_path",

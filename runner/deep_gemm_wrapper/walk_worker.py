@@ -30,7 +30,7 @@ class _Log:
 
 def main() -> None:
     """Walk what stdin orders."""
-    
+
     from runner.deep_gemm_wrapper.configurer import import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
     from runner.deep_gemm_wrapper.library_source import expand
