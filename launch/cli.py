@@ -249,7 +249,8 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
         "--nccl-timeout": options.nccl_timeout, "--stream": options.stream,
         "--cuda-graphs": options.cuda_graphs, "--walk-max-m": options.walk_max_m,
-        "--walk-memory": options.walk_memory, "--logits": options.logits, "--schedule": options.schedule,
+        "--walk-memory": options.walk_memory, "--logits": options.logits,
+        "--schedule": options.schedule,
     }  # fmt: skip
     words = []
     for flag, value in flags.items():

@@ -154,18 +154,23 @@ class RankSink:
         if isinstance(op, KernelCall):
             return self._kernel(op, action)
         if isinstance(op, Collective | Send | Recv):
-            # What the device still does is compute, not communication.
-            self._timed("compute", "device", self._synchronise)
-            return self._timed(
-                "comm", _comm_name(op), self._to_the_end(op, action), self._comm_key(op)
-            )
-        if isinstance(op, KernelWork):
-            # What a build spends its time on, the builder notes kernel by kernel.
-            return action() if op.action == "build" else self._timed("load", op.name, action)
+            return self._communicate(op, action)
+        if isinstance(op, KernelWork | Walk):
+            return self._work_on_kernels(op, action)
+        return self._timed("compute", op.name, action)
+
+    def _communicate(self, op: Collective | Send | Recv, action: Callable[[], R]) -> R:
+        # What the device still does is compute, not communication.
+        self._timed("compute", "device", self._synchronise)
+        done = self._to_the_end(op, action)
+        return self._timed("comm", _comm_name(op), done, self._comm_key(op))
+
+    def _work_on_kernels(self, op: KernelWork | Walk, action: Callable[[], R]) -> R:
         if isinstance(op, Walk):
             with self._lock(op.shape):
                 return self._timed("load", op.name, action)
-        return self._timed("compute", op.name, action)
+        # What a build spends its time on, the builder notes kernel by kernel.
+        return action() if op.action == "build" else self._timed("load", op.name, action)
 
     def _to_the_end(self, op: Collective | Send | Recv, action: Callable[[], R]) -> Callable[[], R]:
         """NCCL returns when a collective is queued; its time is until it is done."""

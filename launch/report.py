@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launch.options import LaunchOptions
 from launch.gather import RunResult
+from launch.options import LaunchOptions
 from runner.files import write_text
 from runner.report.outputs import print_timelines, write_reports
 from runner.timeline import write_timelines

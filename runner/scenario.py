@@ -74,8 +74,9 @@ class Scenario:
             raise UserError(f"token counts {_listed(self.stream)} must all be at least 1")
         largest = max(request.tokens for request in self.requests)
         if self.warmup.policy in PLANNING_POLICIES and largest > self.max_tokens:
+            what = "batch size" if self.stream is None else "token count"
             raise UserError(
-                f"{'token count' if self.stream else 'batch size'} {largest} is above --max-tokens {self.max_tokens}, for which "
+                f"{what} {largest} is above --max-tokens {self.max_tokens}, for which "
                 f"{self.warmup.policy.value} prepares: give smaller ones"
             )
 

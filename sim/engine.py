@@ -18,6 +18,7 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 from runner.jit.kernels import Kernel
@@ -208,6 +209,9 @@ class Engine:
             rank.close_compute()
             rank.done = True
 
+    def _go_on(self, rank: _Rank, _: float) -> None:
+        self._advance(rank)
+
     def _step(self, rank: _Rank, item: Instruction) -> bool:
         """Do an instruction; False where the host has to wait in or before it."""
         if isinstance(item, Run):
@@ -247,7 +251,7 @@ class Engine:
         rank.clock = time
         rank.device = max(rank.device, time)
         rank.at += 1
-        self._at(time, lambda _: self._advance(rank))
+        self._at(time, partial(self._go_on, rank))
 
     def _mark(self, rank: _Rank, mark: Mark) -> None:
         if mark.kind != "phase":
@@ -388,7 +392,7 @@ class Engine:
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
                 rank.clock = max(rank.clock, rank.device)
-                self._at(rank.clock, lambda _, rank=rank: self._advance(rank))
+                self._at(rank.clock, partial(self._go_on, rank))
 
     def _done(self, rank: _Rank, item: _Queued, todo: deque[_Rank]) -> bool:
         """Whether the GPU gets past the head of its queue."""

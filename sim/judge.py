@@ -1,4 +1,4 @@
-"""Measured runs against what the simulator says of them, from what each Timeline tells of itself."""
+"""Measured runs against what the simulator says of them, from what each Timeline tells."""
 
 from __future__ import annotations
 

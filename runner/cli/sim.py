@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from runner.cli.common import (
     SECONDS,
     asked_policies,

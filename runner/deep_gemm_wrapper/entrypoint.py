@@ -35,9 +35,7 @@ class DeepGemmWrapper:
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
-        m, k = lhs[0].shape
-        n = rhs[0].shape[0]
-        if m == 0:
+        if lhs[0].shape[0] == 0:
             return
         if self._sanity_check:
             check_gemm_scales("gemm_nt_f8f8bf16", lhs, rhs)
@@ -47,9 +45,7 @@ class DeepGemmWrapper:
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, m_indices: torch.Tensor
     ) -> None:
         """See the protocol."""
-        m, k = lhs[0].shape
-        groups, n, _ = rhs[0].shape
-        if m == 0:
+        if lhs[0].shape[0] == 0:
             return
         if self._sanity_check:
             check_gemm_scales("grouped_gemm_nt_f8f8bf16_contig", lhs, rhs, m_indices >= 0)
@@ -59,8 +55,7 @@ class DeepGemmWrapper:
         self, lhs: Fp8, rhs: Fp8, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
     ) -> None:
         """See the protocol."""
-        groups, rows, k = lhs[0].shape
-        n = rhs[0].shape[1]
+        rows = lhs[0].shape[1]
         if rows == 0 or expected_m == 0:
             return
         if self._sanity_check:
@@ -70,16 +65,13 @@ class DeepGemmWrapper:
 
     def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """See the protocol."""
-        m, k = lhs.shape
-        n = rhs.shape[0]
-        if m == 0:
+        if lhs.shape[0] == 0:
             return
         self._lib.bf16_gemm_nt(lhs, rhs, out)
 
     def gemm_nt_bf16bf16bf16(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """``out`` [m, n] bf16 = ``lhs`` [m, k] bf16 @ ``rhs`` [n, k].T bf16."""
-        m, k = lhs.shape
-        if m == 0:
+        if lhs.shape[0] == 0:
             return
         self._lib.bf16_gemm_nt(lhs, rhs, out)
 
@@ -87,9 +79,7 @@ class DeepGemmWrapper:
         self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, m_indices: torch.Tensor
     ) -> None:
         """As ``grouped_gemm_nt_f8f8bf16_contig`` with bf16 operands and no scales."""
-        m, k = lhs.shape
-        groups, n, _ = rhs.shape
-        if m == 0:
+        if lhs.shape[0] == 0:
             return
         self._lib.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
 
@@ -98,9 +88,7 @@ class DeepGemmWrapper:
         expected_m: int,
     ) -> None:  # fmt: skip
         """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
-        groups, rows, k = lhs.shape
-        n = rhs.shape[1]
-        if rows == 0 or expected_m == 0:
+        if lhs.shape[1] == 0 or expected_m == 0:
             return
         self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
@@ -109,16 +97,13 @@ class DeepGemmWrapper:
         n_splits: int,
     ) -> None:  # fmt: skip
         """See the protocol."""
-        m, k = x.shape
-        if m == 0:
+        if x.shape[0] == 0:
             return
         self._lib.tf32_hc_prenorm_gemm(x, fn, out, sqrsum, num_splits=n_splits)
 
     def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
-        m, groups, k = lhs[0].shape
-        n = rhs[0].shape[1]
-        if m == 0:
+        if lhs[0].shape[0] == 0:
             return
         if self._sanity_check:
             check_gemm_scales("fp8_einsum_bhr_hdr_bhd", lhs, rhs)
@@ -140,8 +125,7 @@ class DeepGemmWrapper:
         max_context_len: int,
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
-        rows, _, heads, dim = q.shape
-        if rows == 0:
+        if q.shape[0] == 0:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
         if self._sanity_check:
             check_page_scales("fp8_paged_mqa_logits", kv_cache, context_lens, block_table)
@@ -155,8 +139,7 @@ class DeepGemmWrapper:
         ke: torch.Tensor, max_seqlen_k: int,
     ) -> torch.Tensor:  # fmt: skip
         """See the protocol."""
-        rows, heads, dim = q.shape
-        if rows == 0:
+        if q.shape[0] == 0:
             return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)
         if self._sanity_check:
             check_entry_scales("fp8_mqa_logits", kv, ks, ke)
