@@ -20,9 +20,6 @@ from runner.sweep import Point, Result, Skipped
 from runner.timeline import Timeline
 from sim.simulate import Machine, simulate
 
-_TASKS_PER_JOB = 4
-"""Tasks for each process: points that share a plan in one task, but none left idle at the end."""
-
 Ended = Result | Skipped
 
 
@@ -91,14 +88,13 @@ def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], Non
         for case in cases:
             on_end(simulate_case(case))
         return
-    size = max(1, len(cases) // (_TASKS_PER_JOB * jobs))
-    tasks = [cases[at : at + size] for at in range(0, len(cases), size)]
-    with _processes(min(jobs, len(tasks))) as pool:
+    with _processes(min(jobs, len(cases))) as pool:
         with _interrupt_held_back():
-            futures = [pool.submit(_simulate_cases, task) for task in tasks]
+            # One by one: what is done is known at once. A plan that neighbours share is then made
+            # by several processes, which takes less than waiting for one of them would.
+            futures = [pool.submit(simulate_case, case) for case in cases]
         for future in as_completed(futures):
-            for item in future.result():
-                on_end(item)
+            on_end(future.result())
 
 
 @contextmanager
@@ -118,10 +114,6 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
             raise WorkerLostError(line) from None
         raise
     pool.shutdown()
-
-
-def _simulate_cases(cases: Sequence[Case]) -> list[Ended]:
-    return [simulate_case(case) for case in cases]
 
 
 @contextmanager
