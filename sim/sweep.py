@@ -106,9 +106,9 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in set(active_children()) - others:
             process.terminate()
+        pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             line = "a process of the sweep died, for want of memory perhaps"
             raise WorkerLostError(line) from None

@@ -49,7 +49,9 @@ def place_labels(
     room = _Room(axes, [*markers, *_line_boxes(axes, clear_line)], figure.dpi / 72)
     for index, others in clusters(markers):
         x, y, text = labels[index]
-        room.place((x, y), f"{text} +{others}" if others else text)
+        text = f"{text} +{others}".lstrip() if others else text
+        if text:
+            room.place((x, y), text)
 
 
 def clusters(markers: Sequence[Bbox]) -> list[tuple[int, int]]:
@@ -106,8 +108,6 @@ def _offsets() -> Iterator[XY]:
 
 
 def _write(axes: Axes, at: XY, text: str, offset: XY) -> Annotation:
-    from matplotlib.patheffects import withStroke
-
     dx, dy = offset
     label = axes.annotate(
         text, at, xytext=offset, textcoords="offset points", fontsize=7.5, color=INK, zorder=3,
@@ -115,7 +115,7 @@ def _write(axes: Axes, at: XY, text: str, offset: XY) -> Annotation:
         va="bottom" if dy > 0 else "top",
         arrowprops={"arrowstyle": "-", "color": "#9A9A9A", "linewidth": 0.5, "shrinkA": 0,
                     "shrinkB": 3, "relpos": _anchor(offset)},
-        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"},
     )  # fmt: skip
     label.set_in_layout(False)
     return label

@@ -127,7 +127,8 @@ def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
         for policy in _POLICIES
         if policy in used
     ]
-    handles.append(Line2D([], [], color=INK, linewidth=1.2, label="frontier"))
+    if any(result.timeout_seconds is None for result in results):
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, label="frontier"))
     if any(result.timeout_seconds is not None for result in results):
         hollow = {**_look(WarmupPolicy.NONE, hollow=True), "markeredgecolor": INK}
         handles.append(Line2D([], [], **hollow, label="hollow: ended by the watchdog"))

@@ -15,7 +15,7 @@ _SHOWN_REASONS = 20
 
 _AXES = ("pp", "tp", "ep", "nodes", "cores")
 _FIGURES = (
-    "start-up\ns", "kernels\npresent", "covered", "com-\npiled", "dupli-\ncates",
+    "start-up\ns", "kernels\npresent", "cover-\ned %", "com-\npiled", "dupli-\ncates",
     "compile\nCPU s", "time-\nout s",
 )  # fmt: skip
 
@@ -47,11 +47,11 @@ def shown_results(sweep: Sweep, best: int = BEST) -> list[Result]:
 def sweep_table(sweep: Sweep, results: list[Result]) -> Table:
     """Tabulate points, one a row; those on the frontier have a ``*``.
 
-    The percentage covered is rounded down, so that 100.0 % is all.
+    The percentage covered is rounded down, so that 100.0 is all.
     """
     # Gaps of one column: a policy's whole name and every axis then fit on 100.
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("")
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    table.add_column("", min_width=1, no_wrap=True)
     table.add_column("policy", no_wrap=True)
     for header in (*_AXES, *_FIGURES):
         table.add_column(header, justify="right", no_wrap=True)
@@ -65,7 +65,7 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> Table:
             *map(str, (point.nodes, point.cores)),
             f"{result.wall_seconds:.2f}",
             f"{result.present}/{result.planned}",
-            f"{int(1000 * result.coverage) / 10:.1f} %",
+            f"{int(1000 * result.coverage) / 10:.1f}",
             *map(str, (result.kernels_compiled, result.duplicates)),
             f"{result.cpu_seconds:.1f}",
             "-" if result.timeout_seconds is None else f"{result.timeout_seconds:.0f}",
@@ -89,7 +89,7 @@ def _title(sweep: Sweep) -> str:
         f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}, "
         f"link {settings['link']}; cold caches, forwards of up to {settings['max_tokens']} tokens\n"
         f"requests of batch sizes {','.join(map(str, settings['batch_sizes']))}; "
-        f"{', '.join(counts)}\n"
+        f"{', '.join(counts)}"
     )
 
 
