@@ -117,7 +117,7 @@ def _none_fits(skipped: Sequence[Skipped]) -> UserError:
     (first, _), *others = reasons(skipped)
     if len(skipped) == 1:
         return UserError(first)
-    more = f"; and {len(others)} more reasons" if others else ""
+    more = f"; other reasons: {len(others)}" if others else ""
     return UserError(f"none of {len(skipped)} combinations fits: {first}{more}")
 
 

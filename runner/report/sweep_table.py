@@ -77,19 +77,21 @@ def skipped_lines(sweep: Sweep) -> list[str]:
     """One line for each distinct reason."""
     lines = [f"skipped {count}: {reason}" for reason, count in reasons(sweep.skipped)]
     more = len(lines) - _SHOWN_REASONS
-    return lines if more <= 0 else [*lines[:_SHOWN_REASONS], f"... and {more} more reasons"]
+    return (
+        lines if more <= 0 else [*lines[:_SHOWN_REASONS], f"other reasons: {more}, all in the JSON"]
+    )
 
 
 def _title(sweep: Sweep) -> str:
     settings = sweep.settings
-    counts = [f"{len(sweep.results)} points simulated"]
+    counts = [f"{len(sweep.results)} simulated"]
     counts += [f"{len(sweep.skipped)} skipped"] * bool(sweep.skipped)
     counts += [f"{len(sweep.unfinished)} not reached"] * bool(sweep.unfinished)
     return (
         f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}, "
         f"link {settings['link']}; cold caches, forwards of up to {settings['max_tokens']} tokens\n"
         f"requests of batch sizes {','.join(map(str, settings['batch_sizes']))}; "
-        f"{', '.join(counts)}"
+        f"points: {', '.join(counts)}"
     )
 
 
@@ -99,5 +101,5 @@ def _notes(sweep: Sweep, hidden: int) -> list[str]:
     if lost:
         notes.append(f"time-out: the watchdog ends {lost} of these runs; none is on the frontier")
     if hidden:
-        notes.append(f"{hidden} slower points are not shown: --all shows them")
+        notes.append(f"slower points not shown: {hidden}; --all shows them")
     return notes

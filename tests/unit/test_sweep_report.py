@@ -39,7 +39,7 @@ SMALL = Sweep(
 
 TABLE = """\
 a model, 3 layers, a machine, link a link; cold caches, forwards of up to 128 tokens
-requests of batch sizes 1,64; 4 points simulated, 3 skipped
+requests of batch sizes 1,64; points: 4 simulated, 3 skipped
 
                                      start-up   kernels cover-  com- dupli- compile time-
    policy      pp tp  ep nodes cores        s   present   ed % piled  cates   CPU s out s
@@ -95,7 +95,7 @@ def test_the_frontier_and_the_20_fastest_others_are_shown(
     ]
     out = printed(LONG, capsys)
     assert out.count("\n * ") == 2
-    assert "\n5 slower points are not shown: --all shows them\n" in out
+    assert "\nslower points not shown: 5; --all shows them\n" in out
 
 
 def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,7 +109,7 @@ def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_stopped_sweep_tells_what_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
     stopped = replace(SMALL, results=(), skipped=(), unfinished=(point(),))
     assert printed(stopped, capsys).splitlines()[1:] == [
-        "requests of batch sizes 1,64; 0 points simulated, 1 not reached"
+        "requests of batch sizes 1,64; points: 0 simulated, 1 not reached"
     ]
 
 
@@ -117,7 +117,7 @@ def test_reasons_are_cut_short() -> None:
     skipped = tuple(Skipped(point(tp=tp), f"tp={tp} is odd") for tp in range(1, 51, 2))
     lines = skipped_lines(replace(SMALL, skipped=skipped))
     assert lines[:2] == ["skipped 1: tp=1 is odd", "skipped 1: tp=3 is odd"]
-    assert lines[20:] == ["... and 5 more reasons"]
+    assert lines[20:] == ["other reasons: 5, all in the JSON"]
 
 
 def test_json_has_every_point() -> None:
