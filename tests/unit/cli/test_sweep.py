@@ -180,6 +180,17 @@ def test_other_reasons_are_counted(capsys: Capture) -> None:
     )
 
 
+def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
+    code = (
+        "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
+        f"run_guarded(cli, ['sweep', *{TINY!r}], program='runner')\n"
+        "import sim.sweep\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # -- stopped --------------------------------------------------------------------------------------
 
 
