@@ -13,6 +13,7 @@ from runner.cli.guard import run_guarded
 
 _COMMANDS = {
     "sim": "Predict a start-up: the same schedule in virtual time.",
+    "sweep": "Simulate many layouts and policies: start-up time against coverage.",
     "plan": "The exact kernels that a deployment can ever need.",
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError
+from runner.report.picture import INK, check_plot, save_picture
 from runner.report.segments import BUSY_KINDS, busy_segments, label_of, spans_by_rank
 from runner.timeline import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-SUFFIXES = (".png", ".svg")
-"""File name suffixes that :func:`plot_gantt` accepts."""
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
 _COLORS = {
@@ -26,7 +23,6 @@ _COLORS = {
     "comm": "#56B4E9",
     "wait": "#D4D4D4",
 }
-_INK = "#333333"
 _WIDTH_INCHES = 10.0
 
 
@@ -36,34 +32,16 @@ def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
     The same Timelines make the same SVG file, byte for byte.
 
     Args:
-        path: the file to write; its suffix, one of :data:`SUFFIXES`, says the format.
+        path: the file to write; its suffix, one of ``picture.SUFFIXES``, says the format.
         timelines: what to draw, from top to bottom.
 
     Raises:
         UserError: unknown suffix, no Timelines, no matplotlib, or the file cannot be written.
     """
     check_plot(path)
-    suffix = path.suffix.lower()
     if not timelines:
         raise UserError(f"cannot plot to {path}: no timelines")
-    import matplotlib as mpl
-
-    settings = {"svg.hashsalt": "deepgemm-coldstart", "font.size": 9, "text.color": _INK}
-    metadata = {"Date": None} if suffix == ".svg" else {}
-    with mpl.rc_context(settings):  # type: ignore[arg-type]
-        figure = _figure(timelines)
-        try:
-            figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
-def check_plot(path: Path) -> None:
-    """Raise UserError where :func:`plot_gantt` could not draw to ``path``: suffix, matplotlib."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot plot to {path}: suffix must be one of {', '.join(SUFFIXES)}")
-    if find_spec("matplotlib") is None:
-        raise UserError("plotting needs matplotlib: pip install 'deepgemm-coldstart[plot]'")
+    save_picture(path, lambda: _figure(timelines))
 
 
 def _figure(timelines: Sequence[Timeline]) -> Figure:
@@ -97,7 +75,7 @@ def _draw_panel(axes: Axes, timeline: Timeline) -> None:
             ranges = [(start, end - start) for start, end, it in segments if it == kind]
             axes.broken_barh(ranges, (rank - 0.4, 0.8), facecolors=_COLORS[kind], linewidth=0)
         starts = [span.start for span in spans if span.kind == "phase" and span.start > 0]
-        axes.vlines(starts, rank - 0.47, rank + 0.47, colors=_INK, linewidth=1)
+        axes.vlines(starts, rank - 0.47, rank + 0.47, colors=INK, linewidth=1)
     axes.set_title(_title(timeline), loc="left", fontsize=10)
     axes.set_ylabel("rank")
     axes.set_ylim(timeline.world_size - 0.4, -0.6)
@@ -124,6 +102,6 @@ def _add_legend(figure: Figure) -> None:
 
     handles: list[Patch | Line2D] = [Patch(color=_COLORS[kind], label=kind) for kind in BUSY_KINDS]
     handles.append(
-        Line2D([], [], color=_INK, linewidth=0.8, marker="|", linestyle="", label="phase starts")
+        Line2D([], [], color=INK, linewidth=0.8, marker="|", linestyle="", label="phase starts")
     )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

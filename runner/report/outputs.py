@@ -52,7 +52,7 @@ def check_outputs(
         if str(path) != "-" and not path.absolute().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
     if plot is not None:
-        from runner.report.gantt import check_plot
+        from runner.report.picture import check_plot
 
         check_plot(plot)
 

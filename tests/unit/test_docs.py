@@ -22,6 +22,7 @@ PLANS = {
     "plan-gemm": ["plan", "--gemm", "gemm_nt_f8f8bf16:4096:1024"],
     "plan-fast": ["plan", "--policy", "fast"],
 }
+SWEEPS = {"sweep": ["sweep", "--pp", "1,4", "--nodes", "1,4", "--cores", "4,64"]}
 TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
 MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KB|[0-9a-f]{32}")
 BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n```", re.DOTALL)
@@ -40,6 +41,8 @@ def output_of(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> st
     """What the command behind a golden block prints, without trailing blanks."""
     if name.startswith("sim"):
         arguments = ["sim"]
+    elif name in SWEEPS:
+        arguments = SWEEPS[name]
     elif name.startswith("plan"):
         arguments = PLANS[name]
     elif name == "compare-four-planned":
@@ -79,6 +82,7 @@ def test_there_are_golden_blocks_in_readme_and_docs() -> None:
         ("planning.md", "plan"),
         ("planning.md", "plan-gemm"),
         ("planning.md", "plan-fast"),
+        ("sweeping.md", "sweep"),
         ("predictions.md", "sim-full"),
         ("predictions.md", "compare-none"),
         ("predictions.md", "compare-parallel"),

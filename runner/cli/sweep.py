@@ -1,0 +1,172 @@
+"""``runner sweep``: many layouts, machines and policies, start-up time against coverage."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runner.cli.common import (
+    IntList,
+    batch_sizes_option,
+    max_tokens_option,
+    model_options,
+    serving_options,
+)
+from runner.cli.guard import WorkFailedError
+from runner.cli.progress import counting, progress
+from runner.cli.simulated import machine_of, machine_options, model_of, scenario_of, with_environ
+from runner.cli.sweep_options import axis_options, take_axes
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.files import write_text
+from runner.report.outputs import check_outputs
+from runner.report.sweep_json import sweep_json
+from runner.report.sweep_table import print_sweep
+from runner.scenario import run_meta
+from runner.sweep import AXES, Axes, Result, Skipped, Sweep, by_start_up, reasons
+from sim.profile import Profile, load_profile
+from sim.sweep import Case, Ended, WorkerLostError, run_cases
+
+
+@click.command()
+@model_options
+@axis_options(pp=4, tp=2)
+@click.option(
+    "--attn-cp",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Split EXTEND tokens of the attention over so many ranks.",
+)
+@click.option("--stage-layers", type=IntList(), help="Layers of each stage.  [default: even]")
+@batch_sizes_option
+@max_tokens_option
+@serving_options
+@machine_options
+@click.option("--jobs", type=int, help="Processes that simulate.  [default: one a core]")
+@click.option(
+    "--all",
+    "show_all",
+    is_flag=True,
+    help="Show every point, not only the frontier and the 20 fastest others.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Write every point as JSON (- for stdout, and nothing else).",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw start-up time against coverage (.png or .svg).",
+)
+def sweep(jobs: int | None, show_all: bool, json_path: Path | None, plot: Path | None,
+          **values: Any) -> None:  # fmt: skip
+    """Simulate every combination of lists; show the frontier of start-up time and coverage."""
+    check_outputs(timeline=None, trace=None, plot=plot, others=(json_path,))
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs} must be at least 1")
+    profile = load_profile(values.pop("hardware"))
+    values = with_environ(values, Environ.read(os.environ))
+    axes = take_axes(values, cores=profile.cores_per_node)
+    cases, skipped = _cases(axes, profile, values)
+    if not cases:
+        raise _none_fits(skipped)
+    ended: list[Ended] = []
+    stopped: KeyboardInterrupt | WorkFailedError | None = None
+    try:
+        _run(cases, jobs or os.cpu_count() or 1, ended)
+    except KeyboardInterrupt as interrupt:
+        stopped = interrupt
+    except WorkerLostError as error:
+        stopped = WorkFailedError(f"{error}: try fewer --jobs")
+    result = _gathered(cases, skipped, ended)
+    if stopped is None and not result.results:
+        raise _none_fits(result.skipped)
+    _report(result, show_all=show_all, json_path=json_path, plot=plot)
+    if stopped is not None:
+        raise stopped
+
+
+def _cases(
+    axes: Axes, profile: Profile, values: dict[str, Any]
+) -> tuple[list[Case], list[Skipped]]:
+    """The combinations that fit, and the others."""
+    model = model_of(values)
+    cases: list[Case] = []
+    skipped: list[Skipped] = []
+    for point in axes.points():
+        chosen = {**values, **vars(point)}
+        machine = machine_of(profile, chosen)
+        try:
+            scenario = scenario_of(point.policy, model, profile, chosen)
+        except UserError as error:
+            skipped.append(Skipped(point, str(error)))
+        else:
+            cases.append(Case(point, scenario, machine))
+    return cases, skipped
+
+
+def _none_fits(skipped: Sequence[Skipped]) -> UserError:
+    (first, _), *others = reasons(skipped)
+    if len(skipped) == 1:
+        return UserError(first)
+    more = f"; other reasons: {len(others)}" if others else ""
+    return UserError(f"none of {len(skipped)} combinations fits: {first}{more}")
+
+
+def _run(cases: Sequence[Case], jobs: int, ended: list[Ended]) -> None:
+    """Simulate; what ends is in ``ended`` at once, so that it outlives an interruption."""
+    with progress("sweep") as shown:
+        count = counting(shown)
+
+        def on_end(item: Ended) -> None:
+            ended.append(item)
+            count(len(ended), len(cases))
+
+        run_cases(cases, jobs=jobs, on_end=on_end)
+
+
+def _gathered(cases: Sequence[Case], skipped: Sequence[Skipped], ended: Sequence[Ended]) -> Sweep:
+    """Everything in the order of the points, whatever order it ended in."""
+    by_point = {item.point: item for item in ended}
+    ordered = [by_point[case.point] for case in cases if case.point in by_point]
+    return Sweep(
+        settings=_settings(cases[0]),
+        results=tuple(by_start_up(item for item in ordered if isinstance(item, Result))),
+        skipped=(*skipped, *(item for item in ordered if isinstance(item, Skipped))),
+        unfinished=tuple(case.point for case in cases if case.point not in by_point),
+    )
+
+
+def _settings(case: Case) -> dict[str, Any]:
+    """What a run's Timeline would say of the scenario, but for the axes, and of the machine."""
+    meta, machine = run_meta(case.scenario), case.machine
+    return {
+        **{name: value for name, value in meta.items() if name not in (*AXES, "ranks")},
+        "speculative": case.scenario.warmup.speculative,
+        "hardware": machine.profile.name,
+        "link": machine.link,
+        "ranks_per_gpu": machine.ranks_per_gpu,
+        "nccl_timeout": machine.nccl_timeout,
+    }
+
+
+def _report(result: Sweep, *, show_all: bool, json_path: Path | None, plot: Path | None) -> None:
+    to_stdout = str(json_path) == "-"
+    if not to_stdout:
+        print_sweep(result, show_all=show_all)
+    if json_path is not None:
+        write_text(json_path, json.dumps(sweep_json(result), indent=1))
+    if plot is not None and result.results:
+        from runner.report.sweep_plot import plot_sweep
+
+        plot_sweep(plot, result)
+        if not to_stdout:
+            print(f"wrote {plot}")

@@ -1,0 +1,177 @@
+"""A sweep as a picture: start-up time against coverage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import UserError
+from runner.report.picture import DPI, INK, check_plot, save_picture
+from runner.report.point_labels import XY, place_labels
+from runner.sweep import AXES, Point, Result, Sweep
+from runner.warmup import WarmupPolicy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_SIZE_INCHES = (10.0, 5.6)
+_MARKER_POINTS = 7.0
+
+# Okabe and Ito's palette first; a marker's shape tells the policy as well as its colour does.
+_LOOKS = (
+    ("o", "#D55E00"), ("s", "#0072B2"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"),
+    ("P", "#56B4E9"), ("X", "#000000"), ("<", "#8C6D1F"), (">", "#7F7F7F"), ("p", "#4B0092"),
+)  # fmt: skip
+_POLICIES = list(WarmupPolicy)
+
+_SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}
+
+
+def plot_sweep(path: Path, sweep: Sweep) -> None:
+    """Draw every point, start-up seconds (log) against coverage, a marker a policy.
+
+    The frontier is a step line: what is covered at best by a start-up of so many seconds. Points
+    are labelled where there is room, those on the frontier first. Hollow markers are runs that
+    the watchdog ends.
+
+    Raises:
+        UserError: unknown suffix, no points, no matplotlib, or the file cannot be written.
+    """
+    check_plot(path)
+    if not sweep.results:
+        raise UserError(f"cannot plot to {path}: no points")
+    save_picture(path, lambda: _figure(sweep))
+
+
+def _figure(sweep: Sweep) -> Figure:
+    # Not pyplot: it would keep the figure and pick a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE_INCHES, dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    _draw_axes(axes, sweep)
+    line = _frontier_line(axes, sweep)
+    if line:
+        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, zorder=1)
+    _draw_points(axes, sweep.results)
+    _add_legend(figure, sweep.results)
+    place_labels(figure, axes, _labels(sweep), clear_points=_MARKER_POINTS, clear_line=line)
+    return figure
+
+
+def _draw_axes(axes: Axes, sweep: Sweep) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low = min(result.wall_seconds for result in sweep.results)
+    high = max(result.wall_seconds for result in sweep.results)
+    axes.set_xscale("log")
+    axes.set_xlim(low / 1.25, high * 1.25)
+    # Powers of ten alone would leave a narrow range without a tick.
+    narrow = high < 5 * low
+    axes.xaxis.set_major_locator(MaxNLocator(8) if narrow else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("start-up, seconds")
+    axes.set_ylim(-14, 122)  # room for labels
+    axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
+    axes.set_ylabel("planned kernels present afterwards")
+    settings = sweep.settings
+    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
+    # A dollar sign in a model's name would start a formula.
+    axes.set_title(title.replace("$", r"\$") + _fixed(sweep), loc="left", fontsize=10)
+    axes.set_title(_key(sweep), loc="right", fontsize=7)
+    axes.grid(color="#E8E8E8", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+
+
+def _frontier_line(axes: Axes, sweep: Sweep) -> list[XY]:
+    """Corners of the step line, from the bottom of the axes to their right edge."""
+    line: list[XY] = []
+    height = axes.get_ylim()[0]
+    for result in sweep.results:
+        if result.point in sweep.frontier:
+            seconds, percent = _position(result)
+            line += [(seconds, height), (seconds, percent)]
+            height = percent
+    return [*line, (axes.get_xlim()[1], height)] if line else []
+
+
+def _draw_points(axes: Axes, results: Sequence[Result]) -> None:
+    # Slowest first, so that the frontier's markers lie on top.
+    for result in reversed(results):
+        policy, lost = result.point.policy, result.timeout_seconds is not None
+        axes.plot(*_position(result), **_look(policy, hollow=lost), zorder=2)
+
+
+def _look(policy: WarmupPolicy, *, hollow: bool = False) -> dict[str, Any]:
+    marker, color = _LOOKS[_POLICIES.index(policy) % len(_LOOKS)]
+    return {
+        "marker": marker,
+        "linestyle": "",
+        "markersize": _MARKER_POINTS,
+        "markerfacecolor": "none" if hollow else color,
+        "markeredgecolor": color if hollow else "white",
+        "markeredgewidth": 1.0 if hollow else 0.3,
+    }
+
+
+def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
+    from matplotlib.lines import Line2D
+
+    used = {result.point.policy for result in results}
+    handles = [
+        Line2D([], [], **_look(policy), label=policy.value)
+        for policy in _POLICIES
+        if policy in used
+    ]
+    if any(result.timeout_seconds is None for result in results):
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, label="frontier"))
+    if any(result.timeout_seconds is not None for result in results):
+        hollow = {**_look(WarmupPolicy.NONE, hollow=True), "markeredgecolor": INK}
+        handles.append(Line2D([], [], **hollow, label="hollow: ended by the watchdog"))
+    columns = min(len(handles), 6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _position(result: Result) -> XY:
+    return result.wall_seconds, 100 * float(result.coverage)
+
+
+def _labels(sweep: Sweep) -> list[tuple[float, float, str]]:
+    """Every point's label, the frontier's first."""
+    varied = _varied(sweep)
+    first = sorted(sweep.results, key=lambda result: result.point not in sweep.frontier)
+    return [(*_position(result), _label(result.point, varied)) for result in first]
+
+
+def _varied(sweep: Sweep) -> list[str]:
+    points = [vars(result.point) for result in sweep.results]
+    return [name for name in AXES if len({point[name] for point in points}) > 1]
+
+
+def _label(point: Point, varied: Sequence[str]) -> str:
+    words = [f"{short}{getattr(point, name)}" for name, short in _SHORT.items() if name in varied]
+    if "ep" in varied and point.ep:
+        words.append("ep")
+    return " ".join(words)
+
+
+def _key(sweep: Sweep) -> str:
+    """What labels mean."""
+    varied = _varied(sweep)
+    words = [
+        f"{short} {name}" for name, short in _SHORT.items() if name in varied and name[0] == short
+    ]
+    return ", ".join([*words, "+1: one more point in the same place"])
+
+
+def _fixed(sweep: Sweep) -> str:
+    """The axes that do not vary, for the title; labels tell the others."""
+    varied, point = _varied(sweep), sweep.results[0].point
+    words = [f"{name} {getattr(point, name)}" for name in _SHORT if name not in varied]
+    if point.ep and "ep" not in varied:
+        words.append("ep")
+    return f"; {', '.join(words)}" if words else ""

@@ -1,0 +1,244 @@
+"""``runner sweep`` from its options to what it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.report.picture import SUFFIXES
+from sim.sweep import Case, WorkerLostError, simulate_case
+
+Capture = pytest.CaptureFixture[str]
+TINY = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--max-tokens", "64", "--jobs", "1"]
+
+
+def sweep(*arguments: str) -> int:
+    return run_guarded(cli, ["sweep", *TINY, *arguments], program="runner")
+
+
+def swept(capsys: Capture, *arguments: str) -> dict[str, Any]:
+    assert sweep(*arguments, "--json", "-") == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return data
+
+
+def axes_of(items: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    names = ("policy", "pp", "tp", "ep", "nodes", "cores")
+    return {tuple(item[name] for name in names) for item in items}
+
+
+def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
+    data = swept(
+        capsys, "--pp", "1,2", "--tp", "1,3", "--nodes", "1,2", "--cores", "4",
+        "--warmup", "none,planned",
+    )  # fmt: skip
+    fits = {(policy, pp, 1, False, nodes, 4) for policy in ("none", "planned")
+            for pp, nodes in ((1, 1), (2, 1), (2, 2))}  # fmt: skip
+    assert axes_of(data["points"]) == fits
+    assert len(data["points"]) == len(fits)
+    odd = "tp=3 must divide num_attention_heads=4 of dsv4-tiny"
+    reasons = {(item["pp"], item["tp"], item["nodes"]): item["reason"] for item in data["skipped"]}
+    assert reasons == {
+        (1, 1, 2): "nodes=2 must divide the 1 ranks of replicas=1 x pp=1 x tp=1",
+        (1, 3, 1): odd,
+        (1, 3, 2): "nodes=2 must divide the 3 ranks of replicas=1 x pp=1 x tp=3",
+        (2, 3, 1): odd,
+        (2, 3, 2): odd,
+    }
+    assert len(data["skipped"]) == 10 and data["unfinished"] == []
+
+
+def test_a_point_is_what_sim_foretells(capsys: Capture) -> None:
+    options = [*TINY[:-2], "--pp", "2", "--tp", "2", "--cores", "3", "--ep", "--nodes", "2"]
+    arguments = ["sim", *options, "--warmup", "pp-parallel", "--json", "-"]
+    assert run_guarded(cli, arguments, program="runner") == 0
+    (foretold,) = json.loads(capsys.readouterr().out)["predictions"]
+    (point,) = swept(
+        capsys, "--pp", "2", "--tp", "2", "--cores", "3", "--ep", "on", "--nodes", "2",
+        "--warmup", "pp-parallel",
+    )["points"]  # fmt: skip
+    assert round(point["wall_seconds"], 3) == foretold["wall_seconds"]
+    assert point["kernels_compiled"] == foretold["kernels_compiled"]
+    assert point["duplicates"] == foretold["duplicates"]
+    assert round(point["compile_cpu_seconds"], 3) == foretold["compile_seconds_summed"]
+    assert point["kernels_present"] == min(n["present"] for n in foretold["meta"]["coverage"])
+
+
+def test_defaults_are_those_of_sim(capsys: Capture) -> None:
+    data = swept(capsys)
+    assert axes_of(data["points"]) == {
+        (policy, 4, 2, False, 4, 16) for policy in ("none", "pp-parallel", "planned")
+    }
+    assert data["settings"] == {
+        "model": "dsv4-tiny", "layers": 8, "attn_cp": 1, "stage_layers": None, "prompt_len": 1,
+        "disaggregation": "none", "batch_sizes": [1], "max_tokens": 64, "num_sms": 132,
+        "speculative": False, "hardware": "h200", "link": "nvlink", "ranks_per_gpu": 1,
+        "nccl_timeout": 600.0,
+    }  # fmt: skip
+
+
+def test_lists_may_come_in_several_options(capsys: Capture) -> None:
+    apart = ["--warmup", "none", "--warmup", "planned", "--pp", "1", "--pp", "2,1"]
+    data = swept(capsys, *apart)
+    assert axes_of(data["points"]) == {
+        (policy, pp, 2, False, pp, 16) for policy in ("none", "planned") for pp in (1, 2)
+    }
+
+
+def test_stage_layers_of_the_environment_fit_their_own_pp(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "2,6")
+    data = swept(capsys, "--pp", "1,2", "--warmup", "none")
+    assert [(item["pp"], item["reason"]) for item in data["skipped"]] == [
+        (1, "2 stage sizes were given for pp=1 stages")
+    ]
+    assert data["settings"]["stage_layers"] == [2, 6]
+
+
+def test_table_picture_and_json(capsys: Capture, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot, path = tmp_path / "sweep.svg", tmp_path / "sweep.json"
+    assert sweep("--tp", "2,3", "--plot", str(plot), "--json", str(path)) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[1] == "requests of batch sizes 1; points: 3 simulated, 3 skipped"
+    assert lines[-2:] == [
+        "skipped 3: tp=3 must divide num_attention_heads=4 of dsv4-tiny",
+        f"wrote {plot}",
+    ]
+    assert sum(line.startswith(" * ") for line in lines) == 1
+    assert captured.err.startswith("sweep: 3 of 3, ")
+    assert "<svg" in plot.read_text()
+    assert len(json.loads(path.read_text())["points"]) == 3
+
+
+def test_json_on_stdout_is_only_json(capsys: Capture, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    swept(capsys, "--warmup", "none", "--plot", str(tmp_path / "sweep.png"))
+    assert (tmp_path / "sweep.png").exists()
+
+
+def test_a_timeout_is_told(capsys: Capture) -> None:
+    assert sweep("--warmup", "none,planned", "--nccl-timeout", "5") == 0
+    out = capsys.readouterr().out
+    assert "time-out: the watchdog ends 1 of these runs; none is on the frontier" in out
+    rows = [line.split() for line in out.splitlines() if " off " in line]
+    assert [(row[0], row[-1]) for row in rows] == [("*", "-"), ("none", "5")]
+
+
+NODES = "nodes=3 must divide the 8 ranks of replicas=1 x pp=4 x tp=2"
+BAD = {
+    "--pp 0": "--pp 0 must be at least 1",
+    "--tp 2,-1": "--tp -1 must be at least 1",
+    "--nodes 0": "--nodes 0 must be at least 1",
+    "--cores 16,0": "--cores 0 must be at least 1",
+    "--pp a": "Invalid value for '--pp': 'a' is not a list of integers such as 1,128,1024",
+    "--ep yes": "Invalid value for '--ep': 'yes' must be one of off, on",
+    "--warmup none,": "Invalid value for '--warmup': '' must be one of none, ",
+    "--jobs 0": "--jobs 0 must be at least 1",
+    "--model nothing": "model 'nothing' is not known: use one of",
+    "--layers 9": "9 layers of dsv4-tiny were asked for: the model has 1..8",
+    "--hardware abacus": "hardware 'abacus' is not known: use one of",
+    "--link string": "--link 'string' is not in profile h200: use one of",
+    "--ranks-per-gpu 0": "--ranks-per-gpu 0 must be above 0",
+    "--warmup none --nodes 3": NODES,
+    "--nodes 3": f"none of 3 combinations fits: {NODES}",
+    "--tp 3,2 --nodes 3,5": "none of 12 combinations fits: tp=3 must divide",
+    "--batch-sizes 0": "none of 3 combinations fits: batch sizes 0 must all be at least 1",
+    "--prompt-len 0": "none of 3 combinations fits: a request needs at least one token",
+    "--plot x.gif": f"cannot plot to x.gif: suffix must be one of {', '.join(SUFFIXES)}",
+    "--plot -": "--trace and --plot need a file",
+    "--json /nonexistent/x.json": "cannot write /nonexistent/x.json: its folder does not exist",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=lambda text: text.replace(" ", "_"))
+def test_bad_input(arguments: str, capsys: Capture) -> None:
+    assert sweep(*arguments.split()) == 2
+    captured = capsys.readouterr()
+    told = [line for line in captured.err.splitlines() if not line.startswith("sweep: ")]
+    assert captured.out == ""
+    assert len(told) == 1 and told[0].startswith(f"error: {BAD[arguments]}")
+
+
+def test_other_reasons_are_counted(capsys: Capture) -> None:
+    assert sweep("--tp", "3,2", "--nodes", "4,5", "--pp", "1") == 2
+    assert capsys.readouterr().err == (
+        "error: none of 12 combinations fits: nodes=4 must divide the 3 ranks of replicas=1 x pp=1"
+        " x tp=3; other reasons: 3\n"
+    )
+
+
+def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
+    code = (
+        "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
+        f"run_guarded(cli, ['sweep', *{TINY!r}], program='runner')\n"
+        "import sim.sweep\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# -- stopped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (WorkerLostError("it died"), 1, "error: it died: try fewer --jobs"),
+    ],
+    ids=["interrupted", "lost"],
+)
+def test_a_stopped_sweep_shows_what_it_has(
+    stop: BaseException, code: int, line: str, capsys: Capture, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def one_only(cases: list[Case], *, jobs: int, on_end: Any) -> None:
+        on_end(simulate_case(cases[1]))
+        raise stop
+
+    monkeypatch.setattr("runner.cli.sweep.run_cases", one_only)
+    path = tmp_path / "sweep.json"
+    assert sweep("--json", str(path)) == code
+    captured = capsys.readouterr()
+    out = captured.out.splitlines()
+    assert out[1] == "requests of batch sizes 1; points: 1 simulated, 2 not reached"
+    assert captured.err.splitlines()[-1] == line
+    data = json.loads(path.read_text())
+    assert [item["policy"] for item in data["points"]] == ["pp-parallel"]
+    assert [item["policy"] for item in data["unfinished"]] == ["none", "planned"]
+
+
+def test_ctrl_c_ends_every_process_without_a_traceback(tmp_path: Path) -> None:
+    """As a terminal sends it: to the command and to its processes."""
+    command = [sys.executable, "-m", "runner", "sweep", "--jobs", "2", "--tp", "1,2,4,8",
+               "--cores", ",".join(map(str, range(1, 100)))]  # fmt: skip
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )  # fmt: skip
+    assert started.stderr is not None
+    first = started.stderr.readline()
+    assert first.startswith("sweep: ")
+    os.killpg(started.pid, signal.SIGINT)
+    since = time.monotonic()
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert time.monotonic() - since < 30
+    assert " not reached" in out and "\n * " in out
+    assert [line for line in err.splitlines() if line and not line.startswith("sweep: ")] == [
+        "error: interrupted"
+    ]

@@ -1,0 +1,111 @@
+"""A sweep's points and its frontier."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.sweep import Axes, Skipped, by_start_up, frontier, frontier_points, reasons
+from runner.warmup import WarmupPolicy
+from tests.unit.sweeps import point, result
+
+Pair = tuple[float, Fraction]
+
+
+def pairs(*values: tuple[float, float]) -> list[Pair]:
+    return [(seconds, Fraction(covered)) for seconds, covered in values]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([], []),
+        ([(3, 0)], [True]),
+        ([(1, 0.5), (2, 1)], [True, True]),
+        ([(2, 1), (1, 0.5)], [True, True]),
+        ([(1, 1), (2, 0.5)], [True, False]),
+        ([(1, 0.5), (2, 0.5)], [True, False]),
+        ([(1, 0.5), (1, 1)], [False, True]),
+        ([(1, 0.5), (1, 0.5), (2, 0.5)], [True, True, False]),
+        ([(2, 1), (1, 0.5), (2, 1), (1, 0.25), (3, 1)], [True, True, True, False, False]),
+    ],
+    ids=str,
+)
+def test_frontier(points: list[tuple[float, float]], expected: list[bool]) -> None:
+    assert frontier(pairs(*points)) == expected
+
+
+def test_coverages_that_floats_cannot_tell_apart_are_told_apart() -> None:
+    least = Fraction(10**20 - 1, 10**20)
+    assert float(least) == 1.0
+    assert frontier([(1.0, least), (2.0, Fraction(1)), (2.0, least)]) == [True, True, False]
+
+
+few = st.tuples(st.integers(0, 4).map(float), st.fractions(0, 1, max_denominator=4))
+many = st.tuples(st.floats(0, 1e6), st.fractions(0, 1))
+
+
+def beats(one: Pair, other: Pair) -> bool:
+    """The definition, pair by pair."""
+    return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+
+@given(st.lists(few, max_size=12) | st.lists(many, max_size=12))
+def test_frontier_is_what_no_other_beats(found: list[Pair]) -> None:
+    assert frontier(found) == [not any(beats(one, other) for one in found) for other in found]
+
+
+@given(st.lists(few, max_size=12), st.randoms())
+def test_frontier_does_not_depend_on_order(found: list[Pair], random) -> None:  # type: ignore[no-untyped-def]
+    order = list(range(len(found)))
+    random.shuffle(order)
+    shuffled = frontier([found[index] for index in order])
+    on = frontier(found)
+    assert shuffled == [on[index] for index in order]
+
+
+def test_a_run_that_the_watchdog_ends_is_not_on_the_frontier_and_beats_nobody() -> None:
+    lost = result(1.0, 100, point("planned"), timeout_seconds=600.0)
+    slower = result(2.0, 50, point("none"))
+    assert frontier_points([lost, slower]) == {slower.point}
+    assert frontier_points([lost]) == frozenset()
+
+
+def test_coverage_is_exact_and_an_empty_plan_is_covered() -> None:
+    assert result(1.0, 46, planned=644).coverage == Fraction(1, 14)
+    assert result(1.0, 0, planned=0).coverage == 1
+
+
+def test_fastest_first_then_more_covered_then_as_given() -> None:
+    given = [result(2.0, 9, point(cores=cores)) for cores in (4, 2)]
+    given += [result(1.0, 1, point(cores=8)), result(2.0, 10, point(cores=1))]
+    assert [item.point.cores for item in by_start_up(given)] == [8, 1, 4, 2]
+
+
+def test_points_are_every_combination_once_layouts_together() -> None:
+    axes = Axes(
+        policies=[WarmupPolicy.NONE, WarmupPolicy.PLANNED, WarmupPolicy.NONE],
+        pp=[1, 2], tp=[4], ep=[False, True], nodes=[1, 2, 1], cores=[16],
+    )  # fmt: skip
+    assert axes.points() == [
+        point(policy, pp=pp, tp=4, ep=ep, nodes=nodes)
+        for pp in (1, 2)
+        for ep in (False, True)
+        for nodes in (1, 2)
+        for policy in ("none", "planned")
+    ]
+
+
+def test_without_nodes_each_stage_has_one() -> None:
+    axes = Axes(
+        policies=[WarmupPolicy.NONE], pp=[1, 2, 4], tp=[1], ep=[False], nodes=None, cores=[8]
+    )
+    assert [(at.pp, at.nodes) for at in axes.points()] == [(1, 1), (2, 2), (4, 4)]
+
+
+def test_reasons_are_counted_the_most_frequent_first() -> None:
+    skipped = [Skipped(point(tp=tp), f"tp={tp} is odd") for tp in (3, 5, 7, 5)]
+    assert reasons(skipped) == [("tp=5 is odd", 2), ("tp=3 is odd", 1), ("tp=7 is odd", 1)]

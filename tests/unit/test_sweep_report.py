@@ -1,0 +1,231 @@
+"""What is shown of a sweep: table, JSON, picture."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UserError
+from runner.report.point_labels import clusters, place_labels
+from runner.report.sweep_json import sweep_json
+from runner.report.sweep_plot import plot_sweep
+from runner.report.sweep_table import print_sweep, shown_results, skipped_lines
+from runner.sweep import Skipped, Sweep
+from runner.warmup import WarmupPolicy
+from tests.unit.sweeps import SETTINGS, point, result
+
+SMALL = Sweep(
+    settings=SETTINGS,
+    results=(
+        result(1.5, 40, point("pp-parallel", cores=128)),
+        result(2.25, 100, point("planned", ep=True), planned=100, duplicates=0),
+        result(2.25, 1999, point("none"), planned=2000),
+        result(
+            12900.0, 40, point("none", pp=1, nodes=1), timeout_seconds=612.3, cpu_seconds=54321.5
+        ),
+    ),
+    skipped=(
+        Skipped(point(tp=3), "tp=3 is odd"),
+        Skipped(point(tp=5), "tp=5 is odd"),
+        Skipped(point("planned", tp=5), "tp=5 is odd"),
+    ),
+)
+
+TABLE = """\
+a model, 3 layers, a machine, link a link; cold caches, forwards of up to 128 tokens
+requests of batch sizes 1,64; points: 4 simulated, 3 skipped
+
+                                     start-up   kernels cover-  com- dupli- compile time-
+   policy      pp tp  ep nodes cores        s   present   ed % piled  cates   CPU s out s
+ ────────────────────────────────────────────────────────────────────────────────────────
+ * pp-parallel  4  2 off     4   128     1.50    40/100   40.0     8      4    12.5     -
+ * planned      4  2  on     4    16     2.25   100/100  100.0     8      0    12.5     -
+   none         4  2 off     4    16     2.25 1999/2000   99.9     8      4    12.5     -
+   none         1  2 off     1    16 12900.00    40/100   40.0     8      4 54321.5   612
+
+* frontier: no other point starts as fast and covers as much, or better
+time-out: the watchdog ends 1 of these runs; none is on the frontier
+skipped 2: tp=5 is odd
+skipped 1: tp=3 is odd
+"""
+
+
+def printed(sweep: Sweep, capsys: pytest.CaptureFixture[str], *, show_all: bool = False) -> str:
+    print_sweep(sweep, show_all=show_all)
+    return "".join(f"{line.rstrip()}\n" for line in capsys.readouterr().out.splitlines())
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(SMALL, capsys) == TABLE
+
+
+def test_the_longest_row_fits_on_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    longest = max((policy.value for policy in WarmupPolicy), key=len)
+    at = point(longest, pp=16, tp=16, nodes=256, cores=192)
+    wide = result(98765.4, 9998, at, planned=9999, kernels_compiled=99999, duplicates=99999,
+                  cpu_seconds=999999.9, timeout_seconds=12345.0)  # fmt: skip
+    out = printed(replace(SMALL, results=(wide,)), capsys)
+    assert "…" not in out and max(map(len, out.splitlines())) <= 100
+    assert "98765.40 9998/9999   99.9 99999  99999 999999.9 12345" in out
+
+
+LONG = replace(
+    SMALL,
+    skipped=(),
+    results=(
+        *(result(100.0 + at, 1, point(cores=at)) for at in range(1, 26)),
+        result(500.0, 100, point("planned")),
+        result(501.0, 100, point("planned", cores=8)),
+    ),
+)
+
+
+def test_the_frontier_and_the_20_fastest_others_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert [item.wall_seconds for item in shown_results(LONG)] == [
+        *(100.0 + at for at in range(1, 22)),
+        500.0,
+    ]
+    out = printed(LONG, capsys)
+    assert out.count("\n * ") == 2
+    assert "\nslower points not shown: 5; --all shows them\n" in out
+
+
+def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(LONG, capsys, show_all=True)
+    assert [line.split()[7 if "*" in line else 6] for line in out.splitlines()[6:-2]] == [
+        f"{item.wall_seconds:.2f}" for item in LONG.results
+    ]
+    assert "not shown" not in out
+
+
+def test_a_stopped_sweep_tells_what_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = replace(SMALL, results=(), skipped=(), unfinished=(point(),))
+    assert printed(stopped, capsys).splitlines()[1:] == [
+        "requests of batch sizes 1,64; points: 0 simulated, 1 not reached"
+    ]
+
+
+def test_reasons_are_cut_short() -> None:
+    skipped = tuple(Skipped(point(tp=tp), f"tp={tp} is odd") for tp in range(1, 51, 2))
+    lines = skipped_lines(replace(SMALL, skipped=skipped))
+    assert lines[:2] == ["skipped 1: tp=1 is odd", "skipped 1: tp=3 is odd"]
+    assert lines[20:] == ["other reasons: 5, all in the JSON"]
+
+
+def test_json_has_every_point() -> None:
+    data = json.loads(json.dumps(sweep_json(replace(SMALL, unfinished=(point(cores=1),)))))
+    assert set(data) == {"version", "settings", "points", "skipped", "unfinished"}
+    assert (data["version"], data["settings"]) == (1, SETTINGS)
+    assert [item["frontier"] for item in data["points"]] == [True, True, False, False]
+    assert data["points"][1] == {
+        "policy": "planned", "pp": 4, "tp": 2, "ep": True, "nodes": 4, "cores": 16,
+        "frontier": True, "wall_seconds": 2.25, "kernels_present": 100, "kernels_planned": 100,
+        "coverage": 1.0, "kernels_compiled": 8, "duplicates": 0, "compile_cpu_seconds": 12.5,
+        "timeout_seconds": None,
+    }  # fmt: skip
+    assert data["points"][3]["timeout_seconds"] == 612.3
+    assert data["skipped"][0] == {
+        "policy": "none", "pp": 4, "tp": 3, "ep": False, "nodes": 4, "cores": 16,
+        "reason": "tp=3 is odd",
+    }  # fmt: skip
+    assert [item["reason"] for item in data["skipped"][1:]] == ["tp=5 is odd"] * 2
+    assert data["unfinished"] == [
+        {"policy": "none", "pp": 4, "tp": 2, "ep": False, "nodes": 4, "cores": 1}
+    ]
+
+
+# -- picture --------------------------------------------------------------------------------------
+
+
+def svg_of(sweep: Sweep, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The picture as SVG whose text is text."""
+    mpl = pytest.importorskip("matplotlib")
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    plot_sweep(path, sweep)
+    return path.read_text()
+
+
+def test_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_sweep(tmp_path / "sweep.PNG", SMALL)
+    assert (tmp_path / "sweep.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_sweep_is_the_same_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("1.svg", "2.svg"):
+        plot_sweep(tmp_path / name, SMALL)
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+
+
+def test_points_are_labelled_by_what_varies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = svg_of(SMALL, tmp_path / "x.svg", monkeypatch)
+    # The third point lies where the second does and has no label of its own.
+    labels = re.findall(r">(pp\d[^<]*)<", text)
+    assert sorted(labels) == ["pp1 n1 c16", "pp4 n4 c128", "pp4 n4 c16 ep +1"]
+    assert ">a model, 3 layers, a machine; tp 2<" in text
+    assert ">hollow: ended by the watchdog<" in text
+    for policy in WarmupPolicy:
+        assert (f">{policy.value}<" in text) is (policy.value in {"none", "pp-parallel", "planned"})
+
+
+def test_odd_sweeps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**SETTINGS, "model": "$x^"}
+    alone = Sweep(settings=settings, results=(result(5.0, 0, planned=0),), skipped=())
+    assert ">frontier<" in svg_of(alone, tmp_path / "1.svg", monkeypatch)
+    lost = replace(alone, results=(result(900.0, 1, timeout_seconds=600.0),))
+    assert ">frontier<" not in svg_of(lost, tmp_path / "2.svg", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["chart.pdf", "chart"])
+def test_the_picture_names_the_suffixes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"suffix must be one of \.png, \.svg"):
+        plot_sweep(tmp_path / name, SMALL)
+
+
+def test_the_picture_needs_points(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match=r"cannot plot to .*chart\.png: no points"):
+        plot_sweep(tmp_path / "chart.png", replace(SMALL, results=()))
+
+
+def test_the_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'deepgemm-coldstart\[plot\]'"):
+        plot_sweep(tmp_path / "chart.png", SMALL)
+
+
+def test_labels_lie_apart_and_inside(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation, Text
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    points = [(float(x), float(y), f"point {x} {y}") for x in range(12) for y in range(3)]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    place_labels(figure, axes, points, clear_points=6.0)
+    labels = [child for child in axes.get_children() if isinstance(child, Annotation)]
+    boxes = [Text.get_window_extent(label) for label in labels]
+    assert len(labels) > 12 and labels[0].get_text() == "point 0 0"
+    room = axes.get_window_extent()
+    assert all(room.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_points_that_overlap_share_a_label() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.transforms import Bbox
+
+    boxes = [Bbox.from_extents(x, 0, x + 2, 2) for x in (0, 1, 3.5, 1.5, 9)]
+    assert clusters(boxes) == [(0, 2), (2, 0), (4, 0)]
