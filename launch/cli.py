@@ -23,6 +23,7 @@ from runner.cli.common import (
     layout_options,
     max_tokens_option,
     model_options,
+    policy_option,
     report_options,
     serving_options,
     warmup_options,
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metavar="N",
     help="Give each of N groups of ranks a cache directory of its own.",
 )
+@policy_option
 @warmup_options
 @batch_sizes_option
 @max_tokens_option

@@ -119,12 +119,18 @@ def max_tokens_option(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def policy_option(function: F) -> F:
+    """``--warmup``, which may be given again."""
+    return click.option(
+        "--warmup", "policies", multiple=True,
+        type=click.Choice([policy.value for policy in WarmupPolicy]),
+        help="Warm-up policy; give it again for several.",
+    )(function)  # fmt: skip
+
+
 def warmup_options(function: F) -> F:
-    """``--warmup``, which may be given again, and what goes with walks, graphs and streams."""
+    """What goes with any policy: streams, graphs, walks and locks."""
     options = (
-        click.option("--warmup", "policies", multiple=True,
-                     type=click.Choice([policy.value for policy in WarmupPolicy]),
-                     help="Warm-up policy; give it again for several."),
         click.option("--stream", type=IntList(),
                      help="Token counts of the requests after the first, instead of the batch "
                           "sizes."),

@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from runner.cli.common import SECONDS, F
+from runner.cli.common import (
+    SECONDS,
+    F,
+    batch_sizes_option,
+    check_sizes,
+    max_tokens_option,
+    serving_options,
+    warmup_options,
+)
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.scenario import Scenario
+from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from sim.profile import Profile
 from sim.simulate import Machine
+from sim.start_up import PHASES, StartPhases, Weights
 
 
-def machine_options(function: F) -> F:
-    """``--hardware``, ``--link``, ``--ranks-per-gpu``, ``--nccl-timeout``."""
-    options = (
+def simulation_options(function: F) -> F:
+    """Everything of a simulation but the model, the layout, the policy and the cores."""
+    options: tuple[Callable[[F], F], ...] = (
+        warmup_options,
+        batch_sizes_option,
+        max_tokens_option,
+        serving_options,
+        click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
+                     help="Whole copies of the pipeline that start at once, on nodes of their "
+                          "own."),
+        click.option("--hosts", type=int, metavar="N",
+                     help="Machines that the nodes share.  [default: one a node]"),
+        click.option("--hardware", default="h200", show_default=True,
+                     help="Profile name or file."),
+        click.option("--link", default="nvlink", show_default=True,
+                     help="One of the profile's links."),
+        click.option("--ranks-per-gpu", type=int, default=1, show_default=True,
+                     help="Ranks that share a GPU."),
         click.option("--nccl-timeout", type=SECONDS, default=600.0, show_default=True,
                      metavar="SECONDS",
                      help="Longest wait in a collective before the watchdog ends the run."),
-        click.option("--ranks-per-gpu", type=int, default=1, show_default=True,
-                     help="Ranks that share a GPU."),
-        click.option("--link", default="nvlink", show_default=True,
-                     help="One of the profile's links."),
-        click.option("--hardware", default="h200", show_default=True,
-                     help="Profile name or file."),
+        click.option("--run-ahead/--no-run-ahead", default=None,
+                     help="Whether hosts queue communication and go on.  "
+                          "[default: as the link does]"),
+        click.option("--weights", type=click.Choice([*(item.value for item in Weights), "skip"]),
+                     default="disk", show_default=True,
+                     help="Where weights come from; dummy ones are made up, as launch does."),
+        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice(PHASES),
+                     help="Leave a phase before the warm-up out."),
     )  # fmt: skip
-    for option in options:
+    for option in reversed(options):
         function = option(function)
     return function
 
 
 def with_environ(values: dict[str, Any], environ: Environ) -> dict[str, Any]:
-    """The options with what environment variables say where an option does not."""
+    """The options with what environment variables say where an option does not.
+
+    Raises:
+        UserError: a list of sizes that holds what is none.
+    """
+    check_sizes(stream=values["stream"], cuda_graphs=values["cuda_graphs"])
     return {
         **values,
         "stage_layers": values["stage_layers"] or environ.stage_layers,
-        "deep_gemm_bf16_fp32": environ.deep_gemm_bf16_fp32,
+        "bf16_fp32_algo": environ.bf16_fp32_algo,
     }
 
 
@@ -74,7 +107,16 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
         link=link,
         ranks_per_gpu=values["ranks_per_gpu"],
         nccl_timeout=values["nccl_timeout"],
+        hosts=values["hosts"],
+        run_ahead=values["run_ahead"],
+        start=_start(values),
     )
+
+
+def _start(values: dict[str, Any]) -> StartPhases:
+    skipped = set(values["skipped"]) | ({"weights"} if values["weights"] == "skip" else set())
+    weights = Weights.DISK if values["weights"] == "skip" else Weights(values["weights"])
+    return StartPhases(tuple(name for name in PHASES if name not in skipped), weights)
 
 
 def scenario_of(
@@ -85,12 +127,14 @@ def scenario_of(
     Raises:
         UserError: the model does not fit the layout, or the policy not the sizes.
     """
+    nodes = values["nodes"]
     parallel = ParallelConfig(
         pp=values["pp"],
         tp=values["tp"],
         ep=values["ep"],
         attn_cp=values["attn_cp"],
-        nodes=values["pp"] if values["nodes"] is None else values["nodes"],
+        replicas=values["replicas"],
+        nodes=values["replicas"] * values["pp"] if nodes is None else nodes,
         stage_layers=values["stage_layers"],
     )
     return Scenario(
@@ -101,9 +145,21 @@ def scenario_of(
             batch_sizes=values["batch_sizes"],
             disaggregation=DisaggregationMode(values["disaggregation_mode"]),
             speculative=values["speculative"],
+            graph_batch_sizes=values["cuda_graphs"] or (),
+            walk_max_m=values["walk_max_m"],
+            compile_lock=values["compile_lock"],
         ),
         num_sms=profile.num_sms,
         prompt_len=values["prompt_len"],
-        deep_gemm_bf16_fp32=values["deep_gemm_bf16_fp32"],
+        bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
+        stream=values["stream"],
+        walk_memory=_walk_memory(profile, values["walk_memory"]),
     )
+
+
+def _walk_memory(profile: Profile, given: float | None) -> float:
+    """Bytes that a walk may take: as asked, else what a server's cache leaves free."""
+    if given is not None:
+        return given * GIB
+    return profile.gpu.memory * profile.start_up.graph_free

@@ -10,16 +10,10 @@ from typing import Any
 
 import click
 
-from runner.cli.common import (
-    IntList,
-    batch_sizes_option,
-    max_tokens_option,
-    model_options,
-    serving_options,
-)
+from runner.cli.common import IntList, model_options
 from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
-from runner.cli.simulated import machine_of, machine_options, model_of, scenario_of, with_environ
+from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.environ import Environ
 from runner.errors import UserError
@@ -44,10 +38,7 @@ from sim.sweep import Case, Ended, WorkerLostError, run_cases
     help="Split EXTEND tokens of the attention over so many ranks.",
 )
 @click.option("--stage-layers", type=IntList(), help="Layers of each stage.  [default: even]")
-@batch_sizes_option
-@max_tokens_option
-@serving_options
-@machine_options
+@simulation_options
 @click.option("--jobs", type=int, help="Processes that simulate.  [default: one a core]")
 @click.option(
     "--all",

@@ -11,7 +11,7 @@ import click
 from runner.cli.common import F, IntList
 from runner.errors import UserError
 from runner.sweep import Axes
-from runner.warmup import RUNNABLE_POLICIES, WarmupPolicy
+from runner.warmup import WarmupPolicy
 
 
 class ChoiceList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -35,7 +35,7 @@ class ChoiceList(click.ParamType):  # type: ignore[type-arg]  # generic from cli
 
 def axis_options(*, pp: int, tp: int) -> Callable[[F], F]:
     """``--pp``, ``--tp``, ``--ep``, ``--nodes``, ``--cores``, ``--warmup``."""
-    policies = [policy.value for policy in RUNNABLE_POLICIES]
+    policies = [policy.value for policy in WarmupPolicy]
     options = (
         _axis("--pp", IntList(), str(pp), "Pipeline stages."),
         _axis("--tp", IntList(), str(tp), "Tensor-parallel ranks."),
