@@ -56,7 +56,7 @@ class Result:
     """The figures of a simulated point.
 
     Attributes:
-        wall_seconds: the start-up, rounded to microseconds: rounding noise decides no tie.
+        up_seconds: until the first request is answered, rounded to microseconds: rounding noise decides no tie.
         kernels_compiled: number of compiles, the same kernel on two ranks or nodes counted twice.
         duplicates: compiles of a kernel beyond its first.
         cpu_seconds: seconds of CPU cores that the compiles used.
@@ -66,7 +66,7 @@ class Result:
     """
 
     point: Point
-    wall_seconds: float
+    up_seconds: float
     kernels_compiled: int
     duplicates: int
     cpu_seconds: float
@@ -106,13 +106,13 @@ def frontier(pairs: Sequence[tuple[float, Fraction]]) -> list[bool]:
 def frontier_points(results: Iterable[Result]) -> frozenset[Point]:
     """The points on the frontier; a run that the watchdog ends serves nobody, so it has no part."""
     alive = [result for result in results if result.timeout_seconds is None]
-    on = frontier([(result.wall_seconds, result.coverage) for result in alive])
+    on = frontier([(result.up_seconds, result.coverage) for result in alive])
     return frozenset(result.point for result, is_on in zip(alive, on, strict=True) if is_on)
 
 
 def by_start_up(results: Iterable[Result]) -> list[Result]:
     """Fastest first; of equally fast ones those that cover more, then in the order given."""
-    return sorted(results, key=lambda result: (result.wall_seconds, -result.coverage))
+    return sorted(results, key=lambda result: (result.up_seconds, -result.coverage))
 
 
 def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from multiprocessing import active_children, get_context, parent_process
 
@@ -43,10 +44,11 @@ def simulate_case(case: Case) -> Ended:
     except UserError as error:
         return Skipped(case.point, str(error))
     timeline, timeout = prediction.timeline, prediction.timeout
-    worst = min(timeline.meta["coverage"], key=lambda node: int(node["present"]))
+    nodes = timeline.meta["coverage_up"]
+    worst = min(nodes, key=lambda node: Fraction(node["present"], node["planned"]))
     return Result(
         point=case.point,
-        wall_seconds=round(timeline.wall, 6),
+        up_seconds=round(timeline.up, 6),
         kernels_compiled=timeline.kernels_compiled,
         duplicates=timeline.duplicates,
         cpu_seconds=round(cpu_seconds(timeline, case.point.cores), 6),

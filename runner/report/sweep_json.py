@@ -29,7 +29,7 @@ def _result_json(result: Result, *, frontier: bool) -> dict[str, Any]:
     return {
         **_point_json(result.point),
         "frontier": frontier,
-        "wall_seconds": result.wall_seconds,
+        "up_seconds": result.up_seconds,
         "kernels_present": result.present,
         "kernels_planned": result.planned,
         "coverage": float(result.coverage),

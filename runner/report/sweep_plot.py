@@ -64,8 +64,8 @@ def _figure(sweep: Sweep) -> Figure:
 def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    low = min(result.wall_seconds for result in sweep.results)
-    high = max(result.wall_seconds for result in sweep.results)
+    low = min(result.up_seconds for result in sweep.results)
+    high = max(result.up_seconds for result in sweep.results)
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
     # Powers of ten alone would leave a narrow range without a tick.
@@ -137,7 +137,7 @@ def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
 
 
 def _position(result: Result) -> XY:
-    return result.wall_seconds, 100 * float(result.coverage)
+    return result.up_seconds, 100 * float(result.coverage)
 
 
 def _labels(sweep: Sweep) -> list[tuple[float, float, str]]:

@@ -63,7 +63,7 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> Table:
             *map(str, (point.pp, point.tp)),
             "on" if point.ep else "off",
             *map(str, (point.nodes, point.cores)),
-            f"{result.wall_seconds:.2f}",
+            f"{result.up_seconds:.2f}",
             f"{result.present}/{result.planned}",
             f"{int(1000 * result.coverage) / 10:.1f}",
             *map(str, (result.kernels_compiled, result.duplicates)),

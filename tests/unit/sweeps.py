@@ -18,7 +18,7 @@ def result(seconds: float, present: int, at: Point | None = None, **changes: Any
         "kernels_compiled": 8, "duplicates": 4, "cpu_seconds": 12.5, "planned": 100,
         "timeout_seconds": None, **changes,
     }  # fmt: skip
-    return Result(point=at or point(), wall_seconds=seconds, present=present, **values)
+    return Result(point=at or point(), up_seconds=seconds, present=present, **values)
 
 
 SETTINGS: dict[str, Any] = {

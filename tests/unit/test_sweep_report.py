@@ -89,7 +89,7 @@ LONG = replace(
 def test_the_frontier_and_the_20_fastest_others_are_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert [item.wall_seconds for item in shown_results(LONG)] == [
+    assert [item.up_seconds for item in shown_results(LONG)] == [
         *(100.0 + at for at in range(1, 22)),
         500.0,
     ]
@@ -101,7 +101,7 @@ def test_the_frontier_and_the_20_fastest_others_are_shown(
 def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(LONG, capsys, show_all=True)
     assert [line.split()[7 if "*" in line else 6] for line in out.splitlines()[6:-2]] == [
-        f"{item.wall_seconds:.2f}" for item in LONG.results
+        f"{item.up_seconds:.2f}" for item in LONG.results
     ]
     assert "not shown" not in out
 
@@ -127,7 +127,7 @@ def test_json_has_every_point() -> None:
     assert [item["frontier"] for item in data["points"]] == [True, True, False, False]
     assert data["points"][1] == {
         "policy": "planned", "pp": 4, "tp": 2, "ep": True, "nodes": 4, "cores": 16,
-        "frontier": True, "wall_seconds": 2.25, "kernels_present": 100, "kernels_planned": 100,
+        "frontier": True, "up_seconds": 2.25, "kernels_present": 100, "kernels_planned": 100,
         "coverage": 1.0, "kernels_compiled": 8, "duplicates": 0, "compile_cpu_seconds": 12.5,
         "timeout_seconds": None,
     }  # fmt: skip

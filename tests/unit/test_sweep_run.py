@@ -43,7 +43,7 @@ def test_a_results_figures_are_the_predictions() -> None:
     nodes = timeline.meta["coverage"]
     assert simulate_case(one) == Result(
         point=one.point,
-        wall_seconds=round(timeline.wall, 6),
+        up_seconds=round(timeline.wall, 6),
         kernels_compiled=timeline.kernels_compiled,
         duplicates=timeline.duplicates,
         # Two ranks on two cores: no more compiles than cores, so spans are CPU time.
