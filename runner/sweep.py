@@ -56,7 +56,8 @@ class Result:
     """The figures of a simulated point.
 
     Attributes:
-        up_seconds: until the first request is answered, rounded to microseconds: rounding noise decides no tie.
+        up_seconds: until the first request is answered, rounded to microseconds, so that rounding
+            noise decides no tie.
         kernels_compiled: number of compiles, the same kernel on two ranks or nodes counted twice.
         duplicates: compiles of a kernel beyond its first.
         cpu_seconds: seconds of CPU cores that the compiles used.
