@@ -92,6 +92,7 @@ class _Rank:
     done: bool = False
     spans: list[Span] = field(default_factory=list)
     computing_since: float | None = None
+    communicated: float = 0.0
     sequence: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     phase: tuple[str, float] | None = None
 
@@ -241,6 +242,7 @@ class Engine:
     def _synchronised(self, rank: _Rank) -> bool:
         """Whether the GPU is done; if not, the host goes on at the same place once it is."""
         if rank.queue:
+            rank.close_compute()
             rank.waits_for_device = True
             return False
         rank.clock = max(rank.clock, rank.device)
@@ -391,6 +393,7 @@ class Engine:
                 rank.queue.popleft()
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
+                rank.computing_since = max(rank.clock, rank.communicated)
                 rank.clock = max(rank.clock, rank.device)
                 self._at(rank.clock, partial(self._go_on, rank))
 
@@ -413,7 +416,7 @@ class Engine:
         if item.end is None:
             rank.waiting_in = _waiting_in(work)
             return False
-        rank.device = item.end
+        rank.device = rank.communicated = item.end
         return True
 
     def _arrive(self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]) -> None:
