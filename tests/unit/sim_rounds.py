@@ -14,6 +14,9 @@ from sim.costs import Seconds
 from sim.engine import Engine, Outcome
 
 
+TWO = Seconds(2.0)
+
+
 @dataclass(frozen=True)
 class RoundCosts:
     """Whole numbers; a compute's flops are its host's seconds and its bytes those of its GPU."""
@@ -21,7 +24,7 @@ class RoundCosts:
     compile: float = 10.0
     load: float = 1.0
     bulk: float = 1.0
-    kernel: Seconds = Seconds(2.0)
+    kernel: Seconds = TWO
     collective: float = 3.0
     transfer: float = 4.0
     cores: int = 8
