@@ -13,7 +13,6 @@ from runner.timeline import merge
 from sim.costs import Seconds
 from sim.engine import Engine, Outcome
 
-
 TWO = Seconds(2.0)
 
 
