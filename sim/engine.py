@@ -101,6 +101,13 @@ class _Rank:
             self.note(self.computing_since, self.clock, "compute", "compute")
         self.computing_since = None
 
+    def wait_for_device(self) -> None:
+        """Go on when the GPU is done; what it communicated after the host's work is none."""
+        if self.computing_since is not None and self.communicated > self.clock:
+            self.close_compute()
+            self.computing_since = self.communicated
+        self.clock = max(self.clock, self.device)
+
     def note(self, start: float, end: float, kind: str, name: str, key: str = "") -> None:
         self.spans.append(Span(self.index, start, end, kind, name, key))
 
@@ -242,10 +249,9 @@ class Engine:
     def _synchronised(self, rank: _Rank) -> bool:
         """Whether the GPU is done; if not, the host goes on at the same place once it is."""
         if rank.queue:
-            rank.close_compute()
             rank.waits_for_device = True
             return False
-        rank.clock = max(rank.clock, rank.device)
+        rank.wait_for_device()
         return True
 
     def _resume(self, rank: _Rank, time: float) -> None:
@@ -393,8 +399,7 @@ class Engine:
                 rank.queue.popleft()
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
-                rank.computing_since = max(rank.clock, rank.communicated)
-                rank.clock = max(rank.clock, rank.device)
+                rank.wait_for_device()
                 self._at(rank.clock, partial(self._go_on, rank))
 
     def _done(self, rank: _Rank, item: _Queued, todo: deque[_Rank]) -> bool:

@@ -110,8 +110,12 @@ def test_a_rank_that_hosts_nothing_else_ends_with_its_gpu() -> None:
     assert ahead.ends == (16.0, 16.0)
 
 
-def test_kinds_of_one_ranks_time_do_not_overlap_where_the_host_only_waits() -> None:
-    """Work, then a forward's end that waits for a collective: that wait is no computing."""
-    ahead = simulate([BOTH, work(2), FORWARD, work(3)], [work(30), BOTH], run_ahead=True)
-    computed = [row for row in rows(ahead, 0) if row[0] == "compute"]
-    assert computed == [("compute", 0, 2), ("compute", 33, 36)]
+def test_a_wait_for_communication_is_no_computing() -> None:
+    """Work, then a forward's end that waits for a collective, whichever rank is seen first."""
+    first: list[Op] = [BOTH, work(2, 1), FORWARD, work(3)]
+    second: list[Op] = [work(30), BOTH]
+    for ranks, index in (((first, second), 0), ((second, first), 1)):
+        ahead = simulate(*ranks, run_ahead=True)
+        computed = [row for row in rows(ahead, index) if row[0] == "compute"]
+        # The GPU's second of work comes after the collective, which ends at 33.
+        assert computed == [("compute", 0, 2), ("compute", 33, 37)]
