@@ -52,13 +52,16 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
     samples = [take_samples(timeline, base) for timeline in measured]
     fitted: list[Fitted] = []
     compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
+    builder = _builder(samples, base.builder, fitted)
+    cache = _cache(samples, base.cache, fitted)
     profile = replace(
         base,
         name=name,
         compile=compile_times,
-        builder=_builder(samples, base.builder, fitted),
-        cache=_cache(samples, base.cache, fitted),
-        host=_host(samples, base, fitted),
+        builder=builder,
+        cache=cache,
+        # Loads in walks are taken off their time, as what they have just been fitted to.
+        host=_host(samples, replace(base, cache=cache), fitted),
         links=_links(samples, base.links, fitted),
         start_up=_start_up(measured, base.start_up, fitted),
         provenance=_provenance(measured, base),
@@ -250,8 +253,12 @@ def _link(ranks: Sequence[RankSample], base: Link) -> Link:
 
 
 def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]) -> StartUp:
-    def phase(name: str, known: Phase) -> Phase:
-        seen = [(t.world_size, t.phases()[name]) for t in measured if name in t.phases()]
+    def phase(name: str, known: Phase, *, on_host: bool = True) -> Phase:
+        seen = [
+            (t.world_size // (t.meta["hosts"] if on_host else 1), t.phases()[name])
+            for t in measured
+            if name in t.phases()
+        ]
         if not seen:
             return known
         found = _phase(seen, known)
@@ -263,7 +270,7 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
     return replace(
         base,
         imports=phase("imports", base.imports),
-        process_group=phase("process group", base.process_group),
+        process_group=phase("process group", base.process_group, on_host=False),
         weights=phase("weights", base.weights),
         weight_bandwidth=bandwidth,
     )

@@ -32,7 +32,8 @@ class RankSample:
     """Sums of one rank: what it did, and what that took.
 
     Attributes:
-        runs: its (host operations, GPU seconds) between communications, in order.
+        operations: number of its host's operations between communications.
+        device: seconds that its GPU needs for them.
         compute: seconds measured in them.
         reduced: bytes that its all-reduces move on a ring.
         gathered: bytes of its other collectives.
