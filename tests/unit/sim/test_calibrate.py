@@ -99,7 +99,7 @@ def test_a_link_comes_back_within_a_tenth() -> None:
     assert link.queues is False
 
 
-def test_start_up_comes_back_within_a_twentieth_of_what_was_seen() -> None:
+def test_start_up_comes_back_within_a_tenth() -> None:
     """Each layout measured four times."""
     seen = [measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN)
             for pp, tp in ((1, 1), (2, 1), (2, 2), (4, 2))]  # fmt: skip
@@ -107,7 +107,7 @@ def test_start_up_comes_back_within_a_twentieth_of_what_was_seen() -> None:
     for ranks in (1, 2, 4, 8):
         for name in ("imports", "process_group", "weights"):
             phase, known = getattr(made, name), getattr(KNOWN.start_up, name)
-            assert phase.of(ranks) == pytest.approx(known.of(ranks), rel=0.05), name
+            assert phase.of(ranks) == pytest.approx(known.of(ranks), rel=0.1), name
 
 
 def test_imports_and_weights_follow_a_hosts_ranks() -> None:
@@ -117,8 +117,8 @@ def test_imports_and_weights_follow_a_hosts_ranks() -> None:
     for hosts in (1, 2, 4):
         for name in ("imports", "weights"):
             phase, known = getattr(made, name), getattr(KNOWN.start_up, name)
-            assert phase.of(4 // hosts) == pytest.approx(known.of(4 // hosts), rel=0.05), name
-    assert made.process_group.of(4) == pytest.approx(KNOWN.start_up.process_group.of(4), rel=0.05)
+            assert phase.of(4 // hosts) == pytest.approx(known.of(4 // hosts), rel=0.1), name
+    assert made.process_group.of(4) == pytest.approx(KNOWN.start_up.process_group.of(4), rel=0.1)
 
 
 def test_what_no_run_tells_is_the_bases() -> None:
