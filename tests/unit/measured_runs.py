@@ -78,7 +78,7 @@ def another(base: Profile | None = None) -> Profile:
         host=Host(call=0.002, walk=0.05, walk_call=0.0002),
         links={**base.links, "gloo": Link(0.003, 4e6, 1e6)},
         start_up=replace(
-            base.start_up, imports=Phase(6.0, 0.3), process_group=Phase(1.5, 0.1),
+            base.start_up, imports=Phase(6.0, 0.3), process_group=Phase(1.5, 0.06),
             weights=Phase(1.0, 0.9),
         ),
     )  # fmt: skip
