@@ -84,6 +84,8 @@ def _forwards(ops: Sequence[Op]) -> Iterator[tuple[str, list[Op]]]:
             name, own = (op.name if inside and op.kind == "forward" else ""), []
         elif name:
             own.append(op)
+    if name:
+        yield name, own
 
 
 def _used(op: Op) -> Iterable[Kernel]:
