@@ -17,14 +17,13 @@ from runner.backend.layout import (
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
-from runner.coverage import coverage
 from runner.deployment import Deployment, demands, recorded_calls
 from runner.errors import UserError
 from runner.forward_batch import ForwardMode
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import Plan, make_plan
-from runner.warmup import DisaggregationMode, WarmupPolicy
+from runner.jit.plan import make_plan
+from runner.warmup import DisaggregationMode
 
 FEW = {"dsv4": with_layers(DSV4, 5), "dsv3": with_layers(DSV3, 5)}
 
@@ -177,33 +176,3 @@ def test_dsv4_at_tp_2_whole() -> None:
         "sm90_fp8_paged_mqa_logits": 1,
         "sm90_fp8_mqa_logits": 1,
     }
-
-
-def plan_of(made: Deployment) -> Plan:
-    return make_plan(demands(made))
-
-
-def test_what_policies_leave_uncovered() -> None:
-    made = deployment(pp=5, tp=2, max_tokens=4096)
-    plan = plan_of(made)
-    found = {policy: coverage(policy, made, plan) for policy in WarmupPolicy}
-    everything = len(plan.kernels)
-    assert found[WarmupPolicy.NONE].missing == everything
-    for policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
-        assert (found[policy].missing, found[policy].superfluous) == (0, 0)
-        assert found[policy].uncovered == ()
-    unhooked = {T.PAGED_MQA_LOGITS_METADATA, T.FP8_PAGED_MQA_LOGITS, T.FP8_EINSUM_BHR_HDR_BHD}
-    full = found[WarmupPolicy.FULL]
-    assert {use.shape.type for use in full.uncovered} == unhooked
-    # The full list goes to 16384 whatever the chunk is, so it compiles what no forward needs.
-    assert full.superfluous > 0
-    assert found[WarmupPolicy.FAST].missing >= full.missing
-    relax = {use.shape.type for use in found[WarmupPolicy.RELAX].uncovered}
-    assert T.GEMM_NT_BF16BF16F32 in relax and T.GROUPED_GEMM_NT_F8F8BF16_CONTIG not in relax
-    parallel = found[WarmupPolicy.PP_PARALLEL]
-    assert 0 < parallel.missing < everything
-
-
-def test_pp_parallel_does_nothing_with_one_stage() -> None:
-    made = deployment(pp=1, tp=2, max_tokens=256)
-    assert coverage(WarmupPolicy.PP_PARALLEL, made, plan_of(made)).compiled == frozenset()

@@ -1,0 +1,231 @@
+"""What a policy leaves of a plan, against every M on its own."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from runner.config.hf import with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4, DSV4_TINY
+from runner.coverage import Coverage, coverage, node_coverage, node_stages
+from runner.deployment import Deployment, plan_of
+from runner.errors import UserError
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.plan import Plan
+from runner.scenario import Scenario, record, record_rank
+from runner.schedule import KernelWork, Mark, Op, Walk
+from runner.stalls import STALLS_AFTER
+from runner.warmup import WarmupOptions, WarmupPolicy
+
+P = WarmupPolicy
+POLICIES = pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+LIMIT = 48
+
+
+@cache
+def tiny(**values: Any) -> Deployment:
+    return Deployment(
+        model=DSV4_TINY, parallel=ParallelConfig(pp=2, tp=2), max_tokens=LIMIT, **values
+    )
+
+
+def held_up(policy: WarmupPolicy, made: Deployment, nodes: int) -> dict[int, set[Kernel]]:
+    """Kernels of each node before its further requests, from every operation on its own."""
+    if policy in (P.PLANNED, P.PREBUILT):
+        return {node: {item.kernel for item in plan_of(made).kernels} for node in range(nodes)}
+    parallel = ParallelConfig(pp=2, tp=2, nodes=nodes)
+    one = Scenario(model=made.model, parallel=parallel, max_tokens=LIMIT,
+                   warmup=WarmupOptions(policy=policy, walk_max_m=LIMIT))  # fmt: skip
+    held: dict[int, set[Kernel]] = {node: set() for node in range(nodes)}
+    for rank, ops in enumerate(record(one).ranks):
+        for op in ops[: ops.index(Mark("phase", STALLS_AFTER))]:
+            held[parallel.node_of(rank)].update(used(op))
+    return held
+
+
+def used(op: Op) -> list[Kernel]:
+    if isinstance(op, Walk):
+        first, last = op.steps[0][0], op.steps[-1][1]
+        ms = [m for a, b, step in op.steps for m in range(a, b + 1, step)]
+        assert (ms[0], ms[-1]) == (first, last)
+        return [kernel for m in ms for kernel in kernels_of(op.shape.call(m))]
+    if isinstance(op, KernelCall):
+        return list(kernels_of(op))
+    return list(op.kernels) if isinstance(op, KernelWork) else []
+
+
+def brute_force(
+    made: Deployment, plan: Plan, held: dict[int, set[Kernel]], nodes: int
+) -> tuple[dict[Any, set[int]], set[Kernel]]:
+    """M of each GEMM that would compile on some node, and the kernels."""
+    parallel = ParallelConfig(pp=2, tp=2, nodes=nodes)
+    stalling: dict[Any, set[int]] = {}
+    lacking: set[Kernel] = set()
+    for node, kernels in held.items():
+        stages = set(node_stages(parallel, node))
+        for demand in plan.demands:
+            if stages.isdisjoint(demand.stages):
+                continue
+            for m in demand.ms:
+                missing = [k for k in kernels_of(demand.shape.call(m)) if k not in kernels]
+                lacking.update(missing)
+                if missing:
+                    stalling.setdefault(demand.shape, set()).add(m)
+    return stalling, lacking
+
+
+@POLICIES
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, nodes: int) -> None:
+    made = tiny()
+    plan = plan_of(made)
+    found = coverage(policy, made, plan, nodes=nodes, walk_max_m=LIMIT)
+    held = held_up(policy, made, nodes)
+    stalling, lacking = brute_force(made, plan, held, nodes)
+    planned = {item.kernel for item in plan.kernels}
+    compiled = set().union(*held.values())
+    assert (found.policy, found.compiled) == (policy, compiled)
+    assert (found.missing, found.superfluous) == (len(lacking), len(compiled - planned))
+    # A range covers M that no forward has, too: between multiples, where all compile the same.
+    ms = {demand.shape: set(demand.ms) for demand in plan.demands}
+    told = {
+        use.shape: {m for first, last in use.m_ranges for m in range(first, last + 1)}
+        & ms[use.shape]
+        for use in found.uncovered
+    }
+    assert told == stalling
+    assert found.stalls == coverage(policy, made, plan, nodes=nodes, stream=(),
+                                    walk_max_m=LIMIT).stalls == ()  # fmt: skip
+
+
+def test_by_default_each_stage_has_a_node() -> None:
+    made = tiny()
+    plan = plan_of(made)
+
+    def stalled(nodes: int | None) -> set[int]:
+        found = coverage(P.NONE, made, plan, nodes=nodes, stream=(LIMIT,))
+        return {stall.node for stall in found.stalls}
+
+    assert stalled(None) == stalled(2) == {0, 1}
+    assert stalled(1) == {0}
+    assert coverage(P.NONE, made, plan) == coverage(P.NONE, made, plan, nodes=2)
+
+
+@POLICIES
+def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) -> None:
+    made = tiny()
+    plan = plan_of(made)
+    found = coverage(policy, made, plan, stream=(7, LIMIT, 3, 7))
+    assert {stall.forward for stall in found.stalls} <= set(range(8))
+    planned = {item.kernel.identity for item in plan.kernels}
+    if not policy.walked:
+        assert {stall.kernel for stall in found.stalls} <= planned
+    assert (found.stalls == ()) == (policy in (P.PLANNED, P.PREBUILT))
+    # Sooner or later every M: then all that was missing has stalled someone.
+    if policy is P.NONE:
+        every = coverage(policy, made, plan, stream=tuple(range(1, LIMIT + 1)))
+        pairs = {(stall.node, stall.kernel) for stall in every.stalls}
+        assert len({kernel for _, kernel in pairs}) == found.missing
+
+
+def test_more_tokens_than_are_planned_for() -> None:
+    made = tiny()
+    with pytest.raises(UserError, match=f"token count {LIMIT + 1} is above --max-tokens {LIMIT}"):
+        coverage(P.PLANNED, made, plan_of(made), stream=(LIMIT + 1,))
+
+
+def test_nodes_that_do_not_fit() -> None:
+    made = tiny()
+    with pytest.raises(UserError, match="nodes=3 must divide the 4 ranks"):
+        coverage(P.NONE, made, plan_of(made), nodes=3)
+
+
+def test_a_plan_that_leaves_gemms_out_calls_nothing_superfluous() -> None:
+    whole = coverage(P.FULL, tiny(), plan_of(tiny()))
+    made = tiny(without=frozenset({T.PAGED_MQA_LOGITS_METADATA}))
+    assert whole.superfluous > 0
+    assert coverage(P.FULL, made, plan_of(made)).superfluous == 0
+
+
+# -- dsv4 -----------------------------------------------------------------------------------------
+
+
+def few_layers(max_tokens: int, **layout: int) -> Deployment:
+    parallel = ParallelConfig(**layout)
+    return Deployment(model=with_layers(DSV4, 5), parallel=parallel, max_tokens=max_tokens)
+
+
+def test_what_policies_leave_uncovered() -> None:
+    made = few_layers(pp=5, tp=2, max_tokens=4096)
+    plan = plan_of(made)
+    found: dict[WarmupPolicy, Coverage] = {p: coverage(p, made, plan) for p in WarmupPolicy}
+    everything = len(plan.kernels)
+    none = found[P.NONE]
+    # All that the first request leaves on its way: five stages, five nodes, a token.
+    assert none.superfluous == 0 and none.missing < everything
+    assert len(none.compiled) == len(first_request_kernels(made))
+    for policy in (P.PLANNED, P.PREBUILT):
+        assert (found[policy].missing, found[policy].superfluous) == (0, 0)
+        assert found[policy].uncovered == ()
+    full = found[P.FULL]
+    # The first request has called the logits, which are one kernel; these are several.
+    assert {use.shape.type for use in full.uncovered} == {
+        T.PAGED_MQA_LOGITS_METADATA, T.FP8_EINSUM_BHR_HDR_BHD,
+    }  # fmt: skip
+    # The full list goes to 16384 whatever the chunk is, so it compiles what no forward needs.
+    assert full.superfluous > 0
+    assert found[P.FAST].missing >= full.missing
+    relax = {use.shape.type for use in found[P.RELAX].uncovered}
+    assert T.GEMM_NT_BF16BF16F32 in relax and T.GROUPED_GEMM_NT_F8F8BF16_CONTIG not in relax
+    parallel = found[P.PP_PARALLEL]
+    assert 0 < parallel.missing < none.missing
+    assert none.compiled < parallel.compiled
+
+
+def first_request_kernels(made: Deployment) -> set[Kernel]:
+    one = Scenario(model=made.model, parallel=made.parallel, max_tokens=made.max_tokens,
+                   warmup=WarmupOptions(policy=P.NONE, batch_sizes=(1,)))  # fmt: skip
+    return {kernel for rank in range(made.parallel.world_size)
+            for op in record_rank(one, rank) for kernel in used(op)}  # fmt: skip
+
+
+def test_with_one_stage_pp_parallel_is_none() -> None:
+    made = few_layers(pp=1, tp=2, max_tokens=256)
+    plan = plan_of(made)
+    none, parallel = (coverage(policy, made, plan) for policy in (P.NONE, P.PP_PARALLEL))
+    assert parallel.compiled == none.compiled == first_request_kernels(made)
+    assert parallel.uncovered == none.uncovered
+
+
+# -- proofs ---------------------------------------------------------------------------------------
+
+
+def test_stages_of_nodes() -> None:
+    def stages(nodes: int, **layout: int) -> list[tuple[int, ...]]:
+        parallel = ParallelConfig(nodes=nodes, **layout)
+        return [node_stages(parallel, node) for node in range(nodes)]
+
+    assert stages(1, pp=3, tp=2) == [(0, 1, 2)]
+    assert stages(3, pp=3, tp=2) == [(0,), (1,), (2,)]
+    assert stages(6, pp=3, tp=2) == [(0,), (0,), (1,), (1,), (2,), (2,)]
+    assert stages(2, pp=3, tp=2) == [(0, 1), (1, 2)]
+    assert stages(2, pp=2, tp=1, replicas=2) == [(0, 1), (0, 1)]
+
+
+def test_a_nodes_proof() -> None:
+    made = tiny()
+    plan = plan_of(made)
+    parallel = ParallelConfig(pp=2, tp=2, nodes=2)
+    needed = [item for item in plan.kernels if 1 in item.stages]
+    gone = needed[0]
+    present = {item.kernel for item in plan.kernels} - {gone.kernel}
+    proof = node_coverage(1, parallel, plan, present)
+    assert (proof["node"], proof["planned"], proof["present"]) == (1, len(needed), len(needed) - 1)
+    assert len(proof["stalls"]) == len([use for use in gone.uses if 1 in use.stages]) > 0
+    whole = node_coverage(1, parallel, plan, {item.kernel for item in needed})
+    assert whole == {"node": 1, "planned": len(needed), "present": len(needed), "stalls": []}
