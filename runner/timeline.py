@@ -130,7 +130,7 @@ class Timeline:
     def phases(self) -> dict[str, float]:
         """Longest duration over the ranks of each phase, in order of first appearance."""
         longest: dict[str, float] = {}
-        for span in sorted(self.spans, key=lambda span: span.start):
+        for span in sorted(self.spans, key=lambda span: (span.start, span.end)):
             if span.kind == "phase":
                 longest[span.name] = max(longest.get(span.name, 0.0), span.seconds)
         return longest

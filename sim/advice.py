@@ -97,8 +97,8 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
     ``up`` is the time until the first request is answered, ``served`` until all are; stalls are
     kernels that traffic can still need once the server is up.
     """
-    headers = ["up s", "served s", "compiles", "dupli-\ncates", "CPU s", "covered", "stalls",
-               "stall s", "longest\nwait s", "dies\nat s"]  # fmt: skip
+    headers = ["up s", "served\ns", "com-\npiles", "dupli-\ncates", "CPU s", "covered", "stalls",
+               "stall\ns", "longest\nwait s", "dies\nat s"]  # fmt: skip
     table = make_table("Policies", ["policy"], headers)
     for prediction in predictions:
         timeline, lost = prediction.timeline, prediction.timeout

@@ -69,7 +69,7 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
         _write_json(json_path, predictions)
     if not to_stdout and str(timeline) != "-":
         print_predictions(predictions, machine, bars=bool(policies))
-    write_reports(timelines, timeline=timeline, trace=trace, plot=plot)
+    write_reports(timelines, timeline=timeline, trace=trace, plot=plot, quiet=to_stdout)
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -58,9 +58,12 @@ def check_outputs(
 
 
 def write_reports(
-    timelines: Sequence[Timeline], *, timeline: Path | None, trace: Path | None, plot: Path | None
-) -> None:
-    """Write the files that were asked for and say so.
+    timelines: Sequence[Timeline], *, timeline: Path | None, trace: Path | None,
+    plot: Path | None, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Write the files that were asked for and say so, unless standard output holds JSON.
+
+    ``quiet``: it does, of the caller's.
 
     Raises:
         UserError: a file cannot be written, or the picture's suffix is unknown.
@@ -79,6 +82,6 @@ def write_reports(
 
         plot_gantt(plot, timelines)
         written.append(plot)
-    for path in written:
-        if str(path) != "-":
+    if not quiet and str(timeline) != "-":
+        for path in written:
             print(f"wrote {path}")
