@@ -40,7 +40,7 @@ def test_a_results_figures_are_the_predictions() -> None:
     one = case("pp-parallel", tp=2)
     prediction = simulate(one.scenario, one.machine)
     timeline = prediction.timeline
-    nodes = timeline.meta["coverage"]
+    nodes = timeline.meta["coverage_up"]
     assert simulate_case(one) == Result(
         point=one.point,
         up_seconds=round(timeline.wall, 6),
@@ -60,13 +60,14 @@ def test_coverage_is_the_worst_nodes(order: int, monkeypatch: pytest.MonkeyPatch
     uneven = replace(one.scenario.parallel, stage_layers=(1, 7))
     one = replace(one, scenario=replace(one.scenario, parallel=uneven))
     prediction = simulate(one.scenario, one.machine)
-    nodes = prediction.timeline.meta["coverage"]
-    assert [node["present"] for node in nodes] == [10, 13]
-    meta = {**prediction.timeline.meta, "coverage": nodes[::order]}
+    nodes = prediction.timeline.meta["coverage_up"]
+    # Of the kernels that each node's stage can need, so that fewer are more.
+    assert [(node["present"], node["planned"]) for node in nodes] == [(10, 18), (13, 24)]
+    meta = {**prediction.timeline.meta, "coverage_up": nodes[::order]}
     ordered = replace(prediction, timeline=replace(prediction.timeline, meta=meta))
     monkeypatch.setattr(sweep, "simulate", lambda scenario, machine: ordered)
     ended = simulate_case(one)
-    assert isinstance(ended, Result) and (ended.present, ended.planned) == (10, 24)
+    assert isinstance(ended, Result) and (ended.present, ended.planned) == (13, 24)
 
 
 def test_planned_covers_all_and_prebuilt_compiles_nothing() -> None:
@@ -85,12 +86,13 @@ def test_a_timeout_is_when_the_watchdog_ends_the_run() -> None:
     assert ended.timeout_seconds == round(lost.time, 6)
 
 
-def test_what_only_the_recording_refuses_is_skipped() -> None:
+def refused(one: Case) -> Case:
+    return replace(one, machine=replace(one.machine, hosts=3))
+
+
+def test_what_only_the_simulation_refuses_is_skipped() -> None:
     one = case()
-    wrong = replace(one, scenario=replace(one.scenario, prompt_len=0))
-    ended = simulate_case(wrong)
-    assert isinstance(ended, Skipped)
-    assert ended.point == one.point and "prompt_len=0" in ended.reason
+    assert simulate_case(refused(one)) == Skipped(one.point, "hosts=3 must divide the 2 nodes")
 
 
 # -- CPU time -------------------------------------------------------------------------------------
@@ -135,8 +137,7 @@ def ended_of(cases: list[Case], jobs: int) -> list[Ended]:
 
 def test_processes_give_what_one_process_gives() -> None:
     cases = [case(policy, cores=cores) for policy in ("none", "planned") for cores in (1, 2)]
-    wrong = case(cores=4)
-    cases.append(replace(wrong, scenario=replace(wrong.scenario, prompt_len=0)))
+    cases.append(refused(case(cores=4)))
     alone = ended_of(cases, 1)
     assert [item.point for item in alone] == [item.point for item in cases]
     assert isinstance(alone[-1], Skipped)

@@ -18,6 +18,7 @@ from runner.cli.guard import run_guarded
 from runner.report.picture import SUFFIXES
 from sim.sweep import Case, WorkerLostError, simulate_case
 
+AT_ONCE = ["--skip-phase", "imports", "--skip-phase", "process group", "--weights", "skip"]
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--max-tokens", "64", "--jobs", "1"]
 
@@ -83,7 +84,9 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
         "model": "dsv4-tiny", "layers": 8, "attn_cp": 1, "stage_layers": None, "prompt_len": 1,
         "disaggregation": "none", "batch_sizes": [1], "max_tokens": 64, "num_sms": 132,
         "speculative": False, "hardware": "h200", "link": "nvlink", "ranks_per_gpu": 1,
-        "nccl_timeout": 600.0,
+        "nccl_timeout": 600.0, "replicas": 1, "stream": None, "graph_batch_sizes": [],
+        "walk_max_m": None, "walk_memory": 0.12 * 150e9, "compile_lock": False,
+        "bf16_fp32_algo": "deep_gemm",
     }  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def test_json_on_stdout_is_only_json(capsys: Capture, tmp_path: Path) -> None:
 
 
 def test_a_timeout_is_told(capsys: Capture) -> None:
-    assert sweep("--warmup", "none,planned", "--nccl-timeout", "5") == 0
+    assert sweep("--warmup", "none,planned", "--nccl-timeout", "5", *AT_ONCE) == 0
     out = capsys.readouterr().out
     assert "time-out: the watchdog ends 1 of these runs; none is on the frontier" in out
     rows = [line.split() for line in out.splitlines() if " off " in line]

@@ -1,0 +1,295 @@
+"""``runner sim`` from its options to what it shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.timeline import read_timelines
+from runner.warmup import WarmupPolicy
+from sim.profile import load_profile
+
+Capture = pytest.CaptureFixture[str]
+TINY = ["--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1", "--max-tokens", "64",
+        "--walk-max-m", "16"]  # fmt: skip
+ALL = [policy.value for policy in WarmupPolicy]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rest in ("JIT_DEEPGEMM_PRECOMPILE", "JIT_DEEPGEMM_FAST_WARMUP",
+                 "PP_PARALLEL_DEEPGEMM_WARMUP", "PP_LAYER_PARTITION"):  # fmt: skip
+        for prefix in ("SGLANG", "SGL"):
+            monkeypatch.delenv(f"{prefix}_{rest}", raising=False)
+
+
+def sim(*arguments: str) -> int:
+    return run_guarded(cli, ["sim", *arguments], program="runner")
+
+
+def simulated(capsys: Capture, *arguments: str) -> list[dict[str, Any]]:
+    """The predictions of a small run."""
+    assert sim(*TINY, *arguments, "--json", "-") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["version"] == 1
+    predictions: list[dict[str, Any]] = data["predictions"]
+    return predictions
+
+
+def policies(capsys: Capture, *arguments: str) -> list[str]:
+    return [made["policy"] for made in simulated(capsys, *arguments)]
+
+
+# -- which policies -------------------------------------------------------------------------------
+
+
+def test_all_policies_unless_asked(capsys: Capture) -> None:
+    assert policies(capsys) == ALL
+    assert policies(capsys, "--warmup", "fast", "--warmup", "none", "--warmup", "fast") == [
+        "fast", "none",
+    ]  # fmt: skip
+
+
+PRECOMPILE = "SGLANG_JIT_DEEPGEMM_PRECOMPILE"
+FAST = "SGLANG_JIT_DEEPGEMM_FAST_WARMUP"
+PP_PARALLEL = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({PRECOMPILE: "1"}, "full"),
+        ({PRECOMPILE: "false"}, "none"),
+        ({FAST: "1"}, "fast"),
+        ({FAST: "0"}, "full"),
+        ({PRECOMPILE: "0", FAST: "1"}, "none"),
+        ({PP_PARALLEL: "1"}, "pp-parallel+full"),
+        ({PP_PARALLEL: "yes", PRECOMPILE: "no"}, "pp-parallel"),
+        ({PP_PARALLEL: "1", FAST: "1"}, "pp-parallel+fast"),
+        ({PP_PARALLEL: "0"}, "full"),
+        ({"SGL_JIT_DEEPGEMM_FAST_WARMUP": "1"}, "fast"),
+    ],
+)
+def test_sglangs_variables_choose_the_policy(
+    variables: dict[str, str], expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert policies(capsys) == [expected]
+
+
+def test_the_command_line_wins(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FAST, "1")
+    assert policies(capsys, "--warmup", "planned", "--warmup", "none") == ["planned", "none"]
+
+
+def test_a_variable_that_is_no_boolean(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PP_PARALLEL, "perhaps")
+    assert sim(*TINY) == 2
+    assert capsys.readouterr().err == (
+        f"error: {PP_PARALLEL}='perhaps' is not a boolean: use one of true, 1, false, 0\n"
+    )
+
+
+# -- what is simulated ----------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    (made,) = simulated(capsys, "--warmup", "none", "--timeline", str(path))
+    (timeline,) = read_timelines(path)
+    assert (timeline.source, timeline.policy) == ("predicted", "none")
+    assert made["up_seconds"] == pytest.approx(timeline.up, abs=1e-3)
+    assert made["wall_seconds"] == pytest.approx(timeline.wall, abs=1e-3)
+    assert made["kernels_compiled"] == timeline.kernels_compiled
+    assert made["distinct_kernels"] == timeline.distinct_kernels
+    assert made["duplicates"] == timeline.duplicates
+    assert list(made["phases"]) == ["imports", "process group", "weights", "warm-up",
+                                    "first request"]  # fmt: skip
+    assert [rank["rank"] for rank in made["ranks"]] == list(range(8))
+    assert made["timeout"] is None
+    assert made["meta"] == timeline.meta
+    nodes = made["meta"]["coverage_up"]
+    assert max(node["planned"] - node["present"] for node in nodes) <= made["stalls"]
+
+
+def test_a_death_is_told_as_data(capsys: Capture) -> None:
+    (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5")
+    assert set(made["timeout"]) == {"time", "rank", "operation", "waiting_for", "busy_with",
+                                    "needed"}  # fmt: skip
+    assert made["timeout"]["needed"] == pytest.approx(made["longest_wait"], abs=1e-3)
+
+
+def test_options_reach_the_scenario_and_the_machine(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "1,3")
+    (made,) = simulated(
+        capsys, "--warmup", "fast", "--pp", "2", "--tp", "2", "--replicas", "2", "--nodes", "8",
+        "--hosts", "4", "--cores", "5", "--stream", "9,3", "--cuda-graphs", "1,2",
+        "--walk-memory", "2", "--compile-lock", "--link", "gloo", "--ranks-per-gpu", "2",
+        "--prompt-len", "3", "--disaggregation-mode", "decode",
+    )  # fmt: skip
+    expected = {
+        "model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 2, "replicas": 2, "nodes": 8, "hosts": 4,
+        "cores_per_node": 5, "stream": [9, 3], "graph_batch_sizes": [1, 2], "walk_max_m": 16,
+        "walk_memory": 2 * 2**30, "compile_lock": True, "link": "gloo", "ranks_per_gpu": 2,
+        "prompt_len": 3, "disaggregation": "decode", "stage_layers": [1, 3], "max_tokens": 64,
+    }  # fmt: skip
+    assert {name: made["meta"][name] for name in expected} == expected
+
+
+def test_nodes_are_one_a_stage_of_each_replica(capsys: Capture) -> None:
+    (made,) = simulated(capsys, "--warmup", "none", "--pp", "2", "--replicas", "3")
+    assert (made["meta"]["nodes"], made["meta"]["hosts"]) == (6, 6)
+    gpu = load_profile("h200").gpu
+    assert made["meta"]["walk_memory"] == 0.12 * gpu.memory
+
+
+def test_phases_can_be_left_out(capsys: Capture) -> None:
+    def phases(*arguments: str) -> dict[str, float]:
+        (made,) = simulated(capsys, "--warmup", "none", *arguments)
+        return {name: seconds for name, seconds in made["phases"].items()
+                if name not in ("warm-up", "first request")}  # fmt: skip
+
+    assert list(phases("--skip-phase", "imports")) == ["process group", "weights"]
+    assert phases("--weights", "skip", "--skip-phase", "imports",
+                  "--skip-phase", "process group") == {}  # fmt: skip
+    cold, warm = (phases("--weights", kind)["weights"] for kind in ("disk", "page-cache"))
+    assert cold > warm > phases("--weights", "dummy")["weights"]
+
+
+def test_a_prefill_node_is_foretold_without_decode(capsys: Capture) -> None:
+    (prefill,) = simulated(capsys, "--warmup", "none", "--disaggregation-mode", "prefill")
+    (both,) = simulated(capsys, "--warmup", "none")
+    assert prefill["kernels_compiled"] < both["kernels_compiled"]
+
+
+# -- what is shown --------------------------------------------------------------------------------
+
+
+def test_timelines_are_written_and_compare(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "t.json"
+    assert sim(*TINY, "--timeline", str(path)) == 0
+    assert [t.policy for t in read_timelines(path)] == ALL
+    assert run_guarded(cli, ["compare", str(path), str(path)], program="runner") == 0
+
+
+def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> None:
+    assert sim(*TINY, "--nccl-timeout", "5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node"
+    )  # fmt: skip
+    rows = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
+    assert [row for row in rows if row in ALL] == ALL
+    assert any(line.startswith("none: the watchdog ends this run at ") for line in lines)
+    assert lines[-1].startswith(
+        "take planned: it survives its longest wait, leaves no kernel to compile in traffic"
+    )
+    assert max(map(len, lines[3:-10])) <= 100
+
+
+def test_one_policy_is_drawn_rank_by_rank(capsys: Capture) -> None:
+    assert sim(*TINY, "--warmup", "none") == 0
+    out = capsys.readouterr().out
+    assert "take " not in out and "rank 7" in out.replace("  ", " ")
+
+
+def test_a_timeline_on_stdout_is_only_that(capsys: Capture) -> None:
+    assert sim(*TINY, "--warmup", "none", "--timeline", "-") == 0
+    assert len(json.loads(capsys.readouterr().out)["timelines"]) == 1
+
+
+BAD = {
+    "--model nothing": "'nothing'",
+    "--pp 99": "pp=99 stages need at least as many layers: the model has 43",
+    "--tp 3": "tp=3 must divide num_attention_heads=64 of dsv4",
+    "--hardware abacus": "hardware 'abacus' is not known: use one of",
+    "--link string": "--link 'string' is not in profile h200: use one of nvlink, gloo",
+    "--cores 0": "--cores 0 must be above 0",
+    "--ranks-per-gpu 0": "--ranks-per-gpu 0 must be above 0",
+    "--nodes 0": "nodes=0 must be at least 1",
+    "--replicas 0": "replicas=0 must be at least 1",
+    "--hosts 0": "hosts=0 must divide the 4 nodes",
+    "--hosts 3": "hosts=3 must divide the 4 nodes",
+    "--nccl-timeout nan": "not a number of seconds",
+    "--nccl-timeout 0": "0.0 is not in the range",
+    "--prompt-len 0": "prompt_len=0",
+    "--plot x.gif": "suffix must be one of .png, .svg",
+    "--trace -": "--trace and --plot need a file",
+    "--json - --timeline -": "only one output can go to standard output",
+    "--nodes 3": "nodes=3 must divide the 8 ranks",
+    "--timeline /nonexistent/x.json": "cannot write /nonexistent/x.json: its folder does not exist",
+    "--batch-sizes 1,b": "'1,b' is not a list of integers",
+    "--batch-sizes 0": "batch sizes 0 must all be at least 1",
+    "--warmup slow": "'slow'",
+    "--stream 5,0": "--stream 5,0 must all be at least 1",
+    "--cuda-graphs 0": "--cuda-graphs 0 must all be at least 1",
+    "--walk-max-m 0": "0 is not in the range",
+    "--walk-memory 0": "0.0 is not in the range",
+    "--weights tape": "'tape'",
+    "--skip-phase coffee": "'coffee'",
+    "--disaggregation-mode both": "'both'",
+    "--warmup planned --max-tokens 64": "batch size 8448 is above --max-tokens 64",
+    "--warmup planned --stream 20000": "token count 20000 is above --max-tokens 16384",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=lambda text: text.replace(" ", "_"))
+def test_bad_input(arguments: str, capsys: Capture) -> None:
+    assert sim(*arguments.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    err = captured.err
+    assert err.startswith("error: ") and BAD[arguments] in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["\xff", "[]", "{}", "3", '{"name": "x"}', None], ids=lambda text: repr(text)[:12]
+)
+def test_a_bad_profile_file_is_one_line(text: str | None, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "profile.json"
+    good = json.dumps(load_profile("h200").to_json())
+    load = f'"load": {load_profile("h200").cache.load}'
+    assert load in good
+    path.write_bytes(
+        (good.replace(load, '"load": "x"') if text is None else text).encode("latin-1")
+    )
+    assert sim("--hardware", str(path)) == 2
+    err = capsys.readouterr().err
+    assert f"{path} is not a hardware profile" in err and err.count("\n") == 1
+
+
+# -- imports --------------------------------------------------------------------------------------
+
+
+def in_a_process(code: str) -> None:
+    start = (
+        "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", start + code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_command_of_runner_imports_torch_or_numpy() -> None:
+    in_a_process(
+        f"run_guarded(cli, ['sim', *{TINY!r}], program='runner')\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+
+
+def test_help_imports_no_subcommand() -> None:
+    in_a_process(
+        "run_guarded(cli, ['--help'], program='runner')\n"
+        "assert not {'rich', 'sim', 'runner.model'} & set(sys.modules), sys.modules.keys()"
+    )
