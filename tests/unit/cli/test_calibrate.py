@@ -1,0 +1,140 @@
+"""``runner calibrate``: measured runs in, a profile out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.timeline import Timeline, write_timelines
+from runner.warmup import WarmupPolicy
+from sim.calibrate import fit_profile, leave_one_out
+from sim.judge import Judged, summary
+from sim.profile import Profile, load_profile, write_profile
+from tests.unit.measured_runs import another, measured
+from tests.unit.tiny_runs import h200, scenario
+
+Capture = pytest.CaptureFixture[str]
+
+
+def calibrate(*arguments: str) -> int:
+    return run_guarded(cli, ["calibrate", *arguments], program="runner")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Timeline]:
+    """Two runs in a file of one and a file of the other: none.json and planned.json."""
+    made = []
+    for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED):
+        run = measured(scenario(policy, tp=2), another())
+        write_timelines(tmp_path / f"{policy.value}.json", [run])
+        made.append(run)
+    return made
+
+
+def files(tmp_path: Path) -> list[str]:
+    return [str(tmp_path / "none.json"), str(tmp_path / "planned.json")]
+
+
+def fitted(runs: list[Timeline], name: str, base: Profile | None = None) -> Profile:
+    as_written = [Timeline.from_json(run.to_json()) for run in runs]
+    return fit_profile(as_written, base or h200(), name).profile
+
+
+def test_a_profile_is_written_and_told(
+    runs: list[Timeline], tmp_path: Path, capsys: Capture
+) -> None:
+    output = tmp_path / "mine.json"
+    assert calibrate(*files(tmp_path), "-o", str(output)) == 0
+    assert load_profile(str(output)) == fitted(runs, "mine")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "Profile mine"
+    assert "builder start 2.50 s 1" in lines
+    assert "Each run by a profile of the others" in lines
+    # A long name wraps; its figures stay on the first line.
+    assert sum(line.startswith("dsv4-tiny 4 layers") for line in lines) == 2
+    as_written = [Timeline.from_json(run.to_json()) for run in runs]
+    assert lines[-2] == summary(leave_one_out(as_written, h200()))
+    assert lines[-1] == f"wrote {output}"
+
+
+def test_the_profile_is_one_that_sim_takes(runs: list[Timeline], tmp_path: Path) -> None:
+    output = tmp_path / "mine.json"
+    assert calibrate(*files(tmp_path), "-o", str(output), "--name", "my machine") == 0
+    assert load_profile(str(output)).name == "my machine"
+    told = tmp_path / "told.json"
+    arguments = ["--model", "dsv4-tiny", "--warmup", "prebuilt", "--batch-sizes", "1",
+                 "--max-tokens", "64", "--hardware", str(output), "--json", str(told)]  # fmt: skip
+    assert run_guarded(cli, ["sim", *arguments], program="runner") == 0
+    (made,) = json.loads(told.read_text())["predictions"]
+    assert made["meta"]["hardware"] == "my machine"
+
+
+def test_what_no_run_tells_is_from_the_base(runs: list[Timeline], tmp_path: Path) -> None:
+    base = another()
+    write_profile(tmp_path / "base.json", base)
+    output = tmp_path / "mine.json"
+    assert calibrate(
+        *files(tmp_path), "-o", str(output), "--base", str(tmp_path / "base.json")
+    ) == 0  # fmt: skip
+    made = load_profile(str(output))
+    assert made == fitted(runs, "mine", base)
+    assert (made.host.walk, made.host.walk_call) == (base.host.walk, base.host.walk_call)
+    assert made.cache.verify == base.cache.verify != h200().cache.verify
+
+
+def test_who_is_left_out_is_not_in_what_the_rest_falls_back_on(
+    runs: list[Timeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def seeing(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
+        asked.append(base.name)
+        return leave_one_out(measured, base)
+
+    monkeypatch.setattr("runner.cli.calibrate.leave_one_out", seeing)
+    assert calibrate(*files(tmp_path), "-o", str(tmp_path / "mine.json")) == 0
+    assert asked == ["h200"]
+
+
+def test_one_run_leaves_none(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> None:
+    assert calibrate(files(tmp_path)[0], "-o", str(tmp_path / "mine.json")) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "one run: there is none to leave out"
+
+
+def older(run: Timeline) -> dict[str, Any]:
+    data = run.to_json()
+    del data["meta"]["replicas"]
+    return data
+
+
+def test_bad_input(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> None:
+    good, output = files(tmp_path)[0], str(tmp_path / "mine.json")
+    predicted = tmp_path / "predicted.json"
+    write_timelines(predicted, [Timeline("none", "predicted", 1, ())])
+    broken, old, empty = (tmp_path / f"{name}.json" for name in ("broken", "old", "empty"))
+    broken.write_text("{")
+    old.write_text(json.dumps({"timelines": [older(runs[0])]}))
+    write_timelines(empty, [])
+    bad: list[tuple[list[str], str]] = [
+        ([], "Missing argument 'TIMELINE.json...'"),
+        ([good], "Missing option '-o' / '--output'"),
+        ([str(tmp_path / "nothing.json"), "-o", output], "cannot read"),
+        ([str(broken), "-o", output], f"{broken} is not a Timeline file"),
+        ([str(old), "-o", output], "a Timeline of none does not tell its 'replicas'"),
+        ([str(empty), "-o", output], "the files hold no Timeline"),
+        ([good, str(predicted), "-o", output], "none is a predicted Timeline, not a measured one"),
+        ([good, "-o", output, "--base", "abacus"], "hardware 'abacus' is not known"),
+        ([good, "-o", str(tmp_path / "no" / "x.json")], "its folder does not exist"),
+    ]
+    for arguments, words in bad:
+        assert calibrate(*arguments) == 2, arguments
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and words in captured.err, captured.err
+        assert captured.err.count("\n") == 1 and captured.out == ""
+    assert not Path(output).exists()
