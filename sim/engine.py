@@ -28,9 +28,7 @@ from runner.schedule import (
     Collective,
     KernelWork,
     Mark,
-    Op,
     Recv,
-    Schedule,
     Send,
 )
 from runner.stalls import STALLS_AFTER
@@ -39,7 +37,7 @@ from sim.cores import Cores
 from sim.costs import CostModel
 from sim.culprit import CollectiveTimeout, with_culprit
 from sim.locks import Locks
-from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
+from sim.program import FirstUse, Instruction, Run, WalkRun, used_before
 
 
 @dataclass(frozen=True)
@@ -109,24 +107,23 @@ class _Rank:
 
 
 class Engine:
-    """Replays a Schedule.
+    """Replays the programs of all ranks.
 
     Args:
-        schedule: what every rank does.
+        programs: what every rank does; see :func:`sim.program.compile_program`.
         costs: how long it takes.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses; what compiles at a time cost is in ``costs``.
         host_of: machine of each node, where several share one's cores; by default each has its own.
         timeout: longest wait of a rank in a collective or receive, in seconds; None is no limit.
         cached: kernels that every node's disk holds from the start.
-        compile_lock: whether ranks of a node take turns at first uses of one GEMM's kernels.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        programs: Sequence[Sequence[Instruction]],
         costs: CostModel,
         *,
         node_of: Sequence[int],
@@ -134,14 +131,13 @@ class Engine:
         host_of: Sequence[int] | None = None,
         timeout: float | None = None,
         cached: frozenset[Kernel] = frozenset(),
-        compile_lock: bool = False,
         run_ahead: bool = False,
         start: float = 0.0,
     ) -> None:
         self._costs, self._timeout, self._run_ahead = costs, timeout, run_ahead
         self._ranks = [
-            _Rank(index, self._program(ops, compile_lock), node_of[index], start, start)
-            for index, ops in enumerate(schedule.ranks)
+            _Rank(index, program, node_of[index], start, start)
+            for index, program in enumerate(programs)
         ]
         nodes = set(node_of)
         self._disk: dict[int, set[Kernel]] = {node: set(cached) for node in nodes}
@@ -159,9 +155,6 @@ class Engine:
         self._longest_wait = 0.0
         self._cached = cached
         self._exchanged: set[int] = set()
-
-    def _program(self, ops: Sequence[Op], locked: bool) -> list[Instruction]:
-        return compile_program(ops, self._costs, locked=locked)
 
     def run(self) -> Outcome:
         """Run to the end.
