@@ -15,11 +15,16 @@ from runner.jit.builder.unit import Job
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
 from sim.fit import minimum, near_known, non_negative
-from sim.judge import Judged, judge
-from sim.profile import Builder, Cache, CompileTimes, Host, Link, Phase, Profile, StartUp
+from sim.judge import Judged, judge, scenario_of
+from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
 from sim.samples import CompileSample, RankSample, Samples, take_samples
+from sim.start_up import largest_rank_bytes
 
 _MOST_CONTENTION = 4.0
+_GPU_BOUND = 2.0
+"""Seconds of GPU work in a walk from which on its rate is told by it."""
+
+_FP8_WALKS, _BF16_WALKS = "walk gemm_nt_f8f8bf16:", "walk gemm_nt_bf16bf16f32:"
 _MANY_CALLS = 1000
 _PRIOR = 0.5
 _TRUST = 1.0
@@ -49,8 +54,11 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
     Raises:
         UserError: a Timeline that does not say what it was of.
     """
-    samples = [take_samples(timeline, base) for timeline in measured]
     fitted: list[Fitted] = []
+    # What the GPU takes tells the host's part apart, so its rates come first.
+    before = [take_samples(timeline, base) for timeline in measured]
+    base = replace(base, gpu=_gpu(before, base.gpu, fitted))
+    samples = [take_samples(timeline, base) for timeline in measured]
     compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
     profile = replace(
         base,
@@ -183,7 +191,31 @@ def _cache(samples: Sequence[Samples], base: Cache, fitted: list[Fitted]) -> Cac
     )
 
 
-# -- hosts, links, start-up -----------------------------------------------------------------------
+# -- GPU, hosts, links, start-up -----------------------------------------------------------------
+
+
+def _gpu(samples: Sequence[Samples], base: Gpu, fitted: list[Fitted]) -> Gpu:
+    """Rates from walks that the GPU is what they wait for."""
+
+    def rate(name: str, types: str, known: float) -> float:
+        pairs = [
+            (sum(count * device for count, device in run.calls), seconds)
+            for one in samples
+            for run, seconds in one.walks
+            if run.name.startswith(types)
+        ]
+        slow = [(device, seconds) for device, seconds in pairs if device > _GPU_BOUND]
+        if not slow:
+            return known
+        found = known * sum(device for device, _ in slow) / sum(seconds for _, seconds in slow)
+        fitted.append(Fitted(name, f"{found / 1e12:.0f} TFLOPS", len(slow)))
+        return float(f"{found:.4g}")
+
+    return replace(
+        base,
+        fp8_flops=rate("GPU, FP8 GEMMs", _FP8_WALKS, base.fp8_flops),
+        bf16_flops=rate("GPU, bf16 GEMMs", _BF16_WALKS, base.bf16_flops),
+    )
 
 
 def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Host:
@@ -259,14 +291,34 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
         fitted.append(Fitted(f"phase {name}", words, len(seen)))
         return found
 
-    bandwidth = {**base.weight_bandwidth, "dummy": 1e15}
+    weights, bandwidth = _weights(measured, base, fitted)
     return replace(
         base,
         imports=phase("imports", base.imports),
         process_group=phase("process group", base.process_group),
-        weights=phase("weights", base.weights),
-        weight_bandwidth=bandwidth,
+        weights=weights,
+        weight_bandwidth={**base.weight_bandwidth, "dummy": bandwidth},
     )
+
+
+def _weights(
+    measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]
+) -> tuple[Phase, float]:
+    """Set-up of a rank: a constant, a part for each rank beside it, and its bytes made up."""
+    known = (base.weights.seconds, base.weights.per_rank, 1 / base.weight_bandwidth["dummy"])
+    rows, targets = [], []
+    for timeline in measured:
+        if "weights" in timeline.phases():
+            parallel, model = (one := scenario_of(timeline)).parallel, one.model
+            rows.append((1.0, float(timeline.world_size), largest_rank_bytes(model, parallel)))
+            targets.append(timeline.phases()["weights"])
+    if not rows:
+        return base.weights, base.weight_bandwidth["dummy"]
+    seconds, per_rank, per_byte = near_known(rows, targets, known)
+    bandwidth = 1 / (per_byte or known[2])
+    words = f"{seconds:.2f} s + {per_rank:.3f} s a rank, {bandwidth / 1e9:.1f} GB/s"
+    fitted.append(Fitted("phase weights", words, len(rows)))
+    return Phase(round(seconds, 3), round(per_rank, 4)), float(f"{bandwidth:.4g}")
 
 
 def _phase(seen: Sequence[tuple[int, float]], known: Phase) -> Phase:
