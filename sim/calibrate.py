@@ -15,7 +15,7 @@ from runner.jit.builder.unit import Job
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
 from sim.fit import minimum, near_known, non_negative
-from sim.judge import Judged, judge, scenario_of
+from sim.judge import Judged, judge
 from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
 from sim.samples import CompileSample, RankSample, Samples, take_samples
 from sim.start_up import largest_rank_bytes
@@ -55,6 +55,7 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
         UserError: a Timeline that does not say what it was of.
     """
     fitted: list[Fitted] = []
+    base = replace(base, probe=_probe(measured, base.probe))
     # What the GPU takes tells the host's part apart, so its rates come first.
     before = [take_samples(timeline, base) for timeline in measured]
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
@@ -68,11 +69,17 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
         cache=_cache(samples, base.cache, fitted),
         host=_host(samples, base, fitted),
         links=_links(samples, base.links, fitted),
-        start_up=_start_up(measured, base.start_up, fitted),
+        start_up=_start_up(samples, base.start_up, fitted),
         provenance=_provenance(measured, base),
         estimate=False,
     )
     return Calibration(profile, tuple(fitted))
+
+
+def _probe(measured: Sequence[Timeline], known: float) -> float:
+    """The reference kernel's seconds: the runs' middle, which their times are brought to."""
+    seen = [t.meta["machine"]["probe"] for t in measured if t.meta["machine"].get("probe")]
+    return round(exp(fmean(map(log, seen))), 4) if seen else known
 
 
 def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
@@ -234,17 +241,17 @@ def _walk_host(
     samples: Sequence[Samples], base: Profile, fitted: list[Fitted]
 ) -> tuple[float, float]:
     """Seconds of a walk and of each of its calls, where the host is what they wait for."""
-    walks = [pair for one in samples for pair in one.walks if pair[1] > 0]
+    walks = [(one, *pair) for one in samples for pair in one.walks if pair[1] > 0]
     if not walks:
         return base.host.walk, base.host.walk_call
     known = base.host.walk_call
     rows, targets = [], []
-    for run, seconds in walks:
+    for one, run, seconds in walks:
         waited = sum(count * device for count, device in run.calls if device > known)
         loads = base.cache.first_use * sum(len(kernels) for kernels, _ in run.steps)
         calls = sum(count for count, device in run.calls if device <= known)
         rows.append((1.0, float(calls)))
-        targets.append(seconds - waited - loads)
+        targets.append((seconds - waited) / one.host_factor - loads)
     if max(row[1] for row in rows) < _MANY_CALLS:
         # Short walks do not tell their calls' part from the rest.
         walk = max(fmean(t - known * row[1] for row, t in zip(rows, targets, strict=True)), 0.0)
@@ -281,9 +288,11 @@ def _link(ranks: Sequence[RankSample], base: Link) -> Link:
     )  # fmt: skip
 
 
-def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]) -> StartUp:
+def _start_up(samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]) -> StartUp:
     def phase(name: str, known: Phase) -> Phase:
-        seen = [(t.world_size, t.phases()[name]) for t in measured if name in t.phases()]
+        seen = [
+            (one.timeline.world_size, one.phases[name]) for one in samples if name in one.phases
+        ]
         if not seen:
             return known
         found = _phase(seen, known)
@@ -291,7 +300,7 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
         fitted.append(Fitted(f"phase {name}", words, len(seen)))
         return found
 
-    weights, bandwidth = _weights(measured, base, fitted)
+    weights, bandwidth = _weights(samples, base, fitted)
     return replace(
         base,
         imports=phase("imports", base.imports),
@@ -302,19 +311,19 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
 
 
 def _weights(
-    measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]
+    samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]
 ) -> tuple[Phase, float]:
     """Set-up of a rank: a constant, a part for each rank beside it, and its bytes made up."""
     known = (base.weights.seconds, base.weights.per_rank, 1 / base.weight_bandwidth["dummy"])
-    rows, targets = [], []
-    for timeline in measured:
-        if "weights" in timeline.phases():
-            parallel, model = (one := scenario_of(timeline)).parallel, one.model
-            rows.append((1.0, float(timeline.world_size), largest_rank_bytes(model, parallel)))
-            targets.append(timeline.phases()["weights"])
-    if not rows:
+    seen = [one for one in samples if "weights" in one.phases]
+    if not seen:
         return base.weights, base.weight_bandwidth["dummy"]
-    seconds, per_rank, per_byte = near_known(rows, targets, known)
+    rows = [
+        (1.0, float(one.timeline.world_size),
+         largest_rank_bytes(one.scenario.model, one.scenario.parallel))
+        for one in seen
+    ]  # fmt: skip
+    seconds, per_rank, per_byte = near_known(rows, [one.phases["weights"] for one in seen], known)
     bandwidth = 1 / (per_byte or known[2])
     words = f"{seconds:.2f} s + {per_rank:.3f} s a rank, {bandwidth / 1e9:.1f} GB/s"
     fitted.append(Fitted("phase weights", words, len(rows)))

@@ -15,7 +15,7 @@ from runner.warmup import WarmupPolicy
 from sim.culprit import CollectiveTimeout
 from sim.engine import Engine, Outcome
 from sim.fold import can_fold, unfold
-from sim.profile import Profile
+from sim.profile import Profile, slowed
 from sim.profile_costs import ProfileCosts
 from sim.program import Instruction, compile_program
 from sim.start_up import StartPhases, start_phases
@@ -27,6 +27,7 @@ class Machine:
 
     Attributes:
         profile: what things cost.
+        host_factor: how many times as long the CPUs take for everything as the profile's.
         cores_per_node: CPU cores of a machine; None takes the profile's.
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
@@ -38,6 +39,7 @@ class Machine:
     """
 
     profile: Profile
+    host_factor: float = 1.0
     cores_per_node: int | None = None
     hosts: int | None = None
     link: str = "nvlink"
@@ -74,6 +76,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         UserError: the model does not fit the layout, or the nodes do not fit the hosts.
     """
     parallel = scenario.parallel
+    machine = replace(machine, profile=slowed(machine.profile, machine.host_factor))
     hosts = _hosts(machine, parallel.nodes)
     cores = machine.cores_per_node or machine.profile.cores_per_node
     before = start_phases(machine.start, machine.profile.start_up, scenario.model, parallel, hosts)
@@ -93,6 +96,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
             "hardware": machine.profile.name,
             "cores_per_node": cores,
             "hosts": hosts,
+            "host_factor": machine.host_factor,
             "link": machine.link,
             "ranks_per_gpu": machine.ranks_per_gpu,
             "coverage": _coverage(scenario, outcome.disks),
