@@ -249,8 +249,10 @@ _recorded = lru_cache(maxsize=512)(_record)
 
 def _with_walks(ops: Iterable[Op], hook: ExecutionHook) -> Iterator[Op]:
     """What a backend with this hook announces."""
+    seen = set()
     for op in ops:
-        if isinstance(op, KernelCall):
+        if id(op) not in seen and isinstance(op, KernelCall):
+            seen.add(id(op))
             yield from hook.before(op)
         yield op
 
