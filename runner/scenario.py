@@ -215,10 +215,16 @@ def _come_up(runner: ModelRunner, scenario: Scenario, keep: Callable[[Any], None
 
 def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
     """Operations of one rank, from shapes alone."""
-    plain = scenario.unwalked
-    ops = _recorded(plain, rank, _warm_up) if plain.warmup.policy.runs_dummies else ()
-    ops = ops or _record(scenario, rank, _warm_up)
-    ops += _recorded(plain.with_policy(WarmupPolicy.NONE), rank, _serve)
+    parallel, plain = scenario.parallel, scenario.unwalked
+    at = parallel.coordinates(rank)
+    # Ranks of a stage run the same, but where attention splits tokens over them.
+    like = rank if parallel.attn_cp > 1 else parallel.rank_of(at.pp_rank, 0, at.replica)
+    served = _recorded(plain.with_policy(WarmupPolicy.NONE), like, _serve)
+    if plain.warmup.policy.runs_dummies:
+        ops = (*_recorded(plain, like, _warm_up), *served)
+        ops = tuple(moved(like, ops, scenario, rank))
+    else:
+        ops = (*_record(scenario, rank, _warm_up), *moved(like, served, scenario, rank))
     hook = scenario.hook(rank)
     return ops if hook.m_list is None else tuple(_with_walks(ops, hook))
 
