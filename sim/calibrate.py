@@ -61,13 +61,16 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
     samples = [take_samples(timeline, base) for timeline in measured]
     compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
+    builder = _builder(samples, base.builder, fitted)
+    cache = _cache(samples, base.cache, fitted)
     profile = replace(
         base,
         name=name,
         compile=compile_times,
-        builder=_builder(samples, base.builder, fitted),
-        cache=_cache(samples, base.cache, fitted),
-        host=_host(samples, base, fitted),
+        builder=builder,
+        cache=cache,
+        # Loads in walks are taken off their time, as what they have just been fitted to.
+        host=_host(samples, replace(base, cache=cache), fitted),
         links=_links(samples, base.links, fitted),
         start_up=_start_up(samples, base.start_up, fitted),
         provenance=_provenance(measured, base),
@@ -289,9 +292,11 @@ def _link(ranks: Sequence[RankSample], base: Link) -> Link:
 
 
 def _start_up(samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]) -> StartUp:
-    def phase(name: str, known: Phase) -> Phase:
+    def phase(name: str, known: Phase, *, on_host: bool = True) -> Phase:
         seen = [
-            (one.timeline.world_size, one.phases[name]) for one in samples if name in one.phases
+            (one.ranks_on_host if on_host else one.timeline.world_size, one.phases[name])
+            for one in samples
+            if name in one.phases
         ]
         if not seen:
             return known
@@ -304,7 +309,7 @@ def _start_up(samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]) -
     return replace(
         base,
         imports=phase("imports", base.imports),
-        process_group=phase("process group", base.process_group),
+        process_group=phase("process group", base.process_group, on_host=False),
         weights=weights,
         weight_bandwidth={**base.weight_bandwidth, "dummy": bandwidth},
     )
@@ -319,7 +324,7 @@ def _weights(
     if not seen:
         return base.weights, base.weight_bandwidth["dummy"]
     rows = [
-        (1.0, float(one.timeline.world_size),
+        (1.0, float(one.ranks_on_host),
          largest_rank_bytes(one.scenario.model, one.scenario.parallel))
         for one in seen
     ]  # fmt: skip

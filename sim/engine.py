@@ -90,6 +90,7 @@ class _Rank:
     done: bool = False
     spans: list[Span] = field(default_factory=list)
     computing_since: float | None = None
+    communicated: float = 0.0
     sequence: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     phase: tuple[str, float] | None = None
 
@@ -97,6 +98,13 @@ class _Rank:
         if self.computing_since is not None and self.clock > self.computing_since:
             self.note(self.computing_since, self.clock, "compute", "compute")
         self.computing_since = None
+
+    def wait_for_device(self) -> None:
+        """Go on when the GPU is done; what it communicated after the host's work is none."""
+        if self.computing_since is not None and self.communicated > self.clock:
+            self.close_compute()
+            self.computing_since = self.communicated
+        self.clock = max(self.clock, self.device)
 
     def note(self, start: float, end: float, kind: str, name: str, key: str = "") -> None:
         self.spans.append(Span(self.index, start, end, kind, name, key))
@@ -236,7 +244,7 @@ class Engine:
         if rank.queue:
             rank.waits_for_device = True
             return False
-        rank.clock = max(rank.clock, rank.device)
+        rank.wait_for_device()
         return True
 
     def _resume(self, rank: _Rank, time: float) -> None:
@@ -384,7 +392,7 @@ class Engine:
                 rank.queue.popleft()
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
-                rank.clock = max(rank.clock, rank.device)
+                rank.wait_for_device()
                 self._at(rank.clock, partial(self._go_on, rank))
 
     def _done(self, rank: _Rank, item: _Queued, todo: deque[_Rank]) -> bool:
@@ -406,7 +414,7 @@ class Engine:
         if item.end is None:
             rank.waiting_in = _waiting_in(work)
             return False
-        rank.device = item.end
+        rank.device = rank.communicated = item.end
         return True
 
     def _arrive(self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]) -> None:

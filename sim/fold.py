@@ -1,6 +1,6 @@
 """Replicas that behave alike: simulate the first whole, and of the others only what is shared.
 
-Replicas on nodes of their own meet only in operations of all ranks (the exchange of built
+Replicas on nodes and hosts of their own meet only in operations of all ranks (the exchange of built
 kernels). Behind the last of these every replica starts from the same state at the same time and
 does the same, so the first one's spans are the others', shifted by rank.
 """
@@ -15,9 +15,10 @@ from runner.timeline import Span
 from sim.engine import Outcome
 
 
-def can_fold(parallel: ParallelConfig) -> bool:
-    """Whether no node holds ranks of two replicas."""
-    return parallel.replicas > 1 and parallel.nodes % parallel.replicas == 0
+def can_fold(parallel: ParallelConfig, hosts: int) -> bool:
+    """Whether no node holds ranks of two replicas, and no host nodes of two."""
+    replicas = parallel.replicas
+    return replicas > 1 and parallel.nodes % replicas == 0 and hosts % replicas == 0
 
 
 def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
@@ -51,4 +52,4 @@ def _copies(
 
 def _is_after(span: Span, since: float) -> bool:
     """Phases enclose; of all else nothing lies across the point where replicas part."""
-    return span.end > since or (span.end == span.start == since and span.kind != "phase")
+    return span.end > since or span.end == span.start == since

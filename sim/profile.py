@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -209,30 +210,46 @@ class Profile:
 
 
 _DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe")
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}
+_WEIGHT_SOURCES = ("disk", "page-cache", "dummy")
 
 
 def _check(profile: Profile) -> None:
-    for name, value in _numbers(profile, ""):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r}, not a number")
-        divides = any(word in name for word in _DIVISORS)
-        if value < 0 or (divides and value == 0):
-            raise ValueError(
-                f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0"
-            )
+    _check_fields(profile, "")
+    for source in _WEIGHT_SOURCES:
+        if source not in profile.start_up.weight_bandwidth:
+            raise ValueError(f"start_up.weight_bandwidth lacks {source}")
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Everything in a profile that has to be a number."""
-    if is_dataclass(value):
-        for item in fields(value):
-            if item.name not in ("name", "provenance", "estimate", "queues"):
-                yield from _numbers(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _numbers(each, f"{name}.{key}")
-    elif value is not None:
-        yield name, value
+def _check_fields(owner: Any, within: str) -> None:
+    for item in fields(owner):
+        value, kind, name = getattr(owner, item.name), str(item.type), within + item.name
+        if is_dataclass(value):
+            _check_fields(value, f"{name}.")
+        elif kind in _PLAIN:
+            _check_type(name, value, _PLAIN[kind])
+        elif kind.startswith("Mapping"):
+            _check_type(name, value, Mapping)
+            for key, each in value.items():
+                if is_dataclass(each):
+                    _check_fields(each, f"{name}.{key}.")
+                else:
+                    _check_number(f"{name}.{key}", each, whole=False)
+        elif value is not None or not kind.endswith("None"):
+            _check_number(name, value, whole=kind == "int")
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, not a {kind.__name__.lower()}")
+
+
+def _check_number(name: str, value: Any, *, whole: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
+    divides = any(word in name for word in _DIVISORS)
+    if not isfinite(value) or value < 0 or (divides and value == 0):
+        raise ValueError(f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0")
 
 
 def slowed(profile: Profile, factor: float) -> Profile:

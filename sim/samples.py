@@ -32,7 +32,8 @@ class RankSample:
     """Sums of one rank: what it did, and what that took.
 
     Attributes:
-        runs: its (host operations, GPU seconds) between communications, in order.
+        operations: number of its host's operations between communications.
+        device: seconds that its GPU needs for them.
         compute: seconds measured in them.
         reduced: bytes that its all-reduces move on a ring.
         gathered: bytes of its other collectives.
@@ -64,6 +65,11 @@ class Samples:
     build: tuple[tuple[Kernel, ...], float, float, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
     host_factor: float = 1.0
+
+    @property
+    def ranks_on_host(self) -> int:
+        """Ranks that share a machine."""
+        return self.timeline.world_size // int(self.timeline.meta["hosts"])
 
 
 def take_samples(timeline: Timeline, profile: Profile) -> Samples:

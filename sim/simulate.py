@@ -80,7 +80,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     hosts = _hosts(machine, parallel.nodes)
     cores = machine.cores_per_node or machine.profile.cores_per_node
     before = start_phases(machine.start, machine.profile.start_up, scenario.model, parallel, hosts)
-    folds = machine.fold and can_fold(parallel)
+    folds = machine.fold and can_fold(parallel, hosts)
     outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
     outcome = replace(outcome, spans=list(merge(outcome.spans)))
     if folds:
