@@ -179,6 +179,8 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
 
 
 def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:
+    if not environ.enable_jit_deepgemm:
+        return None, "SGLANG_ENABLE_JIT_DEEPGEMM is off"
     if not options.jit:
         return None, "--no-jit was given"
     library = find_library()

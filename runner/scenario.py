@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -142,16 +143,13 @@ class Scenario:
 
     def _relax_walks(self, stage: int) -> tuple[Walk, ...]:
         """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
-        limit = self.warmup.walk_max_m or self.max_tokens
+        limit = self.warmup.walk_max_m
         walks = []
         for demand in self.plan.demands:
-            ms = (
-                relaxed_ms(demand.shape, demand.ms, self.max_tokens)
-                if stage in demand.stages
-                else ()
-            )
-            steps = steps_of([m for m in ms if m <= limit])
-            walks += [Walk(demand.shape, steps)] if steps else []
+            if stage in demand.stages:
+                ms = relaxed_ms(demand.shape, demand.ms, self.max_tokens)
+                steps = steps_of(ms if limit is None else ms[: bisect_right(ms, limit)])
+                walks += [Walk(demand.shape, steps)] if steps else []
         return tuple(walks)
 
     @cached_property

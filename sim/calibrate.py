@@ -9,6 +9,8 @@ from itertools import chain
 from math import exp, log
 from statistics import fmean
 
+from runner.config.model import ModelConfig
+from runner.config.presets import PRESETS
 from runner.jit.builder.costs import plain_seconds
 from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
@@ -48,8 +50,17 @@ class Calibration:
     fitted: tuple[Fitted, ...]
 
 
-def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calibration:
+def fit_profile(
+    measured: Sequence[Timeline], base: Profile, name: str,
+    models: Mapping[str, ModelConfig] = PRESETS,
+) -> Calibration:  # fmt: skip
     """Fit a profile; what no run tells is taken from ``base``.
+
+    Args:
+        measured: the runs.
+        base: the profile before.
+        name: the profile's name.
+        models: see :func:`sim.judge.scenario_of`.
 
     Raises:
         UserError: a Timeline that does not say what it was of.
@@ -57,9 +68,9 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
     fitted: list[Fitted] = []
     base = replace(base, probe=_probe(measured, base.probe))
     # What the GPU takes tells the host's part apart, so its rates come first.
-    before = [take_samples(timeline, base) for timeline in measured]
+    before = [take_samples(timeline, base, models) for timeline in measured]
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
-    samples = [take_samples(timeline, base) for timeline in measured]
+    samples = [take_samples(timeline, base, models) for timeline in measured]
     compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
     builder = _builder(samples, base.builder, fitted)
     cache = _cache(samples, base.cache, fitted)

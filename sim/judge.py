@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,9 @@ from typing import Any
 
 from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
+from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
@@ -39,15 +41,20 @@ def read_measured(paths: Sequence[Path]) -> list[Timeline]:
     return found
 
 
-def scenario_of(timeline: Timeline) -> Scenario:
+def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS) -> Scenario:
     """The scenario that a run was of.
 
+    Args:
+        timeline: the run.
+        models: whole models by the name that a Timeline has of them.
+
     Raises:
-        UserError: the Timeline does not say, or its model is no preset.
+        UserError: the Timeline does not say, or its model is neither there nor a preset.
     """
     meta = timeline.meta
     try:
-        model = load_model(meta["model"])
+        name = meta["model"]
+        model = models[name] if name in models else load_model(name)
         model = with_layers(model, meta["layers"])
         return Scenario(
             model=model,
@@ -143,15 +150,22 @@ def _counts(timeline: Timeline) -> tuple[int, int]:
     return timeline.kernels_compiled, timeline.duplicates
 
 
-def judge(measured: Sequence[Timeline], profile: Profile) -> list[Judged]:
+def judge(
+    measured: Sequence[Timeline], profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
+) -> list[Judged]:
     """Predict every measured run.
+
+    Args:
+        measured: the runs.
+        profile: what things cost.
+        models: see :func:`scenario_of`.
 
     Raises:
         UserError: a Timeline that does not say what it was of.
     """
     judged = []
     for timeline in measured:
-        prediction = simulate(scenario_of(timeline), machine_of(timeline, profile))
+        prediction = simulate(scenario_of(timeline, models), machine_of(timeline, profile))
         judged.append(Judged(timeline, prediction))
     return judged
 

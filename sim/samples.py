@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from runner.config.model import ModelConfig
+from runner.config.presets import PRESETS
 from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Send
@@ -72,7 +74,9 @@ class Samples:
         return self.timeline.world_size // int(self.timeline.meta["hosts"])
 
 
-def take_samples(timeline: Timeline, profile: Profile) -> Samples:
+def take_samples(
+    timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
+) -> Samples:
     """Read one measured run, its seconds as if the host had been as fast as the profile's.
 
     What a walk takes is left as it is: the GPU may be what it waits for.
@@ -80,11 +84,12 @@ def take_samples(timeline: Timeline, profile: Profile) -> Samples:
     Args:
         timeline: the run.
         profile: its rates of the GPU tell a rank's work apart from its waiting for it.
+        models: see :func:`sim.judge.scenario_of`.
 
     Raises:
         UserError: the Timeline does not say what it was of.
     """
-    scenario = scenario_of(timeline)
+    scenario = scenario_of(timeline, models)
     schedule = record(scenario)
     machine = machine_of(timeline, profile)
     cores = machine.cores_per_node or 1
