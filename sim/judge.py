@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,7 +53,7 @@ def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS)
         UserError: the Timeline does not say, or its model is neither there nor a preset.
     """
     meta = timeline.meta
-    try:
+    with _told_by(timeline):
         name = meta["model"]
         model = models[name] if name in models else load_model(name)
         model = with_layers(model, meta["layers"])
@@ -75,11 +76,6 @@ def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS)
             stream=None if meta["stream"] is None else tuple(meta["stream"]),
             walk_memory=meta["walk_memory"],
         )
-    except KeyError as error:
-        raise UserError(
-            f"a Timeline of {timeline.policy} does not tell its {error}: it was written by an "
-            "older version, measure it again"
-        ) from None
 
 
 def _parallel(meta: dict[str, Any]) -> ParallelConfig:
@@ -92,23 +88,50 @@ def _parallel(meta: dict[str, Any]) -> ParallelConfig:
 
 
 def machine_of(timeline: Timeline, profile: Profile) -> Machine:
-    """The machine that a run was on, with a profile's costs."""
+    """The machine that a run was on, with a profile's costs.
+
+    Raises:
+        UserError: the Timeline does not say, or the profile lacks its link.
+    """
     meta = timeline.meta
-    link = _LINKS[meta["link"]]
+    with _told_by(timeline):
+        return Machine(
+            profile=profile,
+            host_factor=host_factor(timeline, profile),
+            cores_per_node=meta["machine"]["cores"],
+            hosts=meta["hosts"],
+            link=_link_of(meta["link"], profile),
+            ranks_per_gpu=meta["ranks_per_gpu"],
+            nccl_timeout=float("inf"),
+            # The driver waits for each communication, to measure it.
+            run_ahead=False,
+            start=StartPhases(PHASES, Weights.DUMMY),
+        )
+
+
+def _link_of(name: str, profile: Profile) -> str:
+    if name not in _LINKS:
+        raise UserError(f"link {name!r} is not known: {' or '.join(_LINKS)}")
+    link = _LINKS[name]
     if link not in profile.links:
-        raise UserError(f"profile {profile.name} has no link {link!r}, which {meta['link']} is")
-    return Machine(
-        profile=profile,
-        host_factor=host_factor(timeline, profile),
-        cores_per_node=meta["machine"]["cores"],
-        hosts=meta["hosts"],
-        link=link,
-        ranks_per_gpu=meta["ranks_per_gpu"],
-        nccl_timeout=float("inf"),
-        # The driver waits for each communication, to measure it.
-        run_ahead=False,
-        start=StartPhases(PHASES, Weights.DUMMY),
-    )
+        raise UserError(f"profile {profile.name} has no link {link!r}, which {name} is")
+    return link
+
+
+@contextmanager
+def _told_by(timeline: Timeline) -> Iterator[None]:
+    """What a Timeline does not tell, or tells in another form, is an error that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"a Timeline of {timeline.policy} does not tell its {error}: it was written by an "
+            "older version, measure it again"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"a Timeline of {timeline.policy} tells of no run that is known here: {error}"
+        ) from None
 
 
 def host_factor(timeline: Timeline, profile: Profile) -> float:

@@ -1,0 +1,84 @@
+"""Timelines as launch writes them, of runs that a known machine's profile makes up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from runner.scenario import Scenario, run_meta
+from runner.timeline import Span, Timeline
+from runner.warmup import PLANNING_POLICIES
+from sim.profile import Builder, Cache, CompileTimes, Host, Link, Phase, Profile
+from sim.simulate import Machine, simulate
+from sim.start_up import PHASES, StartPhases, Weights
+from tests.unit.tiny_runs import h200
+
+LINKS = {"gloo": "gloo", "nvlink": "nccl"}
+
+
+def measured(
+    scenario: Scenario, profile: Profile, *, cores: int = 16, hosts: int = 1,
+    ranks_per_gpu: int = 1, link: str = "gloo",
+) -> Timeline:  # fmt: skip
+    """A run on ``hosts`` machines that cost what the profile says."""
+    machine = Machine(
+        profile=profile, cores_per_node=cores, hosts=hosts, link=link,
+        ranks_per_gpu=ranks_per_gpu, run_ahead=False, nccl_timeout=float("inf"),
+        start=StartPhases(PHASES, Weights.DUMMY),
+    )  # fmt: skip
+    predicted = simulate(scenario, machine).timeline
+    facts: dict[str, Any] = {
+        "device": "cuda",
+        "link": LINKS[link],
+        "compute": "real",
+        "jit": "a library",
+        "hosts": hosts,
+        "ranks_per_gpu": ranks_per_gpu,
+        "machine": {
+            "date": "2026-11-22", "gpu": "a GPU", "cores": cores, "torch": "2", "python": "3",
+            "deepgemm_coldstart": "0",
+        },
+        "coverage": predicted.meta["coverage"],
+        "stalls": [],
+    }  # fmt: skip
+    meta = {**run_meta(scenario), **facts}
+    spans = tuple(_as_launch_names(predicted.spans, scenario))
+    return replace(predicted, source="measured", spans=spans, meta=meta)
+
+
+def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
+    """Loads of a bulk load and of a walk bear their operation's name, as a rank's sink has it."""
+    planning = scenario.warmup.policy in PLANNING_POLICIES
+    name = f"load {len(scenario.plan.kernels)} kernels"
+    walk = ""
+    for span in spans:
+        if span.kind == "load" and span.name.startswith("walk "):
+            walk = span.name
+        elif span.kind not in ("load", "compile"):
+            # A call follows each first use, and none a kernel that a walk brings in.
+            walk = ""
+        if span.kind == "load" and not span.name.startswith("verify"):
+            yield replace(span, name=walk or (name if planning else span.name))
+        else:
+            yield span
+
+
+def another(base: Profile | None = None) -> Profile:
+    """A machine whose every constant that a calibration fits is another than the h200's."""
+    base = base or h200()
+    times = base.compile
+    return replace(
+        base,
+        name="another",
+        compile=CompileTimes({}, {name: 1.6 * scale for name, scale in times.scale.items()},
+                             1.6 * times.default_scale, 0.5),
+        builder=Builder(2.5, 1.9),
+        cache=Cache(0.0009, 0.004, 0.02),
+        host=Host(call=0.002, walk=0.05, walk_call=0.0002),
+        links={**base.links, "gloo": Link(0.003, 4e6, 1e6)},
+        start_up=replace(
+            base.start_up, imports=Phase(6.0, 0.3), process_group=Phase(1.5, 0.06),
+            weights=Phase(1.0, 0.9),
+        ),
+    )  # fmt: skip

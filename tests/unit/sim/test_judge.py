@@ -1,0 +1,190 @@
+"""Measured runs beside what the simulator says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.errors import UserError
+from runner.scenario import Scenario, run_meta
+from runner.timeline import Timeline, write_timelines
+from runner.warmup import DisaggregationMode, WarmupPolicy
+from sim.judge import judge, machine_of, read_measured, scenario_of, summary
+from sim.simulate import Machine
+from sim.start_up import PHASES, StartPhases, Weights
+from tests.unit.measured_runs import another, measured
+from tests.unit.tiny_runs import h200, scenario
+
+
+def run_of(one: Scenario, **facts: Any) -> Timeline:
+    """A Timeline with all that launch says of a run, and nothing in it."""
+    policy = one.warmup.policy.value
+    meta = {**run_meta(one), "link": "gloo", "hosts": 1, "ranks_per_gpu": 1,
+            "machine": {"cores": 16}, **facts}  # fmt: skip
+    return Timeline(policy, "measured", one.parallel.world_size, (), meta)
+
+
+@pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+def test_a_scenario_comes_back_from_its_timeline(policy: WarmupPolicy) -> None:
+    values: dict[str, Any] = {
+        "stage_layers": (1, 3), "batch_sizes": (2, 64), "graph_batch_sizes": (4, 1),
+        "walk_max_m": 32, "compile_lock": True, "prompt_len": 2, "stream": (7, 9),
+        "walk_memory": 1e9, "num_sms": 100, "speculative": True, "ep": True, "max_tokens": 128,
+        "disaggregation": DisaggregationMode.PREFILL,
+    }  # fmt: skip
+    one = scenario(policy, pp=2, tp=2, nodes=2, **values)
+    assert scenario_of(run_of(one)) == one
+    plain = scenario(policy, pp=2, tp=2, walk_max_m=None)
+    assert scenario_of(run_of(plain)) == plain
+
+
+def test_a_split_and_copied_layout_comes_back() -> None:
+    one = scenario(pp=1, tp=2, attn_cp=2, replicas=3, nodes=3, batch_sizes=(2, 64))
+    assert scenario_of(run_of(one)) == one
+
+
+def test_default_batch_sizes_come_back_as_what_they_were() -> None:
+    one = scenario(batch_sizes=None, max_tokens=16384)
+    again = scenario_of(run_of(one))
+    assert again.batch_sizes == one.batch_sizes
+    assert again.requests == one.requests
+
+
+def test_the_machine_is_the_one_that_the_run_was_on() -> None:
+    run = run_of(scenario(tp=2), hosts=1, ranks_per_gpu=2, machine={"cores": 6}, link="nccl")
+    assert machine_of(run, h200()) == Machine(
+        profile=h200(), cores_per_node=6, hosts=1, link="nvlink", ranks_per_gpu=2,
+        nccl_timeout=float("inf"), run_ahead=False, start=StartPhases(PHASES, Weights.DUMMY),
+    )  # fmt: skip
+    assert machine_of(run_of(scenario()), h200()).link == "gloo"
+
+
+def test_a_profile_without_the_runs_link_cannot_tell() -> None:
+    only_fast = replace(h200(), links={"nvlink": h200().links["nvlink"]})
+    with pytest.raises(UserError) as caught:
+        machine_of(run_of(scenario()), only_fast)
+    assert str(caught.value) == "profile h200 has no link 'gloo', which gloo is"
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    ["replicas", "max_tokens", "stream", "walk_memory", "graph_batch_sizes", "compile_lock",
+     "bf16_fp32_algo", "speculative", "prompt_len", "disaggregation", "stage_layers", "attn_cp",
+     "hosts", "ranks_per_gpu", "machine", "link"],
+)  # fmt: skip
+def test_an_older_timeline_is_one_clear_line(lacking: str) -> None:
+    run = run_of(scenario())
+    old = replace(run, meta={k: v for k, v in run.meta.items() if k != lacking})
+    with pytest.raises(UserError) as caught:
+        judge([old], h200())
+    assert str(caught.value) == (
+        f"a Timeline of none does not tell its '{lacking}': it was written by an older version, "
+        "measure it again"
+    )
+
+
+def test_a_machine_without_its_cores_and_a_link_of_another_name_are_told_too() -> None:
+    with pytest.raises(UserError, match="does not tell its 'cores'"):
+        judge([run_of(scenario(), machine={})], h200())
+    with pytest.raises(UserError, match=r"link 'carrier pigeon' is not known: gloo or nccl"):
+        judge([run_of(scenario(), link="carrier pigeon")], h200())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"disaggregation": "both"}, "'both' is not a valid"), ({"batch_sizes": 3}, "not iterable"),
+     ({"nodes": None}, "NoneType"), ({"stage_layers": 3}, "not iterable")],
+)  # fmt: skip
+def test_what_is_told_in_another_form_is_one_line(changes: dict[str, Any], words: str) -> None:
+    run = run_of(scenario(), **changes)
+    with pytest.raises(UserError) as caught:
+        judge([run], h200())
+    start = "a Timeline of none tells of no run that is known here: "
+    assert str(caught.value).startswith(start) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_of_another_name_is_told() -> None:
+    with pytest.raises(UserError, match="a Timeline of cold tells of no run that is known here"):
+        judge([replace(run_of(scenario()), policy="cold")], h200())
+
+
+# -- judging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+def test_a_run_that_a_profile_made_up_it_foretells_exactly(policy: WarmupPolicy) -> None:
+    one = scenario(policy, pp=2, tp=2, nodes=2, graph_batch_sizes=(1,), stream=(9, 64))
+    run = measured(one, another(), cores=3, hosts=1)
+    (judged,) = judge([run], another())
+    assert (judged.error, judged.counts_agree) == (0.0, True)
+    assert judged.predicted.timeout is None
+    assert judged.predicted.timeline.phases() == run.phases()
+
+
+def test_an_error_is_relative_to_the_measured() -> None:
+    run = measured(scenario(), another())
+    (judged,) = judge([run], h200())
+    assert judged.error == judged.predicted.timeline.wall / run.wall - 1
+    assert judged.error < -0.2
+
+
+def test_counts_disagree_where_compiles_or_duplicates_do() -> None:
+    run = measured(scenario(), another())
+    first = next(span for span in run.spans if span.is_kernel)
+    one_less = replace(run, spans=tuple(s for s in run.spans if s is not first))
+    same_twice = replace(run, spans=(*one_less.spans, replace(first, key="another kernel")))
+    another_span = next(s for s in run.spans if s.is_kernel and s.key != first.key)
+    duplicate = replace(run, spans=(*one_less.spans, replace(first, key=another_span.key)))
+    assert not judge([duplicate], another())[0].counts_agree
+    assert not judge([one_less], another())[0].counts_agree
+    assert judge([same_twice], another())[0].counts_agree
+
+
+def test_names() -> None:
+    plain = measured(scenario(tp=2), another())
+    more = run_of(scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=2, compile_lock=True))
+    assert [judged.name for judged in judge([plain, replace(more, spans=plain.spans)], h200())] == [
+        "dsv4-tiny 4 layers, pp 1 tp 2, none",
+        "dsv4-tiny 4 layers, pp 2 tp 2, 2 nodes, locked, planned",
+    ]
+
+
+def test_a_summary() -> None:
+    run = measured(scenario(), another())
+    judged = judge([run, run, run], another())
+    assert summary(judged) == (
+        "3 runs: median absolute error 0.0%, worst 0.0%; compiles and duplicates exact in 3"
+    )
+    half = replace(run, spans=tuple(replace(s, start=s.start / 2, end=s.end / 2)
+                                    for s in run.spans[:-1]))  # fmt: skip
+    assert summary(judge([run, run, half], another())).startswith(
+        "3 runs: median absolute error 0.0%, worst 100.0%;"
+    )
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def test_all_runs_of_all_files(tmp_path: Path) -> None:
+    one, two = run_of(scenario()), run_of(scenario(WarmupPolicy.PLANNED))
+    write_timelines(tmp_path / "a.json", [one, two])
+    write_timelines(tmp_path / "b.json", [one])
+    found = read_measured([tmp_path / "a.json", tmp_path / "b.json"])
+    assert [run.policy for run in found] == ["none", "planned", "none"]
+
+
+def test_a_prediction_is_no_measurement(tmp_path: Path) -> None:
+    write_timelines(tmp_path / "a.json", [replace(run_of(scenario()), source="predicted")])
+    with pytest.raises(UserError) as caught:
+        read_measured([tmp_path / "a.json"])
+    assert str(caught.value) == "none is a predicted Timeline, not a measured one"
+
+
+def test_files_without_a_timeline(tmp_path: Path) -> None:
+    write_timelines(tmp_path / "a.json", [])
+    with pytest.raises(UserError, match="the files hold no Timeline"):
+        read_measured([tmp_path / "a.json"])
