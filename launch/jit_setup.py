@@ -18,6 +18,7 @@ from runner.jit.compiler import NvccCompiler, find_nvcc
 from runner.jit.kernels import identity_of
 from runner.jit.lazy import LazyJit
 from runner.jit.library import find_library
+from runner.jit.probe import probe_seconds
 from runner.jit.shim import CompileRecord, write_shim
 from runner.scenario import Scenario
 from runner.warmup import WarmupPolicy
@@ -135,6 +136,12 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
     given = _given_cache(options, environ)
     if given is not None:
         KernelCache(given).prepare()
+
+
+def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
+    """How fast this machine compiles just now, None where nothing is compiled."""
+    compiler, _ = _find_compiler(options, environ)
+    return None if compiler is None else round(probe_seconds(compiler), 4)
 
 
 def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:

@@ -333,7 +333,7 @@ class _RankRun:
             "jit": jit.description,
             "hosts": self.place.world_size // self.place.local_world_size,
             "ranks_per_gpu": self._ranks_per_gpu,
-            "machine": machine_facts(self.device),
+            "machine": {**machine_facts(self.device), "probe": self.options.probed},
         }
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -220,9 +220,10 @@ def _cut_waits(spans: Sequence[Span]) -> list[Span]:
             continue
         arrival = min(last_arrival.get(span.key, 0.0), span.end)
         if arrival > span.start:
-            result.append(replace(span, end=arrival, kind="wait"))
+            result.append(Span(span.rank, span.start, arrival, "wait", span.name, span.key))
         if arrival < span.end:
-            result.append(replace(span, start=max(span.start, arrival)))
+            start = max(span.start, arrival)
+            result.append(Span(span.rank, start, span.end, span.kind, span.name, span.key))
     return result
 
 
@@ -238,7 +239,8 @@ def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
             and span.rank == before.rank
             and span.start - before.end < _JOIN_GAP
         ):
-            result[-1] = replace(before, end=max(before.end, span.end), name=span.kind, key="")
+            end = max(before.end, span.end)
+            result[-1] = Span(before.rank, before.start, end, before.kind, span.kind)
         else:
             result.append(span)
     return result

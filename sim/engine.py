@@ -28,9 +28,7 @@ from runner.schedule import (
     Collective,
     KernelWork,
     Mark,
-    Op,
     Recv,
-    Schedule,
     Send,
 )
 from runner.stalls import STALLS_AFTER
@@ -39,7 +37,7 @@ from sim.cores import Cores
 from sim.costs import CostModel
 from sim.culprit import CollectiveTimeout, with_culprit
 from sim.locks import Locks
-from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
+from sim.program import FirstUse, Instruction, Run, WalkRun, used_before
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class _Rank:
     done: bool = False
     spans: list[Span] = field(default_factory=list)
     computing_since: float | None = None
+    communicated: float = 0.0
     sequence: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     phase: tuple[str, float] | None = None
 
@@ -99,6 +98,13 @@ class _Rank:
         if self.computing_since is not None and self.clock > self.computing_since:
             self.note(self.computing_since, self.clock, "compute", "compute")
         self.computing_since = None
+
+    def wait_for_device(self) -> None:
+        """Go on when the GPU is done; what it communicated after the host's work is none."""
+        if self.computing_since is not None and self.communicated > self.clock:
+            self.close_compute()
+            self.computing_since = self.communicated
+        self.clock = max(self.clock, self.device)
 
     def note(self, start: float, end: float, kind: str, name: str, key: str = "") -> None:
         self.spans.append(Span(self.index, start, end, kind, name, key))
@@ -109,24 +115,23 @@ class _Rank:
 
 
 class Engine:
-    """Replays a Schedule.
+    """Replays the programs of all ranks.
 
     Args:
-        schedule: what every rank does.
+        programs: what every rank does; see :func:`sim.program.compile_program`.
         costs: how long it takes.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses; what compiles at a time cost is in ``costs``.
         host_of: machine of each node, where several share one's cores; by default each has its own.
         timeout: longest wait of a rank in a collective or receive, in seconds; None is no limit.
         cached: kernels that every node's disk holds from the start.
-        compile_lock: whether ranks of a node take turns at first uses of one GEMM's kernels.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        programs: Sequence[Sequence[Instruction]],
         costs: CostModel,
         *,
         node_of: Sequence[int],
@@ -134,14 +139,13 @@ class Engine:
         host_of: Sequence[int] | None = None,
         timeout: float | None = None,
         cached: frozenset[Kernel] = frozenset(),
-        compile_lock: bool = False,
         run_ahead: bool = False,
         start: float = 0.0,
     ) -> None:
         self._costs, self._timeout, self._run_ahead = costs, timeout, run_ahead
         self._ranks = [
-            _Rank(index, self._program(ops, compile_lock), node_of[index], start, start)
-            for index, ops in enumerate(schedule.ranks)
+            _Rank(index, program, node_of[index], start, start)
+            for index, program in enumerate(programs)
         ]
         nodes = set(node_of)
         self._disk: dict[int, set[Kernel]] = {node: set(cached) for node in nodes}
@@ -159,9 +163,6 @@ class Engine:
         self._longest_wait = 0.0
         self._cached = cached
         self._exchanged: set[int] = set()
-
-    def _program(self, ops: Sequence[Op], locked: bool) -> list[Instruction]:
-        return compile_program(ops, self._costs, locked=locked)
 
     def run(self) -> Outcome:
         """Run to the end.
@@ -243,7 +244,7 @@ class Engine:
         if rank.queue:
             rank.waits_for_device = True
             return False
-        rank.clock = max(rank.clock, rank.device)
+        rank.wait_for_device()
         return True
 
     def _resume(self, rank: _Rank, time: float) -> None:
@@ -391,7 +392,7 @@ class Engine:
                 rank.queue.popleft()
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
-                rank.clock = max(rank.clock, rank.device)
+                rank.wait_for_device()
                 self._at(rank.clock, partial(self._go_on, rank))
 
     def _done(self, rank: _Rank, item: _Queued, todo: deque[_Rank]) -> bool:
@@ -413,7 +414,7 @@ class Engine:
         if item.end is None:
             rank.waiting_in = _waiting_in(work)
             return False
-        rank.device = item.end
+        rank.device = rank.communicated = item.end
         return True
 
     def _arrive(self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]) -> None:

@@ -1,6 +1,6 @@
 """Replicas that behave alike: simulate the first whole, and of the others only what is shared.
 
-Replicas on nodes of their own meet only in operations of all ranks (the exchange of built
+Replicas on nodes and hosts of their own meet only in operations of all ranks (the exchange of built
 kernels). Behind the last of these every replica starts from the same state at the same time and
 does the same, so the first one's spans are the others', shifted by rank.
 """
@@ -15,13 +15,14 @@ from runner.timeline import Span
 from sim.engine import Outcome
 
 
-def can_fold(parallel: ParallelConfig) -> bool:
-    """Whether no node holds ranks of two replicas."""
-    return parallel.replicas > 1 and parallel.nodes % parallel.replicas == 0
+def can_fold(parallel: ParallelConfig, hosts: int) -> bool:
+    """Whether no node holds ranks of two replicas, and no host nodes of two."""
+    replicas = parallel.replicas
+    return replicas > 1 and parallel.nodes % replicas == 0 and hosts % replicas == 0
 
 
 def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
-    """The outcome of all replicas, from one whose later replicas were cut off.
+    """The outcome of all replicas, from one whose later replicas were cut off, spans merged.
 
     Raises:
         AssertionError: the replicas did not part in the same state; they cannot be folded.
@@ -45,9 +46,10 @@ def _copies(
     for replica in range(1, parallel.replicas):
         for span in own:
             key = f"{replica}:{span.key}" if span.kind == "comm" else span.key
-            yield replace(span, rank=span.rank + replica * ranks, key=key)
+            rank = span.rank + replica * ranks
+            yield Span(rank, span.start, span.end, span.kind, span.name, key)
 
 
 def _is_after(span: Span, since: float) -> bool:
     """Phases enclose; of all else nothing lies across the point where replicas part."""
-    return span.end > since or (span.end == span.start == since and span.kind != "phase")
+    return span.end > since or span.end == span.start == since

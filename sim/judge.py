@@ -99,6 +99,7 @@ def machine_of(timeline: Timeline, profile: Profile) -> Machine:
         raise UserError(f"profile {profile.name} has no link {link!r}, which {meta['link']} is")
     return Machine(
         profile=profile,
+        host_factor=host_factor(timeline, profile),
         cores_per_node=meta["machine"]["cores"],
         hosts=meta["hosts"],
         link=link,
@@ -108,6 +109,12 @@ def machine_of(timeline: Timeline, profile: Profile) -> Machine:
         run_ahead=False,
         start=StartPhases(PHASES, Weights.DUMMY),
     )
+
+
+def host_factor(timeline: Timeline, profile: Profile) -> float:
+    """How slow the machine was just before the run, against the profile; 1 where nobody looked."""
+    seen: float | None = timeline.meta["machine"].get("probe")
+    return 1.0 if seen is None else seen / profile.probe
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ class Profile:
         name: as ``--hardware`` takes it.
         num_sms: SMs of the GPU.
         cores_per_node: CPU cores of a node.
+        probe: seconds of :func:`runner.jit.probe.probe_seconds` when it was measured.
         estimate: whether the numbers are derived from public figures instead of measured.
         provenance: where the numbers come from.
     """
@@ -166,6 +168,7 @@ class Profile:
     name: str
     num_sms: int
     cores_per_node: int
+    probe: float
     compile: CompileTimes
     builder: Builder
     cache: Cache
@@ -206,31 +209,82 @@ class Profile:
         return asdict(self)
 
 
-_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory")
+_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe")
+_PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}
+_WEIGHT_SOURCES = ("disk", "page-cache", "dummy")
 
 
 def _check(profile: Profile) -> None:
-    for name, value in _numbers(profile, ""):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} is {value!r}, not a number")
-        divides = any(word in name for word in _DIVISORS)
-        if value < 0 or (divides and value == 0):
-            raise ValueError(
-                f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0"
-            )
+    _check_fields(profile, "")
+    for source in _WEIGHT_SOURCES:
+        if source not in profile.start_up.weight_bandwidth:
+            raise ValueError(f"start_up.weight_bandwidth lacks {source}")
 
 
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Everything in a profile that has to be a number."""
-    if is_dataclass(value):
-        for item in fields(value):
-            if item.name not in ("name", "provenance", "estimate", "queues"):
-                yield from _numbers(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _numbers(each, f"{name}.{key}")
-    elif value is not None:
-        yield name, value
+def _check_fields(owner: Any, within: str) -> None:
+    for item in fields(owner):
+        value, kind, name = getattr(owner, item.name), str(item.type), within + item.name
+        if is_dataclass(value):
+            _check_fields(value, f"{name}.")
+        elif kind in _PLAIN:
+            _check_type(name, value, _PLAIN[kind])
+        elif kind.startswith("Mapping"):
+            _check_type(name, value, Mapping)
+            for key, each in value.items():
+                if is_dataclass(each):
+                    _check_fields(each, f"{name}.{key}.")
+                else:
+                    _check_number(f"{name}.{key}", each, whole=False)
+        elif value is not None or not kind.endswith("None"):
+            _check_number(name, value, whole=kind == "int")
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, not a {kind.__name__.lower()}")
+
+
+def _check_number(name: str, value: Any, *, whole: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
+    divides = any(word in name for word in _DIVISORS)
+    if not isfinite(value) or value < 0 or (divides and value == 0):
+        raise ValueError(f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0")
+
+
+def slowed(profile: Profile, factor: float) -> Profile:
+    """The profile of a machine whose CPUs take ``factor`` times as long for everything."""
+    if factor == 1.0:
+        return profile
+    times, start_up = profile.compile, profile.start_up
+    return replace(
+        profile,
+        compile=replace(
+            times,
+            by_config={key: factor * seconds for key, seconds in times.by_config.items()},
+            scale={key: factor * scale for key, scale in times.scale.items()},
+            default_scale=factor * times.default_scale,
+        ),
+        builder=Builder(factor * profile.builder.start, factor * profile.builder.scale),
+        cache=Cache(*(factor * seconds for seconds in _values(profile.cache))),
+        host=Host(*(factor * seconds for seconds in _values(profile.host))),
+        start_up=replace(
+            start_up,
+            imports=_slowed(start_up.imports, factor),
+            process_group=_slowed(start_up.process_group, factor),
+            weights=_slowed(start_up.weights, factor),
+            capture=factor * start_up.capture,
+            capture_operation=factor * start_up.capture_operation,
+        ),
+    )
+
+
+def _slowed(phase: Phase, factor: float) -> Phase:
+    return Phase(factor * phase.seconds, factor * phase.per_rank)
+
+
+def _values(record: Cache | Host) -> list[float]:
+    return [float(getattr(record, item.name)) for item in fields(record)]
 
 
 def shipped_profiles() -> list[str]:

@@ -14,7 +14,7 @@ from runner.timeline import Timeline
 from sim.calibrate import Calibration, fit_profile, leave_one_out
 from sim.judge import read_measured, summary
 from sim.judge_table import judged_table
-from sim.profile import load_profile, write_profile
+from sim.profile import Profile, load_profile, write_profile
 
 
 @click.command()
@@ -51,9 +51,9 @@ def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | 
     known = load_profile(base)
     measured = read_measured(timelines)
     made = fit_profile(measured, known, name or output.stem)
-    _print(made)
-    _print_left_out(measured, made)
     write_profile(output, made.profile)
+    _print(made)
+    _print_left_out(measured, known)
     print(f"wrote {output}")
 
 
@@ -64,10 +64,10 @@ def _print(made: Calibration) -> None:
     Console(width=100).print(table)
 
 
-def _print_left_out(measured: Sequence[Timeline], made: Calibration) -> None:
+def _print_left_out(measured: Sequence[Timeline], base: Profile) -> None:
     if len(measured) < 2:
         print("one run: there is none to leave out")
         return
-    judged = leave_one_out(measured, made.profile)
+    judged = leave_one_out(measured, base)
     Console(width=100).print(judged_table(judged, "Each run by a profile of the others"))
     print(summary(judged))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from runner.coverage import Coverage
 from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.kernels import Kernel
 from runner.jit.plan import MRanges, Plan, PlannedKernel
+from runner.stalls import Stall
 
 _WIDTH = 100
 _SHOWN_RANGES = 6
@@ -91,7 +93,7 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     extra = f", and {covered.superfluous} that nothing needs" if covered.superfluous else ""
     console.print(
         f"\n{covered.policy.value}: compiles {planned - covered.missing} of {planned} planned "
-        f"kernels{extra}"
+        f"kernels until the first request is answered{extra}"
     )
     if not covered.uncovered:
         console.print("covered: no token count up to the limit compiles anything afterwards")
@@ -102,6 +104,25 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     table.add_column("M that would stall")
     for use in _gathered(covered):
         table.add_row(*use)
+    console.print(table)
+
+
+def print_stalls(stalls: Sequence[Stall]) -> None:
+    """What a stream of requests would compile, a row for each forward and node that stalls."""
+    rows: dict[tuple[int, str, int], list[str]] = {}
+    for stall in stalls:
+        rows.setdefault((stall.forward, stall.name, stall.node), []).append(stall.kernel)
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("forward that stalls", "node", "kernels it compiles"):
+        table.add_column(name)
+    for (_, name, node), kernels in rows.items():
+        names = Counter(kernel.rpartition(" ")[0] for kernel in kernels)
+        words = ", ".join(f"{count} {kind}" for kind, count in names.items())
+        table.add_row(name, str(node), words)
+    console = Console(width=_WIDTH)
+    console.print()
     console.print(table)
 
 

@@ -2,97 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.kernels import kernels_of
 from runner.schedule import (
     EXCHANGE,
+    Capture,
     Collective,
-    Compute,
     KernelWork,
     Mark,
     Op,
     Recv,
-    Schedule,
     Send,
 )
 from runner.timeline import Span, Timeline, merge
-from sim.cores import Cores
-from sim.engine import Engine, Outcome, SimulationError
-
-
-@dataclass(frozen=True)
-class RoundCosts:
-    """Costs one can add up by hand."""
-
-    compile: float = 10.0
-    load: float = 1.0
-    kernel: float = 2.0
-    collective: float = 3.0
-    transfer: float = 4.0
-
-    def compile_seconds(self, kernel: Kernel) -> float:
-        return self.compile
-
-    def build_spans(
-        self, kernels: Sequence[Kernel], cores: int
-    ) -> list[tuple[Kernel | None, float, float]]:
-        return [(kernel, 5.0 * i, 5.0 * i + 5.0) for i, kernel in enumerate(kernels)]
-
-    def verify_seconds(self, kernel: Kernel) -> float:
-        return 0.5
-
-    def load_seconds(self, kernel: Kernel) -> float:
-        return self.load
-
-    def kernel_seconds(self, call: KernelCall) -> float:
-        return self.kernel
-
-    def compute_seconds(self, op: Compute) -> float:
-        return float(op.flops)
-
-    def collective_seconds(self, op: Collective) -> float:
-        return self.collective
-
-    def transfer_seconds(self, nbytes: int) -> float:
-        return self.transfer
-
-
-# The hyper-connection GEMM is one kernel a call; K makes different ones.
-def call(k: int) -> KernelCall:
-    return KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64 * k, 1, 132)
-
-
-def work(seconds: int) -> Compute:
-    return Compute("work", seconds, 0)
-
-
-def simulate(
-    *ranks: list[Op],
-    node_of: list[int] | None = None,
-    cores: int = 8,
-    timeout: float | None = None,
-    costs: RoundCosts | None = None,
-    cached: frozenset[Kernel] = frozenset(),
-) -> Outcome:
-    return Engine(
-        Schedule(tuple(tuple(ops) for ops in ranks)),
-        costs or RoundCosts(),
-        node_of=node_of or [0] * len(ranks),
-        cores_per_node=cores,
-        timeout=timeout,
-        cached=cached,
-    ).run()
-
-
-def rows(outcome: Outcome, rank: int) -> list[tuple[str, float, float]]:
-    return [(s.kind, s.start, s.end) for s in merge(outcome.spans) if s.rank == rank]
+from sim.costs import Seconds
+from sim.engine import SimulationError
+from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, work
 
 
 def test_two_stage_pipeline_compiles_in_turn() -> None:
@@ -168,13 +95,13 @@ def test_a_call_of_two_kernels_compiles_both_in_order() -> None:
 
 def test_exhausted_cores_are_shared() -> None:
     """Two cores, three compiles of 10 s at once: two thirds of the speed each."""
-    outcome = simulate([call(1)], [call(2)], [call(3)], cores=2)
+    outcome = simulate([call(1)], [call(2)], [call(3)], costs=RoundCosts(cores=2))
     assert [rows(outcome, rank)[0] for rank in range(3)] == [("compile", 0, 15)] * 3
 
 
 def test_cores_free_up_as_compiles_end() -> None:
     """One core: alone until 5 s, then two share; 5 s of work left each end at 15 s and 20 s."""
-    outcome = simulate([call(1)], [work(5), call(2)], cores=1)
+    outcome = simulate([call(1)], [work(5), call(2)], costs=RoundCosts(cores=1))
     assert rows(outcome, 0)[0] == ("compile", 0, 15)
     assert rows(outcome, 1)[1] == ("compile", 5, 20)
 
@@ -224,38 +151,6 @@ def test_a_schedule_that_cannot_end_is_an_error() -> None:
         simulate([Recv("x", 1, 1)], [])
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=8),
-    st.integers(1, 4),
-)
-def test_cores_do_all_work_and_never_more_than_they_can(
-    jobs: list[tuple[int, int]], count: int
-) -> None:
-    """Shared cores end every job, not before its own length, and keep within total capacity."""
-    cores = Cores(count)
-    starts = sorted(jobs)
-    ends: dict[int, float] = {}
-    pending = list(enumerate(starts))
-    while pending or cores.next_end() is not None:
-        end = cores.next_end()
-        if pending and (end is None or pending[0][1][0] <= end):
-            index, (start, seconds) = pending.pop(0)
-            cores.start(start, seconds, lambda at, index=index: ends.__setitem__(index, at))
-        else:
-            assert end is not None
-            cores.finish(end)
-    total = sum(seconds for _, seconds in starts)
-    assert len(ends) == len(starts)
-    for index, (start, seconds) in enumerate(starts):
-        assert ends[index] >= start + seconds - 1e-6
-    assert max(ends.values()) >= starts[0][0] + total / count - 1e-6
-    assert max(ends.values()) <= starts[-1][0] + total + 1e-6
-
-
-def kernel_of(k: int) -> Kernel:
-    return kernels_of(call(k))[0]
-
-
 def test_nodes_build_their_shares_exchange_and_load() -> None:
     a, b, c = (kernel_of(k) for k in (1, 2, 3))
     exchange = Collective(EXCHANGE, (0, 1), 0)
@@ -301,3 +196,125 @@ def test_who_waits_too_long_for_a_build_dies() -> None:
     lost = outcome.timeout
     assert lost is not None
     assert (lost.rank, lost.waiting_for, lost.operation, lost.needed) == (1, 0, EXCHANGE, 20.0)
+
+
+def test_the_longest_wait_is_told_without_a_limit_too() -> None:
+    one, two = Collective("first", (0, 1), 8), Collective("second", (0, 1), 8)
+    outcome = simulate([work(1), one, two], [work(5), one, work(9), two])
+    assert outcome.timeout is None
+    # Rank 0 waits from 1 to 5, and from 8, when the first has ended, to 17.
+    assert outcome.longest_wait == 9.0
+    assert simulate([work(5)]).longest_wait == 0.0
+
+
+def test_a_message_waited_for_counts_until_it_is_sent() -> None:
+    outcome = simulate([work(9), Send("x", 1, 1)], [work(2), Recv("x", 0, 1)])
+    assert outcome.longest_wait == 7.0
+    assert rows(outcome, 1) == [("compute", 0, 2), ("wait", 2, 9), ("comm", 9, 13)]
+
+
+def test_all_starts_at_the_offset() -> None:
+    reduce = Collective("all_reduce x", (0, 1), 8)
+    outcome = simulate([reduce], [call(1), reduce], timeout=6.0, start=100.0)
+    assert rows(outcome, 0) == [("wait", 100, 113), ("comm", 113, 116)]
+    assert rows(outcome, 1)[0] == ("compile", 100, 110)
+    assert outcome.timeout is not None and outcome.timeout.time == 106.0
+    assert outcome.ends == (116.0, 116.0)
+
+
+def test_a_hosts_and_a_gpus_seconds_overlap() -> None:
+    # At 4 the host is done with both; the GPU, with 3 s and 5 s of work, is at 8.
+    busy_gpu = simulate([work(2, 3), work(2, 5)])
+    assert (rows(busy_gpu, 0), busy_gpu.ends) == ([("compute", 0, 8)], (8.0,))
+    busy_host = simulate([work(4, 1), work(6, 2)])
+    assert rows(busy_host, 0) == [("compute", 0, 10)]
+
+
+def test_a_communication_waits_for_the_gpu_and_a_compile_does_not() -> None:
+    reduce = Collective("all_reduce x", (0, 1), 8)
+    outcome = simulate([work(1, 7), reduce], [work(2, 2), reduce])
+    assert rows(outcome, 0) == [("compute", 0, 7), ("comm", 7, 10)]
+    # Compiled and loaded from 1 to 12 while the GPU works until 7; the call ends at 14.
+    outcome = simulate([work(1, 7), call(1)])
+    assert rows(outcome, 0) == [
+        ("compute", 0, 1), ("compile", 1, 11), ("load", 11, 12), ("compute", 12, 14),
+    ]  # fmt: skip
+    # With 30 s of the GPU the call's 2 s of the host are over long before.
+    assert simulate([work(1, 30), call(1)]).ends == (30.0,)
+
+
+def test_the_gpu_starts_what_comes_after_a_compile_when_that_is_over() -> None:
+    costs = RoundCosts(kernel=Seconds(1.0, 4.0))
+    assert simulate([call(1)], costs=costs).ends == (15.0,)
+
+
+def test_work_on_kernels_waits_for_the_gpu() -> None:
+    outcome = simulate([work(1, 7), KernelWork("build", (kernel_of(1),))])
+    assert rows(outcome, 0) == [("compute", 0, 7), ("compile", 7, 12)]
+
+
+def test_a_capture_takes_its_hosts_time() -> None:
+    assert rows(simulate([Capture("graph DECODE 1", 6), work(1)]), 0) == [("compute", 0, 7)]
+
+
+def test_bulk_loads_have_a_price_of_their_own() -> None:
+    a, b = kernel_of(1), kernel_of(2)
+    outcome = simulate(
+        [KernelWork("load", (a,)), call(2)], cached=frozenset({a, b}), costs=RoundCosts(bulk=0.25)
+    )
+    assert rows(outcome, 0) == [("load", 0, 0.25), ("load", 0.25, 1.25), ("compute", 1.25, 3.25)]
+
+
+def test_nodes_of_one_host_share_its_cores_and_not_their_disks() -> None:
+    def compiled(host_of: list[int] | None) -> list[tuple[str, float, float]]:
+        costs = RoundCosts(cores=1)
+        outcome = simulate([call(1)], [call(1)], node_of=[0, 1], host_of=host_of, costs=costs)
+        return [rows(outcome, rank)[0] for rank in (0, 1)]
+
+    assert compiled(None) == [("compile", 0, 10)] * 2
+    assert compiled([0, 1]) == [("compile", 0, 10)] * 2
+    assert compiled([0, 0]) == [("compile", 0, 20)] * 2
+
+
+def test_the_slowdown_is_the_cost_models() -> None:
+    class Crowded(RoundCosts):
+        def slowdown(self, compilers: int) -> float:
+            return 1.0 + 0.5 * (compilers - 1)
+
+    # Alone until 4; then two at 1.5 times: the first has 6 s left, 9 at that rate.
+    outcome = simulate([call(1)], [work(4), call(2)], costs=Crowded())
+    assert rows(outcome, 0)[0] == ("compile", 0, 13)
+    # The second has done 6 s by then; its last 4 s it is alone.
+    assert rows(outcome, 1)[1] == ("compile", 4, 17)
+
+
+# -- what disks hold ------------------------------------------------------------------------------
+
+
+UP = Mark("phase", "requests")
+
+
+def test_a_server_is_up_before_its_further_requests() -> None:
+    a, b, c = (kernel_of(k) for k in (1, 2, 3))
+    outcome = simulate(
+        [Mark("phase", "first request"), call(1), UP, call(2), Mark("phase", "end")],
+        [Mark("phase", "first request"), call(1), UP, call(3), Mark("phase", "end")],
+        node_of=[0, 1],
+    )
+    assert outcome.up == {0: {a}, 1: {a}}
+    assert outcome.disks == {0: {a, b}, 1: {a, c}}
+
+
+def test_without_further_requests_all_that_is_there_in_the_end_was_there_when_it_was_up() -> None:
+    outcome = simulate([call(1), call(2)], cached=frozenset({kernel_of(3)}))
+    assert outcome.up == outcome.disks == {0: {kernel_of(1), kernel_of(2), kernel_of(3)}}
+
+
+def test_what_nodes_exchange_is_there_once_they_are_up() -> None:
+    a, b, c = (kernel_of(k) for k in (1, 2, 3))
+    exchange = Collective(EXCHANGE, (0, 1), 0)
+    first: list[Op] = [KernelWork("build", (a,)), exchange, UP, call(3)]
+    second: list[Op] = [KernelWork("build", (b,)), exchange, UP]
+    outcome = simulate(first, second, [UP], node_of=[0, 1, 2])
+    assert outcome.up == {0: {a, b}, 1: {a, b}, 2: set()}
+    assert outcome.disks == {0: {a, b, c}, 1: {a, b}, 2: set()}

@@ -1,0 +1,79 @@
+"""How long a compile takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.jit.builder.costs import plain_seconds
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import Kernel, kernels_of
+from sim.compile_time import compile_seconds, config_key, slowdown, template_of
+from sim.profile import CompileTimes
+
+
+def kernel(kind: T, m: int, n: int, k: int, groups: int = 1) -> Kernel:
+    return kernels_of(KernelCall(kind, m, n, k, groups, 132))[-1]
+
+
+DENSE = kernel(T.GEMM_NT_F8F8BF16, 64, 1536, 4096)
+MASKED = kernel(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 2048, 4096, 256)
+PRENORM = kernel(T.TF32_HC_PRENORM_GEMM, 64, 24, 4096)
+TRANSPOSE = kernels_of(KernelCall(T.GEMM_NT_F8F8BF16, 64, 1536, 4096, 1, 132))[0]
+
+
+def times(**changes: object) -> CompileTimes:
+    values = {"by_config": {}, "scale": {}, "default_scale": 1.0, "contention": 0.0, **changes}
+    return CompileTimes(**values)  # type: ignore[arg-type]
+
+
+def test_kernels_of_a_family_instantiate_one_template() -> None:
+    assert template_of(DENSE) == template_of(MASKED) == "sm90_fp8_gemm_1d2d"
+    assert template_of(PRENORM) == "sm90_tf32_hc_prenorm_gemm"
+    assert template_of(kernel(T.GEMM_NT_BF16BF16F32, 64, 256, 4096)) == "sm90_bf16_gemm"
+    assert template_of(TRANSPOSE) == "transpose_fp32"
+
+
+def test_a_configuration_is_the_same_for_every_shape() -> None:
+    one, other = (kernel(T.TF32_HC_PRENORM_GEMM, 64, 24, k) for k in (2048, 4096))
+    assert one != other and config_key(one) == config_key(other) == "sm90_tf32_hc_prenorm_gemm"
+    masked = [kernel(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 2048, k, 256) for k in (2048, 4096)]
+    assert masked[0] != masked[1]
+    assert config_key(masked[0]) == config_key(masked[1])
+    assert config_key(masked[0]).startswith("sm90_fp8_gemm_1d2d ")
+    assert "4096" not in config_key(masked[0])
+
+
+def test_other_tiles_are_other_configurations() -> None:
+    small, large = (kernel(T.GEMM_NT_F8F8BF16, m, 1536, 4096) for m in (1, 4096))
+    assert config_key(small) != config_key(large)
+
+
+def test_measured_then_the_templates_scale_then_the_default() -> None:
+    plain = plain_seconds(DENSE)
+    assert compile_seconds(times(default_scale=1.5), DENSE) == 1.5 * plain
+    scale = {"sm90_fp8_gemm_1d2d": 2.0}
+    assert compile_seconds(times(default_scale=1.5, scale=scale), DENSE) == 2.0 * plain
+    assert compile_seconds(times(default_scale=1.5, scale=scale), PRENORM) == 1.5 * plain_seconds(
+        PRENORM
+    )
+    measured = times(by_config={config_key(DENSE): 5.0}, scale=scale)
+    assert compile_seconds(measured, DENSE) == 5.0
+    assert compile_seconds(measured, MASKED) == 2.0 * plain_seconds(MASKED)
+
+
+@pytest.mark.parametrize(
+    ("compilers", "cores", "expected"),
+    [
+        (1, 5, 1.0), (2, 5, 1.1), (3, 5, 1.2), (5, 5, 1.4), (10, 5, 2.8),
+        (1, 1, 1.4), (2, 1, 2.8), (1, 2, 1.0), (2, 2, 1.4),
+    ],
+)  # fmt: skip
+def test_company_slows_a_compile_linearly_and_beyond_the_cores_it_shares(
+    compilers: int, cores: int, expected: float
+) -> None:
+    assert slowdown(times(contention=0.4), compilers, cores) == pytest.approx(expected)
+
+
+def test_without_contention_only_cores_are_short() -> None:
+    assert [slowdown(times(), n, 4) for n in (1, 3, 4, 6, 8)] == [1.0, 1.0, 1.0, 1.5, 2.0]

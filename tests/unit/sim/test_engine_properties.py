@@ -1,0 +1,138 @@
+"""What holds of every schedule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import kernels_of
+from runner.schedule import Collective, Mark, Op, Recv, Send, Walk
+from sim.costs import Seconds
+from sim.engine import Outcome
+from tests.unit.sim_rounds import RoundCosts, call, kernel_of, simulate, walk, work
+
+RANKS = 4
+KEYS = st.integers(1, 3)
+RANK = st.integers(0, RANKS - 1)
+STEP = st.one_of(
+    st.tuples(st.just("work"), RANK, st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(st.just("call"), RANK, KEYS),
+    st.tuples(st.just("walk"), RANK, KEYS),
+    st.tuples(st.just("forward"), RANK),
+    st.tuples(st.just("message"), RANK, RANK),
+    st.tuples(st.just("collective"), st.sets(RANK, min_size=1)),
+)
+COSTS = RoundCosts(kernel=Seconds(1.0, 2.0))
+
+
+def ranks_of(steps: list[Any]) -> list[list[Op]]:
+    """What every rank does: in this order no one can wait for ever."""
+    ranks: list[list[Op]] = [[] for _ in range(RANKS)]
+    for kind, *words in steps:
+        if kind == "work":
+            ranks[words[0]].append(work(*words[1:]))
+        elif kind == "call":
+            ranks[words[0]].append(call(words[1]))
+        elif kind == "walk":
+            ranks[words[0]].append(walk(words[1], many=2))
+        elif kind == "forward":
+            ranks[words[0]].append(Mark("forward", "EXTEND 1"))
+        elif kind == "message" and words[0] != words[1]:
+            ranks[words[0]].append(Send("x", words[1], 8))
+            ranks[words[1]].append(Recv("x", words[0], 8))
+        elif kind == "collective":
+            group = tuple(sorted(words[0]))
+            for rank in group:
+                ranks[rank].append(Collective("all_reduce x", group, 8))
+    return ranks
+
+
+SCHEDULES = st.lists(STEP, max_size=24).map(ranks_of)
+NODES = st.lists(st.integers(0, 2), min_size=RANKS, max_size=RANKS)
+
+
+def needed(ops: list[Op]) -> set[str]:
+    found = {kernel for op in ops if isinstance(op, KernelCall) for kernel in kernels_of(op)}
+    found |= {kernel_of(op.shape.k // 64) for op in ops if isinstance(op, Walk)}
+    return {kernel.identity for kernel in found}
+
+
+def compiled(outcome: Outcome, node_of: list[int]) -> Counter[tuple[int, str]]:
+    return Counter((node_of[s.rank], s.key) for s in outcome.spans if s.kind == "compile")
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES, NODES, st.booleans(), st.booleans())
+def test_every_schedule_ends_and_every_kernel_is_compiled_where_it_is_needed(
+    ranks: list[list[Op]], node_of: list[int], ahead: bool, locked: bool
+) -> None:
+    outcome = simulate(
+        *ranks, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS
+    )  # fmt: skip
+    by_node: dict[int, set[str]] = {node: set() for node in node_of}
+    for rank, ops in enumerate(ranks):
+        by_node[node_of[rank]] |= needed(ops)
+    done = compiled(outcome, node_of)
+    assert set(done) == {(node, key) for node, keys in by_node.items() for key in keys}
+    held = {node: {kernel.identity for kernel in disk} for node, disk in outcome.disks.items()}
+    assert held == outcome_up(outcome) == by_node
+    if locked:
+        # One kernel a GEMM: who comes second finds it.
+        assert set(done.values()) <= {1}
+
+
+def outcome_up(outcome: Outcome) -> dict[int, set[str]]:
+    return {node: {kernel.identity for kernel in disk} for node, disk in outcome.up.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES)
+def test_running_ahead_never_ends_later(ranks: list[list[Op]]) -> None:
+    """Where ranks share no node: sharing one, who comes sooner may compile what else is found."""
+    apart = list(range(RANKS))
+    blocking = simulate(*ranks, node_of=apart, costs=COSTS)
+    ahead = simulate(*ranks, node_of=apart, costs=COSTS, run_ahead=True)
+    assert all(a <= b + 1e-6 for a, b in zip(ahead.ends, blocking.ends, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES, NODES, st.booleans(), st.integers(1, 60))
+def test_a_limit_is_passed_exactly_where_the_longest_wait_is_beyond_it(
+    ranks: list[list[Op]], node_of: list[int], ahead: bool, limit: int
+) -> None:
+    outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, timeout=limit, costs=COSTS)
+    assert (outcome.timeout is not None) == (outcome.longest_wait > limit)
+    if outcome.timeout is not None:
+        assert outcome.timeout.needed == outcome.longest_wait
+        assert outcome.timeout.time >= limit
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES, NODES, st.booleans())
+def test_a_start_later_is_the_same_later(
+    ranks: list[list[Op]], node_of: list[int], ahead: bool
+) -> None:
+    early = simulate(*ranks, node_of=node_of, run_ahead=ahead, costs=COSTS)
+    late = simulate(*ranks, node_of=node_of, run_ahead=ahead, costs=COSTS, start=64.0)
+    shifted = [(s.rank, s.start + 64, s.end + 64, s.kind, s.name, s.key) for s in early.spans]
+    assert [(s.rank, s.start, s.end, s.kind, s.name, s.key) for s in late.spans] == shifted
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES, NODES, st.booleans())
+def test_a_ranks_own_work_fits_into_its_time(
+    ranks: list[list[Op]], node_of: list[int], ahead: bool
+) -> None:
+    """A host does one thing at a time, and a GPU too."""
+    outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, costs=COSTS)
+    for rank in range(RANKS):
+        for kinds in (("compile", "load", "compute"), ("comm",)):
+            spans = sorted((s.start, s.end) for s in outcome.spans
+                           if s.rank == rank and s.kind in kinds)  # fmt: skip
+            for (_, end), (start, _) in pairwise(spans):
+                assert start >= end - 1e-6

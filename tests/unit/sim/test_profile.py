@@ -1,0 +1,159 @@
+"""Hardware profiles as data."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.errors import UserError
+from sim.profile import Link, Phase, Profile, load_profile, shipped_profiles, write_profile
+from sim.start_up import Weights
+
+GOOD: dict[str, Any] = load_profile("h200").to_json()
+
+
+def changed(where: str, value: Any) -> dict[str, Any]:
+    """The shipped profile with another value; ``drop`` removes it."""
+    data = copy.deepcopy(GOOD)
+    *folders, name = where.split("/")
+    inside = data
+    for folder in folders:
+        inside = inside[folder]
+    if value == "drop":
+        del inside[name]
+    else:
+        inside[name] = value
+    return data
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_a_shipped_profile_has_its_own_name_and_comes_back(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name and profile.provenance
+    assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+
+
+def test_h200_is_shipped() -> None:
+    assert "h200" in shipped_profiles()
+
+
+def test_a_written_profile_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    mine = Profile.from_json({**changed("cache/load", 0.5), "name": "mine", "estimate": True})
+    write_profile(path, mine)
+    assert load_profile(str(path)) == mine
+    assert mine.cache.load == 0.5 and mine.estimate
+
+
+def test_estimate_provenance_and_a_links_extras_may_be_left_out() -> None:
+    data = changed("links", {"x": {"latency": 0, "bandwidth": 5}})
+    del data["estimate"], data["provenance"]
+    profile = Profile.from_json(data)
+    assert profile.links["x"] == Link(0, 5, None, queues=False)
+    assert (profile.estimate, profile.provenance) == (False, [])
+
+
+WRONG = {
+    "cache/load": (-0.1, "cache.load is -0.1: it must be at least 0"),
+    "compile/contention": (-1, "compile.contention is -1: it must be at least 0"),
+    "compile/scale/sm90_bf16_gemm": (-2.0, "compile.scale.sm90_bf16_gemm is -2.0"),
+    "compile/by_config": ({"a": "x"}, "compile.by_config.a is 'x', not a number"),
+    "gpu/memory_bandwidth": (0, "gpu.memory_bandwidth is 0: it must be above 0"),
+    "gpu/fp8_flops": (0.0, "gpu.fp8_flops is 0.0: it must be above 0"),
+    "gpu/memory": (0, "gpu.memory is 0: it must be above 0"),
+    "links/gloo/bandwidth": (0, "links.gloo.bandwidth is 0: it must be above 0"),
+    "links/gloo/gather_bandwidth": (0, "links.gloo.gather_bandwidth is 0: it must be above 0"),
+    "links/nvlink/latency": ("1 us", "links.nvlink.latency is '1 us', not a number"),
+    "start_up/weight_bandwidth/disk": (0, "start_up.weight_bandwidth.disk is 0"),
+    "start_up/imports/per_rank": (-1, "start_up.imports.per_rank is -1"),
+    "num_sms": (0, "num_sms is 0: it must be above 0"),
+    "cores_per_node": (True, "cores_per_node is True, not a whole number"),
+    "cache/verify": (None, "cache.verify is None, not a number"),
+    "compile/scale": (3, "compile.scale is 3, not a mapping"),
+    "links/gloo/queues": ("no", "links.gloo.queues is 'no', not a bool"),
+    "provenance": ("text", "provenance is 'text', not a list"),
+    "name": (3, "name is 3, not a str"),
+    "host/call": (float("inf"), "host.call is inf: it must be at least 0"),
+    "gpu/bf16_flops": (float("nan"), "gpu.bf16_flops is nan: it must be above 0"),
+    "start_up/weight_bandwidth": ({}, "start_up.weight_bandwidth lacks disk"),
+    "host/walk": ([1], "host.walk is [1], not a number"),
+}
+
+
+@pytest.mark.parametrize("where", WRONG)
+def test_a_wrong_value_is_named(where: str) -> None:
+    value, words = WRONG[where]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        Profile.from_json(changed(where, value))
+    assert words in str(caught.value)
+
+
+def test_zero_is_a_duration() -> None:
+    for where in ("cache/verify", "host/call", "links/gloo/latency", "start_up/capture"):
+        Profile.from_json(changed(where, 0))
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["name", "compile", "compile/contention", "builder/scale", "cache/first_use", "host/walk_call",
+     "gpu/memory", "links", "links/nvlink/latency", "start_up", "start_up/imports",
+     "start_up/graph_free", "num_sms"],
+)  # fmt: skip
+def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(changed(where, "drop")))
+    with pytest.raises(UserError) as caught:
+        load_profile(str(path))
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path} is not a hardware profile: ")
+    assert where.rsplit("/", maxsplit=1)[-1] in line
+
+
+@pytest.mark.parametrize("where", ["speed", "gpu/speed", "start_up/imports/speed"])
+def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(changed(where, 1)))
+    with pytest.raises(UserError, match=r"is not a hardware profile: .*'speed'"):
+        load_profile(str(path))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("links", 3), ("links/gloo", 3), ("gpu", []), ("start_up", None), ("compile/by_config", [1]),
+     ("start_up/weight_bandwidth", None), ("estimate", "no"), ("num_sms", 1.5)],
+)  # fmt: skip
+def test_what_has_another_form_is_refused(where: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(changed(where, value)))
+    with pytest.raises(UserError, match="is not a hardware profile: "):
+        load_profile(str(path))
+
+
+def test_every_source_of_weights_has_a_bandwidth() -> None:
+    sources = {source.value for source in Weights}
+    assert set(GOOD["start_up"]["weight_bandwidth"]) == sources
+    for source in sources:
+        with pytest.raises(ValueError, match=rf"weight_bandwidth lacks {source}"):
+            Profile.from_json(changed(f"start_up/weight_bandwidth/{source}", "drop"))
+
+
+def test_hardware_that_is_not_known() -> None:
+    with pytest.raises(UserError) as caught:
+        load_profile("abacus")
+    known = ", ".join(shipped_profiles())
+    assert str(caught.value) == (
+        f"hardware 'abacus' is not known: use one of {known}, or a profile file"
+    )
+
+
+def test_a_link_moves_bytes_after_its_latency() -> None:
+    assert Link(2.0, 100.0).seconds(300) == 5.0
+
+
+def test_a_phase_grows_with_the_ranks() -> None:
+    assert Phase(3.0, 0.5).of(4) == 5.0
+    assert Phase(3.0).of(4) == 3.0

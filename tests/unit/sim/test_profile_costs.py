@@ -1,0 +1,161 @@
+"""The cost model of a profile, with numbers one can work out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from runner.jit.builder.cut import cut_units, makespan
+from runner.jit.builder.unit import Job
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import kernels_of
+from runner.jit.plan import GemmShape, kernel_ranges
+from runner.schedule import Capture, Collective, Compute
+from sim.compile_time import compile_seconds, slowdown
+from sim.costs import Seconds
+from sim.profile import Builder, Cache, Gpu, Host, Link, Profile
+from sim.profile_costs import ProfileCosts, gemm_work
+from tests.unit.tiny_runs import h200
+
+GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)
+
+
+def profile(**changes: Any) -> Profile:
+    """1 s a call, 0.125 s a call of a walk, 4 s a walk; 1 Gbyte/s, 1 T and 0.1 T operations/s."""
+    return replace(
+        h200(),
+        builder=Builder(1.0, 2.0),
+        cache=Cache(0.25, 0.5, 0.75),
+        host=Host(call=1.0, walk=4.0, walk_call=0.125),
+        gpu=Gpu(1e12, memory_bandwidth=1e9, fp8_flops=1e12, bf16_flops=1e11),
+        start_up=replace(h200().start_up, capture=3.0, capture_operation=0.5),
+        **changes,
+    )
+
+
+def costs(ranks_per_gpu: int = 1, link: Link | None = None, **changes: Any) -> ProfileCosts:
+    return ProfileCosts(profile(**changes), link or Link(1.0, 100.0), 4, ranks_per_gpu)
+
+
+def test_compiles_are_those_of_the_table() -> None:
+    kernel = kernels_of(GEMM)[1]
+    assert costs().compile_seconds(kernel) == compile_seconds(h200().compile, kernel)
+    times = replace(h200().compile, contention=0.5)
+    crowded = costs(compile=times)
+    assert [crowded.slowdown(n) for n in (1, 4, 8)] == [slowdown(times, n, 4) for n in (1, 4, 8)]
+    assert crowded.slowdown(8) == 3.0
+
+
+def test_kernels_on_disk_are_verified_and_loaded() -> None:
+    kernel = kernels_of(GEMM)[1]
+    assert costs().verify_seconds(kernel) == 0.25
+    assert costs().load_seconds(kernel, bulk=True) == 0.5
+    assert costs().load_seconds(kernel, bulk=False) == 0.75
+
+
+def test_compute_is_bound_by_flops_or_bytes_and_shared_between_ranks() -> None:
+    assert costs().compute_seconds(Compute("x", int(4e11), 0)) == Seconds(1.0, 4.0)
+    assert costs().compute_seconds(Compute("x", 0, int(2e9))) == Seconds(1.0, 2.0)
+    assert costs().compute_seconds(Compute("x", int(4e11), int(2e9))) == Seconds(1.0, 4.0)
+    crowded = costs(ranks_per_gpu=8)
+    assert crowded.compute_seconds(Compute("x", 0, int(2e9))) == Seconds(1.0, 16.0)
+
+
+def test_a_kernel_call_is_a_call_of_its_host_and_a_roofline() -> None:
+    # 1e8 operations are 1e-4 s of FP8; 1.45e6 bytes take 1.45e-3 s.
+    flops, nbytes = gemm_work(GEMM)
+    assert (flops, nbytes) == (1e8, 50e3 + 500e3 + 400e3)
+    assert costs().kernel_seconds(GEMM) == Seconds(1.0, pytest.approx(nbytes / 1e9))
+    assert costs(ranks_per_gpu=4).kernel_seconds(GEMM).device == pytest.approx(4 * nbytes / 1e9)
+    large = replace(GEMM, m=100_000)
+    assert costs().kernel_seconds(large).device == pytest.approx(
+        max(2e5 * 1000 * 500 / 1e12, gemm_work(large)[1] / 1e9)
+    )
+
+
+def test_fp8_and_other_gemms_have_rates_of_their_own() -> None:
+    gpu = replace(profile().gpu, memory_bandwidth=1e30)
+    fast = costs()
+    fast = replace(fast, profile=replace(fast.profile, gpu=gpu))
+    assert fast.kernel_seconds(GEMM).device == pytest.approx(1e-4)
+    bf16 = replace(GEMM, type=T.GEMM_NT_BF16BF16F32)
+    assert fast.kernel_seconds(bf16).device == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "m", "groups", "flops", "nbytes"),
+    [
+        (T.GEMM_NT_F8F8BF16, 256, 1, 2 * 256, 256 * 4 + 3 * 4 + 4 * 256 * 3),
+        (T.GEMM_NT_BF16BF16F32, 256, 1, 2 * 256, 2 * (256 * 4 + 3 * 4) + 4 * 256 * 3),
+        # Two blocks of 128 rows read the weights of two experts, not of all eight.
+        (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 256, 8, 2 * 256, 256 * 4 + 2 * 3 * 4 + 2 * 256 * 3),
+        (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 8, 2 * 4096,
+         4096 * 4 + 8 * 3 * 4 + 2 * 4096 * 3),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 16, 8, 8 * 2 * 16,
+         8 * (16 * 4 + 3 * 4 + 2 * 16 * 3)),
+        (T.FP8_EINSUM_BHR_HDR_BHD, 16, 8, 8 * 2 * 16, 8 * (16 * 4 + 3 * 4 + 2 * 16 * 3)),
+        (T.TF32_HC_PRENORM_GEMM, 16, 0, 2 * 16, 2 * 16 * 4 + 4 * 3 * 4 + 4 * 16 * 3),
+        (T.TF32_HC_PRENORM_GEMM, 16, 5, 2 * 16, 2 * 16 * 4 + 4 * 3 * 4 + 4 * 5 * 16 * 3),
+    ],
+)  # fmt: skip
+def test_work_of_a_gemm(kind: T, m: int, groups: int, flops: int, nbytes: int) -> None:
+    """N is 3 and K is 4; operations are told without that factor of 12."""
+    assert gemm_work(KernelCall(kind, m, 3, 4, groups, 132)) == (12 * flops, nbytes)
+
+
+# -- walks and graphs -----------------------------------------------------------------------------
+
+
+def test_a_walk_and_a_call_of_it() -> None:
+    assert costs().walk_seconds() == 4.0
+    shape = GemmShape(T.GEMM_NT_F8F8BF16, 1000, 500, 1, 132)
+    made = costs().walk_call_seconds(shape, 99.6, 16384)
+    assert made == Seconds(0.125, costs().kernel_seconds(GEMM).device)
+
+
+def test_a_walked_masked_gemm_has_no_rows_and_transposes_all_scales() -> None:
+    shape = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1000, 512, 8, 132)
+    # 8 groups of 1000 rows of 512 / 128 scales, 4 bytes read and written.
+    made = costs().walk_call_seconds(shape, 7.0, 1000)
+    assert made == Seconds(0.125, 8 * 8 * 1000 * 4 / 1e9)
+
+
+def test_a_capture_grows_with_its_operations() -> None:
+    assert costs().capture_seconds(Capture("graph DECODE 1", 6)) == 6.0
+
+
+# -- links ----------------------------------------------------------------------------------------
+
+
+def test_collectives_move_what_a_ring_moves() -> None:
+    four = (0, 1, 2, 3)
+    assert costs().collective_seconds(Collective("all_reduce x", four, 100)) == 2.5
+    assert costs().collective_seconds(Collective("all_gather x", four, 100)) == 4.0
+    assert costs().collective_seconds(Collective("all_reduce x", (0,), 100)) == 1.0
+    assert costs().transfer_seconds(300) == 4.0
+
+
+def test_gathers_may_be_slower() -> None:
+    slow = costs(link=Link(1.0, 100.0, gather_bandwidth=10.0))
+    four = (0, 1, 2, 3)
+    assert slow.collective_seconds(Collective("all_reduce x", four, 100)) == 2.5
+    assert slow.collective_seconds(Collective("all_gather x", four, 100)) == 31.0
+    assert slow.transfer_seconds(300) == 4.0
+
+
+# -- builds ---------------------------------------------------------------------------------------
+
+
+def test_a_build_is_the_builders_own_schedule_on_this_machine() -> None:
+    shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
+    kernels = list(kernel_ranges(shape, range(1, 2049)))
+    spans = costs().build_spans(kernels, 4)
+    units = cut_units([Job("", kernel, "") for kernel in kernels], 4)
+    assert sorted(k.identity for k, _, _ in spans if k) == sorted(k.identity for k in kernels)
+    assert sum(kernel is None for kernel, _, _ in spans) == len(units)
+    assert min(start for _, start, _ in spans) == 1.0
+    assert max(end for _, _, end in spans) == pytest.approx(1.0 + 2.0 * makespan(units, 4))
+    assert costs().build_spans([], 4) == []

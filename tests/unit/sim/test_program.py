@@ -1,0 +1,180 @@
+"""A rank's operations summed up for the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from statistics import fmean
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.plan import GemmShape
+from runner.m_lists import steps_of
+from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
+from sim.costs import Seconds
+from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
+from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk, work
+
+COSTS = RoundCosts(kernel=Seconds(2.0, 5.0))
+A, B, C = (kernel_of(k) for k in (1, 2, 3))
+REDUCE = Collective("all_reduce x", (0, 1), 8)
+
+
+def compiled(
+    *ops: Op, locked: bool = False, loaded: tuple[Kernel, ...] = (), costs: RoundCosts = COSTS
+) -> list[Instruction]:
+    return compile_program(ops, costs, locked=locked, loaded=loaded)
+
+
+def test_what_concerns_only_the_rank_is_one_run() -> None:
+    assert compiled(work(1, 2), call(1), call(1), work(3), loaded=(A,)) == [Run(8.0, 12.0)]
+    assert compiled() == []
+
+
+def test_a_first_use_parts_what_is_before_it_from_the_call() -> None:
+    assert compiled(work(1), call(1), call(1), call(2)) == [
+        Run(1.0, 0.0), FirstUse((A,)), Run(4.0, 10.0), FirstUse((B,)), Run(2.0, 5.0),
+    ]  # fmt: skip
+
+
+def test_a_call_brings_in_only_what_is_new() -> None:
+    small, large = (GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132).call(m) for m in (1, 128))
+    uses = [item.kernels for item in compiled(small, large) if isinstance(item, FirstUse)]
+    assert uses == [kernels_of(small), kernels_of(large)[1:]]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        REDUCE, Send("x", 1, 8), Recv("x", 1, 8), Capture("graph DECODE 1", 7),
+        Mark("phase", "requests"), Mark("forward", "EXTEND 1"), KernelWork("build", (A,)),
+        KernelWork("verify", (A,)),
+    ],
+    ids=lambda op: type(op).__name__,
+)  # fmt: skip
+def test_where_ranks_can_meet_runs_are_cut(op: Op) -> None:
+    assert compiled(work(1), op, work(2)) == [Run(1.0, 0.0), op, Run(2.0, 0.0)]
+    assert compiled(op, op) == [op, op]
+
+
+@pytest.mark.parametrize("kind", ["layer", "yield"])
+def test_other_marks_cut_nothing(kind: str) -> None:
+    assert compiled(work(1), Mark(kind, "0"), work(2)) == [Run(3.0, 0.0)]
+
+
+def test_loads_in_bulk_are_first_uses_of_what_is_new() -> None:
+    assert compiled(call(1), KernelWork("load", (A, B)), KernelWork("load", (A, B))) == [
+        FirstUse((A,)), Run(2.0, 5.0), FirstUse((B,), bulk=True),
+    ]  # fmt: skip
+    assert compiled(KernelWork("load", (A,)), call(1)) == [
+        FirstUse((A,), bulk=True), Run(2.0, 5.0),
+    ]  # fmt: skip
+
+
+def test_what_is_built_is_not_loaded() -> None:
+    assert FirstUse((A,)) in compiled(KernelWork("build", (A,)), call(1))
+
+
+def test_turns_are_taken_at_a_gemm_whatever_its_m() -> None:
+    one = call(1)
+    key = (one.type, one.n, one.k, one.num_groups)
+    uses = compiled(call(1), walk(2), KernelWork("load", (C,)), locked=True)
+    locks = [item.lock for item in uses if isinstance(item, FirstUse | WalkRun)]
+    assert locks == [key, (one.type, one.n, 128, one.num_groups), None]
+    unlocked = compiled(call(1), walk(2))
+    assert {item.lock for item in unlocked if isinstance(item, FirstUse | WalkRun)} == {None}
+
+
+# -- walks ----------------------------------------------------------------------------------------
+
+
+def test_a_walk_is_its_own_cost_and_then_its_calls() -> None:
+    (made,) = compiled(walk(1, many=6))
+    # 2 s for the walk; a call takes the longer of 0.25 s of the host and 0.5 s of the GPU.
+    steps = (((), 2.0), ((A,), 3.0))
+    assert made == WalkRun(walk(1, many=6).name, steps, ((6, 0.5),))
+    (_, again) = compiled(KernelWork("load", (A,)), walk(1, many=6))
+    assert isinstance(again, WalkRun) and again.steps == (((), 2.0), ((), 3.0))
+
+
+def test_what_a_walk_brings_in_is_there_afterwards() -> None:
+    assert compiled(walk(1), call(1))[1:] == [Run(2.0, 5.0)]
+
+
+class Asked(RoundCosts):
+    """Tells what a walk's calls were asked for."""
+
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        return Seconds(mean_m, float(max_m))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.integers(1, 600), min_size=1, max_size=60),
+    st.sampled_from([
+        GemmShape(T.GEMM_NT_F8F8BF16, 1536, 512, 1, 132),
+        GemmShape(T.GEMM_NT_BF16BF16F32, 256, 512, 1, 132),
+        GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 512, 4, 132),
+        GemmShape(T.TF32_HC_PRENORM_GEMM, 24, 2048, 8, 132),
+    ]),
+)  # fmt: skip
+def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
+    found: set[int], shape: GemmShape
+) -> None:
+    """Against every M on its own."""
+    ms = sorted(found)
+    (made,) = compiled(Walk(shape, steps_of(ms)))
+    assert isinstance(made, WalkRun)
+    parts = list(zip(made.steps[1:], made.calls, strict=True))
+    assert sum(count for _, (count, _) in parts) == len(ms)
+    seen: list[Kernel] = []
+    at = 0
+    for (new, _), (count, _) in parts:
+        part, at = ms[at : at + count], at + count
+        # One set of kernels, of which the new ones are named in the library's order.
+        (needed,) = {kernels_of(shape.call(m)) for m in part}
+        assert list(new) == [kernel for kernel in needed if kernel not in seen]
+        seen += new
+    assert set(seen) == set(chain(*(kernels_of(shape.call(m)) for m in ms)))
+
+
+def test_a_call_of_a_walk_is_taken_at_its_parts_mean_m_and_the_walks_largest() -> None:
+    shape = GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132)
+    ms = range(1, 129)
+    (made,) = compiled(Walk(shape, steps_of(ms)), costs=Asked())
+    assert isinstance(made, WalkRun)
+    assert {device for _, device in made.calls} == {128.0}
+    many = [seconds / 128.0 for _, seconds in made.steps[1:]]
+    assert many == [float(count) for count, _ in made.calls]
+    assert sum(many) == 128
+
+    class HostBound(Asked):
+        def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+            return Seconds(mean_m, 0.0)
+
+    (made,) = compiled(Walk(shape, steps_of(ms)), costs=HostBound())
+    assert isinstance(made, WalkRun)
+    at = 0
+    for (_, seconds), (count, _) in zip(made.steps[1:], made.calls, strict=True):
+        part, at = ms[at : at + count], at + count
+        assert seconds == count * fmean(part)
+
+
+# -- what a rank brings in ------------------------------------------------------------------------
+
+
+def test_what_comes_in_before_a_phase() -> None:
+    program = compiled(
+        KernelWork("build", (A,)), call(2), walk(3), Mark("phase", "requests"), call(4),
+    )  # fmt: skip
+    assert list(used_before(program, "requests")) == [A, B, C]
+    assert list(used_before(program, "none such")) == [A, B, C, kernel_of(4)]
+
+
+def test_costs_are_those_of_the_model() -> None:
+    costs = replace(COSTS, kernel=Seconds(0.0, 0.0))
+    assert compiled(call(1), costs=costs) == [FirstUse((A,))]

@@ -1,0 +1,204 @@
+"""From a scenario and a machine to a prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
+from runner.errors import UserError
+from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.jit.kernel_type import KernelCall
+from runner.jit.kernels import kernels_of
+from runner.scenario import Scenario, record, record_rank
+from runner.schedule import Collective, Schedule
+from runner.timeline import FIRST_REQUEST
+from runner.warmup import WarmupPolicy
+from sim.compile_time import compile_seconds
+from sim.simulate import simulate
+from tests.unit.tiny_runs import h200, machine, scenario
+
+ALL = {"layers": 8, "batch_sizes": (64,)}
+
+
+@pytest.mark.parametrize("model", [DSV4_TINY, DSV4, DSV4_PRO, DSV3], ids=lambda model: model.name)
+@pytest.mark.parametrize("ep", [False, True])
+def test_tensor_ranks_recorded_once_equal_those_recorded_each(model, ep: bool) -> None:  # type: ignore[no-untyped-def]
+    one = scenario(
+        WarmupPolicy.PP_PARALLEL, pp=2, tp=2, ep=ep, batch_sizes=(1, 128), max_tokens=128
+    )
+    one = replace(one, model=model)
+    each = Schedule(tuple(record_rank(one, rank) for rank in range(4)))
+    assert record(one) == each
+    assert record(one).digest == each.digest
+
+
+def test_context_parallel_ranks_hold_their_part_of_the_tokens() -> None:
+    ops = record(scenario(layers=8, pp=2, tp=2, attn_cp=2)).ranks[0]
+    gathers = {op.name for op in ops if isinstance(op, Collective) and "gather" in op.name}
+    assert gathers >= {"all_gather kv", "all_gather moe tokens", "all_gather compressor"}
+    dense = {op.m for op in ops if isinstance(op, KernelCall) and op.type is T.GEMM_NT_F8F8BF16}
+    assert {32, 64} <= dense, "attention sees half of 64 EXTEND tokens, the shared expert all"
+
+
+def test_serial_start_up_is_the_sum_of_the_stages_and_parallel_the_longest() -> None:
+    one = scenario(pp=4, tp=1, nodes=4, **ALL)
+    serial = simulate(one, machine()).timeline
+    parallel = simulate(one.with_policy(WarmupPolicy.PP_PARALLEL), machine()).timeline
+    assert serial.kernels_compiled == parallel.kernels_compiled
+    assert serial.compile_seconds == pytest.approx(parallel.compile_seconds)
+    assert serial.wall > serial.compile_seconds
+    longest = max(totals.compile for totals in parallel.totals())
+    assert longest < parallel.wall < longest + 3.0
+
+
+def test_ranks_of_a_node_share_its_disk() -> None:
+    shared = simulate(scenario(pp=4, tp=1, nodes=1, **ALL), machine()).timeline
+    apart = simulate(scenario(pp=4, tp=1, nodes=4, **ALL), machine()).timeline
+    assert shared.duplicates == 0
+    assert apart.kernels_compiled > shared.kernels_compiled == apart.distinct_kernels
+
+
+def test_every_kernel_of_the_schedule_is_compiled_and_no_other() -> None:
+    one = scenario(WarmupPolicy.PP_PARALLEL, pp=2, tp=2, layers=8)
+    needed = {
+        kernel.identity
+        for ops in record(one).ranks
+        for op in ops
+        if isinstance(op, KernelCall)
+        for kernel in kernels_of(op)
+    }
+    timeline = simulate(one, machine()).timeline
+    assert {span.key for span in timeline.spans if span.kind == "compile"} == needed
+
+
+def test_a_short_limit_is_a_timeout() -> None:
+    one = scenario(pp=4, tp=1, layers=8)
+    lost = simulate(one, machine(nccl_timeout=5.0)).timeout
+    assert lost is not None
+    assert lost.rank > 0 and lost.operation == "recv hidden_states" and lost.needed > 5
+    assert simulate(one, machine(nccl_timeout=lost.needed)).timeout is None
+    assert simulate(one, machine()).longest_wait == lost.needed
+
+
+# -- what is left to compile ----------------------------------------------------------------------
+
+
+def planned_identities(one: Scenario) -> set[str]:
+    return {item.kernel.identity for item in one.plan.kernels}
+
+
+@pytest.mark.parametrize("policy", [WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT])
+def test_who_plans_leaves_nothing(policy: WarmupPolicy) -> None:
+    one = scenario(policy, pp=2, tp=2, nodes=2)
+    made = simulate(one, machine())
+    assert (made.stalls, made.stall_seconds) == (0, 0.0)
+    for name in ("coverage", "coverage_up"):
+        proofs = made.timeline.meta[name]
+        assert [proof["node"] for proof in proofs] == [0, 1]
+        assert all(proof["present"] == proof["planned"] for proof in proofs)
+        assert all(proof["stalls"] == [] for proof in proofs)
+    compiled = {s.key for s in made.timeline.spans if s.is_kernel}
+    assert compiled == (planned_identities(one) if policy is WarmupPolicy.PLANNED else set())
+
+
+def test_stalls_are_the_planned_kernels_that_are_missing_when_it_is_up() -> None:
+    """A node for all: what was compiled before the further requests is what it has."""
+    one = scenario(WarmupPolicy.NONE, pp=1, tp=1)
+    made = simulate(one, machine())
+    up = made.timeline.end_of(FIRST_REQUEST)
+    assert up == made.timeline.up and up is not None
+    before = {s.key for s in made.timeline.spans if s.is_kernel and s.end <= up}
+    after = {s.key for s in made.timeline.spans if s.is_kernel} - before
+    assert after, "64 tokens need what 1 token did not"
+    lacking = [i.kernel for i in one.plan.kernels if i.kernel.identity not in before]
+    assert made.stalls == len(lacking)
+    assert made.stall_seconds == pytest.approx(
+        sum(compile_seconds(h200().compile, kernel) for kernel in lacking)
+    )
+    (up_proof,), (end_proof,) = (made.timeline.meta[n] for n in ("coverage_up", "coverage"))
+    assert up_proof["planned"] - up_proof["present"] == len(lacking)
+    assert end_proof["present"] == up_proof["present"] + len(after)
+
+
+def test_a_kernel_that_two_nodes_lack_is_one_stall() -> None:
+    one = scenario(WarmupPolicy.NONE, pp=1, tp=2)
+    apart = scenario(WarmupPolicy.NONE, pp=1, tp=2, nodes=2)
+    assert simulate(one, machine()).stalls == simulate(apart, machine()).stalls
+
+
+# -- machines -------------------------------------------------------------------------------------
+
+
+def test_a_timeline_says_where_it_was() -> None:
+    meta = simulate(
+        scenario(pp=2, tp=2, nodes=4), machine(hosts=2, cores_per_node=6, link="gloo",
+                                               ranks_per_gpu=2)
+    ).timeline.meta  # fmt: skip
+    assert {name: meta[name] for name in
+            ("hardware", "cores_per_node", "hosts", "link", "ranks_per_gpu", "nodes")} == {
+        "hardware": "h200", "cores_per_node": 6, "hosts": 2, "link": "gloo", "ranks_per_gpu": 2,
+        "nodes": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("hosts", [0, 3, -1])
+def test_hosts_must_divide_the_nodes(hosts: int) -> None:
+    with pytest.raises(UserError) as caught:
+        simulate(scenario(pp=2, tp=2, nodes=4), machine(hosts=hosts))
+    assert str(caught.value) == f"hosts={hosts} must divide the 4 nodes"
+
+
+def test_a_host_shares_its_cores_among_its_nodes() -> None:
+    one = scenario(pp=1, tp=2, nodes=2)
+    apart, together = (
+        simulate(one, machine(hosts=hosts, cores_per_node=1)).timeline for hosts in (2, 1)
+    )
+    assert together.kernels_compiled == apart.kernels_compiled
+    assert together.compile_seconds == pytest.approx(2 * apart.compile_seconds)
+
+
+def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def build(self: object, kernels: object, cores: int) -> list[object]:
+        seen.append(cores)
+        return []
+
+    monkeypatch.setattr("sim.profile_costs.ProfileCosts.build_spans", build)
+    one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
+    for hosts, cores in ((4, 12), (2, 12), (1, 3)):
+        simulate(one, machine(hosts=hosts, cores_per_node=cores))
+    assert seen == [12] * 4 + [6] * 4 + [1] * 4
+
+
+def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
+    one = scenario(pp=2, tp=2)
+
+    def wall(link: str, ahead: bool | None) -> float:
+        return simulate(one, machine(link=link, run_ahead=ahead)).timeline.wall
+
+    assert h200().links["nvlink"].queues and not h200().links["gloo"].queues
+    for link, default in (("nvlink", True), ("gloo", False)):
+        assert wall(link, None) == wall(link, default) != wall(link, not default)
+
+
+def test_a_limit_of_memory_ends_walks_earlier() -> None:
+    values = {"walk_max_m": None, "max_tokens": 8192, "batch_sizes": (1,), "layers": 2}
+    free, narrow = (
+        simulate(scenario(WarmupPolicy.FULL, walk_memory=memory, **values), machine())
+        for memory in (None, 1.0)
+    )
+    assert free.stalls < narrow.stalls
+    assert free.timeline.up > narrow.timeline.up
+
+
+def test_a_lock_saves_duplicates() -> None:
+    plain, locked = (
+        simulate(scenario(pp=1, tp=2, compile_lock=lock), machine()).timeline
+        for lock in (False, True)
+    )
+    assert plain.distinct_kernels == locked.distinct_kernels
+    assert locked.duplicates < plain.duplicates == plain.distinct_kernels
+    assert {s.name for s in locked.spans if s.kind == "wait" and s.key == ""} == {"compile lock"}

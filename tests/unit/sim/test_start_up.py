@@ -1,0 +1,84 @@
+"""What comes before a warm-up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4_TINY
+from runner.weight_size import weight_size
+from sim.profile import Phase, StartUp
+from sim.simulate import simulate
+from sim.start_up import PHASES, StartPhases, Weights, start_phases
+from tests.unit.tiny_runs import h200, machine, scenario
+
+COSTS = StartUp(
+    imports=Phase(3.0, 0.5),
+    process_group=Phase(1.0, 0.25),
+    weights=Phase(2.0, 0.125),
+    weight_bandwidth={"disk": 1e6, "page-cache": 2e6, "dummy": 4e6},
+    capture=0.0,
+    capture_operation=0.0,
+    graph_free=0.1,
+)
+EVEN = ParallelConfig(pp=2, tp=2, replicas=2, nodes=4)
+UNEVEN = replace(EVEN, stage_layers=(1, 7))
+
+
+def seconds(wanted: StartPhases, hosts: int, parallel: ParallelConfig = EVEN) -> dict[str, float]:
+    return dict(start_phases(wanted, COSTS, DSV4_TINY, parallel, hosts))
+
+
+def stage_bytes(parallel: ParallelConfig) -> list[float]:
+    return [weight_size(DSV4_TINY, parallel, parallel.rank_of(s, 0)).nbytes for s in (0, 1)]
+
+
+def test_imports_grow_with_a_hosts_ranks_and_the_process_group_with_all() -> None:
+    names = StartPhases(("imports", "process group"))
+    assert seconds(names, hosts=1) == {"imports": 7.0, "process group": 3.0}
+    assert seconds(names, hosts=4) == {"imports": 4.0, "process group": 3.0}
+
+
+def test_phases_are_in_order_and_only_those_wanted() -> None:
+    assert tuple(seconds(StartPhases(), hosts=4)) == PHASES
+    assert tuple(seconds(StartPhases(("weights", "imports")), hosts=4)) == ("imports", "weights")
+    assert seconds(StartPhases(()), hosts=4) == {}
+
+
+def test_ranks_of_a_host_read_its_disk_side_by_side() -> None:
+    first, last = stage_bytes(UNEVEN)
+    assert last > 2 * first
+    only = ("weights",)
+    # Four hosts hold a stage each of two ranks: those of the large one are what is waited for.
+    found = seconds(StartPhases(only), 4, UNEVEN)["weights"]
+    assert found == pytest.approx(2.25 + 2 * last / 1e6)
+    # One host holds both stages of both replicas.
+    found = seconds(StartPhases(only, Weights.PAGE_CACHE), 1, UNEVEN)["weights"]
+    assert found == pytest.approx(3.0 + 4 * (first + last) / 2e6)
+
+
+def test_made_up_weights_each_rank_makes_on_its_own() -> None:
+    found = seconds(StartPhases(("weights",), Weights.DUMMY), 1, UNEVEN)["weights"]
+    assert found == pytest.approx(3.0 + max(stage_bytes(UNEVEN)) / 4e6)
+
+
+def test_a_run_begins_when_they_are_over() -> None:
+    one = scenario(pp=2, tp=1, nodes=2)
+    bare, begun = (simulate(one, machine(start=start)).timeline
+                   for start in (StartPhases(()), StartPhases()))  # fmt: skip
+    phases = start_phases(StartPhases(), h200().start_up, one.model, one.parallel, 2)
+    total = sum(duration for _, duration in phases)
+    spans = [s for s in begun.spans if s.kind == "phase" and s.name in PHASES]
+    for rank in (0, 1):
+        at = 0.0
+        for span, (name, duration) in zip(
+            (s for s in spans if s.rank == rank), phases, strict=True
+        ):
+            assert (span.name, span.start) == (name, pytest.approx(at))
+            at += duration
+            assert span.end == pytest.approx(at)
+    assert begun.wall == pytest.approx(bare.wall + total)
+    assert begun.up == pytest.approx(bare.up + total)
+    assert begun.kernels_compiled == bare.kernels_compiled

@@ -1,0 +1,122 @@
+"""Schedules and costs that one can add up by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.plan import GemmShape
+from runner.schedule import Capture, Collective, Compute, Op, Walk
+from runner.timeline import merge
+from sim.costs import Seconds
+from sim.engine import Engine, Outcome
+from sim.program import compile_program
+
+TWO = Seconds(2.0)
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """Whole numbers; a compute's flops are its host's seconds and its bytes those of its GPU."""
+
+    compile: float = 10.0
+    load: float = 1.0
+    bulk: float = 1.0
+    kernel: Seconds = TWO
+    collective: float = 3.0
+    transfer: float = 4.0
+    cores: int = 8
+
+    def compile_seconds(self, kernel: Kernel) -> float:
+        return self.compile
+
+    def build_spans(
+        self, kernels: Sequence[Kernel], cores: int
+    ) -> list[tuple[Kernel | None, float, float]]:
+        return [(kernel, 5.0 * i, 5.0 * i + 5.0) for i, kernel in enumerate(kernels)]
+
+    def verify_seconds(self, kernel: Kernel) -> float:
+        return 0.5
+
+    def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
+        return self.bulk if bulk else self.load
+
+    def kernel_seconds(self, call: KernelCall) -> Seconds:
+        return self.kernel
+
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        return Seconds(0.25, 0.5)
+
+    def walk_seconds(self) -> float:
+        return 2.0
+
+    def compute_seconds(self, op: Compute) -> Seconds:
+        return Seconds(float(op.flops), float(op.bytes))
+
+    def capture_seconds(self, op: Capture) -> float:
+        return float(op.operations)
+
+    def collective_seconds(self, op: Collective) -> float:
+        return self.collective
+
+    def transfer_seconds(self, nbytes: int) -> float:
+        return self.transfer
+
+    def slowdown(self, compilers: int) -> float:
+        return max(1.0, compilers / self.cores)
+
+
+# The hyper-connection GEMM is one kernel a call; K makes different ones.
+def call(k: int) -> KernelCall:
+    return KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64 * k, 1, 132)
+
+
+def kernel_of(k: int) -> Kernel:
+    return kernels_of(call(k))[0]
+
+
+def walk(k: int, many: int = 1) -> Walk:
+    """Calls of ``call(k)`` with M of 1 to ``many``, which is one kernel."""
+    one = call(k)
+    shape = GemmShape(one.type, one.n, one.k, one.num_groups, one.num_sms)
+    return Walk(shape, ((1, many, 1),))
+
+
+def work(host: int, gpu: int = 0) -> Compute:
+    return Compute("work", host, gpu)
+
+
+def simulate(
+    *ranks: Sequence[Op],
+    node_of: list[int] | None = None,
+    host_of: list[int] | None = None,
+    timeout: float | None = None,
+    costs: RoundCosts | None = None,
+    cached: frozenset[Kernel] = frozenset(),
+    compile_lock: bool = False,
+    run_ahead: bool = False,
+    start: float = 0.0,
+) -> Outcome:
+    costs = costs or RoundCosts()
+    return Engine(
+        [compile_program(ops, costs, locked=compile_lock) for ops in ranks],
+        costs,
+        node_of=node_of or [0] * len(ranks),
+        cores_per_node=8,
+        host_of=host_of,
+        timeout=timeout,
+        cached=cached,
+        run_ahead=run_ahead,
+        start=start,
+    ).run()
+
+
+def rows(outcome: Outcome, rank: int) -> list[tuple[str, float, float]]:
+    """Kind, start and end of a rank's spans as a Timeline has them, without phases."""
+    return [
+        (s.kind, s.start, s.end)
+        for s in merge(outcome.spans)
+        if s.rank == rank and s.kind != "phase"
+    ]

@@ -1,0 +1,45 @@
+"""Small scenarios of dsv4-tiny, and machines, for tests of the simulator."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from runner.config.hf import with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4_TINY
+from runner.scenario import Scenario
+from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.profile import Profile, load_profile
+from sim.simulate import Machine
+
+LAYOUT = ("pp", "tp", "ep", "attn_cp", "replicas", "nodes", "stage_layers")
+WARMUP = (
+    "batch_sizes", "disaggregation", "speculative", "graph_batch_sizes", "walk_max_m",
+    "compile_lock",
+)  # fmt: skip
+
+
+@cache
+def h200() -> Profile:
+    return load_profile("h200")
+
+
+def machine(**changes: Any) -> Machine:
+    return Machine(**{"profile": h200(), **changes})
+
+
+def scenario(
+    policy: WarmupPolicy = WarmupPolicy.NONE, *, layers: int = 4, **values: Any
+) -> Scenario:
+    """Requests of 1 and 64 tokens, at most 64 a forward, lists of M up to 64."""
+    layout = {name: values.pop(name) for name in LAYOUT if name in values}
+    warmup = {name: values.pop(name) for name in WARMUP if name in values}
+    return Scenario(
+        model=with_layers(DSV4_TINY, layers),
+        parallel=ParallelConfig(**layout),
+        warmup=WarmupOptions(
+            policy=policy, **{"batch_sizes": (1, 64), "walk_max_m": 64, **warmup}
+        ),
+        **{"max_tokens": 64, **values},
+    )  # fmt: skip
