@@ -1,0 +1,54 @@
+"""The launch's command line, and the one that it gives the ranks which it starts."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import _arguments, launch
+from launch.options import LaunchOptions
+from runner.warmup import DisaggregationMode, WarmupPolicy
+
+EVERYTHING: dict[str, Any] = {
+    "model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 4, "ep": True, "attn_cp": 2,
+    "stage_layers": (1, 3), "policies": (WarmupPolicy.PP_PARALLEL_FAST,), "batch_sizes": (2, 4),
+    "prompt_len": 3, "max_tokens": 64, "disaggregation": DisaggregationMode.DECODE,
+    "speculative": True, "compute": "skip", "jit": False, "device": "cpu", "num_sms": 78,
+    "virtual_nodes": 4, "stream": (5, 6), "cuda_graphs": (8,), "walk_max_m": 32,
+    "walk_memory": 1.5, "compile_lock": True, "nccl_timeout": 2.5, "cache_dir": Path("a cache"),
+    "seed": 7, "timeout": 60.0, "logits": Path("logits.pt"), "schedule": Path("schedule.json"),
+}  # fmt: skip
+OF_THE_PARENT = {"timeline", "trace", "plot"}
+"""What the process that starts the ranks writes itself."""
+
+
+def parsed(words: list[str]) -> LaunchOptions:
+    values = dict(launch.make_context("launch", list(words)).params)
+    for hidden in ("result", "work_dir"):
+        assert values.pop(hidden) is None
+    return LaunchOptions(
+        policies=tuple(WarmupPolicy(name) for name in values.pop("policies")),
+        disaggregation=DisaggregationMode(values.pop("disaggregation_mode")),
+        **values,
+    )
+
+
+def test_every_option_is_among_these() -> None:
+    assert {item.name for item in fields(LaunchOptions)} == {*EVERYTHING, *OF_THE_PARENT}
+    plain = LaunchOptions()
+    assert all(value != getattr(plain, name) for name, value in EVERYTHING.items())
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_ranks_are_given_what_the_launch_was(values: dict[str, Any]) -> None:
+    options = LaunchOptions(**values)
+    assert parsed(_arguments(options)) == options
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_each_option_is_handed_on(name: str) -> None:
+    options = LaunchOptions(**{name: EVERYTHING[name]})
+    assert parsed(_arguments(options)) == options
