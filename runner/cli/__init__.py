@@ -21,6 +21,7 @@ _COMMANDS = {
     "probe": "How fast this machine compiles, against a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",
     "compare": "Lay Timelines side by side, or measured ones beside their predictions.",
+    "published": "Hold predictions against start-ups that others published.",
 }
 
 

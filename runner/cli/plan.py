@@ -131,8 +131,13 @@ def _needs_model(result: Planned) -> Deployment:
     return result.deployment
 
 
+def costs_of(profile: Profile) -> ProfileCosts:
+    """What compiles cost on a node of a profile; which link is all the same to them."""
+    return ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
+
+
 def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
-    costs = ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
+    costs = costs_of(profile)
     pp = 1 if result.deployment is None else result.deployment.parallel.pp
     kernels = [item.kernel for item in result.plan.kernels]
     steps = costs.build_spans(kernels, profile.cores_per_node)

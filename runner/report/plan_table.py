@@ -41,7 +41,7 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
     """Kernels per type, who shares them, and what compiling them costs."""
     console = Console(width=_WIDTH)
     console.print(_table(plan, machine.seconds_of))
-    total = sum(machine.seconds_of(item.kernel) for item in plan.kernels)
+    total = seconds_one_by_one(plan, machine.seconds_of)
     console.print(
         f"{len(plan.kernels)} distinct kernels for {len(plan.demands)} GEMM shapes"
         + _sharing(plan, pp)
@@ -50,6 +50,11 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
         f"compiled one by one {total:.0f} s, by runner compile on {machine.cores} cores "
         f"{machine.build_seconds:.0f} s (estimates for {machine.name})"
     )
+
+
+def seconds_one_by_one(plan: Plan, seconds_of: Callable[[Kernel], float]) -> float:
+    """Seconds to compile every planned kernel, one after the other."""
+    return sum(seconds_of(item.kernel) for item in plan.kernels)
 
 
 def _sharing(plan: Plan, pp: int) -> str:
