@@ -188,7 +188,8 @@ class _RankRun:
         """Note the phases before the warm-up."""
         ends = [start for _, start in self.phases[1:]] + [now]
         for (name, start), end in zip(self.phases, ends, strict=True):
-            sink.spans.append(Span(self.place.rank, start, end, "phase", name))
+            for kind in ("phase", "setup"):
+                sink.spans.append(Span(self.place.rank, start, end, kind, name))
 
     def _free_memory(self) -> float:
         """Bytes that a walk may take."""

@@ -15,8 +15,11 @@ from runner.files import write_text
 FIRST_REQUEST = "first request"
 """Phase after which a server is up."""
 
-KINDS = ("compile", "load", "compute", "comm", "wait", "phase")
-"""Kinds of span. ``phase`` spans enclose others and are left out of totals."""
+KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase")
+"""Kinds of span.
+
+``setup`` is what comes before a warm-up. ``phase`` spans enclose others and are left out of totals.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class RankTotals:
     compute: float
     comm: float
     wait: float
+    setup: float
     total: float
     kernels_compiled: int
 
@@ -151,6 +155,7 @@ class Timeline:
             compute=seconds["compute"],
             comm=seconds["comm"],
             wait=seconds["wait"],
+            setup=seconds["setup"],
             total=max((span.end for span in spans), default=0.0),
             kernels_compiled=sum(span.is_kernel for span in spans),
         )

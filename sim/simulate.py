@@ -174,7 +174,8 @@ def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
     """The phases before the warm-up, one after the other, the same on every rank."""
     spans, at = [], 0.0
     for name, seconds in phases:
-        spans += [Span(rank, at, at + seconds, "phase", name) for rank in range(ranks)]
+        for kind in ("phase", "setup"):
+            spans += [Span(rank, at, at + seconds, kind, name) for rank in range(ranks)]
         at += seconds
     return spans
 

@@ -109,6 +109,7 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
                 "compute": round(totals.compute, 3),
                 "comm": round(totals.comm, 3),
                 "wait": round(totals.wait, 3),
+                "setup": round(totals.setup, 3),
                 "total": round(totals.total, 3),
             }
             for totals in timeline.totals()
