@@ -43,6 +43,8 @@ def output_of(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> st
         arguments = ["sim"]
     elif name in SWEEPS:
         arguments = SWEEPS[name]
+    elif name == "published":
+        arguments = ["published"]
     elif name.startswith("plan"):
         arguments = PLANS[name]
     elif name == "compare-four-planned":
@@ -83,6 +85,7 @@ def test_there_are_golden_blocks_in_readme_and_docs() -> None:
         ("planning.md", "plan-gemm"),
         ("planning.md", "plan-fast"),
         ("sweeping.md", "sweep"),
+        ("published.md", "published"),
         ("predictions.md", "sim-full"),
         ("predictions.md", "compare-none"),
         ("predictions.md", "compare-parallel"),
