@@ -27,7 +27,7 @@ COMMANDS = {
     "plan-fast": "plan --policy fast",
     "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000",
     "sweep": "sweep --pp 1,4 --nodes 1,4 --cores 4,64",
-    "published": "published --brief",
+    "published": "published",
 }
 """Arguments of ``runner`` by the name of the block, paths relative to the repository."""
 
