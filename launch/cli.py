@@ -133,7 +133,8 @@ def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
     _check(options, environ)
     num_ranks = options.pp * options.tp
     world_size = environ.world_size or 1
-    if world_size == num_ranks and (num_ranks > 1 or len(options.policies) == 1):
+    alone = len(options.policies) == 1 and not options.probe
+    if world_size == num_ranks and (num_ranks > 1 or alone):
         _be_a_rank(options, environ, result, work_dir)
     elif world_size == 1:
         _start_ranks(options, environ, num_ranks)

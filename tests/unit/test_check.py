@@ -265,19 +265,45 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     lines = [line.rstrip() for line in captured.out.splitlines()]
     assert lines[0] == ("dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs")
     at = lines.index("")
-    assert lines[at + 1] == ("full: compiles 59 of 71 planned kernels, and 62 that nothing needs")
-    assert [line.split() for line in lines[at + 2 :]] == [
+    assert lines[at + 1 : at + 3] == [
+        "full: compiles 59 of 71 planned kernels until the first request is answered, and 62 that "
+        "nothing", "needs",
+    ]  # fmt: skip
+    assert [line.split() for line in lines[at + 3 :]] == [
         ["uncovered", "GEMM", "num_sms", "M", "that", "would", "stall"],
         ["paged_mqa_logits_metadata:1:1", "132", "33..256"],
         ["fp8_einsum_bhr_hdr_bhd:1024:4096:4", "132", "17..256"],
     ]
 
 
+def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
+    """One token after another class of M: the einsum at 17 and 33, the metadata at 33."""
+    assert plan(*TINY, "--policy", "full", "--stream", "20,40,20") == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("", lines.index("") + 1)
+    assert [line.split() for line in lines[at + 1 :]] == [
+        ["forward", "that", "stalls", "node", "kernels", "it", "compiles"],
+        ["EXTEND", "20", "0", "1", "sm90_fp8_gemm_1d2d"],
+        ["EXTEND", "40", "0", "1", "sm90_fp8_gemm_1d2d,", "1", "sm90_paged_mqa_logits_metadata"],
+    ]
+
+
+def test_a_streams_stalls_as_json(
+    here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    arguments = [*TINY, "--policy", "full", "--stream", "20,40"]
+    stalls = json_of(capsys, *arguments, err=LACKING)["policy"]["stalls"]
+    assert [(at, name, node) for at, name, node, _ in stalls] == [
+        (0, "EXTEND 20", 0), (2, "EXTEND 40", 0), (2, "EXTEND 40", 0),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("policy", ["planned", "prebuilt"])
 def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) -> None:
     assert plan(*TINY, "--policy", policy) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"{policy}: compiles 71 of 71 planned kernels",
+        f"{policy}: compiles 71 of 71 planned kernels until the first request is answered",
         "covered: no token count up to the limit compiles anything afterwards",
     ]
 
@@ -315,6 +341,13 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ([*SMALL, "--policy", "some"],
          "Invalid value for '--policy': 'some' is not one of 'none', 'full', 'fast', "
          "'pp-parallel', 'pp-parallel+full', 'pp-parallel+fast', 'relax', 'planned', 'prebuilt'."),
+        ([*SMALL, "--stream", "4"],
+         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+        ([*SMALL, "--nodes", "2"],
+         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+        ([*TINY, "--policy", "full", "--stream", "4,0"], "--stream 4,0 must all be at least 1"),
+        ([*TINY, "--policy", "full", "--walk-max-m", "0"],
+         "Invalid value for '--walk-max-m': 0 is not in the range x>=1."),
         ([*SMALL, "--source", "guess"],
          "Invalid value for '--source': 'guess' is not one of 'rules', 'library'."),
         ([*SMALL, "--cache-dir", "/"], "--cache-dir / goes with --source library only"),

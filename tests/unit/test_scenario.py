@@ -156,7 +156,7 @@ def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> N
     made = scenario(policy, model, **values)
     together = record(made).ranks
     for rank, ops in enumerate(together):
-        assert ops == record_rank(made, rank), f"rank {rank}"
+        assert ops == record_rank(made, rank) == announced(made, rank), f"rank {rank}"
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
