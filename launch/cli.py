@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt
+from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt, probed_seconds
 from launch.options import LaunchOptions
 from runner.cli.common import (
     SECONDS,
@@ -95,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     help="Longest wait of a communication.  [default: torch's: 600 over NCCL, 1800 over gloo]",
 )
 @click.option(
+    "--probe",
+    is_flag=True,
+    help="First time a reference compile here, so that runs at other times can be compared.",
+)
+@click.option("--probed", type=float, hidden=True)
+@click.option(
     "--logits",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the requests' logits (torch.save, from the last stage).",
@@ -127,7 +133,8 @@ def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
     _check(options, environ)
     num_ranks = options.pp * options.tp
     world_size = environ.world_size or 1
-    if world_size == num_ranks and (num_ranks > 1 or len(options.policies) == 1):
+    alone = len(options.policies) == 1 and not options.probe
+    if world_size == num_ranks and (num_ranks > 1 or alone):
         _be_a_rank(options, environ, result, work_dir)
     elif world_size == 1:
         _start_ranks(options, environ, num_ranks)
@@ -155,6 +162,8 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         others=tuple(single.values()),
     )
     check_jit(options, environ)
+    if options.probe and (environ.world_size or 1) > 1:
+        raise UserError("--probe needs launch to start the ranks itself: run it without torchrun")
     if (environ.world_size or 1) == 1:
         for policy in options.policies:
             check_prebuilt(
@@ -218,6 +227,7 @@ def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> No
     from launch.elastic import start_ranks
 
     timelines: list[Timeline] = []
+    options = replace(options, probed=probed_seconds(options, environ) if options.probe else None)
     try:
         for policy in options.policies:
             with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
@@ -249,7 +259,8 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
         "--device": options.device, "--num-sms": options.num_sms,
         "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
-        "--nccl-timeout": options.nccl_timeout, "--stream": options.stream,
+        "--nccl-timeout": options.nccl_timeout, "--probed": options.probed,
+        "--stream": options.stream,
         "--cuda-graphs": options.cuda_graphs, "--walk-max-m": options.walk_max_m,
         "--walk-memory": options.walk_memory, "--logits": options.logits,
         "--schedule": options.schedule,

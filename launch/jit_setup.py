@@ -18,6 +18,7 @@ from runner.jit.compiler import NvccCompiler, find_nvcc
 from runner.jit.kernels import identity_of
 from runner.jit.lazy import LazyJit
 from runner.jit.library import find_library
+from runner.jit.probe import probe_seconds
 from runner.jit.shim import CompileRecord, write_shim
 from runner.scenario import Scenario
 from runner.warmup import WarmupPolicy
@@ -137,6 +138,12 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
         KernelCache(given).prepare()
 
 
+def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
+    """How fast this machine compiles just now, None where nothing is compiled."""
+    compiler, _ = _find_compiler(options, environ)
+    return None if compiler is None else round(probe_seconds(compiler), 4)
+
+
 def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
     """Find out before ranks start, without a GPU, whether the cache holds what is expected.
 
@@ -172,6 +179,8 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
 
 
 def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:
+    if not environ.enable_jit_deepgemm:
+        return None, "SGLANG_ENABLE_JIT_DEEPGEMM is off"
     if not options.jit:
         return None, "--no-jit was given"
     library = find_library()

@@ -45,6 +45,8 @@ class LaunchOptions:
     walk_memory: float | None = None
     compile_lock: bool = False
     nccl_timeout: float | None = None
+    probe: bool = False
+    probed: float | None = None
     cache_dir: Path | None = None
     seed: int = 0
     timeout: float = 1800.0

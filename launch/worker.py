@@ -188,7 +188,8 @@ class _RankRun:
         """Note the phases before the warm-up."""
         ends = [start for _, start in self.phases[1:]] + [now]
         for (name, start), end in zip(self.phases, ends, strict=True):
-            sink.spans.append(Span(self.place.rank, start, end, "phase", name))
+            for kind in ("phase", "setup"):
+                sink.spans.append(Span(self.place.rank, start, end, kind, name))
 
     def _free_memory(self) -> float:
         """Bytes that a walk may take."""
@@ -333,7 +334,7 @@ class _RankRun:
             "jit": jit.description,
             "hosts": self.place.world_size // self.place.local_world_size,
             "ranks_per_gpu": self._ranks_per_gpu,
-            "machine": machine_facts(self.device),
+            "machine": {**machine_facts(self.device), "probe": self.options.probed},
         }
 
     @property

@@ -68,15 +68,17 @@ def coverage(
     held = _held(scenario, schedule, plan)
     planned = {item.kernel for item in plan.kernels}
     compiled = frozenset[Kernel]().union(*held.values())
-    served = deployment.without
+    names = {kernel.identity for kernel in planned}
     gaps, missing = _gaps(plan, parallel, held)
     return Coverage(
         policy,
         compiled,
         tuple(gaps),
         missing=missing,
-        superfluous=0 if served else len(compiled - planned),
-        stalls=tuple(stalls_of(schedule, parallel.node_of)),
+        superfluous=0 if deployment.without else len(compiled - planned),
+        stalls=tuple(
+            stall for stall in stalls_of(schedule, parallel.node_of) if stall.kernel in names
+        ),
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from runner.backend.base import Backend
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
@@ -38,6 +39,8 @@ from runner.warmup import (
     resolve_batch_sizes,
     walked_ms,
 )
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,16 +143,13 @@ class Scenario:
 
     def _relax_walks(self, stage: int) -> tuple[Walk, ...]:
         """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
-        limit = self.warmup.walk_max_m or self.max_tokens
+        limit = self.warmup.walk_max_m
         walks = []
         for demand in self.plan.demands:
-            ms = (
-                relaxed_ms(demand.shape, demand.ms, self.max_tokens)
-                if stage in demand.stages
-                else ()
-            )
-            steps = steps_of([m for m in ms if m <= limit])
-            walks += [Walk(demand.shape, steps)] if steps else []
+            if stage in demand.stages:
+                ms = relaxed_ms(demand.shape, demand.ms, self.max_tokens)
+                steps = steps_of(ms if limit is None else ms[: bisect_right(ms, limit)])
+                walks += [Walk(demand.shape, steps)] if steps else []
         return tuple(walks)
 
     @cached_property
@@ -213,10 +213,16 @@ def _come_up(runner: ModelRunner, scenario: Scenario, keep: Callable[[Any], None
 
 def record_rank(scenario: Scenario, rank: int) -> tuple[Op, ...]:
     """Operations of one rank, from shapes alone."""
-    plain = scenario.unwalked
-    ops = _recorded(plain, rank, _warm_up) if plain.warmup.policy.runs_dummies else ()
-    ops = ops or _record(scenario, rank, _warm_up)
-    ops += _recorded(plain.with_policy(WarmupPolicy.NONE), rank, _serve)
+    parallel, plain = scenario.parallel, scenario.unwalked
+    at = parallel.coordinates(rank)
+    # Ranks of a stage run the same, but where attention splits tokens over them.
+    like = rank if parallel.attn_cp > 1 else parallel.rank_of(at.pp_rank, 0, at.replica)
+    served = _recorded(plain.with_policy(WarmupPolicy.NONE), like, _serve)
+    if plain.warmup.policy.runs_dummies:
+        ops = (*_recorded(plain, like, _warm_up), *served)
+        ops = tuple(moved(like, ops, scenario, rank))
+    else:
+        ops = (*_record(scenario, rank, _warm_up), *moved(like, served, scenario, rank))
     hook = scenario.hook(rank)
     return ops if hook.m_list is None else tuple(_with_walks(ops, hook))
 
@@ -247,8 +253,10 @@ _recorded = lru_cache(maxsize=512)(_record)
 
 def _with_walks(ops: Iterable[Op], hook: ExecutionHook) -> Iterator[Op]:
     """What a backend with this hook announces."""
+    seen = set()
     for op in ops:
-        if isinstance(op, KernelCall):
+        if id(op) not in seen and isinstance(op, KernelCall):
+            seen.add(id(op))
             yield from hook.before(op)
         yield op
 
@@ -268,21 +276,41 @@ def record(scenario: Scenario, *, folded: bool = False) -> Schedule:
     Raises:
         UserError: the model does not fit the layout.
     """
+    roles = record_roles(scenario, folded=folded)
+    return Schedule(
+        tuple(tuple(moved(role.first, role.ops, scenario, rank)) for rank, role in enumerate(roles))
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Role:
+    """What several ranks do alike: operations as rank ``first`` runs them."""
+
+    first: int
+    ops: tuple[Op, ...]
+
+
+def record_roles(scenario: Scenario, *, folded: bool = False) -> list[Role]:
+    """Role of every rank; see :func:`record`.
+
+    Raises:
+        UserError: the model does not fit the layout.
+    """
     parallel = scenario.parallel
     parallel.check_fits(scenario.model)
-    recorded: dict[tuple[int, ...], tuple[int, tuple[Op, ...]]] = {}
-    ranks = []
+    recorded: dict[tuple[int, ...], Role] = {}
+    roles = []
     for rank in range(parallel.world_size):
         at = parallel.coordinates(rank)
+        cut = bool(folded and at.replica)
         split = at.tp_rank if parallel.attn_cp > 1 else 0
-        role = (at.pp_rank, split, scenario.leads(rank))
-        if role not in recorded:
-            recorded[role] = rank, record_rank(scenario, rank)
-        first, ops = recorded[role]
-        if folded and at.replica:
-            ops = ops[: common_end(ops)]
-        ranks.append(_moved(first, ops, scenario, rank))
-    return Schedule(tuple(ranks))
+        key = (at.pp_rank, split, scenario.leads(rank), cut)
+        if key not in recorded:
+            whole = recorded.get((*key[:3], False)) or Role(rank, record_rank(scenario, rank))
+            ops = whole.ops[: common_end(whole.ops)] if cut else whole.ops
+            recorded[key] = Role(whole.first, ops)
+        roles.append(recorded[key])
+    return roles
 
 
 def common_end(ops: Sequence[Op]) -> int:
@@ -291,26 +319,35 @@ def common_end(ops: Sequence[Op]) -> int:
     return max((index + 1 for index in shared), default=0)
 
 
-def _moved(first: int, ops: tuple[Op, ...], scenario: Scenario, rank: int) -> tuple[Op, ...]:
-    """Operations of rank ``first`` as another rank of the same role runs them."""
+def moved(
+    first: int, ops: Sequence[Item], scenario: Scenario, rank: int
+) -> Sequence[Item | Collective | Send | Recv | KernelWork]:
+    """Operations of rank ``first`` as another rank of the same role runs them.
+
+    What is among them that is no operation, or concerns no other rank, stays as it is.
+    """
     by = rank - first
     if by == 0:
         return ops
-    parallel = scenario.parallel
-    tp_groups = parallel.tp_group(first), parallel.tp_group(rank)
+    tp_groups = scenario.parallel.tp_group(first), scenario.parallel.tp_group(rank)
     own = scenario.kernel_set(rank)
-    moved: list[Op] = []
+    groups: dict[tuple[int, ...], tuple[int, ...]] = {tp_groups[0]: tp_groups[1]}
+    found: list[Item | Collective | Send | Recv | KernelWork] = []
     for op in ops:
-        if isinstance(op, Send | Recv):
-            moved.append(replace(op, peer=op.peer + by))
-        elif isinstance(op, Collective) and op.name != EXCHANGE:
-            others = tuple(member + by for member in op.group)
-            moved.append(replace(op, group=tp_groups[1] if op.group == tp_groups[0] else others))
+        if isinstance(op, Collective) and op.name != EXCHANGE:
+            if op.group not in groups:
+                groups[op.group] = tuple(member + by for member in op.group)
+            found.append(Collective(op.name, groups[op.group], op.bytes))
+        elif isinstance(op, Send):
+            found.append(Send(op.name, op.peer + by, op.bytes))
+        elif isinstance(op, Recv):
+            found.append(Recv(op.name, op.peer + by, op.bytes))
         elif isinstance(op, KernelWork) and op.action in ("build", "verify"):
-            moved.append(replace(op, kernels=own.share if op.action == "build" else own.checked))
+            kernels = own.share if op.action == "build" else own.checked
+            found.append(KernelWork(op.action, kernels))
         else:
-            moved.append(op)
-    return tuple(moved)
+            found.append(op)
+    return found
 
 
 def _listed(values: tuple[int, ...] | None) -> str:

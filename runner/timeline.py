@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from runner.files import write_text
 FIRST_REQUEST = "first request"
 """Phase after which a server is up."""
 
-KINDS = ("compile", "load", "compute", "comm", "wait", "phase")
-"""Kinds of span. ``phase`` spans enclose others and are left out of totals."""
+KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase")
+"""Kinds of span.
+
+``setup`` is what comes before a warm-up. ``phase`` spans enclose others and are left out of totals.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class RankTotals:
     compute: float
     comm: float
     wait: float
+    setup: float
     total: float
     kernels_compiled: int
 
@@ -151,6 +155,7 @@ class Timeline:
             compute=seconds["compute"],
             comm=seconds["comm"],
             wait=seconds["wait"],
+            setup=seconds["setup"],
             total=max((span.end for span in spans), default=0.0),
             kernels_compiled=sum(span.is_kernel for span in spans),
         )
@@ -220,9 +225,10 @@ def _cut_waits(spans: Sequence[Span]) -> list[Span]:
             continue
         arrival = min(last_arrival.get(span.key, 0.0), span.end)
         if arrival > span.start:
-            result.append(replace(span, end=arrival, kind="wait"))
+            result.append(Span(span.rank, span.start, arrival, "wait", span.name, span.key))
         if arrival < span.end:
-            result.append(replace(span, start=max(span.start, arrival)))
+            start = max(span.start, arrival)
+            result.append(Span(span.rank, start, span.end, span.kind, span.name, span.key))
     return result
 
 
@@ -238,7 +244,8 @@ def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
             and span.rank == before.rank
             and span.start - before.end < _JOIN_GAP
         ):
-            result[-1] = replace(before, end=max(before.end, span.end), name=span.kind, key="")
+            end = max(before.end, span.end)
+            result[-1] = Span(before.rank, before.start, end, before.kind, span.kind)
         else:
             result.append(span)
     return result

@@ -10,11 +10,12 @@ from runner.backend.base import Backend
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.weights import WeightRequest
-from runner.config.model import ModelConfig
+from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.jit.heuristics_sm90 import ceil_div
 from runner.model_runner import ModelRunner, NoBuffers
 
-_BYTES = {"fp8": 1 + 4 / (128 * 128), "bf16": 2, "fp32": 4, "ids": 8}
+_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class WeightSize:
     """Weights of one rank: their number and their bytes, FP8 with its scales."""
 
     elements: int
-    nbytes: float
+    nbytes: int
 
 
 def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
@@ -36,10 +37,18 @@ def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Weig
 class _CountingWeights(ShapeWeights):
     def __init__(self) -> None:
         self.elements = 0
-        self.nbytes = 0.0
+        self.nbytes = 0
 
     def make(self, request: WeightRequest) -> Any:
         size = prod(request.view)
         self.elements += size
-        self.nbytes += size * _BYTES[request.kind]
+        self.nbytes += size * _BYTES[request.kind] + _scale_bytes(request)
         return super().make(request)
+
+
+def _scale_bytes(request: WeightRequest) -> int:
+    """An fp32 a block of an FP8 weight, those at the edges included."""
+    if request.kind != "fp8":
+        return 0
+    *groups, n, k = request.view
+    return 4 * prod(groups) * ceil_div(n, FP8_BLOCK) * ceil_div(k, FP8_BLOCK)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.outputs import print_timelines
+from runner.report.outputs import print_bars
 from runner.report.table import make_table, phase_summary
 from runner.warmup import WarmupPolicy
 from sim.simulate import Machine, Prediction
@@ -65,7 +65,7 @@ def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, ba
     _print_title(predictions[0], machine)
     console = Console(width=_WIDTH)
     if bars:
-        print_timelines([prediction.timeline for prediction in predictions], tables=False)
+        print_bars([prediction.timeline for prediction in predictions], console)
         for prediction in predictions:
             console.print(phase_summary(prediction.timeline))
     console.print(advice_table(predictions))

@@ -9,6 +9,8 @@ from itertools import chain
 from math import exp, log
 from statistics import fmean
 
+from runner.config.model import ModelConfig
+from runner.config.presets import PRESETS
 from runner.jit.builder.costs import plain_seconds
 from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
@@ -16,10 +18,15 @@ from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
 from sim.fit import minimum, near_known, non_negative
 from sim.judge import Judged, judge
-from sim.profile import Builder, Cache, CompileTimes, Host, Link, Phase, Profile, StartUp
+from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
 from sim.samples import CompileSample, RankSample, Samples, take_samples
+from sim.start_up import largest_rank_bytes
 
 _MOST_CONTENTION = 4.0
+_GPU_BOUND = 2.0
+"""Seconds of GPU work in a walk from which on its rate is told by it."""
+
+_FP8_WALKS, _BF16_WALKS = "walk gemm_nt_f8f8bf16:", "walk gemm_nt_bf16bf16f32:"
 _MANY_CALLS = 1000
 _PRIOR = 0.5
 _TRUST = 1.0
@@ -43,14 +50,27 @@ class Calibration:
     fitted: tuple[Fitted, ...]
 
 
-def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calibration:
+def fit_profile(
+    measured: Sequence[Timeline], base: Profile, name: str,
+    models: Mapping[str, ModelConfig] = PRESETS,
+) -> Calibration:  # fmt: skip
     """Fit a profile; what no run tells is taken from ``base``.
+
+    Args:
+        measured: the runs.
+        base: the profile before.
+        name: the profile's name.
+        models: see :func:`sim.judge.scenario_of`.
 
     Raises:
         UserError: a Timeline that does not say what it was of.
     """
-    samples = [take_samples(timeline, base) for timeline in measured]
     fitted: list[Fitted] = []
+    base = replace(base, probe=_probe(measured, base.probe))
+    # What the GPU takes tells the host's part apart, so its rates come first.
+    before = [take_samples(timeline, base, models) for timeline in measured]
+    base = replace(base, gpu=_gpu(before, base.gpu, fitted))
+    samples = [take_samples(timeline, base, models) for timeline in measured]
     compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
     builder = _builder(samples, base.builder, fitted)
     cache = _cache(samples, base.cache, fitted)
@@ -63,11 +83,17 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
         # Loads in walks are taken off their time, as what they have just been fitted to.
         host=_host(samples, replace(base, cache=cache), fitted),
         links=_links(samples, base.links, fitted),
-        start_up=_start_up(measured, base.start_up, fitted),
+        start_up=_start_up(samples, base.start_up, fitted),
         provenance=_provenance(measured, base),
         estimate=False,
     )
     return Calibration(profile, tuple(fitted))
+
+
+def _probe(measured: Sequence[Timeline], known: float) -> float:
+    """The reference kernel's seconds: the runs' middle, which their times are brought to."""
+    seen = [t.meta["machine"]["probe"] for t in measured if t.meta["machine"].get("probe")]
+    return round(exp(fmean(map(log, seen))), 4) if seen else known
 
 
 def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
@@ -186,7 +212,31 @@ def _cache(samples: Sequence[Samples], base: Cache, fitted: list[Fitted]) -> Cac
     )
 
 
-# -- hosts, links, start-up -----------------------------------------------------------------------
+# -- GPU, hosts, links, start-up -----------------------------------------------------------------
+
+
+def _gpu(samples: Sequence[Samples], base: Gpu, fitted: list[Fitted]) -> Gpu:
+    """Rates from walks that the GPU is what they wait for."""
+
+    def rate(name: str, types: str, known: float) -> float:
+        pairs = [
+            (sum(count * device for count, device in run.calls), seconds)
+            for one in samples
+            for run, seconds in one.walks
+            if run.name.startswith(types)
+        ]
+        slow = [(device, seconds) for device, seconds in pairs if device > _GPU_BOUND]
+        if not slow:
+            return known
+        found = known * sum(device for device, _ in slow) / sum(seconds for _, seconds in slow)
+        fitted.append(Fitted(name, f"{found / 1e12:.0f} TFLOPS", len(slow)))
+        return float(f"{found:.4g}")
+
+    return replace(
+        base,
+        fp8_flops=rate("GPU, FP8 GEMMs", _FP8_WALKS, base.fp8_flops),
+        bf16_flops=rate("GPU, bf16 GEMMs", _BF16_WALKS, base.bf16_flops),
+    )
 
 
 def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Host:
@@ -205,17 +255,17 @@ def _walk_host(
     samples: Sequence[Samples], base: Profile, fitted: list[Fitted]
 ) -> tuple[float, float]:
     """Seconds of a walk and of each of its calls, where the host is what they wait for."""
-    walks = [pair for one in samples for pair in one.walks if pair[1] > 0]
+    walks = [(one, *pair) for one in samples for pair in one.walks if pair[1] > 0]
     if not walks:
         return base.host.walk, base.host.walk_call
     known = base.host.walk_call
     rows, targets = [], []
-    for run, seconds in walks:
+    for one, run, seconds in walks:
         waited = sum(count * device for count, device in run.calls if device > known)
         loads = base.cache.first_use * sum(len(kernels) for kernels, _ in run.steps)
         calls = sum(count for count, device in run.calls if device <= known)
         rows.append((1.0, float(calls)))
-        targets.append(seconds - waited - loads)
+        targets.append((seconds - waited) / one.host_factor - loads)
     if max(row[1] for row in rows) < _MANY_CALLS:
         # Short walks do not tell their calls' part from the rest.
         walk = max(fmean(t - known * row[1] for row, t in zip(rows, targets, strict=True)), 0.0)
@@ -252,12 +302,12 @@ def _link(ranks: Sequence[RankSample], base: Link) -> Link:
     )  # fmt: skip
 
 
-def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted]) -> StartUp:
+def _start_up(samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]) -> StartUp:
     def phase(name: str, known: Phase, *, on_host: bool = True) -> Phase:
         seen = [
-            (t.world_size // (t.meta["hosts"] if on_host else 1), t.phases()[name])
-            for t in measured
-            if name in t.phases()
+            (one.ranks_on_host if on_host else one.timeline.world_size, one.phases[name])
+            for one in samples
+            if name in one.phases
         ]
         if not seen:
             return known
@@ -266,14 +316,34 @@ def _start_up(measured: Sequence[Timeline], base: StartUp, fitted: list[Fitted])
         fitted.append(Fitted(f"phase {name}", words, len(seen)))
         return found
 
-    bandwidth = {**base.weight_bandwidth, "dummy": 1e15}
+    weights, bandwidth = _weights(samples, base, fitted)
     return replace(
         base,
         imports=phase("imports", base.imports),
         process_group=phase("process group", base.process_group, on_host=False),
-        weights=phase("weights", base.weights),
-        weight_bandwidth=bandwidth,
+        weights=weights,
+        weight_bandwidth={**base.weight_bandwidth, "dummy": bandwidth},
     )
+
+
+def _weights(
+    samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]
+) -> tuple[Phase, float]:
+    """Set-up of a rank: a constant, a part for each rank beside it, and its bytes made up."""
+    known = (base.weights.seconds, base.weights.per_rank, 1 / base.weight_bandwidth["dummy"])
+    seen = [one for one in samples if "weights" in one.phases]
+    if not seen:
+        return base.weights, base.weight_bandwidth["dummy"]
+    rows = [
+        (1.0, float(one.ranks_on_host),
+         largest_rank_bytes(one.scenario.model, one.scenario.parallel))
+        for one in seen
+    ]  # fmt: skip
+    seconds, per_rank, per_byte = near_known(rows, [one.phases["weights"] for one in seen], known)
+    bandwidth = 1 / (per_byte or known[2])
+    words = f"{seconds:.2f} s + {per_rank:.3f} s a rank, {bandwidth / 1e9:.1f} GB/s"
+    fitted.append(Fitted("phase weights", words, len(rows)))
+    return Phase(round(seconds, 3), round(per_rank, 4)), float(f"{bandwidth:.4g}")
 
 
 def _phase(seen: Sequence[tuple[int, float]], known: Phase) -> Phase:

@@ -7,7 +7,11 @@ from runner.jit.kernels import Kernel
 from sim.profile import CompileTimes
 
 _TILED = ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm")
-_DIMENSIONS = 1
+_SHAPE = (1, 2)
+"""Template arguments of dimensions and of the number of groups."""
+
+_SMS = 8
+"""The argument that begins with, or is, the number of SMs."""
 
 
 def template_of(kernel: Kernel) -> str:
@@ -16,11 +20,15 @@ def template_of(kernel: Kernel) -> str:
 
 
 def config_key(kernel: Kernel) -> str:
-    """Template and configuration (tile, stages, threads, ...) without the shape it is for."""
+    """Template and configuration (tile, stages, threads, ...), not what it is for.
+
+    Shape, number of groups and SMs do not change the size of the code.
+    """
     template = template_of(kernel)
     if template not in _TILED:
         return template
-    words = [kernel.arguments[i] for i in range(len(kernel.arguments)) if i != _DIMENSIONS]
+    words = [word for i, word in enumerate(kernel.arguments) if i not in (*_SHAPE, _SMS)]
+    words += kernel.arguments[_SMS].split(", ")[1:]
     return f"{template} {' | '.join(words)}"
 
 

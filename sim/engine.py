@@ -28,9 +28,7 @@ from runner.schedule import (
     Collective,
     KernelWork,
     Mark,
-    Op,
     Recv,
-    Schedule,
     Send,
 )
 from runner.stalls import STALLS_AFTER
@@ -39,7 +37,7 @@ from sim.cores import Cores
 from sim.costs import CostModel
 from sim.culprit import CollectiveTimeout, with_culprit
 from sim.locks import Locks
-from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
+from sim.program import FirstUse, Instruction, Run, WalkRun, used_before
 
 
 @dataclass(frozen=True)
@@ -117,24 +115,23 @@ class _Rank:
 
 
 class Engine:
-    """Replays a Schedule.
+    """Replays the programs of all ranks.
 
     Args:
-        schedule: what every rank does.
+        programs: what every rank does; see :func:`sim.program.compile_program`.
         costs: how long it takes.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses; what compiles at a time cost is in ``costs``.
         host_of: machine of each node, where several share one's cores; by default each has its own.
         timeout: longest wait of a rank in a collective or receive, in seconds; None is no limit.
         cached: kernels that every node's disk holds from the start.
-        compile_lock: whether ranks of a node take turns at first uses of one GEMM's kernels.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
     """
 
     def __init__(
         self,
-        schedule: Schedule,
+        programs: Sequence[Sequence[Instruction]],
         costs: CostModel,
         *,
         node_of: Sequence[int],
@@ -142,14 +139,13 @@ class Engine:
         host_of: Sequence[int] | None = None,
         timeout: float | None = None,
         cached: frozenset[Kernel] = frozenset(),
-        compile_lock: bool = False,
         run_ahead: bool = False,
         start: float = 0.0,
     ) -> None:
         self._costs, self._timeout, self._run_ahead = costs, timeout, run_ahead
         self._ranks = [
-            _Rank(index, self._program(ops, compile_lock), node_of[index], start, start)
-            for index, ops in enumerate(schedule.ranks)
+            _Rank(index, program, node_of[index], start, start)
+            for index, program in enumerate(programs)
         ]
         nodes = set(node_of)
         self._disk: dict[int, set[Kernel]] = {node: set(cached) for node in nodes}
@@ -167,9 +163,6 @@ class Engine:
         self._longest_wait = 0.0
         self._cached = cached
         self._exchanged: set[int] = set()
-
-    def _program(self, ops: Sequence[Op], locked: bool) -> list[Instruction]:
-        return compile_program(ops, self._costs, locked=locked)
 
     def run(self) -> Outcome:
         """Run to the end.
@@ -463,7 +456,9 @@ class Engine:
         self._receivers.pop(item.key, None)
         arrived = _arrived(item)
         item.end = max(arrived, there)
-        self._check_wait(rank.index, item.at, op.peer, sent, f"recv {op.name}")
+        if not self._run_ahead:
+            # A server learns over gloo what it will receive, and waits there, with a longer limit.
+            self._check_wait(rank.index, item.at, op.peer, sent, f"recv {op.name}")
         rank.note(arrived, item.end, "comm", f"recv {op.name}", item.key)
 
     def _check_wait(self, rank: int, since: float, last: int, arrival: float, name: str) -> None:

@@ -22,7 +22,7 @@ def can_fold(parallel: ParallelConfig, hosts: int) -> bool:
 
 
 def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
-    """The outcome of all replicas, from one whose later replicas were cut off.
+    """The outcome of all replicas, from one whose later replicas were cut off, spans merged.
 
     Raises:
         AssertionError: the replicas did not part in the same state; they cannot be folded.
@@ -46,7 +46,8 @@ def _copies(
     for replica in range(1, parallel.replicas):
         for span in own:
             key = f"{replica}:{span.key}" if span.kind == "comm" else span.key
-            yield replace(span, rank=span.rank + replica * ranks, key=key)
+            rank = span.rank + replica * ranks
+            yield Span(rank, span.start, span.end, span.kind, span.name, key)
 
 
 def _is_after(span: Span, since: float) -> bool:

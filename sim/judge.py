@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 
 from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
+from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
@@ -40,15 +42,20 @@ def read_measured(paths: Sequence[Path]) -> list[Timeline]:
     return found
 
 
-def scenario_of(timeline: Timeline) -> Scenario:
+def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS) -> Scenario:
     """The scenario that a run was of.
 
+    Args:
+        timeline: the run.
+        models: whole models by the name that a Timeline has of them.
+
     Raises:
-        UserError: the Timeline does not say, or its model is no preset.
+        UserError: the Timeline does not say, or its model is neither there nor a preset.
     """
     meta = timeline.meta
     with _told_by(timeline):
-        model = load_model(meta["model"])
+        name = meta["model"]
+        model = models[name] if name in models else load_model(name)
         model = with_layers(model, meta["layers"])
         return Scenario(
             model=model,
@@ -90,6 +97,7 @@ def machine_of(timeline: Timeline, profile: Profile) -> Machine:
     with _told_by(timeline):
         return Machine(
             profile=profile,
+            host_factor=host_factor(timeline, profile),
             cores_per_node=meta["machine"]["cores"],
             hosts=meta["hosts"],
             link=_link_of(meta["link"], profile),
@@ -126,6 +134,12 @@ def _told_by(timeline: Timeline) -> Iterator[None]:
         ) from None
 
 
+def host_factor(timeline: Timeline, profile: Profile) -> float:
+    """How slow the machine was just before the run, against the profile; 1 where nobody looked."""
+    seen: float | None = timeline.meta["machine"].get("probe")
+    return 1.0 if seen is None else seen / profile.probe
+
+
 @dataclass(frozen=True)
 class Judged:
     """A measured run and its prediction."""
@@ -159,15 +173,22 @@ def _counts(timeline: Timeline) -> tuple[int, int]:
     return timeline.kernels_compiled, timeline.duplicates
 
 
-def judge(measured: Sequence[Timeline], profile: Profile) -> list[Judged]:
+def judge(
+    measured: Sequence[Timeline], profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
+) -> list[Judged]:
     """Predict every measured run.
+
+    Args:
+        measured: the runs.
+        profile: what things cost.
+        models: see :func:`scenario_of`.
 
     Raises:
         UserError: a Timeline that does not say what it was of.
     """
     judged = []
     for timeline in measured:
-        prediction = simulate(scenario_of(timeline), machine_of(timeline, profile))
+        prediction = simulate(scenario_of(timeline, models), machine_of(timeline, profile))
         judged.append(Judged(timeline, prediction))
     return judged
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from math import isfinite
@@ -160,6 +160,7 @@ class Profile:
         name: as ``--hardware`` takes it.
         num_sms: SMs of the GPU.
         cores_per_node: CPU cores of a node.
+        probe: seconds of :func:`runner.jit.probe.probe_seconds` when it was measured.
         estimate: whether the numbers are derived from public figures instead of measured.
         provenance: where the numbers come from.
     """
@@ -167,6 +168,7 @@ class Profile:
     name: str
     num_sms: int
     cores_per_node: int
+    probe: float
     compile: CompileTimes
     builder: Builder
     cache: Cache
@@ -207,7 +209,7 @@ class Profile:
         return asdict(self)
 
 
-_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory")
+_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe")
 _PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}
 _WEIGHT_SOURCES = ("disk", "page-cache", "dummy")
 
@@ -248,6 +250,41 @@ def _check_number(name: str, value: Any, *, whole: bool) -> None:
     divides = any(word in name for word in _DIVISORS)
     if not isfinite(value) or value < 0 or (divides and value == 0):
         raise ValueError(f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0")
+
+
+def slowed(profile: Profile, factor: float) -> Profile:
+    """The profile of a machine whose CPUs take ``factor`` times as long for everything."""
+    if factor == 1.0:
+        return profile
+    times, start_up = profile.compile, profile.start_up
+    return replace(
+        profile,
+        compile=replace(
+            times,
+            by_config={key: factor * seconds for key, seconds in times.by_config.items()},
+            scale={key: factor * scale for key, scale in times.scale.items()},
+            default_scale=factor * times.default_scale,
+        ),
+        builder=Builder(factor * profile.builder.start, factor * profile.builder.scale),
+        cache=Cache(*(factor * seconds for seconds in _values(profile.cache))),
+        host=Host(*(factor * seconds for seconds in _values(profile.host))),
+        start_up=replace(
+            start_up,
+            imports=_slowed(start_up.imports, factor),
+            process_group=_slowed(start_up.process_group, factor),
+            weights=_slowed(start_up.weights, factor),
+            capture=factor * start_up.capture,
+            capture_operation=factor * start_up.capture_operation,
+        ),
+    )
+
+
+def _slowed(phase: Phase, factor: float) -> Phase:
+    return Phase(factor * phase.seconds, factor * phase.per_rank)
+
+
+def _values(record: Cache | Host) -> list[float]:
+    return [float(getattr(record, item.name)) for item in fields(record)]
 
 
 def shipped_profiles() -> list[str]:

@@ -28,7 +28,7 @@ from runner.schedule import (
     Send,
     Walk,
 )
-from sim.costs import CostModel
+from sim.costs import CostModel, Seconds
 
 LockKey = tuple[DeepGemmKernelType, int, int, int]
 
@@ -84,34 +84,41 @@ def compile_program(
         loaded: kernels that the process has from the start.
     """
     seen = set(loaded)
+    # Recorded operations that are equal are one object: what it costs is asked once.
+    known: dict[int, Seconds] = {}
     program: list[Instruction] = []
     host = device = 0.0
     for op in ops:
-        if isinstance(op, Compute):
-            seconds = costs.compute_seconds(op)
-            host, device = host + seconds.host, device + seconds.device
-            continue
-        if isinstance(op, KernelCall):
-            new = tuple(kernel for kernel in kernels_of(op) if kernel not in seen)
-            if new:
-                if host or device:
-                    program.append(Run(host, device))
-                    host = device = 0.0
-                seen.update(new)
-                lock = (op.type, op.n, op.k, op.num_groups) if locked else None
-                program.append(FirstUse(new, lock=lock))
-            seconds = costs.kernel_seconds(op)
-            host, device = host + seconds.host, device + seconds.device
-            continue
-        if isinstance(op, Mark) and op.kind not in ("phase", "forward"):
-            continue
-        if host or device:
-            program.append(Run(host, device))
-            host = device = 0.0
-        program += _others(op, costs, seen, locked=locked)
+        seconds = known.get(id(op))
+        if seconds is None:
+            before: list[Instruction] = []
+            if isinstance(op, Compute):
+                seconds = known[id(op)] = costs.compute_seconds(op)
+            elif isinstance(op, KernelCall):
+                seconds = known[id(op)] = costs.kernel_seconds(op)
+                before += _first_use(op, seen, locked=locked)
+            elif isinstance(op, Mark) and op.kind not in ("phase", "forward"):
+                seconds = known[id(op)] = Seconds(0.0)
+            else:
+                before += _others(op, costs, seen, locked=locked)
+            if before and (host or device):
+                program.append(Run(host, device))
+                host = device = 0.0
+            program += before
+            if seconds is None:
+                continue
+        host, device = host + seconds[0], device + seconds[1]
     if host or device:
         program.append(Run(host, device))
     return program
+
+
+def _first_use(call: KernelCall, seen: set[Kernel], *, locked: bool) -> Iterator[FirstUse]:
+    new = tuple(kernel for kernel in kernels_of(call) if kernel not in seen)
+    if new:
+        seen.update(new)
+        lock = (call.type, call.n, call.k, call.num_groups) if locked else None
+        yield FirstUse(new, lock=lock)
 
 
 def used_before(program: Iterable[Instruction], phase: str) -> Iterator[Kernel]:

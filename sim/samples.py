@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from runner.config.model import ModelConfig
+from runner.config.presets import PRESETS
 from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Send
@@ -63,25 +65,37 @@ class Samples:
     verified: tuple[int, float] = (0, 0.0)
     walks: list[tuple[WalkRun, float]] = field(default_factory=list)
     build: tuple[tuple[Kernel, ...], float, float, int] | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    host_factor: float = 1.0
+
+    @property
+    def ranks_on_host(self) -> int:
+        """Ranks that share a machine."""
+        return self.timeline.world_size // int(self.timeline.meta["hosts"])
 
 
-def take_samples(timeline: Timeline, profile: Profile) -> Samples:
-    """Read one measured run.
+def take_samples(
+    timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
+) -> Samples:
+    """Read one measured run, its seconds as if the host had been as fast as the profile's.
+
+    What a walk takes is left as it is: the GPU may be what it waits for.
 
     Args:
         timeline: the run.
         profile: its rates of the GPU tell a rank's work apart from its waiting for it.
+        models: see :func:`sim.judge.scenario_of`.
 
     Raises:
         UserError: the Timeline does not say what it was of.
     """
-    scenario = scenario_of(timeline)
+    scenario = scenario_of(timeline, models)
     schedule = record(scenario)
     machine = machine_of(timeline, profile)
     cores = machine.cores_per_node or 1
     costs = ProfileCosts(profile, profile.links[machine.link], cores, machine.ranks_per_gpu)
     programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
-    samples = Samples(timeline, scenario)
+    samples = Samples(timeline, scenario, phases=timeline.phases())
     kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
     if scenario.warmup.policy is WarmupPolicy.PLANNED:
         samples.build = _build(timeline, scenario, cores)
@@ -90,7 +104,27 @@ def take_samples(timeline: Timeline, profile: Profile) -> Samples:
     _take_loads(samples, programs)
     for rank, program in enumerate(programs):
         samples.ranks.append(_rank_sample(timeline, rank, program, profile.host.call))
-    return samples
+    return _normalised(samples, 1 / machine.host_factor)
+
+
+def _normalised(samples: Samples, by: float) -> Samples:
+    """The samples with all seconds but those of walks multiplied."""
+
+    def pair(sum_: tuple[int, float]) -> tuple[int, float]:
+        return sum_[0], sum_[1] * by
+
+    build = samples.build
+    return replace(
+        samples,
+        compiles=[replace(one, seconds=one.seconds * by) for one in samples.compiles],
+        ranks=[replace(one, compute=one.compute * by) for one in samples.ranks],
+        first_uses=pair(samples.first_uses),
+        loads=pair(samples.loads),
+        verified=pair(samples.verified),
+        build=None if build is None else (build[0], build[1] * by, build[2] * by, build[3]),
+        phases={name: seconds * by for name, seconds in samples.phases.items()},
+        host_factor=1 / by,
+    )
 
 
 def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:

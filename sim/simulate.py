@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.coverage import node_coverage, node_stages
 from runner.errors import UserError
 from runner.jit.kernels import Kernel
-from runner.scenario import Scenario, record, run_meta
+from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
 from sim.culprit import CollectiveTimeout
 from sim.engine import Engine, Outcome
 from sim.fold import can_fold, unfold
-from sim.profile import Profile
+from sim.profile import Profile, slowed
 from sim.profile_costs import ProfileCosts
+from sim.program import Instruction, compile_program
 from sim.start_up import StartPhases, start_phases
 
 
@@ -25,6 +27,7 @@ class Machine:
 
     Attributes:
         profile: what things cost.
+        host_factor: how many times as long the CPUs take for everything as the profile's.
         cores_per_node: CPU cores of a machine; None takes the profile's.
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
@@ -36,6 +39,7 @@ class Machine:
     """
 
     profile: Profile
+    host_factor: float = 1.0
     cores_per_node: int | None = None
     hosts: int | None = None
     link: str = "nvlink"
@@ -72,24 +76,27 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         UserError: the model does not fit the layout, or the nodes do not fit the hosts.
     """
     parallel = scenario.parallel
+    machine = replace(machine, profile=slowed(machine.profile, machine.host_factor))
     hosts = _hosts(machine, parallel.nodes)
     cores = machine.cores_per_node or machine.profile.cores_per_node
     before = start_phases(machine.start, machine.profile.start_up, scenario.model, parallel, hosts)
     folds = machine.fold and can_fold(parallel, hosts)
     outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
+    outcome = replace(outcome, spans=list(merge(outcome.spans)))
     if folds:
         outcome = unfold(outcome, parallel)
-    spans = merge([*_phase_spans(before, parallel.world_size), *outcome.spans])
+    spans = (*_phase_spans(before, parallel.world_size), *outcome.spans)
     timeline = Timeline(
         policy=scenario.warmup.policy.value,
         source="predicted",
         world_size=parallel.world_size,
-        spans=spans,
+        spans=tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
         meta={
             **run_meta(scenario),
             "hardware": machine.profile.name,
             "cores_per_node": cores,
             "hosts": hosts,
+            "host_factor": machine.host_factor,
             "link": machine.link,
             "ranks_per_gpu": machine.ranks_per_gpu,
             "coverage": _coverage(scenario, outcome.disks),
@@ -131,18 +138,32 @@ def _engine(
     parallel, profile = scenario.parallel, machine.profile
     link = profile.links[machine.link]
     nodes_per_host = parallel.nodes // hosts
+    costs = ProfileCosts(profile, link, cores, machine.ranks_per_gpu)
     return Engine(
-        record(scenario, folded=folds),
-        ProfileCosts(profile, link, cores, machine.ranks_per_gpu),
+        _programs(scenario, costs, folds=folds),
+        costs,
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
         cores_per_node=max(1, cores // nodes_per_host),
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
         timeout=machine.nccl_timeout,
         cached=_cached(scenario),
-        compile_lock=scenario.warmup.compile_lock,
         run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
     )
+
+
+def _programs(
+    scenario: Scenario, costs: ProfileCosts, *, folds: bool
+) -> list[Sequence[Instruction]]:
+    """Programs of all ranks; those of one role are compiled once."""
+    compiled: dict[Role, list[Instruction]] = {}
+    programs = []
+    for rank, role in enumerate(record_roles(scenario, folded=folds)):
+        if role not in compiled:
+            lock = scenario.warmup.compile_lock
+            compiled[role] = compile_program(role.ops, costs, locked=lock)
+        programs.append(moved(role.first, compiled[role], scenario, rank))
+    return programs
 
 
 def _total(phases: list[tuple[str, float]]) -> float:
@@ -153,7 +174,8 @@ def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
     """The phases before the warm-up, one after the other, the same on every rank."""
     spans, at = [], 0.0
     for name, seconds in phases:
-        spans += [Span(rank, at, at + seconds, "phase", name) for rank in range(ranks)]
+        for kind in ("phase", "setup"):
+            spans += [Span(rank, at, at + seconds, kind, name) for rank in range(ranks)]
         at += seconds
     return spans
 

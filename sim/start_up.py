@@ -55,16 +55,26 @@ def start_phases(
     return [(name, found[name]) for name in PHASES if name in wanted.included]
 
 
-def _weight_seconds(
-    weights: Weights, costs: StartUp, model: ModelConfig, parallel: ParallelConfig, ranks: int
-) -> float:
-    sizes = [
+def largest_rank_bytes(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """Bytes of the weights of the rank that holds most."""
+    return max(_stage_bytes(model, parallel))
+
+
+def _stage_bytes(model: ModelConfig, parallel: ParallelConfig) -> list[float]:
+    """Bytes of the weights of a rank of each stage."""
+    return [
         weight_size(model, parallel, parallel.rank_of(stage, 0)).nbytes
         for stage in range(parallel.pp)
     ]
+
+
+def _weight_seconds(
+    weights: Weights, costs: StartUp, model: ModelConfig, parallel: ParallelConfig, ranks: int
+) -> float:
     bandwidth = costs.weight_bandwidth[weights.value]
     if weights is Weights.DUMMY:
-        return max(sizes) / bandwidth
+        return largest_rank_bytes(model, parallel) / bandwidth
+    sizes = _stage_bytes(model, parallel)
     of_rank = [sizes[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
     hosts = range(0, parallel.world_size, ranks)
     return max(sum(of_rank[first : first + ranks]) for first in hosts) / bandwidth

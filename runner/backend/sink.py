@@ -21,14 +21,18 @@ class OpSink(Protocol):
 
 
 class ScheduleRecorder:
-    """A sink that keeps the operations: what it holds is one rank's part of a Schedule."""
+    """A sink that keeps the operations: what it holds is one rank's part of a Schedule.
+
+    Equal operations are one object, so that whoever reads many can know them by identity.
+    """
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
+        self._known: dict[Op, Op] = {}
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
         """Note ``op`` and do it."""
-        self.ops.append(op)
+        self.ops.append(self._known.setdefault(op, op))
         return action()
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ class TorchWeights:
         salt = _salt(self._seed, request.layer, request.name)
         if request.kind == "ids":
             return self._ids(request, salt)
-        outer = [self._slab(request, salt, first, last) for first, last in _slabs(request.slices)]
+        slabs = (self._slab(request, salt, first, last) for first, last in _slabs(request.slices))
         if request.kind != "fp8":
-            return torch.cat([w.to(_DTYPES[request.kind]) for w in outer]).view(request.view)
-        if len(request.view) == 2 or len(outer) == 1:
-            return quantise_blocks(torch.cat(outer).view(request.view))
-        return _quantise_groups(outer, request.view)
+            return torch.cat([w.to(_DTYPES[request.kind]) for w in slabs]).view(request.view)
+        if len(request.view) == 2 or len(_slabs(request.slices)) == 1:
+            return quantise_blocks(torch.cat(list(slabs)).view(request.view))
+        return _quantise_groups(slabs, request.view)
 
     def _slab(self, request: WeightRequest, salt: int, first: int, last: int) -> torch.Tensor:
         slices = ((first, last), *request.slices[1:])
@@ -65,8 +66,8 @@ class TorchWeights:
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def _quantise_groups(slabs: list[torch.Tensor], view: tuple[int, ...]) -> Fp8Weight:
-    """Quantise slab by slab: the fp32 values of all experts at once would not fit."""
+def _quantise_groups(slabs: Iterable[torch.Tensor], view: tuple[int, ...]) -> Fp8Weight:
+    """Quantise slab by slab, as they are made: fp32 values of all experts at once do not fit."""
     parts = [quantise_blocks(slab.view(-1, *view[1:])) for slab in slabs]
     return Fp8Weight(
         torch.cat([part.data for part in parts]), torch.cat([part.scales for part in parts])

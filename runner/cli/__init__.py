@@ -18,8 +18,10 @@ _COMMANDS = {
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",
     "watch": "Run any server and report every DeepGEMM compile.",
+    "probe": "How fast this machine compiles, against a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",
     "compare": "Lay Timelines side by side, or measured ones beside their predictions.",
+    "published": "Hold predictions against start-ups that others published.",
 }
 
 

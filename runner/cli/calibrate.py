@@ -51,9 +51,9 @@ def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | 
     known = load_profile(base)
     measured = read_measured(timelines)
     made = fit_profile(measured, known, name or output.stem)
+    write_profile(output, made.profile)
     _print(made)
     _print_left_out(measured, known)
-    write_profile(output, made.profile)
     print(f"wrote {output}")
 
 

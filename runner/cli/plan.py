@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from runner.cli.ask_library import ask_library
+from runner.cli.common import IntList, check_sizes
 from runner.cli.deployment import (
     Planned,
     deployment_options,
@@ -24,7 +25,7 @@ from runner.errors import UserError
 from runner.files import write_text
 from runner.jit.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
-from runner.report.plan_table import Machine, print_coverage, print_plan
+from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.warmup import WarmupPolicy
 from sim.profile import Profile, load_profile
 from sim.profile_costs import ProfileCosts
@@ -37,6 +38,23 @@ from sim.profile_costs import ProfileCosts
     "--policy",
     type=click.Choice([policy.value for policy in WarmupPolicy]),
     help="Tell what this warm-up leaves uncovered.",
+)
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --policy: nodes, each with a cache of its own.  [default: one a stage]",
+)
+@click.option(
+    "--stream",
+    type=IntList(),
+    help="With --policy: tell what requests of these token counts would compile.",
+)
+@click.option(
+    "--walk-max-m",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With --policy: end the lists of M that full, fast and relax walk there.",
 )
 @click.option(
     "--hardware", default="h200", show_default=True, help="Profile to estimate compiles with."
@@ -63,7 +81,8 @@ from sim.profile_costs import ProfileCosts
     type=click.Path(path_type=Path),
     help="Write the plan as JSON (- for stdout, and nothing else).",
 )
-def plan(policy: str | None, hardware: str, source: str, check: bool, cache_dir: Path | None,
+def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
+         walk_max_m: int | None, hardware: str, source: str, check: bool, cache_dir: Path | None,
          jobs: int, json_path: Path | None, target_root: Path | None, cuda_version: str | None,
          **values: Any) -> None:  # fmt: skip
     """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
@@ -88,7 +107,13 @@ def plan(policy: str | None, hardware: str, source: str, check: bool, cache_dir:
     )
     covered = None
     if policy is not None:
-        covered = coverage(WarmupPolicy(policy), _needs_model(result), result.plan)
+        check_sizes(stream=stream)
+        covered = coverage(
+            WarmupPolicy(policy), _needs_model(result), result.plan, nodes=nodes,
+            stream=stream or (), walk_max_m=walk_max_m,
+        )  # fmt: skip
+    elif nodes is not None or stream is not None or walk_max_m is not None:
+        raise UserError("--nodes, --stream and --walk-max-m tell about a warm-up: give --policy")
     if str(json_path) != "-":
         _print(result, profile, covered)
     if json_path is not None and target is not None:
@@ -106,8 +131,13 @@ def _needs_model(result: Planned) -> Deployment:
     return result.deployment
 
 
+def costs_of(profile: Profile) -> ProfileCosts:
+    """What compiles cost on a node of a profile; which link is all the same to them."""
+    return ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
+
+
 def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
-    costs = ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
+    costs = costs_of(profile)
     pp = 1 if result.deployment is None else result.deployment.parallel.pp
     kernels = [item.kernel for item in result.plan.kernels]
     steps = costs.build_spans(kernels, profile.cores_per_node)
@@ -121,6 +151,7 @@ def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
     print_plan(result.plan, machine, pp=pp)
     if covered is not None:
         print_coverage(covered, result.plan)
+        print_stalls(covered.stalls)
 
 
 def _policy_json(covered: Coverage) -> dict[str, Any]:
@@ -130,4 +161,7 @@ def _policy_json(covered: Coverage) -> dict[str, Any]:
         "missing": covered.missing,
         "superfluous": covered.superfluous,
         "uncovered": [use_to_json(use) for use in covered.uncovered],
+        "stalls": [
+            [stall.forward, stall.name, stall.node, stall.kernel] for stall in covered.stalls
+        ],
     }

@@ -30,7 +30,7 @@ from runner.report.outputs import check_outputs, write_reports
 from runner.warmup import WarmupPolicy
 from sim.advice import print_predictions
 from sim.profile import load_profile
-from sim.simulate import Prediction, simulate
+from sim.simulate import Machine, Prediction, simulate
 
 
 @click.command()
@@ -55,14 +55,7 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
         trace: Path | None, plot: Path | None, **values: Any) -> None:  # fmt: skip
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
     check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
-    profile = load_profile(values.pop("hardware"))
-    environ = Environ.read(os.environ)
-    values = with_environ(values, environ)
-    machine, model = machine_of(profile, values), model_of(values)
-    predictions = [
-        simulate(scenario_of(policy, model, profile, values), machine)
-        for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
-    ]
+    machine, predictions = predictions_of(policies, values, Environ.read(os.environ))
     timelines = [prediction.timeline for prediction in predictions]
     to_stdout = json_path is not None and str(json_path) == "-"
     if json_path is not None:
@@ -70,6 +63,23 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
     if not to_stdout and str(timeline) != "-":
         print_predictions(predictions, machine, bars=bool(policies))
     write_reports(timelines, timeline=timeline, trace=trace, plot=plot, quiet=to_stdout)
+
+
+def predictions_of(
+    policies: Sequence[str], values: dict[str, Any], environ: Environ
+) -> tuple[Machine, list[Prediction]]:
+    """The machine that the options ask for, and a prediction for each policy.
+
+    Raises:
+        UserError: options that contradict each other, the model or the profile.
+    """
+    profile = load_profile(values["hardware"])
+    values = with_environ(values, environ)
+    machine, model = machine_of(profile, values), model_of(values)
+    return machine, [
+        simulate(scenario_of(policy, model, profile, values), machine)
+        for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
+    ]
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -99,6 +109,7 @@ def _figures(prediction: Prediction) -> dict[str, Any]:
                 "compute": round(totals.compute, 3),
                 "comm": round(totals.comm, 3),
                 "wait": round(totals.wait, 3),
+                "setup": round(totals.setup, 3),
                 "total": round(totals.total, 3),
             }
             for totals in timeline.totals()

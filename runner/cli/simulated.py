@@ -43,6 +43,9 @@ def simulation_options(function: F) -> F:
                      help="Machines that the nodes share.  [default: one a node]"),
         click.option("--hardware", default="h200", show_default=True,
                      help="Profile name or file."),
+        click.option("--host-factor", type=click.FloatRange(0, 100, min_open=True), default=1.0,
+                     show_default=True, metavar="X",
+                     help="How many times as long the host's CPUs take (runner probe tells)."),
         click.option("--link", default="nvlink", show_default=True,
                      help="One of the profile's links."),
         click.option("--ranks-per-gpu", type=int, default=1, show_default=True,
@@ -103,6 +106,7 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
             raise UserError(f"--{name.replace('_', '-')} {values[name]} must be above 0")
     return Machine(
         profile=profile,
+        host_factor=values["host_factor"],
         cores_per_node=values["cores"],
         link=link,
         ranks_per_gpu=values["ranks_per_gpu"],

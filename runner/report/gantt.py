@@ -22,6 +22,7 @@ _COLORS = {
     "compute": "#0072B2",
     "comm": "#56B4E9",
     "wait": "#D4D4D4",
+    "setup": "#CC79A7",
 }
 _WIDTH_INCHES = 10.0
 

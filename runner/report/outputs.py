@@ -9,6 +9,7 @@ from rich.console import Console
 
 from runner.errors import UserError
 from runner.report.plan_table import coverage_line
+from runner.report.segments import label_of
 from runner.report.table import policy_table, rank_bars, timeline_table
 from runner.timeline import Timeline, write_timelines
 
@@ -27,6 +28,15 @@ def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> No
         if timeline.meta.get("coverage"):
             line = coverage_line(timeline.meta["coverage"], timeline.meta["max_tokens"])
             console.print(f"{timeline.policy}: {line}")
+
+
+def print_bars(timelines: Sequence[Timeline], console: Console) -> None:
+    """Print every Timeline's ranks as bars on one scale."""
+    scale = max((timeline.wall for timeline in timelines), default=0.0)
+    for timeline in timelines:
+        console.print(f"{label_of(timeline)}")
+        console.print(rank_bars(timeline, scale_seconds=scale or None))
+        console.print()
 
 
 def check_outputs(

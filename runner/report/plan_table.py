@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from runner.coverage import Coverage
 from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.kernels import Kernel
 from runner.jit.plan import MRanges, Plan, PlannedKernel
+from runner.stalls import Stall
 
 _WIDTH = 100
 _SHOWN_RANGES = 6
@@ -39,7 +41,7 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
     """Kernels per type, who shares them, and what compiling them costs."""
     console = Console(width=_WIDTH)
     console.print(_table(plan, machine.seconds_of))
-    total = sum(machine.seconds_of(item.kernel) for item in plan.kernels)
+    total = seconds_one_by_one(plan, machine.seconds_of)
     console.print(
         f"{len(plan.kernels)} distinct kernels for {len(plan.demands)} GEMM shapes"
         + _sharing(plan, pp)
@@ -48,6 +50,11 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
         f"compiled one by one {total:.0f} s, by runner compile on {machine.cores} cores "
         f"{machine.build_seconds:.0f} s (estimates for {machine.name})"
     )
+
+
+def seconds_one_by_one(plan: Plan, seconds_of: Callable[[Kernel], float]) -> float:
+    """Seconds to compile every planned kernel, one after the other."""
+    return sum(seconds_of(item.kernel) for item in plan.kernels)
 
 
 def _sharing(plan: Plan, pp: int) -> str:
@@ -91,7 +98,7 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     extra = f", and {covered.superfluous} that nothing needs" if covered.superfluous else ""
     console.print(
         f"\n{covered.policy.value}: compiles {planned - covered.missing} of {planned} planned "
-        f"kernels{extra}"
+        f"kernels until the first request is answered{extra}"
     )
     if not covered.uncovered:
         console.print("covered: no token count up to the limit compiles anything afterwards")
@@ -102,6 +109,25 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     table.add_column("M that would stall")
     for use in _gathered(covered):
         table.add_row(*use)
+    console.print(table)
+
+
+def print_stalls(stalls: Sequence[Stall]) -> None:
+    """What a stream of requests would compile, a row for each forward and node that stalls."""
+    rows: dict[tuple[int, str, int], list[str]] = {}
+    for stall in stalls:
+        rows.setdefault((stall.forward, stall.name, stall.node), []).append(stall.kernel)
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("forward that stalls", "node", "kernels it compiles"):
+        table.add_column(name)
+    for (_, name, node), kernels in rows.items():
+        names = Counter(kernel.rpartition(" ")[0] for kernel in kernels)
+        words = ", ".join(f"{count} {kind}" for kind, count in names.items())
+        table.add_row(name, str(node), words)
+    console = Console(width=_WIDTH)
+    console.print()
     console.print(table)
 
 

@@ -25,6 +25,7 @@ _CELLS = {
     "compute": ("=", "green"),
     "comm": ("~", "cyan"),
     "wait": (".", "bright_black"),
+    "setup": ("-", "blue"),
     "idle": ("_", "bright_black"),
 }
 

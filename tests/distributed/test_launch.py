@@ -19,9 +19,9 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.jit.compiler import NvccCompiler
 from runner.scenario import Scenario, record
-from runner.schedule import Schedule
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from tests.distributed.launching import FEW_KERNELS, launch, run_launch, schedule_in
 from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
@@ -29,36 +29,6 @@ pytestmark = pytest.mark.distributed
 
 SMALL = ["--batch-sizes", "2,24", "--prompt-len", "12", "--no-jit", "--device", "cpu"]
 """EXTEND of 2 and of 2 x 12 tokens, each followed by a DECODE step."""
-
-FEW_KERNELS = {
-    "num_hidden_layers": 2, "first_k_dense_replace": 2, "q_lora_rank": 512, "kv_lora_rank": 512,
-    "v_head_dim": 128,
-}  # fmt: skip
-"""Dense layers whose GEMMs all have K = 512: a handful of kernels on each stage."""
-
-
-def launch(*arguments: str, torchrun: list[str] | None = None, timeout: float = 300) -> str:
-    """Run a launch and return what it printed; fails the test where it fails."""
-    done = run_launch(*arguments, torchrun=torchrun, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def run_launch(
-    *arguments: str,
-    torchrun: list[str] | None = None,
-    timeout: float = 300,
-    env: dict[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    prefix = [sys.executable]
-    if torchrun is not None:
-        prefix += ["-m", "torch.distributed.run", *torchrun]
-    command = [*prefix, "-m", "launch", *arguments]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL"))}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False,
-        env={**clean, **(env or {})},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -188,7 +158,7 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
         warmup=WarmupOptions(policy=policy, batch_sizes=sizes),
         prompt_len=int(words.get("--prompt-len", "1")),
     )  # fmt: skip
-    really = Schedule.from_json(json.loads(path.read_text()))
+    really = schedule_in(path)
     foretold = record(scenario)
     for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
         assert ran == said, f"rank {rank}"
@@ -208,7 +178,7 @@ def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_p
         warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(2, 24)),
         bf16_fp32_algo=algo,
     )  # fmt: skip
-    really = Schedule.from_json(json.loads(path.read_text()))
+    really = schedule_in(path)
     assert really == record(scenario)
     assert really != record(replace(scenario, bf16_fp32_algo=Bf16Fp32Algo.DEEP_GEMM))
 
@@ -226,7 +196,7 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
 def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
     """The point of it all, with real compiles: serial through the pipeline, or parallel."""
     config, path = tmp_path / "config.json", tmp_path / "timeline.json"
-    config.write_text(json.dumps(DSV3_SMALL | FEW_KERNELS))
+    config.write_text(json.dumps(FEW_KERNELS))
     launch(
         "--model", str(config), "--pp", "2", "--virtual-nodes", "2", "--compute", "skip",
         "--batch-sizes", "1", "--disaggregation-mode", "prefill", "--device", "cpu",
@@ -252,7 +222,7 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
 ) -> None:
     """Two nodes share the plan out and exchange it; what one then holds is enough for any rank."""
     config, cache = tmp_path / "config.json", tmp_path / "cache"
-    config.write_text(json.dumps(DSV3_SMALL | FEW_KERNELS))
+    config.write_text(json.dumps(FEW_KERNELS))
     common = ["--model", str(config), *PLANNED, "--cache-dir", str(cache)]
     built, schedule = tmp_path / "planned.json", tmp_path / "schedule.json"
     launch(
@@ -266,7 +236,7 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
     assert {span.rank for span in planned.spans if span.kind == "compile"} == {0, 2}
     assert [node["present"] for node in planned.meta["coverage"]] == [everything] * 2
     assert [node["stalls"] for node in planned.meta["coverage"]] == [[], []]
-    assert Schedule.from_json(json.loads(schedule.read_text())) == record(scenario)
+    assert schedule_in(schedule) == record(scenario)
 
     again = tmp_path / "prebuilt.json"
     node = str(cache / "node1")
@@ -315,13 +285,21 @@ BAD_INPUT = {
     "--model dsv4-tiny --warmup none --max-tokens 0": "max-tokens 0 must lie in 1..131072",
     "--model dsv4-tiny --timeout 0": "0.0 is not in the range",
     "--model dsv4-tiny --timeout nan": "not a number of seconds",
+    "--model dsv4-tiny --nccl-timeout 0": "'--nccl-timeout': 0.0 is not in the range",
     "--model dsv4-tiny --prompt-len 0": "prompt_len=0",
+    "--model dsv4-tiny --stream 0": "--stream 0 must all be at least 1",
+    "--model dsv4-tiny --stream 4,-1": "--stream 4,-1 must all be at least 1",
+    "--model dsv4-tiny --stream 99 --warmup planned --batch-sizes 1 --max-tokens 64":
+        "token count 99 is above --max-tokens 64, for which planned prepares",
+    "--model dsv4-tiny --cuda-graphs 0": "--cuda-graphs 0 must all be at least 1",
+    "--model dsv4-tiny --walk-max-m 0": "'--walk-max-m': 0 is not in the range",
+    "--model dsv4-tiny --walk-memory 0": "'--walk-memory': 0.0 is not in the range",
     "--model dsv4-tiny --num-sms 7": "--num-sms 7 must be a positive even number",
     "--model dsv4-tiny --logits /no/x.pt": "cannot write /no/x.pt: its folder does not exist",
     "--model dsv4-tiny --plot x.gif": "suffix must be one of .png, .svg",
     "--model dsv4-tiny --timeline -": "--timeline needs a file",
     "--model dsv4-tiny --schedule s.json --warmup none --warmup pp-parallel": "holds one run",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda text: text.replace(" ", "_"))

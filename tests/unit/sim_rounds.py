@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.plan import GemmShape
-from runner.schedule import Capture, Collective, Compute, Op, Schedule, Walk
+from runner.schedule import Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
 from sim.costs import Seconds
 from sim.engine import Engine, Outcome
+from sim.program import compile_program
 
 TWO = Seconds(2.0)
 
@@ -98,15 +99,15 @@ def simulate(
     run_ahead: bool = False,
     start: float = 0.0,
 ) -> Outcome:
+    costs = costs or RoundCosts()
     return Engine(
-        Schedule(tuple(tuple(ops) for ops in ranks)),
-        costs or RoundCosts(),
+        [compile_program(ops, costs, locked=compile_lock) for ops in ranks],
+        costs,
         node_of=node_of or [0] * len(ranks),
         cores_per_node=8,
         host_of=host_of,
         timeout=timeout,
         cached=cached,
-        compile_lock=compile_lock,
         run_ahead=run_ahead,
         start=start,
     ).run()

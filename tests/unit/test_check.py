@@ -265,20 +265,45 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     lines = [line.rstrip() for line in captured.out.splitlines()]
     assert lines[0] == ("dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs")
     at = lines.index("")
-    assert lines[at + 1] == ("full: compiles 56 of 71 planned kernels, and 44 that nothing needs")
-    assert [line.split() for line in lines[at + 2 :]] == [
+    assert lines[at + 1 : at + 3] == [
+        "full: compiles 59 of 71 planned kernels until the first request is answered, and 62 that "
+        "nothing", "needs",
+    ]  # fmt: skip
+    assert [line.split() for line in lines[at + 3 :]] == [
         ["uncovered", "GEMM", "num_sms", "M", "that", "would", "stall"],
-        ["paged_mqa_logits_metadata:1:1", "132", "1..256"],
-        ["fp8_einsum_bhr_hdr_bhd:1024:4096:4", "132", "1..256"],
-        ["fp8_paged_mqa_logits:64:128", "132", "1..256"],
+        ["paged_mqa_logits_metadata:1:1", "132", "33..256"],
+        ["fp8_einsum_bhr_hdr_bhd:1024:4096:4", "132", "17..256"],
     ]
+
+
+def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
+    """One token after another class of M: the einsum at 17 and 33, the metadata at 33."""
+    assert plan(*TINY, "--policy", "full", "--stream", "20,40,20") == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("", lines.index("") + 1)
+    assert [line.split() for line in lines[at + 1 :]] == [
+        ["forward", "that", "stalls", "node", "kernels", "it", "compiles"],
+        ["EXTEND", "20", "0", "1", "sm90_fp8_gemm_1d2d"],
+        ["EXTEND", "40", "0", "1", "sm90_fp8_gemm_1d2d,", "1", "sm90_paged_mqa_logits_metadata"],
+    ]
+
+
+def test_a_streams_stalls_as_json(
+    here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    arguments = [*TINY, "--policy", "full", "--stream", "20,40"]
+    stalls = json_of(capsys, *arguments, err=LACKING)["policy"]["stalls"]
+    assert [(at, name, node) for at, name, node, _ in stalls] == [
+        (0, "EXTEND 20", 0), (2, "EXTEND 40", 0), (2, "EXTEND 40", 0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", ["planned", "prebuilt"])
 def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) -> None:
     assert plan(*TINY, "--policy", policy) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"{policy}: compiles 71 of 71 planned kernels",
+        f"{policy}: compiles 71 of 71 planned kernels until the first request is answered",
         "covered: no token count up to the limit compiles anything afterwards",
     ]
 
@@ -287,12 +312,12 @@ def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
     data = json_of(capsys, *TINY, "--policy", "full", err=LACKING)
     told = data["policy"]
-    assert (told["name"], told["missing"], told["superfluous"]) == ("full", 15, 44)
-    assert told["compiled"] == len(data["kernels"]) - 15 + 44 == 100
-    assert [use["type"] for use in told["uncovered"]] == [
-        "paged_mqa_logits_metadata", "fp8_einsum_bhr_hdr_bhd", "fp8_paged_mqa_logits",
+    # The first request, one token, brings the rest of the kernels that one token needs.
+    assert (told["name"], told["missing"], told["superfluous"]) == ("full", 12, 62)
+    assert told["compiled"] == len(data["kernels"]) - 12 + 62 == 121
+    assert [(use["type"], use["m_ranges"]) for use in told["uncovered"]] == [
+        ("paged_mqa_logits_metadata", [[33, 256]]), ("fp8_einsum_bhr_hdr_bhd", [[17, 256]]),
     ]  # fmt: skip
-    assert all(use["m_ranges"] == [[1, 256]] for use in told["uncovered"])
 
 
 # Bad input
@@ -315,7 +340,14 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ([*SMALL, "--policy", "full"], "--policy needs a model: a single GEMM has no warm-up"),
         ([*SMALL, "--policy", "some"],
          "Invalid value for '--policy': 'some' is not one of 'none', 'full', 'fast', "
-         "'pp-parallel', 'relax', 'planned', 'prebuilt'."),
+         "'pp-parallel', 'pp-parallel+full', 'pp-parallel+fast', 'relax', 'planned', 'prebuilt'."),
+        ([*SMALL, "--stream", "4"],
+         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+        ([*SMALL, "--nodes", "2"],
+         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+        ([*TINY, "--policy", "full", "--stream", "4,0"], "--stream 4,0 must all be at least 1"),
+        ([*TINY, "--policy", "full", "--walk-max-m", "0"],
+         "Invalid value for '--walk-max-m': 0 is not in the range x>=1."),
         ([*SMALL, "--source", "guess"],
          "Invalid value for '--source': 'guess' is not one of 'rules', 'library'."),
         ([*SMALL, "--cache-dir", "/"], "--cache-dir / goes with --source library only"),

@@ -11,7 +11,8 @@ from runner.environ import Environ
 from runner.errors import UserError
 
 VARIABLES = {item.metadata["variable"]: item for item in fields(Environ)}
-BOOLEANS = [name for name, item in VARIABLES.items() if item.type == "bool"]
+BOOLEANS = [name for name, item in VARIABLES.items() if str(item.type).startswith("bool")]
+UNSET = [name for name in BOOLEANS if VARIABLES[name].default is None]
 INTEGERS = [name for name, item in VARIABLES.items() if str(item.type).startswith("int")]
 STRINGS = [name for name, item in VARIABLES.items() if item.type == "str"]
 ALGORITHM = "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
@@ -67,11 +68,16 @@ def test_defaults() -> None:
     on = {name for name in BOOLEANS if getattr(environ, VARIABLES[name].name)}
     assert on == {
         "SGLANG_ENABLE_JIT_DEEPGEMM",
-        "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
         "SGLANG_IS_FIRST_RANK_ON_NODE",
         "SGLANG_DEEPGEMM_PDL",
     }
     assert {getattr(environ, VARIABLES[name].name) for name in STRINGS} == {""}
+    assert UNSET == [
+        "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
+        "SGLANG_JIT_DEEPGEMM_FAST_WARMUP",
+        "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP",
+    ]
+    assert {getattr(environ, VARIABLES[name].name) for name in UNSET} == {None}
     assert environ.dg_jit_cpp_standard == 20
     assert environ.rank is environ.world_size is environ.local_rank is None
 

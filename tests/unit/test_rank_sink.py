@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 
-from launch.rank_sink import OwnJit, RankSink, cut_compiles
+from launch.rank_sink import LibraryJit, OwnJit, RankSink, cut_compiles
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel
+from runner.jit.kernels import Kernel, kernels_of
+from runner.jit.lazy import Found, LazyJit
+from runner.jit.plan import GemmShape, kernel_ranges
 from runner.jit.shim import CompileRecord
-from runner.schedule import Collective, Compute, Mark, Op, Recv, Send
+from runner.m_lists import steps_of
+from runner.schedule import Capture, Collective, Compute, KernelWork, Mark, Op, Recv, Send, Walk
 from runner.timeline import Span
 
 CALL = KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64, 1, 132)
@@ -21,11 +25,19 @@ class NewOnce:
 
     def __init__(self) -> None:
         self.seen: set[Kernel] = set()
+        self.walked: list[Walk] = []
 
-    def prepare(self, kernels: Sequence[Kernel]) -> bool:
-        new = set(kernels) - self.seen
-        self.seen |= new
-        return bool(new)
+    def lacks(self, kernels: Sequence[Kernel]) -> bool:
+        return not self.seen.issuperset(kernels)
+
+    def prepare(self, kernels: Sequence[Kernel]) -> None:
+        self.seen.update(kernels)
+
+    def load(self, kernels: Sequence[Kernel]) -> None:
+        self.seen.update(kernels)
+
+    def walk(self, walk: Walk) -> None:
+        self.walked.append(walk)
 
 
 def record(start: float, end: float) -> CompileRecord:
@@ -100,6 +112,203 @@ def test_phases_and_forwards_are_told() -> None:
 
 def test_the_device_is_waited_for_before_and_after_communication() -> None:
     waits: list[str] = []
-    sink = RankSink(0, NewOnce(), synchronise=lambda: waits.append("wait"), inside=True)
+    sink = RankSink(
+        0, NewOnce(), synchronise=lambda: waits.append("wait"), inside=True,
+        arrive=lambda: waits.append("arrive"),
+    )  # fmt: skip
     sink.run(Collective("all_reduce x", (0, 1), 4), lambda: waits.append("move"))
-    assert waits == ["wait", "move", "wait"]
+    assert waits == ["wait", "move", "arrive"]
+    assert [(span.kind, span.name) for span in sink.spans] == [
+        ("compute", "device"), ("comm", "all_reduce x"),
+    ]  # fmt: skip
+
+
+WALK = Walk(GemmShape(CALL.type, 24, 64, 1, 132), ((1, 64, 1),))
+
+
+def test_a_walk_is_a_load() -> None:
+    loader = NewOnce()
+    sink = RankSink(3, loader, synchronise=lambda: None, inside=True)
+    sink.run(WALK, lambda: loader.walk(WALK))
+    assert (loader.walked, sink.ops) == ([WALK], [WALK])
+    assert sink.last == "walk tf32_hc_prenorm_gemm:24:64:1"
+    (span,) = sink.spans
+    assert (span.rank, span.kind, span.name) == (3, "load", sink.last)
+
+
+def test_work_on_kernels_is_a_load_but_for_a_build() -> None:
+    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True)
+    for action in ("build", "verify", "load"):
+        sink.run(KernelWork(action, ()), lambda: None)
+    assert [span.name for span in sink.spans] == ["verify 0 kernels", "load 0 kernels"]
+    assert {span.kind for span in sink.spans} == {"load"}
+
+
+def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def lock(shape: GemmShape) -> Iterator[None]:
+        events.append(f"lock {shape.describe()}")
+        yield
+        events.append("unlock")
+
+    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True, lock=lock)
+    ops: list[Op] = [
+        CALL, CALL, Compute("x", 1, 1), Collective("all_reduce x", (0, 1), 4), Mark("layer", "1"),
+        KernelWork("load", ()), WALK,
+    ]  # fmt: skip
+    for op in ops:
+        sink.run(op, lambda: events.append("act"))
+    held = ["lock tf32_hc_prenorm_gemm:24:64:1", "act", "unlock"]
+    assert events == [*held, *["act"] * 5, *held]
+
+
+def test_a_wait_for_the_lock_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("launch.rank_sink.time.time", lambda: now)
+
+    @contextmanager
+    def lock(shape: GemmShape) -> Iterator[None]:
+        nonlocal now
+        now += 5
+        yield
+
+    sink = RankSink(2, NewOnce(), synchronise=lambda: None, inside=True, lock=lock)
+    sink.run(CALL, lambda: None)
+    assert sink.spans == [
+        Span(2, 100, 105, "wait", "compile lock"), Span(2, 105, 105, "load", "tf32_hc_prenorm_gemm")
+    ]  # fmt: skip
+
+
+def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
+    loader = NewOnce()
+    graphs: list[str] = []
+
+    def forward() -> None:
+        for op in (Mark("forward", "DECODE 8"), CALL, Compute("x", 1, 1), CALL):
+            sink.run(op, lambda: graphs.append("act"))
+
+    sink = RankSink(
+        0, loader, synchronise=lambda: graphs.append("wait"), inside=True,
+        capture=lambda forward: (graphs.append("begin"), forward(), graphs.append("end")),
+        on_forward=lambda phase, name: graphs.append("told"),
+    )  # fmt: skip
+    sink.run(Mark("phase", "graph capture"), lambda: None)
+    sink.spans.clear()
+    graphs.clear()
+    sink.capture("graph DECODE 8", forward)
+    assert sink.ops == [Mark("phase", "graph capture"), Capture("graph DECODE 8", 4)]
+    assert [(span.kind, span.name) for span in sink.spans] == [("compute", "graph DECODE 8")]
+    assert graphs == ["begin", *["act"] * 4, "end"]
+    assert loader.lacks(kernels_of(CALL)), "a capture brings no kernel in"
+    sink.run(CALL, lambda: None)
+    assert sink.ops[-1] == CALL
+    assert sink.spans[-1].kind == "load"
+
+
+def test_a_failed_capture_leaves_the_operations_whole() -> None:
+    def refuse(forward: object) -> None:
+        raise ValueError("no graph")
+
+    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True, capture=refuse)
+    sink.run(CALL, lambda: None)
+    with pytest.raises(ValueError, match="no graph"):
+        sink.capture("graph DECODE 8", lambda: None)
+    sink.run(CALL, lambda: None)
+    assert sink.ops == [CALL, Capture("graph DECODE 8", 0), CALL]
+
+
+@pytest.mark.parametrize(
+    "op", [Collective("all_reduce x", (0, 1), 4), Send("h", 1, 4), Recv("h", 1, 4)]
+)
+@pytest.mark.parametrize("late", [False, True], ids=["in the call", "when it is queued"])
+def test_errors_of_communication_are_explained(op: Collective | Send | Recv, late: bool) -> None:
+    def fail() -> None:
+        raise RuntimeError("Timed out")
+
+    sink = RankSink(
+        0, NewOnce(), synchronise=lambda: None, inside=True,
+        arrive=fail if late else lambda: None,
+        explain=lambda op, error: ValueError(f"{op.name}: {error}"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{op.name}: Timed out") as caught:
+        sink.run(op, (lambda: None) if late else fail)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    def fail() -> None:
+        raise RuntimeError("Timed out")
+
+    sink = RankSink(
+        0, NewOnce(), synchronise=lambda: None, inside=True,
+        explain=lambda op, error: ValueError("explained"),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="Timed out"):
+        sink.run(Compute("x", 1, 1), fail)
+
+
+def test_forwards_are_kept_with_their_phase() -> None:
+    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=False)
+    for op in (Mark("phase", "requests"), Mark("forward", "EXTEND 8"), Mark("phase", "end")):
+        sink.run(op, lambda: None)
+    assert [(phase, name) for _, phase, name in sink.forwards] == [("requests", "EXTEND 8")]
+
+
+DENSE = GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 512, 512, 1, 132)
+DENSE_WALK = Walk(DENSE, steps_of(range(1, 129)))
+
+
+def test_the_librarys_walk_brings_in_what_it_calls() -> None:
+    walked: list[Walk] = []
+    jit = LibraryJit(lambda kernels: kernels, walked.append)
+    brought = list(kernel_ranges(DENSE, range(1, 129)))
+    assert jit.lacks(brought)
+    jit.walk(DENSE_WALK)
+    assert walked == [DENSE_WALK]
+    assert not jit.lacks(brought)
+    assert jit.lacks(kernels_of(DENSE.call(16384)))
+
+
+def test_the_library_is_asked_for_new_kernels_only() -> None:
+    asked: list[list[Kernel]] = []
+
+    def call_each(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        asked.append(list(kernels))
+        return kernels[:1]
+
+    jit = LibraryJit(call_each, lambda walk: None)
+    one, two, three = list(kernel_ranges(DENSE, range(1, 129)))[:3]
+    jit.prepare([one])
+    jit.load([one, two, three])
+    assert asked == [[two, three]]
+    assert not jit.lacks([one, two])
+    assert jit.lacks([three]), "what did not fit is left to its first use"
+
+
+class FakeJit(LazyJit):
+    """Keeps what it is asked to make ready."""
+
+    def __init__(self) -> None:
+        self.made: list[Kernel] = []
+
+    def is_loaded(self, kernel: Kernel) -> bool:
+        return kernel in self.made
+
+    def ensure(self, kernel: Kernel) -> Found:
+        if kernel in self.made:
+            return Found.MEMORY
+        self.made.append(kernel)
+        return Found.MISS
+
+
+def test_our_own_walk_makes_each_kernel_ready_in_order_of_its_first_m() -> None:
+    lazy = FakeJit()
+    jit = OwnJit(lazy)
+    brought = list(kernel_ranges(DENSE, range(1, 129)))
+    assert jit.lacks(brought[:1])
+    jit.walk(DENSE_WALK)
+    jit.walk(DENSE_WALK)
+    assert lazy.made == brought
+    assert not jit.lacks(brought)

@@ -12,20 +12,40 @@ from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.errors import UserError
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.jit.kernels import Kernel
+from runner.jit.plan import GemmShape
 from runner.scenario import Scenario, record
-from runner.schedule import Collective, Compute, KernelWork, Mark, Op, Recv, Schedule, Send
+from runner.schedule import (
+    Capture,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Schedule,
+    Send,
+    Walk,
+)
 from runner.warmup import WarmupOptions, WarmupPolicy
 
 names = st.text(max_size=8)
 sizes = st.integers(0, 2**63)
 ranks = st.integers(0, 1024)
+kinds = st.sampled_from(DeepGemmKernelType)
+few_names = st.lists(names, max_size=3).map(tuple)
+kernels = st.lists(st.builds(Kernel, names, names, names, few_names), max_size=3).map(tuple)
+steps = st.lists(st.tuples(sizes, sizes, sizes), max_size=4).map(tuple)
 ops: st.SearchStrategy[Op] = st.one_of(
-    st.builds(KernelCall, st.sampled_from(DeepGemmKernelType), sizes, sizes, sizes, sizes, sizes),
+    st.builds(KernelCall, kinds, sizes, sizes, sizes, sizes, sizes),
     st.builds(Compute, names, sizes, sizes),
     st.builds(Collective, names, st.lists(ranks, max_size=4).map(tuple), sizes),
     st.builds(Send, names, ranks, sizes),
     st.builds(Recv, names, ranks, sizes),
     st.builds(Mark, names, names),
+    st.builds(KernelWork, st.sampled_from(["build", "verify", "load"]), kernels),
+    st.builds(Walk, st.builds(GemmShape, kinds, sizes, sizes, sizes, sizes), steps),
+    st.builds(Capture, names, sizes),
 )
 schedules = st.builds(
     Schedule, st.lists(st.lists(ops, max_size=5).map(tuple), max_size=4).map(tuple)
@@ -68,6 +88,34 @@ def test_canonical_text_and_digest() -> None:
     assert ONE_OF_EACH.to_json() == json.loads(CANONICAL)
     assert ONE_OF_EACH.digest == hashlib.sha256(CANONICAL.encode()).hexdigest()
     assert ONE_OF_EACH.digest == "f3f0d5ab4cc68be3f12d9217d0edaecb316eff1b426fa32606ba2f7952390f80"
+
+
+KERNEL_OPS = Schedule(
+    (
+        (
+            Walk(
+                GemmShape(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 24, 2048, 8, 132),
+                ((1, 64, 1), (128, 256, 128)),
+            ),
+            KernelWork("load", (Kernel("a", "a.cuh", "a_impl", ("1, 2", "true")),)),
+            Capture("graph DECODE 8", 97),
+        ),
+    )
+)
+KERNEL_OPS_CANONICAL = (
+    '{"ranks":[[["walk",["TF32_HC_PRENORM_GEMM",24,2048,8,132],[[1,64,1],[128,256,128]]],'
+    '["kernels","load",[["a","a.cuh","a_impl",["1, 2","true"]]]],'
+    '["capture","graph DECODE 8",97]]],"version":1}'
+)
+
+
+def test_canonical_text_of_walks_and_captures() -> None:
+    assert KERNEL_OPS.to_json() == json.loads(KERNEL_OPS_CANONICAL)
+    assert Schedule.from_json(json.loads(KERNEL_OPS_CANONICAL)) == KERNEL_OPS
+    assert KERNEL_OPS.digest == hashlib.sha256(KERNEL_OPS_CANONICAL.encode()).hexdigest()
+    assert [op.name for op in KERNEL_OPS.ranks[0]] == [
+        "walk tf32_hc_prenorm_gemm:24:2048:8", "load 1 kernels", "graph DECODE 8",
+    ]  # fmt: skip
 
 
 def changed(value: object) -> object:
@@ -154,6 +202,5 @@ def test_a_batch_beyond_what_is_planned_for_is_refused() -> None:
             max_tokens=64,
         )
     assert str(caught.value) == (
-        "batch size 65 is above --max-tokens 64, for which prebuilt prepares: give smaller "
-        "--batch-sizes"
+        "batch size 65 is above --max-tokens 64, for which prebuilt prepares: give smaller ones"
     )

@@ -1,5 +1,6 @@
-"""Which dummy forwards a warm-up runs."""
+"""Which dummy forwards a warm-up runs, which M it walks, and which graphs it captures."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,15 +12,20 @@ from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.errors import UserError
 from runner.forward_batch import ForwardMode
+from runner.m_lists import fast_m_list, full_m_list, steps_of
 from runner.scenario import Scenario, record, record_rank
-from runner.schedule import Mark, Op, Recv, Send
+from runner.schedule import Capture, Mark, Op, Recv, Send, Walk
+from runner.timeline import FIRST_REQUEST
+from runner.walks import relaxed_ms
 from runner.warmup import (
     DisaggregationMode,
     WarmupOptions,
     WarmupPolicy,
     dummy_modes,
+    policy_of_flags,
     pp_parallel_batch_sizes,
     resolve_batch_sizes,
+    walked_ms,
 )
 
 DECODE, EXTEND = ForwardMode.DECODE, ForwardMode.EXTEND
@@ -103,13 +109,15 @@ def forwards(ops: list[Op]) -> list[str]:
 def test_every_stage_runs_decode_then_extend_at_each_size(rank: int) -> None:
     ops = record_rank(scenario(ParallelConfig(pp=2)), rank)
     assert forwards(phase(ops, "warm-up")) == ["DECODE 1", "EXTEND 1", "DECODE 128", "EXTEND 128"]
-    assert forwards(phase(ops, "requests")) == ["EXTEND 1", "DECODE 1", "EXTEND 128", "DECODE 128"]
+    assert forwards(phase(ops, FIRST_REQUEST)) == ["EXTEND 1", "DECODE 1"]
+    assert forwards(phase(ops, "requests")) == ["EXTEND 128", "DECODE 128"]
 
 
 def test_the_warm_up_waits_for_no_other_stage() -> None:
     for ops in record(scenario(ParallelConfig(pp=2, tp=2))).ranks:
         assert not [op for op in phase(ops, "warm-up") if isinstance(op, (Send, Recv))]
-        assert [op for op in phase(ops, "requests") if isinstance(op, (Send, Recv))]
+        for name in (FIRST_REQUEST, "requests"):
+            assert [op for op in phase(ops, name) if isinstance(op, (Send, Recv))]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,7 @@ def test_the_warm_up_waits_for_no_other_stage() -> None:
 def test_no_warm_up(parallel: ParallelConfig, options: dict[str, Any]) -> None:
     ops = record_rank(scenario(parallel, **options), 1)
     assert phase(ops, "warm-up") == []
-    assert len(forwards(phase(ops, "requests"))) == 4
+    assert len(forwards(phase(ops, FIRST_REQUEST))) == len(forwards(phase(ops, "requests"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -135,11 +143,146 @@ def test_a_split_server_runs_its_own_mode_only(
     disaggregation: DisaggregationMode, mode: str
 ) -> None:
     ops = record_rank(scenario(ParallelConfig(pp=2), disaggregation=disaggregation), 1)
-    for name in ("warm-up", "requests"):
-        assert forwards(phase(ops, name)) == [f"{mode} 1", f"{mode} 128"]
+    assert forwards(phase(ops, "warm-up")) == [f"{mode} 1", f"{mode} 128"]
+    assert forwards(phase(ops, FIRST_REQUEST)) == [f"{mode} 1"]
+    assert forwards(phase(ops, "requests")) == [f"{mode} 128"]
 
 
 def test_batch_sizes_follow_context_parallelism() -> None:
     parallel = ParallelConfig(pp=2, tp=2, attn_cp=2)
     ops = record_rank(scenario(parallel, batch_sizes=(1, 3)), 3)
     assert forwards(phase(ops, "warm-up")) == ["DECODE 2", "EXTEND 2", "DECODE 4", "EXTEND 4"]
+
+
+# Policies
+
+FLAGS = {
+    # precompile, fast: the policy with pp-parallel unset, off and on
+    (None, None): (None, "full", "pp-parallel+full"),
+    (None, False): ("full", "full", "pp-parallel+full"),
+    (None, True): ("fast", "fast", "pp-parallel+fast"),
+    (True, None): ("full", "full", "pp-parallel+full"),
+    (True, False): ("full", "full", "pp-parallel+full"),
+    (True, True): ("fast", "fast", "pp-parallel+fast"),
+    (False, None): ("none", "none", "pp-parallel"),
+    (False, False): ("none", "none", "pp-parallel"),
+    (False, True): ("none", "none", "pp-parallel"),
+}
+
+
+@pytest.mark.parametrize(("precompile", "fast"), FLAGS)
+@pytest.mark.parametrize(("index", "pp_parallel"), [(0, None), (1, False), (2, True)])
+def test_the_policy_of_sglangs_variables(
+    precompile: bool | None, fast: bool | None, index: int, pp_parallel: bool | None
+) -> None:
+    name = FLAGS[(precompile, fast)][index]
+    found = policy_of_flags(precompile=precompile, fast=fast, pp_parallel=pp_parallel)
+    assert found == (None if name is None else WarmupPolicy(name))
+
+
+POLICIES = {
+    "none": ("", False), "full": ("full", False), "fast": ("fast", False),
+    "pp-parallel": ("", True), "pp-parallel+full": ("full", True),
+    "pp-parallel+fast": ("fast", True), "relax": ("", False), "planned": ("", False),
+    "prebuilt": ("", False),
+}  # fmt: skip
+
+
+def test_what_the_policies_do() -> None:
+    found = {policy.value: (policy.walked, policy.runs_dummies) for policy in WarmupPolicy}
+    assert found == POLICIES
+
+
+@pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+def test_the_list_that_is_walked(policy: WarmupPolicy) -> None:
+    lists = {"": None, "full": full_m_list(8192), "fast": fast_m_list(8192)}
+    assert walked_ms(policy, 8192) == lists[POLICIES[policy.value][0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "steps"),
+    [
+        ("full", 64, ((1, 64, 1),)),
+        ("full", 16384, ((1, 16384, 1),)),
+        ("full", 20000, ((1, 16384, 1),)),
+        ("fast", 1, ((1, 1, 1),)),
+        ("fast", 1027, ((1, 1024, 1), (1026, 1026, 1))),
+        ("pp-parallel+fast", 1030, ((1, 1024, 1), (1026, 1030, 2))),
+    ],
+)
+def test_a_limit_ends_the_list(name: str, limit: int, steps: Any) -> None:
+    found = walked_ms(WarmupPolicy(name), 8192, limit)
+    assert found is not None
+    assert steps_of(found) == steps
+
+
+# Graphs
+
+
+def captures(ops: list[Op]) -> list[list[Op]]:
+    """Operations up to each capture, itself at the end."""
+    ends = [0, *(i + 1 for i, op in enumerate(ops) if isinstance(op, Capture))]
+    assert ends[-1] == len(ops)
+    return [ops[first:last] for first, last in pairwise(ends)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_graphs_are_captured_after_two_eager_forwards_largest_first(rank: int) -> None:
+    made = scenario(ParallelConfig(pp=2), graph_batch_sizes=(2, 16, 8))
+    ops = record_rank(made, rank)
+    order = [op.name for op in ops if isinstance(op, Mark) and op.kind == "phase"]
+    assert order == ["warm-up", "graph capture", FIRST_REQUEST, "requests", "end"]
+    found = captures(phase(ops, "graph capture"))
+    for size, (*eager, capture) in zip((16, 8, 2), found, strict=True):
+        once = len(eager) // 2
+        assert eager[:once] == eager[once:]
+        assert forwards(eager) == [f"DECODE {size}"] * 2
+        assert capture == Capture(f"graph DECODE {size}", once)
+
+
+def test_a_prefill_node_captures_nothing() -> None:
+    made = scenario(
+        ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.PREFILL
+    )
+    assert phase(record_rank(made, 0), "graph capture") == []
+
+
+def test_a_decode_node_captures() -> None:
+    made = scenario(
+        ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.DECODE
+    )
+    assert forwards(phase(record_rank(made, 0), "graph capture")) == ["DECODE 2"] * 2
+
+
+def test_without_graphs_there_is_no_such_phase() -> None:
+    ops = record_rank(scenario(ParallelConfig(pp=2)), 0)
+    assert Mark("phase", "graph capture") not in ops
+
+
+# Walks of relax
+
+
+def test_relax_walks_the_stages_gemms_on_every_rank() -> None:
+    made = scenario(ParallelConfig(pp=2, tp=2), policy=WarmupPolicy.RELAX)
+    ranks = [phase(ops, "warm-up") for ops in record(made).ranks]
+    for stage in (0, 1):
+        expected = []
+        for demand in made.plan.demands:
+            steps = steps_of(relaxed_ms(demand.shape, demand.ms, made.max_tokens))
+            if stage in demand.stages and steps:
+                expected.append(Walk(demand.shape, steps))
+        kinds = {walk.shape.type.name for walk in expected}
+        assert kinds == {"GEMM_NT_F8F8BF16", "GROUPED_GEMM_NT_F8F8BF16_CONTIG"}
+        assert ranks[2 * stage] == ranks[2 * stage + 1] == expected
+
+
+def test_a_limit_ends_the_walks_of_relax() -> None:
+    made = scenario(ParallelConfig(), policy=WarmupPolicy.RELAX, walk_max_m=64)
+    walks = phase(record_rank(made, 0), "warm-up")
+    # No whole block of rows is left of the contiguous ones.
+    assert {walk.shape.type.name for walk in walks if isinstance(walk, Walk)} == {
+        "GEMM_NT_F8F8BF16"
+    }
+    for walk in walks:
+        assert isinstance(walk, Walk)
+        assert walk.steps[-1][1] == 64

@@ -1,0 +1,37 @@
+"""``runner probe``: how fast this machine compiles, against a profile's."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.library import find_library
+from runner.jit.probe import probe_seconds
+from sim.profile import load_profile
+
+
+@click.command()
+@click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 100),
+    default=3,
+    show_default=True,
+    help="Compiles of the reference kernel; their median counts.",
+)
+def probe(hardware: str, repeats: int) -> None:
+    """Compile a reference kernel here and tell the --host-factor for runner sim."""
+    profile = load_profile(hardware)
+    environ = Environ.read(os.environ)
+    nvcc, library = find_nvcc(environ), find_library()
+    if nvcc is None:
+        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    if library is None:
+        raise UserError("deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm")
+    seconds = probe_seconds(NvccCompiler(nvcc, library, environ), repeats)
+    print(f"reference kernel: {seconds:.2f} s here, {profile.probe:.2f} s for {profile.name}")
+    print(f"--host-factor {seconds / profile.probe:.2f}")

@@ -1,0 +1,67 @@
+"""Predictions against real runs, where there is nvcc and no GPU: counts exactly, time roughly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.config.hf import load_model
+from runner.jit.compiler import NvccCompiler
+from runner.scenario import record
+from runner.stalls import stalls_of
+from runner.timeline import Timeline, read_timelines
+from sim.calibrate import fit_profile
+from sim.judge import judge, scenario_of
+from sim.profile import load_profile
+from tests.distributed.launching import FEW_KERNELS, launch
+
+pytest.importorskip("torch")
+pytestmark = [pytest.mark.distributed, pytest.mark.nvcc]
+
+COMMON = [
+    "--compute", "skip", "--device", "cpu", "--batch-sizes", "1,128", "--stream", "20,128",
+    "--max-tokens", "128", "--walk-max-m", "64",
+]  # fmt: skip
+STAGES = ["--pp", "2", "--virtual-nodes", "2"]
+"""Each stage has a cache of its own, so that nobody compiles in a race."""
+SHARDS = ["--tp", "2", "--compile-lock"]
+"""Both ranks share a cache, and the lock decides who compiles."""
+
+
+def measure(folder: Path, *arguments: str, policies: list[str]) -> list[Timeline]:
+    path = folder / "timeline.json"
+    warmup = [word for policy in policies for word in ("--warmup", policy)]
+    model = ["--model", str(folder / "config.json")]
+    launch(*model, *COMMON, *arguments, *warmup, "--timeline", str(path), timeout=540)
+    return read_timelines(path)
+
+
+def test_real_runs_stall_where_foretold_and_take_about_as_long(
+    nvcc_compiler: NvccCompiler, tmp_path: Path
+) -> None:
+    """A profile fitted to some runs predicts the others."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(FEW_KERNELS))
+    models = {"few": load_model(str(folder / "config.json"))}
+    none, parallel, full, planned = measure(
+        folder, *STAGES, policies=["none", "pp-parallel", "full", "planned"]
+    )
+    (locked,) = measure(folder, *SHARDS, policies=["full"])
+
+    for timeline in (none, parallel, full, planned):
+        scenario = scenario_of(timeline, models)
+        # Every node is one rank.
+        said = stalls_of(record(scenario), scenario.parallel.node_of)
+        assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
+        assert bool(said) == (timeline is not planned)
+    assert locked.kernels_compiled > locked.duplicates == 0
+
+    made = fit_profile([none, planned], load_profile("h200"), "here", models)
+    for item in judge([none, planned, parallel, full, locked], made.profile, models):
+        print(f"{item.name}: {item.measured.wall:.1f} s, off by {item.error:+.0%}")
+        assert item.counts_agree, item.name
+        if item.measured not in (none, planned):
+            assert abs(item.error) < 0.4, item.name

@@ -1,0 +1,85 @@
+"""Every warm-up policy on real ranks: what ran is what the record backend foretold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.config.hf import load_model, with_layers
+from runner.config.parallel import ParallelConfig
+from runner.scenario import Scenario, record
+from runner.schedule import Capture, Walk
+from runner.warmup import WarmupOptions, WarmupPolicy
+from tests.distributed.launching import run_launch, schedule_in
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.distributed
+
+FAST = "SGLANG_JIT_DEEPGEMM_FAST_WARMUP"
+PRECOMPILE = "SGLANG_JIT_DEEPGEMM_PRECOMPILE"
+PP_PARALLEL = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
+JIT = "SGLANG_ENABLE_JIT_DEEPGEMM"
+
+ARGUMENTS = [
+    "--model", "dsv4-tiny", "--layers", "3", "--pp", "2", "--virtual-nodes", "2", "--device", "cpu",
+    "--batch-sizes", "1,8", "--stream", "5,130", "--cuda-graphs", "2,4", "--walk-memory", "0.002",
+    "--max-tokens", "256",
+]  # fmt: skip
+
+
+def foretold(policy: WarmupPolicy, **warmup: Any) -> Scenario:
+    return Scenario(
+        model=with_layers(load_model("dsv4-tiny"), 3), parallel=ParallelConfig(pp=2, nodes=2),
+        warmup=WarmupOptions(
+            policy=policy, batch_sizes=(1, 8), graph_batch_sizes=(2, 4), **warmup
+        ),
+        stream=(5, 130), walk_memory=0.002 * 2**30, max_tokens=256,
+    )  # fmt: skip
+
+
+def ran(path: Path, *arguments: str, **env: str) -> str:
+    """Launch and return what was printed; the operations go to ``path``."""
+    done = run_launch(*ARGUMENTS, *arguments, "--schedule", str(path), env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def assert_as_foretold(path: Path, scenario: Scenario) -> None:
+    said, really = record(scenario), schedule_in(path)
+    for rank, (ours, theirs) in enumerate(zip(said.ranks, really.ranks, strict=True)):
+        assert ours == theirs, f"rank {rank}"
+    walks = scenario.warmup.policy.walked or scenario.warmup.policy is WarmupPolicy.RELAX
+    for ops in really.ranks:
+        assert any(isinstance(op, Walk) for op in ops) == bool(walks)
+        assert sum(isinstance(op, Capture) for op in ops) == 2
+
+
+@pytest.mark.parametrize("name", ["full", "pp-parallel+fast", "relax", "planned", "prebuilt"])
+def test_a_policy_does_what_is_foretold(name: str, tmp_path: Path) -> None:
+    """Graphs, walks, a stream and all; the command line wins over SGLang's variables."""
+    path = tmp_path / "schedule.json"
+    arguments = ["--no-jit", "--walk-max-m", "64", "--warmup", name]
+    printed = ran(path, *arguments, **{PRECOMPILE: "1", FAST: "1"})
+    assert f"policy {name}, batch sizes 1,8" in printed
+    assert "JIT: off, kernels are not compiled: --no-jit was given" in printed
+    assert_as_foretold(path, foretold(WarmupPolicy(name), walk_max_m=64))
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({FAST: "1"}, "fast"),
+        ({PRECOMPILE: "1", PP_PARALLEL: "true"}, "pp-parallel+full"),
+    ],
+)
+def test_sglangs_variables_name_the_policy(
+    variables: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    """And one of them turns the JIT off, as ``--no-jit`` does."""
+    path = tmp_path / "schedule.json"
+    printed = ran(path, **{JIT: "0", **variables})
+    assert f"policy {name}, batch sizes 1,8" in printed
+    assert f"JIT: off, kernels are not compiled: {JIT} is off" in printed
+    assert_as_foretold(path, foretold(WarmupPolicy(name)))

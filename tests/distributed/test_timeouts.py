@@ -1,0 +1,51 @@
+"""A rank that waits too long for another says for whom, and what that one compiles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.jit.library import Library
+from tests.distributed.launching import FEW_KERNELS, run_launch
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def slow_nvcc(tmp_path: Path) -> Path:
+    """An nvcc whose compiles take longer than anybody waits."""
+    path = tmp_path / "nvcc"
+    path.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then\n'
+        '    echo "Cuda compilation tools, release 13.0, V13.0.88"; exit 0\n'
+        "fi\n"
+        "sleep 20\n"
+        "exit 1\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_a_late_rank_is_named_with_what_it_compiles(
+    library: Library, slow_nvcc: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(FEW_KERNELS))
+    done = run_launch(
+        "--model", str(config), "--pp", "2", "--virtual-nodes", "2", "--compute", "skip",
+        "--batch-sizes", "1", "--device", "cpu", "--warmup", "none", "--nccl-timeout", "3",
+        env={"DG_JIT_NVCC_COMPILER": str(slow_nvcc)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    words = (
+        "hidden_states waited 3 s for rank 0, the limit of --nccl-timeout: "
+        "rank 0 compiles transpose_fp32"
+    )
+    assert done.stderr.splitlines() == [
+        f"error: rank 1: {words}", f"error: rank 1 failed: CommunicationTimeoutError: {words}",
+    ]  # fmt: skip
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,81 @@
+"""The commands whose output the docs show, and how the shown blocks are made anew.
+
+``python -m tests.golden`` rewrites every golden block and transcript of README and docs.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUNS = "docs/measurements/h200_policies.json"
+
+COMMANDS = {
+    "sim": "sim",
+    "sim-all": "sim --model dsv4 --pp 4 --tp 2",
+    "sim-dies": "sim --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 --cuda-graphs 1,8,64,256 "
+    "--warmup full --warmup fast --warmup planned",
+    "fidelity": f"compare --hardware h200 {RUNS}",
+    "plan": "plan",
+    "plan-gemm": "plan --gemm gemm_nt_f8f8bf16:4096:1024",
+    "plan-fast": "plan --policy fast",
+    "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000",
+    "sweep": "sweep --pp 1,4 --nodes 1,4 --cores 4,64",
+    "published": "published",
+}
+"""Arguments of ``runner`` by the name of the block, paths relative to the repository."""
+
+SHOWN_FROM = {"sim": "Policies", "sim-dies": "Policies", "plan-stream": "fast: compiles"}
+"""Blocks that begin at a line of the output instead of its first."""
+
+BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n?```", re.DOTALL)
+TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
+
+
+def tidy(text: str) -> str:
+    """Without blanks at the ends of lines, and without blank lines at both ends."""
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+
+
+def _run(arguments: list[str], folder: Path) -> str:
+    command = [sys.executable, "-m", "runner", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    return done.stdout
+
+
+def _block(found: re.Match[str]) -> str:
+    name = found[1]
+    text = tidy(_run(COMMANDS[name].split(), ROOT))
+    text = text[text.index(SHOWN_FROM.get(name, "")) :]
+    return f"<!-- golden: {name} -->\n```\n{text}\n```"
+
+
+def _transcript(found: re.Match[str]) -> str:
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        for line in found[1].splitlines():
+            if line.startswith("$ "):
+                _, *arguments = shlex.split(line[2:])
+                lines += [line, *tidy(_run(arguments, Path(folder))).splitlines()]
+    text = "\n".join(lines)
+    return f"<!-- transcript -->\n```\n{text}\n```"
+
+
+def main() -> None:
+    """Rewrite the documents."""
+    for path in DOCUMENTS:
+        before = path.read_text()
+        after = TRANSCRIPT.sub(_transcript, BLOCK.sub(_block, before))
+        if after != before:
+            path.write_text(after)
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

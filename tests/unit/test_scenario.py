@@ -1,0 +1,240 @@
+"""Recorded scenarios: what a backend really announces, rank by rank, whatever is shared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+import pytest
+
+from runner.backend.base import Backend
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
+from runner.config.hf import from_hf, with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4, DSV4_TINY
+from runner.errors import UserError
+from runner.model_runner import ModelRunner, NoBuffers
+from runner.scenario import Scenario, common_end, record, record_rank, run_meta, run_rank
+from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Walk
+from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from tests.models import DSV3_SMALL
+
+TINY = with_layers(DSV4_TINY, 3)
+SMALL_V3 = with_layers(from_hf(DSV3_SMALL, "dsv3-small"), 3)
+POLICIES = list(WarmupPolicy)
+OF_WARMUP = (
+    "policy", "batch_sizes", "disaggregation", "speculative", "graph_batch_sizes", "walk_max_m",
+    "compile_lock",
+)  # fmt: skip
+
+
+def scenario(
+    policy: WarmupPolicy = WarmupPolicy.NONE, model: Any = TINY, **values: Any
+) -> Scenario:
+    layout = ("pp", "tp", "ep", "attn_cp", "replicas", "nodes", "stage_layers")
+    parallel = {name: values.pop(name) for name in layout if name in values}
+    warmup = {name: values.pop(name) for name in OF_WARMUP if name in values}
+    return Scenario(
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        warmup=WarmupOptions(policy=policy, **{"batch_sizes": (1, 64), **warmup}),
+        **{"max_tokens": 256, **values},
+    )
+
+
+def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
+    """What a backend with the scenario's hook announces while the rank runs, on shapes."""
+    recorder = ScheduleRecorder()
+    backend = Backend(
+        ShapeMath(), NoComm(), recorder, num_sms=made.num_sms,
+        bf16_fp32_algo=made.bf16_fp32_algo, hook=made.hook(rank),
+    )  # fmt: skip
+    runner = ModelRunner.build(
+        made.model, made.parallel, rank,
+        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
+    )  # fmt: skip
+    run_rank(runner, made)
+    return tuple(recorder.ops)
+
+
+def phases(ops: tuple[Op, ...]) -> list[str]:
+    return [op.name for op in ops if isinstance(op, Mark) and op.kind == "phase"]
+
+
+def walks(ops: tuple[Op, ...]) -> list[Walk]:
+    return [op for op in ops if isinstance(op, Walk)]
+
+
+# Walks are put where a real backend makes them
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "graphs": {"graph_batch_sizes": (4, 2)},
+    "limits": {"walk_max_m": 64, "walk_memory": 3e6, "compile_lock": True},
+    "stream": {"stream": (5, 200, 7), "prompt_len": 3},
+    "speculative": {"speculative": True},
+    "prefill": {"disaggregation": DisaggregationMode.PREFILL},
+    "decode": {"disaggregation": DisaggregationMode.DECODE, "graph_batch_sizes": (2,)},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_is_recorded_is_what_a_backend_announces(policy: WarmupPolicy, extra: str) -> None:
+    """On ranks that lead their node and on those that do not, in both stages."""
+    made = scenario(policy, pp=2, tp=2, nodes=2, **EXTRAS[extra])
+    for rank in range(4):
+        assert record_rank(made, rank) == announced(made, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_another_family_of_models_too(policy: WarmupPolicy) -> None:
+    made = scenario(policy, SMALL_V3, pp=2, tp=2, attn_cp=2, nodes=1)
+    for rank in range(4):
+        assert record_rank(made, rank) == announced(made, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize("policy", ["full", "fast", "pp-parallel+full", "pp-parallel+fast"])
+def test_only_the_first_rank_of_a_node_walks(policy: str) -> None:
+    made = scenario(WarmupPolicy(policy), pp=2, tp=2, nodes=2)
+    found = [bool(walks(ops)) for ops in record(made).ranks]
+    assert found == [True, False, True, False]
+
+
+def test_a_walk_comes_right_before_its_gemms_first_call() -> None:
+    ops = record_rank(scenario(WarmupPolicy.FULL, walk_max_m=64), 0)
+    at = [index for index, op in enumerate(ops) if isinstance(op, Walk)]
+    for index in at:
+        following = next(op for op in ops[index:] if not isinstance(op, Walk))
+        walk = ops[index]
+        assert isinstance(walk, Walk)
+        assert (following.type, following.n, following.k) == (  # type: ignore[union-attr]
+            walk.shape.type, walk.shape.n, walk.shape.k,
+        )  # fmt: skip
+    assert len(set(at)) == len({op.shape for op in walks(ops)})
+
+
+def test_without_its_walks_a_policy_runs_what_the_others_run() -> None:
+    def rest(policy: str) -> list[Op]:
+        ops = record_rank(scenario(WarmupPolicy(policy), pp=2), 0)
+        return [op for op in ops if not isinstance(op, Walk)]
+
+    assert rest("full") == rest("fast") == rest("relax") == rest("none")
+    assert rest("pp-parallel+full") == rest("pp-parallel+fast") == rest("pp-parallel")
+
+
+def test_a_given_memory_limit_is_what_counts() -> None:
+    made = scenario(WarmupPolicy.FULL, walk_memory=1e9)
+    assert made.hook(0, lambda: 5e9).budget() == 1e9
+    free = replace(made, walk_memory=None)
+    assert free.hook(0, lambda: 5e9).budget() == 5e9
+    assert free.hook(0).budget() == inf
+
+
+# What is shared between ranks
+
+LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "a node a stage": (TINY, {"pp": 2, "tp": 2, "nodes": 2}),
+    "a node a rank": (TINY, {"pp": 2, "tp": 2, "nodes": 4}),
+    "nodes that begin in the middle of a stage": (TINY, {"pp": 3, "tp": 2, "nodes": 2}),
+    "a stage over two nodes": (with_layers(DSV4, 3), {"tp": 4, "nodes": 2}),
+    "whole experts": (TINY, {"pp": 2, "tp": 2, "ep": True}),
+    "split attention": (TINY, {"pp": 2, "tp": 2, "attn_cp": 2, "nodes": 2}),
+    "replicas": (TINY, {"pp": 2, "tp": 2, "replicas": 2, "nodes": 2}),
+    "replicas that share nodes": (TINY, {"tp": 2, "replicas": 4, "nodes": 2}),
+    "unequal stages": (TINY, {"pp": 2, "tp": 2, "stage_layers": (2, 1), "nodes": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> None:
+    model, values = LAYOUTS[layout]
+    made = scenario(policy, model, **values)
+    together = record(made).ranks
+    for rank, ops in enumerate(together):
+        assert ops == record_rank(made, rank) == announced(made, rank), f"rank {rank}"
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
+def test_folded_replicas_end_where_they_part(policy: WarmupPolicy) -> None:
+    made = scenario(policy, pp=2, tp=2, replicas=2, nodes=4)
+    whole, folded = record(made).ranks, record(made, folded=True).ranks
+    assert folded[:4] == whole[:4]
+    for rank in range(4, 8):
+        end = common_end(whole[rank])
+        assert folded[rank] == whole[rank][:end]
+        assert bool(end) == (policy is WarmupPolicy.PLANNED)
+        if end:
+            last = folded[rank][-1]
+            assert isinstance(last, Collective)
+            assert (last.name, last.group) == (EXCHANGE, tuple(range(8)))
+
+
+def test_replicas_build_their_nodes_share() -> None:
+    made = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, replicas=2, nodes=4)
+    shares = [op.kernels for ops in record(made).ranks for op in ops
+              if isinstance(op, KernelWork) and op.action == "build"]  # fmt: skip
+    assert [bool(share) for share in shares] == [True, False] * 4
+    every = [kernel for share in shares for kernel in share]
+    assert len(every) == len(set(every)) == len(made.plan.kernels)
+
+
+# Requests and phases
+
+
+def test_the_first_request_has_the_first_batch_size() -> None:
+    ops = record_rank(scenario(batch_sizes=(64, 8, 16)), 0)
+    assert phases(ops) == ["warm-up", "first request", "requests", "end"]
+    forwards = [op.name for op in ops if isinstance(op, Mark) and op.kind == "forward"]
+    assert forwards == [
+        "EXTEND 8", "DECODE 8", "EXTEND 16", "DECODE 16", "EXTEND 64", "DECODE 64",
+    ]  # fmt: skip
+
+
+def test_a_run_of_one_batch_size_has_no_more_requests() -> None:
+    assert phases(record_rank(scenario(batch_sizes=(4,)), 0)) == [
+        "warm-up", "first request", "end",
+    ]  # fmt: skip
+
+
+def test_a_stream_takes_the_place_of_the_other_batch_sizes() -> None:
+    made = scenario(stream=(7, 3, 7), batch_sizes=(2, 64), tp=2, attn_cp=2)
+    assert [request.tokens for request in made.requests] == [2, 8, 4, 8]
+    assert made.batch_sizes == (2, 64)
+    assert [request.tokens for request in scenario(stream=()).requests] == [1]
+
+
+def test_bad_streams_are_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        scenario(stream=(4, 0))
+    assert str(caught.value) == "token counts 4,0 must all be at least 1"
+    with pytest.raises(UserError) as caught:
+        scenario(WarmupPolicy.PLANNED, stream=(300,))
+    assert str(caught.value) == (
+        "token count 300 is above --max-tokens 256, for which planned prepares: give smaller ones"
+    )
+    assert scenario(WarmupPolicy.FULL, stream=(300,)).requests[1].tokens == 300
+
+
+def test_what_a_timeline_says_survives_json() -> None:
+    made = scenario(
+        WarmupPolicy.PP_PARALLEL_FAST, pp=2, tp=2, nodes=2, stream=(5,), walk_max_m=64,
+        walk_memory=1e9, compile_lock=True, graph_batch_sizes=(2, 1), stage_layers=(1, 2),
+    )  # fmt: skip
+    meta = run_meta(made)
+    assert json.loads(json.dumps(meta)) == meta
+    assert meta["ranks"] == [
+        {"pp_rank": rank // 2, "tp_rank": rank % 2, "node": rank // 2} for rank in range(4)
+    ]
+    for name, value in {
+        "model": "dsv4-tiny", "layers": 3, "pp": 2, "tp": 2, "replicas": 1, "nodes": 2,
+        "stage_layers": [1, 2], "batch_sizes": [1, 64], "stream": [5], "walk_max_m": 64,
+        "walk_memory": 1e9, "compile_lock": True, "graph_batch_sizes": [2, 1],
+        "disaggregation": "none", "speculative": False, "max_tokens": 256, "num_sms": 132,
+        "prompt_len": 1, "bf16_fp32_algo": "deep_gemm", "ep": False, "attn_cp": 1,
+    }.items():  # fmt: skip
+        assert meta[name] == value, name

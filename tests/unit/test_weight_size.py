@@ -1,0 +1,87 @@
+"""Weights counted without being made."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pytest
+
+from runner.backend.base import Backend
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
+from runner.backend.weights import WeightRequest
+from runner.config.hf import from_hf, with_layers
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV3, DSV4, DSV4_TINY
+from runner.model_runner import ModelRunner, NoBuffers
+from runner.weight_size import WeightSize, weight_size
+from tests.models import DSV3_SMALL
+
+SMALL = from_hf(DSV3_SMALL, "dsv3-small")
+
+
+class Kept(ShapeWeights):
+    """Keeps what is asked for."""
+
+    def __init__(self) -> None:
+        self.requests: list[WeightRequest] = []
+
+    def make(self, request: WeightRequest) -> Any:
+        self.requests.append(request)
+        return super().make(request)
+
+
+def requests(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[WeightRequest]:
+    kept = Kept()
+    backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
+    ModelRunner.build(model, parallel, rank, backend=backend, weights=kept, buffers=NoBuffers())
+    return kept.requests
+
+
+def of_one(request: WeightRequest) -> tuple[int, int]:
+    """Elements of the local slice, and bytes: FP8 has an fp32 scale a begun block of 128 x 128."""
+    elements = prod(request.local_shape)
+    if request.kind == "fp8":
+        *outer, n, k = request.view
+        return elements, elements + 4 * prod(outer) * -(-n // 128) * -(-k // 128)
+    return elements, elements * {"bf16": 2, "fp32": 4, "ids": 8}[request.kind]
+
+
+@pytest.mark.parametrize("model", [DSV4_TINY, SMALL, with_layers(DSV4, 4)], ids=lambda m: m.name)
+@pytest.mark.parametrize("values", [{}, {"pp": 2}, {"tp": 2}, {"pp": 2, "tp": 2, "ep": True}])
+def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) -> None:
+    parallel = ParallelConfig(**values)
+    for rank in range(parallel.world_size):
+        sizes = [of_one(request) for request in requests(model, parallel, rank)]
+        elements, nbytes = (sum(column) for column in zip(*sizes, strict=True))
+        assert weight_size(model, parallel, rank) == WeightSize(elements, nbytes)
+
+
+def test_stages_hold_the_model_between_them() -> None:
+    whole = weight_size(DSV4_TINY, ParallelConfig(), 0).elements
+    stages = ParallelConfig(pp=4)
+    assert sum(weight_size(DSV4_TINY, stages, rank).elements for rank in range(4)) == whole
+
+
+def test_the_weights_that_were_really_made() -> None:
+    torch = pytest.importorskip("torch")
+    from runner.backend.quantise import Fp8Weight
+    from runner.backend.torch_weights import TorchWeights
+
+    parallel = ParallelConfig(pp=2, tp=2)
+    maker = TorchWeights(0, torch.device("cpu"))
+    tensors = []
+    for request in requests(SMALL, parallel, 1):
+        made = maker.make(request)
+        tensors += [made.data, made.scales] if isinstance(made, Fp8Weight) else [made]
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert weight_size(SMALL, parallel, 1).nbytes == nbytes
+
+
+@pytest.mark.parametrize(("model", "billions"), [(DSV3, 671), (DSV4, 284)], ids=["dsv3", "dsv4"])
+def test_whole_models_have_their_published_size(model: ModelConfig, billions: int) -> None:
+    assert weight_size(model, ParallelConfig(), 0).elements / 1e9 == pytest.approx(
+        billions, rel=0.01
+    )
