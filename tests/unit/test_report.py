@@ -50,10 +50,10 @@ def text_of(renderable):
 GOLDEN_TIMELINE = """\
 cold (predicted): wall 10.00 s, seconds by rank
 
-  rank  compile  load  compute  comm  wait  total  kernels
- ──────────────────────────────────────────────────────────
-     0     6.00  0.00     1.00  0.50  0.00   8.00        2
-     1     5.00  0.50     0.00  0.50  4.00  10.00        2
+  rank  compile  load  compute  comm  wait  setup  total  kernels
+ ─────────────────────────────────────────────────────────────────
+     0     6.00  0.00     1.00  0.50  0.00   0.00   8.00        2
+     1     5.00  0.50     0.00  0.50  4.00   0.00  10.00        2
 """
 
 GOLDEN_POLICIES = """\
@@ -77,13 +77,14 @@ ends last: rank 1, 10.00 s
   compute     0.00   0.0 %
   comm        0.50   5.0 %
   wait        4.00  40.0 %
+  setup       0.00   0.0 %
   other       0.00   0.0 %
 """
 
 GOLDEN_BARS = """\
 rank 0 |############==_~    |    8.00 s
 rank 1 |######o........~####|   10.00 s
-# compile  o load  = compute  ~ comm  . wait  _ idle  (1 column = 0.5 s)"""
+# compile  o load  = compute  ~ comm  . wait  - setup  _ idle  (1 column = 0.5 s)"""
 
 
 def test_timeline_table():
