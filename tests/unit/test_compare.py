@@ -73,6 +73,7 @@ Sum over ranks, by kind
   compute s         0.00        2.00  -100.0 %
   comm s            0.00        0.00         -
   wait s            0.00        0.00         -
+  setup s           0.00        0.00         -
 
 Ranks, by kind
 

@@ -22,6 +22,7 @@ COLD = Timeline(
         Span(0, 4.0, 6.0, "compile", "gemm", "k2"),
         Span(0, 6.0, 7.0, "compute", "attention"),
         Span(0, 7.5, 8.0, "comm", "all-reduce", "c0"),
+        Span(0, 8.0, 8.5, "setup", "weights"),
         Span(1, 0.0, 8.0, "phase", "warm-up"),
         Span(1, 0.0, 3.0, "compile", "gemm", "k1"),
         Span(1, 3.0, 3.5, "load", "gemm", "k2"),
@@ -52,7 +53,7 @@ cold (predicted): wall 10.00 s, seconds by rank
 
   rank  compile  load  compute  comm  wait  setup  total  kernels
  ─────────────────────────────────────────────────────────────────
-     0     6.00  0.00     1.00  0.50  0.00   0.00   8.00        2
+     0     6.00  0.00     1.00  0.50  0.00   0.50   8.50        2
      1     5.00  0.50     0.00  0.50  4.00   0.00  10.00        2
 """
 
@@ -82,7 +83,7 @@ ends last: rank 1, 10.00 s
 """
 
 GOLDEN_BARS = """\
-rank 0 |############==_~    |    8.00 s
+rank 0 |############==_~-   |    8.50 s
 rank 1 |######o........~####|   10.00 s
 # compile  o load  = compute  ~ comm  . wait  - setup  _ idle  (1 column = 0.5 s)"""
 
@@ -129,7 +130,7 @@ def test_phase_summary_counts_parallel_compiles_once():
 
 
 def test_phase_summary_of_nothing():
-    assert text_of(phase_summary(Timeline("empty", "predicted", 1, ()))).count("0.00      -") == 6
+    assert text_of(phase_summary(Timeline("empty", "predicted", 1, ()))).count("0.00      -") == 7
 
 
 def test_rank_bars():

@@ -26,6 +26,7 @@ from runner.schedule import (
 from runner.stalls import STALLS_AFTER, Stall, kernels_before, stalls_of
 from runner.warmup import WarmupPolicy
 from sim.engine import Engine, Outcome
+from sim.program import compile_program
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk
 from tests.unit.tiny_runs import scenario
 
@@ -166,10 +167,14 @@ def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
 def simulated(one: Scenario, made: Schedule) -> Outcome:
     cached = frozenset(item.kernel for item in one.plan.kernels)
     prebuilt = one.warmup.policy is WarmupPolicy.PREBUILT
+    costs = RoundCosts()
     return Engine(
-        made, RoundCosts(), node_of=[one.parallel.node_of(rank) for rank in range(4)],
-        cores_per_node=4, cached=cached if prebuilt else frozenset(),
-    ).run()  # fmt: skip
+        [compile_program(ops, costs, locked=False) for ops in made.ranks],
+        costs,
+        node_of=[one.parallel.node_of(rank) for rank in range(4)],
+        cores_per_node=4,
+        cached=cached if prebuilt else frozenset(),
+    ).run()
 
 
 @POLICIES

@@ -32,7 +32,7 @@ def case(policy: str = "none", *, cores: int = 2, timeout: float = 600.0, **layo
         max_tokens=64,
     )
     profile = load_profile("h200")
-    machine = Machine(profile=profile, cores_per_node=cores, nccl_timeout=timeout)
+    machine = Machine(profile=profile, cores_per_node=cores, nccl_timeout=timeout, run_ahead=False)
     return Case(at, scenario, machine)
 
 

@@ -121,7 +121,7 @@ def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> N
 
 
 def test_a_death_is_told_as_data(capsys: Capture) -> None:
-    (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5")
+    (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5", "--no-run-ahead")
     assert set(made["timeout"]) == {"time", "rank", "operation", "waiting_for", "busy_with",
                                     "needed"}  # fmt: skip
     assert made["timeout"]["needed"] == pytest.approx(made["longest_wait"], abs=1e-3)
@@ -163,7 +163,8 @@ def test_phases_can_be_left_out(capsys: Capture) -> None:
     assert phases("--weights", "skip", "--skip-phase", "imports",
                   "--skip-phase", "process group") == {}  # fmt: skip
     cold, warm = (phases("--weights", kind)["weights"] for kind in ("disk", "page-cache"))
-    assert cold > warm > phases("--weights", "dummy")["weights"]
+    assert cold > warm
+    assert set(phases("--weights", "dummy")) == {"imports", "process group", "weights"}
 
 
 def test_a_prefill_node_is_foretold_without_decode(capsys: Capture) -> None:
@@ -183,7 +184,7 @@ def test_timelines_are_written_and_compare(tmp_path: Path, capsys: Capture) -> N
 
 
 def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> None:
-    assert sim(*TINY, "--nccl-timeout", "5") == 0
+    assert sim(*TINY, "--nccl-timeout", "5", "--no-run-ahead") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node"

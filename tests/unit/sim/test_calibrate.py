@@ -14,8 +14,8 @@ from sim.compile_time import config_key, template_of
 from sim.judge import judge
 from sim.profile import Link, Profile
 from sim.samples import take_samples
-from tests.unit.measured_runs import another, measured
-from tests.unit.tiny_runs import h200, scenario
+from tests.unit.measured_runs import another, measured, usual
+from tests.unit.tiny_runs import scenario
 
 P = WarmupPolicy
 KNOWN = another()
@@ -34,8 +34,8 @@ def runs() -> tuple[Timeline, ...]:
 
 @cache
 def base() -> Profile:
-    """The h200 with a slow link, that the few bytes of these runs tell of."""
-    return replace(h200(), links={**h200().links, "gloo": Link(0.001, 8e6, 2e6)})
+    """The usual machine with a slow link, that the few bytes of these runs tell of."""
+    return replace(usual(), links={**usual().links, "gloo": Link(0.001, 8e6, 2e6)})
 
 
 @cache
@@ -60,15 +60,15 @@ def test_host_work_comes_back_within_a_thousandth() -> None:
 
 def test_without_company_compiles_come_back_exactly_and_contention_stays() -> None:
     alone = measured(scenario(P.NONE), KNOWN)
-    made = fit_profile([alone], h200(), "mine").profile.compile
-    assert made.contention == pytest.approx(h200().compile.contention, abs=1e-4)
+    made = fit_profile([alone], usual(), "mine").profile.compile
+    assert made.contention == pytest.approx(usual().compile.contention, abs=1e-4)
     for name, scale in KNOWN.compile.scale.items():
         assert made.scale[name] == pytest.approx(scale, rel=1e-3)
     unlisted = set(made.scale) - set(KNOWN.compile.scale)
     assert "transpose_fp32" in unlisted
     for name in unlisted:
         assert made.scale[name] == pytest.approx(KNOWN.compile.default_scale, rel=1e-3)
-    for sample in take_samples(alone, h200()).compiles:
+    for sample in take_samples(alone, usual()).compiles:
         # The mean scale and the sample itself are the same number here.
         found = made.by_config[config_key(sample.kernel)]
         assert found == pytest.approx(sample.seconds, rel=0.1)
@@ -79,8 +79,8 @@ def test_contention_comes_back_within_a_tenth() -> None:
     mixed = [measured(scenario(P.NONE, tp=1, layers=8), KNOWN, cores=4),
              measured(scenario(P.NONE, tp=1, pp=4, layers=8), KNOWN, cores=4),
              measured(scenario(P.PP_PARALLEL, pp=4, layers=8), KNOWN, cores=4)]  # fmt: skip
-    made = fit_profile(mixed, h200(), "mine").profile.compile
-    assert h200().compile.contention == 0.2 and KNOWN.compile.contention == 0.5
+    made = fit_profile(mixed, usual(), "mine").profile.compile
+    assert usual().compile.contention == 0.2 and KNOWN.compile.contention == 0.5
     assert made.contention == pytest.approx(0.5, abs=0.05)
     for name, scale in KNOWN.compile.scale.items():
         assert made.scale[name] == pytest.approx(scale, rel=0.05)
@@ -103,7 +103,7 @@ def test_start_up_comes_back_within_a_tenth() -> None:
     """Each layout measured four times."""
     seen = [measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN)
             for pp, tp in ((1, 1), (2, 1), (2, 2), (4, 2))]  # fmt: skip
-    made = fit_profile(4 * seen, h200(), "mine").profile.start_up
+    made = fit_profile(4 * seen, usual(), "mine").profile.start_up
     for ranks in (1, 2, 4, 8):
         for name in ("imports", "process_group", "weights"):
             phase, known = getattr(made, name), getattr(KNOWN.start_up, name)
@@ -113,7 +113,7 @@ def test_start_up_comes_back_within_a_tenth() -> None:
 def test_imports_and_weights_follow_a_hosts_ranks() -> None:
     seen = [measured(scenario(P.PREBUILT, pp=2, tp=2, nodes=hosts), KNOWN, hosts=hosts)
             for hosts in (1, 2, 4)]  # fmt: skip
-    made = fit_profile(4 * seen, h200(), "mine").profile.start_up
+    made = fit_profile(4 * seen, usual(), "mine").profile.start_up
     for hosts in (1, 2, 4):
         for name in ("imports", "weights"):
             phase, known = getattr(made, name), getattr(KNOWN.start_up, name)
@@ -146,7 +146,7 @@ def test_the_profile_says_where_it_is_from() -> None:
     assert made.provenance == [
         "fitted to 2 measured runs (a GPU): none, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), "
         "2026-11-22; planned, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), 2026-11-22",
-        "what they do not tell is from h200: " + " | ".join(h200().provenance),
+        "what they do not tell is from usual: " + " | ".join(usual().provenance),
     ]
     assert Profile.from_json(made.to_json()) == made
 

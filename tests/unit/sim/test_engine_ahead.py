@@ -60,6 +60,15 @@ def test_a_receive_always_waits() -> None:
     ]  # fmt: skip
 
 
+def test_a_receive_has_no_limit_of_its_own() -> None:
+    """What a server receives it learns of over gloo, whose limit is another."""
+    ranks: tuple[list[Op], list[Op]] = ([work(60), Send("x", 1, 1)], [Recv("x", 0, 1)])
+    ahead = simulate(*ranks, run_ahead=True, timeout=5.0)
+    assert (ahead.timeout, ahead.longest_wait) == (None, 0.0)
+    blocking = simulate(*ranks, timeout=5.0)
+    assert blocking.timeout is not None and blocking.longest_wait == 60.0
+
+
 def test_a_send_leaves_once_the_gpu_comes_to_it() -> None:
     outcome = simulate([work(1, 6), Send("x", 1, 1), call(1)], [Recv("x", 0, 1)], run_ahead=True)
     # The host compiles from 1 on; what is sent is there 4 s after the GPU's 6.

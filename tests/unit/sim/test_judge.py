@@ -13,10 +13,11 @@ from runner.scenario import Scenario, run_meta
 from runner.timeline import Timeline, write_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
 from sim.judge import judge, machine_of, read_measured, scenario_of, summary
+from sim.profile import slowed
 from sim.simulate import Machine
 from sim.start_up import PHASES, StartPhases, Weights
-from tests.unit.measured_runs import another, measured
-from tests.unit.tiny_runs import h200, scenario
+from tests.unit.measured_runs import another, measured, usual
+from tests.unit.tiny_runs import scenario
 
 
 def run_of(one: Scenario, **facts: Any) -> Timeline:
@@ -55,18 +56,18 @@ def test_default_batch_sizes_come_back_as_what_they_were() -> None:
 
 def test_the_machine_is_the_one_that_the_run_was_on() -> None:
     run = run_of(scenario(tp=2), hosts=1, ranks_per_gpu=2, machine={"cores": 6}, link="nccl")
-    assert machine_of(run, h200()) == Machine(
-        profile=h200(), cores_per_node=6, hosts=1, link="nvlink", ranks_per_gpu=2,
+    assert machine_of(run, usual()) == Machine(
+        profile=usual(), cores_per_node=6, hosts=1, link="nvlink", ranks_per_gpu=2,
         nccl_timeout=float("inf"), run_ahead=False, start=StartPhases(PHASES, Weights.DUMMY),
     )  # fmt: skip
-    assert machine_of(run_of(scenario()), h200()).link == "gloo"
+    assert machine_of(run_of(scenario()), usual()).link == "gloo"
 
 
 def test_a_profile_without_the_runs_link_cannot_tell() -> None:
-    only_fast = replace(h200(), links={"nvlink": h200().links["nvlink"]})
+    only_fast = replace(usual(), links={"nvlink": usual().links["nvlink"]})
     with pytest.raises(UserError) as caught:
         machine_of(run_of(scenario()), only_fast)
-    assert str(caught.value) == "profile h200 has no link 'gloo', which gloo is"
+    assert str(caught.value) == "profile usual has no link 'gloo', which gloo is"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_an_older_timeline_is_one_clear_line(lacking: str) -> None:
     run = run_of(scenario())
     old = replace(run, meta={k: v for k, v in run.meta.items() if k != lacking})
     with pytest.raises(UserError) as caught:
-        judge([old], h200())
+        judge([old], usual())
     assert str(caught.value) == (
         f"a Timeline of none does not tell its '{lacking}': it was written by an older version, "
         "measure it again"
@@ -88,9 +89,9 @@ def test_an_older_timeline_is_one_clear_line(lacking: str) -> None:
 
 def test_a_machine_without_its_cores_and_a_link_of_another_name_are_told_too() -> None:
     with pytest.raises(UserError, match="does not tell its 'cores'"):
-        judge([run_of(scenario(), machine={})], h200())
+        judge([run_of(scenario(), machine={})], usual())
     with pytest.raises(UserError, match=r"link 'carrier pigeon' is not known: gloo or nccl"):
-        judge([run_of(scenario(), link="carrier pigeon")], h200())
+        judge([run_of(scenario(), link="carrier pigeon")], usual())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_machine_without_its_cores_and_a_link_of_another_name_are_told_too() -
 def test_what_is_told_in_another_form_is_one_line(changes: dict[str, Any], words: str) -> None:
     run = run_of(scenario(), **changes)
     with pytest.raises(UserError) as caught:
-        judge([run], h200())
+        judge([run], usual())
     start = "a Timeline of none tells of no run that is known here: "
     assert str(caught.value).startswith(start) and words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -109,7 +110,20 @@ def test_what_is_told_in_another_form_is_one_line(changes: dict[str, Any], words
 
 def test_a_policy_of_another_name_is_told() -> None:
     with pytest.raises(UserError, match="a Timeline of cold tells of no run that is known here"):
-        judge([replace(run_of(scenario()), policy="cold")], h200())
+        judge([replace(run_of(scenario()), policy="cold")], usual())
+
+
+def test_a_run_on_a_slow_host_is_held_against_a_slow_host() -> None:
+    """Where the reference kernel took half as long again, so does all that CPUs do."""
+    run = run_of(scenario(), machine={"cores": 16, "probe": 1.5 * usual().probe})
+    assert machine_of(run, usual()).host_factor == 1.5
+    assert machine_of(run_of(scenario()), usual()).host_factor == 1.0
+    assert machine_of(run_of(scenario(), machine={"cores": 1, "probe": None}),
+                      usual()).host_factor == 1.0  # fmt: skip
+    made = measured(scenario(WarmupPolicy.PLANNED, tp=2), slowed(another(), 1.5))
+    slow = {**made.meta["machine"], "probe": 1.5 * another().probe}
+    (judged,) = judge([replace(made, meta={**made.meta, "machine": slow})], another())
+    assert (judged.error, judged.counts_agree) == (0.0, True)
 
 
 # -- judging --------------------------------------------------------------------------------------
@@ -127,7 +141,7 @@ def test_a_run_that_a_profile_made_up_it_foretells_exactly(policy: WarmupPolicy)
 
 def test_an_error_is_relative_to_the_measured() -> None:
     run = measured(scenario(), another())
-    (judged,) = judge([run], h200())
+    (judged,) = judge([run], usual())
     assert judged.error == judged.predicted.timeline.wall / run.wall - 1
     assert judged.error < -0.2
 
@@ -147,7 +161,9 @@ def test_counts_disagree_where_compiles_or_duplicates_do() -> None:
 def test_names() -> None:
     plain = measured(scenario(tp=2), another())
     more = run_of(scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=2, compile_lock=True))
-    assert [judged.name for judged in judge([plain, replace(more, spans=plain.spans)], h200())] == [
+    assert [
+        judged.name for judged in judge([plain, replace(more, spans=plain.spans)], usual())
+    ] == [
         "dsv4-tiny 4 layers, pp 1 tp 2, none",
         "dsv4-tiny 4 layers, pp 2 tp 2, 2 nodes, locked, planned",
     ]

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from runner.errors import UserError
-from sim.profile import Link, Phase, Profile, load_profile, shipped_profiles, write_profile
+from sim.profile import (
+    Link,
+    Phase,
+    Profile,
+    load_profile,
+    shipped_profiles,
+    slowed,
+    write_profile,
+)
 from sim.start_up import Weights
 
 GOOD: dict[str, Any] = load_profile("h200").to_json()
@@ -157,3 +165,22 @@ def test_a_link_moves_bytes_after_its_latency() -> None:
 def test_a_phase_grows_with_the_ranks() -> None:
     assert Phase(3.0, 0.5).of(4) == 5.0
     assert Phase(3.0).of(4) == 3.0
+
+
+def test_a_slow_hosts_cpus_take_longer_for_everything_and_its_gpu_does_not() -> None:
+    profile = load_profile("h200")
+    slow = slowed(profile, 2.0)
+    assert slowed(profile, 1.0) == profile
+    assert (slow.gpu, slow.links, slow.probe) == (profile.gpu, profile.links, profile.probe)
+    assert slow.compile.contention == profile.compile.contention
+    assert slow.start_up.weight_bandwidth == profile.start_up.weight_bandwidth
+    before, after = profile.to_json(), slow.to_json()
+    for part in ("builder", "cache", "host"):
+        assert after[part] == {name: 2 * value for name, value in before[part].items()}
+    for part in ("by_config", "scale"):
+        assert after["compile"][part] == {k: 2 * v for k, v in before["compile"][part].items()}
+    assert slow.compile.default_scale == 2 * profile.compile.default_scale
+    for name in ("imports", "process_group", "weights"):
+        assert after["start_up"][name] == {k: 2 * v for k, v in before["start_up"][name].items()}
+    for name in ("capture", "capture_operation"):
+        assert after["start_up"][name] == 2 * before["start_up"][name]

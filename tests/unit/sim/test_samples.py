@@ -14,15 +14,15 @@ from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from sim.compile_time import compile_seconds
 from sim.samples import Samples, take_samples
-from tests.unit.measured_runs import another, measured
-from tests.unit.tiny_runs import h200, scenario
+from tests.unit.measured_runs import another, measured, usual
+from tests.unit.tiny_runs import scenario
 
 P = WarmupPolicy
 
 
 def samples(policy: WarmupPolicy = P.NONE, **layout: int) -> Samples:
     values = {"pp": 1, "tp": 1, **layout}
-    return take_samples(measured(scenario(policy, **values), another()), h200())
+    return take_samples(measured(scenario(policy, **values), another()), usual())
 
 
 def test_every_compile_is_a_sample_and_alone_it_has_no_company() -> None:
@@ -42,7 +42,7 @@ def test_company_is_how_many_compile_at_a_time() -> None:
     first = next(s for s in found.timeline.spans if s.is_kernel)
     half = replace(first, end=first.start + first.seconds / 2)
     more = replace(found.timeline, spans=(*found.timeline.spans, half))
-    again = take_samples(more, h200())
+    again = take_samples(more, usual())
     (sample,) = (s for s in again.compiles if s.kernel.identity == first.key
                  and s.seconds == pytest.approx(first.seconds))  # fmt: skip
     assert sample.company == pytest.approx(1.5)
@@ -94,7 +94,7 @@ def test_a_build_is_the_largest_share_from_the_warm_ups_begin() -> None:
     assert start == pytest.approx(2.5)
     assert seconds == max(s.end for s in spans) - min(s.start for s in spans)
     shared = take_samples(
-        measured(scenario(P.PLANNED, pp=2, tp=2, nodes=4), another(), hosts=2), h200()
+        measured(scenario(P.PLANNED, pp=2, tp=2, nodes=4), another(), hosts=2), usual()
     )
     assert shared.build is not None and shared.build[3] == 8
     assert len(shared.build[0]) == max(
@@ -105,7 +105,7 @@ def test_a_build_is_the_largest_share_from_the_warm_ups_begin() -> None:
 
 def test_a_ranks_sums() -> None:
     one = scenario(tp=2)
-    found = take_samples(measured(one, another()), h200())
+    found = take_samples(measured(one, another()), usual())
     ops = record(one).ranks[0]
     own = found.ranks[0]
     assert own.operations == sum(isinstance(op, Compute | KernelCall) for op in ops)
@@ -130,7 +130,7 @@ def test_unknown_kernels_and_empty_compiles_are_left_out() -> None:
         Span(0, 3.0, 3.0, "compile", "x", kernels_of_first(found)),
     )
     more = replace(found.timeline, spans=(*found.timeline.spans, *odd))
-    assert len(take_samples(more, h200()).compiles) == len(found.compiles)
+    assert len(take_samples(more, usual()).compiles) == len(found.compiles)
 
 
 def kernels_of_first(found: Samples) -> str:

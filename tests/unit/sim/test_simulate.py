@@ -75,11 +75,11 @@ def test_every_kernel_of_the_schedule_is_compiled_and_no_other() -> None:
 
 def test_a_short_limit_is_a_timeout() -> None:
     one = scenario(pp=4, tp=1, layers=8)
-    lost = simulate(one, machine(nccl_timeout=5.0)).timeout
+    lost = simulate(one, machine(nccl_timeout=5.0, run_ahead=False)).timeout
     assert lost is not None
     assert lost.rank > 0 and lost.operation == "recv hidden_states" and lost.needed > 5
-    assert simulate(one, machine(nccl_timeout=lost.needed)).timeout is None
-    assert simulate(one, machine()).longest_wait == lost.needed
+    assert simulate(one, machine(nccl_timeout=lost.needed, run_ahead=False)).timeout is None
+    assert simulate(one, machine(run_ahead=False)).longest_wait == lost.needed
 
 
 # -- what is left to compile ----------------------------------------------------------------------
