@@ -16,7 +16,7 @@ from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
-from sim.fit import minimum, near_known, non_negative
+from sim.fit import crossing, minimum, near_known, non_negative
 from sim.judge import Judged, judge
 from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
 from sim.samples import CompileSample, RankSample, Samples, take_samples
@@ -27,6 +27,7 @@ _GPU_BOUND = 2.0
 """Seconds of GPU work in a walk from which on its rate is told by it."""
 
 _FP8_WALKS, _BF16_WALKS = "walk gemm_nt_f8f8bf16:", "walk gemm_nt_bf16bf16f32:"
+_SLOWEST_CALL = 0.1
 _MANY_CALLS = 1000
 _PRIOR = 0.5
 _TRUST = 1.0
@@ -240,15 +241,39 @@ def _gpu(samples: Sequence[Samples], base: Gpu, fitted: list[Fitted]) -> Gpu:
 
 
 def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Host:
-    ranks = [rank for one in samples for rank in one.ranks if rank.operations]
-    call = base.host.call
-    if ranks:
-        # Host and GPU overlap: what the GPU alone needs is not the host's.
-        call = sum(max(rank.compute - rank.device, 0.0) for rank in ranks)
-        call /= sum(rank.operations for rank in ranks)
-        fitted.append(Fitted("host, one operation", f"{1e6 * call:.0f} us", len(ranks)))
+    known = base.host
     walk, walk_call = _walk_host(samples, base, fitted)
-    return Host(call=call, walk=walk, walk_call=walk_call)
+
+    def call(name: str, value: float, *, shared: bool) -> float:
+        ranks = [
+            rank
+            for one in samples
+            for rank in one.ranks
+            if rank.operations and (one.timeline.meta["ranks_per_gpu"] > 1) == shared
+        ]
+        if not ranks:
+            return value
+        found = _call(ranks)
+        fitted.append(Fitted(f"host, one operation{name}", f"{1e6 * found:.0f} us", len(ranks)))
+        return round(found, 8)
+
+    return Host(
+        call=call("", known.call, shared=False),
+        shared_call=call(" on a shared GPU", known.shared_call, shared=True),
+        walk=walk,
+        walk_call=walk_call,
+    )
+
+
+def _call(ranks: Sequence[RankSample]) -> float:
+    """Seconds of an operation, of which each stretch takes as many as its host or its GPU needs."""
+    measured = sum(rank.compute for rank in ranks)
+
+    def excess(call: float) -> float:
+        needed = sum(max(count * call, gpu) for rank in ranks for count, gpu in rank.runs)
+        return needed - measured
+
+    return crossing(excess, 0.0, _SLOWEST_CALL)
 
 
 def _walk_host(
@@ -293,7 +318,7 @@ def _links(
 
 
 def _link(ranks: Sequence[RankSample], base: Link) -> Link:
-    rows = [(float(rank.messages), rank.reduced, rank.gathered) for rank in ranks]
+    rows = [(float(rank.messages), rank.moved, rank.gathered) for rank in ranks]
     known = (base.latency, 1 / base.bandwidth, 1 / (base.gather_bandwidth or base.bandwidth))
     latency, per_byte, per_gathered = near_known(rows, [rank.comm for rank in ranks], known)
     return replace(

@@ -6,6 +6,14 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 
+def crossing(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where an increasing function crosses 0 between ``low`` and ``high``, or the nearer end."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a function of one valley is least, by golden section."""
     ratio = (5**0.5 - 1) / 2

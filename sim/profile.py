@@ -90,11 +90,13 @@ class Host:
 
     Attributes:
         call: one operation of a forward that has nothing to do.
+        shared_call: the same where ranks share a GPU, and take turns at it.
         walk: one walk, for its buffers and its end.
         walk_call: one call of a walk whose kernel is loaded.
     """
 
     call: float
+    shared_call: float
     walk: float
     walk_call: float
 

@@ -48,6 +48,12 @@ class ProfileCosts:
     def _compile_memo(self) -> dict[Kernel, float]:
         return {}
 
+    @cached_property
+    def host_call(self) -> float:
+        """Seconds of the host for one operation."""
+        host = self.profile.host
+        return host.call if self.ranks_per_gpu == 1 else host.shared_call
+
     def compile_seconds(self, kernel: Kernel) -> float:
         """See :func:`sim.compile_time.compile_seconds`."""
         memo = self._compile_memo
@@ -83,7 +89,7 @@ class ProfileCosts:
 
     def kernel_seconds(self, call: KernelCall) -> Seconds:
         """Roofline over the shape, plus the host's cost of a call."""
-        return Seconds(self.profile.host.call, self._device(call) * self.ranks_per_gpu)
+        return Seconds(self.host_call, self._device(call) * self.ranks_per_gpu)
 
     def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
         """The roofline is linear in M but for its corner, so a mean M stands for many.
@@ -105,7 +111,7 @@ class ProfileCosts:
         """Roofline over the announced work, plus the host's cost of a call."""
         gpu = self.profile.gpu
         device = max(op.flops / gpu.bf16_flops, op.bytes / gpu.memory_bandwidth)
-        return Seconds(self.profile.host.call, device * self.ranks_per_gpu)
+        return Seconds(self.host_call, device * self.ranks_per_gpu)
 
     def capture_seconds(self, op: Capture) -> float:
         """A constant and the host's cost of each operation."""

@@ -10,7 +10,7 @@ from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
 from runner.jit.kernels import Kernel
 from runner.scenario import Scenario, record
-from runner.schedule import Collective, KernelWork, Send
+from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
 from runner.warmup import WarmupPolicy
 from sim.judge import machine_of, scenario_of
@@ -34,22 +34,30 @@ class RankSample:
     """Sums of one rank: what it did, and what that took.
 
     Attributes:
-        operations: number of its host's operations between communications.
-        device: seconds that its GPU needs for them.
+        runs: (host operations, GPU seconds) of each stretch without other ranks, in order.
         compute: seconds measured in them.
-        reduced: bytes that its all-reduces move on a ring.
+        moved: bytes that its all-reduces move on a ring, and that it receives.
         gathered: bytes of its other collectives.
-        messages: number of its collectives.
+        messages: number of its collectives and receives.
         comm: seconds measured in them, without waits.
     """
 
-    operations: int
-    device: float
+    runs: tuple[tuple[int, float], ...]
     compute: float
-    reduced: float
+    moved: float
     gathered: float
     messages: int
     comm: float
+
+    @property
+    def operations(self) -> int:
+        """Operations of its host."""
+        return sum(count for count, _ in self.runs)
+
+    @property
+    def device(self) -> float:
+        """Seconds of its GPU."""
+        return sum(seconds for _, seconds in self.runs)
 
 
 @dataclass
@@ -103,7 +111,7 @@ def take_samples(
         samples.compiles = _compiles(timeline, kernels, cores)
     _take_loads(samples, programs)
     for rank, program in enumerate(programs):
-        samples.ranks.append(_rank_sample(timeline, rank, program, profile.host.call))
+        samples.ranks.append(_rank_sample(timeline, rank, program, costs.host_call))
     return _normalised(samples, 1 / machine.host_factor)
 
 
@@ -209,14 +217,14 @@ def _rank_sample(
     runs = [item for item in program if isinstance(item, Run)]
     collectives = [item for item in program if isinstance(item, Collective)]
     sums = [c for c in collectives if c.name.startswith("all_reduce")]
-    gathers = [c for c in collectives if c.name.startswith("all_gather")]
-    sent = [item for item in program if isinstance(item, Send)]
+    gathers = [c for c in collectives if not c.name.startswith("all_reduce")]
+    received = [item for item in program if isinstance(item, Recv)]
     return RankSample(
-        operations=round(sum(run.host for run in runs) / call),
-        device=sum(run.device for run in runs),
+        runs=tuple((round(run.host / call), run.device) for run in runs),
         compute=totals.compute,
-        reduced=sum(2 * (len(c.group) - 1) / len(c.group) * c.bytes for c in sums),
+        moved=sum(2 * (len(c.group) - 1) / len(c.group) * c.bytes for c in sums)
+        + sum(float(item.bytes) for item in received),
         gathered=sum((len(c.group) - 1) * float(c.bytes) for c in gathers),
-        messages=len(sums) + len(gathers) + len(sent),
+        messages=len(sums) + len(gathers) + len(received),
         comm=totals.comm,
     )

@@ -77,7 +77,7 @@ def usual() -> Profile:
                                   "sm90_fp8_gemm_1d2d": 1.15}, 1.1, 0.2),
         builder=Builder(1.2, 1.23),
         cache=Cache(0.0003, 0.0012, 0.008),
-        host=Host(call=0.00055, walk=0.02, walk_call=0.00005),
+        host=Host(call=0.00055, shared_call=0.00055, walk=0.02, walk_call=0.00005),
         gpu=Gpu(150e9, memory_bandwidth=4.3e12, fp8_flops=1e15, bf16_flops=6e14),
         links={"nvlink": Link(2e-5, 2e11, queues=True), "gloo": Link(0.001, 7e8, 2.1e8)},
         start_up=replace(
@@ -101,7 +101,7 @@ def another() -> Profile:
                              1.6 * times.default_scale, 0.5),
         builder=Builder(2.5, 1.9),
         cache=Cache(0.0009, 0.004, 0.02),
-        host=Host(call=0.002, walk=0.05, walk_call=0.0002),
+        host=Host(call=0.002, shared_call=0.002, walk=0.05, walk_call=0.0002),
         links={**base.links, "gloo": Link(0.003, 4e6, 1e6)},
         start_up=replace(
             base.start_up, imports=Phase(6.0, 0.3), process_group=Phase(1.5, 0.06),

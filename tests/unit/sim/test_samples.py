@@ -113,7 +113,7 @@ def test_a_ranks_sums() -> None:
     reduced = sum(op.bytes for op in collectives if op.name.startswith("all_reduce"))
     gathered = sum(op.bytes for op in collectives if op.name.startswith("all_gather"))
     # On two ranks a ring moves all bytes of a reduction once, and of a gather.
-    assert (own.reduced, own.gathered, own.messages) == (reduced, gathered, len(collectives))
+    assert (own.moved, own.gathered, own.messages) == (reduced, gathered, len(collectives))
     totals = found.timeline.totals()[0]
     assert (own.compute, own.comm) == (totals.compute, totals.comm)
     link = another().links["gloo"]
