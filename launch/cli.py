@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_flag=True,
     help="First time a reference compile here, so that runs at other times can be compared.",
 )
-@click.option("--probed", type=float, hidden=True)
+@click.option("--probed", type=SECONDS, hidden=True)
 @click.option(
     "--logits",
     type=click.Path(path_type=Path, dir_okay=False),

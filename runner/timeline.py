@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 
 FIRST_REQUEST = "first request"
 """Phase after which a server is up."""
@@ -257,7 +257,7 @@ _JOIN_GAP = 1e-3
 def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     """Write one or more Timelines to a JSON file (``-`` is standard output)."""
     data = {"timelines": [timeline.to_json() for timeline in timelines]}
-    write_text(path, json.dumps(data, separators=(",", ":")))
+    write_json(path, data)
 
 
 def read_timelines(path: Path) -> list[Timeline]:

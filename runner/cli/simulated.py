@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from runner.cli.common import (
+    FACTOR,
     SECONDS,
     F,
     batch_sizes_option,
@@ -43,7 +44,7 @@ def simulation_options(function: F) -> F:
                      help="Machines that the nodes share.  [default: one a node]"),
         click.option("--hardware", default="h200", show_default=True,
                      help="Profile name or file."),
-        click.option("--host-factor", type=click.FloatRange(0, 100, min_open=True), default=1.0,
+        click.option("--host-factor", type=FACTOR, default=1.0,
                      show_default=True, metavar="X",
                      help="How many times as long the host's CPUs take (runner probe tells)."),
         click.option("--link", default="nvlink", show_default=True,
