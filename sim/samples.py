@@ -99,7 +99,7 @@ def take_samples(
     """
     scenario = scenario_of(timeline, models)
     schedule = record(scenario)
-    machine = machine_of(timeline, profile)
+    machine = machine_of(timeline, profile, models)
     cores = machine.cores_per_node or 1
     costs = ProfileCosts(profile, profile.links[machine.link], cores, machine.ranks_per_gpu)
     programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
