@@ -86,3 +86,10 @@ def test_numbers_are_finite_and_above_0(
     assert main(["--model", "dsv4-tiny", "--no-jit", flag, value]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: Invalid value for '{flag}'") and err.count("\n") == 1
+
+
+def test_a_limit_in_which_no_ranks_could_connect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "dsv4-tiny", "--no-jit", "--nccl-timeout", "0.01"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --nccl-timeout 0.01 must be at least 1: ranks need some time to connect\n"
+    )
