@@ -29,6 +29,8 @@ from sim.profile import Profile
 from sim.simulate import Machine
 from sim.start_up import PHASES, StartPhases, Weights
 
+_SKIPPABLE = {name.replace(" ", "-"): name for name in PHASES}
+
 
 def simulation_options(function: F) -> F:
     """Everything of a simulation but the model, the layout, the policy and the cores."""
@@ -57,10 +59,10 @@ def simulation_options(function: F) -> F:
         click.option("--run-ahead/--no-run-ahead", default=None,
                      help="Whether hosts queue communication and go on.  "
                           "[default: as the link does]"),
-        click.option("--weights", type=click.Choice([*(item.value for item in Weights), "skip"]),
+        click.option("--weights", type=click.Choice([item.value for item in Weights]),
                      default="disk", show_default=True,
                      help="Where weights come from; dummy ones are made up, as launch does."),
-        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice(PHASES),
+        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice([*_SKIPPABLE]),
                      help="Leave a phase before the warm-up out."),
     )  # fmt: skip
     for option in reversed(options):
@@ -119,9 +121,9 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
 
 
 def _start(values: dict[str, Any]) -> StartPhases:
-    skipped = set(values["skipped"]) | ({"weights"} if values["weights"] == "skip" else set())
-    weights = Weights.DISK if values["weights"] == "skip" else Weights(values["weights"])
-    return StartPhases(tuple(name for name in PHASES if name not in skipped), weights)
+    skipped = {_SKIPPABLE[name] for name in values["skipped"]}
+    included = tuple(name for name in PHASES if name not in skipped)
+    return StartPhases(included, Weights(values["weights"]))
 
 
 def scenario_of(

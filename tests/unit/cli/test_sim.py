@@ -160,8 +160,8 @@ def test_phases_can_be_left_out(capsys: Capture) -> None:
                 if name not in ("warm-up", "first request")}  # fmt: skip
 
     assert list(phases("--skip-phase", "imports")) == ["process group", "weights"]
-    assert phases("--weights", "skip", "--skip-phase", "imports",
-                  "--skip-phase", "process group") == {}  # fmt: skip
+    assert phases("--skip-phase", "weights", "--skip-phase", "imports",
+                  "--skip-phase", "process-group") == {}  # fmt: skip
     cold, warm = (phases("--weights", kind)["weights"] for kind in ("disk", "page-cache"))
     assert cold > warm
     assert set(phases("--weights", "dummy")) == {"imports", "process group", "weights"}
@@ -241,6 +241,7 @@ BAD = {
     "--walk-max-m 0": "0 is not in the range",
     "--walk-memory 0": "0.0 is not in the range",
     "--weights tape": "'tape'",
+    "--weights skip": "'skip'",
     "--skip-phase coffee": "'coffee'",
     "--disaggregation-mode both": "'both'",
     "--warmup planned --max-tokens 64": "batch size 8448 is above --max-tokens 64",
