@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
@@ -60,12 +61,13 @@ def largest_rank_bytes(model: ModelConfig, parallel: ParallelConfig) -> float:
     return max(_stage_bytes(model, parallel))
 
 
-def _stage_bytes(model: ModelConfig, parallel: ParallelConfig) -> list[float]:
-    """Bytes of the weights of a rank of each stage."""
-    return [
+@lru_cache(maxsize=256)
+def _stage_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, ...]:
+    """Bytes of the weights of a rank of each stage; counted once for all policies of a layout."""
+    return tuple(
         weight_size(model, parallel, parallel.rank_of(stage, 0)).nbytes
         for stage in range(parallel.pp)
-    ]
+    )
 
 
 def _weight_seconds(

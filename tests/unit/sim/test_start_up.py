@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.weight_size import weight_size
+from runner.weight_size import WeightSize, weight_size
 from sim.profile import Phase, StartUp
 from sim.simulate import simulate
-from sim.start_up import PHASES, StartPhases, Weights, start_phases
+from sim.start_up import PHASES, StartPhases, Weights, largest_rank_bytes, start_phases
 from tests.unit.tiny_runs import h200, machine, scenario
 
 COSTS = StartUp(
@@ -62,6 +63,24 @@ def test_ranks_of_a_host_read_its_disk_side_by_side() -> None:
 def test_made_up_weights_each_rank_makes_on_its_own() -> None:
     found = seconds(StartPhases(("weights",), Weights.DUMMY), 1, UNEVEN)["weights"]
     assert found == pytest.approx(3.0 + max(stage_bytes(UNEVEN)) / 4e6)
+
+
+@pytest.mark.parametrize("kind", Weights)
+def test_weights_of_a_layout_are_counted_once(
+    kind: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def counting(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
+        counted.append(rank)
+        return weight_size(model, parallel, rank)
+
+    monkeypatch.setattr("sim.start_up.weight_size", counting)
+    own = replace(DSV4_TINY, name=f"counted {kind.value}")
+    for _ in range(2):
+        start_phases(StartPhases(("weights",), kind), COSTS, own, EVEN, 2)
+        largest_rank_bytes(own, EVEN)
+    assert counted == [0, 2]
 
 
 def test_a_run_begins_when_they_are_over() -> None:
