@@ -12,7 +12,17 @@ from runner.jit.shim import read_unfinished
 from runner.schedule import Collective, Recv, Send
 
 _POLL = 2e-4
-_GLOO_WORDS = ("Timed out", "timed out", "Timeout", "timeout")
+_TIMEOUT_WORDS = (
+    "Timed out waiting",
+    "Operation timed out!",
+    "Application timeout caused pair closure",
+    "Watchdog caught collective operation timeout",
+    "timed out after",
+    "wait timeout after",
+    "Wait timeout",
+    "Timeout waiting for key",
+)
+"""What gloo, NCCL's watchdog and torch's stores say of a wait that was too long."""
 
 TORCH_LIMITS = {"nccl": 600.0, "gloo": 1800.0}
 """Seconds that torch 2 lets a collective wait by default."""
@@ -40,7 +50,7 @@ def wait_for_device(device: torch.device, limit: float) -> None:
 def is_timeout(error: Exception) -> bool:
     """Whether an error of torch.distributed, or of ours, says that a wait was too long."""
     return isinstance(error, CommunicationTimeoutError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _GLOO_WORDS)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _TIMEOUT_WORDS)
     )
 
 

@@ -73,6 +73,14 @@ def test_others_compiles_and_finished_ones_do_not_count(tmp_path: Path) -> None:
         RuntimeError("wait timeout after 3000ms"),
         RuntimeError("Operation timed out!"),
         RuntimeError("Timeout waiting for key"),
+        RuntimeError("[..] Timed out waiting 3000ms for send operation to complete"),
+        RuntimeError("[..] Application timeout caused pair closure"),
+        RuntimeError("Wait timeout"),
+        RuntimeError("waitForInput: socket 7 timed out after 3000ms"),
+        RuntimeError(
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, "
+            "OpType=ALLREDUCE, Timeout(ms)=3000) ran for 3004 milliseconds before timing out."
+        ),
     ],
 )
 def test_timeouts(error: Exception) -> None:
@@ -83,7 +91,10 @@ def test_timeouts(error: Exception) -> None:
     "error",
     [
         RuntimeError("Connection closed by peer [127.0.0.1]:4"),
-        ValueError("Timed out"),
+        ValueError("Timed out waiting 3000ms for recv"),
+        RuntimeError("CUDA error: the launch timed out and was terminated"),
+        RuntimeError("Invalid timeout"),
+        RuntimeError("ProcessGroupGloo does not support setting timeout"),
         TimeoutError("timed out"),
     ],
 )
