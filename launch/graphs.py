@@ -21,6 +21,7 @@ class GraphCapture:
 
         Raises:
             UserError: the forward does what no graph can hold.
+            torch.OutOfMemoryError: the GPU's memory does not.
         """
         if self._device.type != "cuda":
             forward()
@@ -30,6 +31,8 @@ class GraphCapture:
         try:
             with torch.cuda.graph(graph):
                 forward()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             words = str(error).splitlines()[0]
             raise UserError(f"a CUDA graph of this forward cannot be captured: {words}") from error
