@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from runner.report.console import make_console
 from runner.report.outputs import print_bars
 from runner.report.table import make_table, phase_summary
 from runner.warmup import WarmupPolicy
 from sim.simulate import Machine, Prediction
-
-_WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,14 @@ def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, ba
     ``bars`` draws every rank and says where the time of the last one goes.
     """
     _print_title(predictions[0], machine)
-    console = Console(width=_WIDTH)
+    console = make_console()
     if bars:
         print_bars([prediction.timeline for prediction in predictions], console)
         for prediction in predictions:
             console.print(phase_summary(prediction.timeline))
     console.print(advice_table(predictions))
     for prediction in predictions:
-        _print_death(prediction)
+        _print_death(prediction, console)
     if len(predictions) > 1:
         advice = advise(predictions)
         console.print(f"take {advice.prediction.timeline.policy}: it {advice.reason}")
@@ -124,11 +123,12 @@ def _covered(prediction: Prediction) -> float:
     return float(min(node["present"] / node["planned"] for node in nodes))
 
 
-def _print_death(prediction: Prediction) -> None:
+def _print_death(prediction: Prediction, console: Console) -> None:
     lost = prediction.timeout
     if lost is not None:
-        print(
+        words = (
             f"{prediction.timeline.policy}: the watchdog ends this run at {lost.time:.0f} s: "
             f"rank {lost.rank} waits for rank {lost.waiting_for} in {lost.operation} while "
             f"that does {lost.busy_with}; --nccl-timeout {ceil(lost.needed)} would survive"
         )
+        console.print(Text(words))

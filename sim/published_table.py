@@ -12,8 +12,6 @@ from rich.text import Text
 from runner.report.table import make_table
 from sim.published import Compared, Published, Row, summary
 
-WIDTH = 100
-
 
 def compared_table(compared: Sequence[Compared]) -> Table:
     """One row each; deviations are from the nearer end of what was reported."""
@@ -59,31 +57,31 @@ def why_not_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def assumed_lines(compared: Sequence[Compared], published: Published) -> Iterator[str]:
+def assumed_lines(compared: Sequence[Compared], published: Published, width: int) -> Iterator[str]:
     """What was assumed: in all rows, then row by row with the command that it comes to."""
     if published.assumed_everywhere:
         yield "Assumed in every row:"
         for text in published.assumed_everywhere:
-            yield from _item(text)
+            yield from _item(text, width)
     for item in compared:
         row = item.row
         assert row.set_up is not None
         yield ""
-        yield from wrap(f"{row.id}: {row.what}", WIDTH)
-        yield from _item(f"stated: {row.stated}")
+        yield from wrap(f"{row.id}: {row.what}", width)
+        yield from _item(f"stated: {row.stated}", width)
         for text in row.assumed:
-            yield from _item(f"assumed: {text}")
+            yield from _item(f"assumed: {text}", width)
         if item.dies:
-            yield from _item("the watchdog would end the predicted run")
+            yield from _item("the watchdog would end the predicted run", width)
         yield from wrap(
-            row.set_up.line, WIDTH, initial_indent="  $ ", subsequent_indent="      ",
+            row.set_up.line, width, initial_indent="  $ ", subsequent_indent="      ",
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
 
 
-def _item(text: str) -> list[str]:
+def _item(text: str, width: int) -> list[str]:
     return wrap(
-        text, WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
+        text, width, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 
+from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.table import make_table
 from runner.timeline import Timeline
@@ -61,7 +61,7 @@ def _print(made: Calibration) -> None:
     table = make_table(f"Profile {made.profile.name}", ["fitted"], ["value", "samples"])
     for line in made.fitted:
         table.add_row(line.name, line.value, str(line.samples))
-    Console(width=100).print(table)
+    make_console().print(table)
 
 
 def _print_left_out(measured: Sequence[Timeline], base: Profile) -> None:
@@ -69,5 +69,6 @@ def _print_left_out(measured: Sequence[Timeline], base: Profile) -> None:
         print("one run: there is none to leave out")
         return
     judged = leave_one_out(measured, base)
-    Console(width=100).print(judged_table(judged, "Each run by a profile of the others"))
-    print(summary(judged))
+    console = make_console(highlight=False)
+    console.print(judged_table(judged, "Each run by a profile of the others"))
+    console.print(summary(judged))

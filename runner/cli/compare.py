@@ -48,8 +48,7 @@ def compare(files: tuple[Path, ...], hardware: str | None, json_path: Path | Non
 
 
 def _judge(files: tuple[Path, ...], hardware: str, json_path: Path | None) -> None:
-    from rich.console import Console
-
+    from runner.report.console import make_console
     from sim.judge import judge, read_measured, summary
     from sim.judge_table import judged_json, judged_table
     from sim.profile import load_profile
@@ -59,8 +58,9 @@ def _judge(files: tuple[Path, ...], hardware: str, json_path: Path | None) -> No
     if json_path is not None:
         write_json(json_path, judged_json(judged, profile.name), indent=1)
     if str(json_path) != "-":
-        Console(width=100).print(judged_table(judged, f"Predicted with {profile.name}"))
-        print(summary(judged))
+        console = make_console(highlight=False)
+        console.print(judged_table(judged, f"Predicted with {profile.name}"))
+        console.print(summary(judged))
 
 
 def _compare_files(a: Path, b: Path) -> list[Comparison]:
@@ -111,9 +111,9 @@ def _write_json(path: Path, comparisons: list[Comparison]) -> None:
 
 
 def _print_tables(comparisons: list[Comparison]) -> None:
-    from rich.console import Console
+    from runner.report.console import make_console
 
-    console = Console()
+    console = make_console()
     for comparison in comparisons:
         for table in comparison_tables(comparison):
             console.print(table)

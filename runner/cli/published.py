@@ -26,7 +26,6 @@ from sim.published import (
     walk_cases,
 )
 from sim.published_table import (
-    WIDTH,
     assumed_lines,
     compared_table,
     published_json,
@@ -61,15 +60,15 @@ def published(file: Path | None, brief: bool, json_path: Path | None) -> None:
         write_json(json_path, published_json(compared, known), indent=1)
     if str(json_path) == "-":
         return
-    from rich.console import Console
+    from runner.report.console import make_console
 
-    console = Console(width=WIDTH)
+    console = make_console(highlight=False)
     if compared:
         console.print(compared_table(compared))
-        print(summary(compared).line)
+        console.print(summary(compared).line)
     if compared and not brief:
         print()
-        for line in assumed_lines(compared, known):
+        for line in assumed_lines(compared, known, console.width):
             print(line)
     left = [row for row in known.rows if row.set_up is None]
     if left:

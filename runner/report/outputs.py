@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from runner.errors import UserError
+from runner.report.console import make_console
 from runner.report.plan_table import coverage_line
 from runner.report.segments import label_of
 from runner.report.table import policy_table, rank_bars, timeline_table
@@ -16,7 +17,7 @@ from runner.timeline import Timeline, write_timelines
 
 def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> None:
     """Print each Timeline's ranks, as a table and as bars on one scale, then the policies."""
-    console = Console(width=None if Console().is_terminal else 100)
+    console = make_console()
     scale = max((timeline.wall for timeline in timelines), default=0.0)
     for timeline in timelines:
         if tables:

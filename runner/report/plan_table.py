@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from runner.coverage import Coverage
 from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.kernels import Kernel
 from runner.jit.plan import MRanges, Plan, PlannedKernel
+from runner.report.console import make_console
 from runner.stalls import Stall
 
-_WIDTH = 100
 _SHOWN_RANGES = 6
 
 
@@ -39,7 +38,7 @@ class Machine:
 
 def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
     """Kernels per type, who shares them, and what compiling them costs."""
-    console = Console(width=_WIDTH)
+    console = make_console()
     console.print(_table(plan, machine.seconds_of))
     total = seconds_one_by_one(plan, machine.seconds_of)
     console.print(
@@ -93,7 +92,7 @@ def _groups(plan: Plan) -> dict[str, list[PlannedKernel]]:
 
 def print_coverage(covered: Coverage, plan: Plan) -> None:
     """What a policy compiles, and the M that would still stall a request."""
-    console = Console(width=_WIDTH)
+    console = make_console()
     planned = len(plan.kernels)
     extra = f", and {covered.superfluous} that nothing needs" if covered.superfluous else ""
     console.print(
@@ -126,7 +125,7 @@ def print_stalls(stalls: Sequence[Stall]) -> None:
         names = Counter(kernel.rpartition(" ")[0] for kernel in kernels)
         words = ", ".join(f"{count} {kind}" for kind, count in names.items())
         table.add_row(name, str(node), words)
-    console = Console(width=_WIDTH)
+    console = make_console()
     console.print()
     console.print(table)
 

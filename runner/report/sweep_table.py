@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from runner.report.console import make_console
+from runner.report.table import ReportTable
 from runner.sweep import Result, Sweep, reasons
 
 BEST = 20
@@ -22,13 +22,13 @@ _FIGURES = (
 
 def print_sweep(sweep: Sweep, *, show_all: bool) -> None:
     """Print the points, fastest first, the frontier marked, then why others were skipped."""
-    console = Console(width=None if Console().is_terminal else 100, highlight=False)
-    print(_title(sweep))
+    console = make_console(highlight=False)
+    console.print(_title(sweep), markup=False)
     if sweep.results:
         shown = list(sweep.results) if show_all else shown_results(sweep)
         console.print(sweep_table(sweep, shown))
         for line in _notes(sweep, len(sweep.results) - len(shown)):
-            print(line)
+            console.print(line, markup=False)
     for line in skipped_lines(sweep):
         print(line)
 
@@ -44,13 +44,13 @@ def shown_results(sweep: Sweep, best: int = BEST) -> list[Result]:
     return shown
 
 
-def sweep_table(sweep: Sweep, results: list[Result]) -> Table:
+def sweep_table(sweep: Sweep, results: list[Result]) -> ReportTable:
     """Tabulate points, one a row; those on the frontier have a ``*``.
 
     The percentage covered is rounded down, so that 100.0 is all.
     """
     # Gaps of one column: a policy's whole name and every axis then fit on 100.
-    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    table = ReportTable(box=box.SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=1, no_wrap=True)
     table.add_column("policy", no_wrap=True)
     for header in (*_AXES, *_FIGURES):

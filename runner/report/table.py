@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +32,71 @@ _CELLS = {
 }
 
 
-def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+class ReportTable(Table):
+    """A table that fits on narrow terminals and loses no letter there.
+
+    Columns that do not wrap keep their cells whole: columns move closer, then headers of these are
+    folded, the longest first, then the names in other columns.
+    """
+
+    _NAMES, _SHORTEST = 16, 4
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        before = [(column.width, column.no_wrap) for column in self.columns]
+        apart, at_edge = self.padding, self.pad_edge
+        self._fit(console, options)
+        rendered = [*super().__rich_console__(console, options)]
+        for column, (width, no_wrap) in zip(self.columns, before, strict=True):
+            column.width, column.no_wrap = width, no_wrap
+        self.padding, self.pad_edge = apart, at_edge
+        return iter(rendered)
+
+    def _fit(self, console: Console, options: ConsoleOptions) -> None:
+        """Give the columns widths, where they would otherwise be cut."""
+        cells = [_width_of(column.cells) for column in self.columns]
+        needed = [max(width, _width_of([column.header]))
+                  for width, column in zip(cells, self.columns, strict=True)]  # fmt: skip
+        whole = [column.no_wrap for column in self.columns]
+        least = [width if is_whole else min(width, self._NAMES)
+                 for width, is_whole in zip(needed, whole, strict=True)]  # fmt: skip
+        if self._frame(console, options, needed) + sum(least) <= options.max_width:
+            return
+        self.padding, self.pad_edge = (0, 0), False
+        over = self._frame(console, options, needed) + sum(least) - options.max_width
+        headers = {i: width for i, width in enumerate(cells) if whole[i]}
+        names = {i: self._SHORTEST for i in range(len(cells)) if not whole[i]}
+        for ends in (headers, names):
+            over = _narrow(least, ends, over)
+        for column, width in zip(self.columns, least, strict=True):
+            column.width, column.no_wrap, column.overflow = width, False, "fold"
+
+    def _frame(self, console: Console, options: ConsoleOptions, widths: Sequence[int]) -> int:
+        """Columns of the terminal beside those that cells need."""
+        for column, width in zip(self.columns, widths, strict=True):
+            column.width = width
+        wide = options.update(max_width=sum(widths) + 100 * len(widths))
+        found = self.__rich_measure__(console, wide).maximum - sum(widths)
+        for column in self.columns:
+            column.width = None
+        return found
+
+
+def _width_of(cells: Iterable[object]) -> int:
+    return max((cell_len(line) for cell in cells for line in str(cell).splitlines()), default=1)
+
+
+def _narrow(widths: list[int], ends: dict[int, int], over: int) -> int:
+    """Take ``over`` off ``widths``, each time off the widest above its end; what is left over."""
+    while over > 0:
+        wide = [i for i, end in ends.items() if widths[i] > max(end, 1)]
+        if not wide:
+            break
+        widths[max(wide, key=lambda i: widths[i])] -= 1
+        over -= 1
+    return over
+
+
+def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> ReportTable:
     """Make an empty table in the style of all reports.
 
     Args:
@@ -38,11 +104,13 @@ def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
         left: headers of the first columns, which hold names.
         right: headers of the columns after them, which hold numbers.
     """
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE, collapse_padding=True)
+    table = ReportTable(
+        title=Text(title), title_justify="left", box=box.SIMPLE, collapse_padding=True
+    )
     for header in left:
         table.add_column(header, overflow="fold")
     for header in right:
-        # Where the terminal is narrow, names wrap and numbers stay whole.
+        # Where the terminal is narrow, names and headers wrap and numbers stay whole.
         table.add_column(header, justify="right", no_wrap=True)
     return table
 
@@ -137,7 +205,7 @@ def rank_bars(timeline: Timeline, width: int = 60, scale_seconds: float | None =
         )
     step = scale / width
     digits = len(str(timeline.world_size - 1))
-    text = Text(no_wrap=True)
+    text = Text()
     for rank, spans in enumerate(spans_by_rank(timeline)):
         total = max((span.end for span in spans), default=0.0)
         kinds = _dominant_kinds(busy_segments(spans), total, step, width)

@@ -1,0 +1,134 @@
+"""Reports on narrow terminals and in pipes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.report.console import PIPED_WIDTH, make_console
+from runner.report.table import ReportTable, make_table
+from runner.timeline import write_timelines
+from runner.warmup import WarmupPolicy
+from tests.unit.measured_runs import another, measured
+from tests.unit.tiny_runs import scenario
+
+Capture = pytest.CaptureFixture[str]
+Shown = Callable[..., list[str]]
+HEADERS = ["measured\ns", "predicted\ns", "error", "duplicates", "predicted", "longest\nwait s"]
+NUMBERS = ["1234.5", "1.5", "-12.3 %", "123", "123456789", "7"]
+
+
+def table(name: str = "dsv4 43 layers, pp 4 tp 2, pp-parallel+full") -> ReportTable:
+    made = make_table("Runs", ["run"], HEADERS)
+    made.add_row(name, *NUMBERS)
+    return made
+
+
+def rendered(made: ReportTable, width: int) -> list[str]:
+    out = StringIO()
+    Console(width=width, file=out).print(made)
+    return out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", range(52, 110))
+def test_no_line_is_wider_and_no_letter_is_lost(width: int) -> None:
+    made = table()
+    lines = rendered(made, width)
+    assert max(map(len, lines)) <= width
+    text = "".join(lines)
+    assert "…" not in text
+    letters = sorted(
+        re.sub(
+            r"[\s─]",
+            "",
+            "Runs"
+            + "run"
+            + "".join(HEADERS)
+            + "dsv4 43 layers, pp 4 tp 2, pp-parallel+full"
+            + "".join(NUMBERS),
+        )
+    )
+    assert sorted(re.sub(r"[\s─]", "", text)) == letters
+    row = next(line for line in lines if "1234.5" in line)
+    assert all(number in row for number in NUMBERS)
+
+
+def test_where_all_fits_nothing_is_folded() -> None:
+    wide = rendered(table("short"), 100)
+    assert any("duplicates" in line for line in wide)
+    assert rendered(table("short"), 99) == [line[:-1] if len(line) == 100 else line
+                                            for line in wide]  # fmt: skip
+
+
+def test_a_table_can_be_shown_again_at_another_width() -> None:
+    made = table()
+    first = rendered(made, 100)
+    rendered(made, 60)
+    assert rendered(made, 100) == first
+
+
+def test_a_pipe_is_100_wide_and_a_terminal_as_wide_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert make_console().width == PIPED_WIDTH == 100
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert make_console().width == 80
+
+
+@pytest.fixture
+def shown(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """What a command prints on a terminal of 80 columns."""
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "80"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> list[str]:
+        assert run_guarded(cli, [*arguments], program="runner") == 0
+        return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+
+    return run
+
+
+def check(lines: list[str]) -> None:
+    assert lines and max(len(line.rstrip()) for line in lines) <= 80
+    assert not [line for line in lines if "…" in line]
+
+
+def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
+    lines = shown("sim", "--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1",
+                  "--max-tokens", "64", "--walk-max-m", "16", "--nccl-timeout", "5",
+                  "--no-run-ahead")  # fmt: skip
+    check(lines)
+    text = " ".join(line.strip() for line in lines)
+    assert re.search(r"none: the watchdog ends this run at \d+ s: rank \d waits for rank \d in "
+                     r"recv hidden_states while that does compile \w+; --nccl-timeout \d+ would "
+                     r"survive", text)  # fmt: skip
+    assert "leaves no kernel to compile in traffic" in text
+
+
+def test_judged_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
+    path = tmp_path / "runs.json"
+    write_timelines(path, [measured(scenario(policy, tp=2), another())
+                           for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED)])  # fmt: skip
+    check(shown("compare", "--hardware", "h200", str(path)))
+    lines = shown("calibrate", str(path), "-o", str(tmp_path / "x.json"))
+    check([line for line in lines if not line.startswith("wrote ")])
+
+
+def test_published_figures_fit(shown: Shown) -> None:
+    lines = shown("published")
+    # A command's words stay whole: they are to be copied.
+    check([line for line in lines if not line.startswith("      ")])
+
+
+def test_sweeps_fit(shown: Shown) -> None:
+    check(shown("sweep", "--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1",
+                "--max-tokens", "64", "--jobs", "1", "--pp", "1", "--tp", "1"))  # fmt: skip
