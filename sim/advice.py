@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +14,9 @@ from rich.text import Text
 from runner.report.outputs import print_bars
 from runner.report.table import make_table, phase_summary
 from runner.warmup import WarmupPolicy
+from sim.culprit import CollectiveTimeout
 from sim.simulate import Machine, Prediction
+from sim.sweep import cpu_seconds
 
 _WIDTH = 100
 
@@ -32,23 +35,39 @@ class Advice:
 
 
 def advise(predictions: Sequence[Prediction]) -> Advice:
-    """Of the policies that survive, those that leave the fewest stalls, and of these the fastest.
+    """Which policy to take.
 
-    ``prebuilt`` wants a step before the deployment, so it is only taken where nothing else is at
-    hand.
+    Of those that survive, the one whose start-up and stalls together take the least time, a stall
+    being a compile that traffic waits for. ``prebuilt`` wants a step before the deployment, so that
+    the best of the others is named as well.
     """
-    cold = [p for p in predictions if p.timeline.policy != WarmupPolicy.PREBUILT.value]
-    candidates = [p for p in cold or predictions if p.timeout is None] or list(predictions)
-    best = min(candidates, key=lambda p: (p.stalls, p.timeline.up))
-    quickest = min(candidates, key=lambda p: (p.timeline.up, p.stalls))
-    survives = "survives its longest wait, " if best.timeout is None else "no policy survives; "
-    words = f"{survives}leaves {_stalls(best)}"
-    if quickest is not best:
-        words += (
-            f"; {quickest.timeline.policy} is up after {quickest.timeline.up:.0f} s and leaves "
-            f"{_stalls(quickest)}"
+    alive = [p for p in predictions if p.timeout is None]
+    best = min(alive or predictions, key=_cost)
+    words = [f"up after {best.timeline.up:.0f} s", f"leaves {_stalls(best)}"]
+    if not alive:
+        words.insert(0, "no policy survives its longest wait: raise --nccl-timeout")
+    others = [p for p in alive if not _is_prebuilt(p)]
+    if _is_prebuilt(best) and others:
+        second = min(others, key=_cost)
+        words.append(
+            f"wants a cache that was built beforehand; without one take {second.timeline.policy}: "
+            f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
-    return Advice(best, words)
+    quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
+    if quickest is not best:
+        words.append(
+            f"{quickest.timeline.policy} is up sooner, after {quickest.timeline.up:.0f} s, but "
+            f"leaves {_stalls(quickest)}"
+        )
+    return Advice(best, "; ".join(words))
+
+
+def _cost(prediction: Prediction) -> tuple[float, float]:
+    return prediction.timeline.up + prediction.stall_seconds, prediction.timeline.up
+
+
+def _is_prebuilt(prediction: Prediction) -> bool:
+    return prediction.timeline.policy == WarmupPolicy.PREBUILT.value
 
 
 def _stalls(prediction: Prediction) -> str:
@@ -73,7 +92,7 @@ def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, ba
         _print_death(prediction)
     if len(predictions) > 1:
         advice = advise(predictions)
-        console.print(f"take {advice.prediction.timeline.policy}: it {advice.reason}")
+        console.print(f"take {advice.prediction.timeline.policy}: {advice.reason}")
 
 
 def _print_title(prediction: Prediction, machine: Machine) -> None:
@@ -85,10 +104,15 @@ def _print_title(prediction: Prediction, machine: Machine) -> None:
     print(
         f"{meta['model']}, {meta['layers']} layers: {replicas}pp {meta['pp']} x tp {meta['tp']} on "
         f"{meta['nodes']} node(s), {machine.profile.name}{estimate}, "
-        f"{meta['cores_per_node']} cores a node\n"
+        f"{meta['cores_per_node']} cores {_cores_of(meta)}\n"
         f"cold caches; first request {sizes[0]}, then {','.join(map(str, sizes[1:])) or 'none'}\n"
         f"before the warm-up: {phases}\n"
     )
+
+
+def _cores_of(meta: dict[str, Any]) -> str:
+    shared = meta["nodes"] // meta["hosts"]
+    return "a node" if shared == 1 else f"for each {shared} nodes"
 
 
 def advice_table(predictions: Sequence[Prediction]) -> Table:
@@ -104,11 +128,11 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
         timeline, lost = prediction.timeline, prediction.timeout
         table.add_row(
             Text(timeline.policy),
-            f"{timeline.up:.1f}",
-            f"{timeline.wall:.1f}",
+            _reached(timeline.up, lost),
+            _reached(timeline.wall, lost),
             str(timeline.kernels_compiled),
             str(timeline.duplicates),
-            f"{timeline.compile_seconds:.0f}",
+            f"{cpu_seconds(timeline, timeline.meta['cores_per_node']):.0f}",
             f"{_covered(prediction):.0%}",
             str(prediction.stalls),
             f"{prediction.stall_seconds:.0f}",
@@ -116,6 +140,11 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
             "-" if lost is None else f"{lost.time:.0f}",
         )
     return table
+
+
+def _reached(seconds: float, lost: CollectiveTimeout | None) -> str:
+    """A time, in brackets where the run dies before."""
+    return f"({seconds:.1f})" if lost is not None and lost.time < seconds else f"{seconds:.1f}"
 
 
 def _covered(prediction: Prediction) -> float:

@@ -24,6 +24,7 @@ from itertools import count
 from runner.jit.kernels import Kernel
 from runner.schedule import (
     EXCHANGE,
+    OF_HOSTS,
     Capture,
     Collective,
     KernelWork,
@@ -35,7 +36,7 @@ from runner.stalls import STALLS_AFTER
 from runner.timeline import Span
 from sim.cores import Cores
 from sim.costs import CostModel
-from sim.culprit import CollectiveTimeout, with_culprit
+from sim.culprit import WORK, CollectiveTimeout, with_culprit
 from sim.locks import Locks
 from sim.program import FirstUse, Instruction, Run, WalkRun, used_before
 
@@ -48,7 +49,8 @@ class Outcome:
         spans: raw spans (see :func:`runner.timeline.merge`).
         timeout: the wait that would have ended the run, if any.
         disks: kernels that each node's disk holds in the end.
-        longest_wait: seconds of the longest wait of any rank in a communication.
+        longest_wait: seconds of the longest wait of any rank in a communication that ``timeout``
+            is for.
         ends: when each rank was done.
         up: kernels on each node's disk when the server is up.
     """
@@ -72,6 +74,7 @@ class _Queued:
     work: Run | Collective | Send | Recv
     at: float
     key: str = ""
+    host_waits: bool = False
     arrived: float | None = None
     end: float | None = None
 
@@ -89,6 +92,7 @@ class _Rank:
     waiting_in: str = ""
     done: bool = False
     spans: list[Span] = field(default_factory=list)
+    runs_ahead: bool = False
     computing_since: float | None = None
     communicated: float = 0.0
     sequence: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -100,10 +104,14 @@ class _Rank:
         self.computing_since = None
 
     def wait_for_device(self) -> None:
-        """Go on when the GPU is done; what it communicated after the host's work is none."""
-        if self.computing_since is not None and self.communicated > self.clock:
+        """Go on when the GPU is done; what it communicated after the host's work is a wait."""
+        if self.communicated > self.clock:
+            computed = self.computing_since is not None
             self.close_compute()
-            self.computing_since = self.communicated
+            if self.runs_ahead:
+                self.note(self.clock, self.communicated, "wait", "GPU")
+            self.clock = self.communicated
+            self.computing_since = self.communicated if computed else None
         self.clock = max(self.clock, self.device)
 
     def note(self, start: float, end: float, kind: str, name: str, key: str = "") -> None:
@@ -123,7 +131,9 @@ class Engine:
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses; what compiles at a time cost is in ``costs``.
         host_of: machine of each node, where several share one's cores; by default each has its own.
-        timeout: longest wait of a rank in a collective or receive, in seconds; None is no limit.
+        timeout: longest wait of a rank in a communication, in seconds; None is no limit.
+        host_timeout: the same of what hosts do among themselves where they run ahead: receiving
+            from another stage, exchanging kernels.
         cached: kernels that every node's disk holds from the start.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
@@ -138,13 +148,15 @@ class Engine:
         cores_per_node: int,
         host_of: Sequence[int] | None = None,
         timeout: float | None = None,
+        host_timeout: float | None = None,
         cached: frozenset[Kernel] = frozenset(),
         run_ahead: bool = False,
         start: float = 0.0,
     ) -> None:
-        self._costs, self._timeout, self._run_ahead = costs, timeout, run_ahead
+        self._costs, self._run_ahead = costs, run_ahead
+        self._timeout, self._host_timeout = timeout, host_timeout
         self._ranks = [
-            _Rank(index, program, node_of[index], start, start)
+            _Rank(index, program, node_of[index], start, start, runs_ahead=run_ahead)
             for index, program in enumerate(programs)
         ]
         nodes = set(node_of)
@@ -160,7 +172,8 @@ class Engine:
         self._sent: dict[str, tuple[float, float]] = {}
         self._receivers: dict[str, _Rank] = {}
         self._timeouts: list[CollectiveTimeout] = []
-        self._longest_wait = 0.0
+        self._longest_waits = {False: 0.0, True: 0.0}
+        self._communication: list[Span] = []
         self._cached = cached
         self._exchanged: set[int] = set()
 
@@ -183,7 +196,7 @@ class Engine:
         disks = {node: frozenset(disk) for node, disk in self._disk.items()}
         ends = tuple(rank.clock for rank in self._ranks)
         lost = self._first_timeout(spans)
-        return Outcome(spans, lost, disks, self._longest_wait, ends, self._up())
+        return Outcome(spans, lost, disks, self._longest_waits[False], ends, self._up())
 
     def _up(self) -> dict[int, frozenset[Kernel]]:
         """What each node has once its ranks have done what comes before further requests."""
@@ -243,6 +256,8 @@ class Engine:
         """Whether the GPU is done; if not, the host goes on at the same place once it is."""
         if rank.queue:
             rank.waits_for_device = True
+            if not any(item.host_waits for item in rank.queue):
+                rank.close_compute()
             return False
         rank.wait_for_device()
         return True
@@ -267,7 +282,8 @@ class Engine:
 
     def _kernels(self, rank: _Rank, item: Instruction) -> bool:
         """Start what concerns the node's disk and cores, as an event; the host waits for it."""
-        if isinstance(item, KernelWork) and not self._synchronised(rank):
+        # A walk's calls queue behind what the GPU has to do, and a walk ends with the GPU done.
+        if isinstance(item, KernelWork | WalkRun) and not self._synchronised(rank):
             return False
         rank.close_compute()
         if isinstance(item, FirstUse):
@@ -374,11 +390,12 @@ class Engine:
 
     def _communicate(self, rank: _Rank, op: Collective | Send | Recv) -> bool:
         """Queue it; False where the host waits for it."""
-        waits = not self._run_ahead or isinstance(op, Recv) or op.name == EXCHANGE
+        waits = not self._run_ahead or isinstance(op, Recv) or op.name in OF_HOSTS
         if waits and not self._synchronised(rank):
             return False
         rank.close_compute()
-        rank.queue.append(_Queued(op, rank.clock, rank.next_key(_where(rank.index, op))))
+        key = rank.next_key(_where(rank.index, op))
+        rank.queue.append(_Queued(op, rank.clock, key, host_waits=waits))
         rank.at += 1
         self._work_off([rank])
         return self._synchronised(rank) if waits else True
@@ -428,8 +445,8 @@ class Engine:
         if op.name == EXCHANGE:
             self._share_disks(op.group)
         for member, one in arrivals:
-            self._check_wait(member.index, one.at, last.index, _arrived(its), op.name)
-            member.note(_arrived(one), end, "comm", op.name, item.key)
+            self._check_wait(member, one, last.index, _arrived(its))
+            self._note(member, one, end)
             one.end = end
             if member is not rank:
                 todo.append(member)
@@ -446,8 +463,8 @@ class Engine:
         """A send does not wait for its receiver."""
         at = _arrived(item)
         self._sent[item.key] = (at, at + self._costs.transfer_seconds(op.bytes))
-        rank.note(at, at, "comm", f"send {op.name}", item.key)
         item.end = at
+        self._note(rank, item, at)
         if item.key in self._receivers:
             todo.append(self._receivers[item.key])
 
@@ -456,25 +473,38 @@ class Engine:
         self._receivers.pop(item.key, None)
         arrived = _arrived(item)
         item.end = max(arrived, there)
-        if not self._run_ahead:
-            # A server learns over gloo what it will receive, and waits there, with a longer limit.
-            self._check_wait(rank.index, item.at, op.peer, sent, f"recv {op.name}")
-        rank.note(arrived, item.end, "comm", f"recv {op.name}", item.key)
+        self._check_wait(rank, item, op.peer, sent)
+        self._note(rank, item, item.end)
 
-    def _check_wait(self, rank: int, since: float, last: int, arrival: float, name: str) -> None:
-        waited = arrival - since
-        self._longest_wait = max(self._longest_wait, waited)
-        if self._timeout is not None and waited > self._timeout:
-            self._timeouts.append(
-                CollectiveTimeout(since + self._timeout, rank, name, last, "", waited)
+    def _note(self, rank: _Rank, item: _Queued, end: float) -> None:
+        """Communication, on the rank's own time line only where its host has to wait for it."""
+        assert not isinstance(item.work, Run)
+        span = Span(rank.index, _arrived(item), end, "comm", _name(item.work), item.key)
+        self._communication.append(span)
+        if item.host_waits or isinstance(item.work, Send):
+            rank.spans.append(span)
+
+    def _check_wait(self, rank: _Rank, item: _Queued, last: int, arrival: float) -> None:
+        """Hold a wait against its limit: of the GPU's communication, or of hosts that talk."""
+        of_hosts = self._run_ahead and item.host_waits
+        limit = self._host_timeout if of_hosts else self._timeout
+        waited = arrival - item.at
+        self._longest_waits[of_hosts] = max(self._longest_waits[of_hosts], waited)
+        if limit is not None and waited > limit:
+            assert not isinstance(item.work, Run)
+            lost = CollectiveTimeout(
+                item.at + limit, rank.index, _name(item.work), last, "", waited, of_hosts
             )
+            self._timeouts.append(lost)
 
     def _first_timeout(self, spans: list[Span]) -> CollectiveTimeout | None:
         """The time-out that ends the run, with what the whole run would have needed."""
         if not self._timeouts:
             return None
         first = min(self._timeouts, key=lambda timeout: timeout.time)
-        return with_culprit(replace(first, needed=self._longest_wait), spans)
+        needed = self._longest_waits[first.of_hosts]
+        busy = [span for span in spans if span.kind in WORK]
+        return with_culprit(replace(first, needed=needed), [*busy, *self._communication])
 
 
 def _arrived(item: _Queued) -> float:
@@ -487,6 +517,11 @@ def _where(rank: int, op: Collective | Send | Recv) -> str:
     if isinstance(op, Collective):
         return ",".join(map(str, op.group))
     return f"{rank}>{op.peer}" if isinstance(op, Send) else f"{op.peer}>{rank}"
+
+
+def _name(op: Collective | Send | Recv) -> str:
+    prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
+    return f"{prefix}{op.name}"
 
 
 def _waiting_in(op: Collective | Send | Recv) -> str:
