@@ -17,7 +17,7 @@ for _helper in ("build_machine", "cache_cli", "kept_cache"):
 
 
 def pytest_configure() -> None:
-    """A shell starts background jobs with interrupts ignored, and what we start would inherit it."""
+    """A shell has background jobs ignore interrupts, and what we start would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
