@@ -45,7 +45,7 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
     best = min(alive or predictions, key=_cost)
     words = [f"up after {best.timeline.up:.0f} s", f"leaves {_stalls(best)}"]
     if not alive:
-        words.insert(0, "no policy survives its longest wait: raise --nccl-timeout")
+        words.insert(0, f"no policy survives its longest wait{_remedy(best)}")
     others = [p for p in alive if not _is_prebuilt(p)]
     if _is_prebuilt(best) and others:
         second = min(others, key=_cost)
@@ -54,12 +54,17 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
             f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
     quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
-    if quickest is not best:
+    if quickest.timeline.up < best.timeline.up:
         words.append(
             f"{quickest.timeline.policy} is up sooner, after {quickest.timeline.up:.0f} s, but "
             f"leaves {_stalls(quickest)}"
         )
     return Advice(best, "; ".join(words))
+
+
+def _remedy(prediction: Prediction) -> str:
+    lost = prediction.timeout
+    return "" if lost is None or lost.of_hosts else ": raise --nccl-timeout"
 
 
 def _cost(prediction: Prediction) -> tuple[float, float]:
@@ -155,9 +160,16 @@ def _covered(prediction: Prediction) -> float:
 
 def _print_death(prediction: Prediction) -> None:
     lost = prediction.timeout
-    if lost is not None:
-        print(
-            f"{prediction.timeline.policy}: the watchdog ends this run at {lost.time:.0f} s: "
-            f"rank {lost.rank} waits for rank {lost.waiting_for} in {lost.operation} while "
-            f"that does {lost.busy_with}; --nccl-timeout {ceil(lost.needed)} would survive"
-        )
+    if lost is None:
+        return
+    # Hosts that talk to each other have a limit that no option sets.
+    who, remedy = (
+        ("its hosts' limit ends", f"its hosts would have to wait {ceil(lost.needed)} s")
+        if lost.of_hosts
+        else ("the watchdog ends", f"--nccl-timeout {ceil(lost.needed)} would survive")
+    )
+    print(
+        f"{prediction.timeline.policy}: {who} this run at {lost.time:.0f} s: rank {lost.rank} "
+        f"waits for rank {lost.waiting_for} in {lost.operation} while that does "
+        f"{lost.busy_with}; {remedy}"
+    )

@@ -92,7 +92,6 @@ class _Rank:
     waiting_in: str = ""
     done: bool = False
     spans: list[Span] = field(default_factory=list)
-    runs_ahead: bool = False
     computing_since: float | None = None
     communicated: float = 0.0
     sequence: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -108,8 +107,7 @@ class _Rank:
         if self.communicated > self.clock:
             computed = self.computing_since is not None
             self.close_compute()
-            if self.runs_ahead:
-                self.note(self.clock, self.communicated, "wait", "GPU")
+            self.note(self.clock, self.communicated, "wait", "GPU")
             self.clock = self.communicated
             self.computing_since = self.communicated if computed else None
         self.clock = max(self.clock, self.device)
@@ -156,7 +154,7 @@ class Engine:
         self._costs, self._run_ahead = costs, run_ahead
         self._timeout, self._host_timeout = timeout, host_timeout
         self._ranks = [
-            _Rank(index, program, node_of[index], start, start, runs_ahead=run_ahead)
+            _Rank(index, program, node_of[index], start, start)
             for index, program in enumerate(programs)
         ]
         nodes = set(node_of)
@@ -256,8 +254,6 @@ class Engine:
         """Whether the GPU is done; if not, the host goes on at the same place once it is."""
         if rank.queue:
             rank.waits_for_device = True
-            if not any(item.host_waits for item in rank.queue):
-                rank.close_compute()
             return False
         rank.wait_for_device()
         return True
@@ -431,7 +427,12 @@ class Engine:
         if item.end is None:
             rank.waiting_in = _waiting_in(work)
             return False
-        rank.device = rank.communicated = item.end
+        rank.device = item.end
+        if item.host_waits:
+            # Nothing else is queued then, and the span of the communication is the host's wait.
+            rank.clock = item.end
+        else:
+            rank.communicated = item.end
         return True
 
     def _arrive(self, rank: _Rank, item: _Queued, op: Collective, todo: deque[_Rank]) -> None:
