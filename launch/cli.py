@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_flag=True,
     help="First time a reference compile here, so that runs at other times can be compared.",
 )
-@click.option("--probed", type=float, hidden=True)
+@click.option("--probed", type=SECONDS, hidden=True)
 @click.option(
     "--logits",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -149,6 +149,11 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         assert scenario.requests, "a scenario without requests measures nothing"
     if options.num_sms < 2 or options.num_sms % 2:
         raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
+    if options.nccl_timeout is not None and options.nccl_timeout < 1:
+        raise UserError(
+            f"--nccl-timeout {options.nccl_timeout:g} must be at least 1: ranks need some time to "
+            "connect"
+        )
     if str(options.timeline) == "-":
         raise UserError("--timeline needs a file: a launch prints its progress")
     single = {"--logits": options.logits, "--schedule": options.schedule}

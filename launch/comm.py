@@ -10,6 +10,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from launch.watchdog import CommunicationTimeoutError
 from runner.backend.shapes import NoComm
 from runner.backend.tensor import TensorSpec
 from runner.config.parallel import ParallelConfig
@@ -43,6 +44,9 @@ def make_groups(parallel: ParallelConfig, limit: float) -> Groups:
     Args:
         parallel: the layout.
         limit: seconds that a communication may wait.
+
+    Raises:
+        CommunicationTimeoutError: ranks did not connect within ``limit``.
     """
     wanted: dict[tuple[int, ...], None] = {}
     for rank in range(parallel.world_size):
@@ -50,9 +54,14 @@ def make_groups(parallel: ParallelConfig, limit: float) -> Groups:
             if len(group) > 1:
                 wanted[group] = None
     timeout = timedelta(seconds=limit)
-    made = {group: dist.new_group(list(group), timeout=timeout) for group in wanted}
-    pairs = dist.new_group(timeout=timeout)
-    everyone = dist.new_group(timeout=timeout, backend="gloo")
+    try:
+        made = {group: dist.new_group(list(group), timeout=timeout) for group in wanted}
+        pairs = dist.new_group(timeout=timeout)
+        everyone = dist.new_group(timeout=timeout, backend="gloo")
+    except dist.DistStoreError:
+        raise CommunicationTimeoutError(
+            f"the ranks did not connect within {limit:g} s, the limit of --nccl-timeout"
+        ) from None
     assert pairs is not None and everyone is not None
     return Groups(made, pairs, everyone)
 

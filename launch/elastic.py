@@ -9,10 +9,16 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from runner.cli.guard import WorkFailedError
+
+_SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
+"""Signals that torch ends the ranks for, as if by its own. Without SIGINT among them an
+interruption is Python's usual one, and the ranks get a SIGTERM, which ends them wherever they wait
+and without a word."""
 
 _OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -21,12 +27,17 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     """Run ``python -m launch ARGUMENTS`` on ``num_ranks`` local ranks and wait for them.
 
     Raises:
-        WorkFailedError: the first rank that failed, with its own words.
+        WorkFailedError: the first rank that failed, with its own words, or a signal that ends us.
+        KeyboardInterrupt: interrupted; the ranks are gone by then.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [*logging.root.manager.loggerDict]:
+        # Each of them has a level of its own.
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # An outer torchrun's variables describe its one worker, not our ranks.
     for name in [*_OUTER, *(n for n in os.environ if n.startswith("TORCHELASTIC_"))]:
         os.environ.pop(name, None)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -37,12 +48,17 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    if hasattr(config, "signals_to_handle"):
+        # Newer versions of torch write the variable anew from here.
+        config.signals_to_handle = _SIGNALS
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launch", *arguments)
     except ChildFailedError as error:
         rank, failure = _cause(error)
         code = 2 if failure.exitcode == 2 else 1
         raise WorkFailedError(_describe(rank, failure), code) from None
+    except SignalException as end:
+        raise WorkFailedError(f"ended by {end.sigval.name}", 128 + end.sigval) from None
 
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")

@@ -8,6 +8,7 @@ from pathlib import Path
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
+from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
@@ -88,7 +89,13 @@ class LaunchOptions:
         )
 
     def parallel(self, environ: Environ) -> ParallelConfig:
-        """The layout; nodes are those that torchrun uses, or the virtual ones if they are more."""
+        """The layout; nodes are those that torchrun uses, or the virtual ones if they are more.
+
+        Raises:
+            UserError: degrees that contradict each other, or no node.
+        """
+        if self.virtual_nodes < 1:
+            raise UserError(f"--virtual-nodes {self.virtual_nodes} must be at least 1")
         world_size = environ.world_size or 1
         real_nodes = world_size // (environ.local_world_size or world_size)
         return ParallelConfig(

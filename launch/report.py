@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from launch.gather import RunResult
 from launch.options import LaunchOptions
-from runner.files import write_text
+from runner.files import write_json
 from runner.report.outputs import print_timelines, write_reports
 from runner.timeline import write_timelines
 
@@ -21,7 +20,7 @@ def finish(options: LaunchOptions, outcome: RunResult, result: Path | None) -> N
         result: where the process that started the ranks wants the Timeline.
     """
     if options.schedule is not None:
-        write_text(options.schedule, json.dumps(outcome.schedule.to_json()))
+        write_json(options.schedule, outcome.schedule.to_json())
     if result is not None:
         write_timelines(result, [outcome.timeline])
         return

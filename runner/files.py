@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from runner.errors import UserError
 
@@ -20,3 +22,18 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
+    """Write plain data as :func:`write_text` does, on one line unless ``indent`` is given.
+
+    Raises:
+        UserError: the file cannot be written, or a number is not finite, which JSON has no word
+            for.
+    """
+    separators = (",", ":") if indent is None else None
+    try:
+        text = json.dumps(data, indent=indent, separators=separators, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    write_text(path, text)

@@ -75,6 +75,10 @@ class Scenario:
         assert self.deployment, "made here so that bad values are told before a run"
         if min(self.stream or (1,)) < 1:
             raise UserError(f"token counts {_listed(self.stream)} must all be at least 1")
+        step = self.parallel.attn_cp
+        if any(size % step for size in self.warmup.graph_batch_sizes):
+            sizes = _listed(self.warmup.graph_batch_sizes)
+            raise UserError(f"graph batch sizes {sizes} must all be multiples of attn_cp={step}")
         largest = max(request.tokens for request in self.requests)
         if self.warmup.policy in PLANNING_POLICIES and largest > self.max_tokens:
             what = "batch size" if self.stream is None else "token count"

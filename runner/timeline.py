@@ -6,11 +6,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 
 FIRST_REQUEST = "first request"
 """Phase after which a server is up."""
@@ -179,7 +180,7 @@ class Timeline:
         """Rebuild a Timeline from :meth:`to_json`'s data.
 
         Raises:
-            KeyError, TypeError, ValueError: not such data.
+            KeyError, TypeError, ValueError, OverflowError: not such data.
         """
         timeline = cls(
             policy=str(data["policy"]),
@@ -194,6 +195,10 @@ class Timeline:
         for span in timeline.spans:
             if not 0 <= span.rank < timeline.world_size or span.kind not in KINDS:
                 raise ValueError(f"no such span in {timeline.world_size} ranks: {span}")
+            if not (isfinite(span.start) and isfinite(span.end)):
+                raise ValueError(f"a span of no finite time: {span}")
+            if not (isinstance(span.name, str) and isinstance(span.key, str)):
+                raise ValueError(f"a span of no name: {span}")
             if span.end < span.start:
                 raise ValueError(f"a span ends before it starts: {span}")
         return timeline
@@ -257,7 +262,7 @@ _JOIN_GAP = 1e-3
 def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     """Write one or more Timelines to a JSON file (``-`` is standard output)."""
     data = {"timelines": [timeline.to_json() for timeline in timelines]}
-    write_text(path, json.dumps(data, separators=(",", ":")))
+    write_json(path, data)
 
 
 def read_timelines(path: Path) -> list[Timeline]:
@@ -271,5 +276,5 @@ def read_timelines(path: Path) -> list[Timeline]:
         return [Timeline.from_json(item) for item in data["timelines"]]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not a Timeline file: {error!r}") from None

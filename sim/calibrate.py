@@ -21,6 +21,7 @@ from sim.judge import Judged, judge
 from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
 from sim.samples import CompileSample, RankSample, Samples, take_samples
 from sim.start_up import largest_rank_bytes
+from sim.told import told_by
 
 _MOST_CONTENTION = 4.0
 _GPU_BOUND = 2.0
@@ -67,7 +68,7 @@ def fit_profile(
         UserError: a Timeline that does not say what it was of.
     """
     fitted: list[Fitted] = []
-    base = replace(base, probe=_probe(measured, base.probe))
+    base = replace(base, probe=_probe(measured, base.probe, models))
     # What the GPU takes tells the host's part apart, so its rates come first.
     before = [take_samples(timeline, base, models) for timeline in measured]
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
@@ -91,9 +92,10 @@ def fit_profile(
     return Calibration(profile, tuple(fitted))
 
 
-def _probe(measured: Sequence[Timeline], known: float) -> float:
+def _probe(measured: Sequence[Timeline], known: float, models: Mapping[str, ModelConfig]) -> float:
     """The reference kernel's seconds: the runs' middle, which their times are brought to."""
-    seen = [t.meta["machine"]["probe"] for t in measured if t.meta["machine"].get("probe")]
+    told = [told_by(timeline, models).machine.probe for timeline in measured]
+    seen = [seconds for seconds in told if seconds is not None]
     return round(exp(fmean(map(log, seen))), 4) if seen else known
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from runner.bf16_fp32 import Bf16Fp32Algo
-from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
-from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from sim.profile import Profile
 from sim.simulate import Machine, Prediction, simulate
 from sim.start_up import PHASES, StartPhases, Weights
+from sim.told import told_by
 
 _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
 
@@ -52,61 +47,31 @@ def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS)
     Raises:
         UserError: the Timeline does not say, or its model is neither there nor a preset.
     """
-    meta = timeline.meta
-    with _told_by(timeline):
-        name = meta["model"]
-        model = models[name] if name in models else load_model(name)
-        model = with_layers(model, meta["layers"])
-        return Scenario(
-            model=model,
-            parallel=_parallel(meta),
-            warmup=WarmupOptions(
-                policy=WarmupPolicy(timeline.policy),
-                batch_sizes=tuple(meta["batch_sizes"]),
-                disaggregation=DisaggregationMode(meta["disaggregation"]),
-                speculative=meta["speculative"],
-                graph_batch_sizes=tuple(meta["graph_batch_sizes"]),
-                walk_max_m=meta["walk_max_m"],
-                compile_lock=meta["compile_lock"],
-            ),
-            num_sms=meta["num_sms"],
-            prompt_len=meta["prompt_len"],
-            bf16_fp32_algo=Bf16Fp32Algo(meta["bf16_fp32_algo"]),
-            max_tokens=meta["max_tokens"],
-            stream=None if meta["stream"] is None else tuple(meta["stream"]),
-            walk_memory=meta["walk_memory"],
-        )
+    return told_by(timeline, models).scenario
 
 
-def _parallel(meta: dict[str, Any]) -> ParallelConfig:
-    sizes = meta["stage_layers"]
-    return ParallelConfig(
-        pp=meta["pp"], tp=meta["tp"], ep=meta["ep"], attn_cp=meta["attn_cp"],
-        replicas=meta["replicas"], nodes=meta["nodes"],
-        stage_layers=None if sizes is None else tuple(sizes),
-    )  # fmt: skip
-
-
-def machine_of(timeline: Timeline, profile: Profile) -> Machine:
-    """The machine that a run was on, with a profile's costs.
+def machine_of(
+    timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
+) -> Machine:
+    """The machine that a run was on, with a profile's costs; ``models``: see :func:`scenario_of`.
 
     Raises:
         UserError: the Timeline does not say, or the profile lacks its link.
     """
-    meta = timeline.meta
-    with _told_by(timeline):
-        return Machine(
-            profile=profile,
-            host_factor=host_factor(timeline, profile),
-            cores_per_node=meta["machine"]["cores"],
-            hosts=meta["hosts"],
-            link=_link_of(meta["link"], profile),
-            ranks_per_gpu=meta["ranks_per_gpu"],
-            nccl_timeout=float("inf"),
-            # The driver waits for each communication, to measure it.
-            run_ahead=False,
-            start=StartPhases(PHASES, Weights.DUMMY),
-        )
+    machine = told_by(timeline, models).machine
+    return Machine(
+        profile=profile,
+        # How slow the machine was just before the run, against the profile; 1 where nobody looked.
+        host_factor=1.0 if machine.probe is None else machine.probe / profile.probe,
+        cores_per_node=machine.cores,
+        hosts=machine.hosts,
+        link=_link_of(machine.link, profile),
+        ranks_per_gpu=machine.ranks_per_gpu,
+        nccl_timeout=float("inf"),
+        # The driver waits for each communication, to measure it.
+        run_ahead=False,
+        start=StartPhases(PHASES, Weights.DUMMY),
+    )
 
 
 def _link_of(name: str, profile: Profile) -> str:
@@ -116,28 +81,6 @@ def _link_of(name: str, profile: Profile) -> str:
     if link not in profile.links:
         raise UserError(f"profile {profile.name} has no link {link!r}, which {name} is")
     return link
-
-
-@contextmanager
-def _told_by(timeline: Timeline) -> Iterator[None]:
-    """What a Timeline does not tell, or tells in another form, is an error that names it."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(
-            f"a Timeline of {timeline.policy} does not tell its {error}: it was written by an "
-            "older version, measure it again"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"a Timeline of {timeline.policy} tells of no run that is known here: {error}"
-        ) from None
-
-
-def host_factor(timeline: Timeline, profile: Profile) -> float:
-    """How slow the machine was just before the run, against the profile; 1 where nobody looked."""
-    seen: float | None = timeline.meta["machine"].get("probe")
-    return 1.0 if seen is None else seen / profile.probe
 
 
 @dataclass(frozen=True)
@@ -188,7 +131,7 @@ def judge(
     """
     judged = []
     for timeline in measured:
-        prediction = simulate(scenario_of(timeline, models), machine_of(timeline, profile))
+        prediction = simulate(scenario_of(timeline, models), machine_of(timeline, profile, models))
         judged.append(Judged(timeline, prediction))
     return judged
 

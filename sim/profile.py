@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 
 
 @dataclass(frozen=True)
@@ -321,4 +321,4 @@ def load_profile(name_or_path: str) -> Profile:
 
 def write_profile(path: Path, profile: Profile) -> None:
     """Write a profile where :func:`load_profile` can read it."""
-    write_text(path, json.dumps(profile.to_json(), indent=1))
+    write_json(path, profile.to_json(), indent=1)

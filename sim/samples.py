@@ -13,10 +13,11 @@ from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
 from runner.warmup import WarmupPolicy
-from sim.judge import machine_of, scenario_of
+from sim.judge import machine_of
 from sim.profile import Profile
 from sim.profile_costs import ProfileCosts
 from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program
+from sim.told import told_by
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class RankSample:
     """Sums of one rank: what it did, and what that took.
 
     Attributes:
-        runs: (host operations, GPU seconds) of each stretch without other ranks, in order.
+        runs: (host operations, GPU seconds) of each stretch without other ranks, in order; empty
+            where they were not a GPU's work.
         compute: seconds measured in them.
         moved: bytes that its all-reduces move on a ring, and that it receives.
         gathered: bytes of its other collectives.
@@ -87,7 +89,8 @@ def take_samples(
 ) -> Samples:
     """Read one measured run, its seconds as if the host had been as fast as the profile's.
 
-    What a walk takes is left as it is: the GPU may be what it waits for.
+    What a walk takes is left as it is: the GPU may be what it waits for. Runs whose forwards are
+    not a GPU's work tell nothing of one, nor of the host beside it.
 
     Args:
         timeline: the run.
@@ -97,9 +100,10 @@ def take_samples(
     Raises:
         UserError: the Timeline does not say what it was of.
     """
-    scenario = scenario_of(timeline, models)
+    told = told_by(timeline, models)
+    scenario = told.scenario
     schedule = record(scenario)
-    machine = machine_of(timeline, profile)
+    machine = machine_of(timeline, profile, models)
     cores = machine.cores_per_node or 1
     costs = ProfileCosts(profile, profile.links[machine.link], cores, machine.ranks_per_gpu)
     programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
@@ -112,6 +116,10 @@ def take_samples(
     _take_loads(samples, programs)
     for rank, program in enumerate(programs):
         samples.ranks.append(_rank_sample(timeline, rank, program, costs.host_call))
+    if not told.on_gpu:
+        # A walk launches nothing there, and a host does the work itself or none.
+        samples.walks.clear()
+        samples.ranks = [replace(one, runs=()) for one in samples.ranks]
     return _normalised(samples, 1 / machine.host_factor)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from runner.cli.deployment import Planned, find_target
 from runner.cli.guard import WorkFailedError
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.jit.check import FirstM, differences, planned_first_m
 from runner.jit.compiler import find_nvcc
 from runner.jit.describe import config_of_source, name_of_source
@@ -53,7 +52,7 @@ def ask_library(
         first[at] = min(kernel.m, first.get(at, kernel.m))
         sources[kernel.key] = kernel.source
     if json_path is not None:
-        write_text(json_path, json.dumps(_as_json(result, first, sources), indent=1))
+        write_json(json_path, _as_json(result, first, sources), indent=1)
     calls = sum(len(demand.ms) for demand in result.plan.demands)
     if str(json_path) != "-":
         print(result.title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ from runner.cli.deployment import find_target, target_options
 from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.jit.cache import KernelCache
 from runner.jit.describe import config_of_source, in_words
 from runner.jit.keys import CacheKeys
@@ -70,7 +69,7 @@ def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
     plan = read_plan_file(plan_path) if plan_path else None
     rows = sorted((_row(path, manifest, plan) for path in found.entries()), key=_order)
     if json_path is not None:
-        write_text(json_path, json.dumps({"version": 1, "kernels": rows}, indent=1))
+        write_json(json_path, {"version": 1, "kernels": rows}, indent=1)
     if str(json_path) == "-":
         return
     for row in rows:

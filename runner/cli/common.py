@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isnan
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,23 +80,27 @@ def serving_options(function: F) -> F:
     )(function)  # fmt: skip
 
 
-class Seconds(click.FloatRange):
-    """A duration above 0, at most some months; not NaN, which no comparison would ever stop."""
+class Positive(click.FloatRange):
+    """A finite number above 0; NaN, which every comparison would let through, is none."""
 
-    def __init__(self) -> None:
-        super().__init__(min=0, min_open=True, max=1e7)
+    def __init__(self, most: float) -> None:
+        super().__init__(min=0, min_open=True, max=most)
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """The number."""
-        seconds = float(super().convert(value, param, ctx))
-        if isnan(seconds):
-            self.fail(f"{value!r} is not a number of seconds", param, ctx)
-        return seconds
+        number = float(super().convert(value, param, ctx))
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
-SECONDS = Seconds()
+SECONDS = Positive(1e7)
+"""A duration, at most some months."""
+
+GIBIBYTES = Positive(1e6)
+FACTOR = Positive(100)
 
 
 def batch_sizes_option(function: F) -> F:
@@ -138,7 +142,7 @@ def warmup_options(function: F) -> F:
                      help="Batch sizes that a CUDA graph of DECODE is captured for."),
         click.option("--walk-max-m", type=click.IntRange(min=1), metavar="N",
                      help="End the lists of M that full, fast and relax walk there."),
-        click.option("--walk-memory", type=click.FloatRange(min=0, min_open=True), metavar="GIB",
+        click.option("--walk-memory", type=GIBIBYTES, metavar="GIB",
                      help="GPU memory that a walk of full or fast may take; its M halve to fit."),
         click.option("--compile-lock", is_flag=True,
                      help="Ranks of a node take turns at the first uses of one GEMM's kernels."),

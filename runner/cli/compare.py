@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import click
 
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.report.compare import Comparison, comparison_json, comparison_tables
 from runner.report.compare import compare as compare_timelines
 from runner.timeline import Timeline, read_timelines
@@ -58,7 +57,7 @@ def _judge(files: tuple[Path, ...], hardware: str, json_path: Path | None) -> No
     profile = load_profile(hardware)
     judged = judge(read_measured(files), profile)
     if json_path is not None:
-        write_text(json_path, json.dumps(judged_json(judged, profile.name), indent=1))
+        write_json(json_path, judged_json(judged, profile.name), indent=1)
     if str(json_path) != "-":
         Console(width=100).print(judged_table(judged, f"Predicted with {profile.name}"))
         print(summary(judged))
@@ -108,7 +107,7 @@ def _listed(policies: Iterable[str]) -> str:
 
 def _write_json(path: Path, comparisons: list[Comparison]) -> None:
     data = {"version": 1, "comparisons": [comparison_json(item) for item in comparisons]}
-    write_text(path, json.dumps(data, indent=2))
+    write_json(path, data, indent=2)
 
 
 def _print_tables(comparisons: list[Comparison]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from runner.coverage import Coverage, coverage
 from runner.deployment import Deployment
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.jit.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
@@ -122,7 +121,7 @@ def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
         data = plan_to_json(result.plan, target.keys)
         data["for"] = result.title
         data["policy"] = None if covered is None else _policy_json(covered)
-        write_text(json_path, json.dumps(data, indent=1))
+        write_json(json_path, data, indent=1)
 
 
 def _needs_model(result: Planned) -> Deployment:

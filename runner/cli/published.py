@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from runner.cli.plan import costs_of, plan
 from runner.cli.sim import predictions_of, sim
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.report.plan_table import seconds_one_by_one
 from sim.profile import load_profile
 from sim.published import (
@@ -59,7 +58,7 @@ def published(file: Path | None, brief: bool, json_path: Path | None) -> None:
     known = read_published(file)
     compared = [compare_row(row) for row in known.rows if row.set_up is not None]
     if json_path is not None:
-        write_text(json_path, json.dumps(published_json(compared, known), indent=1))
+        write_json(json_path, published_json(compared, known), indent=1)
     if str(json_path) == "-":
         return
     from rich.console import Console

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from runner.cli.simulated import (
     with_environ,
 )
 from runner.environ import Environ
-from runner.files import write_text
+from runner.files import write_json
 from runner.report.outputs import check_outputs, write_reports
 from runner.warmup import WarmupPolicy
 from sim.advice import print_predictions
@@ -84,7 +83,7 @@ def predictions_of(
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
     data = {"version": 1, "predictions": [_figures(prediction) for prediction in predictions]}
-    write_text(path, json.dumps(data, indent=1))
+    write_json(path, data, indent=1)
 
 
 def _figures(prediction: Prediction) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from runner.cli.common import (
+    FACTOR,
     SECONDS,
     F,
     batch_sizes_option,
@@ -28,6 +29,8 @@ from sim.profile import Profile
 from sim.simulate import Machine
 from sim.start_up import PHASES, StartPhases, Weights
 
+_SKIPPABLE = {name.replace(" ", "-"): name for name in PHASES}
+
 
 def simulation_options(function: F) -> F:
     """Everything of a simulation but the model, the layout, the policy and the cores."""
@@ -43,7 +46,7 @@ def simulation_options(function: F) -> F:
                      help="Machines that the nodes share.  [default: one a node]"),
         click.option("--hardware", default="h200", show_default=True,
                      help="Profile name or file."),
-        click.option("--host-factor", type=click.FloatRange(0, 100, min_open=True), default=1.0,
+        click.option("--host-factor", type=FACTOR, default=1.0,
                      show_default=True, metavar="X",
                      help="How many times as long the host's CPUs take (runner probe tells)."),
         click.option("--link", default="nvlink", show_default=True,
@@ -56,10 +59,10 @@ def simulation_options(function: F) -> F:
         click.option("--run-ahead/--no-run-ahead", default=None,
                      help="Whether hosts queue communication and go on.  "
                           "[default: as the link does]"),
-        click.option("--weights", type=click.Choice([*(item.value for item in Weights), "skip"]),
+        click.option("--weights", type=click.Choice([item.value for item in Weights]),
                      default="disk", show_default=True,
                      help="Where weights come from; dummy ones are made up, as launch does."),
-        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice(PHASES),
+        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice([*_SKIPPABLE]),
                      help="Leave a phase before the warm-up out."),
     )  # fmt: skip
     for option in reversed(options):
@@ -118,9 +121,9 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
 
 
 def _start(values: dict[str, Any]) -> StartPhases:
-    skipped = set(values["skipped"]) | ({"weights"} if values["weights"] == "skip" else set())
-    weights = Weights.DISK if values["weights"] == "skip" else Weights(values["weights"])
-    return StartPhases(tuple(name for name in PHASES if name not in skipped), weights)
+    skipped = {_SKIPPABLE[name] for name in values["skipped"]}
+    included = tuple(name for name in PHASES if name not in skipped)
+    return StartPhases(included, Weights(values["weights"]))
 
 
 def scenario_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_o
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.report.outputs import check_outputs
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_table import print_sweep
@@ -154,7 +153,7 @@ def _report(result: Sweep, *, show_all: bool, json_path: Path | None, plot: Path
     if not to_stdout:
         print_sweep(result, show_all=show_all)
     if json_path is not None:
-        write_text(json_path, json.dumps(sweep_json(result), indent=1))
+        write_json(json_path, sweep_json(result), indent=1)
     if plot is not None and result.results:
         from runner.report.sweep_plot import plot_sweep
 

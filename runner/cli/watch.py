@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import click
 from runner.cli.guard import WorkFailedError
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.files import write_text
+from runner.files import write_json
 from runner.jit.compiler import find_nvcc
 from runner.jit.describe import config_of_source, in_words
 from runner.jit.shim import FORBIDDEN_EXIT, CompileRecord
@@ -68,7 +67,7 @@ def watch(
         )
     _say(_summary(watched))
     if json_path is not None:
-        write_text(json_path, json.dumps(_as_json(watched, command, plan), indent=1))
+        write_json(json_path, _as_json(watched, command, plan), indent=1)
     _end(watched)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.errors import UserError
+from runner.files import write_json
 from runner.report.segments import label_of, spans_by_rank
 from runner.timeline import Span, Timeline
 
@@ -33,11 +32,7 @@ def write_chrome_trace(path: Path, timelines: Sequence[Timeline]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(chrome_trace(timelines), separators=(",", ":"))
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    write_json(path, chrome_trace(timelines))
 
 
 def _process_events(pid: int, timeline: Timeline) -> Iterator[dict[str, Any]]:

@@ -372,6 +372,31 @@ def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "error: interrupted"),
+     (signal.SIGTERM, 143, "error: ended by SIGTERM")],
+    ids=lambda value: str(getattr(value, "name", "")),
+)  # fmt: skip
+def test_an_ended_launch_takes_its_ranks_along(
+    number: signal.Signals, code: int, line: str
+) -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch", "--model", "dsv4-tiny", "--pp", "2", "--no-jit",
+         "--device", "cpu"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        ranks = [_pid_of_rank(job.pid, rank) for rank in (0, 1)]
+        time.sleep(2)
+        job.send_signal(number)
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert (job.returncode, errors.strip()) == (code, line)
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
 def _pid_of_rank(parent: int, rank: int) -> int:
     """Wait for the parent's rank to appear."""
     for _ in range(600):

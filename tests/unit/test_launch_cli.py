@@ -76,3 +76,20 @@ def test_one_rank_runs_here_unless_there_is_more_to_do(
         monkeypatch.delenv(name, raising=False)
     assert main(["--model", "dsv4-tiny", "--no-jit", *words.split()]) == 0
     assert called == ["_start_ranks" if starts else "_be_a_rank"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("flag", ["--timeout", "--nccl-timeout", "--walk-memory", "--probed"])
+def test_numbers_are_finite_and_above_0(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "dsv4-tiny", "--no-jit", flag, value]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: Invalid value for '{flag}'") and err.count("\n") == 1
+
+
+def test_a_limit_in_which_no_ranks_could_connect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "dsv4-tiny", "--no-jit", "--nccl-timeout", "0.01"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --nccl-timeout 0.01 must be at least 1: ranks need some time to connect\n"
+    )

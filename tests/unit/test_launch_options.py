@@ -72,6 +72,12 @@ def test_nodes_are_torchruns_or_the_virtual_ones(
         ({"model": "dsv4-tiny", "layers": 99}, "99 layers"),
         ({"model": "dsv4-tiny", "tp": 3}, "tp=3 must divide num_attention_heads=4 of dsv4-tiny"),
         ({"model": "dsv4-tiny", "pp": 2, "virtual_nodes": 3}, "nodes=3 must divide the 2 ranks"),
+        ({"model": "dsv4-tiny", "virtual_nodes": 0}, "--virtual-nodes 0 must be at least 1"),
+        ({"model": "dsv4-tiny", "virtual_nodes": -1}, "--virtual-nodes -1 must be at least 1"),
+        (
+            {"model": "dsv4-tiny", "tp": 2, "attn_cp": 2, "cuda_graphs": (4, 3)},
+            "graph batch sizes 4,3 must all be multiples of attn_cp=2",
+        ),
         ({"model": "dsv4-tiny", "stream": (0,)}, "token counts 0 must all be at least 1"),
     ],
 )

@@ -184,7 +184,7 @@ TINY: dict[str, Any] = {
     "set_up": {
         "command": "sim", "hardware": "h20",
         "options": {"model": "dsv4-tiny", "pp": 1, "tp": 1, "warmup": "none", "batch-sizes": [1],
-                    "skip-phase": ["imports", "process group", "weights"]},
+                    "skip-phase": ["imports", "process-group", "weights"]},
     },
 }  # fmt: skip
 LEFT: dict[str, Any] = {
@@ -221,7 +221,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                 "unit": "s", "watchdog_ends_it": False, "hardware": "h20", "estimate": True,
                 "assumed": ["everything"],
                 "command": "runner sim --hardware h20 --model dsv4-tiny --pp 1 --tp 1 --warmup none"
-                " --batch-sizes 1 --skip-phase imports --skip-phase 'process group'"
+                " --batch-sizes 1 --skip-phase imports --skip-phase process-group"
                 " --skip-phase weights",
             }
         ],

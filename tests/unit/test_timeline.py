@@ -69,6 +69,12 @@ def broken(**changes: Any) -> str:
         broken(spans=[[0, 0, 1, "nap", "warm-up", ""]]),
         broken(spans=[[0, 2, 1, "phase", "warm-up", ""]]),
         broken(spans=[[0, 1]]),
+        broken(spans=[[0, float("nan"), 1, "phase", "warm-up", ""]]),
+        broken(spans=[[0, 0, float("nan"), "phase", "warm-up", ""]]),
+        broken(spans=[[0, 0, float("inf"), "phase", "warm-up", ""]]),
+        broken(spans=[[float("inf"), 0, 1, "phase", "warm-up", ""]]),
+        broken(spans=[[0, 0, 1, "phase", None, ""]]),
+        broken(spans=[[0, 0, 1, "compile", "gemm", 3]]),
         broken(world_size="many"),
     ],
 )  # fmt: skip

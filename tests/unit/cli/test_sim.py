@@ -162,8 +162,8 @@ def test_phases_can_be_left_out(capsys: Capture) -> None:
                 if name not in ("warm-up", "first request")}  # fmt: skip
 
     assert list(phases("--skip-phase", "imports")) == ["process group", "weights"]
-    assert phases("--weights", "skip", "--skip-phase", "imports",
-                  "--skip-phase", "process group") == {}  # fmt: skip
+    assert phases("--skip-phase", "weights", "--skip-phase", "imports",
+                  "--skip-phase", "process-group") == {}  # fmt: skip
     cold, warm = (phases("--weights", kind)["weights"] for kind in ("disk", "page-cache"))
     assert cold > warm
     assert set(phases("--weights", "dummy")) == {"imports", "process group", "weights"}
@@ -227,7 +227,11 @@ BAD = {
     "--replicas 0": "replicas=0 must be at least 1",
     "--hosts 0": "hosts=0 must divide the 4 nodes",
     "--hosts 3": "hosts=3 must divide the 4 nodes",
-    "--nccl-timeout nan": "not a number of seconds",
+    "--nccl-timeout nan": "'nan' is not a finite number",
+    "--nccl-timeout inf": "inf is not in the range",
+    "--host-factor nan": "'nan' is not a finite number",
+    "--walk-memory nan": "'nan' is not a finite number",
+    "--walk-memory inf": "inf is not in the range",
     "--nccl-timeout 0": "0.0 is not in the range",
     "--prompt-len 0": "prompt_len=0",
     "--plot x.gif": "suffix must be one of .png, .svg",
@@ -243,6 +247,7 @@ BAD = {
     "--walk-max-m 0": "0 is not in the range",
     "--walk-memory 0": "0.0 is not in the range",
     "--weights tape": "'tape'",
+    "--weights skip": "'skip'",
     "--skip-phase coffee": "'coffee'",
     "--disaggregation-mode both": "'both'",
     "--warmup planned --max-tokens 64": "batch size 8448 is above --max-tokens 64",

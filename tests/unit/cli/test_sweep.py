@@ -18,7 +18,7 @@ from runner.cli.guard import run_guarded
 from runner.report.picture import SUFFIXES
 from sim.sweep import Case, WorkerLostError, simulate_case
 
-AT_ONCE = ["--skip-phase", "imports", "--skip-phase", "process group", "--weights", "skip"]
+AT_ONCE = ["--skip-phase", "imports", "--skip-phase", "process-group", "--skip-phase", "weights"]
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--max-tokens", "64", "--jobs", "1"]
 

@@ -10,8 +10,9 @@ import pytest
 
 from runner.errors import UserError
 from runner.scenario import Scenario, run_meta
-from runner.timeline import Timeline, write_timelines
+from runner.timeline import Span, Timeline, write_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
+from sim.calibrate import fit_profile
 from sim.judge import judge, machine_of, read_measured, scenario_of, summary
 from sim.profile import slowed
 from sim.simulate import Machine
@@ -19,13 +20,31 @@ from sim.start_up import PHASES, StartPhases, Weights
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 
+MACHINE = {"cores": 16, "gpu": "a GPU", "date": "2026-11-22"}
+
 
 def run_of(one: Scenario, **facts: Any) -> Timeline:
-    """A Timeline with all that launch says of a run, and nothing in it."""
+    """A Timeline with all that launch says of a run, and a moment of work in it."""
     policy = one.warmup.policy.value
-    meta = {**run_meta(one), "link": "gloo", "hosts": 1, "ranks_per_gpu": 1,
-            "machine": {"cores": 16}, **facts}  # fmt: skip
-    return Timeline(policy, "measured", one.parallel.world_size, (), meta)
+    machine = {**MACHINE, **facts.pop("machine", {})}
+    meta = {**run_meta(one), "link": "gloo", "hosts": 1, "ranks_per_gpu": 1, "device": "cuda",
+            "compute": "real", "jit": "deep_gemm, nvcc 13.0", "machine": machine,
+            **facts}  # fmt: skip
+    spans = (Span(0, 0.0, 1.0, "compute", "compute"),)
+    return Timeline(policy, "measured", one.parallel.world_size, spans, meta)
+
+
+def changed(run: Timeline, name: str, value: Any) -> Timeline:
+    """A run that tells ``name`` otherwise; ``machine.cores`` is the machine's."""
+    meta = {**run.meta, "machine": dict(run.meta["machine"])}
+    *outer, last = name.split(".")
+    where = meta[outer[0]] if outer else meta
+    where[last] = value
+    return replace(run, meta=meta)
+
+
+def without(run: Timeline, name: str) -> Timeline:
+    return replace(run, meta={k: v for k, v in run.meta.items() if k != name})
 
 
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
@@ -74,38 +93,82 @@ def test_a_profile_without_the_runs_link_cannot_tell() -> None:
     "lacking",
     ["replicas", "max_tokens", "stream", "walk_memory", "graph_batch_sizes", "compile_lock",
      "bf16_fp32_algo", "speculative", "prompt_len", "disaggregation", "stage_layers", "attn_cp",
-     "hosts", "ranks_per_gpu", "machine", "link"],
+     "hosts", "ranks_per_gpu", "machine", "link", "jit", "device", "compute"],
 )  # fmt: skip
 def test_an_older_timeline_is_one_clear_line(lacking: str) -> None:
-    run = run_of(scenario())
-    old = replace(run, meta={k: v for k, v in run.meta.items() if k != lacking})
     with pytest.raises(UserError) as caught:
-        judge([old], usual())
+        judge([without(run_of(scenario()), lacking)], usual())
     assert str(caught.value) == (
         f"a Timeline of none does not tell its '{lacking}': it was written by an older version, "
         "measure it again"
     )
 
 
-def test_a_machine_without_its_cores_and_a_link_of_another_name_are_told_too() -> None:
-    with pytest.raises(UserError, match="does not tell its 'cores'"):
-        judge([run_of(scenario(), machine={})], usual())
+@pytest.mark.parametrize("lacking", MACHINE)
+def test_a_machine_that_does_not_tell_all(lacking: str) -> None:
+    run = run_of(scenario())
+    facts = {k: v for k, v in MACHINE.items() if k != lacking}
+    with pytest.raises(UserError, match=f"does not tell its '{lacking}'"):
+        judge([changed(run, "machine", facts)], usual())
+
+
+def test_a_link_of_another_name_is_told() -> None:
     with pytest.raises(UserError, match=r"link 'carrier pigeon' is not known: gloo or nccl"):
         judge([run_of(scenario(), link="carrier pigeon")], usual())
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"disaggregation": "both"}, "'both' is not a valid"), ({"batch_sizes": 3}, "not iterable"),
-     ({"nodes": None}, "NoneType"), ({"stage_layers": 3}, "not iterable")],
-)  # fmt: skip
-def test_what_is_told_in_another_form_is_one_line(changes: dict[str, Any], words: str) -> None:
-    run = run_of(scenario(), **changes)
-    with pytest.raises(UserError) as caught:
-        judge([run], usual())
-    start = "a Timeline of none tells of no run that is known here: "
-    assert str(caught.value).startswith(start) and words in str(caught.value)
-    assert "\n" not in str(caught.value)
+COUNT, COUNTS = "not a whole number from 1 on", "not a list of whole numbers from 1 on"
+ABOVE_0 = "not a number above 0"
+MUTATED = [
+    ("disaggregation", "both", "'both' is not a valid"),
+    ("batch_sizes", 3, COUNTS), ("batch_sizes", [0], COUNTS), ("stage_layers", 3, COUNTS),
+    ("graph_batch_sizes", None, COUNTS), ("stream", ["7"], COUNTS),
+    ("nodes", None, COUNT), ("layers", 4.0, COUNT), ("pp", True, COUNT), ("num_sms", 0, COUNT),
+    ("hosts", 0, COUNT), ("hosts", None, COUNT), ("hosts", 2, "its 1 nodes are not on 2 hosts"),
+    ("ranks_per_gpu", "x", "its 'ranks_per_gpu' is 'x', not a whole number from 1 on"),
+    ("tp", 2, "it is of 1 ranks, its layout of another number"),
+    ("ep", 1, "not true or false"), ("compile_lock", None, "not true or false"),
+    ("model", 7, "not a word"), ("jit", None, "not a word"), ("device", 1, "not a word"),
+    ("walk_memory", float("inf"), ABOVE_0), ("walk_memory", "1", ABOVE_0),
+    ("machine", None, "its 'machine' is None, not a machine"),
+    ("machine.cores", "16", "its 'cores' is '16', not a whole number from 1 on"),
+    ("machine.cores", None, COUNT), ("machine.date", 2026, "not a word"),
+    ("machine.gpu", 1, "not a word"), ("machine.probe", 0, ABOVE_0),
+    ("machine.probe", -1.5, ABOVE_0), ("machine.probe", float("nan"), ABOVE_0),
+    ("machine.probe", "2", ABOVE_0), ("machine.probe", True, ABOVE_0),
+    ("prompt_len", list(range(99)), "10, 11..., not a whole"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "words"), MUTATED)
+def test_what_is_told_in_another_form_is_one_line(name: str, value: Any, words: str) -> None:
+    """Whether it is judged or a profile is fitted to it."""
+    run = changed(run_of(scenario()), name, value)
+    for use in (lambda: judge([run], usual()), lambda: fit_profile([run], usual(), "x")):
+        with pytest.raises(UserError) as caught:
+            use()
+        start = "a Timeline of none tells of no run that is known here: "
+        assert str(caught.value).startswith(start) and words in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_in_which_nothing_happens_is_told() -> None:
+    with pytest.raises(UserError, match="known here: nothing in it takes any time"):
+        judge([replace(run_of(scenario()), spans=())], usual())
+
+
+OFF = "off, kernels are not compiled: --no-jit was given"
+
+
+def test_a_run_that_compiles_nothing_is_no_start_up() -> None:
+    run = run_of(scenario(), jit=OFF)
+    for use in (lambda: judge([run], usual()), lambda: fit_profile([run], usual(), "x")):
+        with pytest.raises(UserError) as caught:
+            use()
+        assert str(caught.value) == (
+            "a Timeline of none is of a run without a JIT, which tells nothing of a start-up that "
+            f"compiles ({OFF})"
+        )
 
 
 def test_a_policy_of_another_name_is_told() -> None:

@@ -12,6 +12,7 @@ from runner.scenario import record
 from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
+from sim.calibrate import fit_profile
 from sim.compile_time import compile_seconds
 from sim.samples import Samples, take_samples
 from tests.unit.measured_runs import another, measured, usual
@@ -82,6 +83,28 @@ def test_a_walks_time_is_its_own() -> None:
         calls = sum(count for count, _ in run.calls)
         loads = sum(len(kernels) for kernels, _ in run.steps)
         assert seconds == pytest.approx(0.05 + 0.02 * loads + 0.0002 * calls, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "facts", [{"device": "cpu"}, {"compute": "skip"}, {"device": "cpu", "compute": "skip"}]
+)
+def test_without_a_gpus_work_nothing_is_told_of_it(facts: dict[str, str]) -> None:
+    run = measured(scenario(P.FULL, tp=2), another())
+    on_gpu = take_samples(run, usual())
+    found = take_samples(replace(run, meta={**run.meta, **facts}), usual())
+    assert on_gpu.walks and found.walks == []
+    assert [(one.operations, one.device) for one in found.ranks] == [(0, 0.0)] * 2
+    # What walks load is still no first use, and all else is as it was.
+    assert found.first_uses == on_gpu.first_uses and found.compiles == on_gpu.compiles
+    assert [one.comm for one in found.ranks] == [one.comm for one in on_gpu.ranks]
+
+
+def test_a_fit_to_runs_without_a_gpu_keeps_what_is_known_of_one() -> None:
+    run = measured(scenario(P.FULL, tp=2), another())
+    silent = replace(run, meta={**run.meta, "device": "cpu"},
+                     spans=tuple(s for s in run.spans if s.kind != "load"))  # fmt: skip
+    made = fit_profile([silent], usual(), "x").profile
+    assert (made.gpu, made.host) == (usual().gpu, usual().host)
 
 
 def test_a_build_is_the_largest_share_from_the_warm_ups_begin() -> None:

@@ -1,0 +1,33 @@
+"""Writing what a user asked for."""
+
+from __future__ import annotations
+
+import json
+from math import inf, nan
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UserError
+from runner.files import write_json
+
+
+@pytest.mark.parametrize("number", [nan, inf, -inf])
+def test_what_json_has_no_word_for_is_not_written(number: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with pytest.raises(UserError, match=f"^cannot write {path}: ") as caught:
+        write_json(path, {"seconds": [1.5, number]})
+    assert "\n" not in str(caught.value) and not path.exists()
+
+
+def test_on_one_line_unless_asked(tmp_path: Path) -> None:
+    data = {"a": [1, None], "b": "x"}
+    write_json(tmp_path / "short.json", data)
+    write_json(tmp_path / "long.json", data, indent=1)
+    assert (tmp_path / "short.json").read_text() == '{"a":[1,null],"b":"x"}\n'
+    assert json.loads((tmp_path / "long.json").read_text()) == data
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}: Is a directory"):
+        write_json(tmp_path, {})
