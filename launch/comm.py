@@ -103,6 +103,7 @@ class TorchComm:
         buffer = self._outbound(x)
         work = dist.isend(buffer, peer, group=self._groups.pairs)
         assert work is not None
+        self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
         self._sends.append((work, buffer))
 
     def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:

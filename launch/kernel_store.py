@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -155,8 +156,10 @@ class NodeKernels:
             UserError: kernels are missing.
         """
         check_holds(self.cache, self.compiler.keys, kernels)
-        # Nobody loads, and so compiles, before every node's cache was looked at.
-        dist.barrier()
+
+    def wait(self) -> None:
+        """See the protocol."""
+        dist.barrier(group=self.everyone)
 
     def load(self, kernels: tuple[Kernel, ...]) -> None:
         """See the protocol."""
@@ -186,11 +189,13 @@ def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) 
         )
 
 
-def leaders_group(scenario: Scenario) -> dist.ProcessGroup | None:
-    """The group of all nodes' first ranks; every rank must call this."""
+def leaders_group(scenario: Scenario, limit: float) -> dist.ProcessGroup | None:
+    """The group of all nodes' first ranks, which wait ``limit`` seconds; all ranks call this."""
     parallel = scenario.parallel
     if parallel.nodes == 1:
         return None
     leaders = list(range(0, parallel.world_size, parallel.ranks_per_node))
-    group: dist.ProcessGroup | None = dist.new_group(leaders, backend="gloo")
+    group: dist.ProcessGroup | None = dist.new_group(
+        leaders, backend="gloo", timeout=timedelta(seconds=limit)
+    )
     return group

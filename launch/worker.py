@@ -114,14 +114,17 @@ class _RankRun:
     deadline: Deadline
     exclusive: bool
     phases: list[tuple[str, float]]
+    link: str = "gloo"
     walk_memory: float | None = None
 
     def run(self, say: Callable[[str], None]) -> RunResult | None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.local_world_size))
         compute, reason = self._compute_mode()
         self._check_graphs(compute)
+        # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
+        self.link = "nccl" if self.exclusive and compute == "real" else "gloo"
         groups = make_groups(self.scenario.parallel, self._limit)
-        leaders = leaders_group(self.scenario)
+        leaders = leaders_group(self.scenario, self._limit)
         self.phases.append(("weights", time.time()))
         jit = set_up_jit(
             self.options, self.environ, self.scenario, self.place.rank, self.work_dir,
@@ -132,9 +135,7 @@ class _RankRun:
             jit, compute, self._progress(jit, say, lambda: store.built if store else 0)
         )
         self.deadline.sink = sink
-        # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
-        through_host = not self.exclusive or compute == "skip"
-        comm = TorchComm(groups, self.device, through_host=through_host)
+        comm = TorchComm(groups, self.device, through_host=self.link == "gloo")
         for line in self._introduction(compute, reason, jit):
             say(line)
         store = self._kernel_store(jit, sink, groups, leaders)
@@ -154,7 +155,7 @@ class _RankRun:
     def _limit(self) -> float:
         """Seconds that a communication may wait."""
         given = self.options.nccl_timeout
-        return TORCH_LIMITS["nccl" if self.exclusive else "gloo"] if given is None else given
+        return TORCH_LIMITS[self.link] if given is None else given
 
     def _check_graphs(self, compute: str) -> None:
         """A graph holds what a GPU does: nothing that goes through the host."""
@@ -171,7 +172,7 @@ class _RankRun:
         extra: dict[str, Any] = {}
         if self.options.compile_lock and jit.cache is not None:
             extra["lock"] = CompileLocks(jit.cache.root).held
-        if self.exclusive and compute == "real":
+        if self.link == "nccl":
             extra["arrive"] = lambda: wait_for_device(self.device, self._limit)
         return RankSink(
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
@@ -195,6 +196,7 @@ class _RankRun:
         """Bytes that a walk may take."""
         if self.device.type != "cuda":
             return inf
+        torch.cuda.empty_cache()
         free = float(torch.cuda.mem_get_info(self.device)[0])
         self.walk_memory = min(free, self.walk_memory or inf)
         return free
@@ -274,12 +276,8 @@ class _RankRun:
             backend=backend, weights=weights, buffers=buffers,
         )  # fmt: skip
 
-    @property
-    def _link(self) -> str:
-        return "nccl" if self.exclusive else "gloo"
-
     def _introduction(self, compute: str, reason: str, jit: RankJit) -> list[str]:
-        scenario, parallel, link = self.scenario, self.scenario.parallel, self._link
+        scenario, parallel, link = self.scenario, self.scenario.parallel, self.link
         sizes = ",".join(map(str, scenario.batch_sizes))
         return [
             f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
@@ -292,7 +290,8 @@ class _RankRun:
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # Not the device: a send to a stage that is late must not hold this one up.
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _keeper(self, logits: list[torch.Tensor]) -> Callable[[Any], None]:
         """Keeps logits where they were asked for: on the last stage's first rank."""
@@ -329,7 +328,7 @@ class _RankRun:
     def _facts(self, compute: str, jit: RankJit) -> dict[str, Any]:
         return {
             "device": self.device.type,
-            "link": self._link,
+            "link": self.link,
             "compute": compute,
             "jit": jit.description,
             "hosts": self.place.world_size // self.place.local_world_size,

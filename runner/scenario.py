@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf
@@ -23,7 +23,7 @@ from runner.jit.kernels import Kernel
 from runner.jit.plan import Plan
 from runner.m_lists import steps_of
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import EXCHANGE, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
+from runner.schedule import OF_HOSTS, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
 from runner.sharing import share_out
 from runner.timeline import FIRST_REQUEST
 from runner.traffic import Request, serve, serve_all
@@ -255,7 +255,7 @@ _recorded = lru_cache(maxsize=512)(_record)
 """Policies differ in a few operations; the forwards that they share are recorded once."""
 
 
-def _with_walks(ops: Iterable[Op], hook: ExecutionHook) -> Iterator[Op]:
+def _with_walks(ops: Sequence[Op], hook: ExecutionHook) -> Iterator[Op]:
     """What a backend with this hook announces."""
     seen = set()
     for op in ops:
@@ -319,7 +319,7 @@ def record_roles(scenario: Scenario, *, folded: bool = False) -> list[Role]:
 
 def common_end(ops: Sequence[Op]) -> int:
     """Index behind the last operation that ranks of all replicas take part in."""
-    shared = (i for i, op in enumerate(ops) if isinstance(op, Collective) and op.name == EXCHANGE)
+    shared = (i for i, op in enumerate(ops) if isinstance(op, Collective) and op.name in OF_HOSTS)
     return max((index + 1 for index in shared), default=0)
 
 
@@ -338,7 +338,7 @@ def moved(
     groups: dict[tuple[int, ...], tuple[int, ...]] = {tp_groups[0]: tp_groups[1]}
     found: list[Item | Collective | Send | Recv | KernelWork] = []
     for op in ops:
-        if isinstance(op, Collective) and op.name != EXCHANGE:
+        if isinstance(op, Collective) and op.name not in OF_HOSTS:
             if op.group not in groups:
                 groups[op.group] = tuple(member + by for member in op.group)
             found.append(Collective(op.name, groups[op.group], op.bytes))

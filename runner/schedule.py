@@ -64,6 +64,12 @@ class Mark:
 EXCHANGE = "exchange kernels"
 """Name of the collective after which every node has what any of them built."""
 
+BARRIER = "barrier"
+"""Name of the collective that only waits for everyone."""
+
+OF_HOSTS = frozenset({EXCHANGE, BARRIER})
+"""Collectives of all ranks' hosts, which need no GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class KernelWork:

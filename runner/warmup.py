@@ -183,6 +183,8 @@ def kernel_warmup(runner: ModelRunner, options: WarmupOptions, kernels: KernelSe
         runner.backend.load_kernels(kernels.own)
     elif options.policy is WarmupPolicy.PREBUILT:
         runner.backend.verify_kernels(kernels.checked)
+        # Nobody loads, and so compiles, before every node's cache was looked at.
+        runner.backend.barrier(tuple(range(runner.parallel.world_size)))
         runner.backend.load_kernels(kernels.own)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,9 @@ from runner.report.console import make_console
 from runner.report.outputs import print_bars
 from runner.report.table import make_table, phase_summary
 from runner.warmup import WarmupPolicy
+from sim.culprit import CollectiveTimeout
 from sim.simulate import Machine, Prediction
+from sim.sweep import cpu_seconds
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,44 @@ class Advice:
 
 
 def advise(predictions: Sequence[Prediction]) -> Advice:
-    """Of the policies that survive, those that leave the fewest stalls, and of these the fastest.
+    """Which policy to take.
 
-    ``prebuilt`` wants a step before the deployment, so it is only taken where nothing else is at
-    hand.
+    Of those that survive, the one whose start-up and stalls together take the least time, a stall
+    being a compile that traffic waits for. ``prebuilt`` wants a step before the deployment, so that
+    the best of the others is named as well.
     """
-    cold = [p for p in predictions if p.timeline.policy != WarmupPolicy.PREBUILT.value]
-    candidates = [p for p in cold or predictions if p.timeout is None] or list(predictions)
-    best = min(candidates, key=lambda p: (p.stalls, p.timeline.up))
-    quickest = min(candidates, key=lambda p: (p.timeline.up, p.stalls))
-    survives = "survives its longest wait, " if best.timeout is None else "no policy survives; "
-    words = f"{survives}leaves {_stalls(best)}"
-    if quickest is not best:
-        words += (
-            f"; {quickest.timeline.policy} is up after {quickest.timeline.up:.0f} s and leaves "
-            f"{_stalls(quickest)}"
+    alive = [p for p in predictions if p.timeout is None]
+    best = min(alive or predictions, key=_cost)
+    words = [f"up after {best.timeline.up:.0f} s", f"leaves {_stalls(best)}"]
+    if not alive:
+        words.insert(0, f"no policy survives its longest wait{_remedy(best)}")
+    others = [p for p in alive if not _is_prebuilt(p)]
+    if _is_prebuilt(best) and others:
+        second = min(others, key=_cost)
+        words.append(
+            f"wants a cache that was built beforehand; without one take {second.timeline.policy}: "
+            f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
-    return Advice(best, words)
+    quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
+    if quickest.timeline.up < best.timeline.up:
+        words.append(
+            f"{quickest.timeline.policy} is up sooner, after {quickest.timeline.up:.0f} s, but "
+            f"leaves {_stalls(quickest)}"
+        )
+    return Advice(best, "; ".join(words))
+
+
+def _remedy(prediction: Prediction) -> str:
+    lost = prediction.timeout
+    return "" if lost is None or lost.of_hosts else ": raise --nccl-timeout"
+
+
+def _cost(prediction: Prediction) -> tuple[float, float]:
+    return prediction.timeline.up + prediction.stall_seconds, prediction.timeline.up
+
+
+def _is_prebuilt(prediction: Prediction) -> bool:
+    return prediction.timeline.policy == WarmupPolicy.PREBUILT.value
 
 
 def _stalls(prediction: Prediction) -> str:
@@ -72,7 +96,7 @@ def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, ba
         _print_death(prediction, console)
     if len(predictions) > 1:
         advice = advise(predictions)
-        console.print(f"take {advice.prediction.timeline.policy}: it {advice.reason}")
+        console.print(f"take {advice.prediction.timeline.policy}: {advice.reason}")
 
 
 def _print_title(prediction: Prediction, machine: Machine) -> None:
@@ -84,10 +108,15 @@ def _print_title(prediction: Prediction, machine: Machine) -> None:
     print(
         f"{meta['model']}, {meta['layers']} layers: {replicas}pp {meta['pp']} x tp {meta['tp']} on "
         f"{meta['nodes']} node(s), {machine.profile.name}{estimate}, "
-        f"{meta['cores_per_node']} cores a node\n"
+        f"{meta['cores_per_node']} cores {_cores_of(meta)}\n"
         f"cold caches; first request {sizes[0]}, then {','.join(map(str, sizes[1:])) or 'none'}\n"
         f"before the warm-up: {phases}\n"
     )
+
+
+def _cores_of(meta: dict[str, Any]) -> str:
+    shared = meta["nodes"] // meta["hosts"]
+    return "a node" if shared == 1 else f"for each {shared} nodes"
 
 
 def advice_table(predictions: Sequence[Prediction]) -> Table:
@@ -103,11 +132,11 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
         timeline, lost = prediction.timeline, prediction.timeout
         table.add_row(
             Text(timeline.policy),
-            f"{timeline.up:.1f}",
-            f"{timeline.wall:.1f}",
+            _reached(timeline.up, lost),
+            _reached(timeline.wall, lost),
             str(timeline.kernels_compiled),
             str(timeline.duplicates),
-            f"{timeline.compile_seconds:.0f}",
+            f"{cpu_seconds(timeline, timeline.meta['cores_per_node']):.0f}",
             f"{_covered(prediction):.0%}",
             str(prediction.stalls),
             f"{prediction.stall_seconds:.0f}",
@@ -115,6 +144,11 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
             "-" if lost is None else f"{lost.time:.0f}",
         )
     return table
+
+
+def _reached(seconds: float, lost: CollectiveTimeout | None) -> str:
+    """A time, in brackets where the run dies before."""
+    return f"({seconds:.1f})" if lost is not None and lost.time < seconds else f"{seconds:.1f}"
 
 
 def _covered(prediction: Prediction) -> float:
@@ -125,10 +159,17 @@ def _covered(prediction: Prediction) -> float:
 
 def _print_death(prediction: Prediction, console: Console) -> None:
     lost = prediction.timeout
-    if lost is not None:
-        words = (
-            f"{prediction.timeline.policy}: the watchdog ends this run at {lost.time:.0f} s: "
-            f"rank {lost.rank} waits for rank {lost.waiting_for} in {lost.operation} while "
-            f"that does {lost.busy_with}; --nccl-timeout {ceil(lost.needed)} would survive"
-        )
-        console.print(Text(words))
+    if lost is None:
+        return
+    # Hosts that talk to each other have a limit that no option sets.
+    who, remedy = (
+        ("its hosts' limit ends", f"its hosts would have to wait {ceil(lost.needed)} s")
+        if lost.of_hosts
+        else ("the watchdog ends", f"--nccl-timeout {ceil(lost.needed)} would survive")
+    )
+    words = (
+        f"{prediction.timeline.policy}: {who} this run at {lost.time:.0f} s: rank {lost.rank} "
+        f"waits for rank {lost.waiting_for} in {lost.operation} while that does "
+        f"{lost.busy_with}; {remedy}"
+    )
+    console.print(Text(words))

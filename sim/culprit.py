@@ -20,7 +20,8 @@ class CollectiveTimeout:
             that this in turn waited for.
         busy_with: what that rank was doing at ``time``.
         needed: the smallest limit that the whole run would have survived, in seconds: its longest
-            wait, which need not be this one.
+            wait of the kind, which need not be this one.
+        of_hosts: whether it is a wait of hosts for each other, which has a limit of its own.
     """
 
     time: float
@@ -29,6 +30,11 @@ class CollectiveTimeout:
     waiting_for: int
     busy_with: str
     needed: float
+    of_hosts: bool = False
+
+
+WORK = ("compile", "load", "compute")
+"""Kinds of span in which a rank works."""
 
 
 def with_culprit(timeout: CollectiveTimeout, spans: Sequence[Span]) -> CollectiveTimeout:
@@ -37,7 +43,7 @@ def with_culprit(timeout: CollectiveTimeout, spans: Sequence[Span]) -> Collectiv
     while rank not in seen:
         seen.add(rank)
         at = [s for s in spans if s.rank == rank and s.start <= timeout.time < s.end]
-        working = [s for s in at if s.kind in ("compile", "load", "compute")]
+        working = [s for s in at if s.kind in WORK]
         if working:
             doing = f"{working[0].kind} {working[0].name}"
             return replace(timeout, waiting_for=rank, busy_with=doing)

@@ -37,12 +37,14 @@ class ProfileCosts:
         link: the link that collectives and transfers use.
         cores: CPU cores of a node.
         ranks_per_gpu: ranks that share one GPU; its time is divided among them.
+        walkers_per_gpu: how many of them walk at a time.
     """
 
     profile: Profile
     link: Link
     cores: int
     ranks_per_gpu: int = 1
+    walkers_per_gpu: int = 1
 
     @cached_property
     def _compile_memo(self) -> dict[Kernel, float]:
@@ -97,11 +99,12 @@ class ProfileCosts:
         In a walk of a masked GEMM no row is in use, as upstream's executor makes it; what is left
         is the transpose of the scales of ``max_m`` rows a group.
         """
-        gpu = self.profile.gpu
         if shape.type in MASKED_TYPES:
             scales = 8.0 * shape.num_groups * max_m * (shape.k // 128)
-            return Seconds(self.profile.host.walk_call, scales / gpu.memory_bandwidth)
-        return Seconds(self.profile.host.walk_call, self._device(shape.call(round(mean_m))))
+            device = scales / self.profile.gpu.memory_bandwidth
+        else:
+            device = self._device(shape.call(round(mean_m)))
+        return Seconds(self.profile.host.walk_call, device * self.walkers_per_gpu)
 
     def walk_seconds(self) -> float:
         """One constant for all walks."""

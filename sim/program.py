@@ -8,7 +8,7 @@ keeps every kernel that it has used.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -73,7 +73,7 @@ Instruction = Run | FirstUse | WalkRun | Collective | Send | Recv | KernelWork |
 
 
 def compile_program(
-    ops: Iterable[Op], costs: CostModel, *, locked: bool, loaded: Iterable[Kernel] = ()
+    ops: Sequence[Op], costs: CostModel, *, locked: bool, loaded: Iterable[Kernel] = ()
 ) -> list[Instruction]:
     """Sum up what needs no other rank.
 

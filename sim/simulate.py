@@ -15,7 +15,7 @@ from runner.warmup import WarmupPolicy
 from sim.culprit import CollectiveTimeout
 from sim.engine import Engine, Outcome
 from sim.fold import can_fold, unfold
-from sim.profile import Profile, slowed
+from sim.profile import Link, Profile, slowed
 from sim.profile_costs import ProfileCosts
 from sim.program import Instruction, compile_program
 from sim.start_up import StartPhases, start_phases
@@ -32,7 +32,7 @@ class Machine:
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
         ranks_per_gpu: ranks that share a GPU.
-        nccl_timeout: longest wait in a collective, in seconds.
+        nccl_timeout: longest wait in a collective, in seconds; None is torch's default of the link.
         run_ahead: whether hosts queue communication and go on; None is as the link has it.
         start: phases before the warm-up.
         fold: whether replicas that behave alike are simulated once.
@@ -44,7 +44,7 @@ class Machine:
     hosts: int | None = None
     link: str = "nvlink"
     ranks_per_gpu: int = 1
-    nccl_timeout: float = 600.0
+    nccl_timeout: float | None = None
     run_ahead: bool | None = None
     start: StartPhases = field(default_factory=lambda: StartPhases(()))
     fold: bool = True
@@ -138,18 +138,34 @@ def _engine(
     parallel, profile = scenario.parallel, machine.profile
     link = profile.links[machine.link]
     nodes_per_host = parallel.nodes // hosts
-    costs = ProfileCosts(profile, link, cores, machine.ranks_per_gpu)
+    every = scenario.warmup.policy is WarmupPolicy.RELAX
+    costs = ProfileCosts(
+        profile, link, cores, machine.ranks_per_gpu,
+        walkers_per_gpu=machine.ranks_per_gpu if every else 1,
+    )  # fmt: skip
     return Engine(
         _programs(scenario, costs, folds=folds),
         costs,
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
         cores_per_node=max(1, cores // nodes_per_host),
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
-        timeout=machine.nccl_timeout,
+        timeout=_limit(machine, link),
+        host_timeout=_HOST_LIMIT,
         cached=_cached(scenario),
         run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
     )
+
+
+_HOST_LIMIT = 7200.0
+"""Seconds that SGLang's host groups wait (0.5.23, ``parallel_state.py``)."""
+
+_LIMITS = {True: 600.0, False: 1800.0}
+"""Seconds that torch 2 lets a collective wait by default: NCCL, whose links queue, and gloo."""
+
+
+def _limit(machine: Machine, link: Link) -> float:
+    return _LIMITS[link.queues] if machine.nccl_timeout is None else machine.nccl_timeout
 
 
 def _programs(

@@ -59,16 +59,19 @@ def simulate_case(case: Case) -> Ended:
 
 
 def cpu_seconds(timeline: Timeline, cores: int) -> float:
-    """Seconds of CPU cores that compiles used: on each node as many at a time as run, or all.
+    """Seconds of CPU cores that compiles used: on each machine as many at a time as run, or all.
 
-    It is less than the sum of the compiles' spans where more of them run than there are cores.
+    Nodes that share a machine share its cores. It is less than the sum of the compiles' spans
+    where more of them run than there are cores.
     """
     edges: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    nodes = [rank["node"] for rank in timeline.meta["ranks"]]
+    meta = timeline.meta
+    shared = meta["nodes"] // meta["hosts"]
+    hosts = [rank["node"] // shared for rank in meta["ranks"]]
     for span in timeline.spans:
         if span.kind == "compile":
-            edges[nodes[span.rank]] += [(span.start, 1), (span.end, -1)]
-    return sum(_busy(sorted(of_node), cores) for of_node in edges.values())
+            edges[hosts[span.rank]] += [(span.start, 1), (span.end, -1)]
+    return sum(_busy(sorted(of_host), cores) for of_host in edges.values())
 
 
 def _busy(edges: Sequence[tuple[float, int]], cores: int) -> float:

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from runner.jit.library import Library, find_library
 # Their assertions then tell their values, as those of test files do.
 for _helper in ("build_machine", "cache_cli", "kept_cache"):
     pytest.register_assert_rewrite(f"tests.unit.{_helper}")
+
+
+def pytest_configure() -> None:
+    """A shell has background jobs ignore interrupts, and what we start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

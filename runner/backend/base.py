@@ -30,7 +30,17 @@ from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
-from runner.schedule import EXCHANGE, Collective, Compute, KernelWork, Mark, Recv, Send, Walk
+from runner.schedule import (
+    BARRIER,
+    EXCHANGE,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Recv,
+    Send,
+    Walk,
+)
 from runner.walks import ExecutionHook
 
 
@@ -68,6 +78,9 @@ class KernelStore(Protocol):
     def walk(self, walk: Walk) -> None:
         """Call a GEMM with every M of a list."""
 
+    def wait(self) -> None:
+        """Wait for all ranks."""
+
 
 class NoKernels:
     """For shapes alone: no kernel is ever there."""
@@ -86,6 +99,9 @@ class NoKernels:
 
     def walk(self, walk: Walk) -> None:
         """Nothing to walk."""
+
+    def wait(self) -> None:
+        """Nobody to wait for."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +263,10 @@ class Backend:
     def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
         """See :meth:`KernelStore.load`."""
         self.sink.run(KernelWork("load", kernels), lambda: self.kernels.load(kernels))
+
+    def barrier(self, group: tuple[int, ...]) -> None:
+        """See :meth:`KernelStore.wait`; ``group`` is every rank."""
+        self.sink.run(Collective(BARRIER, group, 0), self.kernels.wait)
 
     def walk(self, walk: Walk) -> None:
         """See :meth:`KernelStore.walk`."""

@@ -143,7 +143,7 @@ def warmup_options(function: F) -> F:
         click.option("--walk-max-m", type=click.IntRange(min=1), metavar="N",
                      help="End the lists of M that full, fast and relax walk there."),
         click.option("--walk-memory", type=GIBIBYTES, metavar="GIB",
-                     help="GPU memory that a walk may take; it halves its largest M to fit."),
+                     help="GPU memory that a walk of full or fast may take; its M halve to fit."),
         click.option("--compile-lock", is_flag=True,
                      help="Ranks of a node take turns at the first uses of one GEMM's kernels."),
     )  # fmt: skip

@@ -53,9 +53,9 @@ def simulation_options(function: F) -> F:
                      help="One of the profile's links."),
         click.option("--ranks-per-gpu", type=int, default=1, show_default=True,
                      help="Ranks that share a GPU."),
-        click.option("--nccl-timeout", type=SECONDS, default=600.0, show_default=True,
-                     metavar="SECONDS",
-                     help="Longest wait in a collective before the watchdog ends the run."),
+        click.option("--nccl-timeout", type=SECONDS, metavar="SECONDS",
+                     help="Longest wait in a collective before the watchdog ends the run.  "
+                          "[default: torch's: 600 over NCCL, 1800 over gloo]"),
         click.option("--run-ahead/--no-run-ahead", default=None,
                      help="Whether hosts queue communication and go on.  "
                           "[default: as the link does]"),

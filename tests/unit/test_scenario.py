@@ -18,7 +18,7 @@ from runner.config.presets import DSV4, DSV4_TINY
 from runner.errors import UserError
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.scenario import Scenario, common_end, record, record_rank, run_meta, run_rank
-from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Walk
+from runner.schedule import BARRIER, EXCHANGE, OF_HOSTS, Collective, KernelWork, Mark, Op, Walk
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from tests.models import DSV3_SMALL
 
@@ -163,15 +163,29 @@ def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> N
 def test_folded_replicas_end_where_they_part(policy: WarmupPolicy) -> None:
     made = scenario(policy, pp=2, tp=2, replicas=2, nodes=4)
     whole, folded = record(made).ranks, record(made, folded=True).ranks
+    lasts = {WarmupPolicy.PLANNED: EXCHANGE, WarmupPolicy.PREBUILT: BARRIER}
     assert folded[:4] == whole[:4]
     for rank in range(4, 8):
         end = common_end(whole[rank])
         assert folded[rank] == whole[rank][:end]
-        assert bool(end) == (policy is WarmupPolicy.PLANNED)
+        assert bool(end) == (policy in lasts)
         if end:
             last = folded[rank][-1]
             assert isinstance(last, Collective)
-            assert (last.name, last.group) == (EXCHANGE, tuple(range(8)))
+            assert (last.name, last.group) == (lasts[policy], tuple(range(8)))
+
+
+def test_prebuilt_loads_once_all_have_verified() -> None:
+    """A kernel that no node's disk lacks is loaded, none compiled before all were looked at."""
+    made = scenario(WarmupPolicy.PREBUILT, pp=2, tp=2, replicas=2, nodes=4)
+    for ops in record(made).ranks:
+        verify, barrier, load = (
+            op for op in ops
+            if isinstance(op, KernelWork) or (isinstance(op, Collective) and op.name in OF_HOSTS)
+        )  # fmt: skip
+        assert isinstance(verify, KernelWork) and verify.action == "verify"
+        assert barrier == Collective(BARRIER, tuple(range(8)), 0)
+        assert isinstance(load, KernelWork) and load.action == "load"
 
 
 def test_replicas_build_their_nodes_share() -> None:

@@ -98,13 +98,19 @@ def test_what_only_the_simulation_refuses_is_skipped() -> None:
 # -- CPU time -------------------------------------------------------------------------------------
 
 
-def timeline(*spans: tuple[int, float, float], nodes: tuple[int, ...] = (0, 0, 1)) -> Timeline:
+def timeline(
+    *spans: tuple[int, float, float], nodes: tuple[int, ...] = (0, 0, 1), hosts: int = 2
+) -> Timeline:
     return Timeline(
         policy="none",
         source="predicted",
         world_size=len(nodes),
         spans=tuple(Span(rank, start, end, "compile", "k", "k") for rank, start, end in spans),
-        meta={"ranks": [{"node": node} for node in nodes]},
+        meta={
+            "nodes": max(nodes) + 1,
+            "hosts": hosts,
+            "ranks": [{"node": node} for node in nodes],
+        },
     )
 
 
@@ -116,6 +122,15 @@ def test_cpu_seconds_are_shared_cores_not_the_sum_of_spans() -> None:
 
 def test_nodes_have_cores_of_their_own() -> None:
     assert cpu_seconds(timeline((0, 0.0, 4.0), (2, 1.0, 3.0)), cores=1) == 6.0
+
+
+def test_nodes_of_one_machine_share_its_cores() -> None:
+    spans = (0, 0.0, 4.0), (2, 1.0, 3.0)
+    assert cpu_seconds(timeline(*spans, hosts=1), cores=1) == 4.0
+    assert cpu_seconds(timeline(*spans, hosts=1), cores=2) == 6.0
+    # Nodes 0 and 1 on one machine, 2 and 3 on the other.
+    four = timeline((0, 0.0, 4.0), (1, 0.0, 4.0), (3, 0.0, 4.0), nodes=(0, 1, 2, 3))
+    assert cpu_seconds(four, cores=1) == 8.0
 
 
 def test_gaps_and_other_spans_use_no_core() -> None:

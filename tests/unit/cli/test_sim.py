@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,8 @@ def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> N
 def test_a_death_is_told_as_data(capsys: Capture) -> None:
     (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5", "--no-run-ahead")
     assert set(made["timeout"]) == {"time", "rank", "operation", "waiting_for", "busy_with",
-                                    "needed"}  # fmt: skip
+                                    "needed", "of_hosts"}  # fmt: skip
+    assert made["timeout"]["of_hosts"] is False
     assert made["timeout"]["needed"] == pytest.approx(made["longest_wait"], abs=1e-3)
 
 
@@ -192,8 +194,12 @@ def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> Non
     rows = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
     assert [row for row in rows if row in ALL] == ALL
     assert any(line.startswith("none: the watchdog ends this run at ") for line in lines)
-    assert lines[-1].startswith(
-        "take planned: it survives its longest wait, leaves no kernel to compile in traffic"
+    _, _, advice = " ".join(map(str.strip, lines)).partition("take ")
+    assert re.fullmatch(
+        r"prebuilt: up after \d+ s; leaves no kernel to compile in traffic; wants a cache "
+        r"that was built beforehand; without one take planned: up after \d+ s, leaves no kernel "
+        r"to compile in traffic",
+        advice,
     )
     assert max(map(len, lines[3:-10])) <= 100
 

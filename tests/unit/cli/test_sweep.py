@@ -84,7 +84,7 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
         "model": "dsv4-tiny", "layers": 8, "attn_cp": 1, "stage_layers": None, "prompt_len": 1,
         "disaggregation": "none", "batch_sizes": [1], "max_tokens": 64, "num_sms": 132,
         "speculative": False, "hardware": "h200", "link": "nvlink", "ranks_per_gpu": 1,
-        "nccl_timeout": 600.0, "replicas": 1, "stream": None, "graph_batch_sizes": [],
+        "nccl_timeout": None, "replicas": 1, "stream": None, "graph_batch_sizes": [],
         "walk_max_m": None, "walk_memory": 0.12 * 150e9, "compile_lock": False,
         "bf16_fp32_algo": "deep_gemm",
     }  # fmt: skip

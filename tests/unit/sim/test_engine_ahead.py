@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Recv, Send
+import pytest
+
+from runner.schedule import BARRIER, EXCHANGE, Collective, KernelWork, Mark, Op, Recv, Send
+from runner.timeline import Span
 from sim.costs import Seconds
-from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, work
+from sim.culprit import CollectiveTimeout
+from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, walk, work
 
 BOTH = Collective("all_reduce x", (0, 1), 8)
 FORWARD = Mark("forward", "EXTEND 1")
@@ -19,11 +23,12 @@ def test_a_host_compiles_while_its_gpu_waits() -> None:
         ("compute", 34, 36),
     ]  # fmt: skip
     ahead = simulate(first, second, run_ahead=True)
-    assert [row for row in rows(ahead, 0) if row[0] in ("compile", "load")] == [
-        ("compile", 0, 10), ("load", 10, 11),
+    # It waits once it has nothing left to do, until the collective ends at 23.
+    assert rows(ahead, 0) == [
+        ("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13), ("wait", 13, 23),
     ]  # fmt: skip
-    assert [row for row in rows(ahead, 0) if row[0] in ("wait", "comm")] == [
-        ("wait", 0, 20), ("comm", 20, 23),
+    assert [s for s in ahead.spans if s.kind in ("wait", "comm")] == [
+        Span(0, 13, 23, "wait", "GPU"), Span(1, 20, 23, "wait", "GPU"),
     ]  # fmt: skip
     assert (blocking.ends, ahead.ends) == ((36.0, 23.0), (23.0, 23.0))
 
@@ -32,10 +37,9 @@ def test_the_gpu_works_its_queue_off_in_order() -> None:
     # Host: queued at 0, run at 1; GPU: the collective until 8, then 4 s.
     ahead = simulate([BOTH, work(1, 4), BOTH], [work(5), BOTH, BOTH], run_ahead=True)
     assert ahead.ends == (15.0, 15.0)
-    # Rank 1's GPU comes to the second collective at 8 and waits until rank 0's is there at 12.
-    assert [row for row in rows(ahead, 1) if row[0] != "compute"] == [
-        ("comm", 5, 8), ("wait", 8, 12), ("comm", 12, 15),
-    ]  # fmt: skip
+    # The second collective begins at 12, and both hosts have only the end left to wait for.
+    assert rows(ahead, 0) == [("compute", 0, 1), ("wait", 1, 15)]
+    assert rows(ahead, 1) == [("compute", 0, 5), ("wait", 5, 15)]
 
 
 def test_a_wait_counts_from_queueing() -> None:
@@ -60,13 +64,76 @@ def test_a_receive_always_waits() -> None:
     ]  # fmt: skip
 
 
-def test_a_receive_has_no_limit_of_its_own() -> None:
+def test_a_receive_waits_for_the_queue_first() -> None:
+    outcome = simulate(
+        [work(9), BOTH, work(11), Send("x", 1, 1)], [BOTH, Recv("x", 0, 1)], run_ahead=True
+    )
+    # Rank 0's host is at its send at 20, after the GPU's collective that ends at 12.
+    assert rows(outcome, 1) == [("wait", 0, 12), ("wait", 12, 20), ("comm", 20, 24)]
+    assert [s.name for s in outcome.spans if s.rank == 1] == ["GPU", "recv x"]
+
+
+# -- limits ---------------------------------------------------------------------------------------
+
+
+def test_a_receive_has_the_hosts_limit() -> None:
     """What a server receives it learns of over gloo, whose limit is another."""
     ranks: tuple[list[Op], list[Op]] = ([work(60), Send("x", 1, 1)], [Recv("x", 0, 1)])
     ahead = simulate(*ranks, run_ahead=True, timeout=5.0)
     assert (ahead.timeout, ahead.longest_wait) == (None, 0.0)
-    blocking = simulate(*ranks, timeout=5.0)
-    assert blocking.timeout is not None and blocking.longest_wait == 60.0
+    assert simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=60.0).timeout is None
+    lost = simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=50.0)
+    assert lost.timeout == CollectiveTimeout(
+        50.0, 1, "recv x", 0, "compute compute", 60.0, of_hosts=True
+    )
+    assert lost.longest_wait == 0.0
+
+
+def test_blocking_hosts_have_one_limit() -> None:
+    ranks: tuple[list[Op], list[Op]] = ([work(60), Send("x", 1, 1)], [Recv("x", 0, 1)])
+    assert simulate(*ranks, host_timeout=5.0).timeout is None
+    blocking = simulate(*ranks, timeout=5.0, host_timeout=1.0)
+    assert blocking.timeout == CollectiveTimeout(5.0, 1, "recv x", 0, "compute compute", 60.0)
+    assert blocking.longest_wait == 60.0
+
+
+@pytest.mark.parametrize("name", [EXCHANGE, BARRIER])
+def test_what_all_hosts_wait_in_has_their_limit(name: str) -> None:
+    ranks = [[Collective(name, (0, 1), 0)], [work(30), Collective(name, (0, 1), 0)]]
+    ahead = simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=20.0)
+    assert ahead.timeout == CollectiveTimeout(
+        20.0, 0, name, 1, "compute compute", 30.0, of_hosts=True
+    )
+    assert ahead.longest_wait == 0.0
+    assert simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=30.0).timeout is None
+    blocking = simulate(*ranks, timeout=5.0, host_timeout=20.0)
+    assert blocking.timeout == CollectiveTimeout(5.0, 0, name, 1, "compute compute", 30.0)
+
+
+def test_what_is_needed_is_of_the_limit_that_was_passed() -> None:
+    """Rank 1's GPU waits from 0 to 9; its host receives from 12, what is sent at 69."""
+    ranks: tuple[list[Op], list[Op]] = (
+        [work(9), BOTH, work(60), Send("x", 1, 1)], [BOTH, Recv("x", 0, 1)],
+    )  # fmt: skip
+    of_gpus = simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=20.0)
+    assert of_gpus.timeout == CollectiveTimeout(5.0, 1, BOTH.name, 0, "compute compute", 9.0)
+    of_hosts = simulate(*ranks, run_ahead=True, timeout=9.0, host_timeout=20.0)
+    assert of_hosts.timeout == CollectiveTimeout(
+        32.0, 1, "recv x", 0, "compute compute", 57.0, of_hosts=True
+    )
+    assert of_gpus.longest_wait == of_hosts.longest_wait == 9.0
+
+
+def test_who_is_to_blame_is_found_through_what_hosts_only_queued() -> None:
+    """Rank 0 waits for 1, whose host is done but whose GPU waits for 2, which works."""
+    late = Collective("all_reduce y", (1, 2), 8)
+    outcome = simulate([BOTH], [work(1), late, BOTH], [work(50), late], run_ahead=True, timeout=20)
+    assert not [s for s in outcome.spans if s.kind == "comm"]
+    # Rank 1's GPU comes to what rank 0 waits in at 53.
+    assert outcome.timeout == CollectiveTimeout(20.0, 0, BOTH.name, 2, "compute compute", 53.0)
+
+
+# -- where hosts wait -----------------------------------------------------------------------------
 
 
 def test_a_send_leaves_once_the_gpu_comes_to_it() -> None:
@@ -83,6 +150,41 @@ def test_an_exchange_of_kernels_waits() -> None:
     outcome = simulate(first, second, node_of=[0, 1], run_ahead=True)
     assert rows(outcome, 0) == [
         ("compile", 0, 5), ("wait", 5, 9), ("comm", 9, 12), ("load", 12, 13), ("compute", 13, 15),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_barrier_waits_and_shares_nothing(ahead: bool) -> None:
+    barrier = Collective(BARRIER, (0, 1), 0)
+    few, many = (tuple(map(kernel_of, range(1, n + 1))) for n in (2, 6))
+    first: list[Op] = [KernelWork("verify", few), barrier, KernelWork("load", few[:1])]
+    second: list[Op] = [KernelWork("verify", many), barrier, call(9)]
+    outcome = simulate(
+        first, second, node_of=[0, 1], run_ahead=ahead, cached=frozenset(many)
+    )  # fmt: skip
+    # Half a second a kernel; then the barrier's 3 s.
+    assert rows(outcome, 0) == [("load", 0, 1), ("wait", 1, 3), ("comm", 3, 6), ("load", 6, 7)]
+    assert rows(outcome, 1) == [
+        ("load", 0, 3), ("comm", 3, 6), ("compile", 6, 16), ("load", 16, 17), ("compute", 17, 19),
+    ]  # fmt: skip
+    assert outcome.disks == {0: frozenset(many), 1: frozenset(many) | {kernel_of(9)}}
+    assert outcome.up == outcome.disks
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_walk_begins_with_the_gpu_done(ahead: bool) -> None:
+    outcome = simulate([work(1, 9), walk(1)], run_ahead=ahead)
+    assert rows(outcome, 0) == [
+        ("compute", 0, 9), ("load", 9, 11), ("compile", 11, 21), ("load", 21, 22),
+        ("load", 22, 22.5),
+    ]  # fmt: skip
+
+
+def test_a_walk_waits_for_what_is_queued() -> None:
+    outcome = simulate([BOTH, work(1), walk(1)], [work(20), BOTH], run_ahead=True)
+    assert rows(outcome, 0) == [
+        ("compute", 0, 1), ("wait", 1, 23), ("load", 23, 25), ("compile", 25, 35),
+        ("load", 35, 36), ("load", 36, 36.5),
     ]  # fmt: skip
 
 
@@ -128,3 +230,5 @@ def test_a_wait_for_communication_is_no_computing() -> None:
         computed = [row for row in rows(ahead, index) if row[0] == "compute"]
         # The GPU's second of work comes after the collective, which ends at 33.
         assert computed == [("compute", 0, 2), ("compute", 33, 37)]
+        waits = [s for s in ahead.spans if s.rank == index and s.kind == "wait"]
+        assert waits == [Span(index, 2, 33, "wait", "GPU")]

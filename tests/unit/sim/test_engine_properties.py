@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import kernels_of
-from runner.schedule import Collective, Mark, Op, Recv, Send, Walk
+from runner.schedule import BARRIER, Collective, Mark, Op, Recv, Send, Walk
+from runner.timeline import Timeline, merge
 from sim.costs import Seconds
 from sim.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, simulate, walk, work
@@ -26,6 +27,7 @@ STEP = st.one_of(
     st.tuples(st.just("forward"), RANK),
     st.tuples(st.just("message"), RANK, RANK),
     st.tuples(st.just("collective"), st.sets(RANK, min_size=1)),
+    st.tuples(st.just("barrier")),
 )
 COSTS = RoundCosts(kernel=Seconds(1.0, 2.0))
 
@@ -49,6 +51,9 @@ def ranks_of(steps: list[Any]) -> list[list[Op]]:
             group = tuple(sorted(words[0]))
             for rank in group:
                 ranks[rank].append(Collective("all_reduce x", group, 8))
+        elif kind == "barrier":
+            for ops in ranks:
+                ops.append(Collective(BARRIER, tuple(range(RANKS)), 0))
     return ranks
 
 
@@ -128,15 +133,33 @@ def test_a_start_later_is_the_same_later(
 
 
 @settings(max_examples=60, deadline=None)
-@given(SCHEDULES, NODES, st.booleans())
-def test_a_ranks_own_work_fits_into_its_time(
-    ranks: list[list[Op]], node_of: list[int], ahead: bool
+@given(SCHEDULES, NODES, st.booleans(), st.booleans())
+def test_a_ranks_spans_never_overlap(
+    ranks: list[list[Op]], node_of: list[int], ahead: bool, locked: bool
 ) -> None:
-    """A host does one thing at a time, and a GPU too."""
-    outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, costs=COSTS)
-    for rank in range(RANKS):
-        for kinds in (("compile", "load", "compute"), ("comm",)):
-            spans = sorted((s.start, s.end) for s in outcome.spans
-                           if s.rank == rank and s.kind in kinds)  # fmt: skip
-            for (_, end), (start, _) in pairwise(spans):
+    """A host does one thing at a time; what it sends takes it no time."""
+    marked = [[Mark("phase", "warm-up"), *ops, Mark("phase", "end")] for ops in ranks]
+    outcome = simulate(*marked, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS)
+    for spans in (outcome.spans, merge(outcome.spans)):
+        for rank in range(RANKS):
+            taken = sorted((s.start, s.end) for s in spans
+                           if s.rank == rank and s.kind != "phase" and s.seconds)  # fmt: skip
+            for (_, end), (start, _) in pairwise(taken):
                 assert start >= end - 1e-6
+    timeline = Timeline("none", "predicted", RANKS, merge(outcome.spans))
+    for totals, end in zip(timeline.totals(), outcome.ends, strict=True):
+        busy = totals.compile + totals.load + totals.compute + totals.comm + totals.wait
+        assert busy <= totals.total + 1e-6
+        assert totals.total <= end + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCHEDULES, st.integers(1, 60))
+def test_limits_of_hosts_and_of_gpus_are_apart(ranks: list[list[Op]], limit: int) -> None:
+    free = simulate(*ranks, run_ahead=True, costs=COSTS)
+    lost = simulate(*ranks, run_ahead=True, host_timeout=limit, costs=COSTS)
+    assert (lost.spans, lost.longest_wait) == (free.spans, free.longest_wait)
+    if lost.timeout is not None:
+        assert lost.timeout.of_hosts and lost.timeout.needed > limit
+        enough = simulate(*ranks, run_ahead=True, host_timeout=lost.timeout.needed, costs=COSTS)
+        assert enough.timeout is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from runner.schedule import Collective, Schedule
 from runner.timeline import FIRST_REQUEST
 from runner.warmup import WarmupPolicy
 from sim.compile_time import compile_seconds
+from sim.engine import Engine
 from sim.simulate import simulate
 from tests.unit.tiny_runs import h200, machine, scenario
 
@@ -184,6 +186,48 @@ def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
         assert wall(link, None) == wall(link, default) != wall(link, not default)
 
 
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """Costs and settings of every engine that is made."""
+    made: list[tuple[Any, dict[str, Any]]] = []
+
+    def engine(programs: Any, costs: Any, **settings: Any) -> Engine:
+        made.append((costs, settings))
+        return Engine(programs, costs, **settings)
+
+    monkeypatch.setattr("sim.simulate.Engine", engine)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("link", "given", "limit"),
+    [
+        ("nvlink", None, 600.0), ("gloo", None, 1800.0), ("nvlink", 70.0, 70.0),
+        ("gloo", 70.0, 70.0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("ahead", [None, False, True])
+def test_limits_are_those_of_the_link_unless_given(
+    engines: list[tuple[Any, dict[str, Any]]], link: str, given: float | None, limit: float,
+    ahead: bool | None,
+) -> None:  # fmt: skip
+    """Whatever hosts do: a blocking host's NCCL has NCCL's limit."""
+    simulate(scenario(tp=2, pp=1), machine(link=link, nccl_timeout=given, run_ahead=ahead))
+    ((_, settings),) = engines
+    assert (settings["timeout"], settings["host_timeout"]) == (limit, 7200.0)
+
+
+@pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+def test_ranks_of_a_gpu_walk_side_by_side_where_all_of_them_walk(
+    engines: list[tuple[Any, dict[str, Any]]], policy: WarmupPolicy
+) -> None:
+    """Otherwise a node's first rank walks alone."""
+    simulate(scenario(policy, tp=2, pp=1), machine(ranks_per_gpu=2))
+    ((costs, _),) = engines
+    walks = policy is WarmupPolicy.RELAX
+    assert (costs.ranks_per_gpu, costs.walkers_per_gpu) == (2, 2 if walks else 1)
+
+
 def test_a_limit_of_memory_ends_walks_earlier() -> None:
     values = {"walk_max_m": None, "max_tokens": 8192, "batch_sizes": (1,), "layers": 2}
     free, narrow = (
@@ -201,4 +245,7 @@ def test_a_lock_saves_duplicates() -> None:
     )
     assert plain.distinct_kernels == locked.distinct_kernels
     assert locked.duplicates < plain.duplicates == plain.distinct_kernels
-    assert {s.name for s in locked.spans if s.kind == "wait" and s.key == ""} == {"compile lock"}
+    plain_waits, locked_waits = (
+        {s.name for s in timeline.spans if s.kind == "wait"} for timeline in (plain, locked)
+    )
+    assert (plain_waits, locked_waits) == ({"GPU"}, {"GPU", "compile lock"})

@@ -1,0 +1,159 @@
+"""Messages between simulated ranks: who meets whom, when, and how long the others waited."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from runner.schedule import EXCHANGE, Collective, Recv, Send
+from runner.timeline import Span
+from sim.costs import CostModel
+from sim.culprit import WORK, CollectiveTimeout, with_culprit
+from sim.program import Run
+from sim.rank import Message, Queued, Rank
+
+
+class Network:
+    """Collectives, sends and receives.
+
+    Args:
+        costs: how long a message takes.
+        timeout: longest wait of a rank, in seconds; None is no limit.
+        host_timeout: the same of what hosts do among themselves where they run ahead.
+        run_ahead: whether hosts queue messages and go on.
+        exchanged: told the ranks that exchange what their nodes built.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        *,
+        timeout: float | None,
+        host_timeout: float | None,
+        run_ahead: bool,
+        exchanged: Callable[[Sequence[int]], None],
+    ) -> None:
+        self.longest_waits = {False: 0.0, True: 0.0}
+        self._costs, self._run_ahead, self._exchanged = costs, run_ahead, exchanged
+        self._timeout, self._host_timeout = timeout, host_timeout
+        self._arrivals: dict[str, list[tuple[Rank, Queued]]] = {}
+        self._sent: dict[str, tuple[float, float]] = {}
+        self._receivers: dict[str, Rank] = {}
+        self._timeouts: list[CollectiveTimeout] = []
+        self._communication: list[Span] = []
+
+    def gets_past(self, rank: Rank, item: Queued, todo: deque[Rank]) -> bool:
+        """Whether a GPU gets past the head of its queue; ``todo`` gets whom that lets go on."""
+        work = item.work
+        if isinstance(work, Run):
+            rank.device = max(rank.device + work.device, item.at)
+            return True
+        if item.end is None and item.arrived is None:
+            item.arrived = max(rank.device, item.at)
+            if isinstance(work, Collective):
+                self._arrive(rank, item, work, todo)
+            elif isinstance(work, Send):
+                self._send(rank, item, work, todo)
+            else:
+                self._receivers[item.key] = rank
+        if isinstance(work, Recv) and item.key in self._sent:
+            self._receive(rank, item, work)
+        if item.end is None:
+            rank.waiting_in = waiting_in(work)
+            return False
+        rank.device = item.end
+        if item.host_waits:
+            # Nothing else is queued then, and the span of the communication is the host's wait.
+            rank.clock = item.end
+        else:
+            rank.communicated = item.end
+        return True
+
+    def _arrive(self, rank: Rank, item: Queued, op: Collective, todo: deque[Rank]) -> None:
+        arrivals = self._arrivals.setdefault(item.key, [])
+        arrivals.append((rank, item))
+        if len(arrivals) < len(op.group):
+            return
+        del self._arrivals[item.key]
+        last, its = max(arrivals, key=lambda pair: _arrived(pair[1]))
+        end = _arrived(its) + self._costs.collective_seconds(op)
+        if op.name == EXCHANGE:
+            self._exchanged(op.group)
+        for member, one in arrivals:
+            self._check_wait(member, one, last.index, _arrived(its))
+            self._note(member, one, end)
+            one.end = end
+            if member is not rank:
+                todo.append(member)
+
+    def _send(self, rank: Rank, item: Queued, op: Send, todo: deque[Rank]) -> None:
+        """A send does not wait for its receiver."""
+        at = _arrived(item)
+        self._sent[item.key] = (at, at + self._costs.transfer_seconds(op.bytes))
+        item.end = at
+        self._note(rank, item, at)
+        if item.key in self._receivers:
+            todo.append(self._receivers[item.key])
+
+    def _receive(self, rank: Rank, item: Queued, op: Recv) -> None:
+        sent, there = self._sent.pop(item.key)
+        self._receivers.pop(item.key, None)
+        arrived = _arrived(item)
+        item.end = max(arrived, there)
+        self._check_wait(rank, item, op.peer, sent)
+        self._note(rank, item, item.end)
+
+    def _note(self, rank: Rank, item: Queued, end: float) -> None:
+        """Communication, on the rank's own time line only where its host has to wait for it."""
+        assert not isinstance(item.work, Run)
+        span = Span(rank.index, _arrived(item), end, "comm", _name(item.work), item.key)
+        self._communication.append(span)
+        if item.host_waits or isinstance(item.work, Send):
+            rank.spans.append(span)
+
+    def _check_wait(self, rank: Rank, item: Queued, last: int, arrival: float) -> None:
+        """Hold a wait against its limit: of the GPU's communication, or of hosts that talk."""
+        of_hosts = self._run_ahead and item.host_waits
+        limit = self._host_timeout if of_hosts else self._timeout
+        waited = arrival - item.at
+        self.longest_waits[of_hosts] = max(self.longest_waits[of_hosts], waited)
+        if limit is not None and waited > limit:
+            assert not isinstance(item.work, Run)
+            lost = CollectiveTimeout(
+                item.at + limit, rank.index, _name(item.work), last, "", waited, of_hosts
+            )
+            self._timeouts.append(lost)
+
+    def first_timeout(self, spans: Sequence[Span]) -> CollectiveTimeout | None:
+        """The time-out that ends the run, with what the whole run would have needed."""
+        if not self._timeouts:
+            return None
+        first = min(self._timeouts, key=lambda timeout: timeout.time)
+        needed = self.longest_waits[first.of_hosts]
+        busy = [span for span in spans if span.kind in WORK]
+        return with_culprit(replace(first, needed=needed), [*busy, *self._communication])
+
+
+def _arrived(item: Queued) -> float:
+    assert item.arrived is not None
+    return item.arrived
+
+
+def among(rank: int, op: Message) -> str:
+    """Whom an operation is among: the same text on all ranks that take part."""
+    if isinstance(op, Collective):
+        return ",".join(map(str, op.group))
+    return f"{rank}>{op.peer}" if isinstance(op, Send) else f"{op.peer}>{rank}"
+
+
+def _name(op: Message) -> str:
+    prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
+    return f"{prefix}{op.name}"
+
+
+def waiting_in(op: Message) -> str:
+    """What a rank that waits for it is in."""
+    if isinstance(op, Collective):
+        return f"{op.name} of ranks {op.group}"
+    return f"recv {op.name} from rank {op.peer}"
