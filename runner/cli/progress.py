@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _PLAIN_EVERY_SECONDS = 5.0
 
@@ -51,13 +53,17 @@ class _Plain:
         self._last, self._ended = now, ends
         elapsed = max(1e-6, now - self._started)
         left = elapsed / fraction - elapsed if fraction else 0.0
-        # Work must not end because nobody listens any more.
-        with suppress(OSError, ValueError):
-            print(
-                f"{self._what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        _say(f"{self._what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left")
+
+
+def _say(line: str) -> None:
+    """Work must not end because nobody listens any more; nor may its exit code tell of that."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        # What was not written waits in a buffer, and Python exits with 120 where that fails again.
+        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def counting(show: Show) -> Callable[[int, int], None]:

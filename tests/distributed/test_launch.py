@@ -284,7 +284,7 @@ BAD_INPUT = {
     "--model dsv4-tiny --warmup planned --max-tokens 64": "is above --max-tokens 64",
     "--model dsv4-tiny --warmup none --max-tokens 0": "max-tokens 0 must lie in 1..131072",
     "--model dsv4-tiny --timeout 0": "0.0 is not in the range",
-    "--model dsv4-tiny --timeout nan": "not a number of seconds",
+    "--model dsv4-tiny --timeout nan": "'nan' is not a finite number",
     "--model dsv4-tiny --nccl-timeout 0": "'--nccl-timeout': 0.0 is not in the range",
     "--model dsv4-tiny --prompt-len 0": "prompt_len=0",
     "--model dsv4-tiny --stream 0": "--stream 0 must all be at least 1",
