@@ -28,7 +28,9 @@ from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.process import process_start
 from launch.rank_sink import RankSink, cut_compiles
 from launch.watchdog import TORCH_LIMITS, describe_timeout, is_timeout, wait_for_device
-from runner.backend.base import Backend, Communicator, NoKernels
+from runner.backend.base import Backend
+from runner.backend.communicator import Communicator
+from runner.backend.kernel_store import NoKernels
 from runner.backend.math import Math
 from runner.backend.shapes import ShapeMath, ShapeWeights
 from runner.backend.torch_math import TorchBuffers, TorchMath

@@ -46,14 +46,16 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
     if not alive:
         words.insert(0, f"no policy survives its longest wait{_remedy(best)}")
     others = [p for p in alive if not _is_prebuilt(p)]
+    named = [best]
     if _is_prebuilt(best) and others:
         second = min(others, key=_cost)
+        named.append(second)
         words.append(
             f"wants a cache that was built beforehand; without one take {second.timeline.policy}: "
             f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
     quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
-    if quickest.timeline.up < best.timeline.up:
+    if quickest not in named and quickest.timeline.up < best.timeline.up:
         words.append(
             f"{quickest.timeline.policy} is up sooner, after {quickest.timeline.up:.0f} s, but "
             f"leaves {_stalls(quickest)}"

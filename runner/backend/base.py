@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
+from runner.backend.communicator import Communicator
+from runner.backend.kernel_store import KernelStore, NoKernels
 from runner.backend.layout import (
     MASKED_BUDGET,
     contiguous_rows,
@@ -42,66 +44,6 @@ from runner.schedule import (
     Walk,
 )
 from runner.walks import ExecutionHook
-
-
-class Communicator(Protocol):
-    """Moves tensors between ranks; groups and peers are world ranks."""
-
-    def all_reduce(self, x: Any, group: tuple[int, ...]) -> Any:
-        """Sum over the group."""
-
-    def all_gather(self, x: Any, group: tuple[int, ...], dim: int) -> Any:
-        """Concatenate the group's tensors along ``dim``, in group order."""
-
-    def send(self, x: Any, peer: int) -> None:
-        """Send to a world rank."""
-
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> Any:
-        """Receive a tensor of the given shape and element type from a world rank."""
-
-
-class KernelStore(Protocol):
-    """Where a rank's compiled kernels come from."""
-
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Compile kernels into this node's cache; nothing happens for none."""
-
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Make sure that this node's cache holds kernels, whole."""
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """Bring kernels into this process."""
-
-    def exchange(self) -> None:
-        """Wait for all nodes' builds and give every node's cache what the others built."""
-
-    def walk(self, walk: Walk) -> None:
-        """Call a GEMM with every M of a list."""
-
-    def wait(self) -> None:
-        """Wait for all ranks."""
-
-
-class NoKernels:
-    """For shapes alone: no kernel is ever there."""
-
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Nothing to build."""
-
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Nothing to verify."""
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """Nothing to load."""
-
-    def exchange(self) -> None:
-        """Nothing to exchange."""
-
-    def walk(self, walk: Walk) -> None:
-        """Nothing to walk."""
-
-    def wait(self) -> None:
-        """Nobody to wait for."""
 
 
 @dataclass(frozen=True)

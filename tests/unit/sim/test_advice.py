@@ -73,6 +73,16 @@ def test_it_is_seconds_of_stalls_that_count_and_not_their_number() -> None:
     )  # fmt: skip
 
 
+def test_a_policy_is_named_once() -> None:
+    """The best without a built cache is also the one that is up soonest."""
+    prebuilt, fast = prediction("prebuilt", 30), prediction("fast", 20, 10)
+    assert advised(prebuilt, fast) == (
+        "prebuilt",
+        f"up after 30 s; leaves {NOTHING}; wants a cache that was built beforehand; without one "
+        "take fast: up after 20 s, leaves 10 kernels (20 s) to compile in traffic",
+    )
+
+
 def test_what_is_up_sooner_and_stalls_more_is_named() -> None:
     assert advised(prediction("pp-parallel", 15.4, 40), prediction("planned", 20)) == (
         "planned",
