@@ -41,6 +41,7 @@ class Coverage:
 def coverage(
     policy: WarmupPolicy, deployment: Deployment, plan: Plan, *, nodes: int | None = None,
     stream: tuple[int, ...] = (), walk_max_m: int | None = None,
+    walk_memory: float | None = None, graph_batch_sizes: tuple[int, ...] = (),
 ) -> Coverage:  # fmt: skip
     """What the policy leaves uncovered, from cold caches.
 
@@ -51,6 +52,8 @@ def coverage(
         nodes: nodes that the ranks are on, each with a cache; None is one for each stage.
         stream: token counts of requests whose stalls are wanted.
         walk_max_m: see :class:`runner.warmup.WarmupOptions`.
+        walk_memory: see :class:`runner.scenario.Scenario`.
+        graph_batch_sizes: batch sizes that a CUDA graph is captured for after the warm-up.
 
     Raises:
         UserError: the nodes do not fit the ranks, or a token count is not planned for.
@@ -59,10 +62,11 @@ def coverage(
     scenario = Scenario(
         model=deployment.model, parallel=parallel, num_sms=deployment.num_sms,
         warmup=WarmupOptions(
-            policy=policy, disaggregation=deployment.disaggregation, walk_max_m=walk_max_m
+            policy=policy, disaggregation=deployment.disaggregation, walk_max_m=walk_max_m,
+            graph_batch_sizes=graph_batch_sizes,
         ),
         bf16_fp32_algo=deployment.bf16_fp32_algo, max_tokens=deployment.max_tokens,
-        stream=stream,
+        stream=stream, walk_memory=walk_memory,
     )  # fmt: skip
     schedule = record(scenario)
     held = _held(scenario, schedule, plan)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from runner.cli.ask_library import ask_library
-from runner.cli.common import IntList, check_sizes
+from runner.cli.common import GIBIBYTES, IntList, check_sizes
 from runner.cli.deployment import (
     Planned,
     deployment_options,
@@ -17,6 +17,7 @@ from runner.cli.deployment import (
     planned,
     target_options,
 )
+from runner.cli.simulated import walk_memory_of
 from runner.coverage import Coverage, coverage
 from runner.deployment import Deployment
 from runner.environ import Environ
@@ -56,7 +57,22 @@ from sim.profile_costs import ProfileCosts
     help="With --policy: end the lists of M that full, fast and relax walk there.",
 )
 @click.option(
-    "--hardware", default="h200", show_default=True, help="Profile to estimate compiles with."
+    "--walk-memory",
+    type=GIBIBYTES,
+    metavar="GIB",
+    help="With --policy: GPU memory that a walk of full or fast may take.  [default: what a "
+    "server leaves free on --hardware]",
+)
+@click.option(
+    "--cuda-graphs",
+    type=IntList(),
+    help="With --policy: batch sizes that a CUDA graph of DECODE is captured for.",
+)
+@click.option(
+    "--hardware",
+    default="h200",
+    show_default=True,
+    help="Profile to estimate compiles and free memory with.",
 )
 @click.option(
     "--source",
@@ -81,8 +97,9 @@ from sim.profile_costs import ProfileCosts
     help="Write the plan as JSON (- for stdout, and nothing else).",
 )
 def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
-         walk_max_m: int | None, hardware: str, source: str, check: bool, cache_dir: Path | None,
-         jobs: int, json_path: Path | None, target_root: Path | None, cuda_version: str | None,
+         walk_max_m: int | None, walk_memory: float | None, cuda_graphs: tuple[int, ...] | None,
+         hardware: str, source: str, check: bool, cache_dir: Path | None, jobs: int,
+         json_path: Path | None, target_root: Path | None, cuda_version: str | None,
          **values: Any) -> None:  # fmt: skip
     """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
@@ -106,13 +123,18 @@ def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
     )
     covered = None
     if policy is not None:
-        check_sizes(stream=stream)
+        check_sizes(stream=stream, cuda_graphs=cuda_graphs)
         covered = coverage(
             WarmupPolicy(policy), _needs_model(result), result.plan, nodes=nodes,
             stream=stream or (), walk_max_m=walk_max_m,
+            walk_memory=walk_memory_of(profile, walk_memory),
+            graph_batch_sizes=cuda_graphs or (),
         )  # fmt: skip
-    elif nodes is not None or stream is not None or walk_max_m is not None:
-        raise UserError("--nodes, --stream and --walk-max-m tell about a warm-up: give --policy")
+    elif any(value is not None for value in (nodes, stream, walk_max_m, walk_memory, cuda_graphs)):
+        raise UserError(
+            "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a "
+            "warm-up: give --policy"
+        )
     if str(json_path) != "-":
         _print(result, profile, covered)
     if json_path is not None and target is not None:

@@ -161,12 +161,12 @@ def scenario_of(
         bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
         stream=values["stream"],
-        walk_memory=_walk_memory(profile, values["walk_memory"]),
+        walk_memory=walk_memory_of(profile, values["walk_memory"]),
     )
 
 
-def _walk_memory(profile: Profile, given: float | None) -> float:
-    """Bytes that a walk may take: as asked, else what a server's cache leaves free."""
+def walk_memory_of(profile: Profile, given: float | None) -> float:
+    """Bytes that a walk may take: as asked in GiB, else what a server's cache leaves free."""
     if given is not None:
         return given * GIB
     return profile.gpu.memory * profile.start_up.graph_free

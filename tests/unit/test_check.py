@@ -342,9 +342,16 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
          "Invalid value for '--policy': 'some' is not one of 'none', 'full', 'fast', "
          "'pp-parallel', 'pp-parallel+full', 'pp-parallel+fast', 'relax', 'planned', 'prebuilt'."),
         ([*SMALL, "--stream", "4"],
-         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
+         "give --policy"),
         ([*SMALL, "--nodes", "2"],
-         "--nodes, --stream and --walk-max-m tell about a warm-up: give --policy"),
+         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
+         "give --policy"),
+        ([*SMALL, "--walk-memory", "2"],
+         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
+         "give --policy"),
+        ([*TINY, "--policy", "full", "--cuda-graphs", "0"],
+         "--cuda-graphs 0 must all be at least 1"),
         ([*TINY, "--policy", "full", "--stream", "4,0"], "--stream 4,0 must all be at least 1"),
         ([*TINY, "--policy", "full", "--walk-max-m", "0"],
          "Invalid value for '--walk-max-m': 0 is not in the range x>=1."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,8 @@ from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.plan import Plan
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import KernelWork, Mark, Op, Walk
-from runner.stalls import STALLS_AFTER
+from runner.stalls import STALLS_AFTER, kernels_before
+from runner.walk_memory import GIB
 from runner.warmup import WarmupOptions, WarmupPolicy
 
 P = WarmupPolicy
@@ -131,6 +133,29 @@ def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) 
         every = coverage(policy, made, plan, stream=tuple(range(1, LIMIT + 1)))
         pairs = {(stall.node, stall.kernel) for stall in every.stalls}
         assert len({kernel for _, kernel in pairs}) == found.missing
+
+
+def test_graphs_cover_what_their_decode_steps_use() -> None:
+    made = tiny()
+    plan = plan_of(made)
+    plain, captured = (
+        coverage(P.NONE, made, plan, graph_batch_sizes=sizes) for sizes in ((), (1, LIMIT))
+    )
+    assert plain.compiled < captured.compiled
+    parallel = made.parallel
+    one = Scenario(model=made.model, parallel=replace(parallel, nodes=2), max_tokens=LIMIT,
+                   warmup=WarmupOptions(policy=P.NONE, graph_batch_sizes=(1, LIMIT)))  # fmt: skip
+    found = set[Kernel]().union(*kernels_before(record(one), one.parallel.node_of).values())
+    assert captured.compiled == found
+
+
+def test_memory_cuts_walks_short() -> None:
+    """256 experts of a grouped GEMM: a walk of M rows takes memory for M x 256."""
+    made = few_layers(pp=5, tp=2, max_tokens=4096)
+    plan = plan_of(made)
+    much, little = (coverage(P.FULL, made, plan, walk_memory=gib * GIB) for gib in (100.0, 1.0))
+    assert much.missing < little.missing
+    assert little.compiled < much.compiled
 
 
 def test_more_tokens_than_are_planned_for() -> None:
