@@ -20,10 +20,18 @@ _BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}
 
 @dataclass(frozen=True)
 class WeightSize:
-    """Weights of one rank: their number and their bytes, FP8 with its scales."""
+    """Weights of one rank.
+
+    Attributes:
+        elements: their number.
+        nbytes: their bytes, FP8 with its scales.
+        shapes: the number of elements where weights of one kind and shape are one buffer, as
+            ``launch`` makes them up for a model too large for real math.
+    """
 
     elements: int
     nbytes: int
+    shapes: int
 
 
 def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
@@ -31,17 +39,19 @@ def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Weig
     counter = _CountingWeights()
     backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
     ModelRunner.build(model, parallel, rank, backend=backend, weights=counter, buffers=NoBuffers())
-    return WeightSize(counter.elements, counter.nbytes)
+    return WeightSize(counter.elements, counter.nbytes, sum(counter.shapes.values()))
 
 
 class _CountingWeights(ShapeWeights):
     def __init__(self) -> None:
         self.elements = 0
         self.nbytes = 0
+        self.shapes: dict[tuple[Any, ...], int] = {}
 
     def make(self, request: WeightRequest) -> Any:
         size = prod(request.view)
         self.elements += size
+        self.shapes[request.kind, request.view, request.high] = size
         self.nbytes += size * _BYTES[request.kind] + _scale_bytes(request)
         return super().make(request)
 

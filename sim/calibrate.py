@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from math import exp, log
+from math import exp, log, sqrt
 from statistics import fmean
 
 from runner.config.model import ModelConfig
@@ -14,13 +14,26 @@ from runner.config.presets import PRESETS
 from runner.jit.builder.costs import plain_seconds
 from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
+from runner.jit.kernels import Kernel
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
-from sim.fit import crossing, minimum, near_known, non_negative
+from sim.drift import Drift
+from sim.fit import minimum, near_known, non_negative
 from sim.judge import Judged, judge
-from sim.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Profile, StartUp
+from sim.profile import (
+    Builder,
+    Cache,
+    CompileTimes,
+    Gpu,
+    Host,
+    Link,
+    Phase,
+    Probe,
+    Profile,
+    StartUp,
+)
 from sim.samples import CompileSample, RankSample, Samples, take_samples
-from sim.start_up import largest_rank_bytes
+from sim.start_up import made_elements
 from sim.told import told_by
 
 _MOST_CONTENTION = 4.0
@@ -30,9 +43,16 @@ _GPU_BOUND = 2.0
 _FP8_WALKS, _BF16_WALKS = "walk gemm_nt_f8f8bf16:", "walk gemm_nt_bf16bf16f32:"
 _SLOWEST_CALL = 0.1
 _MANY_CALLS = 1000
+_KNOWN_SECONDS = 0.3
 _PRIOR = 0.5
-_TRUST = 1.0
+_KNOWN_CONTENTION = 1.0
 """Weight of the contention known before: as much as a hundred compiles that are off by 10 %."""
+
+_KNOWN_SPREAD = 20
+_TOGETHER = 0.5
+_SETTLING = (3.0, 300.0)
+_KNOWN_SETTLING = 0.1
+_ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -68,12 +88,12 @@ def fit_profile(
         UserError: a Timeline that does not say what it was of.
     """
     fitted: list[Fitted] = []
-    base = replace(base, probe=_probe(measured, base.probe, models))
+    base = replace(base, probe=_probe(measured, base, models, fitted))
     # What the GPU takes tells the host's part apart, so its rates come first.
     before = [take_samples(timeline, base, models) for timeline in measured]
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
     samples = [take_samples(timeline, base, models) for timeline in measured]
-    compile_times = _compile_times([s for one in samples for s in one.compiles], base, fitted)
+    compile_times = _compile_times([one.compiles for one in samples], base, fitted)
     builder = _builder(samples, base.builder, fitted)
     cache = _cache(samples, base.cache, fitted)
     profile = replace(
@@ -92,11 +112,42 @@ def fit_profile(
     return Calibration(profile, tuple(fitted))
 
 
-def _probe(measured: Sequence[Timeline], known: float, models: Mapping[str, ModelConfig]) -> float:
-    """The reference kernel's seconds: the runs' middle, which their times are brought to."""
+def _probe(
+    measured: Sequence[Timeline], base: Profile, models: Mapping[str, ModelConfig],
+    fitted: list[Fitted],
+) -> Probe:  # fmt: skip
+    """The reference kernel's seconds, the runs' middle, and how long they hold in a run."""
     told = [told_by(timeline, models).machine.probe for timeline in measured]
     seen = [seconds for seconds in told if seconds is not None]
-    return round(exp(fmean(map(log, seen))), 4) if seen else known
+    if not seen:
+        return base.probe
+    middle = round(exp(fmean(map(log, seen))), 4)
+    runs = []
+    for run, seconds in zip(measured, told, strict=True):
+        if seconds is not None:
+            # As measured: a profile of that very speed changes nothing.
+            as_it_was = replace(base, probe=replace(base.probe, seconds=seconds))
+            runs.append((seconds / middle, take_samples(run, as_it_was, models).compiles))
+
+    def disagreement(settling: float) -> float:
+        moved = [
+            [_moved(one, Drift(factor, exp(settling))) for one in compiles]
+            for factor, compiles in runs
+        ]
+        residuals = chain.from_iterable(_compile_fit(moved, base).residuals)
+        off = sum(value * value for value in residuals)
+        return off + _KNOWN_SETTLING * (settling - log(base.probe.settling)) ** 2
+
+    shortest, longest = map(log, _SETTLING)
+    settling = exp(minimum(disagreement, shortest, longest, _ROUNDS))
+    fitted.append(Fitted("a probe's settling", f"{settling:.0f} s", len(runs)))
+    return Probe(middle, round(settling, 1))
+
+
+def _moved(sample: CompileSample, drift: Drift) -> CompileSample:
+    """The sample in nominal seconds."""
+    start, end = (drift.nominal(at) for at in (sample.start, sample.start + sample.seconds))
+    return replace(sample, start=start, seconds=end - start)
 
 
 def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
@@ -112,54 +163,104 @@ def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
 # -- compiles -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _CompileFit:
+    """Compiles explained by the size of their code, their template and their company.
+
+    Attributes:
+        contention: see :class:`sim.profile.CompileTimes`.
+        scale: by template, against :func:`runner.jit.builder.costs.plain_seconds`.
+        residuals: logarithms of what is left, of each run's compiles.
+    """
+
+    contention: float
+    scale: dict[str, float]
+    residuals: list[list[float]]
+
+
+def _compile_fit(runs: Sequence[Sequence[CompileSample]], base: Profile) -> _CompileFit:
+    """Contention makes each run's own compiles agree best; scales are geometric means."""
+
+    def fit(contention: float) -> _CompileFit:
+        logs = [
+            [log(_alone(one, contention) / plain_seconds(one.kernel)) for one in run]
+            for run in runs
+        ]
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for run, values in zip(runs, logs, strict=True):
+            for one, value in zip(run, values, strict=True):
+                ratios[template_of(one.kernel)].append(value)
+        middles = {name: fmean(values) for name, values in sorted(ratios.items())}
+        left = [
+            [value - middles[template_of(one.kernel)]
+             for one, value in zip(run, values, strict=True)]
+            for run, values in zip(runs, logs, strict=True)
+        ]  # fmt: skip
+        scale = {name: round(exp(middle), 4) for name, middle in middles.items()}
+        return _CompileFit(contention, scale, left)
+
+    def disagreement(contention: float) -> float:
+        # Within a run: runs differ by what the machine was doing besides.
+        total = sum(
+            sum((value - fmean(run)) ** 2 for value in run)
+            for run in fit(contention).residuals
+            if run
+        )
+        return total + _KNOWN_CONTENTION * (contention - base.compile.contention) ** 2
+
+    return fit(minimum(disagreement, 0.0, _MOST_CONTENTION))
+
+
 def _compile_times(
-    samples: Sequence[CompileSample], base: Profile, fitted: list[Fitted]
+    runs: Sequence[Sequence[CompileSample]], base: Profile, fitted: list[Fitted]
 ) -> CompileTimes:
+    samples = list(chain.from_iterable(runs))
     if not samples:
         return base.compile
-    contention = _contention(samples, base.compile.contention)
-    alone = [_alone(sample, contention) for sample in samples]
+    found = _compile_fit(runs, base)
     by_config: dict[str, list[float]] = defaultdict(list)
-    ratios: dict[str, list[float]] = defaultdict(list)
-    for sample, seconds in zip(samples, alone, strict=True):
-        by_config[config_key(sample.kernel)].append(seconds)
-        ratios[template_of(sample.kernel)].append(seconds / plain_seconds(sample.kernel))
-    scale = {**base.compile.scale, **_means(ratios)}
+    counts: dict[str, int] = defaultdict(int)
+    for sample in samples:
+        by_config[config_key(sample.kernel)].append(_alone(sample, found.contention))
+        counts[template_of(sample.kernel)] += 1
+    scale = {**base.compile.scale, **found.scale}
     fitted += [
-        Fitted("compile contention", f"{contention:.3f}", len(samples)),
+        Fitted("compile contention", f"{found.contention:.3f}", len(samples)),
         Fitted("compile seconds, by configuration", f"{len(by_config)} of them", len(samples)),
-        *(Fitted(f"compile scale {name}", f"{scale[name]:.3f}", len(found))
-          for name, found in sorted(ratios.items())),
+        *(Fitted(f"compile scale {name}", f"{found.scale[name]:.3f}", counts[name])
+          for name in found.scale),
     ]  # fmt: skip
-    default = fmean(chain.from_iterable(ratios.values()))
+    spread = _spread(runs, found.contention, base.compile.spread)
+    fitted.append(Fitted("compile spread, side by side", f"{spread:.3f}", len(samples)))
+    default = exp(fmean(log(found.scale[template_of(one.kernel)]) for one in samples))
     expected = {
         config_key(s.kernel): scale[template_of(s.kernel)] * plain_seconds(s.kernel)
         for s in samples
     }
     settled = _settled(by_config, expected)
-    return CompileTimes(settled, scale, round(default, 4), round(contention, 4))
+    return CompileTimes(
+        settled, scale, round(default, 4), round(found.contention, 4), round(spread, 4)
+    )
 
 
-def _contention(samples: Sequence[CompileSample], known: float) -> float:
-    """What makes one configuration's times agree best, near ``known`` where they tell little."""
-    groups: dict[str, list[CompileSample]] = defaultdict(list)
-    for sample in samples:
-        groups[config_key(sample.kernel)].append(sample)
-
-    def disagreement(contention: float) -> float:
-        total = 0.0
-        for group in groups.values():
-            logs = [log(_alone(sample, contention)) for sample in group]
-            middle = fmean(logs)
-            total += sum((value - middle) ** 2 for value in logs)
-        return total + _TRUST * (contention - known) ** 2
-
-    return minimum(disagreement, 0.0, _MOST_CONTENTION)
+def _spread(runs: Sequence[Sequence[CompileSample]], contention: float, known: float) -> float:
+    """Deviation among those who began a kernel at about one time, near what was known."""
+    squares, freedom = _KNOWN_SPREAD * known**2, float(_KNOWN_SPREAD)
+    for run in runs:
+        kernels: dict[Kernel, list[CompileSample]] = defaultdict(list)
+        for one in sorted(run, key=lambda one: one.start):
+            kernels[one.kernel].append(one)
+        for same in kernels.values():
+            together = [one for one in same if one.start - same[0].start < _TOGETHER]
+            logs = [log(_alone(one, contention)) for one in together]
+            squares += sum((value - fmean(logs)) ** 2 for value in logs)
+            freedom += len(logs) - 1
+    return sqrt(squares / freedom)
 
 
 def _alone(sample: CompileSample, contention: float) -> float:
     """Seconds that the compile would have taken without company."""
-    times = CompileTimes({}, {}, 1.0, contention)
+    times = CompileTimes({}, {}, 1.0, contention, 0.0)
     low = int(sample.company)
     share = sample.company - low
     slow = (1 - share) * slowdown(times, max(low, 1), sample.cores)
@@ -179,11 +280,6 @@ def _settled(
     }
 
 
-def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Geometric means, rounded: a few slow compiles should not count for many."""
-    return {key: round(exp(fmean(map(log, values))), 4) for key, values in sorted(found.items())}
-
-
 def _builder(samples: Sequence[Samples], base: Builder, fitted: list[Fitted]) -> Builder:
     builds = [one.build for one in samples if one.build is not None]
     if not builds:
@@ -193,9 +289,11 @@ def _builder(samples: Sequence[Samples], base: Builder, fitted: list[Fitted]) ->
     for kernels, _, seconds, workers in builds:
         units = cut_units([Job("", kernel, "") for kernel in kernels], workers)
         scales.append(seconds / makespan(units, workers))
+    # One build tells little of others': what was known counts as one more.
+    scale = exp(fmean(map(log, [*scales, base.scale])))
     fitted += [Fitted("builder start", f"{start:.2f} s", len(builds)),
-               Fitted("builder scale", f"{fmean(scales):.3f}", len(builds))]  # fmt: skip
-    return Builder(round(start, 3), round(fmean(scales), 4))
+               Fitted("builder scale", f"{scale:.3f}", len(builds))]  # fmt: skip
+    return Builder(round(start, 3), round(scale, 4))
 
 
 def _cache(samples: Sequence[Samples], base: Cache, fitted: list[Fitted]) -> Cache:
@@ -246,36 +344,56 @@ def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Ho
     known = base.host
     walk, walk_call = _walk_host(samples, base, fitted)
 
-    def call(name: str, value: float, *, shared: bool) -> float:
+    first = known.first_forward
+    calls = {}
+    for name, shared, value in (
+        ("host, one operation", False, known.call),
+        ("host, one operation on a shared GPU", True, known.shared_call),
+    ):
+        calls[shared] = value
         ranks = [
             rank
             for one in samples
             for rank in one.ranks
             if rank.operations and (one.timeline.meta["ranks_per_gpu"] > 1) == shared
         ]
-        if not ranks:
-            return value
-        found = _call(ranks)
-        fitted.append(Fitted(f"host, one operation{name}", f"{1e6 * found:.0f} us", len(ranks)))
-        return round(found, 8)
-
+        if ranks:
+            found, first = _call(ranks, value, known.first_forward)
+            calls[shared] = round(found, 8)
+            fitted += [Fitted(name, f"{1e6 * found:.0f} us", len(ranks)),
+                       Fitted("host, first forward", f"{first:.2f} s", len(ranks))]  # fmt: skip
     return Host(
-        call=call("", known.call, shared=False),
-        shared_call=call(" on a shared GPU", known.shared_call, shared=True),
+        call=calls[False],
+        shared_call=calls[True],
+        first_forward=round(first, 4),
         walk=walk,
         walk_call=walk_call,
     )
 
 
-def _call(ranks: Sequence[RankSample]) -> float:
-    """Seconds of an operation, of which each stretch takes as many as its host or its GPU needs."""
-    measured = sum(rank.compute for rank in ranks)
+def _call(ranks: Sequence[RankSample], known: float, known_first: float) -> tuple[float, float]:
+    """Seconds of an operation, and those of a first forward besides, near what was known.
 
-    def excess(call: float) -> float:
-        needed = sum(max(count * call, gpu) for rank in ranks for count, gpu in rank.runs)
-        return needed - measured
+    Of the operations each stretch takes as many as its host or its GPU needs.
+    """
 
-    return crossing(excess, 0.0, _SLOWEST_CALL)
+    def left(call: float) -> list[float]:
+        return [
+            rank.compute - sum(max(count * call, gpu) for count, gpu in rank.runs) for rank in ranks
+        ]
+
+    def first(call: float) -> float:
+        return max(0.0, fmean(left(call)))
+
+    def disagreement(call: float) -> float:
+        off = [value - first(call) for value in left(call)]
+        off += [_KNOWN_SECONDS * (found / before - 1)
+                for found, before in ((call, known), (first(call), known_first))
+                if before]  # fmt: skip
+        return sum(value * value for value in off)
+
+    call = minimum(disagreement, 0.0, _SLOWEST_CALL)
+    return call, first(call)
 
 
 def _walk_host(
@@ -287,12 +405,12 @@ def _walk_host(
         return base.host.walk, base.host.walk_call
     known = base.host.walk_call
     rows, targets = [], []
-    for one, run, seconds in walks:
+    for _, run, seconds in walks:
         waited = sum(count * device for count, device in run.calls if device > known)
         loads = base.cache.first_use * sum(len(kernels) for kernels, _ in run.steps)
         calls = sum(count for count, device in run.calls if device <= known)
         rows.append((1.0, float(calls)))
-        targets.append((seconds - waited) / one.host_factor - loads)
+        targets.append(seconds - waited - loads)
     if max(row[1] for row in rows) < _MANY_CALLS:
         # Short walks do not tell their calls' part from the rest.
         walk = max(fmean(t - known * row[1] for row, t in zip(rows, targets, strict=True)), 0.0)
@@ -343,34 +461,35 @@ def _start_up(samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]) -
         fitted.append(Fitted(f"phase {name}", words, len(seen)))
         return found
 
-    weights, bandwidth = _weights(samples, base, fitted)
+    weights, made = _weights(samples, base, fitted)
     return replace(
         base,
         imports=phase("imports", base.imports),
         process_group=phase("process group", base.process_group, on_host=False),
         weights=weights,
-        weight_bandwidth={**base.weight_bandwidth, "dummy": bandwidth},
+        weights_made=made,
     )
 
 
 def _weights(
     samples: Sequence[Samples], base: StartUp, fitted: list[Fitted]
 ) -> tuple[Phase, float]:
-    """Set-up of a rank: a constant, a part for each rank beside it, and its bytes made up."""
-    known = (base.weights.seconds, base.weights.per_rank, 1 / base.weight_bandwidth["dummy"])
+    """Set-up of a rank: a constant, and its GPU's share in elements that are made up."""
+    known = (base.weights.seconds, 1 / base.weights_made)
     seen = [one for one in samples if "weights" in one.phases]
     if not seen:
-        return base.weights, base.weight_bandwidth["dummy"]
+        return base.weights, base.weights_made
     rows = [
-        (1.0, float(one.ranks_on_host),
-         largest_rank_bytes(one.scenario.model, one.scenario.parallel))
+        (1.0,
+         float(made_elements(one.scenario.model, one.scenario.parallel,
+                             one.timeline.meta["ranks_per_gpu"])))
         for one in seen
     ]  # fmt: skip
-    seconds, per_rank, per_byte = near_known(rows, [one.phases["weights"] for one in seen], known)
-    bandwidth = 1 / (per_byte or known[2])
-    words = f"{seconds:.2f} s + {per_rank:.3f} s a rank, {bandwidth / 1e9:.1f} GB/s"
+    seconds, per_element = near_known(rows, [one.phases["weights"] for one in seen], known)
+    rate = 1 / (per_element or known[1])
+    words = f"{seconds:.2f} s, {rate / 1e9:.1f} G elements/s made up"
     fitted.append(Fitted("phase weights", words, len(rows)))
-    return Phase(round(seconds, 3), round(per_rank, 4)), float(f"{bandwidth:.4g}")
+    return Phase(round(seconds, 3)), float(f"{rate:.4g}")
 
 
 def _phase(seen: Sequence[tuple[int, float]], known: Phase) -> Phase:

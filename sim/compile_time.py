@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from runner.jit.builder.costs import plain_seconds
+from math import exp
+from statistics import NormalDist
+from zlib import crc32
+
+from runner.jit.builder.costs import plain_seconds, unrolled_k_blocks
 from runner.jit.kernels import Kernel
 from sim.profile import CompileTimes
 
@@ -22,13 +26,15 @@ def template_of(kernel: Kernel) -> str:
 def config_key(kernel: Kernel) -> str:
     """Template and configuration (tile, stages, threads, ...), not what it is for.
 
-    Shape, number of groups and SMs do not change the size of the code.
+    Of shape, number of groups and SMs only a short K changes the size of the code: its loop is
+    unrolled as a whole.
     """
     template = template_of(kernel)
     if template not in _TILED:
         return template
     words = [word for i, word in enumerate(kernel.arguments) if i not in (*_SHAPE, _SMS)]
     words += kernel.arguments[_SMS].split(", ")[1:]
+    words.append(f"{unrolled_k_blocks(kernel)} K-blocks")
     return f"{template} {' | '.join(words)}"
 
 
@@ -38,6 +44,12 @@ def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
     if measured is not None:
         return measured
     return times.scale.get(template_of(kernel), times.default_scale) * plain_seconds(kernel)
+
+
+def luck(times: CompileTimes, rank: int, kernel: Kernel) -> float:
+    """How many times as long as expected a rank takes for a kernel: always the same for the two."""
+    share = (crc32(f"{rank}/{kernel.identity}".encode()) + 0.5) / 2**32
+    return exp(times.spread * NormalDist().inv_cdf(share))
 
 
 def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:

@@ -21,8 +21,15 @@ class Seconds(NamedTuple):
 class CostModel(Protocol):
     """Durations of the operations of a Schedule."""
 
+    @property
+    def first_forward(self) -> float:
+        """What a rank's first forward takes more than those after it, on its host."""
+
     def compile_seconds(self, kernel: Kernel) -> float:
         """One compile alone on a node."""
+
+    def luck(self, rank: int, kernel: Kernel) -> float:
+        """How many times as long as that a rank takes for it."""
 
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int

@@ -14,10 +14,10 @@ def crossing(function: Callable[[float], float], low: float, high: float) -> flo
     return (low + high) / 2
 
 
-def minimum(function: Callable[[float], float], low: float, high: float) -> float:
+def minimum(function: Callable[[float], float], low: float, high: float, rounds: int = 60) -> float:
     """Where a function of one valley is least, by golden section."""
     ratio = (5**0.5 - 1) / 2
-    for _ in range(60):
+    for _ in range(rounds):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, right) if function(left) < function(right) else (left, high)
     return (low + high) / 2

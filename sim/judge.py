@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +12,7 @@ from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
+from sim.drift import Drift
 from sim.profile import Profile
 from sim.simulate import Machine, Prediction, simulate
 from sim.start_up import PHASES, StartPhases, Weights
@@ -58,11 +59,13 @@ def machine_of(
     Raises:
         UserError: the Timeline does not say, or the profile lacks its link.
     """
-    machine = told_by(timeline, models).machine
+    told = told_by(timeline, models)
+    machine = told.machine
+    if not told.on_gpu:
+        profile = replace(profile, host=replace(profile.host, first_forward=0.0))
     return Machine(
         profile=profile,
-        # How slow the machine was just before the run, against the profile; 1 where nobody looked.
-        host_factor=1.0 if machine.probe is None else machine.probe / profile.probe,
+        drift=drift_of(machine.probe, profile),
         cores_per_node=machine.cores,
         hosts=machine.hosts,
         link=_link_of(machine.link, profile),
@@ -72,6 +75,13 @@ def machine_of(
         run_ahead=False,
         start=StartPhases(PHASES, Weights.DUMMY),
     )
+
+
+def drift_of(probe: float | None, profile: Profile) -> Drift | None:
+    """What a look at the machine just before a run tells of it; None where nobody looked."""
+    if probe is None:
+        return None
+    return Drift(probe / profile.probe.seconds, profile.probe.settling)
 
 
 def _link_of(name: str, profile: Profile) -> str:

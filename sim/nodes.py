@@ -66,7 +66,8 @@ class Nodes:
         if kernel in self.disks[rank.node]:
             load(time)
             return
-        self._cores[rank.node].start(time, self._costs.compile_seconds(kernel), compiled)
+        seconds = self._costs.compile_seconds(kernel) * self._costs.luck(rank.index, kernel)
+        self._cores[rank.node].start(time, seconds, compiled)
         self._plan_end(rank.node)
 
     def _plan_end(self, node: int) -> None:

@@ -48,12 +48,15 @@ class CompileTimes:
         default_scale: the same for templates that are not listed.
         contention: with all cores of a node compiling, each compile takes 1 + this many times as
             long as alone; in between the slowdown is linear in the number of compilers.
+        spread: standard deviation of the logarithms of what ranks take that compile one kernel
+            side by side; whoever waits for all of them waits for the slowest.
     """
 
     by_config: Mapping[str, float]
     scale: Mapping[str, float]
     default_scale: float
     contention: float
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ class Host:
     Attributes:
         call: one operation of a forward that has nothing to do.
         shared_call: the same where ranks share a GPU, and take turns at it.
+        first_forward: what a rank's first forward takes more: libraries get their GPU ready.
         walk: one walk, for its buffers and its end.
         walk_call: one call of a walk whose kernel is loaded.
     """
 
     call: float
     shared_call: float
+    first_forward: float
     walk: float
     walk_call: float
 
@@ -138,8 +143,9 @@ class StartUp:
         imports: from a process's start until its libraries are imported.
         process_group: until the ranks have met.
         weights: until a rank's model is set up, without the time that its bytes take.
-        weight_bandwidth: bytes per second of a machine, by where weights come from: ``disk``,
-            ``page-cache``, or ``dummy`` for made-up ones, of each rank.
+        weight_bandwidth: bytes per second of a machine, by where weights come from: ``disk`` or
+            ``page-cache``.
+        weights_made: elements per second that a GPU makes up, for all its ranks.
         capture: seconds of a graph capture.
         capture_operation: seconds of each operation in it.
         graph_free: share of the GPU's memory that is free once a server has its cache.
@@ -149,9 +155,23 @@ class StartUp:
     process_group: Phase
     weights: Phase
     weight_bandwidth: Mapping[str, float]
+    weights_made: float
     capture: float
     capture_operation: float
     graph_free: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a look at a machine just before a run tells of the run.
+
+    Attributes:
+        seconds: :func:`runner.jit.probe.probe_seconds` when the profile was measured.
+        settling: see :class:`sim.drift.Drift`.
+    """
+
+    seconds: float
+    settling: float
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,7 @@ class Profile:
         name: as ``--hardware`` takes it.
         num_sms: SMs of the GPU.
         cores_per_node: CPU cores of a node.
-        probe: seconds of :func:`runner.jit.probe.probe_seconds` when it was measured.
+        probe: how fast the machine was when it was measured.
         estimate: whether the numbers are derived from public figures instead of measured.
         provenance: where the numbers come from.
     """
@@ -170,7 +190,7 @@ class Profile:
     name: str
     num_sms: int
     cores_per_node: int
-    probe: float
+    probe: Probe
     compile: CompileTimes
     builder: Builder
     cache: Cache
@@ -194,6 +214,7 @@ class Profile:
         profile = cls(
             **{
                 **data,
+                "probe": Probe(**data["probe"]),
                 "compile": CompileTimes(**data["compile"]),
                 "builder": Builder(**data["builder"]),
                 "cache": Cache(**data["cache"]),
@@ -211,9 +232,12 @@ class Profile:
         return asdict(self)
 
 
-_DIVISORS = ("num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe")
+_DIVISORS = (
+    "num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe", "settling",
+    "weights_made",
+)  # fmt: skip
 _PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}
-_WEIGHT_SOURCES = ("disk", "page-cache", "dummy")
+_WEIGHT_SOURCES = ("disk", "page-cache")
 
 
 def _check(profile: Profile) -> None:

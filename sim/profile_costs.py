@@ -13,7 +13,7 @@ from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel
 from runner.jit.plan import GemmShape
 from runner.schedule import Capture, Collective, Compute
-from sim.compile_time import compile_seconds, slowdown
+from sim.compile_time import compile_seconds, luck, slowdown
 from sim.costs import Seconds
 from sim.profile import Link, Profile
 
@@ -38,6 +38,7 @@ class ProfileCosts:
         cores: CPU cores of a node.
         ranks_per_gpu: ranks that share one GPU; its time is divided among them.
         walkers_per_gpu: how many of them walk at a time.
+        replica: ranks of a replica.
     """
 
     profile: Profile
@@ -45,6 +46,7 @@ class ProfileCosts:
     cores: int
     ranks_per_gpu: int = 1
     walkers_per_gpu: int = 1
+    replica: int = 1
 
     @cached_property
     def _compile_memo(self) -> dict[Kernel, float]:
@@ -56,12 +58,22 @@ class ProfileCosts:
         host = self.profile.host
         return host.call if self.ranks_per_gpu == 1 else host.shared_call
 
+    @property
+    def first_forward(self) -> float:
+        """One constant for all ranks."""
+        return self.profile.host.first_forward
+
     def compile_seconds(self, kernel: Kernel) -> float:
         """See :func:`sim.compile_time.compile_seconds`."""
         memo = self._compile_memo
         if kernel not in memo:
             memo[kernel] = compile_seconds(self.profile.compile, kernel)
         return memo[kernel]
+
+    def luck(self, rank: int, kernel: Kernel) -> float:
+        """See :func:`sim.compile_time.luck`; ranks in the same place of a replica share it."""
+        spread = self.profile.compile.spread
+        return luck(self.profile.compile, rank % self.replica, kernel) if spread else 1.0
 
     def slowdown(self, compilers: int) -> float:
         """Linear up to the cores, which are shared beyond."""

@@ -88,6 +88,7 @@ def compile_program(
     known: dict[int, Seconds] = {}
     program: list[Instruction] = []
     host = device = 0.0
+    ready = False
     for op in ops:
         seconds = known.get(id(op))
         if seconds is None:
@@ -107,6 +108,8 @@ def compile_program(
             program += before
             if seconds is None:
                 continue
+        if not ready and isinstance(op, Compute | KernelCall):
+            host, ready = host + costs.first_forward, True
         host, device = host + seconds[0], device + seconds[1]
     if host or device:
         program.append(Run(host, device))

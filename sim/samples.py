@@ -13,6 +13,7 @@ from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
 from runner.warmup import WarmupPolicy
+from sim.drift import undrifted
 from sim.judge import machine_of
 from sim.profile import Profile
 from sim.profile_costs import ProfileCosts
@@ -22,9 +23,10 @@ from sim.told import told_by
 
 @dataclass(frozen=True)
 class CompileSample:
-    """A compile of one nvcc process: its seconds, and how many ran on average meanwhile."""
+    """A compile of one nvcc process: when, how long, and how many ran on average meanwhile."""
 
     kernel: Kernel
+    start: float
     seconds: float
     company: float
     cores: int
@@ -76,7 +78,6 @@ class Samples:
     walks: list[tuple[WalkRun, float]] = field(default_factory=list)
     build: tuple[tuple[Kernel, ...], float, float, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
-    host_factor: float = 1.0
 
     @property
     def ranks_on_host(self) -> int:
@@ -89,8 +90,7 @@ def take_samples(
 ) -> Samples:
     """Read one measured run, its seconds as if the host had been as fast as the profile's.
 
-    What a walk takes is left as it is: the GPU may be what it waits for. Runs whose forwards are
-    not a GPU's work tell nothing of one, nor of the host beside it.
+    Runs whose forwards are not a GPU's work tell nothing of one, nor of the host beside it.
 
     Args:
         timeline: the run.
@@ -104,8 +104,12 @@ def take_samples(
     scenario = told.scenario
     schedule = record(scenario)
     machine = machine_of(timeline, profile, models)
+    if machine.drift is not None:
+        timeline = undrifted(timeline, machine.drift)
     cores = machine.cores_per_node or 1
-    costs = ProfileCosts(profile, profile.links[machine.link], cores, machine.ranks_per_gpu)
+    # Operations are counted by what they cost, so that nothing else may be among it.
+    counting = replace(profile, host=replace(profile.host, first_forward=0.0))
+    costs = ProfileCosts(counting, profile.links[machine.link], cores, machine.ranks_per_gpu)
     programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
     samples = Samples(timeline, scenario, phases=timeline.phases())
     kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
@@ -120,27 +124,7 @@ def take_samples(
         # A walk launches nothing there, and a host does the work itself or none.
         samples.walks.clear()
         samples.ranks = [replace(one, runs=()) for one in samples.ranks]
-    return _normalised(samples, 1 / machine.host_factor)
-
-
-def _normalised(samples: Samples, by: float) -> Samples:
-    """The samples with all seconds but those of walks multiplied."""
-
-    def pair(sum_: tuple[int, float]) -> tuple[int, float]:
-        return sum_[0], sum_[1] * by
-
-    build = samples.build
-    return replace(
-        samples,
-        compiles=[replace(one, seconds=one.seconds * by) for one in samples.compiles],
-        ranks=[replace(one, compute=one.compute * by) for one in samples.ranks],
-        first_uses=pair(samples.first_uses),
-        loads=pair(samples.loads),
-        verified=pair(samples.verified),
-        build=None if build is None else (build[0], build[1] * by, build[2] * by, build[3]),
-        phases={name: seconds * by for name, seconds in samples.phases.items()},
-        host_factor=1 / by,
-    )
+    return samples
 
 
 def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:
@@ -155,7 +139,7 @@ def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:
 def _compiles(timeline: Timeline, kernels: dict[str, Kernel], cores: int) -> list[CompileSample]:
     spans = [span for span in timeline.spans if span.is_kernel]
     return [
-        CompileSample(kernels[span.key], span.seconds, _company(span, spans), cores)
+        CompileSample(kernels[span.key], span.start, span.seconds, _company(span, spans), cores)
         for span in spans
         if span.key in kernels and span.seconds > 0
     ]

@@ -13,6 +13,7 @@ from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
 from sim.culprit import CollectiveTimeout
+from sim.drift import Drift, drifted
 from sim.engine import Engine, Outcome
 from sim.fold import can_fold, unfold
 from sim.profile import Link, Profile, slowed
@@ -28,6 +29,7 @@ class Machine:
     Attributes:
         profile: what things cost.
         host_factor: how many times as long the CPUs take for everything as the profile's.
+        drift: how the machine's speed differs at the run's start; None is not at all.
         cores_per_node: CPU cores of a machine; None takes the profile's.
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
@@ -40,6 +42,7 @@ class Machine:
 
     profile: Profile
     host_factor: float = 1.0
+    drift: Drift | None = None
     cores_per_node: int | None = None
     hosts: int | None = None
     link: str = "nvlink"
@@ -79,7 +82,14 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     machine = replace(machine, profile=slowed(machine.profile, machine.host_factor))
     hosts = _hosts(machine, parallel.nodes)
     cores = machine.cores_per_node or machine.profile.cores_per_node
-    before = start_phases(machine.start, machine.profile.start_up, scenario.model, parallel, hosts)
+    before = start_phases(
+        machine.start,
+        machine.profile.start_up,
+        scenario.model,
+        parallel,
+        hosts,
+        machine.ranks_per_gpu,
+    )
     folds = machine.fold and can_fold(parallel, hosts)
     outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
     outcome = replace(outcome, spans=list(merge(outcome.spans)))
@@ -103,6 +113,8 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
             "coverage_up": _coverage(scenario, outcome.up),
         },
     )
+    if machine.drift is not None:
+        timeline = drifted(timeline, machine.drift, before)
     missing = _missing(scenario, outcome)
     costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
     return Prediction(
@@ -142,6 +154,7 @@ def _engine(
     costs = ProfileCosts(
         profile, link, cores, machine.ranks_per_gpu,
         walkers_per_gpu=machine.ranks_per_gpu if every else 1,
+        replica=parallel.world_size // parallel.replicas,
     )  # fmt: skip
     return Engine(
         _programs(scenario, costs, folds=folds),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.weight_size import weight_size
+from runner.weight_size import WeightSize, weight_size
 from sim.profile import StartUp
 
 
@@ -38,11 +39,12 @@ class StartPhases:
 
 
 def start_phases(
-    wanted: StartPhases, costs: StartUp, model: ModelConfig, parallel: ParallelConfig, hosts: int
-) -> list[tuple[str, float]]:
+    wanted: StartPhases, costs: StartUp, model: ModelConfig, parallel: ParallelConfig, hosts: int,
+    ranks_per_gpu: int = 1,
+) -> list[tuple[str, float]]:  # fmt: skip
     """Names and seconds of the phases, the slowest rank's.
 
-    Ranks of a host read its disk side by side; made-up weights each rank makes on its own.
+    Ranks of a host read its disk side by side, those of a GPU take turns at making weights up.
     """
     ranks = parallel.world_size // hosts
     found = {
@@ -51,32 +53,37 @@ def start_phases(
     }
     if "weights" in wanted.included:
         found["weights"] = costs.weights.of(ranks) + _weight_seconds(
-            wanted.weights, costs, model, parallel, ranks
+            wanted.weights, costs, model, parallel, ranks, ranks_per_gpu
         )
     return [(name, found[name]) for name in PHASES if name in wanted.included]
 
 
-def largest_rank_bytes(model: ModelConfig, parallel: ParallelConfig) -> float:
-    """Bytes of the weights of the rank that holds most."""
-    return max(_stage_bytes(model, parallel))
+def made_elements(model: ModelConfig, parallel: ParallelConfig, ranks_per_gpu: int) -> int:
+    """Elements of the made-up weights of the GPU that holds most."""
+    return _most([size.shapes for size in _stage_sizes(model, parallel)], parallel, ranks_per_gpu)
 
 
 @lru_cache(maxsize=256)
-def _stage_bytes(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, ...]:
-    """Bytes of the weights of a rank of each stage; counted once for all policies of a layout."""
+def _stage_sizes(model: ModelConfig, parallel: ParallelConfig) -> tuple[WeightSize, ...]:
+    """Weights of a rank of each stage; counted once for all policies of a layout."""
     return tuple(
-        weight_size(model, parallel, parallel.rank_of(stage, 0)).nbytes
-        for stage in range(parallel.pp)
+        weight_size(model, parallel, parallel.rank_of(stage, 0)) for stage in range(parallel.pp)
     )
 
 
 def _weight_seconds(
-    weights: Weights, costs: StartUp, model: ModelConfig, parallel: ParallelConfig, ranks: int
-) -> float:
-    bandwidth = costs.weight_bandwidth[weights.value]
+    weights: Weights, costs: StartUp, model: ModelConfig, parallel: ParallelConfig,
+    ranks: int, ranks_per_gpu: int,
+) -> float:  # fmt: skip
     if weights is Weights.DUMMY:
-        return largest_rank_bytes(model, parallel) / bandwidth
-    sizes = _stage_bytes(model, parallel)
-    of_rank = [sizes[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
-    hosts = range(0, parallel.world_size, ranks)
-    return max(sum(of_rank[first : first + ranks]) for first in hosts) / bandwidth
+        return made_elements(model, parallel, ranks_per_gpu) / costs.weights_made
+    nbytes = [size.nbytes for size in _stage_sizes(model, parallel)]
+    return _most(nbytes, parallel, ranks) / costs.weight_bandwidth[weights.value]
+
+
+def _most(of_stage: Sequence[int], parallel: ParallelConfig, ranks: int) -> int:
+    """Of ``ranks`` ranks in a row at a time, the largest sum of what each stage's ranks hold."""
+    of_rank = [of_stage[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
+    return max(
+        sum(of_rank[first : first + ranks]) for first in range(0, parallel.world_size, ranks)
+    )

@@ -33,5 +33,7 @@ def probe(hardware: str, repeats: int) -> None:
     if library is None:
         raise UserError("deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm")
     seconds = probe_seconds(NvccCompiler(nvcc, library, environ), repeats)
-    print(f"reference kernel: {seconds:.2f} s here, {profile.probe:.2f} s for {profile.name}")
-    print(f"--host-factor {seconds / profile.probe:.2f}")
+    print(
+        f"reference kernel: {seconds:.2f} s here, {profile.probe.seconds:.2f} s for {profile.name}"
+    )
+    print(f"--host-factor {seconds / profile.probe.seconds:.2f}")

@@ -13,11 +13,25 @@ from runner.warmup import WarmupPolicy
 from sim.judge import judge, scenario_of
 from sim.profile import load_profile
 
-RUNS = read_timelines(Path(__file__).parents[2] / "docs" / "measurements" / "h200_policies.json")
+FOLDER = Path(__file__).parents[2] / "docs" / "measurements"
+RUNS = [
+    timeline
+    for name in ("h200_policies", "h200_fit", "h200_held")
+    for timeline in read_timelines(FOLDER / f"{name}.json")
+]
 STREAMS = [timeline for timeline in RUNS if timeline.meta["stream"]]
 
-RACES = {("dsv3", "pp-parallel", 58), ("dsv4", "full", 87)}
-"""Runs in which two ranks come to one kernel at nearly the same time; see docs/predictions.md."""
+RACES = {
+    ("dsv3", 8, "pp-parallel"),
+    ("dsv3", 2, "pp-parallel"),
+    ("dsv3", 2, "pp-parallel+full"),
+    ("dsv3", 4, "fast"),
+    ("dsv4", 4, "none"),
+}
+"""Model, layers and policy of runs in which a rank may or may not come to a kernel so late that it
+is on disk: docs/predictions.md."""
+
+MOST_BY_CHANCE = 2
 
 
 @pytest.mark.parametrize("timeline", STREAMS, ids=lambda timeline: timeline.policy)
@@ -37,9 +51,9 @@ def test_every_policy_was_followed_by_a_stream() -> None:
 
 
 def test_compiles_and_duplicates_are_exact_but_in_races() -> None:
-    differ = {
-        (item.measured.meta["model"], item.measured.policy, item.measured.kernels_compiled)
-        for item in judge(RUNS, load_profile("h200"))
-        if not item.counts_agree
-    }
-    assert differ <= RACES
+    for item in judge(RUNS, load_profile("h200")):
+        measured, predicted = item.measured, item.predicted.timeline
+        race = (measured.meta["model"], measured.meta["layers"], measured.policy) in RACES
+        off = MOST_BY_CHANCE if race else 0
+        assert abs(measured.kernels_compiled - predicted.kernels_compiled) <= off, item.name
+        assert abs(measured.duplicates - predicted.duplicates) <= off, item.name

@@ -63,7 +63,7 @@ def test_the_command(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
     assert run_guarded(cli, ["probe", "--repeats", "4"], program="runner") == 0
-    known = load_profile("h200").probe
+    known = load_profile("h200").probe.seconds
     # 5, 1, 2 and 5 s: their median is 3.5 s.
     assert capsys.readouterr().out.splitlines() == [
         f"reference kernel: 3.50 s here, {known:.2f} s for h200",

@@ -56,7 +56,12 @@ def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) ->
     for rank in range(parallel.world_size):
         sizes = [of_one(request) for request in requests(model, parallel, rank)]
         elements, nbytes = (sum(column) for column in zip(*sizes, strict=True))
-        assert weight_size(model, parallel, rank) == WeightSize(elements, nbytes)
+        shapes = {(r.kind, r.view, r.high): prod(r.local_shape)
+                  for r in requests(model, parallel, rank)}  # fmt: skip
+        assert weight_size(model, parallel, rank) == WeightSize(
+            elements, nbytes, sum(shapes.values())
+        )
+        assert sum(shapes.values()) < elements
 
 
 def test_stages_hold_the_model_between_them() -> None:
@@ -78,6 +83,21 @@ def test_the_weights_that_were_really_made() -> None:
         tensors += [made.data, made.scales] if isinstance(made, Fp8Weight) else [made]
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert weight_size(SMALL, parallel, 1).nbytes == nbytes
+
+
+@pytest.mark.parametrize("model", [DSV4_TINY, SMALL], ids=lambda m: m.name)
+def test_what_is_made_where_shapes_share_a_buffer(model: ModelConfig) -> None:
+    torch = pytest.importorskip("torch")
+    from runner.backend.quantise import Fp8Weight
+    from runner.backend.torch_weights import TorchWeights
+
+    parallel = ParallelConfig(pp=2, tp=2)
+    for rank in range(4):
+        maker = TorchWeights(0, torch.device("cpu"), share=True)
+        made = [maker.make(request) for request in requests(model, parallel, rank)]
+        data = [one.data if isinstance(one, Fp8Weight) else one for one in made]
+        buffers = {tensor.data_ptr(): tensor.numel() for tensor in data}
+        assert weight_size(model, parallel, rank).shapes == sum(buffers.values())
 
 
 @pytest.mark.parametrize(("model", "billions"), [(DSV3, 671), (DSV4, 284)], ids=["dsv3", "dsv4"])

@@ -23,6 +23,7 @@ _PTX_MEGABYTES = {
 _PTX_DEFAULT = 0.05
 _FRONT_END_PER_MEGABYTE = 2.35
 _MOST_COPIES = 4
+_UNROLLED = 8
 
 PREPROCESS_SECONDS = 0.55
 PLAIN_OVERHEAD_SECONDS = 0.4
@@ -58,6 +59,16 @@ def plain_seconds(kernel: Kernel) -> float:
     )
 
 
+def unrolled_k_blocks(kernel: Kernel) -> int:
+    """How many K-blocks of a tiled GEMM's main loop its code holds.
+
+    Eight (``#pragma unroll 8``), or all of a K that is compiled in and has fewer.
+    """
+    config = config_of(kernel)
+    k_blocks = int(config["compiled_k"]) // int(config["block_k"])
+    return min(k_blocks or _UNROLLED, _UNROLLED)
+
+
 def _stem(header: str) -> str:
     return header.rsplit("/", 1)[-1].removesuffix(".cuh")
 
@@ -72,4 +83,5 @@ def _ptx_megabytes(kernel: Kernel) -> float:
     step = gcd(block_k, block_n)
     many = block_k % block_n and block_k // step <= _MOST_COPIES
     copies = min(block_n, block_k) // step + 1 if many else 1
-    return 0.05 + 0.00085 * copies * max(1, block_m // 128) * block_n
+    unrolled = unrolled_k_blocks(kernel) / _UNROLLED
+    return 0.05 + 0.00085 * copies * unrolled * max(1, block_m // 128) * block_n

@@ -62,6 +62,32 @@ def test_a_tile_that_repeats_its_main_loop_costs_more() -> None:
     assert costs.front_end_seconds(copied) > costs.front_end_seconds(once)
 
 
+def masked_of(k: int, kind: T = T.GROUPED_GEMM_NT_F8F8BF16_MASKED) -> Kernel:
+    return kernels_of(KernelCall(kind, 64, 2048, k, 256, 132))[-1]
+
+
+def test_a_main_loop_is_unrolled_eight_times_or_as_long_as_a_compiled_k() -> None:
+    assert [costs.unrolled_k_blocks(masked_of(128 * many)) for many in range(1, 12)] == [
+        1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8,
+    ]  # fmt: skip
+    # A K-block of bf16 is 64 long.
+    bf16 = [masked_of(k, T.GROUPED_GEMM_NT_BF16_MASKED) for k in (64, 256, 448, 512, 1024)]
+    assert list(map(costs.unrolled_k_blocks, bf16)) == [1, 4, 7, 8, 8]
+    dense = [kernels_of(KernelCall(kind, 64, 1536, 512, 1, 132))[-1]
+             for kind in (T.GEMM_NT_F8F8BF16, T.GEMM_NT_BF16BF16F32)]  # fmt: skip
+    assert list(map(costs.unrolled_k_blocks, dense)) == [8, 8]
+
+
+def test_a_short_k_that_is_compiled_in_costs_less() -> None:
+    short, whole, longer = map(masked_of, (512, 1024, 4096))
+    assert costs.plain_seconds(short) < costs.plain_seconds(whole) == costs.plain_seconds(longer)
+    # A tile of 64 x 128: 0.05 megabytes, and 0.1088 more for eight K-blocks.
+    for kernel, megabytes in ((short, 0.05 + 0.0544), (whole, 0.05 + 0.1088)):
+        assert costs.front_end_seconds(kernel) == pytest.approx(2.35 * megabytes)
+        assembled = costs.assemble_seconds(1e6 * megabytes)
+        assert costs.expected_assemble_seconds(kernel) == pytest.approx(assembled)
+
+
 def test_the_plain_way_costs_all_that_the_fast_one_shares() -> None:
     for kernel in planned_kernels():
         alone = unit_seconds([job_of(kernel)]) + costs.expected_assemble_seconds(kernel)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from math import log
+from statistics import fmean, stdev
+
 import pytest
 
 from runner.jit.builder.costs import plain_seconds
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
-from sim.compile_time import compile_seconds, config_key, slowdown, template_of
+from sim.compile_time import compile_seconds, config_key, luck, slowdown, template_of
 from sim.profile import CompileTimes
 
 
@@ -23,7 +26,8 @@ TRANSPOSE = kernels_of(KernelCall(T.GEMM_NT_F8F8BF16, 64, 1536, 4096, 1, 132))[0
 
 
 def times(**changes: object) -> CompileTimes:
-    values = {"by_config": {}, "scale": {}, "default_scale": 1.0, "contention": 0.0, **changes}
+    values = {"by_config": {}, "scale": {}, "default_scale": 1.0, "contention": 0.0,
+              "spread": 0.0, **changes}  # fmt: skip
     return CompileTimes(**values)  # type: ignore[arg-type]
 
 
@@ -42,6 +46,25 @@ def test_a_configuration_is_the_same_for_every_shape() -> None:
     assert config_key(masked[0]) == config_key(masked[1])
     assert config_key(masked[0]).startswith("sm90_fp8_gemm_1d2d ")
     assert "4096" not in config_key(masked[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "blocks"),
+    [
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 128, 1), (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 4),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1024, 8), (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 512, 4),
+        (T.FP8_EINSUM_BHR_HDR_BHD, 896, 7), (T.GROUPED_GEMM_NT_BF16_MASKED, 256, 4),
+        # Dense kernels take K as they run.
+        (T.GEMM_NT_F8F8BF16, 512, 8), (T.GEMM_NT_BF16BF16F32, 256, 8),
+    ],
+)  # fmt: skip
+def test_a_short_k_that_is_compiled_in_is_another_configuration(
+    kind: T, k: int, blocks: int
+) -> None:
+    short, long = (kernel(kind, 64, 512, size, 4) for size in (k, 8192))
+    start = config_key(short).removesuffix(f" | {blocks} K-blocks")
+    assert config_key(short) == f"{start} | {blocks} K-blocks"
+    assert config_key(long) == f"{start} | 8 K-blocks"
 
 
 def test_other_tiles_are_other_configurations() -> None:
@@ -77,3 +100,43 @@ def test_company_slows_a_compile_linearly_and_beyond_the_cores_it_shares(
 
 def test_without_contention_only_cores_are_short() -> None:
     assert [slowdown(times(), n, 4) for n in (1, 3, 4, 6, 8)] == [1.0, 1.0, 1.0, 1.5, 2.0]
+
+
+# -- luck -----------------------------------------------------------------------------------------
+
+
+def test_without_spread_nobody_is_lucky() -> None:
+    assert {luck(times(spread=0.0), rank, DENSE) for rank in range(50)} == {1.0}
+
+
+def test_luck_is_a_ranks_and_a_kernels() -> None:
+    some = [luck(times(spread=0.1), rank, one) for rank in range(9) for one in (DENSE, PRENORM)]
+    assert len(set(some)) == len(some) and min(some) > 0
+    assert some == [
+        luck(times(spread=0.1), rank, one) for rank in range(9) for one in (DENSE, PRENORM)
+    ]
+
+
+def test_luck_is_the_same_in_every_process() -> None:
+    made_up = Kernel("sm90_x", "deep_gemm/impls/sm90_x.cuh", "sm90_x_impl", ("1, 2", "3"))
+    assert [luck(times(spread=0.1), rank, made_up) for rank in range(3)] == pytest.approx(
+        [0.7949646303143946, 1.0402322612416757, 1.0185669203419647]
+    )
+
+
+def test_luck_is_a_power_of_the_spread() -> None:
+    for rank in range(20):
+        assert luck(times(spread=0.3), rank, DENSE) == pytest.approx(
+            luck(times(spread=0.1), rank, DENSE) ** 3
+        )
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2])
+@pytest.mark.parametrize("one", [DENSE, PRENORM])
+def test_over_many_ranks_logarithms_of_luck_are_normal(spread: float, one: Kernel) -> None:
+    logs = [log(luck(times(spread=spread), rank, one)) / spread for rank in range(5000)]
+    assert fmean(logs) == pytest.approx(0.0, abs=0.03)
+    assert stdev(logs) == pytest.approx(1.0, rel=0.03)
+    for within, share in ((1, 0.683), (2, 0.954), (3, 0.997)):
+        inside = sum(abs(value) < within for value in logs) / len(logs)
+        assert inside == pytest.approx(share, abs=0.015)

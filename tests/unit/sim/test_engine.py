@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import kernels_of
+from runner.jit.kernels import Kernel, kernels_of
 from runner.schedule import (
     EXCHANGE,
     Capture,
@@ -286,6 +286,36 @@ def test_the_slowdown_is_the_cost_models() -> None:
     assert rows(outcome, 0)[0] == ("compile", 0, 13)
     # The second has done 6 s by then; its last 4 s it is alone.
     assert rows(outcome, 1)[1] == ("compile", 4, 17)
+
+
+def test_every_rank_has_its_own_luck_with_a_compile() -> None:
+    class Lucky(RoundCosts):
+        def luck(self, rank: int, kernel: Kernel) -> float:
+            return 1.0 + 0.5 * rank if kernel == kernel_of(1) else 2.0
+
+    outcome = simulate(*[[call(1), call(2)]] * 3, node_of=[0, 1, 2], costs=Lucky())
+    for rank, seconds in enumerate((10, 15, 20)):
+        end = seconds + 3
+        assert rows(outcome, rank)[0] == ("compile", 0, seconds)
+        assert rows(outcome, rank)[3] == ("compile", end, end + 20)
+
+
+def test_a_builder_and_what_is_on_disk_have_no_luck() -> None:
+    class Unlucky(RoundCosts):
+        def luck(self, rank: int, kernel: Kernel) -> float:
+            return 7.0
+
+    ops: list[Op] = [KernelWork("build", (kernel_of(1),)), call(1)]
+    assert rows(simulate(ops, costs=Unlucky()), 0) == rows(simulate(ops), 0)
+
+
+def test_every_ranks_first_forward_takes_longer_once() -> None:
+    outcome = simulate([work(1), call(1), work(2)], [work(4), work(1)],
+                       costs=RoundCosts(first_forward=50.0))  # fmt: skip
+    assert rows(outcome, 0) == [
+        ("compute", 0, 51), ("compile", 51, 61), ("load", 61, 62), ("compute", 62, 66),
+    ]  # fmt: skip
+    assert rows(outcome, 1) == [("compute", 0, 55)]
 
 
 # -- what disks hold ------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from runner.scenario import Scenario, run_meta
 from runner.timeline import Span, Timeline, write_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
 from sim.calibrate import fit_profile
+from sim.drift import Drift
 from sim.judge import judge, machine_of, read_measured, scenario_of, summary
-from sim.profile import slowed
+from sim.profile import Link, Phase, Probe, slowed
 from sim.simulate import Machine
 from sim.start_up import PHASES, StartPhases, Weights
 from tests.unit.measured_runs import another, measured, usual
@@ -176,17 +177,56 @@ def test_a_policy_of_another_name_is_told() -> None:
         judge([replace(run_of(scenario()), policy="cold")], usual())
 
 
+@pytest.mark.parametrize("facts", [{}, {"probe": None}])
+def test_where_nobody_looked_a_machine_does_not_drift(facts: dict[str, Any]) -> None:
+    machine = machine_of(run_of(scenario(), machine=facts), usual())
+    assert (machine.drift, machine.host_factor) == (None, 1.0)
+
+
 def test_a_run_on_a_slow_host_is_held_against_a_slow_host() -> None:
-    """Where the reference kernel took half as long again, so does all that CPUs do."""
-    run = run_of(scenario(), machine={"cores": 16, "probe": 1.5 * usual().probe})
-    assert machine_of(run, usual()).host_factor == 1.5
-    assert machine_of(run_of(scenario()), usual()).host_factor == 1.0
-    assert machine_of(run_of(scenario(), machine={"cores": 1, "probe": None}),
-                      usual()).host_factor == 1.0  # fmt: skip
-    made = measured(scenario(WarmupPolicy.PLANNED, tp=2), slowed(another(), 1.5))
-    slow = {**made.meta["machine"], "probe": 1.5 * another().probe}
-    (judged,) = judge([replace(made, meta={**made.meta, "machine": slow})], another())
+    """Where the reference kernel took half as long again, so does all that CPUs do at first."""
+    assert usual().probe == another().probe == Probe(2.0, 50.0)
+    run = run_of(scenario(), machine={"cores": 16, "probe": 3.0})
+    machine = machine_of(run, usual())
+    assert (machine.drift, machine.host_factor) == (Drift(1.5, 50.0), 1.0)
+    one = scenario(WarmupPolicy.PLANNED, tp=2)
+    made = measured(one, another(), drift=Drift(1.5, 50.0))
+    assert made.meta["machine"]["probe"] == 3.0
+    (judged,) = judge([made], another())
     assert (judged.error, judged.counts_agree) == (0.0, True)
+    nobody = {**made.meta["machine"], "probe": None}
+    (judged,) = judge([replace(made, meta={**made.meta, "machine": nobody})], another())
+    assert judged.predicted.timeline.wall == measured(one, another()).wall
+    assert judged.error < -0.1
+
+
+def test_a_host_that_stays_slow_is_a_profile_of_a_slow_host() -> None:
+    """What never settles is what all of the profile's seconds are multiplied by."""
+    one = scenario(WarmupPolicy.PLANNED, tp=2)
+    # What the link and the GPU take is the same on a slow host: here, nothing.
+    gpu = replace(another().gpu, memory_bandwidth=1e30, fp8_flops=1e30, bf16_flops=1e30)
+    quick = replace(
+        another(),
+        gpu=gpu,
+        links={"gloo": Link(0.0, 1e30)},
+        probe=Probe(2.0, 1e7),
+        start_up=replace(another().start_up, weights=Phase(0.0), weights_made=1e30),
+    )
+    made = measured(one, slowed(quick, 1.5))
+    slow = {**made.meta["machine"], "probe": 3.0}
+    (judged,) = judge([replace(made, meta={**made.meta, "machine": slow})], quick)
+    assert judged.error == pytest.approx(0.0, abs=1e-5) and judged.counts_agree
+
+
+@pytest.mark.parametrize(
+    "facts", [{"device": "cpu"}, {"compute": "skip"}, {"device": "cpu", "compute": "skip"}]
+)
+def test_without_a_gpus_work_there_is_no_first_forward(facts: dict[str, str]) -> None:
+    assert another().host.first_forward == 0.75
+    profile = machine_of(run_of(scenario(), **facts), another()).profile
+    host = replace(another().host, first_forward=0.0)
+    assert profile == replace(another(), host=host)
+    assert machine_of(run_of(scenario()), another()).profile == another()
 
 
 # -- judging --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from runner.errors import UserError
 from sim.profile import (
     Link,
     Phase,
+    Probe,
     Profile,
     load_profile,
     shipped_profiles,
@@ -68,6 +69,7 @@ def test_estimate_provenance_and_a_links_extras_may_be_left_out() -> None:
 WRONG = {
     "cache/load": (-0.1, "cache.load is -0.1: it must be at least 0"),
     "compile/contention": (-1, "compile.contention is -1: it must be at least 0"),
+    "compile/spread": (-0.1, "compile.spread is -0.1: it must be at least 0"),
     "compile/scale/sm90_bf16_gemm": (-2.0, "compile.scale.sm90_bf16_gemm is -2.0"),
     "compile/by_config": ({"a": "x"}, "compile.by_config.a is 'x', not a number"),
     "gpu/memory_bandwidth": (0, "gpu.memory_bandwidth is 0: it must be above 0"),
@@ -77,7 +79,11 @@ WRONG = {
     "links/gloo/gather_bandwidth": (0, "links.gloo.gather_bandwidth is 0: it must be above 0"),
     "links/nvlink/latency": ("1 us", "links.nvlink.latency is '1 us', not a number"),
     "start_up/weight_bandwidth/disk": (0, "start_up.weight_bandwidth.disk is 0"),
+    "start_up/weights_made": (0, "start_up.weights_made is 0: it must be above 0"),
     "start_up/imports/per_rank": (-1, "start_up.imports.per_rank is -1"),
+    "probe/seconds": (0, "probe.seconds is 0: it must be above 0"),
+    "probe/settling": (0.0, "probe.settling is 0.0: it must be above 0"),
+    "probe": ({"seconds": 2.0, "settling": "long"}, "probe.settling is 'long', not a number"),
     "num_sms": (0, "num_sms is 0: it must be above 0"),
     "cores_per_node": (True, "cores_per_node is True, not a whole number"),
     "cache/verify": (None, "cache.verify is None, not a number"),
@@ -86,6 +92,7 @@ WRONG = {
     "provenance": ("text", "provenance is 'text', not a list"),
     "name": (3, "name is 3, not a str"),
     "host/call": (float("inf"), "host.call is inf: it must be at least 0"),
+    "host/first_forward": (-1.0, "host.first_forward is -1.0: it must be at least 0"),
     "gpu/bf16_flops": (float("nan"), "gpu.bf16_flops is nan: it must be above 0"),
     "start_up/weight_bandwidth": ({}, "start_up.weight_bandwidth lacks disk"),
     "host/walk": ([1], "host.walk is [1], not a number"),
@@ -101,7 +108,8 @@ def test_a_wrong_value_is_named(where: str) -> None:
 
 
 def test_zero_is_a_duration() -> None:
-    for where in ("cache/verify", "host/call", "links/gloo/latency", "start_up/capture"):
+    for where in ("cache/verify", "host/call", "host/first_forward", "links/gloo/latency",
+                  "start_up/capture", "compile/spread"):  # fmt: skip
         Profile.from_json(changed(where, 0))
 
 
@@ -109,7 +117,8 @@ def test_zero_is_a_duration() -> None:
     "where",
     ["name", "compile", "compile/contention", "builder/scale", "cache/first_use", "host/walk_call",
      "gpu/memory", "links", "links/nvlink/latency", "start_up", "start_up/imports",
-     "start_up/graph_free", "num_sms"],
+     "start_up/graph_free", "start_up/weights_made", "num_sms", "compile/spread",
+     "host/first_forward", "probe", "probe/seconds", "probe/settling"],
 )  # fmt: skip
 def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
@@ -121,7 +130,7 @@ def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) ->
     assert where.rsplit("/", maxsplit=1)[-1] in line
 
 
-@pytest.mark.parametrize("where", ["speed", "gpu/speed", "start_up/imports/speed"])
+@pytest.mark.parametrize("where", ["speed", "gpu/speed", "probe/speed", "start_up/imports/speed"])
 def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, 1)))
@@ -132,7 +141,8 @@ def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("where", "value"),
     [("links", 3), ("links/gloo", 3), ("gpu", []), ("start_up", None), ("compile/by_config", [1]),
-     ("start_up/weight_bandwidth", None), ("estimate", "no"), ("num_sms", 1.5)],
+     ("start_up/weight_bandwidth", None), ("start_up/weights_made", {"dummy": 1e10}),
+     ("probe", 2.3), ("probe", None), ("probe", [2.3, 30.0]), ("estimate", "no"), ("num_sms", 1.5)],
 )  # fmt: skip
 def test_what_has_another_form_is_refused(where: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
@@ -141,8 +151,13 @@ def test_what_has_another_form_is_refused(where: str, value: Any, tmp_path: Path
         load_profile(str(path))
 
 
-def test_every_source_of_weights_has_a_bandwidth() -> None:
-    sources = {source.value for source in Weights}
+def test_a_probe_is_its_seconds_and_how_long_they_hold() -> None:
+    data = changed("probe", {"seconds": 1.5, "settling": 20})
+    assert Profile.from_json(data).probe == Probe(1.5, 20)
+
+
+def test_every_source_of_weights_that_are_not_made_up_has_a_bandwidth() -> None:
+    sources = {source.value for source in Weights if source is not Weights.DUMMY}
     assert set(GOOD["start_up"]["weight_bandwidth"]) == sources
     for source in sources:
         with pytest.raises(ValueError, match=rf"weight_bandwidth lacks {source}"):
@@ -173,6 +188,8 @@ def test_a_slow_hosts_cpus_take_longer_for_everything_and_its_gpu_does_not() -> 
     assert slowed(profile, 1.0) == profile
     assert (slow.gpu, slow.links, slow.probe) == (profile.gpu, profile.links, profile.probe)
     assert slow.compile.contention == profile.compile.contention
+    assert slow.compile.spread == profile.compile.spread
+    assert slow.start_up.weights_made == profile.start_up.weights_made
     assert slow.start_up.weight_bandwidth == profile.start_up.weight_bandwidth
     before, after = profile.to_json(), slow.to_json()
     for part in ("builder", "cache", "host"):

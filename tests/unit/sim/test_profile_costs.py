@@ -14,7 +14,7 @@ from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import kernels_of
 from runner.jit.plan import GemmShape, kernel_ranges
 from runner.schedule import Capture, Collective, Compute
-from sim.compile_time import compile_seconds, slowdown
+from sim.compile_time import compile_seconds, luck, slowdown
 from sim.costs import Seconds
 from sim.profile import Builder, Cache, Gpu, Host, Link, Profile
 from sim.profile_costs import ProfileCosts, gemm_work
@@ -24,12 +24,13 @@ GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)
 
 
 def profile(**changes: Any) -> Profile:
-    """1 s a call, 0.125 s a call of a walk, 4 s a walk; 1 Gbyte/s, 1 T and 0.1 T operations/s."""
+    """1 s a call, 0.125 s a call of a walk, 4 s a walk, 16 s a first forward; 1 Gbyte/s, 1 T and
+    0.1 T operations/s."""
     return replace(
         h200(),
         builder=Builder(1.0, 2.0),
         cache=Cache(0.25, 0.5, 0.75),
-        host=Host(call=1.0, shared_call=1.0, walk=4.0, walk_call=0.125),
+        host=Host(call=1.0, shared_call=2.0, first_forward=16.0, walk=4.0, walk_call=0.125),
         gpu=Gpu(1e12, memory_bandwidth=1e9, fp8_flops=1e12, bf16_flops=1e11),
         start_up=replace(h200().start_up, capture=3.0, capture_operation=0.5),
         **changes,
@@ -49,6 +50,25 @@ def test_compiles_are_those_of_the_table() -> None:
     assert crowded.slowdown(8) == 3.0
 
 
+def test_ranks_in_the_same_place_of_their_replicas_have_the_same_luck() -> None:
+    kernel = kernels_of(GEMM)[1]
+    times = replace(h200().compile, spread=0.2)
+    four = replace(costs(compile=times), replica=4)
+    assert four.luck(1, kernel) == four.luck(5, kernel) == four.luck(13, kernel)
+    assert len({four.luck(rank, kernel) for rank in range(12)}) == 4
+    assert [four.luck(rank, kernel) for rank in range(4)] == [
+        luck(times, rank, kernel) for rank in range(4)
+    ]
+    assert four.compile_seconds(kernel) == costs().compile_seconds(kernel)
+    exact = replace(costs(compile=replace(times, spread=0.0)), replica=4)
+    assert {exact.luck(rank, kernel) for rank in range(8)} == {1.0}
+
+
+def test_a_first_forward_and_a_call_are_the_profiles() -> None:
+    assert costs().first_forward == costs(ranks_per_gpu=2).first_forward == 16.0
+    assert (costs().host_call, costs(ranks_per_gpu=2).host_call) == (1.0, 2.0)
+
+
 def test_kernels_on_disk_are_verified_and_loaded() -> None:
     kernel = kernels_of(GEMM)[1]
     assert costs().verify_seconds(kernel) == 0.25
@@ -61,7 +81,7 @@ def test_compute_is_bound_by_flops_or_bytes_and_shared_between_ranks() -> None:
     assert costs().compute_seconds(Compute("x", 0, int(2e9))) == Seconds(1.0, 2.0)
     assert costs().compute_seconds(Compute("x", int(4e11), int(2e9))) == Seconds(1.0, 4.0)
     crowded = costs(ranks_per_gpu=8)
-    assert crowded.compute_seconds(Compute("x", 0, int(2e9))) == Seconds(1.0, 16.0)
+    assert crowded.compute_seconds(Compute("x", 0, int(2e9))) == Seconds(2.0, 16.0)
 
 
 def test_a_kernel_call_is_a_call_of_its_host_and_a_roofline() -> None:

@@ -164,6 +164,41 @@ def test_a_call_of_a_walk_is_taken_at_its_parts_mean_m_and_the_walks_largest() -
         assert seconds == count * fmean(part)
 
 
+# -- the first forward ----------------------------------------------------------------------------
+
+
+READY = replace(COSTS, first_forward=100.0)
+
+
+def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() -> None:
+    one = work(1, 2)
+    assert compiled(one, one, work(3), costs=READY) == [Run(105.0, 4.0)]
+    assert compiled(call(1), call(1), loaded=(A,), costs=READY) == [Run(104.0, 10.0)]
+    assert compiled(work(1), call(1), REDUCE, work(3), call(1), costs=READY) == [
+        Run(101.0, 0.0), FirstUse((A,)), Run(2.0, 5.0), REDUCE, Run(5.0, 5.0),
+    ]  # fmt: skip
+    # It is the call's, not its kernels'.
+    assert compiled(call(1), costs=READY) == [FirstUse((A,)), Run(102.0, 5.0)]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        REDUCE, Send("x", 1, 8), Recv("x", 1, 8), Capture("graph DECODE 1", 7),
+        Mark("phase", "requests"), Mark("forward", "EXTEND 1"), Mark("layer", "0"),
+        KernelWork("build", (A,)), KernelWork("load", (A,)), walk(1),
+    ],
+    ids=lambda op: type(op).__name__,
+)  # fmt: skip
+def test_what_is_no_operation_of_a_forward_is_no_first_one(op: Op) -> None:
+    assert compiled(op, costs=READY) == compiled(op)
+    assert compiled(op, work(1), costs=READY) == [*compiled(op), Run(101.0, 0.0)]
+
+
+def test_who_computes_nothing_has_no_first_forward() -> None:
+    assert compiled(costs=READY) == []
+
+
 # -- what a rank brings in ------------------------------------------------------------------------
 
 

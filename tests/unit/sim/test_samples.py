@@ -14,6 +14,7 @@ from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from sim.calibrate import fit_profile
 from sim.compile_time import compile_seconds
+from sim.drift import Drift
 from sim.samples import Samples, take_samples
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
@@ -34,6 +35,37 @@ def test_every_compile_is_a_sample_and_alone_it_has_no_company() -> None:
         assert sample.seconds == pytest.approx(alone)
         assert sample.company == pytest.approx(1.0)
         assert sample.cores == 16
+
+
+def test_a_run_is_read_as_if_its_machine_did_not_drift() -> None:
+    one = scenario(P.FULL, tp=2)
+    plain = take_samples(measured(one, another()), usual())
+    run = measured(one, another(), drift=Drift(1.5, 50.0))
+    found = take_samples(run, usual())
+    assert run.wall > plain.timeline.wall + 5
+    assert found.timeline.wall == pytest.approx(plain.timeline.wall)
+    assert found.phases == pytest.approx(plain.phases)
+    assert len(found.compiles) == len(plain.compiles) > 10
+    for sample, expected in zip(found.compiles, plain.compiles, strict=True):
+        assert (sample.kernel, sample.cores) == (expected.kernel, expected.cores)
+        assert (sample.start, sample.seconds, sample.company) == pytest.approx(
+            (expected.start, expected.seconds, expected.company)
+        )
+    assert [seconds for _, seconds in found.walks] == pytest.approx(
+        [seconds for _, seconds in plain.walks]
+    )
+    for rank, other in zip(found.ranks, plain.ranks, strict=True):
+        assert rank.runs == other.runs
+        assert (rank.compute, rank.comm) == pytest.approx((other.compute, other.comm))
+    assert found.first_uses == pytest.approx(plain.first_uses)
+
+
+def test_a_compile_tells_when_it_was() -> None:
+    found = samples()
+    spans = [s for s in found.timeline.spans if s.is_kernel]
+    assert [(s.kernel.identity, s.start) for s in found.compiles] == [
+        (span.key, span.start) for span in spans
+    ]
 
 
 def test_company_is_how_many_compile_at_a_time() -> None:
@@ -143,6 +175,8 @@ def test_a_ranks_sums() -> None:
     assert link.gather_bandwidth is not None
     expected = link.latency * len(collectives) + reduced / 4e6 + gathered / 1e6
     assert own.comm == pytest.approx(expected)
+    # The host is what is waited for here, and what its first forward takes is no operation.
+    assert own.compute == pytest.approx(0.002 * own.operations + 0.75)
     assert own.device == pytest.approx(found.ranks[1].device) and 0 < own.device < own.compute
 
 

@@ -6,20 +6,23 @@ from dataclasses import replace
 
 import pytest
 
+from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.weight_size import WeightSize, weight_size
 from sim.profile import Phase, StartUp
 from sim.simulate import simulate
-from sim.start_up import PHASES, StartPhases, Weights, largest_rank_bytes, start_phases
+from sim.start_up import PHASES, StartPhases, Weights, made_elements, start_phases
+from tests.models import DSV3_SMALL
 from tests.unit.tiny_runs import h200, machine, scenario
 
 COSTS = StartUp(
     imports=Phase(3.0, 0.5),
     process_group=Phase(1.0, 0.25),
     weights=Phase(2.0, 0.125),
-    weight_bandwidth={"disk": 1e6, "page-cache": 2e6, "dummy": 4e6},
+    weight_bandwidth={"disk": 1e6, "page-cache": 2e6},
+    weights_made=4e6,
     capture=0.0,
     capture_operation=0.0,
     graph_free=0.1,
@@ -28,8 +31,10 @@ EVEN = ParallelConfig(pp=2, tp=2, replicas=2, nodes=4)
 UNEVEN = replace(EVEN, stage_layers=(1, 7))
 
 
-def seconds(wanted: StartPhases, hosts: int, parallel: ParallelConfig = EVEN) -> dict[str, float]:
-    return dict(start_phases(wanted, COSTS, DSV4_TINY, parallel, hosts))
+def seconds(
+    wanted: StartPhases, hosts: int, parallel: ParallelConfig = EVEN, ranks_per_gpu: int = 1
+) -> dict[str, float]:
+    return dict(start_phases(wanted, COSTS, DSV4_TINY, parallel, hosts, ranks_per_gpu))
 
 
 def stage_bytes(parallel: ParallelConfig) -> list[float]:
@@ -60,9 +65,43 @@ def test_ranks_of_a_host_read_its_disk_side_by_side() -> None:
     assert found == pytest.approx(3.0 + 4 * (first + last) / 2e6)
 
 
-def test_made_up_weights_each_rank_makes_on_its_own() -> None:
-    found = seconds(StartPhases(("weights",), Weights.DUMMY), 1, UNEVEN)["weights"]
-    assert found == pytest.approx(3.0 + max(stage_bytes(UNEVEN)) / 4e6)
+def test_ranks_of_a_gpu_take_turns_at_making_weights_up() -> None:
+    first, last = (weight_size(DSV4_TINY, UNEVEN, rank).shapes for rank in (0, 2))
+    assert first < last
+    made_up = StartPhases(("weights",), Weights.DUMMY)
+    # Two tensor ranks of each stage, and of the other replica again, in a row.
+    for ranks_per_gpu, elements in (
+        (1, last), (2, 2 * last), (3, 2 * first + last), (4, 2 * (first + last)),
+        (8, 4 * (first + last)),
+    ):  # fmt: skip
+        assert made_elements(DSV4_TINY, UNEVEN, ranks_per_gpu) == elements
+        found = seconds(made_up, 1, UNEVEN, ranks_per_gpu)["weights"]
+        assert found == pytest.approx(3.0 + elements / 4e6)
+    # Set-up is a host's.
+    assert seconds(made_up, 4, UNEVEN)["weights"] == pytest.approx(2.25 + last / 4e6)
+
+
+def test_who_shares_a_gpu_changes_nothing_else() -> None:
+    for weights in (Weights.DISK, Weights.PAGE_CACHE):
+        alone, shared = (seconds(StartPhases(weights=weights), 2, UNEVEN, n) for n in (1, 4))
+        assert alone == shared
+
+
+def test_made_up_weights_of_one_kind_and_shape_are_made_once() -> None:
+    """Two layers of a small model on two stages, counted by hand."""
+    model = with_layers(from_hf(DSV3_SMALL, "dsv3-small"), 2)
+    attention = 448 * 512 + 256 + 128 + 512 * 256 + 768 * 128 + 512 * 512
+    # All norms of 512 are one, and so are attention's and the dense layer's outputs.
+    first = 512 + attention + 1024 * 512
+    embedding = head = 1024 * 512
+    # The shared expert's matrices are as attention's.
+    experts = 8 * 512 + 8 + 8 * 512 * 512 + 8 * 512 * 256
+    last = 512 + attention + experts
+    stages = ParallelConfig(pp=2)
+    assert made_elements(model, stages, 1) == last + head == 4_395_912
+    assert made_elements(model, stages, 2) == first + embedding + last + head == 6_166_280
+    # On one stage what both layers have is there once, and head and embedding are alike.
+    assert made_elements(model, ParallelConfig(), 1) == first + embedding + experts
 
 
 @pytest.mark.parametrize("kind", Weights)
@@ -79,7 +118,7 @@ def test_weights_of_a_layout_are_counted_once(
     own = replace(DSV4_TINY, name=f"counted {kind.value}")
     for _ in range(2):
         start_phases(StartPhases(("weights",), kind), COSTS, own, EVEN, 2)
-        largest_rank_bytes(own, EVEN)
+        made_elements(own, EVEN, 2)
     assert counted == [0, 2]
 
 
@@ -101,3 +140,12 @@ def test_a_run_begins_when_they_are_over() -> None:
     assert begun.wall == pytest.approx(bare.wall + total)
     assert begun.up == pytest.approx(bare.up + total)
     assert begun.kernels_compiled == bare.kernels_compiled
+
+
+def test_a_machines_ranks_share_its_gpus_while_weights_are_made_up() -> None:
+    one = scenario(pp=2, tp=2)
+    start = StartPhases(("weights",), Weights.DUMMY)
+    for ranks_per_gpu in (1, 2, 4):
+        made = simulate(one, machine(start=start, ranks_per_gpu=ranks_per_gpu)).timeline
+        expected = start_phases(start, h200().start_up, one.model, one.parallel, 1, ranks_per_gpu)
+        assert made.phases()["weights"] == pytest.approx(dict(expected)["weights"])
