@@ -33,7 +33,6 @@ from sim.profile import (
     StartUp,
 )
 from sim.samples import CompileSample, RankSample, Samples, take_samples
-from sim.start_up import made_elements
 from sim.told import told_by
 
 _MOST_CONTENTION = 4.0
@@ -121,13 +120,17 @@ def _probe(
     seen = [seconds for seconds in told if seconds is not None]
     if not seen:
         return base.probe
-    middle = round(exp(fmean(map(log, seen))), 4)
+    known, middle = base.probe.settling, round(exp(fmean(map(log, seen))), 4)
     runs = []
     for run, seconds in zip(measured, told, strict=True):
         if seconds is not None:
             # As measured: a profile of that very speed changes nothing.
             as_it_was = replace(base, probe=replace(base.probe, seconds=seconds))
-            runs.append((seconds / middle, take_samples(run, as_it_was, models).compiles))
+            compiles = take_samples(run, as_it_was, models).compiles
+            if compiles and round(seconds, 4) != middle:
+                runs.append((seconds / middle, compiles))
+    if not runs:
+        return Probe(middle, known)
 
     def disagreement(settling: float) -> float:
         moved = [
@@ -136,9 +139,9 @@ def _probe(
         ]
         residuals = chain.from_iterable(_compile_fit(moved, base).residuals)
         off = sum(value * value for value in residuals)
-        return off + _KNOWN_SETTLING * (settling - log(base.probe.settling)) ** 2
+        return off + _KNOWN_SETTLING * (settling - log(known)) ** 2
 
-    shortest, longest = map(log, _SETTLING)
+    shortest, longest = (log(edge) for edge in (min(_SETTLING[0], known), max(_SETTLING[1], known)))
     settling = exp(minimum(disagreement, shortest, longest, _ROUNDS))
     fitted.append(Fitted("a probe's settling", f"{settling:.0f} s", len(runs)))
     return Probe(middle, round(settling, 1))
@@ -344,8 +347,7 @@ def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Ho
     known = base.host
     walk, walk_call = _walk_host(samples, base, fitted)
 
-    first = known.first_forward
-    calls = {}
+    calls, firsts = {}, []
     for name, shared, value in (
         ("host, one operation", False, known.call),
         ("host, one operation on a shared GPU", True, known.shared_call),
@@ -360,8 +362,11 @@ def _host(samples: Sequence[Samples], base: Profile, fitted: list[Fitted]) -> Ho
         if ranks:
             found, first = _call(ranks, value, known.first_forward)
             calls[shared] = round(found, 8)
-            fitted += [Fitted(name, f"{1e6 * found:.0f} us", len(ranks)),
-                       Fitted("host, first forward", f"{first:.2f} s", len(ranks))]  # fmt: skip
+            firsts += [first] * len(ranks)
+            fitted.append(Fitted(name, f"{1e6 * found:.0f} us", len(ranks)))
+    first = fmean(firsts) if firsts else known.first_forward
+    if firsts:
+        fitted.append(Fitted("host, first forward", f"{first:.2f} s", len(firsts)))
     return Host(
         call=calls[False],
         shared_call=calls[True],
@@ -479,12 +484,7 @@ def _weights(
     seen = [one for one in samples if "weights" in one.phases]
     if not seen:
         return base.weights, base.weights_made
-    rows = [
-        (1.0,
-         float(made_elements(one.scenario.model, one.scenario.parallel,
-                             one.timeline.meta["ranks_per_gpu"])))
-        for one in seen
-    ]  # fmt: skip
+    rows = [(1.0, float(one.made_elements)) for one in seen]
     seconds, per_element = near_known(rows, [one.phases["weights"] for one in seen], known)
     rate = 1 / (per_element or known[1])
     words = f"{seconds:.2f} s, {rate / 1e9:.1f} G elements/s made up"

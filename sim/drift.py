@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import exp
+from math import expm1
 
 from runner.timeline import Timeline
 from sim.fit import crossing
@@ -51,7 +51,7 @@ class Drift:
 
     def _worked(self, time: float) -> float:
         gained = (1 / self.factor - 1) * self.settling
-        return time + gained * (1 - exp(-time / self.settling))
+        return time + gained * -expm1(-time / self.settling)
 
 
 def drifted(timeline: Timeline, drift: Drift, phases: Iterable[tuple[str, float]]) -> Timeline:

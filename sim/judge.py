@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -62,7 +63,11 @@ def machine_of(
     told = told_by(timeline, models)
     machine = told.machine
     if not told.on_gpu:
-        profile = replace(profile, host=replace(profile.host, first_forward=0.0))
+        profile = replace(
+            profile,
+            host=replace(profile.host, first_forward=0.0),
+            start_up=replace(profile.start_up, weights_made=inf),
+        )
     return Machine(
         profile=profile,
         drift=drift_of(machine.probe, profile),

@@ -233,7 +233,7 @@ class Profile:
 
 
 _DIVISORS = (
-    "num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe", "settling",
+    "num_sms", "cores_per_node", "bandwidth", "flops", "memory", "probe",
     "weights_made",
 )  # fmt: skip
 _PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}

@@ -18,6 +18,7 @@ from sim.judge import machine_of
 from sim.profile import Profile
 from sim.profile_costs import ProfileCosts
 from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program
+from sim.start_up import made_elements
 from sim.told import told_by
 
 
@@ -78,6 +79,7 @@ class Samples:
     walks: list[tuple[WalkRun, float]] = field(default_factory=list)
     build: tuple[tuple[Kernel, ...], float, float, int] | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    made_elements: int = 0
 
     @property
     def ranks_on_host(self) -> int:
@@ -111,7 +113,10 @@ def take_samples(
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
     costs = ProfileCosts(counting, profile.links[machine.link], cores, machine.ranks_per_gpu)
     programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
-    samples = Samples(timeline, scenario, phases=timeline.phases())
+    samples = Samples(
+        timeline, scenario, phases=timeline.phases(),
+        made_elements=made_elements(scenario.model, scenario.parallel, machine.ranks_per_gpu),
+    )  # fmt: skip
     kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
     if scenario.warmup.policy is WarmupPolicy.PLANNED:
         samples.build = _build(timeline, scenario, cores)
@@ -124,6 +129,7 @@ def take_samples(
         # A walk launches nothing there, and a host does the work itself or none.
         samples.walks.clear()
         samples.ranks = [replace(one, runs=()) for one in samples.ranks]
+        samples.made_elements = 0
     return samples
 
 

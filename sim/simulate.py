@@ -29,7 +29,8 @@ class Machine:
     Attributes:
         profile: what things cost.
         host_factor: how many times as long the CPUs take for everything as the profile's.
-        drift: how the machine's speed differs at the run's start; None is not at all.
+        drift: how the machine's speed differs at the run's start; None is not at all. It moves the
+            Timeline; waits and limits are in the profile's seconds.
         cores_per_node: CPU cores of a machine; None takes the profile's.
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.

@@ -59,7 +59,7 @@ def start_phases(
 
 
 def made_elements(model: ModelConfig, parallel: ParallelConfig, ranks_per_gpu: int) -> int:
-    """Elements of the made-up weights of the GPU that holds most."""
+    """Elements of the made-up weights of the GPU that holds most, its ranks in a row."""
     return _most([size.shapes for size in _stage_sizes(model, parallel)], parallel, ranks_per_gpu)
 
 

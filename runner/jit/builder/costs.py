@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import gcd
 
 from runner.jit.describe import config_of
+from runner.jit.heuristics_sm90 import ceil_div
 from runner.jit.kernels import Kernel
 
 _HEADER_SECONDS = {"sm90_paged_mqa_logits": 1.0, "smxx_layout": 0.4}
@@ -65,7 +66,7 @@ def unrolled_k_blocks(kernel: Kernel) -> int:
     Eight (``#pragma unroll 8``), or all of a K that is compiled in and has fewer.
     """
     config = config_of(kernel)
-    k_blocks = int(config["compiled_k"]) // int(config["block_k"])
+    k_blocks = ceil_div(int(config["compiled_k"]), int(config["block_k"]))
     return min(k_blocks or _UNROLLED, _UNROLLED)
 
 

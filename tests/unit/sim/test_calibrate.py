@@ -321,3 +321,30 @@ def test_of_one_run_nothing_is_left_but_the_base() -> None:
     (judged,) = leave_one_out(runs()[:1], base())
     (expected,) = judge(runs()[:1], base())
     assert judged.predicted.timeline.spans == expected.predicted.timeline.spans
+
+
+def test_runs_that_make_no_weights_tell_only_the_rest_of_their_set_up() -> None:
+    made = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
+    skipped = replace(made, meta={**made.meta, "device": "cpu", "compute": "skip"})
+    assert take_samples(made, usual()).made_elements > 0
+    assert take_samples(skipped, usual()).made_elements == 0
+    fitted = fit_profile([skipped], usual(), "skipped").profile.start_up
+    assert fitted.weights_made == usual().start_up.weights_made
+    assert fitted.weights.seconds > usual().start_up.weights.seconds
+
+
+def test_a_first_forward_is_the_mean_of_both_kinds_of_gpu() -> None:
+    shared = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
+    assert shared.meta["ranks_per_gpu"] == 1
+    of_two = replace(shared, meta={**shared.meta, "ranks_per_gpu": 2})
+    firsts = [fit_profile(runs, usual(), "one").profile.host.first_forward
+              for runs in ([shared], [of_two], [shared, of_two])]  # fmt: skip
+    assert firsts[2] == pytest.approx((firsts[0] + firsts[1]) / 2, abs=1e-3)
+
+
+def test_a_probe_that_tells_nothing_of_settling_leaves_it() -> None:
+    run = measured(scenario(WarmupPolicy.PLANNED, tp=2), another())
+    facts = {**run.meta["machine"], "probe": 3.0}
+    base = replace(usual(), probe=Probe(2.0, 1000.0))
+    fitted = fit_profile([replace(run, meta={**run.meta, "machine": facts})], base, "one")
+    assert fitted.profile.probe == Probe(3.0, 1000.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,14 @@ def test_a_host_that_stays_slow_is_a_profile_of_a_slow_host() -> None:
 @pytest.mark.parametrize(
     "facts", [{"device": "cpu"}, {"compute": "skip"}, {"device": "cpu", "compute": "skip"}]
 )
-def test_without_a_gpus_work_there_is_no_first_forward(facts: dict[str, str]) -> None:
+def test_without_a_gpus_work_there_is_no_first_forward_and_no_weight_is_made(
+    facts: dict[str, str],
+) -> None:
     assert another().host.first_forward == 0.75
     profile = machine_of(run_of(scenario(), **facts), another()).profile
     host = replace(another().host, first_forward=0.0)
-    assert profile == replace(another(), host=host)
+    start_up = replace(another().start_up, weights_made=inf)
+    assert profile == replace(another(), host=host, start_up=start_up)
     assert machine_of(run_of(scenario()), another()).profile == another()
 
 
