@@ -17,9 +17,14 @@ for _helper in ("build_machine", "cache_cli", "kept_cache"):
 
 
 def pytest_configure() -> None:
-    """A shell has background jobs ignore interrupts, and what we start would inherit that."""
+    """Shells have background jobs ignore interrupts, nohup the end of a terminal.
+
+    What tests start would inherit that, and wait for a signal that never comes.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
