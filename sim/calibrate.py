@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from math import exp, log, sqrt
+from math import exp, log
 from statistics import fmean
 
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
-from runner.jit.builder.costs import plain_seconds
 from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
-from runner.jit.kernels import Kernel
 from runner.timeline import Timeline
-from sim.compile_time import config_key, slowdown, template_of
-from sim.drift import Drift
-from sim.fit import minimum, near_known, non_negative
+from sim.fit import Fitted, minimum, near_known, non_negative
+from sim.fit_compiles import fit_compiles, fit_probe
 from sim.judge import Judged, judge
 from sim.profile import (
     Builder,
     Cache,
-    CompileTimes,
     Gpu,
     Host,
     Link,
     Phase,
-    Probe,
     Profile,
     StartUp,
 )
-from sim.samples import CompileSample, RankSample, Samples, take_samples
-from sim.told import told_by
+from sim.samples import RankSample, Samples, take_samples
 
-_MOST_CONTENTION = 4.0
 _GPU_BOUND = 2.0
 """Seconds of GPU work in a walk from which on its rate is told by it."""
 
@@ -43,24 +34,6 @@ _FP8_WALKS, _BF16_WALKS = "walk gemm_nt_f8f8bf16:", "walk gemm_nt_bf16bf16f32:"
 _SLOWEST_CALL = 0.1
 _MANY_CALLS = 1000
 _KNOWN_SECONDS = 0.3
-_PRIOR = 0.5
-_KNOWN_CONTENTION = 1.0
-"""Weight of the contention known before: as much as a hundred compiles that are off by 10 %."""
-
-_KNOWN_SPREAD = 20
-_TOGETHER = 0.5
-_SETTLING = (3.0, 300.0)
-_KNOWN_SETTLING = 0.1
-_ROUNDS = 12
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """One line of what was fitted: its name, its value, and out of how many samples."""
-
-    name: str
-    value: str
-    samples: int
 
 
 @dataclass(frozen=True)
@@ -87,12 +60,12 @@ def fit_profile(
         UserError: a Timeline that does not say what it was of.
     """
     fitted: list[Fitted] = []
-    base = replace(base, probe=_probe(measured, base, models, fitted))
+    base = replace(base, probe=fit_probe(measured, base, models, fitted))
     # What the GPU takes tells the host's part apart, so its rates come first.
     before = [take_samples(timeline, base, models) for timeline in measured]
     base = replace(base, gpu=_gpu(before, base.gpu, fitted))
     samples = [take_samples(timeline, base, models) for timeline in measured]
-    compile_times = _compile_times([one.compiles for one in samples], base, fitted)
+    compile_times = fit_compiles([one.compiles for one in samples], base, fitted)
     builder = _builder(samples, base.builder, fitted)
     cache = _cache(samples, base.cache, fitted)
     profile = replace(
@@ -111,48 +84,6 @@ def fit_profile(
     return Calibration(profile, tuple(fitted))
 
 
-def _probe(
-    measured: Sequence[Timeline], base: Profile, models: Mapping[str, ModelConfig],
-    fitted: list[Fitted],
-) -> Probe:  # fmt: skip
-    """The reference kernel's seconds, the runs' middle, and how long they hold in a run."""
-    told = [told_by(timeline, models).machine.probe for timeline in measured]
-    seen = [seconds for seconds in told if seconds is not None]
-    if not seen:
-        return base.probe
-    known, middle = base.probe.settling, round(exp(fmean(map(log, seen))), 4)
-    runs = []
-    for run, seconds in zip(measured, told, strict=True):
-        if seconds is not None:
-            # As measured: a profile of that very speed changes nothing.
-            as_it_was = replace(base, probe=replace(base.probe, seconds=seconds))
-            compiles = take_samples(run, as_it_was, models).compiles
-            if compiles and round(seconds, 4) != middle:
-                runs.append((seconds / middle, compiles))
-    if not runs:
-        return Probe(middle, known)
-
-    def disagreement(settling: float) -> float:
-        moved = [
-            [_moved(one, Drift(factor, exp(settling))) for one in compiles]
-            for factor, compiles in runs
-        ]
-        residuals = chain.from_iterable(_compile_fit(moved, base).residuals)
-        off = sum(value * value for value in residuals)
-        return off + _KNOWN_SETTLING * (settling - log(known)) ** 2
-
-    shortest, longest = (log(edge) for edge in (min(_SETTLING[0], known), max(_SETTLING[1], known)))
-    settling = exp(minimum(disagreement, shortest, longest, _ROUNDS))
-    fitted.append(Fitted("a probe's settling", f"{settling:.0f} s", len(runs)))
-    return Probe(middle, round(settling, 1))
-
-
-def _moved(sample: CompileSample, drift: Drift) -> CompileSample:
-    """The sample in nominal seconds."""
-    start, end = (drift.nominal(at) for at in (sample.start, sample.start + sample.seconds))
-    return replace(sample, start=start, seconds=end - start)
-
-
 def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
     """Each run predicted by a profile that is fitted to the others."""
     found = []
@@ -161,126 +92,6 @@ def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
         profile = fit_profile(others, base, base.name).profile if others else base
         found += judge([timeline], profile)
     return found
-
-
-# -- compiles -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _CompileFit:
-    """Compiles explained by the size of their code, their template and their company.
-
-    Attributes:
-        contention: see :class:`sim.profile.CompileTimes`.
-        scale: by template, against :func:`runner.jit.builder.costs.plain_seconds`.
-        residuals: logarithms of what is left, of each run's compiles.
-    """
-
-    contention: float
-    scale: dict[str, float]
-    residuals: list[list[float]]
-
-
-def _compile_fit(runs: Sequence[Sequence[CompileSample]], base: Profile) -> _CompileFit:
-    """Contention makes each run's own compiles agree best; scales are geometric means."""
-
-    def fit(contention: float) -> _CompileFit:
-        logs = [
-            [log(_alone(one, contention) / plain_seconds(one.kernel)) for one in run]
-            for run in runs
-        ]
-        ratios: dict[str, list[float]] = defaultdict(list)
-        for run, values in zip(runs, logs, strict=True):
-            for one, value in zip(run, values, strict=True):
-                ratios[template_of(one.kernel)].append(value)
-        middles = {name: fmean(values) for name, values in sorted(ratios.items())}
-        left = [
-            [value - middles[template_of(one.kernel)]
-             for one, value in zip(run, values, strict=True)]
-            for run, values in zip(runs, logs, strict=True)
-        ]  # fmt: skip
-        scale = {name: round(exp(middle), 4) for name, middle in middles.items()}
-        return _CompileFit(contention, scale, left)
-
-    def disagreement(contention: float) -> float:
-        # Within a run: runs differ by what the machine was doing besides.
-        total = sum(
-            sum((value - fmean(run)) ** 2 for value in run)
-            for run in fit(contention).residuals
-            if run
-        )
-        return total + _KNOWN_CONTENTION * (contention - base.compile.contention) ** 2
-
-    return fit(minimum(disagreement, 0.0, _MOST_CONTENTION))
-
-
-def _compile_times(
-    runs: Sequence[Sequence[CompileSample]], base: Profile, fitted: list[Fitted]
-) -> CompileTimes:
-    samples = list(chain.from_iterable(runs))
-    if not samples:
-        return base.compile
-    found = _compile_fit(runs, base)
-    by_config: dict[str, list[float]] = defaultdict(list)
-    counts: dict[str, int] = defaultdict(int)
-    for sample in samples:
-        by_config[config_key(sample.kernel)].append(_alone(sample, found.contention))
-        counts[template_of(sample.kernel)] += 1
-    scale = {**base.compile.scale, **found.scale}
-    fitted += [
-        Fitted("compile contention", f"{found.contention:.3f}", len(samples)),
-        Fitted("compile seconds, by configuration", f"{len(by_config)} of them", len(samples)),
-        *(Fitted(f"compile scale {name}", f"{found.scale[name]:.3f}", counts[name])
-          for name in found.scale),
-    ]  # fmt: skip
-    spread = _spread(runs, found.contention, base.compile.spread)
-    fitted.append(Fitted("compile spread, side by side", f"{spread:.3f}", len(samples)))
-    default = exp(fmean(log(found.scale[template_of(one.kernel)]) for one in samples))
-    expected = {
-        config_key(s.kernel): scale[template_of(s.kernel)] * plain_seconds(s.kernel)
-        for s in samples
-    }
-    settled = _settled(by_config, expected)
-    return CompileTimes(
-        settled, scale, round(default, 4), round(found.contention, 4), round(spread, 4)
-    )
-
-
-def _spread(runs: Sequence[Sequence[CompileSample]], contention: float, known: float) -> float:
-    """Deviation among those who began a kernel at about one time, near what was known."""
-    squares, freedom = _KNOWN_SPREAD * known**2, float(_KNOWN_SPREAD)
-    for run in runs:
-        kernels: dict[Kernel, list[CompileSample]] = defaultdict(list)
-        for one in sorted(run, key=lambda one: one.start):
-            kernels[one.kernel].append(one)
-        for same in kernels.values():
-            together = [one for one in same if one.start - same[0].start < _TOGETHER]
-            logs = [log(_alone(one, contention)) for one in together]
-            squares += sum((value - fmean(logs)) ** 2 for value in logs)
-            freedom += len(logs) - 1
-    return sqrt(squares / freedom)
-
-
-def _alone(sample: CompileSample, contention: float) -> float:
-    """Seconds that the compile would have taken without company."""
-    times = CompileTimes({}, {}, 1.0, contention, 0.0)
-    low = int(sample.company)
-    share = sample.company - low
-    slow = (1 - share) * slowdown(times, max(low, 1), sample.cores)
-    slow += share * slowdown(times, low + 1, sample.cores)
-    return sample.seconds / slow
-
-
-def _settled(
-    found: Mapping[str, Sequence[float]], expected: Mapping[str, float]
-) -> dict[str, float]:
-    """Geometric means with the expectation, which counts as half a sample."""
-    return {
-        key: round(
-            exp((sum(map(log, values)) + _PRIOR * log(expected[key])) / (len(values) + _PRIOR)), 4
-        )
-        for key, values in sorted(found.items())
-    }
 
 
 def _builder(samples: Sequence[Samples], base: Builder, fitted: list[Fitted]) -> Builder:

@@ -1,9 +1,19 @@
-"""Small fits: constants from samples, without a numerics library."""
+"""Small fits: constants from samples, without a numerics library, and what is told of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One line of what was fitted: its name, its value, and out of how many samples."""
+
+    name: str
+    value: str
+    samples: int
 
 
 def crossing(function: Callable[[float], float], low: float, high: float) -> float:
