@@ -1,4 +1,4 @@
-"""What measured compiles tell: how long, how much company costs, how far apart, how a run drifts."""
+"""What measured compiles tell: how long, in what company, how far apart, how a run drifts."""
 
 from __future__ import annotations
 
