@@ -29,6 +29,7 @@ from runner.cli.common import (
     warmup_options,
 )
 from runner.cli.guard import WorkFailedError, run_guarded
+from runner.cli.overlap_options import overlap_options
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.compiler import CompileError
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @warmup_options
 @batch_sizes_option
 @max_tokens_option
+@overlap_options
 @serving_options
 @click.option(
     "--compute",
@@ -275,6 +277,9 @@ def _arguments(options: LaunchOptions) -> list[str]:
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [flag, text]
+    for name in options.overlap:
+        words += ["--overlap", name]
+    words += ["--moe-a2a"] * options.moe_a2a
     words += ["--ep"] * options.ep + ["--speculative"] * options.speculative
     words += ["--compile-lock"] * options.compile_lock
     return [*words, "--jit" if options.jit else "--no-jit"]

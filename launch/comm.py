@@ -24,6 +24,23 @@ _TORCH_DTYPES = {
 
 
 @dataclass(frozen=True)
+class UnderWay:
+    """A collective that was begun.
+
+    Attributes:
+        work: its handle.
+        made: where its result comes.
+        source: what it reads, kept until it ended.
+        summed: blocks of ``made`` that are still to be summed.
+    """
+
+    work: dist.Work
+    made: torch.Tensor
+    source: torch.Tensor
+    summed: int
+
+
+@dataclass(frozen=True)
 class Groups:
     """Process groups of a run.
 
@@ -83,6 +100,7 @@ class TorchComm:
 
     def __init__(self, groups: Groups, device: torch.device, *, through_host: bool) -> None:
         self._groups, self._device, self._through_host = groups, device, through_host
+        self._gloo = through_host or device.type == "cpu"
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
     def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
@@ -97,6 +115,36 @@ class TorchComm:
         parts = [torch.empty_like(buffer) for _ in group]
         dist.all_gather(parts, buffer, group=self._groups.of[group])
         return self._inbound(torch.cat(parts, dim))
+
+    def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> UnderWay:
+        """Start a collective on a stream, or in threads, of its own.
+
+        gloo sums nothing on the way of a reduce-scatter here: its blocks are sent, and summed at
+        the end, since gloo tells of an all-to-all when it ended.
+        """
+        source, process_group = self._outbound(x), self._groups.of[group]
+        if kind == "all_gather":
+            made = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
+            parts = list(made.chunk(len(group)))
+            work = dist.all_gather(parts, source, group=process_group, async_op=True)
+        elif kind == "reduce_scatter" and not self._gloo:
+            made = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
+            blocks = list(source.chunk(len(group)))
+            work = dist.reduce_scatter(made, blocks, group=process_group, async_op=True)
+        else:
+            made = torch.empty_like(source)
+            work = dist.all_to_all_single(made, source, group=process_group, async_op=True)
+        assert work is not None
+        summed = len(group) if kind == "reduce_scatter" and self._gloo else 1
+        return UnderWay(work, made, source, summed)
+
+    def end(self, begun: UnderWay) -> torch.Tensor:
+        """Wait for it: on a GPU with a communicator of its own, its stream does, not the host."""
+        begun.work.wait()
+        made = begun.made
+        if begun.summed > 1:
+            made = made.unflatten(0, (begun.summed, -1)).sum(0)
+        return self._inbound(made)
 
     def send(self, x: torch.Tensor, peer: int) -> None:
         """Start a send; it ends on its own, so that a late receiver does not hold us up."""
@@ -142,6 +190,18 @@ class ScratchComm:
         """Gather zeros."""
         self._comm.all_gather(self._buffer(x), group, 0)
         return self._shapes.all_gather(x, group, dim)
+
+    def begin(
+        self, kind: str, x: TensorSpec, group: tuple[int, ...]
+    ) -> tuple[UnderWay, TensorSpec]:
+        """Start it with zeros."""
+        under_way = self._comm.begin(kind, self._buffer(x).view(x.shape), group)
+        return under_way, self._shapes.begin(kind, x, group)
+
+    def end(self, begun: tuple[UnderWay, TensorSpec]) -> TensorSpec:
+        """Wait for it."""
+        self._comm.end(begun[0])
+        return begun[1]
 
     def send(self, x: TensorSpec, peer: int) -> None:
         """Send zeros."""

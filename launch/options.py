@@ -9,6 +9,7 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
@@ -27,6 +28,7 @@ class LaunchOptions:
     pp: int = 1
     tp: int = 1
     ep: bool = False
+    moe_a2a: bool = False
     attn_cp: int = 1
     stage_layers: tuple[int, ...] | None = None
     policies: tuple[WarmupPolicy, ...] = (WarmupPolicy.PP_PARALLEL,)
@@ -35,6 +37,7 @@ class LaunchOptions:
     max_tokens: int = 16384
     disaggregation: DisaggregationMode = DisaggregationMode.NONE
     speculative: bool = False
+    overlap: tuple[str, ...] = ()
     compute: str | None = None
     jit: bool = True
     device: str = "auto"
@@ -85,6 +88,7 @@ class LaunchOptions:
             bf16_fp32_algo=environ.bf16_fp32_algo,
             max_tokens=self.max_tokens,
             stream=self.stream,
+            overlap=load_strategies(self.overlap),
             walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,
         )
 
@@ -102,6 +106,7 @@ class LaunchOptions:
             pp=self.pp,
             tp=self.tp,
             ep=self.ep,
+            moe_a2a=self.moe_a2a,
             attn_cp=self.attn_cp,
             nodes=max(self.virtual_nodes, real_nodes),
             stage_layers=self.stage_layers,

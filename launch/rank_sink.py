@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from runner.backend.sink import R
 from runner.jit.kernel_type import KernelCall
@@ -15,7 +15,18 @@ from runner.jit.lazy import LazyJit
 from runner.jit.plan import GemmShape, kernel_ranges
 from runner.jit.shim import CompileRecord
 from runner.m_lists import expand
-from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
+from runner.schedule import (
+    Await,
+    Begin,
+    Capture,
+    Collective,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Send,
+    Walk,
+)
 from runner.timeline import Span
 
 
@@ -33,6 +44,28 @@ class KernelLoader(Protocol):
 
     def walk(self, walk: Walk) -> None:
         """Call a GEMM with every M of a list, so that what it needs is there afterwards."""
+
+
+class Stream(Protocol):
+    """Tells when collectives that were begun really ran."""
+
+    def begun(self, handle: Any) -> Any:
+        """A collective was just begun; what this returns goes to :meth:`ended`."""
+
+    def ended(self, begun: Any) -> tuple[float, float]:
+        """Start and end, in seconds since the epoch, of a collective that was awaited."""
+
+
+class HostStream:
+    """Takes the host's calls for what happened."""
+
+    def begun(self, handle: Any) -> float:
+        """See the protocol."""
+        return time.time()
+
+    def ended(self, begun: float) -> tuple[float, float]:
+        """See the protocol."""
+        return begun, time.time()
 
 
 class OwnJit:
@@ -116,6 +149,7 @@ class RankSink:
         lock: Callable[[GemmShape], AbstractContextManager[None]] = lambda shape: nullcontext(),
         capture: Callable[[Callable[[], object]], None] = lambda forward: None,
         on_forward: Callable[[str, str], None] = lambda phase, name: None,
+        stream: Stream | None = None,
     ) -> None:
         """Make a sink.
 
@@ -129,6 +163,7 @@ class RankSink:
             lock: held while a GEMM's kernels are brought in for the first time.
             capture: captures a CUDA graph of a forward.
             on_forward: told (phase, mode and tokens) at the start of each forward.
+            stream: tells when what was begun began and ended; by default at the host's calls.
         """
         self.rank = rank
         self.ops: list[Op] = []
@@ -138,6 +173,8 @@ class RankSink:
         self._loader, self._synchronise, self._inside = loader, synchronise, inside
         self._arrive, self._explain = arrive, explain
         self._lock, self._capture, self._on_forward = lock, capture, on_forward
+        self._stream = stream or HostStream()
+        self._begun: dict[str, Any] = {}
         self._capturing = False
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
@@ -151,10 +188,15 @@ class RankSink:
             self._mark(op)
             return action()
         self.last = op.describe() if isinstance(op, KernelCall) else op.name
+        return self._done(op, action)
+
+    def _done(self, op: Op, action: Callable[[], R]) -> R:
         if isinstance(op, KernelCall):
             return self._kernel(op, action)
         if isinstance(op, Collective | Send | Recv):
             return self._communicate(op, action)
+        if isinstance(op, Begin | Await):
+            return self._beside(op, action)
         if isinstance(op, KernelWork | Walk):
             return self._work_on_kernels(op, action)
         return self._timed("compute", op.name, action)
@@ -164,6 +206,17 @@ class RankSink:
         self._timed("compute", "device", self._synchronise)
         done = self._to_the_end(op, action)
         return self._timed("comm", _comm_name(op), done, self._comm_key(op))
+
+    def _beside(self, op: Begin | Await, action: Callable[[], R]) -> R:
+        """What is begun goes on beside what follows; how long is known once it was awaited."""
+        if isinstance(op, Begin):
+            result = self._timed("compute", op.name, action)
+            self._begun[op.name] = self._stream.begun(result)
+            return result
+        result = self._timed("wait", op.name, action)
+        start, end = self._stream.ended(self._begun.pop(op.name))
+        self.spans.append(Span(self.rank, start, max(start, end), "beside", op.name))
+        return result
 
     def _work_on_kernels(self, op: KernelWork | Walk, action: Callable[[], R]) -> R:
         if isinstance(op, Walk):

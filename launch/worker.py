@@ -275,7 +275,7 @@ class _RankRun:
         )  # fmt: skip
         return ModelRunner.build(
             scenario.model, scenario.parallel, self.place.rank,
-            backend=backend, weights=weights, buffers=buffers,
+            backend=backend, weights=weights, buffers=buffers, overlap=scenario.overlap,
         )  # fmt: skip
 
     def _introduction(self, compute: str, reason: str, jit: RankJit) -> list[str]:

@@ -7,7 +7,7 @@ cannot know other GEMMs than the forward runs. Their M follow from the tokens a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from runner.backend.base import Backend
@@ -24,12 +24,13 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import METADATA_MAX_ROWS
 from runner.jit.plan import Demand, GemmShape, Plan, make_plan
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
+from runner.model.strategy import OverlapStrategy
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.warmup import DisaggregationMode
 
@@ -52,6 +53,8 @@ class Deployment:
             means any number up to ``max_tokens``.
         disaggregation: a prefill node never decodes, a decode node never extends.
         bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
+        overlap: strategies of two-batch overlap; those that leave SMs to communication run the
+            halves of their mode's batches with other kernels.
         without: types that something else than DeepGEMM serves.
     """
 
@@ -63,6 +66,7 @@ class Deployment:
     decode_batch_sizes: tuple[int, ...] | None = None
     disaggregation: DisaggregationMode = DisaggregationMode.NONE
     bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
+    overlap: tuple[OverlapStrategy, ...] = ()
     without: frozenset[T] = frozenset()
 
     def __post_init__(self) -> None:
@@ -102,6 +106,18 @@ class Deployment:
             return tuple(sorted(set(self.decode_batch_sizes)))
         return range(1, self.max_tokens + 1)
 
+    def half_tokens(self, mode: ForwardMode) -> Sequence[int]:
+        """Tokens that half of a forward may have: DECODE is cut in the middle, EXTEND anywhere."""
+        if mode.is_extend:
+            return range(1, max(self.extend_tokens, default=1))
+        return sorted({half for count in self.decode_tokens if count > 1
+                       for half in (count // 2, count - count // 2)})  # fmt: skip
+
+    def at_experts(self, tokens: int) -> int:
+        """Tokens that a rank's experts see: blocks of one size where ranks have blocks."""
+        block = ceil_div(tokens, self.parallel.tp)
+        return block * self.parallel.tp if self.parallel.moe_a2a else tokens
+
     @property
     def local_experts(self) -> int:
         """Experts that a rank holds at least a slice of."""
@@ -129,10 +145,13 @@ def demands(deployment: Deployment) -> list[Demand]:
     shapes_of: dict[tuple[ForwardMode, KernelCall], list[GemmShape]] = {}
     for stage in range(deployment.parallel.pp):
         for batch, calls in _probe(deployment, stage):
+            largest = batch.num_tokens == _tokens(deployment, batch)[-1]
             for call in calls:
+                if not largest and call.type not in MASKED_TYPES:
+                    continue
                 at = (batch.mode, call)
                 if at not in shapes_of:
-                    found = list(_shapes(deployment, batch, call))
+                    found = [*_shapes(deployment, batch, call), *_halves(deployment, batch, call)]
                     shapes_of[at] = [shape for shape, _ in found]
                     for shape, values in found:
                         ms.setdefault(shape, set()).update(values)
@@ -164,14 +183,16 @@ def recorded_calls(
     found: dict[KernelCall, None] = {}
     wanted = list(dummies)
     for stage in range(deployment.parallel.pp):
-        runner, recorder = _shape_runner(deployment, stage)
+        runner, recorder = _shape_runner(deployment, stage, deployment.overlap)
         for batch_size, mode in wanted:
             runner._dummy_run(batch_size, forward_mode_override=mode)
         found.update(_calls(recorder))
     return [call for call in found if call.type not in deployment.without]
 
 
-def _shape_runner(deployment: Deployment, stage: int) -> tuple[ModelRunner, ScheduleRecorder]:
+def _shape_runner(
+    deployment: Deployment, stage: int, overlap: tuple[OverlapStrategy, ...] = ()
+) -> tuple[ModelRunner, ScheduleRecorder]:
     recorder = ScheduleRecorder()
     parallel = deployment.parallel
     backend = Backend(
@@ -180,7 +201,7 @@ def _shape_runner(deployment: Deployment, stage: int) -> tuple[ModelRunner, Sche
     )  # fmt: skip
     runner = ModelRunner.build(
         deployment.model, parallel, parallel.rank_of(stage, 0),
-        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
+        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(), overlap=overlap,
     )  # fmt: skip
     return runner, recorder
 
@@ -201,20 +222,42 @@ def _probe_batches(deployment: Deployment) -> Iterator[ForwardBatch]:
         yield ForwardBatch.decode((1,) * decode[-1])
 
 
-def _shapes(
+def _tokens(deployment: Deployment, batch: ForwardBatch) -> Sequence[int]:
+    """Tokens that a forward of the batch's mode may have."""
+    return deployment.extend_tokens if batch.mode.is_extend else deployment.decode_tokens
+
+
+def _halves(
     deployment: Deployment, batch: ForwardBatch, call: KernelCall
 ) -> Iterator[tuple[GemmShape, Iterable[int]]]:
-    """The GEMM of a probed call, with every M that forwards of its mode can give it."""
+    """The same beside communication, on the SMs that a strategy of the batch's mode leaves."""
+    for strategy in deployment.overlap:
+        if strategy.mode is not batch.mode or not strategy.comm_sms:
+            continue
+        if call.type is not T.TF32_HC_PRENORM_GEMM:
+            left = replace(call, num_sms=deployment.num_sms - strategy.comm_sms)
+            yield from _shapes(deployment, batch, left, deployment.half_tokens(batch.mode))
+
+
+def _shapes(
+    deployment: Deployment, batch: ForwardBatch, call: KernelCall,
+    counts: Sequence[int] | None = None,
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:  # fmt: skip
+    """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it.
+
+    Without ``counts`` they are those of all forwards of the batch's mode.
+    """
     shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
     extend = batch.mode.is_extend
-    tokens = deployment.extend_tokens if extend else deployment.decode_tokens
+    tokens = _tokens(deployment, batch) if counts is None else counts
+    if not tokens:
+        return
     if call.type in MASKED_TYPES or call.type in CONTIGUOUS_TYPES:
         yield shape, _expert_rows(deployment, call.type, tokens, extend=extend)
     elif call.type is T.FP8_MQA_LOGITS:
         yield shape, (count for count in tokens if count >= NONPAGED_MIN_QUERY_TOKENS)
     else:
-        split = extend and call.m * deployment.parallel.attn_cp == tokens[-1]
-        rows = _own_rows(deployment, tokens, split)
+        rows = _own_rows(deployment, batch, call, tokens)
         if call.type is T.PAGED_MQA_LOGITS_METADATA:
             rows = [count for count in rows if count <= METADATA_MAX_ROWS]
         if call.type is T.TF32_HC_PRENORM_GEMM:
@@ -223,10 +266,15 @@ def _shapes(
             yield shape, rows
 
 
-def _own_rows(deployment: Deployment, tokens: Sequence[int], split: bool) -> Sequence[int]:
-    """Rows of a rank's part of the tokens, where context parallelism splits them."""
-    if split and deployment.parallel.attn_cp > 1:
-        return [count // deployment.parallel.attn_cp for count in tokens]
+def _own_rows(
+    deployment: Deployment, batch: ForwardBatch, call: KernelCall, tokens: Sequence[int]
+) -> Sequence[int]:
+    """Rows of a rank's part of the tokens, where the probed call has only that part."""
+    parallel, whole = deployment.parallel, batch.num_tokens
+    if batch.mode.is_extend and parallel.attn_cp > 1 and call.m * parallel.attn_cp == whole:
+        return [count // parallel.attn_cp for count in tokens]
+    if parallel.moe_a2a and call.m == ceil_div(whole, parallel.tp) < whole:
+        return sorted({ceil_div(count, parallel.tp) for count in tokens})
     return tokens
 
 
@@ -253,12 +301,12 @@ def _expert_rows(
     moe, limit = deployment.model.moe, deployment.masked_tokens
     top_k = moe.num_experts_per_tok
     if kind in MASKED_TYPES:
-        masked = (count for count in tokens if count <= limit)
+        masked = (count for count in map(deployment.at_experts, tokens) if count <= limit)
         return {masked_expected_m(count * top_k, moe.n_routed_experts) for count in masked}
-    contiguous = [count for count in tokens if extend or count > limit]
+    contiguous = [count for count in tokens if extend or deployment.at_experts(count) > limit]
     if not contiguous:
         return ()
-    most = contiguous_rows(contiguous[-1] * top_k, deployment.local_experts)
+    most = contiguous_rows(deployment.at_experts(contiguous[-1]) * top_k, deployment.local_experts)
     return range(CONTIGUOUS_M_ALIGNMENT, most + 1, CONTIGUOUS_M_ALIGNMENT)
 
 

@@ -66,6 +66,26 @@ class ForwardBatch:
         ids = None if input_ids is None else tuple(input_ids)
         return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
 
+    def halves(self) -> tuple[ForwardBatch, ForwardBatch] | None:
+        """Two batches of about as many tokens, cut between sequences; None of fewer than two.
+
+        DECODE is cut in the middle, the second half the larger, as SGLang cuts it.
+        """
+        if self.batch_size < 2:
+            return None
+        cut = _middle(self.extend_seq_lens)
+        return self._part(0, cut), self._part(cut, self.batch_size)
+
+    def _part(self, first: int, last: int) -> ForwardBatch:
+        start, stop = sum(self.extend_seq_lens[:first]), sum(self.extend_seq_lens[:last])
+        return ForwardBatch(
+            self.mode,
+            self.seq_lens[first:last],
+            self.extend_seq_lens[first:last],
+            None if self.input_ids is None else self.input_ids[start:stop],
+            None if self.cache is None else self.cache.part(first, last),
+        )
+
     @property
     def batch_size(self) -> int:
         """Number of sequences."""
@@ -75,6 +95,17 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         """Number of new tokens over all sequences."""
         return sum(self.extend_seq_lens)
+
+
+def _middle(lens: Sequence[int]) -> int:
+    """The cut, at least 1 on either side, whose parts differ least; the first of several."""
+    total, before, best, least = sum(lens), 0, 1, None
+    for cut in range(1, len(lens)):
+        before += lens[cut - 1]
+        off = abs(total - 2 * before)
+        if least is None or off < least:
+            best, least = cut, off
+    return best
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
+from runner.model.strategy import OverlapStrategy
 
 
 class BufferSource(Protocol):
@@ -76,14 +77,15 @@ class ModelRunner:
         backend: Backend,
         weights: WeightSource,
         buffers: BufferSource,
+        overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
-        """Make the rank's stage with its weights.
+        """Make the rank's stage with its weights; ``overlap``: see :class:`PipelineStage`.
 
         Raises:
             UserError: the model does not fit the layout.
         """
         parallel.check_fits(model)
-        stage = PipelineStage(RankContext(backend, weights, parallel, rank), model)
+        stage = PipelineStage(RankContext(backend, weights, parallel, rank), model, overlap)
         return cls(model, parallel, rank, backend, buffers, stage)
 
     def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None = None) -> Any:

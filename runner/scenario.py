@@ -22,8 +22,9 @@ from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
 from runner.jit.plan import Plan
 from runner.m_lists import steps_of
+from runner.model.strategy import OverlapStrategy
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import OF_HOSTS, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
+from runner.schedule import OF_HOSTS, Begin, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
 from runner.sharing import share_out
 from runner.timeline import FIRST_REQUEST
 from runner.traffic import Request, serve, serve_all
@@ -59,6 +60,7 @@ class Scenario:
         walk_memory: bytes of GPU memory that a walk may take; None is no limit to a recording,
             and what is free to a run on a GPU.
         bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
+        overlap: strategies of two-batch overlap, at most one for a forward mode.
     """
 
     model: ModelConfig
@@ -70,6 +72,7 @@ class Scenario:
     max_tokens: int = 16384
     stream: tuple[int, ...] | None = None
     walk_memory: float | None = None
+    overlap: tuple[OverlapStrategy, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.deployment, "made here so that bad values are told before a run"
@@ -102,6 +105,7 @@ class Scenario:
             max_tokens=self.max_tokens,
             disaggregation=self.warmup.disaggregation,
             bf16_fp32_algo=self.bf16_fp32_algo,
+            overlap=self.overlap,
         )
 
     def leads(self, rank: int) -> bool:
@@ -245,7 +249,7 @@ def _record(
     )  # fmt: skip
     runner = ModelRunner.build(
         scenario.model, scenario.parallel, rank,
-        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
+        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(), overlap=scenario.overlap,
     )  # fmt: skip
     part(runner, scenario)
     return tuple(recorder.ops)
@@ -325,7 +329,7 @@ def common_end(ops: Sequence[Op]) -> int:
 
 def moved(
     first: int, ops: Sequence[Item], scenario: Scenario, rank: int
-) -> Sequence[Item | Collective | Send | Recv | KernelWork]:
+) -> Sequence[Item | Collective | Begin | Send | Recv | KernelWork]:
     """Operations of rank ``first`` as another rank of the same role runs them.
 
     What is among them that is no operation, or concerns no other rank, stays as it is.
@@ -336,12 +340,12 @@ def moved(
     tp_groups = scenario.parallel.tp_group(first), scenario.parallel.tp_group(rank)
     own = scenario.kernel_set(rank)
     groups: dict[tuple[int, ...], tuple[int, ...]] = {tp_groups[0]: tp_groups[1]}
-    found: list[Item | Collective | Send | Recv | KernelWork] = []
+    found: list[Item | Collective | Begin | Send | Recv | KernelWork] = []
     for op in ops:
-        if isinstance(op, Collective) and op.name not in OF_HOSTS:
+        if isinstance(op, Collective | Begin) and op.name not in OF_HOSTS:
             if op.group not in groups:
                 groups[op.group] = tuple(member + by for member in op.group)
-            found.append(Collective(op.name, groups[op.group], op.bytes))
+            found.append(type(op)(op.name, groups[op.group], op.bytes))
         elif isinstance(op, Send):
             found.append(Send(op.name, op.peer + by, op.bytes))
         elif isinstance(op, Recv):
@@ -369,6 +373,8 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "tp": parallel.tp,
         "replicas": parallel.replicas,
         "ep": parallel.ep,
+        "moe_a2a": parallel.moe_a2a,
+        "overlap": [strategy.to_json() for strategy in scenario.overlap],
         "attn_cp": parallel.attn_cp,
         "stage_layers": list(parallel.stage_layers) if parallel.stage_layers else None,
         "nodes": parallel.nodes,

@@ -54,8 +54,27 @@ class Recv:
 
 
 @dataclass(frozen=True, slots=True)
+class Begin:
+    """The start of a collective among ``group`` that goes on beside what follows.
+
+    ``bytes`` is the size of one rank's input. No two that are under way have one name.
+    """
+
+    name: str
+    group: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Wait for the collective of that name that was begun last."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
-    """A point without work. ``kind`` is phase, forward, layer or yield."""
+    """A point without work. ``kind`` is phase, forward, layer, yield or batch."""
 
     kind: str
     name: str
@@ -112,12 +131,17 @@ class Capture:
     operations: int
 
 
-Op = KernelCall | Compute | Collective | Send | Recv | Mark | KernelWork | Walk | Capture
+Op = (
+    KernelCall | Compute | Collective | Begin | Await | Send | Recv | Mark | KernelWork | Walk
+    | Capture
+)  # fmt: skip
 
 _TAGS: dict[str, type] = {
     "kernel": KernelCall,
     "compute": Compute,
     "collective": Collective,
+    "begin": Begin,
+    "await": Await,
     "send": Send,
     "recv": Recv,
     "mark": Mark,

@@ -16,10 +16,11 @@ from runner.files import write_json
 FIRST_REQUEST = "first request"
 """Phase after which a server is up."""
 
-KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase")
+KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase", "beside")
 """Kinds of span.
 
-``setup`` is what comes before a warm-up. ``phase`` spans enclose others and are left out of totals.
+``setup`` is what comes before a warm-up. ``phase`` spans enclose others and are left out of totals,
+as are ``beside`` ones: what a communication stream does while the rank does something else.
 """
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
 from runner.jit.plan import GemmShape
-from runner.schedule import Capture, Collective, Compute
+from runner.schedule import Begin, Capture, Collective, Compute
 
 
 class Seconds(NamedTuple):
@@ -59,6 +59,9 @@ class CostModel(Protocol):
 
     def collective_seconds(self, op: Collective) -> float:
         """A collective once every rank has arrived."""
+
+    def begun_seconds(self, op: Begin) -> float:
+        """A collective on a communication stream, once every rank has begun it."""
 
     def transfer_seconds(self, nbytes: int) -> float:
         """A point-to-point transfer once it has been sent."""

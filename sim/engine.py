@@ -22,7 +22,17 @@ from functools import partial
 from itertools import count
 
 from runner.jit.kernels import Kernel
-from runner.schedule import OF_HOSTS, Capture, Collective, KernelWork, Mark, Recv, Send
+from runner.schedule import (
+    OF_HOSTS,
+    Await,
+    Begin,
+    Capture,
+    Collective,
+    KernelWork,
+    Mark,
+    Recv,
+    Send,
+)
 from runner.timeline import Span
 from sim.costs import CostModel
 from sim.culprit import CollectiveTimeout
@@ -150,7 +160,7 @@ class Engine:
         """Do an instruction; False where the host has to wait in or before it."""
         if isinstance(item, Run):
             self._compute(rank, item)
-        elif isinstance(item, Collective | Send | Recv):
+        elif isinstance(item, Collective | Begin | Await | Send | Recv):
             return self._communicate(rank, item)
         elif isinstance(item, Mark):
             if (item.kind == "phase" or self._run_ahead) and not self._synchronised(rank):
@@ -266,13 +276,14 @@ class Engine:
 
     # -- communication --------------------------------------------------------------------------
 
-    def _communicate(self, rank: Rank, op: Message) -> bool:
+    def _communicate(self, rank: Rank, op: Message | Await) -> bool:
         """Queue it; False where the host waits for it."""
         waits = not self._run_ahead or isinstance(op, Recv) or op.name in OF_HOSTS
+        waits = waits and not isinstance(op, Begin)
         if waits and not self._synchronised(rank):
             return False
         rank.close_compute()
-        key = rank.next_key(among(rank.index, op))
+        key = "" if isinstance(op, Await) else rank.next_key(among(rank.index, op))
         rank.queue.append(Queued(op, rank.clock, key, host_waits=waits))
         rank.at += 1
         self._work_off([rank])

@@ -6,8 +6,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from runner.schedule import EXCHANGE, Collective, Recv, Send
+from runner.schedule import EXCHANGE, Await, Begin, Collective, Recv, Send
 from runner.timeline import Span
+from sim.beside import Beside
 from sim.costs import CostModel
 from sim.culprit import WORK, CollectiveTimeout, with_culprit
 from sim.program import Run
@@ -37,6 +38,7 @@ class Network:
         self.longest_waits = {False: 0.0, True: 0.0}
         self._costs, self._run_ahead, self._exchanged = costs, run_ahead, exchanged
         self._timeout, self._host_timeout = timeout, host_timeout
+        self._beside = Beside(costs)
         self._arrivals: dict[str, list[tuple[Rank, Queued]]] = {}
         self._sent: dict[str, tuple[float, float]] = {}
         self._receivers: dict[str, Rank] = {}
@@ -49,6 +51,8 @@ class Network:
         if isinstance(work, Run):
             rank.device = max(rank.device + work.device, item.at)
             return True
+        if isinstance(work, Begin | Await):
+            return self._goes_beside(rank, item, work, todo)
         if item.end is None and item.arrived is None:
             item.arrived = max(rank.device, item.at)
             if isinstance(work, Collective):
@@ -68,6 +72,21 @@ class Network:
             rank.clock = item.end
         else:
             rank.communicated = item.end
+        return True
+
+    def _goes_beside(
+        self, rank: Rank, item: Queued, work: Begin | Await, todo: deque[Rank]
+    ) -> bool:
+        if isinstance(work, Begin):
+            self._beside.begin(rank, item, work, todo)
+            return True
+        if not self._beside.passes(rank, item, work):
+            rank.waiting_in = f"{work.name}, which others have not begun"
+            return False
+        if item.host_waits:
+            rank.clock = rank.device
+        else:
+            rank.communicated = rank.device
         return True
 
     def _arrive(self, rank: Rank, item: Queued, op: Collective, todo: deque[Rank]) -> None:
@@ -106,7 +125,7 @@ class Network:
 
     def _note(self, rank: Rank, item: Queued, end: float) -> None:
         """Communication, on the rank's own time line only where its host has to wait for it."""
-        assert not isinstance(item.work, Run)
+        assert not isinstance(item.work, Run | Await)
         span = Span(rank.index, _arrived(item), end, "comm", _name(item.work), item.key)
         self._communication.append(span)
         if item.host_waits or isinstance(item.work, Send):
@@ -119,7 +138,7 @@ class Network:
         waited = arrival - item.at
         self.longest_waits[of_hosts] = max(self.longest_waits[of_hosts], waited)
         if limit is not None and waited > limit:
-            assert not isinstance(item.work, Run)
+            assert not isinstance(item.work, Run | Await)
             lost = CollectiveTimeout(
                 item.at + limit, rank.index, _name(item.work), last, "", waited, of_hosts
             )
@@ -142,18 +161,18 @@ def _arrived(item: Queued) -> float:
 
 def among(rank: int, op: Message) -> str:
     """Whom an operation is among: the same text on all ranks that take part."""
-    if isinstance(op, Collective):
+    if isinstance(op, Collective | Begin):
         return ",".join(map(str, op.group))
     return f"{rank}>{op.peer}" if isinstance(op, Send) else f"{op.peer}>{rank}"
 
 
 def _name(op: Message) -> str:
-    prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
+    prefix = {Collective: "", Begin: "", Send: "send ", Recv: "recv "}[type(op)]
     return f"{prefix}{op.name}"
 
 
 def waiting_in(op: Message) -> str:
     """What a rank that waits for it is in."""
-    if isinstance(op, Collective):
+    if isinstance(op, Collective | Begin):
         return f"{op.name} of ranks {op.group}"
     return f"recv {op.name} from rank {op.peer}"

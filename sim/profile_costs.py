@@ -12,7 +12,7 @@ from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel
 from runner.jit.plan import GemmShape
-from runner.schedule import Capture, Collective, Compute
+from runner.schedule import Begin, Capture, Collective, Compute
 from sim.compile_time import compile_seconds, luck, slowdown
 from sim.costs import Seconds
 from sim.profile import Link, Profile
@@ -146,6 +146,13 @@ class ProfileCosts:
             return self.link.seconds(2 * (n - 1) / n * op.bytes)
         bandwidth = self.link.gather_bandwidth or self.link.bandwidth
         return self.link.latency + (n - 1) * op.bytes / bandwidth
+
+    def begun_seconds(self, op: Begin) -> float:
+        """A rank sends (n - 1) / n of what it has for all; a gather n - 1 times what it has."""
+        n = len(op.group)
+        if op.name.startswith("all_gather"):
+            return self.link.seconds((n - 1) * op.bytes)
+        return self.link.seconds((n - 1) / n * op.bytes)
 
     def transfer_seconds(self, nbytes: int) -> float:
         """Latency and bandwidth of the link."""

@@ -18,6 +18,8 @@ from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel, kernels_of, m_class_starts
 from runner.m_lists import expand
 from runner.schedule import (
+    Await,
+    Begin,
     Capture,
     Collective,
     Compute,
@@ -69,7 +71,10 @@ class WalkRun:
     lock: LockKey | None = None
 
 
-Instruction = Run | FirstUse | WalkRun | Collective | Send | Recv | KernelWork | Mark | Capture
+Instruction = (
+    Run | FirstUse | WalkRun | Collective | Begin | Await | Send | Recv | KernelWork | Mark
+    | Capture
+)  # fmt: skip
 
 
 def compile_program(

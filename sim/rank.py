@@ -6,11 +6,11 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from runner.schedule import Collective, Recv, Send
+from runner.schedule import Await, Begin, Collective, Recv, Send
 from runner.timeline import Span
 from sim.program import Instruction, Run
 
-Message = Collective | Send | Recv
+Message = Collective | Begin | Send | Recv
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Queued:
         end: when it was done.
     """
 
-    work: Run | Message
+    work: Run | Message | Await
     at: float
     key: str = ""
     host_waits: bool = False

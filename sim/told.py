@@ -12,6 +12,7 @@ from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
+from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
 from runner.timeline import Timeline
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
@@ -107,6 +108,8 @@ def _scenario(
         parallel=ParallelConfig(
             pp=_count(meta, "pp"), tp=_count(meta, "tp"), ep=_flag(meta, "ep"),
             attn_cp=_count(meta, "attn_cp"), replicas=_count(meta, "replicas"),
+            # Timelines before these were known have neither.
+            moe_a2a="moe_a2a" in meta and _flag(meta, "moe_a2a"),
             nodes=_count(meta, "nodes"), stage_layers=_or_none(_counts, meta, "stage_layers"),
         ),
         warmup=WarmupOptions(
@@ -124,6 +127,7 @@ def _scenario(
         max_tokens=_count(meta, "max_tokens"),
         stream=_or_none(_counts, meta, "stream"),
         walk_memory=_or_none(_positive, meta, "walk_memory"),
+        overlap=tuple(map(OverlapStrategy.from_json, meta.get("overlap", ()))),
         model=with_layers(models[name] if name in models else load_model(name),
                           _count(meta, "layers")),
     )  # fmt: skip

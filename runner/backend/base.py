@@ -8,7 +8,8 @@ cannot differ in what they call, only in how.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -29,12 +30,15 @@ from runner.backend.pairs import causal_pairs, visible_entries
 from runner.backend.sink import OpSink, R
 from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
+from runner.errors import UserError
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
 from runner.schedule import (
     BARRIER,
     EXCHANGE,
+    Await,
+    Begin,
     Collective,
     Compute,
     KernelWork,
@@ -44,6 +48,14 @@ from runner.schedule import (
     Walk,
 )
 from runner.walks import ExecutionHook
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A collective under way: its name, and what the communicator keeps of it."""
+
+    name: str
+    handle: Any
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Backend:
             used instead, as SGLang's automatic layout choice does with a share of free memory.
         kernels: where compiled kernels come from.
         hook: tells what to walk before a call.
+        left: SMs that GEMMs leave to communication, the innermost block's last.
     """
 
     math: Math
@@ -70,6 +83,28 @@ class Backend:
     masked_budget: int = MASKED_BUDGET
     kernels: KernelStore = field(default_factory=NoKernels)
     hook: ExecutionHook = field(default_factory=ExecutionHook)
+    left: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def gemm_sms(self) -> int:
+        """SMs that GEMMs use at the moment."""
+        return self.num_sms - self.left[-1]
+
+    @contextmanager
+    def leaving_sms(self, count: int) -> Iterator[None]:
+        """GEMMs inside the block leave ``count`` SMs to communication.
+
+        Raises:
+            UserError: none would be left.
+        """
+        if count >= self.num_sms:
+            raise UserError(f"comm_sms = {count} leaves none of the GPU's {self.num_sms} SMs")
+        self.left.append(count)
+        try:
+            with self.math.gemm_sms(self.gemm_sms if count else None):
+                yield
+        finally:
+            self.left.pop()
 
     # -- marks and plain steps ------------------------------------------------------------------
 
@@ -90,6 +125,15 @@ class Backend:
     def rows(self, x: Any, start: int, stop: int) -> Any:
         """A view of some rows; no operation."""
         return self.math.rows(x, start, stop)
+
+    def padded(self, x: Any, rows: int) -> Any:
+        """See :meth:`Math.padded`; no operation."""
+        return x if x.shape[0] == rows else self.math.padded(x, rows)
+
+    def joined(self, *parts: Any) -> Any:
+        """See :meth:`Math.joined`."""
+        traffic = 2 * sum(_bf16_bytes(part) for part in parts)
+        return self._compute("join", traffic, lambda: self.math.joined(parts))
 
     def columns(self, x: Any, *sizes: int) -> list[Any]:
         """Cut [T, sum(sizes)] into pieces of the given widths; no operation."""
@@ -174,7 +218,7 @@ class Backend:
     def paged_mqa_metadata(self, tokens: Tokens) -> Any:
         """See :meth:`Math.paged_mqa_metadata`."""
         call = self._call(T.PAGED_MQA_LOGITS_METADATA, tokens.count, 1, 1, 1)
-        return self._kernel(call, lambda: self.math.paged_mqa_metadata(tokens, self.num_sms))
+        return self._kernel(call, lambda: self.math.paged_mqa_metadata(tokens, self.gemm_sms))
 
     def mqa_logits(
         self, q: Any, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
@@ -377,6 +421,18 @@ class Backend:
             lambda: self.math.dispatch_contiguous(x, routing, experts, rows),
         )
 
+    def block_for_each(self, x: Any, routing: Routing, ranks: int, per_rank: int) -> Any:
+        """See :meth:`Math.block_for_each`."""
+        traffic = (1 + ranks) * _bf16_bytes(x)
+        return self._compute(
+            "block_for_each", traffic, lambda: self.math.block_for_each(x, routing, ranks, per_rank)
+        )
+
+    def sum_blocks(self, x: Any, blocks: int) -> Any:
+        """See :meth:`Math.sum_blocks`."""
+        traffic = _bf16_bytes(x) * (1 + blocks) // blocks
+        return self._compute("sum_blocks", traffic, lambda: self.math.sum_blocks(x, blocks))
+
     def silu_and_mul(self, x: Any, limit: float) -> Any:
         """See :meth:`Math.silu_and_mul`."""
         return self._compute(
@@ -418,6 +474,30 @@ class Backend:
         op = Collective(f"all_gather {name}", group, x.nbytes)
         return self.sink.run(op, lambda: self.comm.all_gather(x, group, dim))
 
+    def reduce_scatter(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
+        """Sum partial results [T, H] over ``group``; each rank keeps its block of the rows."""
+        op = Collective(f"reduce_scatter {name}", group, _bf16_bytes(x))
+        return self.sink.run(op, lambda: self.comm.end(self.comm.begin("reduce_scatter", x, group)))
+
+    def begin(
+        self, kind: str, name: str, x: Any, group: tuple[int, ...], *, width: int = 2
+    ) -> Begun:
+        """Start a collective that goes on beside what follows; see :meth:`Communicator.begin`.
+
+        Args:
+            kind: of the collective.
+            name: what is moved; no two that are under way have one.
+            x: what a rank gives.
+            group: world ranks.
+            width: bytes of an element on the wire; the CPU reference may really move more.
+        """
+        op = Begin(f"{kind} {name}", group, width * int(prod(x.shape)))
+        return Begun(op.name, self.sink.run(op, lambda: self.comm.begin(kind, x, group)))
+
+    def finish(self, begun: Begun) -> Any:
+        """Wait for a collective and take its result."""
+        return self.sink.run(Await(begun.name), lambda: self.comm.end(begun.handle))
+
     def send(self, name: str, x: Any, peer: int) -> None:
         """Send to a world rank."""
         self.sink.run(Send(name, peer, x.nbytes), lambda: self.comm.send(x, peer))
@@ -429,7 +509,9 @@ class Backend:
     # -- helpers --------------------------------------------------------------------------------
 
     def _call(self, kind: T, m: int, n: int, k: int, groups: int) -> KernelCall:
-        return KernelCall(kind, m, n, k, groups, self.num_sms)
+        # What asks for the whole GPU does so beside communication too.
+        sms = self.num_sms if kind is T.TF32_HC_PRENORM_GEMM else self.gemm_sms
+        return KernelCall(kind, m, n, k, groups, sms)
 
     def _kernel(self, call: KernelCall, work: Callable[[], R]) -> R:
         for walk in self.hook.before(call):

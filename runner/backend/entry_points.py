@@ -7,6 +7,7 @@ returns at once: nothing is checked, compiled or launched.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -16,6 +17,9 @@ Fp8 = tuple[torch.Tensor, torch.Tensor]
 
 class EntryPoints(Protocol):
     """Names and arguments as in SGLang's ``deep_gemm_wrapper``."""
+
+    def configure_deep_gemm_num_sms(self, num_sms: int | None) -> AbstractContextManager[None]:
+        """Limit the SMs that GEMMs inside the block use; None changes nothing."""
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """out [m, n] bf16 = lhs [m, k] @ rhs [n, k].T."""

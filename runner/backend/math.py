@@ -8,6 +8,8 @@ unless said otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,6 +60,9 @@ class Tokens:
 class Math(Protocol):
     """See the module's docstring. Weights come from the matching ``WeightSource``."""
 
+    def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
+        """Inside the block GEMMs use ``count`` SMs; None changes nothing."""
+
     def embed(self, tokens: Tokens, weight: Any, first_row: int) -> Any:
         """Rows of a vocabulary shard that starts at ``first_row``, zero elsewhere: [T, H]."""
 
@@ -66,6 +71,25 @@ class Math(Protocol):
 
     def rows(self, x: Any, start: int, stop: int) -> Any:
         """Rows ``start`` to ``stop`` of [T, ...]."""
+
+    def padded(self, x: Any, rows: int) -> Any:
+        """Rows of zeros added or cut off at the end: [T, ...] -> [rows, ...]."""
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Rows one after the other."""
+
+    def sum_blocks(self, x: Any, blocks: int) -> Any:
+        """Sum of equal blocks of rows: [blocks * T, H] -> [T, H]."""
+
+    def block_for_each(self, x: Any, routing: Routing, ranks: int, per_rank: int) -> Any:
+        """For each of ``ranks`` ranks the rows that have one of its ``per_rank`` experts among
+        their choices, the others zero: [T, H] -> [ranks * T, H]."""
+
+    def pack_routing(self, routing: Routing, tokens: int) -> Any:
+        """Weights and ids side by side, [T, 2k] fp32; rows from ``tokens`` on choose no expert."""
+
+    def unpack_routing(self, packed: Any) -> Routing:
+        """The inverse."""
 
     def columns(self, x: Any, start: int, stop: int) -> Any:
         """Columns ``start`` to ``stop`` of [T, N], contiguous."""

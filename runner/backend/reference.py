@@ -5,6 +5,8 @@ What the CPU runs, and what the GPU kernels are held against.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from runner.backend.entry_points import Fp8
@@ -30,6 +32,10 @@ class ReferenceEntryPoints:
 
     def __init__(self, *, sanity_check: bool = False) -> None:
         self._sanity_check = sanity_check
+
+    def configure_deep_gemm_num_sms(self, num_sms: int | None) -> AbstractContextManager[None]:
+        """Nothing here has SMs."""
+        return nullcontext()
 
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -38,6 +40,10 @@ class ShapeWeights:
 class ShapeMath:
     """Implements :class:`runner.backend.math.Math` on :class:`TensorSpec`."""
 
+    def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
+        """Nothing runs here."""
+        return nullcontext()
+
     def embed(self, tokens: Tokens, weight: TensorSpec, first_row: int) -> TensorSpec:
         """[T, H]."""
         return TensorSpec((tokens.count, weight.shape[1]))
@@ -49,6 +55,34 @@ class ShapeMath:
     def rows(self, x: TensorSpec, start: int, stop: int) -> TensorSpec:
         """[stop - start, ...]."""
         return TensorSpec((stop - start, *x.shape[1:]), x.dtype)
+
+    def padded(self, x: TensorSpec, rows: int) -> TensorSpec:
+        """[rows, ...]."""
+        return TensorSpec((rows, *x.shape[1:]), x.dtype)
+
+    def joined(self, parts: Sequence[TensorSpec]) -> TensorSpec:
+        """[sum of rows, ...]."""
+        return self.padded(parts[0], sum(part.shape[0] for part in parts))
+
+    def sum_blocks(self, x: TensorSpec, blocks: int) -> TensorSpec:
+        """[rows / blocks, ...]."""
+        return self.padded(x, x.shape[0] // blocks)
+
+    def block_for_each(
+        self, x: TensorSpec, routing: Routing, ranks: int, per_rank: int
+    ) -> TensorSpec:
+        """[ranks * T, H]."""
+        return self.padded(x, ranks * x.shape[0])
+
+    def pack_routing(self, routing: Routing, tokens: int) -> TensorSpec:
+        """[T, 2k] fp32."""
+        rows, choices = routing.ids.shape
+        return TensorSpec((rows, 2 * choices), "fp32")
+
+    def unpack_routing(self, packed: TensorSpec) -> Routing:
+        """[T, k] twice."""
+        shape = (packed.shape[0], packed.shape[1] // 2)
+        return Routing(TensorSpec(shape, "fp32"), TensorSpec(shape, "int64"))
 
     def columns(self, x: TensorSpec, start: int, stop: int) -> TensorSpec:
         """[T, stop - start]."""
@@ -269,6 +303,18 @@ class NoComm:
         shape = list(x.shape)
         shape[dim] *= len(group)
         return TensorSpec(tuple(shape), x.dtype)
+
+    def begin(self, kind: str, x: TensorSpec, group: tuple[int, ...]) -> TensorSpec:
+        """The shape of the result."""
+        if kind == "all_gather":
+            return self.all_gather(x, group, 0)
+        if kind == "reduce_scatter":
+            return TensorSpec((x.shape[0] // len(group), *x.shape[1:]), x.dtype)
+        return x
+
+    def end(self, begun: TensorSpec) -> TensorSpec:
+        """What was begun."""
+        return begun
 
     def send(self, x: TensorSpec, peer: int) -> None:
         """Nothing to send."""

@@ -43,6 +43,10 @@ class KVCache:
         """[sequences, max_len, width]."""
         return self._rows[(layer, name)]
 
+    def part(self, first: int, last: int) -> KVCache:
+        """The cache of some of the sequences; what is written there is written here."""
+        return _Part(self, first, last)
+
     def keep(self, batch: ForwardBatch, name: str, make: Callable[[], K]) -> K:
         """What ``make`` gives for the batch at hand, made once.
 
@@ -68,6 +72,22 @@ class KVCache:
         return Places(sequence.to(self._device), position.to(self._device))
 
 
+class _Part(KVCache):
+    """Sequences ``first`` to ``last`` of another cache."""
+
+    def __init__(self, whole: KVCache, first: int, last: int) -> None:
+        super().__init__(last - first, whole.max_len, whole._device)
+        self._whole, self._first = whole, first
+
+    def write(self, layer: int, name: str, rows: torch.Tensor, at: Places) -> None:
+        """See :class:`KVCache`."""
+        self._whole.write(layer, name, rows, Places(at.sequence + self._first, at.position))
+
+    def read(self, layer: int, name: str) -> torch.Tensor:
+        """See :class:`KVCache`."""
+        return self._whole.read(layer, name)[self._first : self._first + self.sequences]
+
+
 def cache_of(batch: ForwardBatch) -> KVCache:
     """The batch's cache."""
     return cast(KVCache, batch.cache)
@@ -90,7 +110,10 @@ def ids_of(tokens: Tokens, device: torch.device) -> torch.Tensor:
         return torch.tensor(ids, device=device)
 
     every = cache_of(batch).keep(batch, "ids", make) if batch.cache is not None else make()
-    return every[tokens.start : tokens.stop]
+    own = every[tokens.start : tokens.stop]
+    # Rows that only fill a rank's block up have no token.
+    short = tokens.count - len(own)
+    return torch.nn.functional.pad(own, (0, short)) if short else own
 
 
 def last_places(batch: ForwardBatch, device: torch.device) -> torch.Tensor:

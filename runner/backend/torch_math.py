@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,6 +32,10 @@ class TorchMath:
     def _out(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
 
+    def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
+        """See the protocol."""
+        return self._gemms.configure_deep_gemm_num_sms(count)
+
     # -- plain steps ----------------------------------------------------------------------------
 
     def embed(self, tokens: Tokens, weight: torch.Tensor, first_row: int) -> torch.Tensor:
@@ -47,6 +53,34 @@ class TorchMath:
     def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """See the protocol."""
         return x[start:stop]
+
+    def padded(self, x: torch.Tensor, rows: int) -> torch.Tensor:
+        """See the protocol."""
+        short = rows - x.shape[0]
+        return x[:rows] if short <= 0 else torch.cat([x, x.new_zeros(short, *x.shape[1:])])
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See the protocol."""
+        return torch.cat(list(parts))
+
+    def sum_blocks(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
+        """See the protocol."""
+        total: torch.Tensor = widen(x).unflatten(0, (blocks, -1)).sum(0)
+        return total.to(x.dtype)
+
+    def block_for_each(
+        self, x: torch.Tensor, routing: Routing, ranks: int, per_rank: int
+    ) -> torch.Tensor:
+        """See the protocol."""
+        return torch_moe.block_for_each(x, routing.ids, ranks, per_rank)
+
+    def pack_routing(self, routing: Routing, tokens: int) -> torch.Tensor:
+        """See the protocol."""
+        return torch_moe.pack_routing(routing, tokens)
+
+    def unpack_routing(self, packed: torch.Tensor) -> Routing:
+        """See the protocol."""
+        return torch_moe.unpack_routing(packed)
 
     def columns(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """See the protocol."""

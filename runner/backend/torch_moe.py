@@ -49,6 +49,27 @@ def _weighted(scores: torch.Tensor, ids: torch.Tensor, config: MoeConfig) -> Rou
     return Routing(weights, ids)
 
 
+def block_for_each(x: torch.Tensor, ids: torch.Tensor, ranks: int, per_rank: int) -> torch.Tensor:
+    """See :meth:`runner.backend.math.Math.block_for_each`."""
+    owner = torch.arange(ranks, device=x.device).view(-1, 1, 1)
+    wanted = (ids.unsqueeze(0) // per_rank == owner).any(-1)
+    return (x.unsqueeze(0) * wanted.unsqueeze(-1)).flatten(0, 1)
+
+
+def pack_routing(routing: Routing, tokens: int) -> torch.Tensor:
+    """See :meth:`runner.backend.math.Math.pack_routing`; fp32 holds ids below 2**24 exactly."""
+    packed = torch.cat([routing.weights, routing.ids.to(routing.weights.dtype)], -1)
+    packed[tokens:, : routing.ids.shape[1]] = 0.0
+    packed[tokens:, routing.ids.shape[1] :] = -1.0
+    return packed
+
+
+def unpack_routing(packed: torch.Tensor) -> Routing:
+    """See :meth:`runner.backend.math.Math.unpack_routing`."""
+    weights, ids = packed.chunk(2, -1)
+    return Routing(weights.contiguous(), ids.long())
+
+
 def dispatch_contiguous(
     x: torch.Tensor, ids: torch.Tensor, experts: tuple[int, int], rows: int
 ) -> Dispatched:

@@ -77,7 +77,8 @@ def _compare_files(a: Path, b: Path) -> list[Comparison]:
 
 
 _SCENARIO = (
-    "model", "layers", "pp", "tp", "replicas", "ep", "attn_cp", "stage_layers", "nodes",
+    "model", "layers", "pp", "tp", "replicas", "ep", "moe_a2a", "overlap", "attn_cp",
+    "stage_layers", "nodes",
     "batch_sizes", "prompt_len", "stream", "max_tokens", "graph_batch_sizes", "walk_max_m",
     "compile_lock", "disaggregation", "speculative", "bf16_fp32_algo", "num_sms",
 )  # fmt: skip

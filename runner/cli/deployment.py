@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.cli.common import F, IntList, layout_options, model_options
+from runner.cli.overlap_options import overlap_options
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment, plan_of
@@ -24,6 +25,7 @@ from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.keys import CacheKeys
 from runner.jit.library import Library, find_library
 from runner.jit.plan import Demand, Plan, make_plan
+from runner.model.strategy import load_strategies
 from runner.warmup import DisaggregationMode
 
 
@@ -33,6 +35,7 @@ def deployment_options(function: F) -> F:
     options: tuple[Callable[[F], F], ...] = (
         model_options,
         layout_options(pp=4, tp=2),
+        overlap_options,
         click.option("--max-tokens", type=int, default=16384, show_default=True, metavar="N",
                      help="Most tokens of an EXTEND forward (chunked prefill size)."),
         click.option("--decode-batch-sizes", type=IntList(),
@@ -106,8 +109,9 @@ def planned(values: dict[str, Any], environ: Environ) -> Planned:
 def _refuse_with_gemm() -> None:
     """Options that say what a model runs mean nothing for a GEMM that is named."""
     context = click.get_current_context()
-    for name in ("model", "layers", "pp", "tp", "ep", "attn_cp", "stage_layers", "max_tokens",
-                 "decode_batch_sizes", "disaggregation_mode", "without"):  # fmt: skip
+    for name in ("model", "layers", "pp", "tp", "ep", "moe_a2a", "overlap", "attn_cp",
+                 "stage_layers", "max_tokens", "decode_batch_sizes",
+                 "disaggregation_mode", "without"):  # fmt: skip
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UserError(f"--{name.replace('_', '-')} does not go with --gemm")
 
@@ -122,6 +126,7 @@ def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:
             pp=values["pp"],
             tp=values["tp"],
             ep=values["ep"],
+            moe_a2a=values["moe_a2a"],
             attn_cp=values["attn_cp"],
             stage_layers=values["stage_layers"] or environ.stage_layers,
         ),
@@ -130,6 +135,7 @@ def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:
         max_tokens=values["max_tokens"],
         decode_batch_sizes=values["decode_batch_sizes"],
         disaggregation=DisaggregationMode(values["disaggregation_mode"]),
+        overlap=load_strategies(values["overlap"]),
         bf16_fp32_algo=environ.bf16_fp32_algo,
         without=frozenset(DeepGemmKernelType[name.upper()] for name in values["without"]),
     )
@@ -137,7 +143,7 @@ def _deployment(values: dict[str, Any], environ: Environ) -> Deployment:
 
 def _title(deployment: Deployment) -> str:
     model, parallel = deployment.model, deployment.parallel
-    ep = ", ep" if parallel.ep else ""
+    ep = (", ep" if parallel.ep else "") + (", a2a" if parallel.moe_a2a else "")
     cp = f", attn_cp {parallel.attn_cp}" if parallel.attn_cp > 1 else ""
     counts = (deployment.num_sms, *deployment.reduced_num_sms)
     return (

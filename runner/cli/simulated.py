@@ -17,11 +17,13 @@ from runner.cli.common import (
     serving_options,
     warmup_options,
 )
+from runner.cli.overlap_options import overlap_options
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
@@ -39,6 +41,7 @@ def simulation_options(function: F) -> F:
         batch_sizes_option,
         max_tokens_option,
         serving_options,
+        overlap_options,
         click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
                      help="Whole copies of the pipeline that start at once, on nodes of their "
                           "own."),
@@ -139,6 +142,7 @@ def scenario_of(
         pp=values["pp"],
         tp=values["tp"],
         ep=values["ep"],
+        moe_a2a=values["moe_a2a"],
         attn_cp=values["attn_cp"],
         replicas=values["replicas"],
         nodes=values["replicas"] * values["pp"] if nodes is None else nodes,
@@ -161,6 +165,7 @@ def scenario_of(
         bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
         stream=values["stream"],
+        overlap=load_strategies(values["overlap"]),
         walk_memory=walk_memory_of(profile, values["walk_memory"]),
     )
 

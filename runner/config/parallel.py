@@ -26,6 +26,8 @@ class ParallelConfig:
     """Degrees of parallelism and their placement on nodes.
 
     ``ep`` spreads whole experts over the tensor-parallel ranks instead of cutting each expert.
+    ``moe_a2a`` gives each tensor-parallel rank its own part of the tokens outside of attention and
+    brings them to the experts and back: all-to-all with ``ep``, else gather and scatter.
     ``attn_cp`` splits the tokens of an EXTEND batch over groups of tensor-parallel ranks; the
     attention's own tensor-parallel degree is then ``tp // attn_cp``.
     ``stage_layers`` gives the number of layers of each stage; None splits evenly.
@@ -34,6 +36,7 @@ class ParallelConfig:
     pp: int = 1
     tp: int = 1
     ep: bool = False
+    moe_a2a: bool = False
     attn_cp: int = 1
     replicas: int = 1
     nodes: int = 1
@@ -45,6 +48,8 @@ class ParallelConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.tp % self.attn_cp:
             raise UserError(f"attn_cp={self.attn_cp} must divide tp={self.tp}")
+        if self.moe_a2a and self.attn_cp > 1:
+            raise UserError(f"moe_a2a does not go with attn_cp={self.attn_cp}: both split tokens")
         if self.world_size % self.nodes:
             raise UserError(
                 f"nodes={self.nodes} must divide the {self.world_size} ranks of "

@@ -11,6 +11,7 @@ from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest, WeightSource, shard, whole
 from runner.config.parallel import ParallelConfig, RankCoordinates
 from runner.forward_batch import ForwardBatch
+from runner.jit.heuristics_sm90 import ceil_div
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,39 @@ class RankContext:
             return Tokens(batch, 0, batch.num_tokens)
         index = self.cp_group.index(self.rank)
         return Tokens(batch, *shard(batch.num_tokens, self.parallel.attn_cp, index))
+
+    @property
+    def scatters(self) -> bool:
+        """Whether each tensor rank holds its own block of the tokens outside of attention."""
+        return self.parallel.moe_a2a and self.parallel.tp > 1
+
+    def block_tokens(self, batch: ForwardBatch) -> Tokens:
+        """The tokens of this rank's block; as many on every rank, so the last may have none."""
+        rows = ceil_div(batch.num_tokens, self.parallel.tp)
+        return Tokens(batch, self.at.tp_rank * rows, (self.at.tp_rank + 1) * rows)
+
+    def scatter(self, x: Any, batch: ForwardBatch) -> Any:
+        """This rank's block of rows that every rank has: [T, ...] -> [block, ...]."""
+        if x is None or not self.scatters:
+            return x
+        own = self.block_tokens(batch)
+        whole_blocks = self.backend.padded(x, own.count * self.parallel.tp)
+        return self.backend.rows(whole_blocks, own.start, own.stop)
+
+    def gather(self, name: str, x: Any, batch: ForwardBatch) -> Any:
+        """All tokens' rows from each tensor rank's block: [block, ...] -> [T, ...]."""
+        if x is None or not self.scatters:
+            return x
+        every = self.backend.all_gather(name, x, self.tp_group, 0)
+        return self.backend.padded(every, batch.num_tokens)
+
+    def sum_hidden(self, name: str, x: Any, group: tuple[int, ...], batch: ForwardBatch) -> Any:
+        """Partial results [T, H] summed over ``group``: all rows, or this rank's block."""
+        if not self.scatters:
+            return self.backend.sum_hidden(name, x, group)
+        rows = self.block_tokens(batch).count * self.parallel.tp
+        mine = self.backend.reduce_scatter(name, self.backend.padded(x, rows), group)
+        return self.backend.math.round_hidden(mine)
 
     def gather_tokens(self, name: str, x: Any, batch: ForwardBatch) -> Any:
         """All tokens' rows from each context-parallel rank's own."""

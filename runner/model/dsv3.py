@@ -7,12 +7,11 @@ from typing import Any
 from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest
 from runner.config.model import Dsv3Config
-from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.mlp import GatedMlp
 from runner.model.moe import MixtureOfExperts
-from runner.model.operations import Operation, OperationState, Step
-from runner.model.strategy import with_yields
+from runner.model.operations import Operation, OperationState
 
 
 class MlaAttention:
@@ -81,9 +80,8 @@ class MlaAttention:
         else:
             out = backend.mla_decode(q, self._w_kc, self._w_vc, tokens, self._layer, self._config)
         partial = backend.gemm_fp8(out, self._o, partial=True)
-        state.put(
-            sublayer_output=backend.sum_hidden("attention output", partial, ctx.attn_tp_group)
-        )
+        output = ctx.sum_hidden("attention output", partial, ctx.attn_tp_group, batch)
+        state.put(sublayer_output=output)
 
 
 class Dsv3Layer:
@@ -102,8 +100,13 @@ class Dsv3Layer:
         else:
             self._moe = MixtureOfExperts(ctx, config, layer, hash_routed=False)
 
-    def operations(self, mode: ForwardMode) -> list[Step]:
-        """The layer's operations with the yield marks of the mode's strategy."""
+    @property
+    def has_experts(self) -> bool:
+        """Whether a strategy can order its operations."""
+        return self._moe is not None
+
+    def operations(self) -> list[Operation]:
+        """The layer's operations; a strategy orders those of a layer with experts."""
         attention = [
             Operation("comm_prepare_attn", self._prepare_attention),
             Operation("attn_prepare", self._attention.prepare),
@@ -112,10 +115,9 @@ class Dsv3Layer:
         ]
         finish = Operation("comm_postprocess_layer", self._finish)
         if self._moe is None:
-            return with_yields(mode, *attention, Operation("mlp", self._dense), finish)
+            return [*attention, Operation("mlp", self._dense), finish]
         moe = self._moe
-        return with_yields(
-            mode,
+        return [
             *attention,
             Operation("gate", moe.gate),
             Operation("select_experts", moe.select_experts),
@@ -127,12 +129,16 @@ class Dsv3Layer:
             Operation("combine_b", moe.combine_b),
             Operation("output", moe.output),
             finish,
-        )
+        ]
 
     def _prepare_attention(self, state: OperationState) -> None:
         hidden, residual = state.take("hidden_states"), state.take("residual")
         stream = hidden if residual is None else self._ctx.backend.add(hidden, residual)
         self._put_normed(state, stream, self._attn_norm)
+        every = self._ctx.gather(
+            "attention input", state.take("sublayer_input"), state.peek("batch")
+        )
+        state.put(sublayer_input=every)
 
     def _prepare_mlp(self, state: OperationState) -> None:
         stream = self._ctx.backend.add(state.take("sublayer_output"), state.take("residual"))
@@ -146,7 +152,8 @@ class Dsv3Layer:
         ctx, batch = self._ctx, state.peek("batch")
         assert self._mlp is not None
         hidden = ctx.gather_tokens("mlp tokens", state.take("sublayer_input"), batch)
-        total = ctx.backend.sum_hidden("mlp output", self._mlp(hidden), ctx.tp_group)
+        hidden = ctx.gather("mlp tokens", hidden, batch)
+        total = ctx.sum_hidden("mlp output", self._mlp(hidden), ctx.tp_group, batch)
         if ctx.splits_tokens(batch):
             own = ctx.tokens(batch)
             total = ctx.backend.rows(total, own.start, own.stop)
@@ -162,6 +169,9 @@ class Dsv3Family:
     def __init__(self, ctx: RankContext, config: Dsv3Config, layers: range) -> None:
         self._ctx = ctx
         self.layers = [Dsv3Layer(ctx, config, layer) for layer in layers]
+
+    shared = ()
+    """Names of :meth:`batch_state`."""
 
     def first_state(self, embedded: Any) -> dict[str, Any]:
         """State before the first layer of the model."""

@@ -5,35 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from runner.config.model import Dsv4Config
-from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS, Dsv4Attention
 from runner.model.mhc import HyperConnection, HyperHead
 from runner.model.moe import MixtureOfExperts
-from runner.model.operations import Operation, Step
-from runner.model.strategy import with_yields
+from runner.model.operations import Operation, OperationState
 
 
 class Dsv4Layer:
     """One decoder layer as operations on state ``hidden_states`` [T, hc_mult * H]."""
 
     def __init__(self, ctx: RankContext, config: Dsv4Config, layer: int) -> None:
+        self._ctx = ctx
         self._attention_hc = HyperConnection(ctx, config, layer, "attn")
         self._attention = Dsv4Attention(ctx, config, layer)
         self._mlp_hc = HyperConnection(ctx, config, layer, "mlp")
         hash_routed = layer < config.num_hash_layers
         self._moe = MixtureOfExperts(ctx, config, layer, hash_routed=hash_routed)
 
-    def operations(self, mode: ForwardMode) -> list[Step]:
-        """The layer's operations with the yield marks of the mode's strategy."""
+    has_experts = True
+
+    def operations(self) -> list[Operation]:
+        """The layer's operations; a strategy orders them."""
         moe = self._moe
-        return with_yields(
-            mode,
-            Operation("comm_prepare_attn", self._attention_hc.pre),
+        return [
+            Operation("comm_prepare_attn", self._prepare_attention),
             Operation("attn_prepare", self._attention.prepare),
             Operation("attn_core", self._attention.core),
-            Operation("comm_postprocess_attn", self._attention_hc.post),
-            Operation("comm_prepare_mlp", self._mlp_hc.pre),
+            Operation("comm_prepare_mlp", self._prepare_mlp),
             Operation("gate", moe.gate),
             Operation("select_experts", moe.select_experts),
             Operation("dispatch_a", moe.dispatch_a),
@@ -44,7 +44,18 @@ class Dsv4Layer:
             Operation("combine_b", moe.combine_b),
             Operation("output", moe.output),
             Operation("comm_postprocess_layer", self._mlp_hc.post),
+        ]
+
+    def _prepare_attention(self, state: OperationState) -> None:
+        self._attention_hc.pre(state)
+        every = self._ctx.gather(
+            "attention input", state.take("sublayer_input"), state.peek("batch")
         )
+        state.put(sublayer_input=every)
+
+    def _prepare_mlp(self, state: OperationState) -> None:
+        self._attention_hc.post(state)
+        self._mlp_hc.pre(state)
 
 
 class Dsv4Family:
@@ -54,6 +65,9 @@ class Dsv4Family:
         self._ctx, self._config = ctx, config
         self.layers = [Dsv4Layer(ctx, config, layer) for layer in layers]
         self._indexed = any(config.compress_ratio(layer) == 4 for layer in layers)
+
+    shared = ("index_metadata",)
+    """Names of :meth:`batch_state`."""
 
     def first_state(self, embedded: Any) -> dict[str, Any]:
         """State before the first layer of the model."""

@@ -153,6 +153,5 @@ class Dsv4Attention:
         )  # fmt: skip
         grouped = backend.einsum_fp8(backend.group_heads(out, self._groups), self._wo_a)
         partial = backend.gemm_fp8(backend.flatten_heads(grouped), self._wo_b, partial=True)
-        state.put(
-            sublayer_output=backend.sum_hidden("attention output", partial, ctx.attn_tp_group)
-        )
+        output = ctx.sum_hidden("attention output", partial, ctx.attn_tp_group, state.peek("batch"))
+        state.put(sublayer_output=output)

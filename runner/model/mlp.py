@@ -9,13 +9,17 @@ from runner.model.context import RankContext
 
 
 class GatedMlp:
-    """``down(silu(gate(x)) * up(x))``, cut over the tensor-parallel ranks; a partial sum."""
+    """``down(silu(gate(x)) * up(x))``.
+
+    Cut over the tensor-parallel ranks, each with a partial sum, unless ``sharded`` is False.
+    """
 
     def __init__(
-        self, ctx: RankContext, layer: int, name: str, hidden: int, intermediate: int, limit: float
-    ) -> None:
+        self, ctx: RankContext, layer: int, name: str, hidden: int, intermediate: int,
+        limit: float, *, sharded: bool = True,
+    ) -> None:  # fmt: skip
         self._backend, self._limit = ctx.backend, limit
-        inner = ctx.tp_shard(intermediate)
+        inner = ctx.tp_shard(intermediate) if sharded else (0, intermediate)
         width = inner[1] - inner[0]
         self._gate_up = ctx.make(
             WeightRequest(
@@ -31,7 +35,7 @@ class GatedMlp:
         )  # fmt: skip
 
     def __call__(self, x: Any) -> Any:
-        """[T, H] -> [T, H], this rank's part of the sum."""
+        """[T, H] -> [T, H], this rank's part of the sum where it is cut."""
         gate_up = self._backend.gemm_fp8(x, self._gate_up)
         return self._backend.gemm_fp8(
             self._backend.silu_and_mul(gate_up, self._limit), self._down, partial=True

@@ -1,8 +1,7 @@
 """Gate, expert selection, routed and shared experts: the operations of both model families.
 
-Tokens are replicated over the tensor-parallel ranks (after context-parallel ranks have gathered
-theirs). Without expert parallelism each rank holds a slice of every expert, with it whole experts
-of its own; either way one all-reduce sums the ranks' outputs.
+Without expert parallelism each rank holds a slice of every expert, with it whole experts of its
+own. How tokens come to them is :mod:`runner.model.dispatch`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 from runner.backend.weights import WeightRequest
 from runner.config.model import ModelConfig
 from runner.model.context import RankContext
+from runner.model.dispatch import make_dispatcher
 from runner.model.mlp import GatedMlp
 from runner.model.operations import OperationState
 
@@ -39,7 +39,11 @@ class MixtureOfExperts:
         self._experts = ctx.tp_shard(moe.n_routed_experts) if ctx.parallel.ep else everything
         self._w13, self._w2 = self._expert_weights(layer, hidden)
         shared = moe.n_shared_experts * moe.moe_intermediate_size
-        self._shared = GatedMlp(ctx, layer, "shared", hidden, shared, moe.swiglu_limit)
+        self._shared = GatedMlp(
+            ctx, layer, "shared", hidden, shared, moe.swiglu_limit, sharded=not ctx.scatters
+        )
+        inner = self._intermediate
+        self._dispatcher = make_dispatcher(ctx, moe, self._experts, inner[1] - inner[0])
 
     @property
     def _intermediate(self) -> tuple[int, int]:
@@ -74,31 +78,23 @@ class MixtureOfExperts:
         """router_logits -> routing."""
         backend, logits = self._ctx.backend, state.take("router_logits")
         if self._hash_routed:
-            batch = state.peek("batch")
-            everyone = replace(self._ctx.tokens(batch), start=0, stop=batch.num_tokens)
-            routing = backend.hash_top_k(logits, self._choice, everyone, self._moe)
+            tokens = self._dispatcher.tokens(state.peek("batch"))
+            routing = backend.hash_top_k(logits, self._choice, tokens, self._moe)
         else:
             routing = backend.top_k(logits, self._choice, self._moe)
         state.put(routing=routing)
 
     def dispatch_a(self, state: OperationState) -> None:
         """Start to bring tokens to their experts."""
-        decode = not state.peek("batch").mode.is_extend
-        inner = self._intermediate
-        state.put(
-            dispatched=self._ctx.backend.dispatch(
-                state.peek("moe_input"), state.peek("routing"), self._experts, self._moe,
-                inner[1] - inner[0], decode=decode,
-            )
-        )  # fmt: skip
+        self._dispatcher.dispatch_a(state)
 
     def dispatch_b(self, state: OperationState) -> None:
-        """Wait until the tokens are there; with replicated tokens they always are."""
-        state.peek("dispatched")
+        """Wait until the tokens are there."""
+        self._dispatcher.dispatch_b(state)
 
     def shared_experts(self, state: OperationState) -> None:
-        """moe_input -> shared_output, a partial sum."""
-        state.put(shared_output=self._shared(state.take("moe_input")))
+        """moe_input -> shared_output, a partial sum unless this rank has a block of the tokens."""
+        state.put(shared_output=self._shared(state.peek("moe_input")))
 
     def experts(self, state: OperationState) -> None:
         """Two grouped GEMMs with the activation between."""
@@ -112,27 +108,17 @@ class MixtureOfExperts:
 
     def combine_a(self, state: OperationState) -> None:
         """Start to bring expert outputs back to their tokens."""
-        routing = state.take("routing")
-        state.put(
-            routed_output=self._ctx.backend.combine(
-                state.take("expert_output"), state.take("dispatched"), routing,
-                self._moe.routed_scaling_factor,
-            )
-        )  # fmt: skip
+        self._dispatcher.combine_a(state)
 
     def combine_b(self, state: OperationState) -> None:
         """Wait until the outputs are back."""
-        state.peek("routed_output")
+        self._dispatcher.combine_b(state)
 
     def output(self, state: OperationState) -> None:
-        """Sum of routed and shared outputs over all ranks -> sublayer_output [T, H]."""
-        ctx, batch = self._ctx, state.peek("batch")
-        total = ctx.backend.add(state.take("routed_output"), state.take("shared_output"))
-        total = ctx.backend.sum_hidden("moe output", total, ctx.tp_group)
-        if ctx.splits_tokens(batch):
-            own = ctx.tokens(batch)
-            total = ctx.backend.rows(total, own.start, own.stop)
-        state.put(sublayer_output=total)
+        """Sum of routed and shared outputs -> sublayer_output [T, H]."""
+        state.take("moe_input")
+        total = self._ctx.backend.add(state.take("routed_output"), state.take("shared_output"))
+        self._dispatcher.output(state, total)
 
 
 def _hash_table(layer: int, model: ModelConfig) -> WeightRequest:

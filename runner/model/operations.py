@@ -1,13 +1,14 @@
 """A layer's forward as a list of named operations with yield marks, and its plain execution.
 
-Names and order follow SGLang's two-batch-overlap operations. Marks cut the list into stages; the
-plain execution here runs one batch and only records the marks. An overlapped executor runs two
-half batches over the same lists.
+Names and order follow SGLang's two-batch-overlap operations. Marks cut the list into stages.
+:func:`execute_operations` runs one batch and only records the marks;
+:func:`execute_overlapped_operations` runs two batches over the same stages, one stage of each in
+turn, so that what one has begun to communicate goes on while the other computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,64 @@ class YieldOperation:
 
 
 Step = Operation | YieldOperation
+
+
+Stage = tuple[Operation, ...]
+
+
+def cut_stages(steps: Iterable[Step]) -> list[Stage]:
+    """The operations between the marks; marks with nothing between them are one."""
+    stages: list[list[Operation]] = [[]]
+    for step in steps:
+        if isinstance(step, Operation):
+            stages[-1].append(step)
+        elif stages[-1]:
+            stages.append([])
+    return [tuple(stage) for stage in stages if stage]
+
+
+def overlapped_order(num_stages: int, delta_stages: int) -> list[tuple[int, int]]:
+    """(batch, stage) in the order in which two batches run them.
+
+    The first batch runs ``delta_stages`` stages alone, then both take turns, then the second
+    batch ends alone.
+
+    Raises:
+        ValueError: ``delta_stages`` is not in 0..num_stages.
+    """
+    if not 0 <= delta_stages <= num_stages:
+        raise ValueError(f"delta_stages={delta_stages} must lie in 0..{num_stages}, the stages")
+    order = [(0, stage) for stage in range(delta_stages)]
+    for stage in range(num_stages - delta_stages):
+        order += [(0, delta_stages + stage), (1, stage)]
+    return order + [(1, stage) for stage in range(num_stages - delta_stages, num_stages)]
+
+
+def execute_overlapped_operations(
+    states: tuple[OperationState, OperationState],
+    stages: tuple[Sequence[Stage], Sequence[Stage]],
+    delta_stages: int,
+    mark: Callable[[str, str], None],
+) -> None:
+    """Run two batches in turns.
+
+    Args:
+        states: each batch's own; nothing goes from one to the other.
+        stages: each batch's stages, of which both have the same number.
+        delta_stages: how many stages the first batch is ahead.
+        mark: told ``("batch", "0" or "1")`` before each stage.
+
+    Raises:
+        ValueError: numbers of stages that differ, or a delta beyond them.
+    """
+    if len(stages[0]) != len(stages[1]):
+        raise ValueError(
+            f"the batches have {len(stages[0])} and {len(stages[1])} stages: they must agree"
+        )
+    for batch, stage in overlapped_order(len(stages[0]), delta_stages):
+        mark("batch", str(batch))
+        for operation in stages[batch][stage]:
+            operation.run(states[batch])
 
 
 def execute_operations(

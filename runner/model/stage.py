@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from runner.backend.math import Tokens
@@ -12,19 +13,39 @@ from runner.forward_batch import ForwardBatch, PPProxyTensors, proxy_widths
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Family
 from runner.model.dsv4 import Dsv4Family
-from runner.model.operations import OperationState, execute_operations
+from runner.model.operations import (
+    OperationState,
+    execute_operations,
+    execute_overlapped_operations,
+)
+from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
+
+Tensors = dict[str, Any]
 
 
 class PipelineStage:
-    """The part of the model that one rank holds, and its forward."""
+    """The part of the model that one rank holds, and its forward.
 
-    def __init__(self, ctx: RankContext, model: ModelConfig) -> None:
+    Args:
+        ctx: the rank.
+        model: the whole model.
+        overlap: strategies by which two halves of a batch overlap; forwards of other modes, and
+            batches of one sequence, run as they are.
+    """
+
+    def __init__(
+        self, ctx: RankContext, model: ModelConfig, overlap: Sequence[OverlapStrategy] = ()
+    ) -> None:
         self._ctx, self._model = ctx, model
+        self._overlap = {strategy.mode: strategy for strategy in overlap}
         pp = ctx.parallel.pp
         self.is_first = ctx.at.pp_rank == 0
         self.is_last = ctx.at.pp_rank == pp - 1
         self.layer_ids = ctx.parallel.layer_range(model.num_hidden_layers, ctx.at.pp_rank)
         self._family: Any = _make_family(ctx, model, self.layer_ids)
+        self._layers: list[tuple[int, Any]] = list(
+            zip(self.layer_ids, self._family.layers, strict=True)
+        )
         self._first_row, last_row = ctx.tp_shard(model.vocab_size)
         rows = (self._first_row, last_row)
         if self.is_first:
@@ -55,18 +76,80 @@ class PipelineStage:
         Returns:
             :class:`PPProxyTensors` on inner stages, logits [sequences, vocab] on the last.
         """
-        backend = self._ctx.backend
-        backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
-        values = self._enter(batch, proxy)
-        shared = self._family.batch_state(batch)
-        state = OperationState(batch=batch, **shared, **values)
-        for layer_id, layer in zip(self.layer_ids, self._family.layers, strict=True):
-            backend.mark("layer", str(layer_id))
-            execute_operations(state, layer.operations(batch.mode), backend.mark)
-        names = list(proxy_widths(self._model.hidden_size, self._model.hc_mult))
-        results = state.finish("batch", *shared, *names)
-        tensors = dict(zip(names, results[1 + len(shared) :], strict=True))
+        self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
+        tensors = self._enter(batch, proxy)
+        strategy = self._overlap.get(batch.mode)
+        halves = batch.halves() if strategy else None
+        if strategy is None or halves is None:
+            tensors = self._run_plain(self._layers, tensors, batch)
+        else:
+            dense = [pair for pair in self._layers if not pair[1].has_experts]
+            sparse = [pair for pair in self._layers if pair[1].has_experts]
+            tensors = self._run_plain(dense, tensors, batch)
+            tensors = self._run_overlapped(sparse, tensors, halves, strategy)
         return self._logits(tensors, batch) if self.is_last else PPProxyTensors(tensors)
+
+    def _run_plain(
+        self, layers: Sequence[tuple[int, Any]], tensors: Tensors, batch: ForwardBatch
+    ) -> Tensors:
+        """The whole batch through layers, one after the other."""
+        if not layers:
+            return tensors
+        backend = self._ctx.backend
+        state = self._begin(tensors, batch, half=0)
+        for layer_id, layer in layers:
+            backend.mark("layer", str(layer_id))
+            operations = layer.operations()
+            steps = PLAIN[batch.mode].arrange(operations) if layer.has_experts else operations
+            execute_operations(state, steps, backend.mark)
+        return self._end(state, batch)
+
+    def _run_overlapped(
+        self, layers: Sequence[tuple[int, Any]], tensors: Tensors,
+        halves: tuple[ForwardBatch, ForwardBatch], strategy: OverlapStrategy,
+    ) -> Tensors:  # fmt: skip
+        """Both halves through all layers' stages, in turns."""
+        if not layers:
+            return tensors
+        backend = self._ctx.backend
+        backend.mark("layer", f"{layers[0][0]}-{layers[-1][0]} overlapped by {strategy.name}")
+        whole = concatenate((strategy, layer.operations()) for _, layer in layers)
+        with backend.leaving_sms(whole.comm_sms):
+            cut = halves[0].num_tokens
+            parts = (self._rows(tensors, 0, cut),
+                     self._rows(tensors, cut, cut + halves[1].num_tokens))  # fmt: skip
+            first, second = (
+                self._begin(part, half, half=index)
+                for index, (part, half) in enumerate(zip(parts, halves, strict=True))
+            )
+            execute_overlapped_operations(
+                (first, second), (whole.stages, whole.stages), whole.delta_stages, backend.mark
+            )
+            ends = self._end(first, halves[0]), self._end(second, halves[1])
+        return {
+            name: None if ends[0][name] is None else backend.joined(ends[0][name], ends[1][name])
+            for name in tensors
+        }
+
+    def _rows(self, tensors: Tensors, start: int, stop: int) -> Tensors:
+        return {
+            name: None if x is None else self._ctx.backend.rows(x, start, stop)
+            for name, x in tensors.items()
+        }
+
+    def _begin(self, tensors: Tensors, batch: ForwardBatch, *, half: int) -> OperationState:
+        """A batch's state before its first layer, its rows this rank's own."""
+        own = {name: self._ctx.scatter(x, batch) for name, x in tensors.items()}
+        return OperationState(batch=batch, half=half, **self._family.batch_state(batch), **own)
+
+    def _end(self, state: OperationState, batch: ForwardBatch) -> Tensors:
+        """What is left after a batch's last layer, all its rows."""
+        names = list(proxy_widths(self._model.hidden_size, self._model.hc_mult))
+        shared = self._family.shared
+        values = state.finish("batch", "half", *shared, *names)[2 + len(shared) :]
+        return {
+            name: self._ctx.gather(name, x, batch) for name, x in zip(names, values, strict=True)
+        }
 
     def _enter(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> dict[str, Any]:
         if not self.is_first:

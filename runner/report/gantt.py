@@ -24,6 +24,7 @@ _COLORS = {
     "wait": "#D4D4D4",
     "setup": "#CC79A7",
 }
+_BESIDE = "#009E73"
 _WIDTH_INCHES = 10.0
 
 
@@ -60,7 +61,8 @@ def _figure(timelines: Sequence[Timeline]) -> Figure:
         _draw_panel(axes, timeline)
     grid[-1, 0].set_xlim(0, max(timeline.wall for timeline in timelines) * 1.01 or 1)
     grid[-1, 0].set_xlabel("seconds since start")
-    _add_legend(figure)
+    beside = any(span.kind == "beside" for timeline in timelines for span in timeline.spans)
+    _add_legend(figure, beside=beside)
     return figure
 
 
@@ -75,6 +77,8 @@ def _draw_panel(axes: Axes, timeline: Timeline) -> None:
         for kind in BUSY_KINDS:
             ranges = [(start, end - start) for start, end, it in segments if it == kind]
             axes.broken_barh(ranges, (rank - 0.4, 0.8), facecolors=_COLORS[kind], linewidth=0)
+        beside = [(s.start, s.seconds) for s in spans if s.kind == "beside"]
+        axes.broken_barh(beside, (rank + 0.12, 0.28), facecolors=_BESIDE, linewidth=0)
         starts = [span.start for span in spans if span.kind == "phase" and span.start > 0]
         axes.vlines(starts, rank - 0.47, rank + 0.47, colors=INK, linewidth=1)
     axes.set_title(_title(timeline), loc="left", fontsize=10)
@@ -97,11 +101,13 @@ def _title(timeline: Timeline) -> str:
     )
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: Figure, *, beside: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Patch | Line2D] = [Patch(color=_COLORS[kind], label=kind) for kind in BUSY_KINDS]
+    if beside:
+        handles.append(Patch(color=_BESIDE, label="beside"))
     handles.append(
         Line2D([], [], color=INK, linewidth=0.8, marker="|", linestyle="", label="phase starts")
     )

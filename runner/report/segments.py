@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from runner.timeline import KINDS, RankTotals, Span, Timeline
 
-BUSY_KINDS = tuple(kind for kind in KINDS if kind != "phase")
-"""Kinds that take up time, in the order in which one hides another where spans overlap."""
+BUSY_KINDS = tuple(kind for kind in KINDS if kind not in ("phase", "beside"))
+"""Kinds that take up a rank's time, in the order in which one hides another where spans overlap."""
 
 Segment = tuple[float, float, str]
 """Start and end in seconds, and the kind."""
@@ -22,7 +22,7 @@ def busy_segments(spans: Iterable[Span]) -> list[Segment]:
     by; segments never overlap. Neighbours of the same kind are joined; gaps stay gaps.
 
     Args:
-        spans: spans of one rank in any order; phases are left out.
+        spans: spans of one rank in any order; phases, and what goes on beside, are left out.
 
     Returns:
         Segments in order of time.
@@ -45,7 +45,7 @@ def busy_segments(spans: Iterable[Span]) -> list[Segment]:
 def _edges(spans: Iterable[Span]) -> list[tuple[float, str, int]]:
     edges = []
     for span in spans:
-        if span.kind != "phase" and span.end > span.start:
+        if span.kind in BUSY_KINDS and span.end > span.start:
             edges += [(span.start, span.kind, 1), (span.end, span.kind, -1)]
     return edges
 

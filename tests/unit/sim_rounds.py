@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.plan import GemmShape
-from runner.schedule import Capture, Collective, Compute, Op, Walk
+from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
 from sim.costs import Seconds
 from sim.engine import Engine, Outcome
@@ -64,6 +64,9 @@ class RoundCosts:
 
     def collective_seconds(self, op: Collective) -> float:
         return self.collective
+
+    def begun_seconds(self, op: Begin) -> float:
+        return float(op.bytes)
 
     def transfer_seconds(self, nbytes: int) -> float:
         return self.transfer

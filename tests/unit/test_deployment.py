@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.backend.base import Backend
 from runner.backend.layout import (
     MASKED_BUDGET,
     contiguous_rows,
@@ -14,26 +15,34 @@ from runner.backend.layout import (
     masked_rows,
     masked_token_limit,
 )
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.deployment import Deployment, demands, recorded_calls
 from runner.errors import UserError
-from runner.forward_batch import ForwardMode
+from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import make_plan
+from runner.jit.plan import GemmShape, make_plan
+from runner.model.strategy import COMM_SMS, STRATEGIES
+from runner.model_runner import ModelRunner, NoBuffers
 from runner.warmup import DisaggregationMode
 
 FEW = {"dsv4": with_layers(DSV4, 5), "dsv3": with_layers(DSV3, 5)}
 
 
 def deployment(model: str = "dsv4", max_tokens: int = 2048, **values: Any) -> Deployment:
-    layout = {name: values.pop(name) for name in ("pp", "tp", "ep", "attn_cp") if name in values}
+    layout = {name: values.pop(name) for name in ("pp", "tp", "ep", "moe_a2a", "attn_cp")
+              if name in values}  # fmt: skip
     return Deployment(
         model=FEW[model], parallel=ParallelConfig(**layout), max_tokens=max_tokens, **values
     )
 
+
+OVERLAP = (STRATEGIES["deepseek-decode"], STRATEGIES["deepseek-prefill"])
 
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("dsv4", {"tp": 2}),
@@ -41,6 +50,10 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("dsv4", {"tp": 8, "ep": True}),
     ("dsv4", {"tp": 4, "attn_cp": 2}),
     ("dsv3", {"tp": 8}),
+    ("dsv4", {"tp": 8, "ep": True, "moe_a2a": True}),
+    ("dsv4", {"tp": 4, "moe_a2a": True, "overlap": OVERLAP}),
+    ("dsv3", {"tp": 8, "ep": True, "moe_a2a": True, "overlap": OVERLAP}),
+    ("dsv4", {"tp": 2, "overlap": OVERLAP}),
 ]
 
 
@@ -114,6 +127,60 @@ def test_a_reduced_sm_count_is_a_second_set() -> None:
     hc = sum(demand.shape.type is T.TF32_HC_PRENORM_GEMM for demand in once)
     assert len(extra) == len(once) - hc
     assert all(demand.shape.type is not T.TF32_HC_PRENORM_GEMM for demand in extra)
+
+
+def test_a_strategy_that_leaves_sms_adds_its_modes_kernels() -> None:
+    plain, overlapped = deployment(tp=2), deployment(tp=2, overlap=OVERLAP)
+    once, twice = demands(plain), demands(overlapped)
+    assert [demand for demand in twice if demand.shape.num_sms == 132] == once
+    extra = [demand for demand in twice if demand.shape.num_sms != 132]
+    assert {demand.shape.num_sms for demand in extra} == {132 - COMM_SMS}
+    # Half of an EXTEND of up to 2048 tokens; DECODE, which alone has masked experts, keeps all SMs.
+    assert {demand.shape.type for demand in once} - {demand.shape.type for demand in extra} == {
+        T.TF32_HC_PRENORM_GEMM, T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
+    }  # fmt: skip
+    dense = [demand for demand in extra if demand.shape.type is T.GEMM_NT_F8F8BF16]
+    assert dense and all(demand.ms == tuple(range(1, 2048)) for demand in dense)
+
+
+def test_blocks_of_tokens_have_a_share_of_the_rows() -> None:
+    made = deployment(tp=4, moe_a2a=True, max_tokens=1000)
+    shapes = {(demand.shape.type, demand.shape.n, demand.shape.k): demand.ms[-1]
+              for demand in demands(made)}  # fmt: skip
+    assert shapes[T.GEMM_NT_F8F8BF16, 1536, 4096] == 1000  # wqkv_a: attention has all tokens
+    assert shapes[T.GEMM_NT_BF16BF16F32, 256, 4096] == 250  # gate
+    assert shapes[T.GEMM_NT_F8F8BF16, 4096, 4096] == 250  # shared experts, whole
+    assert (T.GEMM_NT_F8F8BF16, 1024, 4096) not in shapes  # and no slice of them
+
+
+def test_every_planned_row_comes_of_some_forward() -> None:
+    """But for contiguous experts, whose rows the routing decides."""
+    limit = 24
+    made = deployment(
+        tp=4, moe_a2a=True, ep=True, max_tokens=limit, overlap=(STRATEGIES["deepseek-prefill"],)
+    )
+    called = {(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), call.m)
+              for call in calls_of_every_forward(made, limit)}  # fmt: skip
+    planned = {(demand.shape, m) for demand in demands(made) for m in demand.ms}
+    contiguous = {pair for pair in planned if pair[0].type in CONTIGUOUS_TYPES}
+    assert planned - contiguous == {pair for pair in called if pair[0].type not in CONTIGUOUS_TYPES}
+    assert {pair for pair in called if pair[0].type in CONTIGUOUS_TYPES} <= contiguous
+
+
+def calls_of_every_forward(made: Deployment, limit: int) -> set[KernelCall]:
+    """DECODE of any size, EXTEND of one prompt and of two of any lengths."""
+    recorder = ScheduleRecorder()
+    runner = ModelRunner.build(
+        made.model, made.parallel, 0,
+        backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
+        weights=ShapeWeights(), buffers=NoBuffers(), overlap=made.overlap,
+    )  # fmt: skip
+    for tokens in range(1, limit + 1):
+        runner.forward(ForwardBatch.decode((1,) * tokens))
+        runner.forward(ForwardBatch.extend((tokens,)))
+        for first in range(1, tokens):
+            runner.forward(ForwardBatch.extend((first, tokens - first)))
+    return {op for op in recorder.ops if isinstance(op, KernelCall)}
 
 
 def test_context_parallel_ranks_project_their_own_tokens_only() -> None:

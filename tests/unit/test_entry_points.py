@@ -29,12 +29,16 @@ class FalseLibrary(SimpleNamespace):
 
 
 def public(kind: type) -> set[str]:
-    return {name for name, made in vars(kind).items() if callable(made) and name[0] != "_"}
+    """Names of its calls; the one that limits SMs is none."""
+    names = {name for name, made in vars(kind).items() if callable(made) and name[0] != "_"}
+    return names - {"configure_deep_gemm_num_sms"}
 
 
 def test_the_calls_here_are_all_there_are() -> None:
-    assert public(DeepGemmWrapper) == {*CALLS, "configure_deep_gemm_num_sms"}
+    assert public(DeepGemmWrapper) == set(CALLS)
     assert public(ReferenceEntryPoints) <= set(CALLS)
+    for kind in (DeepGemmWrapper, ReferenceEntryPoints):
+        assert callable(kind.configure_deep_gemm_num_sms)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -20,7 +20,7 @@ EVERYTHING: dict[str, Any] = {
     "virtual_nodes": 4, "stream": (5, 6), "cuda_graphs": (8,), "walk_max_m": 32,
     "walk_memory": 1.5, "compile_lock": True, "nccl_timeout": 2.5, "cache_dir": Path("a cache"),
     "seed": 7, "timeout": 60.0, "logits": Path("logits.pt"), "schedule": Path("schedule.json"),
-    "probed": 1.25,
+    "probed": 1.25, "moe_a2a": True, "overlap": ("deepseek-decode", "mine.toml"),
 }  # fmt: skip
 OF_THE_PARENT = {"timeline", "trace", "plot", "probe"}
 """What the process that starts the ranks does itself."""

@@ -22,7 +22,7 @@ from runner.model.operations import (
     YieldOperation,
     execute_operations,
 )
-from runner.model.strategy import with_yields
+from runner.model.strategy import PLAIN
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.schedule import Mark, Op
 
@@ -103,37 +103,28 @@ def dsv3_layer(layer: int) -> Dsv3Layer:
     return Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, layer)
 
 
-@pytest.mark.parametrize("layer", [3, 60])
-def test_decode_order_of_a_dsv3_layer(layer: int) -> None:
-    assert show(dsv3_layer(layer).operations(ForwardMode.DECODE)) == DSV3_DECODE
+def arranged(layer: Dsv3Layer | Dsv4Layer, mode: ForwardMode) -> str:
+    return show(PLAIN[mode].arrange(layer.operations()))
+
+
+ORDERS = [(ForwardMode.DECODE, DSV3_DECODE), (ForwardMode.EXTEND, DSV3_EXTEND)]
 
 
 @pytest.mark.parametrize("layer", [3, 60])
-def test_extend_order_of_a_dsv3_layer(layer: int) -> None:
-    assert show(dsv3_layer(layer).operations(ForwardMode.EXTEND)) == DSV3_EXTEND
+@pytest.mark.parametrize(("mode", "expected"), ORDERS)
+def test_order_of_a_dsv3_layer(layer: int, mode: ForwardMode, expected: str) -> None:
+    assert arranged(dsv3_layer(layer), mode) == expected
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_dense_layers_do_not_yield(mode: ForwardMode) -> None:
-    assert show(dsv3_layer(2).operations(mode)) == DENSE
+def test_dense_layers_have_an_order_of_their_own() -> None:
+    layer = dsv3_layer(2)
+    assert not layer.has_experts and show(list(layer.operations())) == DENSE
 
 
-@pytest.mark.parametrize(
-    ("mode", "expected"), [(ForwardMode.DECODE, DSV3_DECODE), (ForwardMode.EXTEND, DSV3_EXTEND)]
-)
-def test_dsv4_layers_differ_by_the_hyper_connection_only(mode: ForwardMode, expected: str) -> None:
+@pytest.mark.parametrize(("mode", "expected"), ORDERS)
+def test_dsv4_layers_have_the_same_operations(mode: ForwardMode, expected: str) -> None:
     layer = Dsv4Layer(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY, 1)
-    assert show(layer.operations(mode)) == expected.replace(
-        "attn_core, ", "attn_core, comm_postprocess_attn, "
-    )
-
-
-def test_the_order_given_does_not_matter_for_expert_operations() -> None:
-    names = ["gate", "shared_experts", "experts", "dispatch_b", "dispatch_a", "combine_b"]
-    operations = [Operation(name, lambda state: None) for name in [*names, "combine_a", "output"]]
-    assert show(with_yields(ForwardMode.DECODE, *operations)) == (
-        "gate | dispatch_a, shared_experts | dispatch_b, experts, combine_a | combine_b | output"
-    )
+    assert layer.has_experts and arranged(layer, mode) == expected
 
 
 def recorded_forward(model: ModelConfig, mode: ForwardMode) -> list[Op]:

@@ -86,7 +86,7 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
         "speculative": False, "hardware": "h200", "link": "nvlink", "ranks_per_gpu": 1,
         "nccl_timeout": None, "replicas": 1, "stream": None, "graph_batch_sizes": [],
         "walk_max_m": None, "walk_memory": 0.12 * 150e9, "compile_lock": False,
-        "bf16_fp32_algo": "deep_gemm",
+        "bf16_fp32_algo": "deep_gemm", "moe_a2a": False, "overlap": [],
     }  # fmt: skip
 
 

@@ -1,0 +1,131 @@
+"""Collectives that go on beside what ranks do, in times that one can add up by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.model.operations import overlapped_order
+from runner.schedule import Await, Begin, Compute, Op
+from runner.timeline import Span
+from sim.engine import SimulationError
+from tests.unit.sim_rounds import simulate, work
+
+
+def begin(name: str, seconds: int) -> Begin:
+    return Begin(name, (0, 1), seconds)
+
+
+def gpu(seconds: int) -> Compute:
+    """Work of the GPU alone."""
+    return Compute("work", 0, seconds)
+
+
+def ends(*ops: Op) -> float:
+    """When two ranks that do the same are done."""
+    outcome = simulate(ops, ops, run_ahead=True)
+    assert outcome.ends[0] == outcome.ends[1]
+    return outcome.ends[0]
+
+
+def test_what_is_awaited_at_once_is_exposed_as_a_whole() -> None:
+    assert ends(gpu(2), begin("a", 5), Await("a"), gpu(3)) == 2 + 5 + 3
+
+
+@pytest.mark.parametrize(("between", "end"), [(1, 10), (5, 10), (7, 12)])
+def test_what_goes_on_beside_hides_as_much_as_it_takes(between: int, end: int) -> None:
+    assert ends(gpu(2), begin("a", 5), gpu(between), Await("a"), gpu(3)) == end
+
+
+def test_one_stream_does_one_thing_at_a_time() -> None:
+    # The second begins at 7, when the first ends, and is waited for from 3 on.
+    assert ends(gpu(2), begin("a", 5), gpu(1), begin("b", 4), Await("b"), gpu(3)) == 2 + 5 + 4 + 3
+
+
+def test_a_collective_waits_for_its_last_member() -> None:
+    slow: list[Op] = [gpu(9), begin("a", 5), Await("a")]
+    fast: list[Op] = [gpu(2), begin("a", 5), gpu(1), Await("a"), gpu(3)]
+    outcome = simulate(slow, fast, run_ahead=True)
+    assert outcome.ends == (14.0, 17.0)
+    beside = [span for span in outcome.spans if span.kind == "beside"]
+    assert [(span.rank, span.start, span.end, span.name) for span in beside] == [
+        (0, 9, 14, "a"), (1, 2, 14, "a"),
+    ]  # fmt: skip
+    assert Span(1, 3, 14, "wait", "a") in outcome.spans
+
+
+def test_a_host_that_does_not_run_ahead_waits_where_it_awaits() -> None:
+    ops: list[Op] = [begin("a", 5), work(2), Await("a"), work(3)]
+    outcome = simulate(ops, ops)
+    assert outcome.ends == (8.0, 8.0)
+
+
+def test_what_others_never_begin_is_told() -> None:
+    with pytest.raises(SimulationError, match="rank 0 in a, which others have not begun"):
+        simulate([begin("a", 1), Await("a")], [gpu(1)], run_ahead=True)
+
+
+# -- two layers of two batches -------------------------------------------------------------------
+
+TIMES = {"attn": 4, "gate": 1, "experts": 3, "combine_b": 0, "output": 1}
+DISPATCH, COMBINE, SHARED = 4, 5, 2
+
+
+def stages(placement: str, batch: int) -> list[list[Op]]:
+    """Two toy layers, cut as SGLang's decode placement before and after PR 6711."""
+    dispatch, combine = f"dispatch {batch}", f"combine {batch}"
+    first: list[Op] = [gpu(TIMES["attn"])]
+    selects: list[Op] = [gpu(TIMES["gate"])]
+    shadow: list[Op] = [begin(dispatch, DISPATCH), gpu(SHARED)]
+    experts: list[Op] = [Await(dispatch), gpu(TIMES["experts"]), begin(combine, COMBINE)]
+    wait: list[Op] = [Await(combine)]
+    output: list[Op] = [gpu(TIMES["output"])]
+    if placement == "before":
+        layer = [first, selects, shadow, experts, wait + output]
+        return layer + layer
+    return [first, selects, shadow, experts, wait, output + first, selects, shadow, experts, wait,
+            output]  # fmt: skip
+
+
+def step(placement: str, delta: int) -> float:
+    both = stages(placement, 0), stages(placement, 1)
+    order = overlapped_order(len(both[0]), delta)
+    return ends(*(op for batch, stage in order for op in both[batch][stage]))
+
+
+def plain() -> float:
+    return ends(*(op for stage in stages("before", 0) for op in stage))
+
+
+def test_a_batch_alone_shows_all_that_its_shared_experts_do_not_hide() -> None:
+    # Per layer: 4 + 1 + 2, what is left of the dispatch (2), 3, the combine (5), 1.
+    assert plain() == 2 * (4 + 1 + 2 + (DISPATCH - SHARED) + 3 + COMBINE + 1)
+
+
+def test_the_placement_before() -> None:
+    """Delta 2, A and B in turns; ``>`` is a wait, layers 1 and 2 of each.
+
+    A attn 0-4, gate 4-5, shared 5-7 (dispatch 5-9); B attn 7-11; A experts 11-14 (combine
+    14-19); B gate 14-15; A > 19, output 19-20; B shared 20-22 (dispatch 20-24); A2 attn 22-26;
+    B experts 26-29 (combine 29-34); A2 gate 29-30; B > 34, output 34-35; A2 shared 35-37
+    (dispatch 35-39); B2 attn 37-41; A2 experts 41-44 (combine 44-49); B2 gate 44-45; A2 > 49,
+    output 49-50; B2 shared 50-52 (dispatch 50-54), > 54, experts 54-57 (combine 57-62), > 62,
+    output 62-63.
+    """
+    assert len(stages("before", 0)) == 2 * 5
+    assert step("before", 2) == 63
+
+
+def test_the_placement_after_begins_the_other_batch_before_its_own_output() -> None:
+    """As before until A waits for its combine at 15.
+
+    A > 19; B shared 19-21 (dispatch 19-23); A output and A2 attn 21-26; B experts 26-29 (combine
+    29-34); A2 gate 29-30; B > 34; A2 shared 34-36 (dispatch 34-38); B output and B2 attn 36-41;
+    A2 experts 41-44 (combine 44-49); B2 gate 44-45; A2 > 49; B2 shared 49-51 (dispatch 49-53);
+    A2 output 51-52; B2 > 53, experts 53-56 (combine 56-61), > 61, output 61-62.
+    """
+    assert len(stages("after", 0)) == 2 * 6 - 1
+    assert step("after", 2) == 62
+
+
+def test_two_batches_take_less_than_one_after_the_other() -> None:
+    assert step("after", 2) < 2 * plain() == 72
