@@ -145,7 +145,9 @@ class RankSink:
         synchronise: Callable[[], None],
         inside: bool,
         arrive: Callable[[], None] = lambda: None,
-        explain: Callable[[Collective | Send | Recv, Exception], Exception] = lambda op, e: e,
+        explain: Callable[
+            [Collective | Begin | Send | Recv, Exception], Exception
+        ] = lambda op, e: e,
         lock: Callable[[GemmShape], AbstractContextManager[None]] = lambda shape: nullcontext(),
         capture: Callable[[Callable[[], object]], None] = lambda forward: None,
         on_forward: Callable[[str, str], None] = lambda phase, name: None,
@@ -174,7 +176,7 @@ class RankSink:
         self._arrive, self._explain = arrive, explain
         self._lock, self._capture, self._on_forward = lock, capture, on_forward
         self._stream = stream or HostStream()
-        self._begun: dict[str, Any] = {}
+        self._begun: dict[str, tuple[Begin, Any]] = {}
         self._capturing = False
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
@@ -210,11 +212,12 @@ class RankSink:
     def _beside(self, op: Begin | Await, action: Callable[[], R]) -> R:
         """What is begun goes on beside what follows; how long is known once it was awaited."""
         if isinstance(op, Begin):
-            result = self._timed("compute", op.name, action)
-            self._begun[op.name] = self._stream.begun(result)
+            result = self._timed("compute", op.name, self._explained(op, action))
+            self._begun[op.name] = op, self._stream.begun(result)
             return result
-        result = self._timed("wait", op.name, action)
-        start, end = self._stream.ended(self._begun.pop(op.name))
+        begun, handle = self._begun.pop(op.name)
+        result = self._timed("wait", op.name, self._explained(begun, action))
+        start, end = self._stream.ended(handle)
         self.spans.append(Span(self.rank, start, max(start, end), "beside", op.name))
         return result
 
@@ -229,12 +232,20 @@ class RankSink:
         """NCCL returns when a collective is queued; its time is until it is done."""
 
         def act() -> R:
+            result = action()
+            self._arrive()
+            return result
+
+        return self._explained(op, act)
+
+    def _explained(
+        self, op: Collective | Begin | Send | Recv, action: Callable[[], R]
+    ) -> Callable[[], R]:
+        def act() -> R:
             try:
-                result = action()
-                self._arrive()
+                return action()
             except Exception as error:
                 raise self._explain(op, error) from error
-            return result
 
         return act
 

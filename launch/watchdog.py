@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from runner.jit.shim import read_unfinished
-from runner.schedule import Collective, Recv, Send
+from runner.schedule import Begin, Collective, Recv, Send
 
 _POLL = 2e-4
 _TIMEOUT_WORDS = (
@@ -55,7 +55,7 @@ def is_timeout(error: Exception) -> bool:
 
 
 def describe_timeout(
-    op: Collective | Send | Recv, rank: int, limit: float, log_dir: Path
+    op: Collective | Begin | Send | Recv, rank: int, limit: float, log_dir: Path
 ) -> CommunicationTimeoutError:
     """The error that names the operation, whom it waits for and what those compile just now."""
     others = [peer for peer in _peers(op) if peer != rank]
@@ -65,8 +65,8 @@ def describe_timeout(
     return CommunicationTimeoutError(f"{waited}: {words or 'none of them is compiling'}")
 
 
-def _peers(op: Collective | Send | Recv) -> Sequence[int]:
-    return op.group if isinstance(op, Collective) else (op.peer,)
+def _peers(op: Collective | Begin | Send | Recv) -> Sequence[int]:
+    return op.group if isinstance(op, Collective | Begin) else (op.peer,)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

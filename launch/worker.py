@@ -41,7 +41,7 @@ from runner.errors import UserError
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.scenario import Scenario, run_rank
-from runner.schedule import Collective, Recv, Send
+from runner.schedule import Begin, Collective, Recv, Send
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from runner.weight_size import weight_size
@@ -182,7 +182,9 @@ class _RankRun:
             capture=GraphCapture(real), on_forward=on_forward, **extra,
         )  # fmt: skip
 
-    def _explain(self, op: Collective | Send | Recv, error: Exception, log_dir: Path) -> Exception:
+    def _explain(
+        self, op: Collective | Begin | Send | Recv, error: Exception, log_dir: Path
+    ) -> Exception:
         if not is_timeout(error):
             return error
         return describe_timeout(op, self.place.rank, self._limit, log_dir)

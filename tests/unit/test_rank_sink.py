@@ -14,7 +14,19 @@ from runner.jit.lazy import Found, LazyJit
 from runner.jit.plan import GemmShape, kernel_ranges
 from runner.jit.shim import CompileRecord
 from runner.m_lists import steps_of
-from runner.schedule import Capture, Collective, Compute, KernelWork, Mark, Op, Recv, Send, Walk
+from runner.schedule import (
+    Await,
+    Begin,
+    Capture,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Recv,
+    Send,
+    Walk,
+)
 from runner.timeline import Span
 
 CALL = KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64, 1, 132)
@@ -235,6 +247,26 @@ def test_errors_of_communication_are_explained(op: Collective | Send | Recv, lat
     with pytest.raises(ValueError, match=f"{op.name}: Timed out") as caught:
         sink.run(op, (lambda: None) if late else fail)
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_what_was_begun_is_noted_and_its_errors_explained() -> None:
+    def fail() -> None:
+        raise RuntimeError("Timed out")
+
+    begin = Begin("all_to_all tokens of 0", (0, 1), 8)
+    sink = RankSink(
+        0, NewOnce(), synchronise=lambda: None, inside=True,
+        explain=lambda op, error: ValueError(f"{op}: {error}"),
+    )  # fmt: skip
+    assert sink.run(begin, lambda: "handle") == "handle"
+    assert sink.run(Await(begin.name), lambda: "result") == "result"
+    assert [span.kind for span in sink.spans] == ["compute", "wait", "beside"]
+    compute, wait, beside = sink.spans
+    assert compute.end <= beside.start <= wait.start and wait.end <= beside.end
+    for op in (begin, Await(begin.name)):
+        sink.run(begin, lambda: "handle")
+        with pytest.raises(ValueError, match=r"all_to_all tokens of 0.*\(0, 1\).*: Timed out"):
+            sink.run(op, fail)
 
 
 def test_other_errors_are_left_as_they_are() -> None:

@@ -15,7 +15,7 @@ from launch.watchdog import (
     is_timeout,
 )
 from runner.jit.kernels import transpose_fp32
-from runner.schedule import Collective, Recv, Send
+from runner.schedule import Begin, Collective, Recv, Send
 
 RECV = Recv("hidden_states", 0, 64)
 SUM = Collective("all_reduce attention", (0, 1, 2), 64)
@@ -30,7 +30,9 @@ def running(log_dir: Path, rank: int, start: float, ending: str = "running") -> 
     )
 
 
-def words(op: Collective | Send | Recv, rank: int, log_dir: Path, limit: float = 30.0) -> str:
+def words(
+    op: Collective | Begin | Send | Recv, rank: int, log_dir: Path, limit: float = 30.0
+) -> str:
     return str(describe_timeout(op, rank, limit, log_dir))
 
 
@@ -53,6 +55,14 @@ def test_those_it_waits_for_compile(tmp_path: Path) -> None:
     )
     assert words(Send("hidden_states", 2, 64), 1, tmp_path) == (
         "hidden_states waited 30 s for rank 2, the limit of --nccl-timeout: "
+        "rank 2 compiles transpose_fp32"
+    )
+
+
+def test_what_was_begun_waits_for_its_group(tmp_path: Path) -> None:
+    running(tmp_path, 2, 10.5)
+    assert words(Begin("all_to_all tokens of 1", (0, 1, 2), 64), 1, tmp_path) == (
+        "all_to_all tokens of 1 waited 30 s for ranks 0, 2, the limit of --nccl-timeout: "
         "rank 2 compiles transpose_fp32"
     )
 
