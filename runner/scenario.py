@@ -17,6 +17,7 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment, plan_of
 from runner.errors import UserError
+from runner.forward_batch import ForwardBatch
 from runner.jit.heuristics_sm90 import align
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel
@@ -253,6 +254,15 @@ def _record(
     )  # fmt: skip
     part(runner, scenario)
     return tuple(recorder.ops)
+
+
+def record_forward(scenario: Scenario, rank: int, batch: ForwardBatch) -> tuple[Op, ...]:
+    """Operations of one forward of a rank's stage, from shapes alone."""
+
+    def part(runner: ModelRunner, scenario: Scenario) -> None:
+        runner.forward(batch, runner.dummy_proxy(batch))
+
+    return _record(scenario, rank, part)
 
 
 _recorded = lru_cache(maxsize=512)(_record)

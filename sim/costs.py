@@ -57,11 +57,8 @@ class CostModel(Protocol):
     def capture_seconds(self, op: Capture) -> float:
         """Capturing a CUDA graph."""
 
-    def collective_seconds(self, op: Collective) -> float:
-        """A collective once every rank has arrived."""
-
-    def begun_seconds(self, op: Begin) -> float:
-        """A collective on a communication stream, once every rank has begun it."""
+    def collective_seconds(self, op: Collective | Begin) -> float:
+        """A collective once every rank has arrived, or begun it, and their links are free."""
 
     def transfer_seconds(self, nbytes: int) -> float:
         """A point-to-point transfer once it has been sent."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from runner.schedule import EXCHANGE, Await, Begin, Collective, Recv, Send
+from runner.schedule import EXCHANGE, OF_HOSTS, Await, Begin, Collective, Recv, Send
 from runner.timeline import Span
 from sim.beside import Beside
 from sim.costs import CostModel
@@ -38,7 +38,7 @@ class Network:
         self.longest_waits = {False: 0.0, True: 0.0}
         self._costs, self._run_ahead, self._exchanged = costs, run_ahead, exchanged
         self._timeout, self._host_timeout = timeout, host_timeout
-        self._beside = Beside(costs)
+        self._beside = Beside(costs, self._check_begun)
         self._arrivals: dict[str, list[tuple[Rank, Queued]]] = {}
         self._sent: dict[str, tuple[float, float]] = {}
         self._receivers: dict[str, Rank] = {}
@@ -96,7 +96,12 @@ class Network:
             return
         del self._arrivals[item.key]
         last, its = max(arrivals, key=lambda pair: _arrived(pair[1]))
-        end = _arrived(its) + self._costs.collective_seconds(op)
+        start = _arrived(its)
+        if op.name not in OF_HOSTS:
+            start = max(start, self._beside.link_free(op.group))
+        end = start + self._costs.collective_seconds(op)
+        if op.name not in OF_HOSTS:
+            self._beside.take_link(op.group, end)
         if op.name == EXCHANGE:
             self._exchanged(op.group)
         for member, one in arrivals:
@@ -133,14 +138,24 @@ class Network:
 
     def _check_wait(self, rank: Rank, item: Queued, last: int, arrival: float) -> None:
         """Hold a wait against its limit: of the GPU's communication, or of hosts that talk."""
+        assert not isinstance(item.work, Run | Await)
         of_hosts = self._run_ahead and item.host_waits
+        self._check_limit(rank, item.at, item.work, last, arrival, of_hosts=of_hosts)
+
+    def _check_begun(self, rank: Rank, since: float, op: Begin, last: int, arrival: float) -> None:
+        """The same of a collective that was begun, which the rank may not wait for yet."""
+        self._communication.append(Span(rank.index, since, arrival, "comm", _name(op), ""))
+        self._check_limit(rank, since, op, last, arrival, of_hosts=False)
+
+    def _check_limit(
+        self, rank: Rank, since: float, op: Message, last: int, arrival: float, *, of_hosts: bool
+    ) -> None:
         limit = self._host_timeout if of_hosts else self._timeout
-        waited = arrival - item.at
+        waited = arrival - since
         self.longest_waits[of_hosts] = max(self.longest_waits[of_hosts], waited)
         if limit is not None and waited > limit:
-            assert not isinstance(item.work, Run | Await)
             lost = CollectiveTimeout(
-                item.at + limit, rank.index, _name(item.work), last, "", waited, of_hosts
+                since + limit, rank.index, _name(op), last, "", waited, of_hosts
             )
             self._timeouts.append(lost)
 

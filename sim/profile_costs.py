@@ -28,6 +28,9 @@ _FP8_TYPES = frozenset(
     }
 )
 
+_SENT_ONCE = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
+"""How often a rank sends each byte that it has, but for its own share."""
+
 
 @dataclass(frozen=True)
 class ProfileCosts:
@@ -134,25 +137,25 @@ class ProfileCosts:
         return start_up.capture + op.operations * start_up.capture_operation
 
     def _device(self, call: KernelCall) -> float:
+        """Fewer SMs have less of the peak, and reach all of the memory's rate."""
         gpu = self.profile.gpu
         flops, nbytes = gemm_work(call)
         peak = gpu.fp8_flops if call.type in _FP8_TYPES else gpu.bf16_flops
+        peak *= min(1.0, call.num_sms / self.profile.num_sms)
         return max(flops / peak, nbytes / gpu.memory_bandwidth)
 
-    def collective_seconds(self, op: Collective) -> float:
-        """Ring: an all-reduce moves twice (n - 1) / n of the data, a gather n - 1 times it."""
+    def collective_seconds(self, op: Collective | Begin) -> float:
+        """Bytes that a rank sends in a ring, as shares of what it has, over the link's rate.
+
+        An all-reduce sends twice (n - 1) / n of it, a scatter that sums and an all-to-all
+        (n - 1) / n, and what gathers n - 1 times it.
+        """
         n = len(op.group)
-        if op.name.startswith("all_reduce"):
-            return self.link.seconds(2 * (n - 1) / n * op.bytes)
+        times = _SENT_ONCE.get(op.name.partition(" ")[0])
+        if times is not None:
+            return self.link.seconds(times * (n - 1) / n * op.bytes)
         bandwidth = self.link.gather_bandwidth or self.link.bandwidth
         return self.link.latency + (n - 1) * op.bytes / bandwidth
-
-    def begun_seconds(self, op: Begin) -> float:
-        """A rank sends (n - 1) / n of what it has for all; a gather n - 1 times what it has."""
-        n = len(op.group)
-        if op.name.startswith("all_gather"):
-            return self.link.seconds((n - 1) * op.bytes)
-        return self.link.seconds((n - 1) / n * op.bytes)
 
     def transfer_seconds(self, nbytes: int) -> float:
         """Latency and bandwidth of the link."""

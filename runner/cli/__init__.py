@@ -14,6 +14,7 @@ from runner.cli.guard import run_guarded
 _COMMANDS = {
     "sim": "Predict a start-up: the same schedule in virtual time.",
     "sweep": "Simulate many layouts and policies: start-up time against coverage.",
+    "overlap": "What two-batch overlap is worth, and where its yield marks belong.",
     "plan": "The exact kernels that a deployment can ever need.",
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",

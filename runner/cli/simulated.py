@@ -27,7 +27,7 @@ from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
-from sim.profile import Profile
+from sim.profile import Link, Profile
 from sim.simulate import Machine
 from sim.start_up import PHASES, StartPhases, Weights
 
@@ -103,10 +103,7 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
     Raises:
         UserError: a link that the profile lacks, or a number below 1.
     """
-    link = values["link"]
-    if link not in profile.links:
-        known = ", ".join(profile.links)
-        raise UserError(f"--link {link!r} is not in profile {profile.name}: use one of {known}")
+    link_of(profile, values["link"])
     for name in ("cores", "ranks_per_gpu"):
         if values[name] is not None and values[name] <= 0:
             raise UserError(f"--{name.replace('_', '-')} {values[name]} must be above 0")
@@ -114,13 +111,25 @@ def machine_of(profile: Profile, values: dict[str, Any]) -> Machine:
         profile=profile,
         host_factor=values["host_factor"],
         cores_per_node=values["cores"],
-        link=link,
+        link=values["link"],
         ranks_per_gpu=values["ranks_per_gpu"],
         nccl_timeout=values["nccl_timeout"],
         hosts=values["hosts"],
         run_ahead=values["run_ahead"],
         start=_start(values),
     )
+
+
+def link_of(profile: Profile, name: str) -> Link:
+    """A link of the profile.
+
+    Raises:
+        UserError: it has no such link.
+    """
+    if name not in profile.links:
+        known = ", ".join(profile.links)
+        raise UserError(f"--link {name!r} is not in profile {profile.name}: use one of {known}")
+    return profile.links[name]
 
 
 def _start(values: dict[str, Any]) -> StartPhases:

@@ -115,7 +115,7 @@ def execute_overlapped_operations(
         states: each batch's own; nothing goes from one to the other.
         stages: each batch's stages, of which both have the same number.
         delta_stages: how many stages the first batch is ahead.
-        mark: told ``("batch", "0" or "1")`` before each stage.
+        mark: told ``("batch", "0" or "1")`` before each stage, and ``("batch", "both")`` after all.
 
     Raises:
         ValueError: numbers of stages that differ, or a delta beyond them.
@@ -128,6 +128,7 @@ def execute_overlapped_operations(
         mark("batch", str(batch))
         for operation in stages[batch][stage]:
             operation.run(states[batch])
+    mark("batch", "both")
 
 
 def execute_operations(

@@ -102,6 +102,7 @@ class PipelineStage:
             operations = layer.operations()
             steps = PLAIN[batch.mode].arrange(operations) if layer.has_experts else operations
             execute_operations(state, steps, backend.mark)
+        backend.mark("layer", "end")
         return self._end(state, batch)
 
     def _run_overlapped(

@@ -98,6 +98,16 @@ class OverlapStrategy:
             "comm_sms": self.comm_sms,
         }
 
+    def to_toml(self) -> str:
+        """The text of a file that :func:`load_strategy` reads."""
+        stages = " ".join(self.steps).replace(f" {MARK} ", f"\n    {MARK} ")
+        return (
+            f'mode = "{self.mode.value}"\n'
+            f"delta_stages = {self.delta_stages}\n"
+            f"comm_sms = {self.comm_sms}\n"
+            f'operations = """\n    {stages}\n"""\n'
+        )
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> OverlapStrategy:
         """Rebuild a strategy.

@@ -62,11 +62,8 @@ class RoundCosts:
     def capture_seconds(self, op: Capture) -> float:
         return float(op.operations)
 
-    def collective_seconds(self, op: Collective) -> float:
-        return self.collective
-
-    def begun_seconds(self, op: Begin) -> float:
-        return float(op.bytes)
+    def collective_seconds(self, op: Collective | Begin) -> float:
+        return float(op.bytes) if isinstance(op, Begin) else self.collective
 
     def transfer_seconds(self, nbytes: int) -> float:
         return self.transfer

@@ -119,7 +119,7 @@ def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
     )
     assert seen == [
         "batch 0", ("a", "A"), ("b", "A"), "batch 0", ("c", "A"),
-        "batch 1", ("a", "B"), ("b", "B"), "batch 1", ("c", "B"),
+        "batch 1", ("a", "B"), ("b", "B"), "batch 1", ("c", "B"), "batch both",
     ]  # fmt: skip
 
 

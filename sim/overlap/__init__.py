@@ -1,0 +1,1 @@
+"""What a placement of yield marks is worth, and the best one. No torch."""
