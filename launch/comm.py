@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from math import prod
 
 import torch
 import torch.distributed as dist
 
+from launch.comm_stream import CommStream, Ran
 from launch.watchdog import CommunicationTimeoutError
 from runner.backend.shapes import NoComm
 from runner.backend.tensor import TensorSpec
@@ -28,13 +30,13 @@ class UnderWay:
     """A collective that was begun.
 
     Attributes:
-        work: its handle.
+        work: its handle, or where it is on the GPU's stream for collectives.
         made: where its result comes.
         source: what it reads, kept until it ended.
         summed: blocks of ``made`` that are still to be summed.
     """
 
-    work: dist.Work
+    work: dist.Work | Ran
     made: torch.Tensor
     source: torch.Tensor
     summed: int
@@ -95,25 +97,36 @@ def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]
 class TorchComm:
     """Implements :class:`runner.backend.base.Communicator` on torch tensors.
 
-    gloo moves host memory only, so tensors of a GPU go through the host there.
+    gloo moves host memory only, so tensors of a GPU go through the host there. NCCL's collectives
+    go to a stream of their own.
+
+    Args:
+        groups: process groups.
+        device: where the tensors are.
+        through_host: whether they go over gloo all the same.
+        ran: told each collective that was queued on a GPU's stream, in order.
     """
 
-    def __init__(self, groups: Groups, device: torch.device, *, through_host: bool) -> None:
+    def __init__(
+        self, groups: Groups, device: torch.device, *, through_host: bool,
+        ran: Callable[[Ran], None] = lambda ran: None,
+    ) -> None:  # fmt: skip
         self._groups, self._device, self._through_host = groups, device, through_host
         self._gloo = through_host or device.type == "cpu"
+        self._stream = None if self._gloo else CommStream(device, ran)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
     def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
         """Sum over the group."""
         buffer = self._outbound(x)
-        dist.all_reduce(buffer, group=self._groups.of[group])
+        self._collect(lambda: dist.all_reduce(buffer, group=self._groups.of[group]))
         return self._inbound(buffer)
 
     def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
         """Concatenate along ``dim``."""
         buffer = self._outbound(x)
         parts = [torch.empty_like(buffer) for _ in group]
-        dist.all_gather(parts, buffer, group=self._groups.of[group])
+        self._collect(lambda: dist.all_gather(parts, buffer, group=self._groups.of[group]))
         return self._inbound(torch.cat(parts, dim))
 
     def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> UnderWay:
@@ -123,28 +136,42 @@ class TorchComm:
         the end, since gloo tells of an all-to-all when it ended.
         """
         source, process_group = self._outbound(x), self._groups.of[group]
+        beside = self._stream is None
         if kind == "all_gather":
             made = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
             parts = list(made.chunk(len(group)))
-            work = dist.all_gather(parts, source, group=process_group, async_op=True)
+            start = partial(dist.all_gather, parts, source, group=process_group, async_op=beside)
         elif kind == "reduce_scatter" and not self._gloo:
             made = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
-            blocks = list(source.chunk(len(group)))
-            work = dist.reduce_scatter(made, blocks, group=process_group, async_op=True)
+            start = partial(dist.reduce_scatter_tensor, made, source, group=process_group)
         else:
             made = torch.empty_like(source)
-            work = dist.all_to_all_single(made, source, group=process_group, async_op=True)
+            start = partial(
+                dist.all_to_all_single, made, source, group=process_group, async_op=beside
+            )
+        work = start() if self._stream is None else self._stream.start(start)
         assert work is not None
         summed = len(group) if kind == "reduce_scatter" and self._gloo else 1
         return UnderWay(work, made, source, summed)
 
     def end(self, begun: UnderWay) -> torch.Tensor:
         """Wait for it: on a GPU with a communicator of its own, its stream does, not the host."""
-        begun.work.wait()
+        if isinstance(begun.work, Ran):
+            assert self._stream is not None
+            self._stream.wait(begun.work)
+        else:
+            begun.work.wait()
         made = begun.made
         if begun.summed > 1:
             made = made.unflatten(0, (begun.summed, -1)).sum(0)
         return self._inbound(made)
+
+    def _collect(self, collective: Callable[[], object]) -> None:
+        """Do a collective that what follows waits for."""
+        if self._stream is None:
+            collective()
+        else:
+            self._stream.wait(self._stream.start(collective))
 
     def send(self, x: torch.Tensor, peer: int) -> None:
         """Start a send; it ends on its own, so that a late receiver does not hold us up."""

@@ -16,6 +16,11 @@ class GraphCapture:
         self._device = device
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
+    @property
+    def last(self) -> torch.cuda.CUDAGraph:
+        """The graph that was captured last."""
+        return self._graphs[-1]
+
     def __call__(self, forward: Callable[[], object]) -> None:
         """Capture ``forward``; without a GPU it is only run once more.
 

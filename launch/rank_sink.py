@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from launch.streams import HostStream, Stream, Times
 from runner.backend.sink import R
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
@@ -44,28 +45,6 @@ class KernelLoader(Protocol):
 
     def walk(self, walk: Walk) -> None:
         """Call a GEMM with every M of a list, so that what it needs is there afterwards."""
-
-
-class Stream(Protocol):
-    """Tells when collectives that were begun really ran."""
-
-    def begun(self, handle: Any) -> Any:
-        """A collective was just begun; what this returns goes to :meth:`ended`."""
-
-    def ended(self, begun: Any) -> tuple[float, float]:
-        """Start and end, in seconds since the epoch, of a collective that was awaited."""
-
-
-class HostStream:
-    """Takes the host's calls for what happened."""
-
-    def begun(self, handle: Any) -> float:
-        """See the protocol."""
-        return time.time()
-
-    def ended(self, begun: float) -> tuple[float, float]:
-        """See the protocol."""
-        return begun, time.time()
 
 
 class OwnJit:
@@ -165,7 +144,7 @@ class RankSink:
             lock: held while a GEMM's kernels are brought in for the first time.
             capture: captures a CUDA graph of a forward.
             on_forward: told (phase, mode and tokens) at the start of each forward.
-            stream: tells when what was begun began and ended; by default at the host's calls.
+            stream: tells when what was begun ran; by default from the host's calls.
         """
         self.rank = rank
         self.ops: list[Op] = []
@@ -177,6 +156,7 @@ class RankSink:
         self._lock, self._capture, self._on_forward = lock, capture, on_forward
         self._stream = stream or HostStream()
         self._begun: dict[str, tuple[Begin, Any]] = {}
+        self._ran: list[tuple[str, Times]] = []
         self._capturing = False
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
@@ -217,9 +197,15 @@ class RankSink:
             return result
         begun, handle = self._begun.pop(op.name)
         result = self._timed("wait", op.name, self._explained(begun, action))
-        start, end = self._stream.ended(handle)
-        self.spans.append(Span(self.rank, start, max(start, end), "beside", op.name))
+        self._ran.append((op.name, self._stream.awaited(handle)))
         return result
+
+    def _note_beside(self) -> None:
+        """Note what went on beside, once the device is idle and can tell."""
+        for name, times in self._ran:
+            start, end = times()
+            self.spans.append(Span(self.rank, start, max(start, end), "beside", name))
+        self._ran.clear()
 
     def _work_on_kernels(self, op: KernelWork | Walk, action: Callable[[], R]) -> R:
         if isinstance(op, Walk):
@@ -291,6 +277,7 @@ class RankSink:
         if mark.kind != "phase":
             return
         self._timed("compute", "device", self._synchronise)
+        self._note_beside()
         now = time.time()
         if self._phase is not None:
             name, start = self._phase

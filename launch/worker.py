@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from launch.jit_setup import RankJit, set_up_jit
 from launch.kernel_store import NodeKernels, leaders_group
 from launch.locks import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
+from launch.place import Place, find_place, init_process_group, pick_device
 from launch.process import process_start
 from launch.rank_sink import RankSink, cut_compiles
+from launch.streams import DeviceStream
 from launch.watchdog import TORCH_LIMITS, describe_timeout, is_timeout, wait_for_device
 from runner.backend.base import Backend
 from runner.backend.communicator import Communicator
@@ -45,16 +46,6 @@ from runner.schedule import Begin, Collective, Recv, Send
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from runner.weight_size import weight_size
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among the job's."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
 
 
 def run_worker(
@@ -79,8 +70,8 @@ def run_worker(
         UserError: bad input.
         runner.jit.compiler.CompileError: a kernel does not compile.
     """
-    place = _place(environ)
-    device = _pick_device(options, place)
+    place = find_place(environ)
+    device = pick_device(options.device, place)
     num_sms = options.num_sms
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -88,7 +79,7 @@ def run_worker(
     deadline = Deadline(options.timeout, place.rank)
     phases = [("imports", process_start()), ("process group", time.time())]
     exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
-    _init_process_group(device, exclusive=exclusive, timeout=options.timeout)
+    init_process_group(device, exclusive=exclusive, timeout=options.timeout)
     folder = work_dir or _shared_work_dir()
     with deadline:
         rank_run = _RankRun(
@@ -176,6 +167,7 @@ class _RankRun:
             extra["lock"] = CompileLocks(jit.cache.root).held
         if self.link == "nccl":
             extra["arrive"] = lambda: wait_for_device(self.device, self._limit)
+            extra["stream"] = DeviceStream(self.device)
         return RankSink(
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
             explain=lambda op, error: self._explain(op, error, jit.log_dir),
@@ -345,37 +337,6 @@ class _RankRun:
         if self.device.type != "cuda":
             return 1
         return -(-self.place.local_world_size // torch.cuda.device_count())
-
-
-def _place(environ: Environ) -> Place:
-    rank, world = environ.rank or 0, environ.world_size or 1
-    if not 0 <= rank < world:
-        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}: torchrun sets both")
-    return Place(rank, world, environ.local_rank or 0, environ.local_world_size or world)
-
-
-def _pick_device(options: LaunchOptions, place: Place) -> torch.device:
-    if options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _init_process_group(device: torch.device, *, exclusive: bool, timeout: float) -> None:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.setdefault(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
-    backend = "cpu:gloo,cuda:nccl" if exclusive else "gloo"
-    dist.init_process_group(
-        backend,
-        # A little longer than the deadline, which can say more about where a rank stood.
-        timeout=timedelta(seconds=timeout + 30),
-        device_id=device if exclusive else None,
-    )
 
 
 def _shared_work_dir() -> Path:

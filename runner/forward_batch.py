@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from runner.errors import UserError
@@ -66,10 +67,12 @@ class ForwardBatch:
         ids = None if input_ids is None else tuple(input_ids)
         return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
 
+    @cached_property
     def halves(self) -> tuple[ForwardBatch, ForwardBatch] | None:
         """Two batches of about as many tokens, cut between sequences; None of fewer than two.
 
-        DECODE is cut in the middle, the second half the larger, as SGLang cuts it.
+        DECODE is cut in the middle, the second half the larger, as SGLang cuts it. They are the
+        same ones each time, so that what their cache keeps for them is kept.
         """
         if self.batch_size < 2:
             return None

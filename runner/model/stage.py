@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from runner.backend.math import Tokens
@@ -57,6 +58,12 @@ class PipelineStage:
             self._collapse = self._family.make_head()
             self._lm_head = self._vocab_weight("lm_head", rows, scale=model.hidden_size**-0.5)
 
+    def overlapped(self, overlap: Sequence[OverlapStrategy]) -> PipelineStage:
+        """The same stage with other strategies."""
+        stage = copy(self)
+        stage._overlap = {strategy.mode: strategy for strategy in overlap}
+        return stage
+
     def _vocab_weight(self, name: str, rows: tuple[int, int], *, scale: float) -> Any:
         hidden = self._model.hidden_size
         return self._ctx.make(
@@ -79,7 +86,7 @@ class PipelineStage:
         self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
         tensors = self._enter(batch, proxy)
         strategy = self._overlap.get(batch.mode)
-        halves = batch.halves() if strategy else None
+        halves = batch.halves if strategy else None
         if strategy is None or halves is None:
             tensors = self._run_plain(self._layers, tensors, batch)
         else:

@@ -8,12 +8,11 @@ were begun, and a wait lasts until its collective is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from runner.model.operations import Operation as NamedOperation
-from runner.model.operations import YieldOperation, cut_stages, overlapped_order
-from runner.model.strategy import OverlapStrategy
+from runner.model.operations import overlapped_order
+from runner.model.strategy import MARK, OverlapStrategy
 from sim.overlap.work import Step, StepKind, Steps, Work
 
 LANES = ("compute", "link", "wait")
@@ -97,8 +96,8 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class _Owner:
-    """Whose steps are run."""
+class Owner:
+    """Whose steps are run; see :class:`Piece`."""
 
     half: int
     layer: int
@@ -113,7 +112,7 @@ class _Gpu:
         self._now = self._free = 0.0
         self._ends: dict[str, float] = {}
 
-    def run(self, steps: Iterable[Step], owner: _Owner) -> None:
+    def run(self, steps: Iterable[Step], owner: Owner) -> None:
         """Queue steps behind what was queued before."""
         for step in steps:
             if step.kind is StepKind.COMPUTE:
@@ -131,11 +130,11 @@ class _Gpu:
                     self._wait(self._free, owner, step.name)
         self.turns.seconds = self._now
 
-    def _wait(self, end: float, owner: _Owner, name: str) -> None:
+    def _wait(self, end: float, owner: Owner, name: str) -> None:
         self._note(self._now, end, "wait", owner, name)
         self._now = max(self._now, end)
 
-    def _note(self, start: float, end: float, lane: str, owner: _Owner, name: str) -> None:
+    def _note(self, start: float, end: float, lane: str, owner: Owner, name: str) -> None:
         if end > start:
             piece = Piece(start, end, lane, owner.half, owner.layer, short_name(name))
             self.turns.pieces.append(piece)
@@ -149,10 +148,10 @@ def short_name(name: str) -> str:
 def run_whole(before: Steps, layers: Sequence[Steps], after: Steps) -> Turns:
     """The batch as one; what is beside its own communication is its own."""
     gpu = _Gpu()
-    gpu.run(before, _Owner(-1, -1, "before"))
+    gpu.run(before, Owner(-1, -1, "before"))
     for index, steps in enumerate(layers):
-        gpu.run(steps, _Owner(-1, index, "layer"))
-    gpu.run(after, _Owner(-1, -1, "after"))
+        gpu.run(steps, Owner(-1, index, "layer"))
+    gpu.run(after, Owner(-1, -1, "after"))
     return gpu.turns
 
 
@@ -163,30 +162,29 @@ def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
         ValueError: its ``delta_stages`` is more than there are stages.
     """
     gpu = _Gpu()
-    gpu.run(work.before, _Owner(-1, -1, "before"))
-    for half, stage in _order(work, strategy):
+    gpu.run(work.before, Owner(-1, -1, "before"))
+    for half, stage in order_of(len(work.layers), strategy):
         for layer, name in stage:
-            gpu.run(work.halves[half][layer][name], _Owner(half, layer, name))
-    gpu.run(work.after, _Owner(-1, -1, "after"))
+            gpu.run(work.halves[half][layer][name], Owner(half, layer, name))
+    gpu.run(work.after, Owner(-1, -1, "after"))
     return gpu.turns
 
 
-def _order(
-    work: Work, strategy: OverlapStrategy
-) -> Iterable[tuple[int, Sequence[tuple[int, str]]]]:
-    """Halves in turns, each with the operations of a stage by layer and name."""
-    names = strategy.operations
-    operations = [NamedOperation(name, lambda state: None) for name in names]
-    steps = [
-        step
-        if isinstance(step, YieldOperation)
-        else NamedOperation(f"{layer} {step.name}", step.run)
-        for layer in range(len(work.layers))
-        for step in strategy.arrange(operations)
-    ]
-    stages = [
-        [(int(layer), name) for layer, _, name in (op.name.partition(" ") for op in stage)]
-        for stage in cut_stages(steps)
-    ]
-    return ((half, stages[index])
-            for half, index in overlapped_order(len(stages), strategy.delta_stages))  # fmt: skip
+def order_of(
+    layers: int, strategy: OverlapStrategy
+) -> Iterator[tuple[int, Sequence[tuple[int, str]]]]:
+    """Halves in turns, each with the operations of a stage: index of the layer, and name.
+
+    Raises:
+        ValueError: the strategy's ``delta_stages`` is more than there are stages.
+    """
+    stages: list[list[tuple[int, str]]] = [[]]
+    for layer in range(layers):
+        for step in strategy.steps:
+            if step != MARK:
+                stages[-1].append((layer, step))
+            elif stages[-1]:
+                stages.append([])
+    stages = [stage for stage in stages if stage]
+    for half, index in overlapped_order(len(stages), strategy.delta_stages):
+        yield half, stages[index]

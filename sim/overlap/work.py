@@ -78,6 +78,35 @@ def record_work(
     Raises:
         UserError: there is nothing to overlap: one sequence, or no layer with experts.
     """
+    cut = cut_forward(scenario, rank, batch, comm_sms)
+    first, second = (
+        tuple({name: to_steps(ops, costs) for name, ops in layer.items()} for layer in half)
+        for half in cut.halves
+    )
+    before, after = to_steps(cut.before, costs), to_steps(cut.after, costs)
+    return Work(batch.mode, comm_sms, before, (first, second), after, cut.layers)
+
+
+Ops = Sequence[Op]
+LayerOps = dict[str, Ops]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A forward in two halves: what each operation of each layer does; see :class:`Work`."""
+
+    before: Ops
+    halves: tuple[Sequence[LayerOps], Sequence[LayerOps]]
+    after: Ops
+    layers: range
+
+
+def cut_forward(scenario: Scenario, rank: int, batch: ForwardBatch, comm_sms: int) -> Cut:
+    """Run the forward on shapes with a mark between all operations.
+
+    Raises:
+        UserError: there is nothing to overlap: one sequence, or no layer with experts.
+    """
     if batch.batch_size < 2:
         raise UserError(
             f"a batch of {batch.batch_size} sequence cannot be cut in two: give more tokens or "
@@ -87,45 +116,48 @@ def record_work(
     finest = OverlapStrategy("every operation", batch.mode, marked, 0, comm_sms)
     ops = record_forward(replace(scenario, overlap=(finest,)), rank, batch)
     before, stages, after = _cut(ops)
-    if not stages:
+    if not stages["0"]:
         raise UserError("this stage has no layer with experts: there is nothing to overlap")
     names = finest.operations
-    layers = [
-        dict(zip(names, stages[first : first + len(names)], strict=True))
-        for half in (0, 1)
-        for first in range(half * len(stages) // 2, (half + 1) * len(stages) // 2, len(names))
-    ]
-    steps = [{name: to_steps(its, costs) for name, its in layer.items()} for layer in layers]
-    middle = len(steps) // 2
+    first, second = (_by_layer(names, its) for its in stages.values())
     held = scenario.parallel.layer_range(
         scenario.model.num_hidden_layers, scenario.parallel.coordinates(rank).pp_rank
     )
-    return Work(
-        batch.mode, comm_sms, to_steps(before, costs), (tuple(steps[:middle]),
-        tuple(steps[middle:])), to_steps(after, costs), held[len(held) - middle :],
-    )  # fmt: skip
+    return Cut(before, (first, second), after, held[len(held) - len(first) :])
+
+
+def _by_layer(names: Sequence[str], stages: Sequence[Ops]) -> list[LayerOps]:
+    starts = range(0, len(stages), len(names))
+    return [dict(zip(names, stages[at : at + len(names)], strict=True)) for at in starts]
 
 
 def record_plain(
     scenario: Scenario, rank: int, batch: ForwardBatch, costs: CostModel, layers: range
 ) -> tuple[Steps, list[Steps], Steps]:
     """The same forward as one batch: what is before some layers, each of them, what is after."""
+    before, inside, after = cut_plain(scenario, rank, batch, layers)
+    parts = [to_steps(ops, costs) for ops in inside]
+    return to_steps(before, costs), parts, to_steps(after, costs)
+
+
+def cut_plain(
+    scenario: Scenario, rank: int, batch: ForwardBatch, layers: range
+) -> tuple[Ops, list[Ops], Ops]:
+    """The forward as one batch: what is before some layers, in each of them, and after."""
     before: list[Op] = []
     after: list[Op] = []
     inside: dict[str, list[Op]] = {str(layer): [] for layer in layers}
     current = before
     for op in record_forward(replace(scenario, overlap=()), rank, batch):
         if isinstance(op, Mark) and op.kind == "layer":
-            current = inside.get(op.name, current)
-            current = after if op.name == "end" else current
-        else:
+            current = after if op.name == "end" else inside.get(op.name, current)
+        elif not isinstance(op, Mark):
             current.append(op)
-    parts = [to_steps(ops, costs) for ops in inside.values()]
-    return to_steps(before, costs), parts, to_steps(after, costs)
+    return before, [*inside.values()], after
 
 
-def _cut(ops: Sequence[Op]) -> tuple[list[Op], list[list[Op]], list[Op]]:
-    """What is before the stages, each stage, first half's before second's, and what is after."""
+def _cut(ops: Ops) -> tuple[list[Op], dict[str, list[list[Op]]], list[Op]]:
+    """What is before the stages, each half's stages, and what is after."""
     before: list[Op] = []
     after: list[Op] = []
     halves: dict[str, list[list[Op]]] = {"0": [], "1": []}
@@ -136,9 +168,9 @@ def _cut(ops: Sequence[Op]) -> tuple[list[Op], list[list[Op]], list[Op]]:
             if op.name in halves:
                 current = []
                 halves[op.name].append(current)
-        else:
+        elif not isinstance(op, Mark):
             current.append(op)
-    return before, halves["0"] + halves["1"], after
+    return before, halves, after
 
 
 def to_steps(ops: Iterable[Op], costs: CostModel) -> Steps:

@@ -247,19 +247,19 @@ def arranged(strategy: OverlapStrategy) -> list[Operation]:
 )
 def test_a_batch_is_cut_between_sequences(lens: tuple[int, ...], first: int) -> None:
     ids = tuple(range(sum(lens)))
-    halves = ForwardBatch.extend(lens, input_ids=ids).halves()
+    halves = ForwardBatch.extend(lens, input_ids=ids).halves
     assert halves is not None
     assert halves[0].extend_seq_lens == lens[:first] and halves[1].seq_lens == lens[first:]
     assert (*(halves[0].input_ids or ()), *(halves[1].input_ids or ())) == ids
 
 
 def test_one_sequence_is_not_cut() -> None:
-    assert ForwardBatch.extend((9,)).halves() is None
+    assert ForwardBatch.extend((9,)).halves is None
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6))
 def test_no_other_cut_is_more_even(lens: list[int]) -> None:
-    halves = ForwardBatch.extend(lens).halves()
+    halves = ForwardBatch.extend(lens).halves
     assert halves is not None
     off = abs(halves[0].num_tokens - halves[1].num_tokens)
     assert off == min(abs(sum(lens) - 2 * sum(lens[:cut])) for cut in range(1, len(lens)))

@@ -1,0 +1,64 @@
+"""GPUs for tests that run side by side: each is one test's at a time.
+
+Every worker of pytest-xdist, and every other process that shares the folder, takes the same locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+_POLL = 0.05
+
+
+class GpuPool:
+    """The machine's GPUs, a lock file each.
+
+    Args:
+        count: how many there are.
+        folder: where the lock files are, the same for all who share the GPUs.
+    """
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count, self._folder = count, folder
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[list[int]]:
+        """Wait for so many GPUs that nobody has; they are ours inside the block.
+
+        A taker has all it wants or none, so that two never wait for each other.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 1 <= wanted <= self.count:
+            raise ValueError(f"{wanted} GPUs are wanted of {self.count}")
+        while True:
+            with ExitStack() as held:
+                taken = self._take_free(wanted, held)
+                if len(taken) == wanted:
+                    yield taken
+                    return
+            time.sleep(_POLL)
+
+    def _take_free(self, wanted: int, held: ExitStack) -> list[int]:
+        taken: list[int] = []
+        for gpu in range(self.count):
+            if len(taken) < wanted and _locked(held.enter_context(self._file(gpu))):
+                taken.append(gpu)
+        return taken
+
+    def _file(self, gpu: int) -> IO[str]:
+        return (self._folder / f"gpu-{gpu}.lock").open("w")
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

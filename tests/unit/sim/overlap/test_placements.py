@@ -1,0 +1,192 @@
+"""Every order, set of marks and lead, and how far one half is when the other comes somewhere."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner.errors import UserError
+from runner.forward_batch import ForwardMode
+from runner.model.operations import (
+    Operation,
+    Step,
+    YieldOperation,
+    cut_stages,
+    overlapped_order,
+)
+from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy, load_strategy
+from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
+
+ORDERS = list(legal_orders())
+LAYERS = 4
+
+
+def one_choice(marks: set[int], lead: int) -> Choices:
+    padded = [*sorted(marks), *[0] * (OPERATIONS - len(marks))]
+    return Choices(
+        np.array([padded], dtype=np.int32),
+        np.array([len(marks)], dtype=np.int32),
+        np.array([lead], dtype=np.int32),
+    )
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> tuple[tuple[str, ...], set[int], int]:
+    marks = draw(st.sets(st.integers(1, OPERATIONS), min_size=1))
+    return draw(st.sampled_from(ORDERS)), marks, draw(st.integers(0, len(marks)))
+
+
+# -- orders ---------------------------------------------------------------------------------------
+
+
+def accepted(order: tuple[str, ...]) -> bool:
+    try:
+        OverlapStrategy("any", ForwardMode.DECODE, order, 0)
+    except UserError:
+        return False
+    return True
+
+
+def test_legal_orders_are_those_that_a_strategy_accepts() -> None:
+    """What moves at all moves among the operations from the gate to the output."""
+    assert len(ORDERS) == len(set(ORDERS)) == 7
+    assert all(accepted(order) for order in ORDERS)
+    others = [name for name in NEEDS if name != "shared_experts"]
+    moved = {(*others[:at], "shared_experts", *others[at:]) for at in range(OPERATIONS)}
+    assert {order for order in moved if accepted(order)} == set(ORDERS)
+
+
+def test_no_other_order_of_neighbours_is_legal() -> None:
+    """Three operations in a row in any order, anywhere in a legal one."""
+    found = set()
+    for order in ORDERS:
+        for first in range(OPERATIONS - 2):
+            for three in permutations(order[first : first + 3]):
+                made = (*order[:first], *three, *order[first + 3 :])
+                if accepted(made):
+                    found.add(made)
+    assert found == set(ORDERS)
+
+
+@given(st.permutations(list(NEEDS)))
+def test_any_other_order_is_refused(order: list[str]) -> None:
+    assert accepted(tuple(order)) == (tuple(order) in ORDERS)
+
+
+# -- marks and leads ------------------------------------------------------------------------------
+
+
+def test_every_set_of_marks_is_there_with_every_lead() -> None:
+    choices = all_choices()
+    masks = np.where(choices.marks > 0, 1 << choices.marks, 0).sum(axis=1)
+    sizes = np.array([mask.bit_count() for mask in masks.tolist()])
+    assert (sizes == choices.sizes).all()
+    assert (choices.leads >= 0).all() and (choices.leads <= choices.sizes).all()
+    pairs = masks * (OPERATIONS + 1) + choices.leads
+    # Of s marks there are s + 1 leads: (n / 2 + 1) 2^n of all sets, less that of the empty one.
+    expected = (OPERATIONS // 2 + 1) * 2**OPERATIONS - 1
+    assert len(np.unique(pairs)) == len(pairs) == expected
+    assert len(ORDERS) * expected == 917_497
+
+
+def test_fewer_marks_and_lesser_leads_come_first() -> None:
+    choices = all_choices()
+    ranks = choices.sizes * (OPERATIONS + 1) + choices.leads
+    assert (np.diff(ranks) >= 0).all()
+    inside = np.arange(OPERATIONS - 1) < choices.sizes[:, None] - 1
+    assert (np.diff(choices.marks, axis=1)[inside] > 0).all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_named_strategies_are_among_them(name: str) -> None:
+    strategy = STRATEGIES[name]
+    assert strategy.operations in ORDERS
+    done, marks = 0, set()
+    for step in strategy.steps:
+        if step == MARK:
+            marks.add(done)
+        else:
+            done += 1
+    assert strategy.delta_stages <= len(marks)
+    made = to_strategy(
+        strategy, strategy.operations, one_choice(marks, strategy.delta_stages), 0
+    )  # fmt: skip
+    assert made.steps == strategy.steps and made.to_json() == {**strategy.to_json(), "name": "best"}
+
+
+# -- one half where the other is ------------------------------------------------------------------
+
+
+def as_run(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
+    """Operations that the other half has done when a half comes to each of its own."""
+    place = {name: index for index, name in enumerate(strategy.operations)}
+    steps: list[Step] = []
+    for layer in range(LAYERS):
+        for step in strategy.steps:
+            name = f"{layer * OPERATIONS + place.get(step, 0)}"
+            made = YieldOperation() if step == MARK else Operation(name, lambda state: None)
+            steps.append(made)
+    stages = cut_stages(steps)
+    done, found = [0, 0], {}
+    for half, stage in overlapped_order(len(stages), strategy.delta_stages):
+        for operation in stages[stage]:
+            assert int(operation.name) == done[half]
+            found[half, done[half]] = done[1 - half]
+            done[half] += 1
+    assert done == [LAYERS * OPERATIONS] * 2
+    return found
+
+
+@settings(deadline=None)
+@given(placements())
+def test_where_the_other_half_is(placement: tuple[tuple[str, ...], set[int], int]) -> None:
+    order, marks, lead = placement
+    choices = one_choice(marks, lead)
+    run = as_run(to_strategy(STRATEGIES["deepseek-decode"], order, choices, 0))
+    for op in range(OPERATIONS):
+        (ahead,), (behind,) = choices.ahead(op).tolist(), choices.behind(op).tolist()
+        for layer in range(LAYERS):
+            start = layer * OPERATIONS
+            last = LAYERS * OPERATIONS
+            assert run[0, start + op] == min(max(start + ahead, 0), last)
+            assert run[1, start + op] == min(max(start + behind, 0), last)
+
+
+def test_where_the_other_half_is_of_many_at_once() -> None:
+    """Each as on its own."""
+    choices = all_choices()
+    rows = range(0, len(choices.sizes), 4001)
+    for op in (0, 6, 13):
+        ahead, behind = choices.ahead(op), choices.behind(op)
+        for at in rows:
+            marks = set(choices.marks[at, : choices.sizes[at]].tolist())
+            alone = one_choice(marks, int(choices.leads[at]))
+            assert alone.ahead(op) == [ahead[at]] and alone.behind(op) == [behind[at]]
+
+
+# -- as a strategy --------------------------------------------------------------------------------
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(placements(), st.sampled_from(list(STRATEGIES.values())), st.integers(0, 40))
+def test_a_placement_is_what_its_file_has(
+    tmp_path: Path,
+    placement: tuple[tuple[str, ...], set[int], int],
+    named: OverlapStrategy,
+    sms: int,
+) -> None:
+    order, marks, lead = placement
+    like = OverlapStrategy("like", named.mode, named.steps, named.delta_stages, sms)
+    strategy = to_strategy(like, order, one_choice(marks, lead), 0)
+    assert (strategy.operations, strategy.delta_stages) == (order, lead)
+    assert (strategy.mode, strategy.comm_sms) == (named.mode, sms)
+    assert strategy.steps.count(MARK) == strategy.num_stages - (OPERATIONS not in marks)
+    path = tmp_path / "best.toml"
+    path.write_text(strategy.to_toml())
+    assert load_strategy(str(path)) == strategy
+    assert OverlapStrategy.from_json(strategy.to_json()) == strategy

@@ -1,0 +1,354 @@
+"""The search against what every placement waits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from io import StringIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from runner.config.hf import load_model, with_layers
+from runner.config.parallel import ParallelConfig
+from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.model.strategy import NEEDS, STRATEGIES, OverlapStrategy
+from runner.scenario import Scenario
+from runner.schedule import Begin, Collective
+from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.overlap import search as searching
+from sim.overlap.compare import Comparison, compare
+from sim.overlap.events import line_up
+from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
+from sim.overlap.reasons import why
+from sim.overlap.search import search, waits_of
+from sim.overlap.table import print_comparison
+from sim.overlap.window import Window, find_window
+from sim.overlap.work import LayerSteps, Step, StepKind, Steps, Work, record_work
+from sim.profile import load_profile
+from sim.profile_costs import ProfileCosts
+
+ORDERS = list(legal_orders())
+LIKE = STRATEGIES["deepseek-decode"]
+ROUNDING = 1e-9
+
+# -- works ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a layer communicates besides its results: all layers the same."""
+
+    gathers: bool
+    scatters: bool
+    routes: bool
+    shared: bool
+    sums: bool
+
+
+TRAFFIC = st.builds(Traffic, *[st.booleans()] * 5)
+TIME = st.integers(0, 5) | st.integers(0, 997)
+ON_LINK = 7
+"""Most collectives of a layer."""
+
+
+def layer(
+    half: int, traffic: Traffic, compute: list[int], link: list[int], unit: float
+) -> LayerSteps:
+    """Compute before and after what an operation communicates; ``unit`` is seconds of a number."""
+    seconds = iter(unit * number for number in link)
+
+    def both(kind: StepKind, name: str, *, there: bool = True) -> Steps:
+        its = next(seconds)
+        return (Step(kind, name, its),) if there else ()
+
+    tokens, routing, results = (f"{name} of {half}" for name in ("tokens", "routing", "results"))
+    inside: dict[str, Steps] = {
+        "comm_prepare_attn": both(StepKind.BLOCK, "gather", there=traffic.gathers),
+        "attn_core": both(StepKind.BLOCK, "scatter", there=traffic.scatters),
+        "dispatch_a": (*both(StepKind.BEGIN, tokens),
+                       *both(StepKind.BEGIN, routing, there=traffic.routes)),
+        "shared_experts": both(StepKind.BLOCK, "shared", there=traffic.shared),
+        "dispatch_b": (Step(StepKind.AWAIT, tokens, 0.0),
+                       *((Step(StepKind.AWAIT, routing, 0.0),) if traffic.routes else ())),
+        "combine_a": both(StepKind.BEGIN, results),
+        "combine_b": (Step(StepKind.AWAIT, results, 0.0),),
+        "output": both(StepKind.BLOCK, "sum", there=traffic.sums),
+    }  # fmt: skip
+    return {
+        name: (
+            Step(StepKind.COMPUTE, "", unit * compute[2 * index]),
+            *inside.get(name, ()),
+            Step(StepKind.COMPUTE, "", unit * compute[2 * index + 1]),
+        )
+        for index, name in enumerate(NEEDS)
+    }
+
+
+@st.composite
+def works(draw: st.DrawFn, layers: st.SearchStrategy[int]) -> Work:
+    """Layers of two kinds in turns, or of one kind, or so but for one layer; halves differ."""
+    traffic, unit = draw(TRAFFIC), draw(st.sampled_from([1.0, 1.3e-5]))
+    numbers = st.lists(TIME, min_size=2 * OPERATIONS, max_size=2 * OPERATIONS)
+    links = st.lists(TIME, min_size=ON_LINK, max_size=ON_LINK)
+    kinds = [
+        [layer(half, traffic, draw(numbers), draw(links), unit) for half in (0, 1)]
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    count = draw(layers)
+    which = [index % min(2, len(kinds)) for index in range(count)]
+    if len(kinds) > 2:
+        which[draw(st.integers(0, count - 1))] = 2
+    first, second = (tuple(kinds[kind][half] for kind in which) for half in (0, 1))
+    return Work(ForwardMode.DECODE, 0, (), (first, second), (), range(count))
+
+
+@st.composite
+def samples(draw: st.DrawFn, most: int) -> Choices:
+    """Some of all choices, in their order; those with few marks are more of them than of all."""
+    mask = st.integers(1, 2**OPERATIONS - 1)
+    few = st.tuples(mask, mask).map(lambda pair: pair[0] & pair[1] or pair[0])
+    pairs = draw(st.sets(st.tuples(mask | few, st.integers(0, 2)), min_size=most // 2,
+                         max_size=most))  # fmt: skip
+    rows = sorted({row_of(mask, lead) for mask, lead in pairs})
+    return some(rows)
+
+
+@cache
+def every() -> Choices:
+    return all_choices()
+
+
+@cache
+def _rows() -> dict[tuple[int, int], int]:
+    choices = every()
+    masks = (np.where(choices.marks > 0, 1 << choices.marks, 0).sum(axis=1) >> 1).tolist()
+    return {pair: row for row, pair in enumerate(zip(masks, choices.leads.tolist(), strict=True))}
+
+
+def row_of(mask: int, lead: int) -> int:
+    """Row of a set of marks and a lead, which is cut to what there is."""
+    return _rows()[mask, min(lead, mask.bit_count())]
+
+
+def some(rows: list[int]) -> Choices:
+    choices = every()
+    return Choices(choices.marks[rows], choices.sizes[rows], choices.leads[rows])
+
+
+def among(choices: Choices, orders: list[tuple[str, ...]]) -> pytest.MonkeyPatch:
+    """Placements that the search is to be about until this is undone."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(searching, "all_choices", lambda: choices)
+    patch.setattr(searching, "legal_orders", lambda: iter(orders))
+    return patch
+
+
+# -- the least of all -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    works(st.sampled_from([3, 4, 5, 8, 9, 12])),
+    samples(40),
+    st.lists(st.sampled_from(ORDERS), min_size=2, max_size=5, unique=True),
+    st.sampled_from(ORDERS),
+)
+def test_the_best_is_the_least_of_all_with_fewest_marks_and_least_lead(
+    work: Work, choices: Choices, orders: list[tuple[str, ...]], own: tuple[str, ...]
+) -> None:
+    like = OverlapStrategy("like", ForwardMode.DECODE, own, 0, 7)
+    patch = among(choices, orders)
+    try:
+        found = search(work, like)
+    finally:
+        patch.undo()
+    waits = {
+        (size, lead, order != own, orders.index(order), at): waits_of(
+            work, to_strategy(like, order, choices, at)
+        )
+        for order in orders
+        for at, (size, lead) in enumerate(
+            zip(choices.sizes.tolist(), choices.leads.tolist(), strict=True)
+        )
+    }
+    least = min(waits.values())
+    size, lead, *order, _ = min(key for key, its in waits.items() if its <= least + ROUNDING)
+    best = found.best
+    assert found.placements == len(waits)
+    assert found.waits == pytest.approx(least, abs=ROUNDING)
+    assert waits_of(work, best) == pytest.approx(least, abs=ROUNDING)
+    assert (best.steps.count("|"), best.delta_stages) == (size, lead)
+    assert [best.operations != own, orders.index(best.operations)] == order
+    assert (best.name, best.mode, best.comm_sms) == ("best", ForwardMode.DECODE, 7)
+
+
+# -- bounds ---------------------------------------------------------------------------------------
+
+
+def check_bounds(work: Work, choices: Choices, order: tuple[str, ...]) -> list[tuple[float, float]]:
+    """A bound and what is really waited, of placements that differ."""
+    window = find_window(work)
+    assert window is not None
+    halves = line_up(work, 0, order), line_up(work, 1, order)
+    found = []
+    for group in searching._groups(halves, choices):
+        bounds = window.times * group.waits_within(*window.turns(halves))
+        for at, bound in zip(group.which.tolist(), bounds.tolist(), strict=True):
+            waits = waits_of(work, to_strategy(LIKE, order, choices, at))
+            assert 0 <= bound <= waits + ROUNDING
+            found.append((bound, waits))
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(works(st.integers(8, 16)), samples(40), st.sampled_from(ORDERS))
+def test_nothing_waits_less_than_its_window_says(
+    work: Work, choices: Choices, order: tuple[str, ...]
+) -> None:
+    assert len(check_bounds(work, choices, order)) <= len(choices.sizes)
+
+
+def test_windows() -> None:
+    """Four layers, with two more of the same around them: whatever comes again comes in time."""
+    one, other = (layer(0, Traffic(*[False] * 5), [time] * 28, [1] * 7, 1.0) for time in (1, 2))
+
+    def window(kinds: list[LayerSteps]) -> Window | None:
+        return find_window(
+            Work(ForwardMode.DECODE, 0, (), (tuple(kinds), tuple(kinds)), (), range(len(kinds)))
+        )
+
+    assert [window([one] * count) for count in (0, 7, 8, 11, 12, 16)] == [
+        None, None, Window(2, 1), Window(2, 1), Window(2, 2), Window(2, 3),
+    ]  # fmt: skip
+    assert window([one, other] * 8) == Window(2, 3)
+    # What is different in front is left out, and so is what is around it.
+    assert window([other, *[one] * 15]) == Window(3, 2)
+    assert window([*[one] * 9, other, *[one] * 12]) == Window(12, 2)
+
+
+# -- recorded forwards ----------------------------------------------------------------------------
+
+BATCHES = {
+    ForwardMode.DECODE: ForwardBatch.decode((1025,) * 512),
+    ForwardMode.EXTEND: ForwardBatch.extend((1024,) * 4),
+}
+NAMED = {
+    mode: [strategy for strategy in STRATEGIES.values() if strategy.mode is mode]
+    for mode in ForwardMode
+}
+
+
+def forward(name: str, layers: int, hardware: str) -> tuple[Scenario, ProfileCosts]:
+    profile = load_profile(hardware)
+    scenario = Scenario(
+        model=with_layers(load_model(name), layers),
+        parallel=ParallelConfig(pp=1, tp=8 if name == "dsv4" else 2, ep=True, moe_a2a=True),
+        warmup=WarmupOptions(policy=WarmupPolicy.NONE),
+        num_sms=profile.num_sms,
+    )
+    return scenario, ProfileCosts(profile, profile.links["nvlink"], profile.cores_per_node)
+
+
+def of_all(
+    mode: ForwardMode, scenario: Scenario, costs: ProfileCosts,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Comparison:  # fmt: skip
+    return compare(scenario, 0, BATCHES[mode], costs, NAMED[mode], progress)
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+@pytest.mark.parametrize("hardware", ["h200", "h100", "h20", "b200"])
+def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
+    comparison = of_all(mode, *forward("dsv4", 6, hardware))
+    whole, *named, best = comparison.runs
+    assert whole.strategy is None and [run.strategy for run in named] == NAMED[mode]
+    assert comparison.found is not None and best.strategy == comparison.found.best
+    for run in named:
+        assert best.turns.seconds <= run.turns.seconds + ROUNDING
+    its = comparison.reference
+    assert its.turns.seconds == min(run.turns.seconds for run in named)
+    # What is gained is gained by waiting less: with as many SMs, as much is computed.
+    assert its.strategy is not None and best.strategy is not None
+    assert best.strategy.comm_sms == its.strategy.comm_sms
+    assert best.turns.compute == pytest.approx(its.turns.compute, rel=1e-9)
+    inside = sum(layer.exposed for layer in best.turns.by_layer())
+    assert comparison.found.waits == pytest.approx(inside, rel=1e-9)
+    reasons = why(its.turns, best.turns)
+    for at, turns in enumerate((its.turns, best.turns)):
+        waited = sum(waits.waited[at] for waits in reasons)
+        assert waited == pytest.approx(sum(layer.exposed for layer in turns.by_layer()), rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_bounds_of_a_recorded_forward_are_of_use(mode: ForwardMode) -> None:
+    """Twenty layers: most of what the placements wait is in the window."""
+    scenario, costs = forward("dsv4", 20, "h200")
+    work = record_work(scenario, 0, BATCHES[mode], costs, 0)
+    assert find_window(work) == Window(4, 3)
+    pairs = check_bounds(work, some(list(range(0, len(every().sizes), 1801))), ORDERS[0])
+    bounds, waits = np.array(pairs).T
+    assert (bounds > 0.4 * waits).all()
+
+
+class Free(ProfileCosts):
+    """Communication takes no time."""
+
+    def collective_seconds(self, op: Collective | Begin) -> float:
+        return 0.0
+
+
+def text_of(comparison: Comparison) -> str:
+    stream = StringIO()
+    print_comparison(comparison, "title", Console(width=200, file=stream), per_layer=False)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_where_nothing_waits_none_is_better(mode: ForwardMode) -> None:
+    scenario, costs = forward("dsv4-tiny", 4, "h200")
+    free = Free(costs.profile, costs.link, costs.cores)
+    patch = among(some(list(range(0, len(every().sizes), 997))), ORDERS)
+    try:
+        comparison = of_all(mode, scenario, free)
+    finally:
+        patch.undo()
+    assert comparison.found is not None and comparison.found.waits == 0
+    assert comparison.best.turns.seconds == pytest.approx(comparison.reference.turns.seconds)
+    count, name = f"{comparison.found.placements:,}", comparison.reference.name
+    text = text_of(comparison)
+    assert f"search: all {count} placements decided: none waits less than {name}\n" in text
+    assert "Why" not in text and "best, " not in text
+
+
+def test_what_is_told_of_a_better_one() -> None:
+    mode = ForwardMode.DECODE
+    scenario, costs = forward("dsv4-tiny", 4, "h200")
+    told: list[tuple[int, int]] = []
+    patch = among(some(list(range(0, len(every().sizes), 397))), ORDERS)
+    try:
+        comparison = of_all(mode, scenario, costs, lambda *both: told.append(both))
+    finally:
+        patch.undo()
+    assert comparison.found is not None
+    text = text_of(comparison)
+    assert re.search(r"decided: the best waits [\d.]+ ms less than deepseek-decode, [\d.]+ %", text)
+    best = comparison.found.best
+    assert f"best, {best.delta_stages} ahead: {best.describe()}\n" in text
+    assert "Why: what the GPU waits for, deepseek-decode against best" in text
+    assert told == sorted(told) and {total for _, total in told} == {2 * len(ORDERS)}
+
+
+def test_layers_that_communicate_differently_are_refused() -> None:
+    plain, gathers = (
+        layer(0, Traffic(there, *[False] * 4), [1] * 28, [1] * 7, 1.0) for there in (False, True)
+    )
+    work = Work(ForwardMode.DECODE, 0, (), ((plain, gathers), (plain, plain)), (), range(2))
+    with pytest.raises(ValueError, match="layers that overlap must communicate alike"):
+        line_up(work, 0, ORDERS[0])
+    assert line_up(replace(work, halves=work.halves[::-1]), 0, ORDERS[0]).layers == 2

@@ -1,0 +1,370 @@
+"""Two halves in turns, in times that one can add up by hand, and as the engine has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from runner.config.hf import from_hf, with_layers
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV4_TINY
+from runner.errors import UserError
+from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.jit.kernel_type import KernelCall
+from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy
+from runner.scenario import Scenario, record_forward
+from runner.schedule import Begin, Collective, Compute, Op
+from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.costs import Seconds
+from sim.engine import Engine
+from sim.overlap.reasons import Waits, why
+from sim.overlap.turns import LayerTotals, Turns, run_in_turns, run_whole
+from sim.overlap.work import (
+    LayerSteps,
+    Step,
+    StepKind,
+    Steps,
+    Work,
+    record_plain,
+    record_work,
+    to_steps,
+)
+from sim.profile import Link, load_profile
+from sim.profile_costs import ProfileCosts
+from sim.program import compile_program
+from tests.models import DSV3_SMALL
+from tests.unit.sim_rounds import RoundCosts
+
+Row = tuple[float, float, str, int, int, str]
+
+
+def gpu(seconds: float) -> Step:
+    return Step(StepKind.COMPUTE, "", seconds)
+
+
+def block(name: str, seconds: float) -> Step:
+    return Step(StepKind.BLOCK, name, seconds)
+
+
+def begin(name: str, seconds: float) -> Step:
+    return Step(StepKind.BEGIN, name, seconds)
+
+
+def wait(name: str) -> Step:
+    return Step(StepKind.AWAIT, name, 0.0)
+
+
+def layer(**steps: Steps) -> LayerSteps:
+    return {name: steps.get(name, ()) for name in NEEDS}
+
+
+def toy(half: int) -> LayerSteps:
+    """Attention of 4, a dispatch of 3 with nothing of its own beside it, experts of 2."""
+    tokens = f"tokens of {half}"
+    return layer(attn_core=(gpu(4),), dispatch_a=(begin(tokens, 3),), dispatch_b=(wait(tokens),),
+                 experts=(gpu(2),))  # fmt: skip
+
+
+def work(
+    first: list[LayerSteps], second: list[LayerSteps], before: Steps = (), after: Steps = ()
+) -> Work:
+    halves = tuple(first), tuple(second)
+    return Work(ForwardMode.DECODE, 0, before, halves, after, range(len(first)))
+
+
+def placed(lead: int, *after: str) -> OverlapStrategy:
+    """Marks behind some operations."""
+    steps = [step for name in NEEDS for step in ((name, MARK) if name in after else (name,))]
+    return OverlapStrategy("mine", ForwardMode.DECODE, tuple(steps), lead)
+
+
+def rows(turns: Turns) -> list[Row]:
+    return [
+        (p.start, p.end, p.lane, p.half, p.layer, p.name)
+        for p in turns.pieces
+    ]  # fmt: skip
+
+
+def totals(turns: Turns) -> tuple[float, float, float, float]:
+    return turns.seconds, turns.compute, turns.communication, turns.exposed
+
+
+# -- by hand --------------------------------------------------------------------------------------
+
+
+def test_one_half_behind_the_other_hides_nothing() -> None:
+    turns = run_in_turns(work([toy(0)], [toy(1)]), placed(0))
+    assert rows(turns) == [
+        (0, 4, "compute", 0, 0, "attn_core"),
+        (4, 7, "link", 0, 0, "tokens"),
+        (4, 7, "wait", 0, 0, "tokens"),
+        (7, 9, "compute", 0, 0, "experts"),
+        (9, 13, "compute", 1, 0, "attn_core"),
+        (13, 16, "link", 1, 0, "tokens"),
+        (13, 16, "wait", 1, 0, "tokens"),
+        (16, 18, "compute", 1, 0, "experts"),
+    ]
+    assert totals(turns) == (18, 12, 6, 6)
+
+
+def test_what_the_other_half_hides_as_a_whole_and_in_part() -> None:
+    """The first's dispatch is beside 4 of attention, the second's beside 2 of experts."""
+    turns = run_in_turns(work([toy(0)], [toy(1)]), placed(0, "dispatch_a"))
+    assert rows(turns) == [
+        (0, 4, "compute", 0, 0, "attn_core"),
+        (4, 7, "link", 0, 0, "tokens"),
+        (4, 8, "compute", 1, 0, "attn_core"),
+        (8, 11, "link", 1, 0, "tokens"),
+        (8, 10, "compute", 0, 0, "experts"),
+        (10, 11, "wait", 1, 0, "tokens"),
+        (11, 13, "compute", 1, 0, "experts"),
+    ]
+    assert totals(turns) == (13, 12, 6, 1)
+
+
+def test_two_layers_and_a_half_that_leads() -> None:
+    """Stages are of layers 0, 0 and 1, 1; the first half runs one of them alone.
+
+    A 0-4, > 7, 7-13; B 13-17 (tokens 17-20); A experts 17-19; B > 20, 20-26, > 29, 29-31.
+    """
+    both = work([toy(0), toy(0)], [toy(1), toy(1)])
+    turns = run_in_turns(both, placed(1, "dispatch_a"))
+    assert rows(turns) == [
+        (0, 4, "compute", 0, 0, "attn_core"),
+        (4, 7, "link", 0, 0, "tokens"),
+        (4, 7, "wait", 0, 0, "tokens"),
+        (7, 9, "compute", 0, 0, "experts"),
+        (9, 13, "compute", 0, 1, "attn_core"),
+        (13, 16, "link", 0, 1, "tokens"),
+        (13, 17, "compute", 1, 0, "attn_core"),
+        (17, 20, "link", 1, 0, "tokens"),
+        (17, 19, "compute", 0, 1, "experts"),
+        (19, 20, "wait", 1, 0, "tokens"),
+        (20, 22, "compute", 1, 0, "experts"),
+        (22, 26, "compute", 1, 1, "attn_core"),
+        (26, 29, "link", 1, 1, "tokens"),
+        (26, 29, "wait", 1, 1, "tokens"),
+        (29, 31, "compute", 1, 1, "experts"),
+    ]
+    assert totals(turns) == (31, 24, 12, 7)
+    assert turns.by_layer() == [LayerTotals(12, 6, 4), LayerTotals(12, 6, 3)]
+
+
+def test_the_link_does_one_thing_at_a_time() -> None:
+    """A collective that the GPU waits for at once waits for the one that was begun before it."""
+    scatters = layer(attn_core=(gpu(1), block("scatter", 2)), experts=(gpu(1),))
+    first = replace_steps(toy(0), dispatch_a=(begin("tokens of 0", 5),))
+    turns = run_in_turns(work([first], [scatters]), placed(0, "dispatch_a"))
+    assert rows(turns) == [
+        (0, 4, "compute", 0, 0, "attn_core"),
+        (4, 9, "link", 0, 0, "tokens"),
+        (4, 5, "compute", 1, 0, "attn_core"),
+        (9, 11, "link", 1, 0, "scatter"),
+        (5, 11, "wait", 1, 0, "scatter"),
+        (11, 13, "compute", 0, 0, "experts"),
+        (13, 14, "compute", 1, 0, "experts"),
+    ]
+    assert totals(turns) == (14, 8, 7, 6)
+
+
+def test_what_is_begun_together_runs_in_its_order() -> None:
+    own = layer(
+        dispatch_a=(begin("tokens of 0", 3), begin("routing of 0", 2)), shared_experts=(gpu(1),),
+        dispatch_b=(wait("tokens of 0"), wait("routing of 0")), experts=(gpu(1),),
+    )  # fmt: skip
+    turns = run_in_turns(work([own], [layer(experts=(gpu(1),))]), placed(0))
+    assert rows(turns) == [
+        (0, 3, "link", 0, 0, "tokens"),
+        (3, 5, "link", 0, 0, "routing"),
+        (0, 1, "compute", 0, 0, "shared_experts"),
+        (1, 3, "wait", 0, 0, "tokens"),
+        (3, 5, "wait", 0, 0, "routing"),
+        (5, 6, "compute", 0, 0, "experts"),
+        (6, 7, "compute", 1, 0, "experts"),
+    ]
+
+
+def test_what_is_around_the_layers_is_of_no_layer() -> None:
+    before, after = (gpu(1), block("all_reduce embedding", 2)), (gpu(3),)
+    turns = run_in_turns(work([toy(0)], [toy(1)], before, after), placed(0, "dispatch_a"))
+    assert rows(turns)[:3] == [
+        (0, 1, "compute", -1, -1, "before"),
+        (1, 3, "link", -1, -1, "all_reduce embedding"),
+        (1, 3, "wait", -1, -1, "all_reduce embedding"),
+    ]
+    assert rows(turns)[-1] == (16, 19, "compute", -1, -1, "after")
+    assert totals(turns) == (3 + 13 + 3, 1 + 12 + 3, 2 + 6, 2 + 1)
+    assert turns.by_layer() == [LayerTotals(12, 6, 1)]
+
+
+def test_what_takes_no_time_is_not_there() -> None:
+    nothing = layer(experts=(gpu(0), block("x", 0), begin("y", 0), wait("y")))
+    turns = run_in_turns(work([nothing], [nothing]), placed(0, "gate"))
+    assert rows(turns) == [] and turns.seconds == 0
+
+
+def test_a_lead_beyond_the_stages_is_refused() -> None:
+    both = work([toy(0)], [toy(1)])
+    assert run_in_turns(both, placed(2, "gate")).seconds == 18
+    with pytest.raises(ValueError, match=r"delta_stages=3 must lie in 0\.\.2"):
+        run_in_turns(both, placed(3, "gate"))
+
+
+def test_one_batch() -> None:
+    """Its own shared experts are beside its dispatch: 1 of 4 is hidden."""
+    one = (gpu(2), begin("tokens", 4), gpu(1), wait("tokens"), gpu(1))
+    turns = run_whole((gpu(1), block("gather", 2)), [one, one], (gpu(5),))
+    assert rows(turns) == [
+        (0, 1, "compute", -1, -1, "before"),
+        (1, 3, "link", -1, -1, "gather"),
+        (1, 3, "wait", -1, -1, "gather"),
+        (3, 5, "compute", -1, 0, "layer"),
+        (5, 9, "link", -1, 0, "tokens"),
+        (5, 6, "compute", -1, 0, "layer"),
+        (6, 9, "wait", -1, 0, "tokens"),
+        (9, 10, "compute", -1, 0, "layer"),
+        (10, 12, "compute", -1, 1, "layer"),
+        (12, 16, "link", -1, 1, "tokens"),
+        (12, 13, "compute", -1, 1, "layer"),
+        (13, 16, "wait", -1, 1, "tokens"),
+        (16, 17, "compute", -1, 1, "layer"),
+        (17, 22, "compute", -1, -1, "after"),
+    ]
+    assert totals(turns) == (22, 1 + 4 + 4 + 5, 2 + 8, 2 + 6)
+    assert turns.by_layer() == [LayerTotals(4, 4, 3), LayerTotals(4, 4, 3)]
+
+
+def test_why_one_placement_waits_less() -> None:
+    both = work([toy(0)], [toy(1)], (block("outside", 5),))
+    plain, better = run_in_turns(both, placed(0)), run_in_turns(both, placed(0, "dispatch_a"))
+    assert why(plain, better) == [Waits("tokens", 6, (6, 1), ("nothing", "attn_core"))]
+
+
+def replace_steps(its: LayerSteps, **steps: Steps) -> LayerSteps:
+    return {**its, **steps}
+
+
+# -- of recorded operations -----------------------------------------------------------------------
+
+# Some collectives are hidden with so fast a link, and none with the profile's.
+PROFILE = load_profile("h200")
+COSTS = ProfileCosts(PROFILE, Link(latency=2e-6, bandwidth=2e11), 8)
+DSV3 = from_hf(DSV3_SMALL, "dsv3-small")
+MODELS = {"dsv4-tiny": with_layers(DSV4_TINY, 4), "dsv3-small": DSV3}
+BATCHES = {
+    ForwardMode.DECODE: ForwardBatch.decode(tuple(range(100, 613))),
+    ForwardMode.EXTEND: ForwardBatch.extend((700, 900, 1000, 513, 77)),
+}
+OWN = tuple(
+    OverlapStrategy(f"all marks, {lead} ahead", mode,
+                    tuple(step for name in NEEDS for step in (name, MARK)), lead)
+    for mode in ForwardMode for lead in (0, 3, 14)
+) + tuple(OverlapStrategy("no mark", mode, tuple(NEEDS), 1) for mode in ForwardMode)  # fmt: skip
+ALL = (*STRATEGIES.values(), *OWN)
+
+
+def scenario(model: ModelConfig, *, ep: bool) -> Scenario:
+    return Scenario(
+        model=model,
+        parallel=ParallelConfig(pp=1, tp=2, ep=ep, moe_a2a=True),
+        warmup=WarmupOptions(policy=WarmupPolicy.NONE),
+    )
+
+
+@dataclass(frozen=True)
+class BusyCosts(RoundCosts):
+    """The GPU work of a profile, of the host's time or of the GPU's; kernels cost nothing."""
+
+    compile: float = 0.0
+    load: float = 0.0
+    bulk: float = 0.0
+    on_host: bool = True
+
+    def kernel_seconds(self, call: KernelCall) -> Seconds:
+        return self._seconds(COSTS.kernel_seconds(call))
+
+    def compute_seconds(self, op: Compute) -> Seconds:
+        return self._seconds(COSTS.compute_seconds(op))
+
+    def collective_seconds(self, op: Collective | Begin) -> float:
+        return COSTS.collective_seconds(op)
+
+    def _seconds(self, real: Seconds) -> Seconds:
+        return Seconds(real.device, 0.0) if self.on_host else Seconds(0.0, real.device)
+
+
+def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, ...]:
+    """When ranks are done: each does one thing at a time, or its host takes no time at all."""
+    costs = BusyCosts(on_host=not run_ahead)
+    programs = [compile_program(its, costs, locked=False) for its in ops]
+    engine = Engine(
+        programs, costs, node_of=[0] * len(ops), cores_per_node=8, run_ahead=run_ahead
+    )  # fmt: skip
+    return engine.run().ends
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("ep", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("strategy", ALL, ids=lambda s: f"{s.name}-{s.mode.value}")
+def test_turns_end_when_the_engine_ends(
+    strategy: OverlapStrategy, model: str, ep: bool, run_ahead: bool
+) -> None:
+    its, batch = scenario(MODELS[model], ep=ep), BATCHES[strategy.mode]
+    turns = run_in_turns(record_work(its, 0, batch, COSTS, strategy.comm_sms), strategy)
+    overlapped = replace(its, overlap=(strategy,))
+    ops = [record_forward(overlapped, rank, batch) for rank in (0, 1)]
+    ends = engine_ends(ops, run_ahead=run_ahead)
+    assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
+    assert turns.compute + turns.exposed == pytest.approx(turns.seconds, rel=1e-9)
+    assert 0 < turns.exposed < turns.communication
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("mode", ForwardMode)
+def test_one_batch_ends_when_the_engine_ends(mode: ForwardMode, model: str) -> None:
+    its, batch = scenario(MODELS[model], ep=True), BATCHES[mode]
+    layers = record_work(its, 0, batch, COSTS, 0).layers
+    before, inside, after = record_plain(its, 0, batch, COSTS, layers)
+    turns = run_whole(before, inside, after)
+    ends = engine_ends([record_forward(its, rank, batch) for rank in (0, 1)], run_ahead=False)
+    assert len(inside) == len(layers)
+    assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
+
+
+def test_dense_layers_are_outside() -> None:
+    its = scenario(DSV3, ep=True)
+    made = record_work(its, 0, BATCHES[ForwardMode.DECODE], COSTS, 0)
+    assert made.layers == range(1, 4) and [len(half) for half in made.halves] == [3, 3]
+    assert all(tuple(layer) == PLAIN_DECODE for half in made.halves for layer in half)
+    with pytest.raises(UserError, match=r"^this stage has no layer with experts"):
+        record_work(scenario(with_layers(DSV3, 1), ep=True), 0, BATCHES[ForwardMode.DECODE],
+                    COSTS, 0)  # fmt: skip
+
+
+PLAIN_DECODE = STRATEGIES["deepseek-decode"].operations
+
+
+def test_one_sequence_is_no_two_batches() -> None:
+    with pytest.raises(UserError, match=r"^a batch of 1 sequence cannot be cut in two: give more"):
+        record_work(scenario(DSV3, ep=True), 0, ForwardBatch.extend((4096,)), COSTS, 0)
+
+
+def test_fewer_sms_compute_longer() -> None:
+    its = scenario(MODELS["dsv4-tiny"], ep=True)
+    strategy, batch = STRATEGIES["dsv4-prefill"], BATCHES[ForwardMode.EXTEND]
+    all_sms, fewer = (
+        run_in_turns(record_work(its, 0, batch, COSTS, sms), strategy) for sms in (0, 20)
+    )
+    assert fewer.compute > all_sms.compute
+    assert fewer.communication == pytest.approx(all_sms.communication, rel=1e-9)
+
+
+def test_compute_between_communication_is_one_step() -> None:
+    ops: list[Op] = [Compute("a", 1, 2), Compute("b", 3, 4), Collective("c", (0, 1), 5),
+                     Compute("d", 0, 0), Begin("e", (0, 1), 6), Compute("f", 7, 8)]  # fmt: skip
+    assert to_steps(ops, RoundCosts(collective=9.0)) == (
+        gpu(6), block("c", 9), begin("e", 6), gpu(8),
+    )  # fmt: skip
