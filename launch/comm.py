@@ -104,16 +104,16 @@ class TorchComm:
         groups: process groups.
         device: where the tensors are.
         through_host: whether they go over gloo all the same.
-        ran: told each collective that was queued on a GPU's stream, in order.
+        stream: the GPU's stream for collectives; None makes one where there is use for it.
     """
 
     def __init__(
         self, groups: Groups, device: torch.device, *, through_host: bool,
-        ran: Callable[[Ran], None] = lambda ran: None,
+        stream: CommStream | None = None,
     ) -> None:  # fmt: skip
         self._groups, self._device, self._through_host = groups, device, through_host
         self._gloo = through_host or device.type == "cpu"
-        self._stream = None if self._gloo else CommStream(device, ran)
+        self._stream = None if self._gloo else stream or CommStream(device)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
     def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:

@@ -26,17 +26,21 @@ class CommStream:
     Args:
         device: the GPU.
         told: is told every collective that was queued, in order.
+        timed: makes an event that tells the time.
     """
 
     def __init__(
-        self, device: torch.device, told: Callable[[Ran], None] = lambda ran: None
+        self,
+        device: torch.device,
+        told: Callable[[Ran], None] = lambda ran: None,
+        timed: Callable[[], torch.cuda.Event] = lambda: torch.cuda.Event(enable_timing=True),
     ) -> None:
-        self._device, self._told = device, told
+        self._device, self._told, self._timed = device, told, timed
         self._stream = torch.cuda.Stream(device)
 
     def start(self, collective: Callable[[], object]) -> Ran:
         """Queue a collective behind what the current stream was given before."""
-        ran = Ran(timed_event(), timed_event(), torch.cuda.Event())
+        ran = Ran(self._timed(), self._timed(), torch.cuda.Event())
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             ran.start.record()
@@ -51,7 +55,6 @@ class CommStream:
         torch.cuda.current_stream(self._device).wait_event(ran.done)
 
 
-def timed_event() -> torch.cuda.Event:
-    """An event that tells the time, also each time that a graph that holds it runs."""
-    capturing = torch.cuda.is_current_stream_capturing()
-    return torch.cuda.Event(enable_timing=True, external=capturing)
+def event_of_graph() -> torch.cuda.Event:
+    """An event that tells the time each time that the graph that holds it runs."""
+    return torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from launch.comm_stream import Ran, timed_event
+from launch.comm_stream import Ran, event_of_graph
 from runner.backend.sink import R
 from runner.schedule import Await, Begin, Collective, Mark, Op
 
@@ -59,7 +59,7 @@ class GpuClock:
 
     def note(self) -> None:
         """See the protocol."""
-        event = timed_event()
+        event = event_of_graph()
         event.record()
         self._points.append(event)
 
@@ -95,6 +95,10 @@ class StepSink:
         if clock is not None:
             clock.restart()
             clock.note()
+
+    def event(self) -> torch.cuda.Event:
+        """An event for a collective; one that nobody asks needs to tell nothing."""
+        return event_of_graph() if self._clock is not None else torch.cuda.Event()
 
     def ran(self, ran: Ran) -> None:
         """A collective was queued on the GPU's stream."""

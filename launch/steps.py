@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launch.comm import TorchComm, make_groups
+from launch.comm_stream import CommStream
 from launch.deadline import Deadline
 from launch.gather import machine_facts
 from launch.graphs import GraphCapture
@@ -209,7 +210,8 @@ def _build(
     real = device.type == "cuda"
     jit = set_up_jit(options, environ, scenario, place.rank, work, library=real)
     groups = make_groups(scenario.parallel, options.timeout)
-    comm = TorchComm(groups, device, through_host=False, ran=sink.ran)
+    stream = CommStream(device, sink.ran, sink.event) if real else None
+    comm = TorchComm(groups, device, through_host=False, stream=stream)
     entry_points = jit.entry_points
     backend = Backend(
         TorchMath(device, entry_points), comm, sink, scenario.num_sms,

@@ -63,6 +63,7 @@ def estimate(name: str, figures: PublicFigures, measured: Profile) -> Profile:
         cores_per_node=figures.cores_per_node,
         gpu=Gpu(
             memory=figures.memory,
+            kernel=gpu.kernel,
             memory_bandwidth=_rounded(gpu.memory_bandwidth * ratio),
             fp8_flops=_rounded(gpu.fp8_flops * figures.fp8_flops / H200.fp8_flops),
             bf16_flops=_rounded(gpu.bf16_flops * figures.bf16_flops / H200.bf16_flops),

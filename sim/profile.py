@@ -112,12 +112,14 @@ class Gpu:
 
     Attributes:
         memory: bytes.
+        kernel: seconds that a DeepGEMM call takes besides what its bytes or operations take.
         memory_bandwidth: bytes per second.
         fp8_flops: operations per second of FP8 GEMMs.
         bf16_flops: operations per second of everything else.
     """
 
     memory: float
+    kernel: float
     memory_bandwidth: float
     fp8_flops: float
     bf16_flops: float

@@ -137,12 +137,12 @@ class ProfileCosts:
         return start_up.capture + op.operations * start_up.capture_operation
 
     def _device(self, call: KernelCall) -> float:
-        """Fewer SMs have less of the peak, and reach all of the memory's rate."""
+        """Roofline and what each call takes; fewer SMs have less of the peak, not of the memory."""
         gpu = self.profile.gpu
         flops, nbytes = gemm_work(call)
         peak = gpu.fp8_flops if call.type in _FP8_TYPES else gpu.bf16_flops
         peak *= min(1.0, call.num_sms / self.profile.num_sms)
-        return max(flops / peak, nbytes / gpu.memory_bandwidth)
+        return gpu.kernel + max(flops / peak, nbytes / gpu.memory_bandwidth)
 
     def collective_seconds(self, op: Collective | Begin) -> float:
         """Bytes that a rank sends in a ring, as shares of what it has, over the link's rate.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from runner.report.outputs import check_outputs
 from runner.scenario import Scenario
 from runner.warmup import WarmupOptions, WarmupPolicy
 from sim.overlap.compare import Comparison, compare
+from sim.overlap.judge import judge, judged_table
+from sim.overlap.measured import MEASURED_SETTINGS, MeasuredSteps, read_steps
+from sim.overlap.plot import plot_turns
+from sim.overlap.table import print_comparison
 from sim.profile import load_profile
 from sim.profile_costs import ProfileCosts
 
@@ -65,6 +70,9 @@ _BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
               help="Pipeline stage.")  # fmt: skip
 @click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
 @click.option("--link", default="nvlink", show_default=True, help="One of the profile's links.")
+@click.option("--measured", type=click.Path(path_type=Path, dir_okay=False),
+              help="Show steps beside that launch.steps measured; its settings are taken."
+              )  # fmt: skip
 @click.option("--no-search", is_flag=True, help="Compare only.")
 @click.option("--per-layer", is_flag=True, help="Show each layer's exposed communication.")
 @click.option(
@@ -78,26 +86,33 @@ _BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
 @click.option("--save", type=click.Path(path_type=Path, dir_okay=False),
               help="Write the best placement as a file that --overlap takes.")  # fmt: skip
 def overlap(
-    overlap: Sequence[str], no_search: bool, per_layer: bool, json_path: Path | None,
-    plot: Path | None, save: Path | None, **values: Any,
+    overlap: Sequence[str], measured: Path | None, no_search: bool, per_layer: bool,
+    json_path: Path | None, plot: Path | None, save: Path | None, **values: Any,
 ) -> None:  # fmt: skip
     """Compare strategies of two-batch overlap, and search all placements for the best."""
-    check_outputs(timeline=None, trace=None, plot=plot, others=(json_path, save))
+    _check_outputs(json_path, plot, save)
     if save is not None and no_search:
         raise UserError("--save writes what the search finds: it does not go with --no-search")
+    steps = None if measured is None else read_steps(measured)
+    if steps is not None:
+        values.update(_settings_of(steps, overlap))
     mode = ForwardMode(values["mode"])
     values["batch"] = values["batch"] or _BATCH[mode]
-    comparison = _compared(mode, _strategies(overlap, mode), values, searched=not no_search)
+    strategies = _strategies(overlap, mode) if steps is None else steps.strategies
+    case = _case(mode, strategies, values)
+    comparison = case.compared(searched=not no_search)
+    rows = [] if steps is None else judge(case.scenario, case.rank, case.batch, steps, comparison)
     if json_path is not None:
-        write_json(json_path, {"version": 1, **_meta(values), **comparison.to_json()}, indent=1)
+        data = {"version": 1, **_meta(values), **comparison.to_json()}
+        data |= {"measured": [row.to_json() for row in rows]} if rows else {}
+        write_json(json_path, data, indent=1)
     quiet = json_path is not None and str(json_path) == "-"
     if not quiet:
-        from sim.overlap.table import print_comparison
-
-        print_comparison(comparison, _title(values), make_console(), per_layer=per_layer)
+        console = make_console()
+        print_comparison(comparison, _title(values), console, per_layer=per_layer)
+        if steps is not None:
+            console.print(judged_table(rows, steps.machine))
     if plot is not None:
-        from sim.overlap.plot import plot_turns
-
         plot_turns(plot, comparison, _title(values))
     if save is not None:
         best = comparison.best.strategy
@@ -108,22 +123,62 @@ def overlap(
             print(f"wrote {path}")
 
 
+def _check_outputs(json_path: Path | None, plot: Path | None, save: Path | None) -> None:
+    check_outputs(timeline=None, trace=None, plot=plot, others=(json_path, save))
+    given = [path for path in (json_path, plot, save) if path is not None and str(path) != "-"]
+    for path in given:
+        if given.count(path) > 1:
+            raise UserError(f"{path} is asked for twice: give each output a file of its own")
+    if str(save) == "-":
+        raise UserError("--save needs a file: - is only for JSON outputs")
+
+
+def _settings_of(steps: MeasuredSteps, overlap: Sequence[str]) -> dict[str, Any]:
+    """What a file of measured steps says of its runs, instead of the options."""
+    if overlap:
+        raise UserError("--overlap does not go with --measured, which brings its strategies")
+    lacking = [name for name in MEASURED_SETTINGS if name not in steps.settings]
+    if lacking:
+        raise UserError(f"the measured steps lack {lacking[0]!r} in their settings")
+    return {name: steps.settings[name] for name in MEASURED_SETTINGS}
+
+
 def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy]:
     if not names:
         return [strategy for strategy in STRATEGIES.values() if strategy.mode is mode]
-    found = [load_strategy(name) for name in dict.fromkeys(names)]
-    for strategy in found:
+    found: dict[str, OverlapStrategy] = {}
+    for name in dict.fromkeys(names):
+        strategy = load_strategy(name)
         if strategy.mode is not mode:
             raise UserError(
                 f"--overlap {strategy.name} is for {strategy.mode.value}, not for --mode "
                 f"{mode.value}"
             )
-    return found
+        if strategy.name in found:
+            raise UserError(f"two strategies are called {strategy.name}: rename a file")
+        found[strategy.name] = strategy
+    return [*found.values()]
 
 
-def _compared(
-    mode: ForwardMode, strategies: list[OverlapStrategy], values: dict[str, Any], *, searched: bool
-) -> Comparison:
+@dataclass(frozen=True)
+class _Case:
+    """What is compared."""
+
+    scenario: Scenario
+    rank: int
+    batch: ForwardBatch
+    costs: ProfileCosts
+    strategies: Sequence[OverlapStrategy]
+
+    def compared(self, *, searched: bool) -> Comparison:
+        with progress("search") if searched else nullcontext() as show:
+            tell = None if show is None else counting(show)
+            return compare(self.scenario, self.rank, self.batch, self.costs, self.strategies, tell)
+
+
+def _case(
+    mode: ForwardMode, strategies: Sequence[OverlapStrategy], values: dict[str, Any]
+) -> _Case:
     environ = Environ.read(os.environ)
     profile = load_profile(values["hardware"])
     scenario = Scenario(
@@ -136,24 +191,27 @@ def _compared(
     costs = ProfileCosts(profile, link_of(profile, values["link"]), profile.cores_per_node)
     rank = scenario.parallel.rank_of(values["stage"], 0)
     batch = _batch(mode, values["batch"], values["prompt_len"])
-    with progress("search") if searched else nullcontext() as show:
-        tell = None if show is None else counting(show)
-        return compare(scenario, rank, batch, costs, strategies, tell)
+    return _Case(scenario, rank, batch, costs, strategies)
 
 
 def _parallel(values: dict[str, Any], environ: Environ) -> ParallelConfig:
-    if values["tp"] < 2:
-        raise UserError(f"--tp {values['tp']} must be at least 2: one rank has nothing to wait for")
-    if values["stage"] >= values["pp"]:
-        raise UserError(f"--stage {values['stage']} must be below --pp {values['pp']}")
-    return ParallelConfig(
+    if values["attn_cp"] != 1:
+        raise UserError(
+            f"--attn-cp {values['attn_cp']} must be 1: around overlapped experts the tokens are "
+            "split over all ranks"
+        )
+    parallel = ParallelConfig(
         pp=values["pp"],
         tp=values["tp"],
         ep=values["ep"],
         moe_a2a=True,
-        attn_cp=values["attn_cp"],
         stage_layers=values["stage_layers"] or environ.stage_layers,
     )
+    if parallel.tp < 2:
+        raise UserError(f"--tp {parallel.tp} must be at least 2: one rank has nothing to wait for")
+    if values["stage"] >= parallel.pp:
+        raise UserError(f"--stage {values['stage']} must be below --pp {parallel.pp}")
+    return parallel
 
 
 def _batch(mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
@@ -163,8 +221,8 @@ def _batch(mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
     return ForwardBatch.extend((prompt_len,) * full + ((rest,) if rest else ()))
 
 
-_SETTINGS = ("model", "layers", "pp", "tp", "ep", "stage", "mode", "batch", "prompt_len",
-             "hardware", "link")  # fmt: skip
+_SETTINGS = ("model", "layers", "pp", "tp", "ep", "stage_layers", "stage", "mode", "batch",
+             "prompt_len", "hardware", "link")  # fmt: skip
 
 
 def _meta(values: dict[str, Any]) -> dict[str, Any]:

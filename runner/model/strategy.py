@@ -84,6 +84,14 @@ class OverlapStrategy:
         by_name = {operation.name: operation for operation in operations}
         return [YieldOperation() if step == MARK else by_name[step] for step in self.steps]
 
+    def check_lead(self, stages: int) -> None:
+        """Raise UserError where a batch would be further ahead than there are stages."""
+        if self.delta_stages > stages:
+            raise UserError(
+                f"strategy {self.name}: delta_stages = {self.delta_stages} must be at most "
+                f"{stages}, the stages of the layers that overlap"
+            )
+
     def describe(self) -> str:
         """The steps on one line."""
         return ", ".join(self.steps).replace(f", {MARK}", f" {MARK}").replace(f"{MARK},", MARK)
@@ -268,7 +276,8 @@ def concatenate(
     """Put layers, each with its strategy, one after the other.
 
     Raises:
-        UserError: strategies that differ in how far a batch is ahead, or in SMs.
+        UserError: strategies that differ in how far a batch is ahead, or in SMs, or a batch that
+            would be further ahead than there are stages.
     """
     pairs = list(layers)
     found = {(strategy.delta_stages, strategy.comm_sms) for strategy, _ in pairs}
@@ -277,4 +286,6 @@ def concatenate(
                        for s, _ in pairs})  # fmt: skip
         raise UserError(f"layers that overlap must agree: {'; '.join(told)}")
     steps = [step for strategy, operations in pairs for step in strategy.arrange(operations)]
-    return Concatenated(tuple(cut_stages(steps)), *found.pop())
+    stages = tuple(cut_stages(steps))
+    pairs[0][0].check_lead(len(stages))
+    return Concatenated(stages, *found.pop())

@@ -16,6 +16,9 @@ from runner.schedule import Await, Begin, Collective, Op
 from sim.overlap.turns import Owner, Piece, Turns, order_of, short_name
 from sim.overlap.work import Cut, LayerSteps, Step, StepKind, Work, cut_forward, cut_plain
 
+MEASURED_SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
+"""Settings of measured steps, named as the options."""
+
 
 @dataclass(frozen=True)
 class MeasuredStep:
@@ -47,6 +50,11 @@ class MeasuredSteps:
     settings: dict[str, Any]
     machine: dict[str, Any]
     steps: Sequence[MeasuredStep]
+
+    @property
+    def strategies(self) -> list[OverlapStrategy]:
+        """What was measured beside one batch."""
+        return [step.strategy for step in self.steps if step.strategy is not None]
 
 
 def read_steps(path: Path) -> MeasuredSteps:

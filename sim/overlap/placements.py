@@ -17,6 +17,9 @@ from runner.model.strategy import MARK, NEEDS, OverlapStrategy
 
 Ints = NDArray[np.int32]
 
+BEST = "best of all"
+"""Name of the placement that a search found."""
+
 OPERATIONS = len(NEEDS)
 """Operations of a layer."""
 
@@ -101,4 +104,4 @@ def to_strategy(
         for step in ((name, MARK) if index in after else (name,))
     ]
     lead = int(choices.leads[at])
-    return replace(like, name="best", steps=tuple(steps), delta_stages=lead)
+    return replace(like, name=BEST, steps=tuple(steps), delta_stages=lead)

@@ -59,11 +59,10 @@ def _figure(comparison: Comparison, title: str) -> Figure:
 
 def _window(run: Run, layers: int) -> tuple[float, float]:
     """From where the first half begins a layer in the middle until it begins the next but one."""
-    starts = {
-        piece.layer: piece.start
-        for piece in reversed(run.turns.pieces)
-        if piece.half == 0 and piece.lane == "compute" and piece.name == "comm_prepare_attn"
-    }
+    starts: dict[int, float] = {}
+    for piece in run.turns.pieces:
+        if piece.half == 0 and piece.lane == "compute":
+            starts.setdefault(piece.layer, piece.start)
     middle = max(0, layers // 2 - 1)
     return starts[middle], starts.get(middle + 2, run.turns.seconds)
 

@@ -78,12 +78,22 @@ def _verdict(comparison: Comparison) -> list[str]:
         f"best, {found.best.delta_stages} ahead: {found.best.describe()}",
     ]
     if comparison.best.turns.seconds >= comparison.runs[0].turns.seconds:
-        lines.append("one batch is faster still: two halves load every expert's weights twice")
+        lines.append(_faster_whole(comparison))
     return lines
 
 
+def _faster_whole(comparison: Comparison) -> str:
+    """What halving costs more than it hides."""
+    whole, best = comparison.runs[0].turns, comparison.best.turns
+    less = whole.exposed - best.exposed
+    return (
+        f"one batch is faster still: two halves compute {_ms(best.compute - whole.compute)} ms "
+        f"more and wait {_ms(abs(less))} ms {'less' if less >= 0 else 'more'}"
+    )
+
+
 def _why_table(comparison: Comparison) -> Table:
-    title = f"Why: what the GPU waits for, {comparison.reference.name} against best"
+    title = f"Why: what the GPU waits for, {comparison.reference.name} against the best"
     table = make_table(title, ["collective"], ["on link\nms", "waited\nms", "best\nms"])
     table.add_column(
         "beside it in the best: operations of the other half, own ones", overflow="fold"

@@ -68,7 +68,7 @@ class Turns:
 
     def total(self, lane: str) -> float:
         """Seconds of a lane."""
-        return sum(piece.seconds for piece in self.pieces if piece.lane == lane)
+        return sum((piece.seconds for piece in self.pieces if piece.lane == lane), 0.0)
 
     @property
     def compute(self) -> float:
@@ -87,12 +87,12 @@ class Turns:
 
     def by_layer(self) -> list[LayerTotals]:
         """What each layer that overlaps, or could, took."""
-        sums: dict[int, dict[str, float]] = {}
+        layers = 1 + max((piece.layer for piece in self.pieces), default=-1)
+        sums = [dict.fromkeys(LANES, 0.0) for _ in range(layers)]
         for piece in self.pieces:
             if piece.layer >= 0:
-                lanes = sums.setdefault(piece.layer, dict.fromkeys(LANES, 0.0))
-                lanes[piece.lane] += piece.seconds
-        return [LayerTotals(*sums[layer].values()) for layer in sorted(sums)]
+                sums[piece.layer][piece.lane] += piece.seconds
+        return [LayerTotals(*lanes.values()) for lanes in sums]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
     """Both halves by a strategy.
 
     Raises:
-        ValueError: its ``delta_stages`` is more than there are stages.
+        UserError: its ``delta_stages`` is more than there are stages.
     """
     gpu = _Gpu()
     gpu.run(work.before, Owner(-1, -1, "before"))
@@ -176,7 +176,7 @@ def order_of(
     """Halves in turns, each with the operations of a stage: index of the layer, and name.
 
     Raises:
-        ValueError: the strategy's ``delta_stages`` is more than there are stages.
+        UserError: the strategy's ``delta_stages`` is more than there are stages.
     """
     stages: list[list[tuple[int, str]]] = [[]]
     for layer in range(layers):
@@ -186,5 +186,6 @@ def order_of(
             elif stages[-1]:
                 stages.append([])
     stages = [stage for stage in stages if stage]
+    strategy.check_lead(len(stages))
     for half, index in overlapped_order(len(stages), strategy.delta_stages):
         yield half, stages[index]

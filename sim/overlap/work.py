@@ -64,11 +64,6 @@ class Work:
     after: Steps
     layers: range
 
-    def first(self, layers: int) -> Work:
-        """The same with the first layers alone."""
-        halves = self.halves[0][:layers], self.halves[1][:layers]
-        return replace(self, halves=halves, layers=self.layers[:layers])
-
 
 def record_work(
     scenario: Scenario, rank: int, batch: ForwardBatch, costs: CostModel, comm_sms: int

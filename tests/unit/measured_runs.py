@@ -82,7 +82,7 @@ def usual() -> Profile:
         cache=Cache(0.0003, 0.0012, 0.008),
         host=Host(call=0.00055, shared_call=0.00055, first_forward=0.25, walk=0.02,
                   walk_call=0.00005),
-        gpu=Gpu(150e9, memory_bandwidth=4.3e12, fp8_flops=1e15, bf16_flops=6e14),
+        gpu=Gpu(150e9, kernel=0.0, memory_bandwidth=4.3e12, fp8_flops=1e15, bf16_flops=6e14),
         links={"nvlink": Link(2e-5, 2e11, queues=True), "gloo": Link(0.001, 7e8, 2.1e8)},
         start_up=replace(
             base.start_up, imports=Phase(3.5, 0.1), process_group=Phase(0.5, 0.02),

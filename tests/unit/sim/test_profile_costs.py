@@ -31,7 +31,7 @@ def profile(**changes: Any) -> Profile:
         builder=Builder(1.0, 2.0),
         cache=Cache(0.25, 0.5, 0.75),
         host=Host(call=1.0, shared_call=2.0, first_forward=16.0, walk=4.0, walk_call=0.125),
-        gpu=Gpu(1e12, memory_bandwidth=1e9, fp8_flops=1e12, bf16_flops=1e11),
+        gpu=Gpu(1e12, kernel=0.0, memory_bandwidth=1e9, fp8_flops=1e12, bf16_flops=1e11),
         start_up=replace(h200().start_up, capture=3.0, capture_operation=0.5),
         **changes,
     )

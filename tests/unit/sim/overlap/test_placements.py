@@ -116,7 +116,10 @@ def test_named_strategies_are_among_them(name: str) -> None:
     made = to_strategy(
         strategy, strategy.operations, one_choice(marks, strategy.delta_stages), 0
     )  # fmt: skip
-    assert made.steps == strategy.steps and made.to_json() == {**strategy.to_json(), "name": "best"}
+    assert made.steps == strategy.steps and made.to_json() == {
+        **strategy.to_json(),
+        "name": "best of all",
+    }
 
 
 # -- one half where the other is ------------------------------------------------------------------

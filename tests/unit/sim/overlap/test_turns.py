@@ -81,10 +81,7 @@ def placed(lead: int, *after: str) -> OverlapStrategy:
 
 
 def rows(turns: Turns) -> list[Row]:
-    return [
-        (p.start, p.end, p.lane, p.half, p.layer, p.name)
-        for p in turns.pieces
-    ]  # fmt: skip
+    return [(p.start, p.end, p.lane, p.half, p.layer, p.name) for p in turns.pieces]
 
 
 def totals(turns: Turns) -> tuple[float, float, float, float]:
@@ -155,7 +152,7 @@ def test_two_layers_and_a_half_that_leads() -> None:
 def test_the_link_does_one_thing_at_a_time() -> None:
     """A collective that the GPU waits for at once waits for the one that was begun before it."""
     scatters = layer(attn_core=(gpu(1), block("scatter", 2)), experts=(gpu(1),))
-    first = replace_steps(toy(0), dispatch_a=(begin("tokens of 0", 5),))
+    first = {**toy(0), "dispatch_a": (begin("tokens of 0", 5),)}
     turns = run_in_turns(work([first], [scatters]), placed(0, "dispatch_a"))
     assert rows(turns) == [
         (0, 4, "compute", 0, 0, "attn_core"),
@@ -242,10 +239,6 @@ def test_why_one_placement_waits_less() -> None:
     assert why(plain, better) == [Waits("tokens", 6, (6, 1), ("nothing", "attn_core"))]
 
 
-def replace_steps(its: LayerSteps, **steps: Steps) -> LayerSteps:
-    return {**its, **steps}
-
-
 # -- of recorded operations -----------------------------------------------------------------------
 
 # Some collectives are hidden with so fast a link, and none with the profile's.
@@ -299,9 +292,8 @@ def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, .
     """When ranks are done: each does one thing at a time, or its host takes no time at all."""
     costs = BusyCosts(on_host=not run_ahead)
     programs = [compile_program(its, costs, locked=False) for its in ops]
-    engine = Engine(
-        programs, costs, node_of=[0] * len(ops), cores_per_node=8, run_ahead=run_ahead
-    )  # fmt: skip
+    node_of = [0] * len(ops)
+    engine = Engine(programs, costs, node_of=node_of, cores_per_node=8, run_ahead=run_ahead)
     return engine.run().ends
 
 
@@ -338,13 +330,11 @@ def test_dense_layers_are_outside() -> None:
     its = scenario(DSV3, ep=True)
     made = record_work(its, 0, BATCHES[ForwardMode.DECODE], COSTS, 0)
     assert made.layers == range(1, 4) and [len(half) for half in made.halves] == [3, 3]
-    assert all(tuple(layer) == PLAIN_DECODE for half in made.halves for layer in half)
+    operations = STRATEGIES["deepseek-decode"].operations
+    assert all(tuple(layer) == operations for half in made.halves for layer in half)
     with pytest.raises(UserError, match=r"^this stage has no layer with experts"):
         record_work(scenario(with_layers(DSV3, 1), ep=True), 0, BATCHES[ForwardMode.DECODE],
                     COSTS, 0)  # fmt: skip
-
-
-PLAIN_DECODE = STRATEGIES["deepseek-decode"].operations
 
 
 def test_one_sequence_is_no_two_batches() -> None:

@@ -1,0 +1,222 @@
+"""``runner overlap`` from its options to what it shows and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.model.strategy import STRATEGIES, load_strategy
+
+Capture = pytest.CaptureFixture[str]
+TINY = ["--model", "dsv4-tiny", "--layers", "4", "--tp", "2", "--ep", "--batch", "512"]
+COMPARE = [*TINY, "--no-search"]
+FIGURES = ["step_seconds", "compute_seconds", "communication_seconds", "exposed_seconds",
+           "idle_share", "layers"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for prefix in ("SGLANG", "SGL"):
+        monkeypatch.delenv(f"{prefix}_PP_LAYER_PARTITION", raising=False)
+
+
+def overlap(*arguments: str) -> int:
+    return run_guarded(cli, ["overlap", *arguments], program="runner")
+
+
+def compared(capsys: Capture, *arguments: str) -> dict[str, Any]:
+    """The JSON, which is all that there is on standard output."""
+    assert overlap(*arguments, "--json", "-") == 0
+    data: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert data["version"] == 1
+    return data
+
+
+def names(data: dict[str, Any]) -> list[str]:
+    return [run["name"] for run in data["runs"]]
+
+
+def words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+BAD: list[tuple[list[str], str]] = [
+    (["--tp", "1"], "--tp 1 must be at least 2: one rank has nothing to wait for"),
+    (["--batch", "1"], "Invalid value for '--batch': 1 is not in the range x>=2."),
+    (["--prompt-len", "0"], "Invalid value for '--prompt-len': 0 is not in the range x>=1."),
+    (["--mode", "prefill"], "Invalid value for '--mode': 'prefill' is not one of"),
+    (["--link", "pigeon"], "--link 'pigeon' is not in profile h200: use one of nvlink, gloo"),
+    (["--hardware", "abacus"], "hardware 'abacus' is not known: use one of"),
+    (["--overlap", "mine"], "overlap strategy 'mine' is not known: use one of deepseek-decode-"),
+    (["--overlap", "dsv4-prefill"], "--overlap dsv4-prefill is for extend, not for --mode decode"),
+    (["--mode", "extend", "--overlap", "deepseek-decode"],
+     "--overlap deepseek-decode is for decode, not for --mode extend"),
+    (["--stage", "1"], "--stage 1 must be below --pp 1"),
+    (["--pp", "2", "--stage", "2"], "--stage 2 must be below --pp 2"),
+    (["--mode", "extend", "--prompt-len", "512"],
+     "a batch of 1 sequence cannot be cut in two: give more tokens or shorter prompts"),
+    (["--attn-cp", "2"], "attn_cp=2"),
+    (["--layers", "99"], "99 layers of dsv4-tiny were asked for: the model has 1..8"),
+    (["--tp", "3"], "tp=3 must divide"),
+    (["--model", "dsv3", "--layers", "3"], "this stage has no layer with experts"),
+    (["--plot", "turns.bmp"], "cannot plot to turns.bmp: suffix must be one of"),
+    (["--plot", "-"], "need a file"),
+    (["--json", "/no/such/folder"], "cannot write /no/such/folder: its folder does not exist"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(one) for one, _ in BAD])
+def test_bad_input_is_told_in_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
+    assert overlap(*COMPARE, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_there_is_nothing_to_save_without_a_search(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "best.toml"
+    assert overlap(*COMPARE, "--save", str(path)) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "error: --save writes what the search finds: it does not go with --no-search\n"
+    )
+    assert captured.out == "" and not path.exists()
+
+
+def test_two_outputs_do_not_share_standard_output(capsys: Capture) -> None:
+    assert overlap(*TINY, "--json", "-", "--save", "-") == 2
+    assert capsys.readouterr() == ("", "error: only one output can go to standard output (-)\n")
+
+
+# -- what is compared -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["deepseek-decode-before", "deepseek-decode"]),
+        (["--mode", "extend", "--prompt-len", "64"], ["deepseek-prefill", "dsv4-prefill"]),
+        (["--overlap", "deepseek-decode"] * 2, ["deepseek-decode"]),
+    ],
+)
+def test_without_a_search_there_is_no_best(
+    arguments: list[str], expected: list[str], capsys: Capture
+) -> None:
+    data = compared(capsys, *COMPARE, *arguments)
+    assert names(data) == ["one batch", *expected]
+    assert data["runs"][0]["strategy"] is None
+    assert [run["strategy"] for run in data["runs"][1:]] == [
+        STRATEGIES[name].to_json() for name in expected
+    ]
+    fastest = min(data["runs"][1:], key=lambda run: run["step_seconds"])
+    assert data["reference"] == fastest["name"] and data["placements_searched"] is None
+    assert overlap(*COMPARE, *arguments) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in expected)
+    assert "best" not in text and "search" not in text
+
+
+def test_options_are_told(capsys: Capture) -> None:
+    data = compared(
+        capsys, *COMPARE, "--pp", "2", "--stage", "1", "--stage-layers", "1,3", "--hardware",
+        "h20", "--link", "gloo", "--prompt-len", "7", "--batch", "9",
+    )  # fmt: skip
+    assert (data["first_layer"], data["overlapped_layers"]) == (1, 3)
+    expected = {"model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 2, "ep": True, "stage": 1,
+                "mode": "decode", "batch": 9, "prompt_len": 7, "hardware": "h20",
+                "link": "gloo"}  # fmt: skip
+    assert {name: data[name] for name in expected} == expected
+
+
+def test_each_part_of_a_step_is_somewhere(capsys: Capture) -> None:
+    """What is around the layers is waited for as a whole; the layers have all the rest."""
+    data = compared(capsys, *COMPARE, "--link", "nvlink")
+    for run in data["runs"]:
+        assert run["compute_seconds"] + run["exposed_seconds"] == pytest.approx(run["step_seconds"])
+        assert run["idle_share"] == pytest.approx(run["exposed_seconds"] / run["step_seconds"])
+        assert len(run["layers"]) == data["overlapped_layers"] == 4
+        exposed, communicated = (
+            sum(layer[name] for layer in run["layers"]) for name in ("exposed", "communication")
+        )
+        around = run["communication_seconds"] - communicated
+        assert around > 0
+        assert exposed + around == pytest.approx(run["exposed_seconds"])
+        assert 0 < exposed < communicated
+
+
+def test_each_layers_exposed_communication(capsys: Capture) -> None:
+    data = compared(capsys, *COMPARE)
+    assert overlap(*COMPARE, "--per-layer") == 0
+    text = capsys.readouterr().out
+    rows = words(text.partition("Each layer's exposed communication, ms")[2])
+    layers = [row for row in rows if row and row[0].isdigit()]
+    assert layers == [
+        [str(index), *(f"{1e3 * run['layers'][index]['exposed']:.2f}" for run in data["runs"])]
+        for index in range(4)
+    ]
+    assert overlap(*COMPARE) == 0
+    assert "Each layer's" not in capsys.readouterr().out
+
+
+# -- what is written ------------------------------------------------------------------------------
+
+
+def test_the_best_is_saved_and_runs_the_same_from_its_file(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "mine.toml"
+    data = compared(capsys, *TINY, "--save", str(path))
+    *others, best = data["runs"]
+    assert names(data) == ["one batch", "deepseek-decode-before", "deepseek-decode", "best of all"]
+    assert data["placements_searched"] == 917_497
+    assert all(best["exposed_seconds"] <= run["exposed_seconds"] for run in others[1:])
+    assert load_strategy(str(path)).to_json() == {**best["strategy"], "name": "mine"}
+    again = compared(capsys, *COMPARE, "--overlap", str(path))
+    assert names(again) == ["one batch", "mine"] and again["reference"] == "mine"
+    for figure in FIGURES:
+        assert again["runs"][1][figure] == best[figure]
+        assert again["runs"][0][figure] == others[0][figure]
+
+
+def test_what_is_shown_and_said_to_be_written(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a search over few placements, among which are the named strategy's."""
+    monkeypatch.setattr(
+        "sim.overlap.search.legal_orders", lambda: iter([STRATEGIES["deepseek-decode"].operations])
+    )
+    made, saved = tmp_path / "made.json", tmp_path / "best.toml"
+    options = ("--overlap", "deepseek-decode", "--json", str(made), "--save", str(saved))
+    assert overlap(*TINY, *options) == 0
+    text = capsys.readouterr().out
+    assert text.endswith(f"wrote {made}\nwrote {saved}\n")
+    data = json.loads(made.read_text())
+    rows = {row[0]: row for row in words(text) if row}
+    best = data["runs"][-1]
+    assert rows["best of all"][1] == f"{1e3 * best['step_seconds']:.2f}"
+    assert rows["best of all"][-1] == f"{100 * best['idle_share']:.1f}"
+    assert f"search: all {data['placements_searched']:,} placements decided: the best waits" in text
+    assert f"ahead: {load_strategy(str(saved)).describe()}\n" in text
+    assert "Why: what the GPU waits for, deepseek-decode against best" in text
+
+
+def test_the_picture_is_the_same_each_time(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for path in paths:
+        assert overlap(*COMPARE, "--plot", str(path)) == 0
+        assert capsys.readouterr().out.endswith(f"wrote {path}\n")
+    one, two = (path.read_bytes() for path in paths)
+    assert one == two and one.startswith(b"<?xml") and b"</svg>" in one
+
+
+def test_a_picture_beside_json_is_not_announced(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "turns.svg"
+    compared(capsys, *COMPARE, "--layers", "1", "--plot", str(path))
+    assert path.stat().st_size > 0
