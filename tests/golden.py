@@ -28,10 +28,18 @@ COMMANDS = {
     "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000",
     "sweep": "sweep --pp 1,4 --nodes 1,4 --cores 4,64",
     "published": "published",
+    "overlap": "overlap --model dsv4 --pp 1 --tp 8 --ep",
+    "overlap-measured": "overlap --no-search --measured docs/measurements/h200x2_steps_decode.json",
+    "fidelity-nccl": "compare --hardware h200 docs/measurements/h200x2_nccl.json",
 }
 """Arguments of ``runner`` by the name of the block, paths relative to the repository."""
 
-SHOWN_FROM = {"sim": "Policies", "sim-dies": "Policies", "plan-stream": "fast: compiles"}
+SHOWN_FROM = {
+    "overlap-measured": "Measured",
+    "sim": "Policies",
+    "sim-dies": "Policies",
+    "plan-stream": "fast: compiles",
+}
 """Blocks that begin at a line of the output instead of its first."""
 
 BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n?```", re.DOTALL)

@@ -232,8 +232,9 @@ def _meta(values: dict[str, Any]) -> dict[str, Any]:
 def _title(values: dict[str, Any]) -> str:
     ep = ", ep" if values["ep"] else ""
     what = "sequences after" if values["mode"] == "decode" else "tokens in prompts of"
+    layers = "" if values["layers"] is None else f", {values['layers']} layers"
     return (
-        f"{values['model']}, pp {values['pp']} x tp {values['tp']}{ep}: {values['mode']} of "
+        f"{values['model']}{layers}, pp {values['pp']} x tp {values['tp']}{ep}: {values['mode']} of "
         f"{values['batch']} {what} {values['prompt_len']} tokens, {values['hardware']}, "
         f"{values['link']}"
     )

@@ -19,7 +19,7 @@ _WAIT = "#D4D4D4"
 _ROWS = {"link": 0.0, "compute": 1.0, "wait": 1.0}
 _WIDTH_INCHES, _PANEL_INCHES = 11.0, 1.15
 _SHORT = {
-    "comm_prepare_attn": "prep", "attn_prepare": "attn prep", "attn_core": "attn core",
+    "comm_prepare_attn": "prep", "attn_prepare": "prepare", "attn_core": "core",
     "comm_prepare_mlp": "prep", "select_experts": "select", "dispatch_a": "da",
     "dispatch_b": "db", "shared_experts": "shared", "combine_a": "ca", "combine_b": "cb",
     "output": "out", "comm_postprocess_layer": "post", "all_to_all tokens": "tokens",

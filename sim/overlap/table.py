@@ -15,7 +15,8 @@ def print_comparison(
     comparison: Comparison, title: str, console: Console, *, per_layer: bool
 ) -> None:
     """Print the strategies, layer by layer where asked for, and what the search found."""
-    console.print(_table(comparison, title))
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(_table(comparison))
     if per_layer:
         console.print(_layer_table(comparison))
     for line in _verdict(comparison):
@@ -24,7 +25,7 @@ def print_comparison(
         console.print(_why_table(comparison))
 
 
-def _table(comparison: Comparison, title: str) -> Table:
+def _table(comparison: Comparison) -> Table:
     headers = [
         "step\nms",
         "against\none batch",
@@ -32,7 +33,7 @@ def _table(comparison: Comparison, title: str) -> Table:
         "compute\nms",
         "commu-\nnication\nms",
     ]
-    table = make_table(title, ["strategy"], [*headers, "exposed\nms", "idle\n%"])
+    table = make_table("", ["strategy"], [*headers, "exposed\nms", "idle\n%"])
     whole, layers = comparison.runs[0].turns.seconds, len(comparison.layers)
     for run in comparison.runs:
         turns = run.turns

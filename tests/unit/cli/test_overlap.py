@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--batch", "1"], "Invalid value for '--batch': 1 is not in the range x>=2."),
     (["--prompt-len", "0"], "Invalid value for '--prompt-len': 0 is not in the range x>=1."),
     (["--mode", "prefill"], "Invalid value for '--mode': 'prefill' is not one of"),
-    (["--link", "pigeon"], "--link 'pigeon' is not in profile h200: use one of nvlink, gloo"),
+    (["--link", "pigeon"], "--link 'pigeon' is not in profile h200: use one of nvlink, ib, gloo"),
     (["--hardware", "abacus"], "hardware 'abacus' is not known: use one of"),
     (["--overlap", "mine"], "overlap strategy 'mine' is not known: use one of deepseek-decode-"),
     (["--overlap", "dsv4-prefill"], "--overlap dsv4-prefill is for extend, not for --mode decode"),
@@ -62,7 +63,12 @@ BAD: list[tuple[list[str], str]] = [
     (["--pp", "2", "--stage", "2"], "--stage 2 must be below --pp 2"),
     (["--mode", "extend", "--prompt-len", "512"],
      "a batch of 1 sequence cannot be cut in two: give more tokens or shorter prompts"),
-    (["--attn-cp", "2"], "attn_cp=2"),
+    (["--attn-cp", "2"], "--attn-cp 2 must be 1"),
+    (["--pp", "0"], "pp=0 must be at least 1"),
+    (["--save", "-"], "--save needs a file"),
+    (["--measured", "none.json"], "cannot read none.json"),
+    (["--measured", "README.md"], "README.md is not a file of launch.steps"),
+    (["--json", "one.json", "--save", "one.json"], "one.json is asked for twice"),
     (["--layers", "99"], "99 layers of dsv4-tiny were asked for: the model has 1..8"),
     (["--tp", "3"], "tp=3 must divide"),
     (["--model", "dsv3", "--layers", "3"], "this stage has no layer with experts"),
@@ -198,11 +204,11 @@ def test_what_is_shown_and_said_to_be_written(
     data = json.loads(made.read_text())
     rows = {row[0]: row for row in words(text) if row}
     best = data["runs"][-1]
-    assert rows["best of all"][1] == f"{1e3 * best['step_seconds']:.2f}"
-    assert rows["best of all"][-1] == f"{100 * best['idle_share']:.1f}"
+    assert rows["best"][3] == f"{1e3 * best['step_seconds']:.2f}"
+    assert rows["best"][-1] == f"{100 * best['idle_share']:.1f}"
     assert f"search: all {data['placements_searched']:,} placements decided: the best waits" in text
     assert f"ahead: {load_strategy(str(saved)).describe()}\n" in text
-    assert "Why: what the GPU waits for, deepseek-decode against best" in text
+    assert "Why: what the GPU waits for, deepseek-decode against the best" in text
 
 
 def test_the_picture_is_the_same_each_time(tmp_path: Path, capsys: Capture) -> None:
@@ -220,3 +226,22 @@ def test_a_picture_beside_json_is_not_announced(tmp_path: Path, capsys: Capture)
     path = tmp_path / "turns.svg"
     compared(capsys, *COMPARE, "--layers", "1", "--plot", str(path))
     assert path.stat().st_size > 0
+
+
+def test_a_lead_beyond_the_stages_is_told_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    far = tmp_path / "far.toml"
+    far.write_text(replace(STRATEGIES["deepseek-decode"], delta_stages=50).to_toml())
+    assert overlap(*TINY, "--no-search", "--overlap", str(far)) == 2
+    assert capsys.readouterr().err == (
+        "error: strategy far: delta_stages = 50 must be at most 21, the stages of the layers that "
+        "overlap\n"
+    )
+
+
+def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    paths = [tmp_path / name / "mine.toml" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(STRATEGIES["deepseek-decode"].to_toml())
+    assert overlap(*TINY, *(word for path in paths for word in ("--overlap", str(path)))) == 2
+    assert "two strategies are called mine: rename a file" in capsys.readouterr().err

@@ -220,7 +220,7 @@ BAD = {
     "--pp 99": "pp=99 stages need at least as many layers: the model has 43",
     "--tp 3": "tp=3 must divide num_attention_heads=64 of dsv4",
     "--hardware abacus": "hardware 'abacus' is not known: use one of",
-    "--link string": "--link 'string' is not in profile h200: use one of nvlink, gloo",
+    "--link string": "--link 'string' is not in profile h200: use one of nvlink, ib, gloo",
     "--cores 0": "--cores 0 must be above 0",
     "--ranks-per-gpu 0": "--ranks-per-gpu 0 must be above 0",
     "--nodes 0": "nodes=0 must be at least 1",

@@ -189,7 +189,7 @@ def test_a_placement_is_what_its_file_has(
     assert (strategy.operations, strategy.delta_stages) == (order, lead)
     assert (strategy.mode, strategy.comm_sms) == (named.mode, sms)
     assert strategy.steps.count(MARK) == strategy.num_stages - (OPERATIONS not in marks)
-    path = tmp_path / "best.toml"
+    path = tmp_path / f"{strategy.name}.toml"
     path.write_text(strategy.to_toml())
     assert load_strategy(str(path)) == strategy
     assert OverlapStrategy.from_json(strategy.to_json()) == strategy

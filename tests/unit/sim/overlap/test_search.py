@@ -369,7 +369,7 @@ def test_what_is_told_of_a_better_one() -> None:
     assert re.search(r"decided: the best waits [\d.]+ ms less than deepseek-decode, [\d.]+ %", text)
     best = comparison.found.best
     assert f"best, {best.delta_stages} ahead: {best.describe()}\n" in text
-    assert "Why: what the GPU waits for, deepseek-decode against best" in text
+    assert "Why: what the GPU waits for, deepseek-decode against the best" in text
     assert told == sorted(told) and {total for _, total in told} == {2 * len(ORDERS)}
 
 

@@ -205,7 +205,7 @@ def test_what_takes_no_time_is_not_there() -> None:
 def test_a_lead_beyond_the_stages_is_refused() -> None:
     both = work([toy(0)], [toy(1)])
     assert run_in_turns(both, placed(2, "gate")).seconds == 18
-    with pytest.raises(ValueError, match=r"delta_stages=3 must lie in 0\.\.2"):
+    with pytest.raises(UserError, match="delta_stages = 3 must be at most 2, the stages"):
         run_in_turns(both, placed(3, "gate"))
 
 

@@ -1,0 +1,147 @@
+"""Steps that were measured: what two H200s did, and files that are none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.config.hf import with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import PRESETS
+from runner.errors import UserError
+from runner.forward_batch import ForwardBatch
+from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.model.strategy import STRATEGIES
+from runner.scenario import Scenario, record_forward
+from runner.schedule import Await, Begin, Collective, Mark
+from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.overlap.measured import (
+    MeasuredStep,
+    MeasuredSteps,
+    measured_turns,
+    measured_work,
+    read_steps,
+)
+from sim.overlap.turns import run_in_turns
+from sim.profile import load_profile
+from sim.profile_costs import ProfileCosts, gemm_work
+
+FOLDER = Path(__file__).parents[4] / "docs" / "measurements"
+DECODE = FOLDER / "h200x2_steps_decode.json"
+BEGUN = {"all_to_all tokens", "all_gather routing", "all_to_all results"}
+
+
+def case(settings: dict[str, Any]) -> tuple[Scenario, ForwardBatch]:
+    parallel = ParallelConfig(tp=settings["tp"], ep=settings["ep"], moe_a2a=True)
+    model = with_layers(PRESETS[settings["model"]], settings["layers"])
+    scenario = Scenario(
+        model=model, parallel=parallel, warmup=WarmupOptions(policy=WarmupPolicy.NONE)
+    )
+    return scenario, ForwardBatch.decode((settings["prompt_len"] + 1,) * settings["batch"])
+
+
+@pytest.fixture(scope="module")
+def steps() -> MeasuredSteps:
+    return read_steps(DECODE)
+
+
+def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> None:
+    """Of the seconds that collectives were begun and under way, how many the GPU computed."""
+    scenario, batch = case(steps.settings)
+    for step in steps.steps[1:]:
+        turns = measured_turns(scenario, 0, batch, step)
+        computing = [piece for piece in turns.pieces if piece.lane == "compute"]
+        under_way = [p for p in turns.pieces if p.lane == "link" and p.name in BEGUN]
+        waited = [p.seconds for p in turns.pieces if p.lane == "wait" and p.name in BEGUN]
+        assert len(under_way) == len(waited) == 2 * 8 * 3
+        beside = sum(
+            max(0.0, min(its.end, one.end) - max(its.start, one.start))
+            for its in under_way
+            for one in computing
+        )
+        assert beside > 0.98 * sum(piece.seconds for piece in under_way)
+        assert sum(waited) < 0.05 * sum(piece.seconds for piece in under_way)
+
+
+def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps) -> None:
+    scenario, batch = case(steps.settings)
+    for step in steps.steps[1:]:
+        assert step.strategy is not None
+        for other in steps.steps[1:]:
+            made = run_in_turns(measured_work(scenario, 0, batch, other), step.strategy)
+            assert made.seconds == pytest.approx(step.ends[-1], rel=0.01)
+
+
+def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
+    """One second an operation; collectives begun run from their start for three."""
+    strategy = STRATEGIES["deepseek-decode"]
+    settings = {"model": "dsv4-tiny", "layers": 1, "tp": 2, "ep": True, "batch": 4, "prompt_len": 8}
+    scenario, batch = case(settings)
+    ops = [
+        op
+        for op in record_forward(replace(scenario, overlap=(strategy,)), 0, batch)
+        if not isinstance(op, Mark)
+    ]
+    link = [(i, i + 3) for i, op in enumerate(ops) if isinstance(op, Begin | Collective)]
+    path = tmp_path / "steps.json"
+    run = {
+        "strategy": strategy.to_json(), "step_seconds": 1.5, "ends": [*range(len(ops) + 1)],
+        "link": link,
+    }  # fmt: skip
+    path.write_text(json.dumps({"settings": settings, "machine": {"gpu": None}, "runs": [run]}))
+    (step,) = read_steps(path).steps
+    turns = measured_turns(scenario, 0, batch, step)
+    waits = sum(isinstance(op, Await | Collective) for op in ops)
+    assert turns.seconds == len(ops)
+    assert (turns.exposed, turns.communication) == (waits, 3 * len(link))
+    assert turns.compute == len(ops) - waits
+    assert {piece.half for piece in turns.pieces} == {-1, 0, 1}
+    work = measured_work(scenario, 0, batch, step)
+    assert len(work.halves[0]) == len(work.halves[1]) == 1
+    short = replace(step, ends=step.ends[:-1])
+    with pytest.raises(UserError, match=f"{len(ops) - 1} operations were measured and the forward"):
+        measured_turns(scenario, 0, batch, short)
+
+
+def test_one_batch_tells_nothing_of_halves(steps: MeasuredSteps) -> None:
+    scenario, batch = case(steps.settings)
+    whole: MeasuredStep = steps.steps[0]
+    assert measured_turns(scenario, 0, batch, whole).seconds == whole.ends[-1]
+    with pytest.raises(UserError, match="tells nothing of its halves"):
+        measured_work(scenario, 0, batch, whole)
+
+
+# -- what the profile says of single parts ---------------------------------------------------------
+
+
+def parts() -> dict[str, list[list[Any]]]:
+    data: dict[str, list[list[Any]]] = json.loads((FOLDER / "h200x2_parts.json").read_text())
+    return data
+
+
+def test_the_profiles_nvlink_is_what_nccl_reached() -> None:
+    """Every collective of 16 KB to 64 MB within a third, most within an eighth."""
+    profile = load_profile("h200")
+    costs = ProfileCosts(profile, profile.links["nvlink"], 16)
+    errors = sorted(
+        abs(costs.collective_seconds(Collective(kind, tuple(range(ranks)), size)) / seconds - 1)
+        for kind, ranks, size, seconds in parts()["collectives"]
+    )
+    assert errors[-1] < 0.33 and errors[len(errors) // 2] < 0.125
+
+
+def test_the_profiles_kernels_are_what_single_calls_took() -> None:
+    """Median within a tenth; zeros went to one group of a contiguous GEMM, which is left out."""
+    profile = load_profile("h200")
+    costs = ProfileCosts(profile, profile.links["nvlink"], 16)
+    errors = []
+    for name, *sizes, seconds in parts()["kernels"]:
+        call = KernelCall(DeepGemmKernelType[name], *sizes)
+        if "CONTIG" not in name:
+            assert gemm_work(call)[0] > 0
+            errors.append(abs(costs.kernel_seconds(call).device / seconds - 1))
+    assert sorted(errors)[len(errors) // 2] < 0.1
