@@ -233,8 +233,8 @@ def _title(values: dict[str, Any]) -> str:
     ep = ", ep" if values["ep"] else ""
     what = "sequences after" if values["mode"] == "decode" else "tokens in prompts of"
     layers = "" if values["layers"] is None else f", {values['layers']} layers"
+    layout = f"pp {values['pp']} x tp {values['tp']}{ep}"
     return (
-        f"{values['model']}{layers}, pp {values['pp']} x tp {values['tp']}{ep}: {values['mode']} of "
-        f"{values['batch']} {what} {values['prompt_len']} tokens, {values['hardware']}, "
-        f"{values['link']}"
+        f"{values['model']}{layers}, {layout}: {values['mode']} of {values['batch']} {what} "
+        f"{values['prompt_len']} tokens, {values['hardware']}, {values['link']}"
     )

@@ -1,0 +1,79 @@
+"""``torchrun -m launch.steps`` on CPUs: steps are measured, and ``runner overlap`` reads them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.cli import cli
+from runner.cli.guard import run_guarded
+from runner.schedule import Await, Begin, Collective, Compute, Mark
+from sim.overlap.measured import read_steps
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.distributed
+
+SMALL = ["--model", "dsv4-tiny", "--layers", "2", "--ep", "--prompt-len", "3", "--repeat", "1",
+         "--device", "cpu"]  # fmt: skip
+
+
+def steps(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*torchrun, "-m", "launch.steps", *SMALL, *arguments],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "batch"), [("decode", "5"), ("extend", "7")])
+def test_steps_are_measured_and_laid_beside_predictions(
+    mode: str, batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, shown = tmp_path / "steps.json", tmp_path / "shown.json"
+    done = steps("--tp", "2", "--mode", mode, "--batch", batch, "--json", str(path), ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = read_steps(path)
+    assert [step.strategy is None for step in measured.steps] == [True, False, False]
+    for step in measured.steps:
+        assert list(step.ends) == sorted(step.ends) and step.ends[0] == 0 < step.step_seconds
+        assert all(0 <= start <= end <= step.ends[-1] for start, end in step.link)
+    words = ["overlap", "--measured", str(path), "--no-search", "--json", str(shown)]
+    assert run_guarded(cli, words, program="runner") == 0
+    assert "Measured on CPU" in capsys.readouterr().out
+    rows = json.loads(shown.read_text())["measured"]
+    assert [row["noted_seconds"] for row in rows] == [step.ends[-1] for step in measured.steps]
+    assert rows[0]["by_parts_seconds"] is None and rows[1]["by_parts_seconds"] > 0
+
+
+def test_ranks_that_are_not_tps_are_refused() -> None:
+    done = steps("--tp", "2", "--json", "none.json", ranks=1)
+    assert done.returncode != 0
+    assert "error: --pp 1 --tp 2 with 1 ranks: steps are of one stage, run torchrun" in done.stderr
+
+
+def test_a_clock_notes_each_operation_and_when_collectives_ran(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from launch import step_clock
+
+    ticks = iter(range(100))
+    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: float(next(ticks)))
+    sink = step_clock.StepSink()
+    clock = step_clock.HostClock()
+    for _ in range(2):  # What an earlier forward noted is forgotten.
+        sink.listen(clock)
+        sink.run(Mark("batch", "0"), lambda: None)
+        sink.run(Compute("x", 1, 1), lambda: None)
+        sink.run(Begin("all_to_all tokens of 0", (0, 1), 8), lambda: None)
+        sink.run(Collective("all_reduce y", (0, 1), 8), lambda: None)
+        assert sink.run(Await("all_to_all tokens of 0"), lambda: "tokens") == "tokens"
+    ends = clock.ends()
+    assert ends == [0, 1, 2, 3, 4] and sink.count == 4
+    assert sink.link(ends) == [(1, 4), (2, 3)]
+    sink.listen(None)
+    sink.run(Compute("x", 1, 1), lambda: None)
+    assert clock.ends() == ends and sink.last == "x"
