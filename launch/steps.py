@@ -41,6 +41,7 @@ from runner.files import write_json
 from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.model_runner import ModelRunner
+from runner.report.outputs import check_outputs
 from runner.scenario import Scenario
 from runner.warmup import WarmupPolicy
 
@@ -142,6 +143,7 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
 
     Run by torchrun with --nproc-per-node as --tp says.
     """
+    check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     environ = Environ.read(os.environ)
     mode = ForwardMode(values["mode"])
     strategies = _strategies(overlap, mode)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Protocol
 
-from runner.backend.base import Begun
+from runner.backend.communication import Begun
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.config.model import MoeConfig
 from runner.forward_batch import ForwardBatch

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from runner.backend.base import Backend, contiguous_rows, hc_num_splits  # noqa: E402
+from runner.backend.base import Backend  # noqa: E402
+from runner.backend.layout import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.backend.math import Routing  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     dequantise_blocks,
