@@ -21,6 +21,10 @@ class GraphCapture:
         """The graph that was captured last."""
         return self._graphs[-1]
 
+    def release(self) -> None:
+        """Let the graphs go: a communicator that they use does not end before them."""
+        self._graphs.clear()
+
     def __call__(self, forward: Callable[[], object]) -> None:
         """Capture ``forward``; without a GPU it is only run once more.
 

@@ -109,6 +109,7 @@ class _RankRun:
     phases: list[tuple[str, float]]
     link: str = "gloo"
     walk_memory: float | None = None
+    graphs: GraphCapture | None = None
 
     def run(self, say: Callable[[str], None]) -> RunResult | None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.local_world_size))
@@ -141,6 +142,8 @@ class _RankRun:
             run_rank(runner, self.scenario, self._keeper(logits))
         comm.finish()
         self._synchronise()
+        if self.graphs is not None:
+            self.graphs.release()
         self._save(logits)
         return gather(self._record(sink, jit, store), self.scenario, self._facts(compute, jit))
 
@@ -161,7 +164,7 @@ class _RankRun:
             )
 
     def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
-        real = self.device if compute == "real" else torch.device("cpu")
+        self.graphs = GraphCapture(self.device if compute == "real" else torch.device("cpu"))
         extra: dict[str, Any] = {}
         if self.options.compile_lock and jit.cache is not None:
             extra["lock"] = CompileLocks(jit.cache.root).held
@@ -171,7 +174,7 @@ class _RankRun:
         return RankSink(
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
             explain=lambda op, error: self._explain(op, error, jit.log_dir),
-            capture=GraphCapture(real), on_forward=on_forward, **extra,
+            capture=self.graphs, on_forward=on_forward, **extra,
         )  # fmt: skip
 
     def _explain(

@@ -17,7 +17,7 @@ from runner.timeline import Span
 from sim.costs import CostModel
 from sim.rank import Queued, Rank
 
-CheckWait = Callable[[Rank, float, Begin, int, float], None]
+CheckWait = Callable[[Rank, float, Queued, int, float], None]
 """Told of a member's wait: the rank, since when, for what, whom for, until when."""
 
 
@@ -52,7 +52,7 @@ class Beside:
         ready = [max(at, self._free.get(member.index, 0.0)) for member, at in one.begun]
         one.end = max(ready) + self._costs.collective_seconds(op)
         for (member, at), since in zip(one.begun, ready, strict=True):
-            self._check_wait(member, at, op, last.index, arrival)
+            self._check_wait(member, at, item, last.index, arrival)
             self._free[member.index] = one.end
             member.spans.append(Span(member.index, since, one.end, "beside", op.name, item.key))
         todo.extend(one.waiting)

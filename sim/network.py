@@ -142,9 +142,13 @@ class Network:
         of_hosts = self._run_ahead and item.host_waits
         self._check_limit(rank, item.at, item.work, last, arrival, of_hosts=of_hosts)
 
-    def _check_begun(self, rank: Rank, since: float, op: Begin, last: int, arrival: float) -> None:
+    def _check_begun(
+        self, rank: Rank, since: float, item: Queued, last: int, arrival: float
+    ) -> None:
         """The same of a collective that was begun, which the rank may not wait for yet."""
-        self._communication.append(Span(rank.index, since, arrival, "comm", _name(op), ""))
+        op = item.work
+        assert isinstance(op, Begin)
+        self._communication.append(Span(rank.index, since, arrival, "comm", op.name, item.key))
         self._check_limit(rank, since, op, last, arrival, of_hosts=False)
 
     def _check_limit(

@@ -28,8 +28,8 @@ _FP8_TYPES = frozenset(
     }
 )
 
-_SENT_ONCE = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
-"""How often a rank sends each byte that it has, but for its own share."""
+_SENDS = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
+"""How often a rank sends each byte of what it has, its own share left out."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class ProfileCosts:
         (n - 1) / n, and what gathers n - 1 times it.
         """
         n = len(op.group)
-        times = _SENT_ONCE.get(op.name.partition(" ")[0])
+        times = _SENDS.get(op.name.partition(" ")[0])
         if times is not None:
             return self.link.seconds(times * (n - 1) / n * op.bytes)
         bandwidth = self.link.gather_bandwidth or self.link.bandwidth

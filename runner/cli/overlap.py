@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def overlap(
 ) -> None:  # fmt: skip
     """Compare strategies of two-batch overlap, and search all placements for the best."""
     _check_outputs(json_path, plot, save)
+    if not no_search and find_spec("numpy") is None:
+        raise UserError(
+            "the search for the best placement needs numpy: pip install "
+            "'deepgemm-coldstart[search]', or give --no-search"
+        )
     if save is not None and no_search:
         raise UserError("--save writes what the search finds: it does not go with --no-search")
     steps = None if measured is None else read_steps(measured)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.forward_batch import ForwardBatch
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
 from sim.costs import CostModel
-from sim.overlap.search import Found, Progress, search
 from sim.overlap.turns import Turns, run_in_turns, run_whole
 from sim.overlap.work import Work, record_plain, record_work
+
+if TYPE_CHECKING:
+    from sim.overlap.search import Found, Progress
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def compare(
     its = work[reference.strategy.comm_sms]
     found = None
     if progress is not None:
+        # It needs numpy, and comparing does not.
+        from sim.overlap.search import search
+
         found = search(its, reference.strategy, progress)
         runs.append(_run(work, found.best))
     whole = Run(None, run_whole(*record_plain(scenario, rank, batch, costs, its.layers)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,14 @@ def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> 
         path.write_text(STRATEGIES["deepseek-decode"].to_toml())
     assert overlap(*TINY, *(word for path in paths for word in ("--overlap", str(path)))) == 2
     assert "two strategies are called mine: rename a file" in capsys.readouterr().err
+
+
+def test_only_the_search_needs_numpy(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("runner.cli.overlap.find_spec", lambda name: None)
+    assert overlap(*TINY) == 2
+    assert capsys.readouterr().err == (
+        "error: the search for the best placement needs numpy: pip install "
+        "'deepgemm-coldstart[search]', or give --no-search\n"
+    )
+    monkeypatch.setitem(sys.modules, "sim.overlap.search", None)
+    assert overlap(*TINY, "--no-search") == 0

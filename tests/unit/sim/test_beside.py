@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runner.model.operations import overlapped_order
-from runner.schedule import Await, Begin, Compute, Op
+from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
 from runner.timeline import Span
 from sim.engine import SimulationError
 from tests.unit.sim_rounds import simulate, work
@@ -129,3 +129,32 @@ def test_the_placement_after_begins_the_other_batch_before_its_own_output() -> N
 
 def test_two_batches_take_less_than_one_after_the_other() -> None:
     assert step("after", 2) < 2 * plain() == 72
+
+
+# -- the link, and waits that are too long --------------------------------------------------------
+
+
+def gather() -> Collective:
+    """Waited for at once; three seconds."""
+    return Collective("all_gather x", (0, 1), 1)
+
+
+def test_what_is_waited_for_at_once_waits_for_the_link() -> None:
+    # The link is busy from 2 to 7, and then three seconds for the gather.
+    assert ends(gpu(2), begin("a", 5), gpu(1), gather(), gpu(3), Await("a")) == 2 + 5 + 3 + 3
+
+
+def test_what_is_begun_waits_for_what_is_waited_for_at_once() -> None:
+    # The gather of ranks that came to it at 7 ends at 10; b goes on from there.
+    assert ends(begin("a", 1), gpu(7), gather(), begin("b", 5), gpu(2), Await("b")) == 7 + 3 + 5
+
+
+def test_a_collective_that_others_begin_too_late_is_a_time_out() -> None:
+    late: list[Op] = [gpu(1), Mark("phase", "x"), work(30), begin("a", 5), Await("a")]
+    early: list[Op] = [gpu(1), Mark("phase", "x"), begin("a", 5), gpu(2), Await("a")]
+    outcome = simulate(early, late, run_ahead=True, timeout=20.0)
+    assert outcome.timeout is not None and outcome.longest_wait == 30
+    assert (outcome.timeout.rank, outcome.timeout.operation) == (0, "a")
+    assert (outcome.timeout.time, outcome.timeout.needed) == (21, 30)
+    assert (outcome.timeout.waiting_for, outcome.timeout.busy_with) == (1, "compute compute")
+    assert simulate(early, late, run_ahead=True, timeout=31.0).timeout is None
