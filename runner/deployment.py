@@ -30,12 +30,17 @@ from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import METADATA_MAX_ROWS
 from runner.jit.plan import Demand, GemmShape, Plan, make_plan
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
+from runner.model.stage import OVERLAPPED
 from runner.model.strategy import OverlapStrategy
 from runner.model_runner import ModelRunner, NoBuffers
+from runner.schedule import Mark
 from runner.warmup import DisaggregationMode
 
 MAX_TOKENS = 131072
 """Largest M that SGLang's warm-up ever walks to; more tokens than that in a forward are refused."""
+
+Gemm = tuple[T, int, int, bool]
+"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share."""
 
 MAX_SMS = 1024
 """More than any GPU has."""
@@ -142,16 +147,23 @@ def demands(deployment: Deployment) -> list[Demand]:
     """Every GEMM of the deployment, with every M, in order of first use."""
     ms: dict[GemmShape, set[int]] = {}
     stages: dict[GemmShape, set[int]] = {}
-    shapes_of: dict[tuple[ForwardMode, KernelCall], list[GemmShape]] = {}
+    shapes_of: dict[tuple[ForwardMode, KernelCall, bool, bool], list[GemmShape]] = {}
     for stage in range(deployment.parallel.pp):
+        run_by = {mode: _run_by(deployment, stage, mode) for mode in ForwardMode}
         for batch, calls in _probe(deployment, stage):
-            largest = batch.num_tokens == _tokens(deployment, batch)[-1]
+            largest = batch.num_tokens == _tokens(deployment, batch.mode)[-1]
+            cut = run_by[batch.mode]
             for call in calls:
                 if not largest and call.type not in MASKED_TYPES:
                     continue
-                at = (batch.mode, call)
+                gemms = _gemms(deployment, call, {batch.num_tokens})
+                in_halves = cut is not None and bool(gemms & cut[0])
+                alone = cut is not None and not gemms & cut[1]
+                at = (batch.mode, call, in_halves, alone)
                 if at not in shapes_of:
-                    found = [*_shapes(deployment, batch, call), *_halves(deployment, batch, call)]
+                    tokens = _alone(deployment, batch.mode) if alone else None
+                    found = list(_shapes(deployment, batch, call, tokens))
+                    found += _halves(deployment, batch, call) if in_halves else []
                     shapes_of[at] = [shape for shape, _ in found]
                     for shape, values in found:
                         ms.setdefault(shape, set()).update(values)
@@ -163,6 +175,67 @@ def demands(deployment: Deployment) -> list[Demand]:
         for each in _with_reduced(deployment, shape)
         if values and shape.type not in deployment.without
     ]
+
+
+def _gemms(deployment: Deployment, call: KernelCall, tokens: set[int]) -> set[Gemm]:
+    """What a call may be among those of forwards, or halves, of so many tokens.
+
+    Of few tokens a block may have as many rows as all of them: then it may be either.
+    """
+    tp, by_rows = deployment.parallel.tp, call.type not in MASKED_TYPES | CONTIGUOUS_TYPES
+    blocks = {ceil_div(count, tp) for count in tokens}
+    of_block = {False}
+    if deployment.parallel.moe_a2a and by_rows:
+        of_block = {True, False} if min(tokens) < 2 * tp else {call.m in blocks}
+    return {(call.type, call.n, call.k, either) for either in of_block}
+
+
+def _alone(deployment: Deployment, mode: ForwardMode) -> Sequence[int]:
+    """Tokens of forwards that cannot be cut in two: of one sequence."""
+    tokens = _tokens(deployment, mode)
+    return tokens if mode.is_extend else [count for count in tokens if count == 1]
+
+
+def _run_by(
+    deployment: Deployment, stage: int, mode: ForwardMode
+) -> tuple[set[Gemm], set[Gemm]] | None:
+    """GEMMs that a stage runs for halves of a mode's batches, and for batches that are cut.
+
+    None where no strategy cuts them. Layers without experts run whole batches all the same.
+    """
+    most = max(_tokens(deployment, mode), default=0)
+    if most < 2 or not any(strategy.mode is mode for strategy in deployment.overlap):
+        return None
+    runner, recorder = _shape_runner(deployment, stage, deployment.overlap)
+    halves: set[Gemm] = set()
+    whole: set[Gemm] = set()
+    for batch in _cut_batches(deployment, mode, most):
+        recorder.ops.clear()
+        runner.forward(batch, runner.dummy_proxy(batch))
+        cut = {half.num_tokens for half in batch.halves or ()}
+        inside = False
+        for op in recorder.ops:
+            if isinstance(op, Mark) and op.kind in ("layer", "batch"):
+                inside = (OVERLAPPED in op.name) if op.kind == "layer" else op.name != "both"
+            elif isinstance(op, KernelCall) and (
+                batch.num_tokens == most or op.type in MASKED_TYPES
+            ):
+                counts = cut if inside else {batch.num_tokens}
+                (halves if inside else whole).update(_gemms(deployment, op, counts))
+    return halves, whole
+
+
+def _cut_batches(deployment: Deployment, mode: ForwardMode, most: int) -> Iterator[ForwardBatch]:
+    """Batches of more than one sequence that between them run every GEMM of halves.
+
+    The largest run all but masked experts, which the smallest DECODE runs, if any does.
+    """
+    if mode.is_extend:
+        yield ForwardBatch.extend((1,) * most)
+        yield ForwardBatch.extend((most - 1, 1))
+        return
+    for tokens in {min(count for count in deployment.decode_tokens if count > 1), most}:
+        yield ForwardBatch.decode((1,) * tokens)
 
 
 def _probe(
@@ -218,24 +291,30 @@ def _probe_batches(deployment: Deployment) -> Iterator[ForwardBatch]:
         if extend[-1] >= NONPAGED_MIN_QUERY_TOKENS:
             yield ForwardBatch.extend((extend[-1],))
     if decode:
-        yield ForwardBatch.decode((1,) * decode[0])
+        halves = deployment.half_tokens(ForwardMode.DECODE) if _halved(deployment) else ()
+        yield ForwardBatch.decode((1,) * min(decode[0], *halves[:1], decode[-1]))
         yield ForwardBatch.decode((1,) * decode[-1])
 
 
-def _tokens(deployment: Deployment, batch: ForwardBatch) -> Sequence[int]:
-    """Tokens that a forward of the batch's mode may have."""
-    return deployment.extend_tokens if batch.mode.is_extend else deployment.decode_tokens
+def _halved(deployment: Deployment) -> bool:
+    """Whether DECODE forwards run in halves."""
+    return any(strategy.mode is ForwardMode.DECODE for strategy in deployment.overlap)
+
+
+def _tokens(deployment: Deployment, mode: ForwardMode) -> Sequence[int]:
+    """Tokens that a forward of a mode may have."""
+    return deployment.extend_tokens if mode.is_extend else deployment.decode_tokens
 
 
 def _halves(
     deployment: Deployment, batch: ForwardBatch, call: KernelCall
 ) -> Iterator[tuple[GemmShape, Iterable[int]]]:
-    """The same beside communication, on the SMs that a strategy of the batch's mode leaves."""
+    """The same of halves of its mode's batches, on the SMs that a strategy leaves."""
     for strategy in deployment.overlap:
-        if strategy.mode is not batch.mode or not strategy.comm_sms:
-            continue
-        if call.type is not T.TF32_HC_PRENORM_GEMM:
-            left = replace(call, num_sms=deployment.num_sms - strategy.comm_sms)
+        if strategy.mode is batch.mode:
+            left = call
+            if call.type is not T.TF32_HC_PRENORM_GEMM:
+                left = replace(call, num_sms=deployment.num_sms - strategy.comm_sms)
             yield from _shapes(deployment, batch, left, deployment.half_tokens(batch.mode))
 
 
@@ -249,7 +328,7 @@ def _shapes(
     """
     shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
     extend = batch.mode.is_extend
-    tokens = _tokens(deployment, batch) if counts is None else counts
+    tokens = _tokens(deployment, batch.mode) if counts is None else counts
     if not tokens:
         return
     if call.type in MASKED_TYPES or call.type in CONTIGUOUS_TYPES:

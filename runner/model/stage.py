@@ -23,6 +23,9 @@ from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
 
 Tensors = dict[str, Any]
 
+OVERLAPPED = "overlapped by"
+"""What the mark of layers that run in halves says between their numbers and the strategy."""
+
 
 class PipelineStage:
     """The part of the model that one rank holds, and its forward.
@@ -120,7 +123,7 @@ class PipelineStage:
         if not layers:
             return tensors
         backend = self._ctx.backend
-        backend.mark("layer", f"{layers[0][0]}-{layers[-1][0]} overlapped by {strategy.name}")
+        backend.mark("layer", f"{layers[0][0]}-{layers[-1][0]} {OVERLAPPED} {strategy.name}")
         whole = concatenate((strategy, layer.operations()) for _, layer in layers)
         with backend.leaving_sms(whole.comm_sms):
             cut = halves[0].num_tokens

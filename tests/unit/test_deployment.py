@@ -1,5 +1,6 @@
 """Deployments: every call that a forward makes is planned, and every M has its reason."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +24,7 @@ from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.deployment import Deployment, demands, recorded_calls
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
+from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.plan import GemmShape, make_plan
@@ -132,7 +133,13 @@ def test_a_reduced_sm_count_is_a_second_set() -> None:
 def test_a_strategy_that_leaves_sms_adds_its_modes_kernels() -> None:
     plain, overlapped = deployment(tp=2), deployment(tp=2, overlap=OVERLAP)
     once, twice = demands(plain), demands(overlapped)
-    assert [demand for demand in twice if demand.shape.num_sms == 132] == once
+    masked = {demand.shape: demand.ms for demand in twice if demand.shape.type in MASKED_TYPES}
+    assert [demand for demand in twice if demand.shape.num_sms == 132] == [
+        replace(demand, ms=masked.get(demand.shape, demand.ms)) for demand in once
+    ]
+    # DECODE of up to 2048 tokens runs the experts of a sequence alone and of halves.
+    of_once = {d.shape: d.ms for d in once if d.shape.type in MASKED_TYPES}
+    assert {(ms[-1], masked[shape][-1]) for shape, ms in of_once.items()} == {(42, 24)}
     extra = [demand for demand in twice if demand.shape.num_sms != 132]
     assert {demand.shape.num_sms for demand in extra} == {132 - COMM_SMS}
     # Half of an EXTEND of up to 2048 tokens; DECODE, which alone has masked experts, keeps all SMs.
@@ -164,6 +171,42 @@ def test_every_planned_row_comes_of_some_forward() -> None:
     planned = {(demand.shape, m) for demand in demands(made) for m in demand.ms}
     contiguous = {pair for pair in planned if pair[0].type in CONTIGUOUS_TYPES}
     assert planned - contiguous == {pair for pair in called if pair[0].type not in CONTIGUOUS_TYPES}
+    assert {pair for pair in called if pair[0].type in CONTIGUOUS_TYPES} <= contiguous
+
+
+@pytest.mark.parametrize("sizes", [(2,), (9,), (1, 5), (2, 64), (100,), (4001,)])
+@pytest.mark.parametrize(("model", "pp"), [("dsv4", 1), ("dsv3", 1), ("dsv3", 2)])
+@pytest.mark.parametrize("sms", [0, 20])
+def test_a_decode_node_that_overlaps_is_planned_exactly(
+    sizes: tuple[int, ...], model: str, pp: int, sms: int
+) -> None:
+    """Dense layers run the whole batch, layers with experts its halves."""
+    overlap = (replace(STRATEGIES["deepseek-decode"], comm_sms=sms),)
+    made = deployment(
+        model, pp=pp, tp=8, moe_a2a=True, ep=True, max_tokens=8192, decode_batch_sizes=sizes,
+        disaggregation=DisaggregationMode.DECODE, overlap=overlap,
+    )  # fmt: skip
+    called = set()
+    for stage in range(pp):
+        recorder = ScheduleRecorder()
+        runner = ModelRunner.build(
+            made.model, made.parallel, made.parallel.rank_of(stage, 0),
+            backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
+            weights=ShapeWeights(), buffers=NoBuffers(), overlap=made.overlap,
+        )  # fmt: skip
+        for size in sizes:
+            batch = ForwardBatch.decode((1,) * size)
+            runner.forward(batch, runner.dummy_proxy(batch))
+        called |= {
+            (GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), call.m)
+            for call in recorder.ops
+            if isinstance(call, KernelCall)
+        }
+    planned = {(demand.shape, m) for demand in demands(made) for m in demand.ms}
+    contiguous = {pair for pair in planned if pair[0].type in CONTIGUOUS_TYPES}
+    rows = {pair for pair in called if pair[0].type not in CONTIGUOUS_TYPES}
+    # With fewer tokens than two blocks a dense layer's GEMM may look like a block's.
+    assert rows <= planned and (planned - contiguous == rows or max(sizes) < 4 * made.parallel.tp)
     assert {pair for pair in called if pair[0].type in CONTIGUOUS_TYPES} <= contiguous
 
 
