@@ -27,7 +27,7 @@ from runner.scenario import Scenario
 from runner.warmup import WarmupOptions, WarmupPolicy
 from sim.overlap.compare import Comparison, compare
 from sim.overlap.judge import judge, judged_table
-from sim.overlap.measured import MEASURED_SETTINGS, MeasuredSteps, read_steps
+from sim.overlap.measured import MeasuredSteps, read_steps
 from sim.overlap.plot import plot_turns
 from sim.overlap.table import print_comparison
 from sim.profile import load_profile
@@ -143,10 +143,7 @@ def _settings_of(steps: MeasuredSteps, overlap: Sequence[str]) -> dict[str, Any]
     """What a file of measured steps says of its runs, instead of the options."""
     if overlap:
         raise UserError("--overlap does not go with --measured, which brings its strategies")
-    lacking = [name for name in MEASURED_SETTINGS if name not in steps.settings]
-    if lacking:
-        raise UserError(f"the measured steps lack {lacking[0]!r} in their settings")
-    return {name: steps.settings[name] for name in MEASURED_SETTINGS}
+    return steps.settings
 
 
 def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy]:

@@ -6,18 +6,22 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch
+from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Op
 from sim.overlap.turns import Owner, Piece, Turns, order_of, short_name
 from sim.overlap.work import Cut, LayerSteps, Step, StepKind, Work, cut_forward, cut_plain
 
-MEASURED_SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
-"""Settings of measured steps, named as the options."""
+MEASURED_SETTINGS: dict[str, type | UnionType] = {
+    "model": str, "layers": int | None, "pp": int, "tp": int, "ep": bool, "mode": str,
+    "batch": int, "prompt_len": int,
+}  # fmt: skip
+"""Settings of measured steps, named as the options, and their types."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,24 @@ def read_steps(path: Path) -> MeasuredSteps:
             )
             for run in data["runs"]
         ]
-        return MeasuredSteps(dict(data["settings"]), dict(data["machine"]), steps)
+        return MeasuredSteps(_settings(data["settings"]), dict(data["machine"]), steps)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a file of launch.steps: {error!r}") from None
+
+
+def _settings(data: dict[str, Any]) -> dict[str, Any]:
+    """Those that are known.
+
+    Raises:
+        KeyError, TypeError, ValueError: one is missing, or is none.
+    """
+    for name, kind in MEASURED_SETTINGS.items():
+        if not isinstance(data[name], kind):
+            raise TypeError(f"{name} is {data[name]!r}")
+    ForwardMode(data["mode"])
+    return {name: data[name] for name in MEASURED_SETTINGS}
 
 
 def measured_turns(scenario: Scenario, rank: int, batch: ForwardBatch, step: MeasuredStep) -> Turns:

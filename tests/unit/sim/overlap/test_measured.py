@@ -79,7 +79,8 @@ def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps
 def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     """One second an operation; collectives begun run from their start for three."""
     strategy = STRATEGIES["deepseek-decode"]
-    settings = {"model": "dsv4-tiny", "layers": 1, "tp": 2, "ep": True, "batch": 4, "prompt_len": 8}
+    settings = {"model": "dsv4-tiny", "layers": 1, "pp": 1, "tp": 2, "ep": True, "mode": "decode",
+                "batch": 4, "prompt_len": 8}  # fmt: skip
     scenario, batch = case(settings)
     ops = [
         op
@@ -145,3 +146,22 @@ def test_the_profiles_kernels_are_what_single_calls_took() -> None:
             assert gemm_work(call)[0] > 0
             errors.append(abs(costs.kernel_seconds(call).device / seconds - 1))
     assert sorted(errors)[len(errors) // 2] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tp", "2", "tp is '2'"),
+        ("mode", "sideways", "'sideways' is not a valid ForwardMode"),
+        ("batch", None, "batch is None"),
+    ],
+)
+def test_settings_that_are_none_are_told(
+    name: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    data = json.loads(DECODE.read_text())
+    data["settings"][name] = value
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"is not a file of launch.steps: .*{message}"):
+        read_steps(path)
