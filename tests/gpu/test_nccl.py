@@ -145,5 +145,6 @@ def test_the_watchdog_names_who_compiles(config: Path, tmp_path: Path, take_gpus
         "--batch-sizes", "1", "--device", "cuda", "--cache-dir", str(tmp_path / "cold"),
         "--nccl-timeout", "5", env=take_gpus(2), timeout=300,
     )  # fmt: skip
+    assert done.returncode == 1
     words = done.stdout + done.stderr
     assert "waited 5 s for rank 0, the limit of --nccl-timeout: rank 0 compiles" in words
