@@ -70,6 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["auto", "nccl", "gloo"]),
+    default="auto",
+    show_default=True,
+    help="What ranks on GPUs meet over; auto is NCCL where each has its own. With "
+    "--virtual-nodes, nccl lets nodes share GPUs.",
+)
+@click.option(
     "--num-sms",
     type=int,
     default=132,
@@ -156,6 +164,8 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
             f"--nccl-timeout {options.nccl_timeout:g} must be at least 1: ranks need some time to "
             "connect"
         )
+    if options.backend == "nccl" and options.compute == "skip":
+        raise UserError("--backend nccl with --compute skip: without math nothing is on a GPU")
     if str(options.timeline) == "-":
         raise UserError("--timeline needs a file: a launch prints its progress")
     single = {"--logits": options.logits, "--schedule": options.schedule}
@@ -264,7 +274,7 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--batch-sizes": options.batch_sizes, "--prompt-len": options.prompt_len,
         "--max-tokens": options.max_tokens,
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
-        "--device": options.device, "--num-sms": options.num_sms,
+        "--device": options.device, "--backend": options.backend, "--num-sms": options.num_sms,
         "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
         "--nccl-timeout": options.nccl_timeout, "--probed": options.probed,
         "--stream": options.stream,

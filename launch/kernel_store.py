@@ -190,12 +190,15 @@ def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) 
 
 
 def leaders_group(scenario: Scenario, limit: float) -> dist.ProcessGroup | None:
-    """The group of all nodes' first ranks, which wait ``limit`` seconds; all ranks call this."""
+    """The group of all nodes' first ranks, which wait ``limit`` seconds; None to other ranks."""
     parallel = scenario.parallel
     if parallel.nodes == 1:
         return None
     leaders = list(range(0, parallel.world_size, parallel.ranks_per_node))
     group: dist.ProcessGroup | None = dist.new_group(
-        leaders, backend="gloo", timeout=timedelta(seconds=limit)
-    )
+        leaders, backend="gloo", timeout=timedelta(seconds=limit),
+        # Else torch (2.11, 2.13) has those outside split the NCCL communicator, which a gloo group
+        # has no part in: they wait for ever.
+        use_local_synchronization=True,
+    )  # fmt: skip
     return group

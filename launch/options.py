@@ -15,8 +15,9 @@ from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 REAL_MATH_LIMIT = 2 << 30
-"""Weights of all ranks, in elements, above which a CPU is not asked for real math, and a GPU run
-gives equal shapes one buffer."""
+"""Weights of the model, in elements, above which a CPU is not asked for real math, and a GPU run
+gives equal shapes one buffer. It does not hang on the layout, so that all layouts of a model
+compute the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class LaunchOptions:
     compute: str | None = None
     jit: bool = True
     device: str = "auto"
+    backend: str = "auto"
     num_sms: int = 132
     virtual_nodes: int = 1
     stream: tuple[int, ...] | None = None

@@ -50,16 +50,52 @@ def pick_device(wanted: str, place: Place) -> torch.device:
     return device
 
 
-def init_process_group(device: torch.device, *, exclusive: bool, timeout: float) -> None:
-    """Meet the other ranks: over NCCL where each has a GPU of its own, else over gloo."""
+def pick_backend(wanted: str, device: torch.device, place: Place, ranks_per_node: int) -> str:
+    """What CUDA tensors go over, of ``--backend``: ``nccl`` or ``gloo``.
+
+    ``auto`` takes NCCL where each rank of this machine has a GPU of its own.
+
+    Raises:
+        UserError: NCCL was asked for, and there is no GPU, or a node has fewer than ranks.
+    """
+    if device.type != "cuda":
+        if wanted == "nccl":
+            raise UserError("--backend nccl: it moves what is on a GPU, and the ranks run on CPUs")
+        return "gloo"
+    gpus = torch.cuda.device_count()
+    if wanted != "auto":
+        if wanted == "nccl" and ranks_per_node > gpus:
+            raise UserError(
+                f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), "
+                f"which NCCL refuses; --virtual-nodes with at most {gpus} rank(s) each can share "
+                "them, as if each node had its own"
+            )
+        return wanted
+    return "nccl" if gpus >= place.local_world_size else "gloo"
+
+
+def init_process_group(
+    device: torch.device, place: Place, *, backend: str, node: int, timeout: float
+) -> None:
+    """Meet the other ranks.
+
+    Args:
+        device: the rank's.
+        place: where it stands.
+        backend: see :func:`pick_backend`.
+        node: the rank's node, maybe a virtual one.
+        timeout: seconds that a communication may wait.
+    """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.setdefault(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
-    backend = "cpu:gloo,cuda:nccl" if exclusive else "gloo"
+    if backend == "nccl" and place.local_world_size > torch.cuda.device_count():
+        # NCCL lets two ranks of one host share no GPU, and this is what it tells hosts apart by.
+        os.environ["NCCL_HOSTID"] = f"virtual-node-{node}"
     dist.init_process_group(
-        backend,
+        "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
         # A little longer than the deadline, which can say more about where a rank stood.
         timeout=timedelta(seconds=timeout + 30),
-        device_id=device if exclusive else None,
+        device_id=None if backend == "gloo" else device,
     )

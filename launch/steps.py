@@ -28,13 +28,14 @@ from launch.gather import machine_facts
 from launch.graphs import GraphCapture
 from launch.jit_setup import set_up_jit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, init_process_group, pick_device
+from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
 from launch.step_clock import GpuClock, HostClock, StepSink
 from runner.backend.base import Backend
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.cli.common import SECONDS, layout_options, model_options
 from runner.cli.guard import run_guarded
+from runner.config.model import ModelConfig
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
@@ -182,9 +183,9 @@ def _run(
         moe_a2a=True,
     )  # fmt: skip
     scenario = options.scenario(environ, num_sms=sms, policy=WarmupPolicy.NONE)
-    exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
-    init_process_group(device, exclusive=exclusive, timeout=options.timeout)
-    if device.type == "cuda" and not exclusive:
+    link = pick_backend("auto", device, place, place.local_world_size)
+    init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
+    if device.type == "cuda" and link == "gloo":
         raise UserError("each rank needs a GPU of its own: over gloo nothing fits into a graph")
     sink = StepSink()
     with Deadline(options.timeout, place.rank) as deadline, tempfile.TemporaryDirectory() as work:
@@ -201,7 +202,6 @@ def _run(
                     print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
         dist.barrier()
     dist.destroy_process_group()
-    link = "nccl" if exclusive else "gloo"
     return {"num_sms": sms, "link": link, "machine": machine_facts(device), "runs": runs}
 
 
@@ -221,16 +221,15 @@ def _build(
     )  # fmt: skip
     return ModelRunner.build(
         scenario.model, scenario.parallel, place.rank, backend=backend,
-        weights=TorchWeights(options.seed, device, share=real and _is_large(scenario)),
+        weights=TorchWeights(options.seed, device, share=real and _is_large(scenario.model)),
         buffers=TorchBuffers(device, scenario.model.vocab_size),
     )  # fmt: skip
 
 
-def _is_large(scenario: Scenario) -> bool:
-    from runner.weight_size import weight_size
+def _is_large(model: ModelConfig) -> bool:
+    from runner.weight_size import model_elements
 
-    parallel = scenario.parallel
-    return parallel.tp * weight_size(scenario.model, parallel, 0).elements > REAL_MATH_LIMIT
+    return model_elements(model) > REAL_MATH_LIMIT
 
 
 def _batch(runner: ModelRunner, mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:

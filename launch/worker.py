@@ -24,7 +24,7 @@ from launch.jit_setup import RankJit, set_up_jit
 from launch.kernel_store import NodeKernels, leaders_group
 from launch.locks import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, init_process_group, pick_device
+from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
 from launch.process import process_start
 from launch.rank_sink import RankSink, cut_compiles
 from launch.streams import DeviceStream
@@ -45,7 +45,7 @@ from runner.scenario import Scenario, run_rank
 from runner.schedule import Begin, Collective, Recv, Send
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
-from runner.weight_size import weight_size
+from runner.weight_size import model_elements
 
 
 def run_worker(
@@ -78,12 +78,15 @@ def run_worker(
     scenario = options.scenario(environ, num_sms=num_sms, policy=policy)
     deadline = Deadline(options.timeout, place.rank)
     phases = [("imports", process_start()), ("process group", time.time())]
-    exclusive = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
-    init_process_group(device, exclusive=exclusive, timeout=options.timeout)
+    parallel = scenario.parallel
+    backend = pick_backend(options.backend, device, place, parallel.ranks_per_node)
+    init_process_group(
+        device, place, backend=backend, node=parallel.node_of(place.rank), timeout=options.timeout
+    )
     folder = work_dir or _shared_work_dir()
     with deadline:
         rank_run = _RankRun(
-            options, environ, scenario, place, device, folder, deadline, exclusive, phases
+            options, environ, scenario, place, device, folder, deadline, backend, phases
         )
         result = rank_run.run(say)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
@@ -105,7 +108,7 @@ class _RankRun:
     device: torch.device
     work_dir: Path
     deadline: Deadline
-    exclusive: bool
+    backend: str
     phases: list[tuple[str, float]]
     link: str = "gloo"
     walk_memory: float | None = None
@@ -116,7 +119,7 @@ class _RankRun:
         compute, reason = self._compute_mode()
         self._check_graphs(compute)
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
-        self.link = "nccl" if self.exclusive and compute == "real" else "gloo"
+        self.link = self.backend if compute == "real" else "gloo"
         groups = make_groups(self.scenario.parallel, self._limit)
         leaders = leaders_group(self.scenario, self._limit)
         self.phases.append(("weights", time.time()))
@@ -157,7 +160,7 @@ class _RankRun:
         """A graph holds what a GPU does: nothing that goes through the host."""
         sizes = self.scenario.warmup.graph_batch_sizes
         real = self.device.type == "cuda" and compute == "real"
-        if sizes and real and not self.exclusive and self.scenario.parallel.tp > 1:
+        if sizes and real and self.backend == "gloo" and self.scenario.parallel.tp > 1:
             raise UserError(
                 "--cuda-graphs with --tp above 1 needs a GPU for each rank: over gloo the "
                 "collectives of a forward go through the host, which no graph can hold"
@@ -222,17 +225,10 @@ class _RankRun:
             return self.options.compute, "as asked"
         if self.device.type == "cuda":
             return "real", "on a GPU"
-        total = self._total_elements()
+        total = model_elements(self.scenario.model)
         if total > REAL_MATH_LIMIT:
             return "skip", f"{total / 1e9:.0f} G weights are too many for math on a CPU"
         return "real", "the model is small"
-
-    def _total_elements(self) -> int:
-        """Weights of all ranks, which every rank must count alike to decide alike."""
-        parallel = self.scenario.parallel
-        stages = [parallel.rank_of(stage, 0) for stage in range(parallel.pp)]
-        model = self.scenario.model
-        return parallel.tp * sum(weight_size(model, parallel, rank).elements for rank in stages)
 
     def _kernel_store(
         self, jit: RankJit, sink: RankSink, groups: Groups, leaders: dist.ProcessGroup | None
@@ -261,7 +257,7 @@ class _RankRun:
             weights, buffers = ShapeWeights(), NoBuffers()
         else:
             math, link = TorchMath(self.device, jit.entry_points), comm
-            share = self._total_elements() > REAL_MATH_LIMIT
+            share = model_elements(scenario.model) > REAL_MATH_LIMIT
             weights = TorchWeights(self.options.seed, self.device, share=share)
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(

@@ -42,6 +42,11 @@ def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Weig
     return WeightSize(counter.elements, counter.nbytes, sum(counter.shapes.values()))
 
 
+def model_elements(model: ModelConfig) -> int:
+    """Weights of a whole model, each counted once however it is laid out."""
+    return weight_size(model, ParallelConfig(), 0).elements
+
+
 class _CountingWeights(ShapeWeights):
     def __init__(self) -> None:
         self.elements = 0

@@ -244,6 +244,7 @@ def _links(
     links = dict(base)
     for name, meta in (("gloo", "gloo"), ("nvlink", "nccl")):
         ranks = [rank for one in samples if one.timeline.meta["link"] == meta
+                 and not (meta == "nccl" and one.timeline.meta["ranks_per_gpu"] > 1)
                  for rank in one.ranks if rank.messages]  # fmt: skip
         if len(ranks) >= 3:
             links[name] = _link(ranks, base[name])

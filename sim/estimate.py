@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sim.profile import Gpu, Link, Profile, load_profile, write_profile
+from sim.profile import Link, Profile, load_profile, write_profile
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def estimate(name: str, figures: PublicFigures, measured: Profile) -> Profile:
         name=name,
         num_sms=figures.num_sms,
         cores_per_node=figures.cores_per_node,
-        gpu=Gpu(
+        gpu=replace(
+            gpu,
             memory=figures.memory,
-            kernel=gpu.kernel,
             memory_bandwidth=_rounded(gpu.memory_bandwidth * ratio),
             fp8_flops=_rounded(gpu.fp8_flops * figures.fp8_flops / H200.fp8_flops),
             bf16_flops=_rounded(gpu.bf16_flops * figures.bf16_flops / H200.bf16_flops),

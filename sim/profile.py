@@ -116,6 +116,8 @@ class Gpu:
         memory_bandwidth: bytes per second.
         fp8_flops: operations per second of FP8 GEMMs.
         bf16_flops: operations per second of everything else.
+        time_slice: seconds that a step of communication over NCCL waits for each other rank on
+            the GPU to have had its turn.
     """
 
     memory: float
@@ -123,6 +125,7 @@ class Gpu:
     memory_bandwidth: float
     fp8_flops: float
     bf16_flops: float
+    time_slice: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ _FP8_TYPES = frozenset(
 
 _SENDS = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
 """How often a rank sends each byte of what it has, its own share left out."""
+_ONE_STEP = "all_to_all"
+"""What all ranks do at once; the others go round a ring, as often as a byte is sent."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,23 @@ class ProfileCosts:
         An all-reduce sends twice (n - 1) / n of it, a scatter that sums and an all-to-all
         (n - 1) / n, and what gathers n - 1 times it.
         """
-        n = len(op.group)
-        times = _SENDS.get(op.name.partition(" ")[0])
+        n, kind = len(op.group), op.name.partition(" ")[0]
+        times = _SENDS.get(kind)
+        turns = self._turns(1 if kind == _ONE_STEP else (times or 1) * (n - 1))
         if times is not None:
-            return self.link.seconds(times * (n - 1) / n * op.bytes)
+            return turns + self.link.seconds(times * (n - 1) / n * op.bytes)
         bandwidth = self.link.gather_bandwidth or self.link.bandwidth
-        return self.link.latency + (n - 1) * op.bytes / bandwidth
+        return turns + self.link.latency + (n - 1) * op.bytes / bandwidth
 
     def transfer_seconds(self, nbytes: int) -> float:
         """Latency and bandwidth of the link."""
-        return self.link.seconds(nbytes)
+        return self._turns(1) + self.link.seconds(nbytes)
+
+    def _turns(self, steps: int) -> float:
+        """What steps of communication wait for others' turns at the GPU; NCCL's are its work."""
+        if not self.link.queues:
+            return 0.0
+        return steps * (self.ranks_per_gpu - 1) * self.profile.gpu.time_slice
 
 
 def gemm_work(call: KernelCall) -> tuple[float, float]:

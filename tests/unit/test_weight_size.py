@@ -16,7 +16,7 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_TINY
 from runner.model_runner import ModelRunner, NoBuffers
-from runner.weight_size import WeightSize, weight_size
+from runner.weight_size import WeightSize, model_elements, weight_size
 from tests.models import DSV3_SMALL
 
 SMALL = from_hf(DSV3_SMALL, "dsv3-small")
@@ -66,6 +66,7 @@ def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) ->
 
 def test_stages_hold_the_model_between_them() -> None:
     whole = weight_size(DSV4_TINY, ParallelConfig(), 0).elements
+    assert model_elements(DSV4_TINY) == whole
     stages = ParallelConfig(pp=4)
     assert sum(weight_size(DSV4_TINY, stages, rank).elements for rank in range(4)) == whole
 

@@ -178,6 +178,24 @@ def test_gathers_may_be_slower() -> None:
     assert slow.transfer_seconds(300) == 4.0
 
 
+def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
+    """A ring of four has three steps, six where the sum goes round once more; two others a GPU."""
+    nccl = Link(1.0, 100.0, queues=True)
+    shared = costs(link=nccl, ranks_per_gpu=3)
+    profile = replace(shared.profile, gpu=replace(shared.profile.gpu, time_slice=0.5))
+    shared, four = replace(shared, profile=profile), (0, 1, 2, 3)
+    for kind, steps in (
+        ("all_reduce", 6), ("all_gather", 3), ("reduce_scatter", 3), ("all_to_all", 1),
+    ):  # fmt: skip
+        op = Collective(f"{kind} x", four, 100)
+        alone = replace(shared, ranks_per_gpu=1).collective_seconds(op)
+        assert shared.collective_seconds(op) == alone + steps * 2 * 0.5
+    assert shared.transfer_seconds(100) == 2.0 + 2 * 0.5
+    # gloo's ranks wait on their hosts, which take no turns.
+    over_gloo = replace(shared, link=Link(1.0, 100.0))
+    assert over_gloo.transfer_seconds(100) == 2.0
+
+
 # -- builds ---------------------------------------------------------------------------------------
 
 
