@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.gpu.handing_out import GpuPool
-
-Take = Callable[[int], dict[str, str]]
+from tests.gpu.runs import Gpus
 
 
 @pytest.fixture(scope="session")
@@ -21,19 +18,8 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
 
 
 @pytest.fixture
-def take_gpus(shared_folder: Path) -> Iterator[Take]:
-    """Takes GPUs until the test ends; gives the environment of a process that sees only these.
-
-    Skips where the machine has fewer.
-    """
+def gpus(shared_folder: Path, tmp_path: Path) -> Gpus:
+    """Launches on GPUs that no other test has meanwhile."""
     torch = pytest.importorskip("torch")
     pool = GpuPool(torch.cuda.device_count(), shared_folder)
-    with ExitStack() as held:
-
-        def take(wanted: int) -> dict[str, str]:
-            if pool.count < wanted:
-                pytest.skip(f"needs {wanted} GPUs, and there are {pool.count}")
-            taken = held.enter_context(pool.take(wanted))
-            return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}
-
-        yield take
+    return Gpus(pool.count, pool.take, shared_folder, tmp_path)
