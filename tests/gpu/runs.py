@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.jit.store.manifest import locked
 from runner.timeline import Timeline, read_timelines
 from tests.distributed.launching import run_launch
 
@@ -91,24 +91,32 @@ class Gpus:
 
     def build(self, layout: str, *arguments: str) -> None:
         """Build what a launch can need; one test at a time, and each kernel once."""
-        with locked(self.kernels):
-            subprocess.run(
+        with self._alone("building"):
+            done = subprocess.run(
                 [sys.executable, "-m", "runner", "compile", "--model", str(self.config),
                  *layout.split(), *arguments, *MAX_TOKENS, "--cache-dir", str(self.kernels)],
-                check=True, capture_output=True, timeout=400,
+                check=False, capture_output=True, text=True, timeout=400,
             )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def of_one_rank(self, *arguments: str) -> list[Any]:
         """Logits of one rank alone, computed once for all tests."""
         import torch
 
-        folder = self.shared / "-".join(["one", *arguments])
-        folder.mkdir(exist_ok=True)
-        with locked(folder):
-            if not (folder / "logits.pt").exists():
-                torch.save(self.launch("--pp 1 --tp 1", *arguments)[1], folder / "logits.pt")
-        logits: list[Any] = torch.load(folder / "logits.pt")
+        name = "-".join(["one", *arguments])
+        path = self.shared / f"{name}.pt"
+        with self._alone(name):
+            if not path.exists():
+                torch.save(self.launch("--pp 1 --tp 1", *arguments)[1], path)
+        logits: list[Any] = torch.load(path)
         return logits
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """No other test is in a block of this name meanwhile."""
+        with (self.shared / f"{name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 PREBUILT = ["--warmup", "prebuilt"]
