@@ -50,28 +50,40 @@ def pick_device(wanted: str, place: Place) -> torch.device:
     return device
 
 
+def check_nccl(device: str, ranks_per_node: int) -> None:
+    """Check that NCCL can connect the ranks of a node.
+
+    Args:
+        device: what ranks run on, or ``auto``.
+        ranks_per_node: ranks of a node, maybe a virtual one.
+
+    Raises:
+        UserError: there is no GPU, or not one for each.
+    """
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if not gpus:
+        raise UserError("--backend nccl: it moves what is on a GPU, and the ranks run on CPUs")
+    if ranks_per_node > gpus:
+        raise UserError(
+            f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), which "
+            f"NCCL refuses; --virtual-nodes of at most {gpus} rank(s) each can share them"
+        )
+
+
 def pick_backend(wanted: str, device: torch.device, place: Place, ranks_per_node: int) -> str:
     """What CUDA tensors go over, of ``--backend``: ``nccl`` or ``gloo``.
 
     ``auto`` takes NCCL where each rank of this machine has a GPU of its own.
 
     Raises:
-        UserError: NCCL was asked for, and there is no GPU, or a node has fewer than ranks.
+        UserError: see :func:`check_nccl`.
     """
-    if device.type != "cuda":
-        if wanted == "nccl":
-            raise UserError("--backend nccl: it moves what is on a GPU, and the ranks run on CPUs")
-        return "gloo"
-    gpus = torch.cuda.device_count()
+    if wanted == "nccl":
+        check_nccl(device.type, ranks_per_node)
     if wanted != "auto":
-        if wanted == "nccl" and ranks_per_node > gpus:
-            raise UserError(
-                f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), "
-                f"which NCCL refuses; --virtual-nodes with at most {gpus} rank(s) each can share "
-                "them, as if each node had its own"
-            )
         return wanted
-    return "nccl" if gpus >= place.local_world_size else "gloo"
+    own = device.type == "cuda" and torch.cuda.device_count() >= place.local_world_size
+    return "nccl" if own else "gloo"
 
 
 def init_process_group(

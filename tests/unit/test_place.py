@@ -16,6 +16,7 @@ def picked(
     wanted: str, monkeypatch: pytest.MonkeyPatch, *, gpus: int, local: int, per_node: int
 ) -> str:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     place = Place(0, local, 0, local)
     return pick_backend(wanted, torch.device("cuda" if gpus else "cpu"), place, per_node)
 
@@ -43,9 +44,19 @@ def test_nccl_without_a_gpu_for_each_rank_of_a_node_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"4 ranks of a node would share 2 GPU\(s\)") as caught:
         picked("nccl", monkeypatch, gpus=2, local=8, per_node=4)
-    assert "--virtual-nodes with at most 2 rank(s) each" in str(caught.value)
+    assert "--virtual-nodes of at most 2 rank(s) each can share them" in str(caught.value)
     with pytest.raises(UserError, match=r"--backend nccl: .* the ranks run on CPUs"):
         picked("nccl", monkeypatch, gpus=0, local=8, per_node=1)
+
+
+def test_nccl_without_gpus_is_refused_once_for_all_ranks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--model", "dsv4-tiny", "--pp", "2", "--backend", "nccl"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --backend nccl: it moves what is on a GPU, and the ranks run on CPUs\n"
+    )
 
 
 def test_nccl_without_math_is_refused_before_a_rank_starts(
