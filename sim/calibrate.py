@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
@@ -84,13 +84,23 @@ def fit_profile(
     return Calibration(profile, tuple(fitted))
 
 
-def leave_one_out(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
-    """Each run predicted by a profile that is fitted to the others."""
+def leave_one_out(
+    measured: Sequence[Timeline], base: Profile, on_step: Callable[[int, int], None] | None = None
+) -> list[Judged]:
+    """Each run predicted by a profile that is fitted to the others.
+
+    Args:
+        measured: the runs.
+        base: see :func:`fit_profile`.
+        on_step: told how many runs are done, and of how many.
+    """
     found = []
     for index, timeline in enumerate(measured):
         others = [*measured[:index], *measured[index + 1 :]]
         profile = fit_profile(others, base, base.name).profile if others else base
         found += judge([timeline], profile)
+        if on_step is not None:
+            on_step(index + 1, len(measured))
     return found
 
 
@@ -198,18 +208,20 @@ def _call(ranks: Sequence[RankSample], known: float, known_first: float) -> tupl
             rank.compute - sum(max(count * call, gpu) for count, gpu in rank.runs) for rank in ranks
         ]
 
-    def first(call: float) -> float:
-        return max(0.0, fmean(left(call)))
+    def first(values: list[float]) -> float:
+        return max(0.0, fmean(values))
 
     def disagreement(call: float) -> float:
-        off = [value - first(call) for value in left(call)]
+        values = left(call)
+        more = first(values)
+        off = [value - more for value in values]
         off += [_KNOWN_SECONDS * (found / before - 1)
-                for found, before in ((call, known), (first(call), known_first))
+                for found, before in ((call, known), (more, known_first))
                 if before]  # fmt: skip
         return sum(value * value for value in off)
 
     call = minimum(disagreement, 0.0, _SLOWEST_CALL)
-    return call, first(call)
+    return call, first(left(call))
 
 
 def _walk_host(

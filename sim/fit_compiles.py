@@ -95,34 +95,33 @@ class _CompileFit:
 def _compile_fit(runs: Sequence[Sequence[CompileSample]], base: Profile) -> _CompileFit:
     """Contention makes each run's own compiles agree best; scales are geometric means."""
 
+    # What does not hang on the contention, once for all that are tried.
+    known = [[(one, plain_seconds(one.kernel), template_of(one.kernel)) for one in run]
+             for run in runs]  # fmt: skip
+
     def fit(contention: float) -> _CompileFit:
-        logs = [
-            [log(_alone(one, contention) / plain_seconds(one.kernel)) for one in run]
-            for run in runs
-        ]
+        logs = [[(name, log(_alone(one, contention) / plain)) for one, plain, name in run]
+                for run in known]  # fmt: skip
         ratios: dict[str, list[float]] = defaultdict(list)
-        for run, values in zip(runs, logs, strict=True):
-            for one, value in zip(run, values, strict=True):
-                ratios[template_of(one.kernel)].append(value)
+        for name, value in chain.from_iterable(logs):
+            ratios[name].append(value)
         middles = {name: fmean(values) for name, values in sorted(ratios.items())}
-        left = [
-            [value - middles[template_of(one.kernel)]
-             for one, value in zip(run, values, strict=True)]
-            for run, values in zip(runs, logs, strict=True)
-        ]  # fmt: skip
+        left = [[value - middles[name] for name, value in run] for run in logs]
         scale = {name: round(exp(middle), 4) for name, middle in middles.items()}
         return _CompileFit(contention, scale, left)
 
     def disagreement(contention: float) -> float:
         # Within a run: runs differ by what the machine was doing besides.
-        total = sum(
-            sum((value - fmean(run)) ** 2 for value in run)
-            for run in fit(contention).residuals
-            if run
-        )
+        total = sum(_squares(run) for run in fit(contention).residuals if run)
         return total + _KNOWN_CONTENTION * (contention - base.compile.contention) ** 2
 
     return fit(minimum(disagreement, 0.0, _MOST_CONTENTION))
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squares around the mean."""
+    middle = fmean(values)
+    return sum((value - middle) ** 2 for value in values)
 
 
 def fit_compiles(
@@ -174,7 +173,7 @@ def _spread(runs: Sequence[Sequence[CompileSample]], contention: float, known: f
         for same in kernels.values():
             together = [one for one in same if one.start - same[0].start < _TOGETHER]
             logs = [log(_alone(one, contention)) for one in together]
-            squares += sum((value - fmean(logs)) ** 2 for value in logs)
+            squares += _squares(logs)
             freedom += len(logs) - 1
     return sqrt(squares / freedom)
 

@@ -14,14 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUNS = "docs/measurements/h200_held.json"
 
 COMMANDS = {
     "sim": "sim",
     "sim-all": "sim --model dsv4 --pp 4 --tp 2",
     "sim-dies": "sim --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 --host-factor 1.1 "
     "--cuda-graphs 1,8,64,256 --warmup full --warmup fast --warmup planned",
-    "fidelity": f"compare --hardware h200 {RUNS}",
     "plan": "plan",
     "plan-gemm": "plan --gemm gemm_nt_f8f8bf16:4096:1024",
     "plan-fast": "plan --policy fast",

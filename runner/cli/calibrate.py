@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from runner.cli.progress import counting, progress
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.table import make_table
@@ -68,7 +69,8 @@ def _print_left_out(measured: Sequence[Timeline], base: Profile) -> None:
     if len(measured) < 2:
         print("one run: there is none to leave out")
         return
-    judged = leave_one_out(measured, base)
+    with progress("leave one out") as show:
+        judged = leave_one_out(measured, base, counting(show))
     console = make_console(highlight=False)
     console.print(judged_table(judged, "Each run by a profile of the others"))
     console.print(summary(judged))

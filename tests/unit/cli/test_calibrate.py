@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,22 @@ def test_who_is_left_out_is_not_in_what_the_rest_falls_back_on(
 ) -> None:
     asked: list[str] = []
 
-    def seeing(measured: Sequence[Timeline], base: Profile) -> list[Judged]:
+    def seeing(
+        measured: Sequence[Timeline], base: Profile, on_step: Callable[[int, int], None]
+    ) -> list[Judged]:
         asked.append(base.name)
-        return leave_one_out(measured, base)
+        return leave_one_out(measured, base, on_step)
 
     monkeypatch.setattr("runner.cli.calibrate.leave_one_out", seeing)
     assert calibrate(*files(tmp_path), "-o", str(tmp_path / "mine.json")) == 0
     assert asked == ["h200"]
+
+
+def test_long_work_tells_how_far_it_is(
+    runs: list[Timeline], tmp_path: Path, capsys: Capture
+) -> None:
+    assert calibrate(*files(tmp_path), "-o", str(tmp_path / "mine.json")) == 0
+    assert f"leave one out: {len(runs)} of {len(runs)}, " in capsys.readouterr().err
 
 
 def test_one_run_leaves_none(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> None:
