@@ -255,8 +255,7 @@ def _links(
 ) -> dict[str, Link]:
     links = dict(base)
     for name, meta in (("gloo", "gloo"), ("nvlink", "nccl")):
-        ranks = [rank for one in samples if one.timeline.meta["link"] == meta
-                 and not (meta == "nccl" and one.timeline.meta["ranks_per_gpu"] > 1)
+        ranks = [rank for one in samples if _tells_link(one.timeline, meta)
                  for rank in one.ranks if rank.messages]  # fmt: skip
         if len(ranks) >= 3:
             links[name] = _link(ranks, base[name])
@@ -264,6 +263,12 @@ def _links(
             words = f"{1e6 * found.latency:.0f} us, {found.bandwidth / 1e9:.2f} GB/s"
             fitted.append(Fitted(f"link {name}", words, len(ranks)))
     return links
+
+
+def _tells_link(timeline: Timeline, link: str) -> bool:
+    """Whether a run's communication is that link's: over NCCL ranks of a GPU wait for turns."""
+    shared = link == "nccl" and timeline.meta["ranks_per_gpu"] > 1
+    return timeline.meta["link"] == link and not shared
 
 
 def _link(ranks: Sequence[RankSample], base: Link) -> Link:

@@ -258,6 +258,8 @@ def test_a_link_is_fitted_to_runs_over_it() -> None:
     links = fit_profile([run], base(), "mine").profile.links
     assert links["gloo"] == base().links["gloo"] and links["nvlink"] != base().links["nvlink"]
     assert links["nvlink"].queues
+    turns = measured(scenario(P.NONE, pp=2, tp=2), KNOWN, link="nvlink", ranks_per_gpu=2)
+    assert fit_profile([turns], base(), "mine").profile.links == base().links, "taking turns"
     two_ranks = measured(scenario(P.NONE, tp=2), KNOWN)
     assert fit_profile([two_ranks], base(), "mine").profile.links == base().links, "too few ranks"
 
