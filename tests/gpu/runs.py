@@ -63,7 +63,9 @@ class Gpus:
         self._runs += 1
         timeline, logits = (self.own / f"{self._runs}.{end}" for end in ("json", "pt"))
         if cache is None:
-            self.build(layout, *arguments)
+            # One test at a time, and each kernel once.
+            with self._alone("building"):
+                self.build(self.kernels, layout, *arguments)
         done = self.start(
             layout, *REQUESTS, *arguments, *(["--warmup", "none"] if cache else PREBUILT),
             "--cache-dir", str(cache or self.kernels), "--timeline", str(timeline),
@@ -89,14 +91,13 @@ class Gpus:
                 *arguments, env={"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}, timeout=400,
             )  # fmt: skip
 
-    def build(self, layout: str, *arguments: str) -> None:
-        """Build what a launch can need; one test at a time, and each kernel once."""
-        with self._alone("building"):
-            done = subprocess.run(
-                [sys.executable, "-m", "runner", "compile", "--model", str(self.config),
-                 *layout.split(), *arguments, *MAX_TOKENS, "--cache-dir", str(self.kernels)],
-                check=False, capture_output=True, text=True, timeout=400,
-            )  # fmt: skip
+    def build(self, cache: Path, layout: str, *arguments: str) -> None:
+        """Build what a launch can need into a cache."""
+        done = subprocess.run(
+            [sys.executable, "-m", "runner", "compile", "--model", str(self.config),
+             *layout.split(), *arguments, *MAX_TOKENS, "--cache-dir", str(cache)],
+            check=False, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
 
     def of_one_rank(self, *arguments: str) -> list[Any]:
