@@ -162,8 +162,8 @@ class _RankRun:
         real = self.device.type == "cuda" and compute == "real"
         if sizes and real and self.backend == "gloo" and self.scenario.parallel.tp > 1:
             raise UserError(
-                "--cuda-graphs with --tp above 1 needs a GPU for each rank: over gloo the "
-                "collectives of a forward go through the host, which no graph can hold"
+                "--cuda-graphs with --tp above 1 needs NCCL: over gloo the collectives of a "
+                "forward go through the host, which no graph can hold"
             )
 
     def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
