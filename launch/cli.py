@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -28,11 +27,10 @@ from runner.cli.common import (
     serving_options,
     warmup_options,
 )
-from runner.cli.guard import WorkFailedError, run_guarded
+from runner.cli.guard import run_guarded
 from runner.cli.overlap_options import overlap_options
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import CompileError
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
@@ -200,6 +198,7 @@ def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
 def _be_a_rank(
     options: LaunchOptions, environ: Environ, result: Path | None, work_dir: Path | None
 ) -> None:
+    from launch.failure import rank_failure
     from launch.report import finish
     from launch.worker import run_worker
 
@@ -216,24 +215,7 @@ def _be_a_rank(
         if outcome is not None:
             finish(options, outcome, result)
     except Exception as error:
-        raise _rank_failure(rank, error) from error
-
-
-def _rank_failure(rank: int, error: Exception) -> WorkFailedError:
-    """Leave the error where torch's launcher looks for it, and say it in one line."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    from launch.elastic import lost_a_peer
-    from launch.watchdog import CommunicationTimeoutError
-
-    words = str(error).strip() or type(error).__name__
-    expected = isinstance(error, UserError | CompileError | CommunicationTimeoutError)
-    if not expected:
-        words = f"{type(error).__name__}: {words}"
-        if not lost_a_peer(error):
-            traceback.print_exception(error)
-    get_error_handler().record_exception(type(error)(words) if expected else error)
-    return WorkFailedError(f"rank {rank}: {words}", 2 if isinstance(error, UserError) else 1)
+        raise rank_failure(rank, error) from error
 
 
 def _say(line: str) -> None:

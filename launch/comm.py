@@ -57,12 +57,13 @@ class Groups:
     everyone: dist.ProcessGroup
 
 
-def make_groups(parallel: ParallelConfig, limit: float) -> Groups:
+def make_groups(parallel: ParallelConfig, limit: float, link: str) -> Groups:
     """One process group per distinct group of more than one rank, made by all ranks in order.
 
     Args:
         parallel: the layout.
         limit: seconds that a communication may wait.
+        link: ``nccl`` or ``gloo``, what tensors go over.
 
     Raises:
         CommunicationTimeoutError: ranks did not connect within ``limit``.
@@ -73,9 +74,11 @@ def make_groups(parallel: ParallelConfig, limit: float) -> Groups:
             if len(group) > 1:
                 wanted[group] = None
     timeout = timedelta(seconds=limit)
+    # Our own watchdog comes before NCCL's, which can say less.
+    later = timeout + timedelta(seconds=30) if link == "nccl" else timeout
     try:
-        made = {group: dist.new_group(list(group), timeout=timeout) for group in wanted}
-        pairs = dist.new_group(timeout=timeout)
+        made = {group: dist.new_group(list(group), timeout=later) for group in wanted}
+        pairs = dist.new_group(timeout=later)
         everyone = dist.new_group(timeout=timeout, backend="gloo")
     except dist.DistStoreError:
         raise CommunicationTimeoutError(

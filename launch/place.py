@@ -105,6 +105,8 @@ def init_process_group(
     if backend == "nccl" and place.local_world_size > torch.cuda.device_count():
         # NCCL lets two ranks of one host share no GPU, and this is what it tells hosts apart by.
         os.environ["NCCL_HOSTID"] = f"virtual-node-{node}"
+    # Stages send and receive in one order, so that it costs nothing that NCCL keeps to it.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     dist.init_process_group(
         "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
         # A little longer than the deadline, which can say more about where a rank stood.

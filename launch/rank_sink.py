@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from launch.streams import HostStream, Stream, Times
+from launch.wait_limit import NoLimit, WaitLimit
+from launch.watchdog import Communication
 from runner.backend.sink import R
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
@@ -124,9 +126,7 @@ class RankSink:
         synchronise: Callable[[], None],
         inside: bool,
         arrive: Callable[[], None] = lambda: None,
-        explain: Callable[
-            [Collective | Begin | Send | Recv, Exception], Exception
-        ] = lambda op, e: e,
+        limit: WaitLimit | None = None,
         lock: Callable[[GemmShape], AbstractContextManager[None]] = lambda shape: nullcontext(),
         capture: Callable[[Callable[[], object]], None] = lambda forward: None,
         on_forward: Callable[[str, str], None] = lambda phase, name: None,
@@ -140,7 +140,7 @@ class RankSink:
             synchronise: waits until the device is idle.
             inside: whether loading happens inside the call (the library) or before it (ours).
             arrive: waits until communication that was begun is done.
-            explain: makes an error of a communication one that says more.
+            limit: ends communications that take too long; None ends none.
             lock: held while a GEMM's kernels are brought in for the first time.
             capture: captures a CUDA graph of a forward.
             on_forward: told (phase, mode and tokens) at the start of each forward.
@@ -152,7 +152,7 @@ class RankSink:
         self.forwards: list[tuple[float, str, str]] = []
         self.last = "start"
         self._loader, self._synchronise, self._inside = loader, synchronise, inside
-        self._arrive, self._explain = arrive, explain
+        self._arrive, self._limit = arrive, limit or NoLimit()
         self._lock, self._capture, self._on_forward = lock, capture, on_forward
         self._stream = stream or HostStream()
         self._begun: dict[str, tuple[Begin, Any]] = {}
@@ -192,11 +192,12 @@ class RankSink:
     def _beside(self, op: Begin | Await, action: Callable[[], R]) -> R:
         """What is begun goes on beside what follows; how long is known once it was awaited."""
         if isinstance(op, Begin):
-            result = self._timed("compute", op.name, self._explained(op, action))
+            result = self._timed("compute", op.name, self._limited(op, action))
+            self._limit.begun(op, result)
             self._begun[op.name] = op, self._stream.begun(result)
             return result
         begun, handle = self._begun.pop(op.name)
-        result = self._timed("wait", op.name, self._explained(begun, action))
+        result = self._timed("wait", op.name, self._limited(begun, action))
         self._ran.append((op.name, self._stream.awaited(handle)))
         return result
 
@@ -222,16 +223,12 @@ class RankSink:
             self._arrive()
             return result
 
-        return self._explained(op, act)
+        return self._limited(op, act)
 
-    def _explained(
-        self, op: Collective | Begin | Send | Recv, action: Callable[[], R]
-    ) -> Callable[[], R]:
+    def _limited(self, op: Communication, action: Callable[[], R]) -> Callable[[], R]:
         def act() -> R:
-            try:
+            with self._limit.over(op):
                 return action()
-            except Exception as error:
-                raise self._explain(op, error) from error
 
         return act
 
@@ -241,7 +238,9 @@ class RankSink:
         start = time.time()
         self._capturing = True
         try:
-            self._capture(forward)
+            self._synchronise()
+            with self._limit.quiet():
+                self._capture(forward)
         finally:
             self._capturing = False
             before.append(Capture(name, len(self.ops)))

@@ -211,7 +211,7 @@ def _build(
 ) -> ModelRunner:  # fmt: skip
     real = device.type == "cuda"
     jit = set_up_jit(options, environ, scenario, place.rank, work, library=real)
-    groups = make_groups(scenario.parallel, options.timeout)
+    groups = make_groups(scenario.parallel, options.timeout, "nccl" if real else "gloo")
     stream = CommStream(device, sink.ran, sink.event) if real else None
     comm = TorchComm(groups, device, through_host=False, stream=stream)
     entry_points = jit.entry_points

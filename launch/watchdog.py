@@ -11,6 +11,8 @@ import torch
 from runner.jit.shim import read_unfinished
 from runner.schedule import Begin, Collective, Recv, Send
 
+Communication = Collective | Begin | Send | Recv
+
 _POLL = 2e-4
 _TIMEOUT_WORDS = (
     "Timed out waiting",
@@ -32,50 +34,40 @@ class CommunicationTimeoutError(Exception):
     """A communication took longer than the limit."""
 
 
-def wait_for_device(device: torch.device, limit: float) -> None:
-    """Wait until a GPU is done.
-
-    Raises:
-        CommunicationTimeoutError: it is not after ``limit`` seconds.
-    """
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, leaving the core to others meanwhile."""
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(device))
-    deadline = time.monotonic() + limit
     while not done.query():
-        if time.monotonic() > deadline:
-            raise CommunicationTimeoutError(f"timed out after {limit:g} s")
         time.sleep(_POLL)
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether an error of torch.distributed, or of ours, says that a wait was too long."""
-    return isinstance(error, CommunicationTimeoutError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _TIMEOUT_WORDS)
-    )
+    """Whether an error of torch.distributed says that a wait was too long."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TIMEOUT_WORDS)
 
 
 def describe_timeout(
-    op: Collective | Begin | Send | Recv, rank: int, limit: float, log_dir: Path
+    op: Communication, rank: int, limit: float, log_dir: Path
 ) -> CommunicationTimeoutError:
-    """The error that names the operation, whom it waits for and what those compile just now."""
+    """The error that names the operation, whom it waits for and who compiles what just now.
+
+    Where none of those compile, they wait for others themselves.
+    """
     others = [peer for peer in _peers(op) if peer != rank]
-    busy = _compiling(others, log_dir)
-    words = "; ".join(f"rank {peer} compiles {name}" for peer, name in busy)
+    running = [record for record in read_unfinished(log_dir) if record.rank >= 0]
+    busy = {record.rank: record.kernel_name for record in running}
+    near = {peer: name for peer, name in busy.items() if peer in others}
+    words = "; ".join(f"rank {peer} compiles {name}" for peer, name in (near or busy).items())
+    if not near:
+        words = f"none of them is compiling{', but ' * bool(words)}{words}"
     waited = f"{op.name} waited {limit:g} s for {_ranks(others)}, the limit of --nccl-timeout"
-    return CommunicationTimeoutError(f"{waited}: {words or 'none of them is compiling'}")
+    return CommunicationTimeoutError(f"{waited}: {words}")
 
 
-def _peers(op: Collective | Begin | Send | Recv) -> Sequence[int]:
+def _peers(op: Communication) -> Sequence[int]:
     return op.group if isinstance(op, Collective | Begin) else (op.peer,)
 
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _compiling(ranks: Sequence[int], log_dir: Path) -> list[tuple[int, str]]:
-    return [
-        (record.rank, record.kernel_name)
-        for record in read_unfinished(log_dir)
-        if record.rank in ranks
-    ]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from launch.comm import Groups, ScratchComm, TorchComm, make_groups
 from launch.deadline import Deadline
+from launch.failure import end_process
 from launch.gather import RankRecord, RunResult, find_stalls, gather, machine_facts
 from launch.graphs import GraphCapture
 from launch.jit_setup import RankJit, set_up_jit
@@ -28,7 +29,8 @@ from launch.place import Place, find_place, init_process_group, pick_backend, pi
 from launch.process import process_start
 from launch.rank_sink import RankSink, cut_compiles
 from launch.streams import DeviceStream
-from launch.watchdog import TORCH_LIMITS, describe_timeout, is_timeout, wait_for_device
+from launch.wait_limit import GlooLimit, NcclLimit, WaitLimit
+from launch.watchdog import TORCH_LIMITS, Communication, describe_timeout, wait_for_device
 from runner.backend.base import Backend
 from runner.backend.communicator import Communicator
 from runner.backend.kernel_store import NoKernels
@@ -42,7 +44,6 @@ from runner.errors import UserError
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.scenario import Scenario, run_rank
-from runner.schedule import Begin, Collective, Recv, Send
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from runner.weight_size import model_elements
@@ -120,7 +121,7 @@ class _RankRun:
         self._check_graphs(compute)
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         self.link = self.backend if compute == "real" else "gloo"
-        groups = make_groups(self.scenario.parallel, self._limit)
+        groups = make_groups(self.scenario.parallel, self._limit, self.link)
         leaders = leaders_group(self.scenario, self._limit)
         self.phases.append(("weights", time.time()))
         jit = set_up_jit(
@@ -172,20 +173,21 @@ class _RankRun:
         if self.options.compile_lock and jit.cache is not None:
             extra["lock"] = CompileLocks(jit.cache.root).held
         if self.link == "nccl":
-            extra["arrive"] = lambda: wait_for_device(self.device, self._limit)
+            extra["arrive"] = lambda: wait_for_device(self.device)
             extra["stream"] = DeviceStream(self.device)
         return RankSink(
             self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
-            explain=lambda op, error: self._explain(op, error, jit.log_dir),
+            limit=self._wait_limit(jit.log_dir),
             capture=self.graphs, on_forward=on_forward, **extra,
         )  # fmt: skip
 
-    def _explain(
-        self, op: Collective | Begin | Send | Recv, error: Exception, log_dir: Path
-    ) -> Exception:
-        if not is_timeout(error):
-            return error
-        return describe_timeout(op, self.place.rank, self._limit, log_dir)
+    def _wait_limit(self, log_dir: Path) -> WaitLimit:
+        def describe(op: Communication) -> Exception:
+            return describe_timeout(op, self.place.rank, self._limit, log_dir)
+
+        if self.link == "gloo":
+            return GlooLimit(describe)
+        return NcclLimit(self._limit, lambda op: end_process(self.place.rank, describe(op)))
 
     def _end_phases(self, sink: RankSink, now: float) -> None:
         """Note the phases before the warm-up."""

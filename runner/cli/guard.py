@@ -39,8 +39,13 @@ class WorkFailedError(Exception):
         self.exit_code = exit_code
 
 
-def _fail(message: str, code: int) -> int:
+def say_error(message: str) -> None:
+    """Say what ended a program, in one line."""
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _fail(message: str, code: int) -> int:
+    say_error(message)
     return code
 
 

@@ -9,6 +9,7 @@ parallel compiles never mix.
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,11 @@ def read_unfinished(log_dir: Path) -> list[CompileRecord]:
 
 
 def _read(log_dir: Path, pattern: str) -> list[CompileRecord]:
-    records = [read_record(path) for path in log_dir.glob(pattern)]
+    records = []
+    for path in log_dir.glob(pattern):
+        # One that ends just now has another name by the time that it is read.
+        with suppress(FileNotFoundError):
+            records.append(read_record(path))
     return sorted(records, key=lambda record: (record.start, record.pid))
 
 

@@ -101,12 +101,25 @@ def test_kernels_of_fewer_sms_are_compiled_as_planned(gpus: Gpus, tmp_path: Path
 
 
 @two_gpus
-def test_the_watchdog_names_who_compiles(gpus: Gpus, tmp_path: Path) -> None:
-    """Rank 0 walks a shape while rank 1 waits for it."""
+@pytest.mark.parametrize(
+    ("layout", "policy", "op"),
+    [
+        ("--pp 1 --tp 2", ["--warmup", "fast", "--walk-max-m", "512"], "all_reduce"),
+        # The first message of a pair: NCCL connects them inside the call.
+        ("--pp 2 --tp 1", ["--warmup", "none"], "hidden_states"),
+    ],
+    ids=["a collective", "a first message"],
+)
+def test_the_watchdog_names_who_compiles(
+    layout: str, policy: list[str], op: str, gpus: Gpus, tmp_path: Path
+) -> None:
+    """Rank 0 compiles while rank 1 waits for it."""
     done = gpus.start(
-        "--pp 1 --tp 2", "--warmup", "fast", "--walk-max-m", "512", "--batch-sizes", "1",
-        "--cache-dir", str(tmp_path / "cold"), "--nccl-timeout", "5",
+        layout, *policy, "--batch-sizes", "1", "--cache-dir", str(tmp_path / "cold"),
+        "--nccl-timeout", "5",
     )  # fmt: skip
     assert done.returncode == 1
-    words = done.stdout + done.stderr
+    words = done.stderr.splitlines()[0]
+    print(words)
+    assert words.startswith(f"error: rank 1: {op}")
     assert "waited 5 s for rank 0, the limit of --nccl-timeout: rank 0 compiles" in words

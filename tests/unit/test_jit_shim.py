@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.jit.describe import name_of_source
-from runner.jit.shim import read_records, write_shim
+from runner.jit.shim import read_records, read_unfinished, write_shim
 
 SOURCE = "// Includes' hash value: 00\n\nauto p = (&gemm_impl<\n    1\n>);\n\nint last;\n"
 
@@ -99,6 +99,24 @@ def test_parallel_compiles_do_not_mix(shim: Path, log_dir: Path, tmp_path: Path)
 def test_unfinished_records_are_not_read(shim: Path, log_dir: Path) -> None:
     (log_dir / "1.5-77.tmp").write_text("start 1.5\n")
     assert read_records(log_dir) == []
+
+
+def test_one_that_ends_while_it_is_read_is_not_running(
+    log_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1.5-77", "2.5-78"):
+        (log_dir / f"{name}.running").write_text(
+            f"start {name[:3]}\nend 0\nrank 1\npid 7\nexit -1\ncommand x\noutput y\n\n"
+        )
+    read_text = Path.read_text
+
+    def read(path: Path, **arguments: str) -> str:
+        if path.stem == "1.5-77":
+            path.unlink()
+        return read_text(path, **arguments)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert [record.start for record in read_unfinished(log_dir)] == [2.5]
 
 
 def test_a_log_directory_that_is_not_there(tmp_path: Path) -> None:

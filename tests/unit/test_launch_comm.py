@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,7 +22,22 @@ def test_ranks_that_do_not_connect_in_time_are_one_line(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(dist, "new_group", too_late)
     with pytest.raises(CommunicationTimeoutError) as caught:
-        make_groups(ParallelConfig(pp=2), 1.5)
+        make_groups(ParallelConfig(pp=2), 1.5, "gloo")
     assert str(caught.value) == (
         "the ranks did not connect within 1.5 s, the limit of --nccl-timeout"
     )
+
+
+@pytest.mark.parametrize(("link", "tensors"), [("gloo", 1.5), ("nccl", 31.5)])
+def test_nccls_own_watchdog_comes_after_ours(
+    link: str, tensors: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[float, str | None]] = []
+
+    def group(*_: Any, timeout: timedelta, backend: str | None = None) -> object:
+        given.append((timeout.total_seconds(), backend))
+        return object()
+
+    monkeypatch.setattr(dist, "new_group", group)
+    make_groups(ParallelConfig(pp=2, tp=2), 1.5, link)
+    assert given == [(tensors, None), (tensors, None), (tensors, None), (1.5, "gloo")]

@@ -10,6 +10,7 @@ pytest.importorskip("torch")
 
 from launch.watchdog import (
     TORCH_LIMITS,
+    Communication,
     CommunicationTimeoutError,
     describe_timeout,
     is_timeout,
@@ -30,9 +31,7 @@ def running(log_dir: Path, rank: int, start: float, ending: str = "running") -> 
     )
 
 
-def words(
-    op: Collective | Begin | Send | Recv, rank: int, log_dir: Path, limit: float = 30.0
-) -> str:
+def words(op: Communication, rank: int, log_dir: Path, limit: float = 30.0) -> str:
     return str(describe_timeout(op, rank, limit, log_dir))
 
 
@@ -67,10 +66,20 @@ def test_what_was_begun_waits_for_its_group(tmp_path: Path) -> None:
     )
 
 
-def test_others_compiles_and_finished_ones_do_not_count(tmp_path: Path) -> None:
-    running(tmp_path, 0, 10.5, "compile")
-    running(tmp_path, 1, 11.5)
+def test_those_that_it_waits_for_may_wait_themselves(tmp_path: Path) -> None:
     running(tmp_path, 5, 12.5)
+    running(tmp_path, 4, 13.5)
+    for op in (RECV, SUM):
+        assert words(op, 1, tmp_path).endswith(
+            ": none of them is compiling, but rank 5 compiles transpose_fp32; "
+            "rank 4 compiles transpose_fp32"
+        )
+    running(tmp_path, 0, 14.5)
+    assert words(RECV, 1, tmp_path).endswith(": rank 0 compiles transpose_fp32")
+
+
+def test_what_is_finished_does_not_count(tmp_path: Path) -> None:
+    running(tmp_path, 0, 10.5, "compile")
     for op in (RECV, SUM):
         assert words(op, 1, tmp_path).endswith(": none of them is compiling")
 
@@ -78,7 +87,6 @@ def test_others_compiles_and_finished_ones_do_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        CommunicationTimeoutError("timed out after 3 s"),
         RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting 3000ms for recv"),
         RuntimeError("wait timeout after 3000ms"),
         RuntimeError("Operation timed out!"),
