@@ -29,7 +29,8 @@ COMMANDS = {
     "overlap": "overlap --model dsv4 --pp 1 --tp 8 --ep",
     "overlap-measured": "overlap --no-search --measured docs/measurements/h200x2_steps_decode.json",
     "fidelity-nccl": "compare --hardware h200 docs/measurements/h200x2_nccl.json",
-    "fidelity-nodes": "compare --hardware h200 docs/measurements/h200x2_vn.json",
+    "fidelity-nodes": "compare --hardware h200 docs/measurements/h200x2_vn.json "
+    "docs/measurements/h200x2_vn_layouts.json",
 }
 """Arguments of ``runner`` by the name of the block, paths relative to the repository."""
 

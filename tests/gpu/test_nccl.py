@@ -52,7 +52,8 @@ def test_tensor_ranks_compute_what_one_does(layout: str, gpus: Gpus) -> None:
     assert (timeline.meta["link"], timeline.kernels_compiled) == ("nccl", 0)
     prompts = differences(found, gpus.of_one_rank(*FOUR))[::2]
     print(layout, [(float(apart.max()), float(apart.median())) for apart in prompts])
-    assert all(float(apart.max()) < 0.6 and float(apart.median()) < 0.3 for apart in prompts)
+    # Measured on 2 H200s: 0.06 to 0.13 and 0.06 to 0.12, whatever the layout.
+    assert all(float(apart.max()) < 0.25 and float(apart.median()) < 0.2 for apart in prompts)
 
 
 def test_nccl_computes_what_gloo_does(gpus: Gpus) -> None:
