@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+from launch.comm import UnderWay
+from launch.comm_stream import Ran
 from launch.watchdog import Communication, is_timeout
 
 Describe = Callable[[Communication], Exception]
@@ -94,8 +96,9 @@ class NcclLimit:
         finally:
             self._inside = None
 
-    def begun(self, op: Communication, handle: Any) -> None:
-        """See the protocol; ``handle.work.done`` is an event behind it on the GPU."""
+    def begun(self, op: Communication, handle: UnderWay) -> None:
+        """See the protocol."""
+        assert isinstance(handle.work, Ran)
         with self._lock:
             self._beside.append((op, time.monotonic(), handle.work.done.query))
 

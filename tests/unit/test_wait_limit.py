@@ -5,12 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
+import torch
+
+from launch.comm import UnderWay
+from launch.comm_stream import Ran
 from launch.wait_limit import GlooLimit, NcclLimit, NoLimit
 from launch.watchdog import Communication
 from runner.schedule import Begin, Recv, Send
@@ -32,26 +38,24 @@ class Ended:
         self.event.set()
 
 
-def handle(*answers: bool) -> SimpleNamespace:
-    """Of a collective that is, or is not, done whenever it is asked; the last answer stays."""
-    left = list(answers)
-    query = lambda: left.pop(0) if len(left) > 1 else left[0]  # noqa: E731
-    return SimpleNamespace(work=SimpleNamespace(done=SimpleNamespace(query=query)))
+def handle(query: Callable[[], bool]) -> UnderWay:
+    """Of a collective on a GPU that is, or is not, done whenever it is asked."""
+    done: Any = SimpleNamespace(query=query)
+    nothing = torch.zeros(0)
+    return UnderWay(Ran(done, done, done), nothing, nothing, 1)
 
 
 def test_gloos_time_outs_say_more() -> None:
     limit = GlooLimit(lambda op: ValueError(f"{op.name} was too long"))
-    late, lost = (
-        RuntimeError("Timed out waiting 3000ms for recv"),
-        RuntimeError("Connection closed"),
-    )
+    late = RuntimeError("Timed out waiting 3000ms for recv")
+    lost = RuntimeError("Connection closed by peer")
     with pytest.raises(ValueError, match="hidden_states was too long") as caught, limit.over(FIRST):
         raise late
     assert caught.value.__cause__ is late
     with pytest.raises(RuntimeError, match="Connection closed"), limit.over(FIRST):
         raise lost
     with limit.over(FIRST), limit.quiet():
-        limit.begun(BEGUN, handle(False))
+        limit.begun(BEGUN, None)
 
 
 def test_a_call_that_does_not_come_back_ends_the_process() -> None:
@@ -67,8 +71,8 @@ def test_a_call_that_does_not_come_back_ends_the_process() -> None:
 def test_what_goes_on_beside_may_not_take_longer_either() -> None:
     ended = Ended()
     limit = NcclLimit(0.3, ended)
-    limit.begun(Begin("done", (0, 1), 64), handle(False, True))
-    limit.begun(BEGUN, handle(False))
+    limit.begun(Begin("done", (0, 1), 64), handle(lambda: True))
+    limit.begun(BEGUN, handle(lambda: False))
     assert ended.event.wait(ENOUGH)
     assert ended.ops == [BEGUN]
 
@@ -82,7 +86,7 @@ def test_the_device_is_not_asked_while_it_is_to_be_quiet() -> None:
 
     ended = Ended()
     limit = NcclLimit(10 * ENOUGH, ended)
-    limit.begun(BEGUN, SimpleNamespace(work=SimpleNamespace(done=SimpleNamespace(query=query))))
+    limit.begun(BEGUN, handle(query))
     with limit.quiet():
         asked.clear()
         assert not asked.wait(0.5)
