@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.kernel_store import check_holds
+from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from launch.rank_sink import KernelLoader, LibraryJit, OwnJit
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache

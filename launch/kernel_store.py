@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.rank_sink import KernelLoader
+from launch.loaders import KernelLoader
 from runner.cli.progress import Show, progress
 from runner.coverage import node_coverage
 from runner.errors import UserError

@@ -6,18 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
+from launch.loaders import KernelLoader
 from launch.streams import HostStream, Stream, Times
 from launch.wait_limit import NoLimit, WaitLimit
 from launch.watchdog import Communication
 from runner.backend.sink import R
 from runner.jit.kernel_type import KernelCall
 from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.lazy import LazyJit
-from runner.jit.plan import GemmShape, kernel_ranges
-from runner.jit.shim import CompileRecord
-from runner.m_lists import expand
+from runner.jit.plan import GemmShape
 from runner.schedule import (
     Await,
     Begin,
@@ -33,89 +31,11 @@ from runner.schedule import (
 from runner.timeline import Span
 
 
-class KernelLoader(Protocol):
-    """Makes kernels ready before a call."""
-
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """Whether any of them is not in memory, so that a call of them is a first use."""
-
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """Load or compile what is not in memory, or take note that the call is about to."""
-
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """Bring kernels that are on disk into memory."""
-
-    def walk(self, walk: Walk) -> None:
-        """Call a GEMM with every M of a list, so that what it needs is there afterwards."""
-
-
-class OwnJit:
-    """Our own lazy JIT, for machines without a GPU; without a compiler it only keeps track."""
-
-    def __init__(self, jit: LazyJit | None) -> None:
-        self._jit = jit
-
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """See the protocol."""
-        return self._jit is not None and not all(map(self._jit.is_loaded, kernels))
-
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        if self._jit is not None:
-            for kernel in kernels:
-                self._jit.ensure(kernel)
-
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self.prepare(kernels)
-
-    def walk(self, walk: Walk) -> None:
-        """Nothing is called here: what each M needs is made ready, in order."""
-        for kernel in kernel_ranges(walk.shape, expand(walk.steps)):
-            self.prepare([kernel])
-
-
-class LibraryJit:
-    """The library's own JIT: it loads or compiles inside the call; we only know which are new.
-
-    Args:
-        call_each: makes the library load kernels by calling each once; returns those it called.
-        call_all: calls a GEMM with every M of a walk.
-    """
-
-    def __init__(
-        self,
-        call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]],
-        call_all: Callable[[Walk], None],
-    ) -> None:
-        self._seen: set[Kernel] = set()
-        self._call_each, self._call_all = call_each, call_all
-
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """See the protocol."""
-        return not self._seen.issuperset(kernels)
-
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self._seen.update(kernels)
-
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self._seen.update(
-            self._call_each([kernel for kernel in kernels if kernel not in self._seen])
-        )
-
-    def walk(self, walk: Walk) -> None:
-        """See the protocol."""
-        self._call_all(walk)
-        self._seen.update(kernel_ranges(walk.shape, expand(walk.steps)))
-
-
 class RankSink:
     """One rank's operations and spans.
 
-    A first use of a kernel is one ``load`` span, out of which :func:`cut_compiles` later cuts the
-    compiles that the compiler shim saw.
+    A first use of a kernel is one ``load`` span, out of which
+    :func:`launch.compile_spans.cut_compiles` later cuts the compiles that the shim saw.
     """
 
     def __init__(
@@ -306,34 +226,3 @@ _SHOWN_WAIT = 1e-3
 def _comm_name(op: Collective | Send | Recv) -> str:
     prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
     return f"{prefix}{op.name}"
-
-
-def cut_compiles(
-    spans: Sequence[Span], records: Sequence[CompileRecord], key_of: Callable[[CompileRecord], str]
-) -> list[Span]:
-    """Put one rank's compiles, as the shim saw them, in place of that part of its load spans."""
-    result = [span for span in spans if span.kind != "load"]
-    for record in records:
-        rank = record.rank
-        result.append(
-            Span(rank, record.start, record.end, "compile", record.kernel_name, key_of(record))
-        )
-    for span in spans:
-        if span.kind == "load":
-            result += _without(span, records)
-    return sorted(result, key=lambda span: (span.start, -span.end))
-
-
-def _without(span: Span, records: Sequence[CompileRecord]) -> list[Span]:
-    """What is left of a span outside of compiles."""
-    left = []
-    at = span.start
-    for record in records:
-        if record.end <= span.start or record.start >= span.end:
-            continue
-        if record.start > at:
-            left.append(Span(span.rank, at, record.start, "load", span.name))
-        at = max(at, record.end)
-    if at < span.end:
-        left.append(Span(span.rank, at, span.end, "load", span.name))
-    return left

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from launch.comm import Groups, ScratchComm, TorchComm, make_groups
+from launch.compile_spans import cut_compiles
 from launch.deadline import Deadline
 from launch.failure import end_process
 from launch.gather import RankRecord, RunResult, find_stalls, gather, machine_facts
@@ -27,7 +28,7 @@ from launch.locks import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
 from launch.process import process_start
-from launch.rank_sink import RankSink, cut_compiles
+from launch.rank_sink import RankSink
 from launch.streams import DeviceStream
 from launch.wait_limit import GlooLimit, NcclLimit, WaitLimit
 from launch.watchdog import TORCH_LIMITS, Communication, describe_timeout, wait_for_device

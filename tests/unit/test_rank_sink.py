@@ -1,4 +1,4 @@
-"""The executing sink: what it notes of a run, and how compiles are cut out of loads."""
+"""The executing sink: what it notes of a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from launch.rank_sink import LibraryJit, OwnJit, RankSink, cut_compiles
+from launch.loaders import OwnJit
+from launch.rank_sink import RankSink
 from launch.watchdog import Communication
 from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
 from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.lazy import Found, LazyJit
-from runner.jit.plan import GemmShape, kernel_ranges
-from runner.jit.shim import CompileRecord
-from runner.m_lists import steps_of
+from runner.jit.plan import GemmShape
 from runner.schedule import (
     Await,
     Begin,
@@ -51,28 +49,6 @@ class NewOnce:
 
     def walk(self, walk: Walk) -> None:
         self.walked.append(walk)
-
-
-def record(start: float, end: float) -> CompileRecord:
-    return CompileRecord(start, end, rank=0, pid=1, exit_code=0, source="")
-
-
-def cut(spans: list[Span], *records: CompileRecord) -> list[tuple[str, float, float]]:
-    made = cut_compiles(spans, records, lambda record: "key")
-    return [(span.kind, span.start, span.end) for span in made]
-
-
-def test_compiles_take_their_part_of_a_load() -> None:
-    load = Span(0, 10, 20, "load", "gemm")
-    assert cut([load], record(11, 13), record(14, 19)) == [
-        ("load", 10, 11), ("compile", 11, 13), ("load", 13, 14), ("compile", 14, 19),
-        ("load", 19, 20),
-    ]  # fmt: skip
-
-
-def test_a_load_without_a_compile_stays_a_load() -> None:
-    load = Span(0, 10, 20, "load", "gemm")
-    assert cut([load], record(1, 5)) == [("compile", 1, 5), ("load", 10, 20)]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -308,61 +284,3 @@ def test_forwards_are_kept_with_their_phase() -> None:
     for op in (Mark("phase", "requests"), Mark("forward", "EXTEND 8"), Mark("phase", "end")):
         sink.run(op, lambda: None)
     assert [(phase, name) for _, phase, name in sink.forwards] == [("requests", "EXTEND 8")]
-
-
-DENSE = GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 512, 512, 1, 132)
-DENSE_WALK = Walk(DENSE, steps_of(range(1, 129)))
-
-
-def test_the_librarys_walk_brings_in_what_it_calls() -> None:
-    walked: list[Walk] = []
-    jit = LibraryJit(lambda kernels: kernels, walked.append)
-    brought = list(kernel_ranges(DENSE, range(1, 129)))
-    assert jit.lacks(brought)
-    jit.walk(DENSE_WALK)
-    assert walked == [DENSE_WALK]
-    assert not jit.lacks(brought)
-    assert jit.lacks(kernels_of(DENSE.call(16384)))
-
-
-def test_the_library_is_asked_for_new_kernels_only() -> None:
-    asked: list[list[Kernel]] = []
-
-    def call_each(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
-        asked.append(list(kernels))
-        return kernels[:1]
-
-    jit = LibraryJit(call_each, lambda walk: None)
-    one, two, three = list(kernel_ranges(DENSE, range(1, 129)))[:3]
-    jit.prepare([one])
-    jit.load([one, two, three])
-    assert asked == [[two, three]]
-    assert not jit.lacks([one, two])
-    assert jit.lacks([three]), "what did not fit is left to its first use"
-
-
-class FakeJit(LazyJit):
-    """Keeps what it is asked to make ready."""
-
-    def __init__(self) -> None:
-        self.made: list[Kernel] = []
-
-    def is_loaded(self, kernel: Kernel) -> bool:
-        return kernel in self.made
-
-    def ensure(self, kernel: Kernel) -> Found:
-        if kernel in self.made:
-            return Found.MEMORY
-        self.made.append(kernel)
-        return Found.MISS
-
-
-def test_our_own_walk_makes_each_kernel_ready_in_order_of_its_first_m() -> None:
-    lazy = FakeJit()
-    jit = OwnJit(lazy)
-    brought = list(kernel_ranges(DENSE, range(1, 129)))
-    assert jit.lacks(brought[:1])
-    jit.walk(DENSE_WALK)
-    jit.walk(DENSE_WALK)
-    assert lazy.made == brought
-    assert not jit.lacks(brought)
