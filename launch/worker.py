@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from launch.comm import Groups, ScratchComm, TorchComm, make_groups
 from launch.compile_spans import cut_compiles
+from launch.compute_mode import check_graphs, compute_mode
 from launch.deadline import Deadline
 from launch.failure import end_process
 from launch.gather import RankRecord, RunResult, find_stalls, gather, machine_facts
@@ -25,6 +26,7 @@ from launch.graphs import GraphCapture
 from launch.jit_setup import RankJit, set_up_jit
 from launch.kernel_store import NodeKernels, leaders_group
 from launch.locks import CompileLocks
+from launch.logits import Logits
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
 from launch.process import process_start
@@ -41,7 +43,6 @@ from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.backend.weights import WeightSource
 from runner.environ import Environ
-from runner.errors import UserError
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.scenario import Scenario, run_rank
@@ -118,8 +119,9 @@ class _RankRun:
 
     def run(self, say: Callable[[str], None]) -> RunResult | None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.local_world_size))
-        compute, reason = self._compute_mode()
-        self._check_graphs(compute)
+        compute, reason = compute_mode(self.options, self.device.type, self.scenario.model)
+        on_gpu = self.device.type == "cuda" and compute == "real"
+        check_graphs(self.scenario, on_gpu=on_gpu, backend=self.backend)
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         self.link = self.backend if compute == "real" else "gloo"
         groups = make_groups(self.scenario.parallel, self._limit, self.link)
@@ -127,7 +129,7 @@ class _RankRun:
         self.phases.append(("weights", time.time()))
         jit = set_up_jit(
             self.options, self.environ, self.scenario, self.place.rank, self.work_dir,
-            library=self.device.type == "cuda" and compute == "real",
+            library=on_gpu,
         )  # fmt: skip
         store: NodeKernels | None = None
         sink = self._sink(
@@ -142,14 +144,14 @@ class _RankRun:
         self._synchronise()
         self._end_phases(sink, time.time())
         dist.barrier()
-        logits: list[torch.Tensor] = []
+        logits = Logits.of_rank(self.options.logits, self.scenario.parallel, self.place.rank)
         with torch.inference_mode():
-            run_rank(runner, self.scenario, self._keeper(logits))
+            run_rank(runner, self.scenario, logits.keep)
         comm.finish()
         self._synchronise()
         if self.graphs is not None:
             self.graphs.release()
-        self._save(logits)
+        logits.save()
         return gather(self._record(sink, jit, store), self.scenario, self._facts(compute, jit))
 
     @property
@@ -157,16 +159,6 @@ class _RankRun:
         """Seconds that a communication may wait."""
         given = self.options.nccl_timeout
         return TORCH_LIMITS[self.link] if given is None else given
-
-    def _check_graphs(self, compute: str) -> None:
-        """A graph holds what a GPU does: nothing that goes through the host."""
-        sizes = self.scenario.warmup.graph_batch_sizes
-        real = self.device.type == "cuda" and compute == "real"
-        if sizes and real and self.backend == "gloo" and self.scenario.parallel.tp > 1:
-            raise UserError(
-                "--cuda-graphs with --tp above 1 needs NCCL: over gloo the collectives of a "
-                "forward go through the host, which no graph can hold"
-            )
 
     def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
         self.graphs = GraphCapture(self.device if compute == "real" else torch.device("cpu"))
@@ -221,17 +213,6 @@ class _RankRun:
                 say(f"{time.time() - began:7.1f} s  {phase}: {name}, {compiled} compiles so far")
 
         return tell
-
-    def _compute_mode(self) -> tuple[str, str]:
-        """``real`` or ``skip``, and why."""
-        if self.options.compute is not None:
-            return self.options.compute, "as asked"
-        if self.device.type == "cuda":
-            return "real", "on a GPU"
-        total = model_elements(self.scenario.model)
-        if total > REAL_MATH_LIMIT:
-            return "skip", f"{total / 1e9:.0f} G weights are too many for math on a CPU"
-        return "real", "the model is small"
 
     def _kernel_store(
         self, jit: RankJit, sink: RankSink, groups: Groups, leaders: dist.ProcessGroup | None
@@ -290,26 +271,6 @@ class _RankRun:
         if self.device.type == "cuda":
             # Not the device: a send to a stage that is late must not hold this one up.
             torch.cuda.current_stream(self.device).synchronize()
-
-    def _keeper(self, logits: list[torch.Tensor]) -> Callable[[Any], None]:
-        """Keeps logits where they were asked for: on the last stage's first rank."""
-        at = self.scenario.parallel.coordinates(self.place.rank)
-        last = at.pp_rank == self.scenario.parallel.pp - 1 and at.tp_rank == 0
-        if self.options.logits is None or not last:
-            return lambda logits: None
-
-        def keep(made: Any) -> None:
-            if isinstance(made, torch.Tensor):
-                logits.append(made.float().cpu())
-
-        return keep
-
-    def _save(self, logits: list[torch.Tensor]) -> None:
-        if logits and self.options.logits is not None:
-            try:
-                torch.save(logits, self.options.logits)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot write {self.options.logits}: {error}") from None
 
     def _record(self, sink: RankSink, jit: RankJit, store: NodeKernels | None) -> RankRecord:
         records = [r for r in read_records(jit.log_dir) if r.rank == self.place.rank]
