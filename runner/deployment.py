@@ -11,12 +11,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from runner.backend.base import Backend
-from runner.backend.layout import (
-    contiguous_rows,
-    hc_num_splits,
-    masked_expected_m,
-    masked_token_limit,
-)
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
@@ -24,6 +18,12 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.gemm_rows import (
+    contiguous_rows,
+    hc_num_splits,
+    masked_expected_m,
+    masked_token_limit,
+)
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf
 
-from runner.backend.layout import hc_num_splits
+from runner.gemm_rows import hc_num_splits
 from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T

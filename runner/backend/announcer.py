@@ -10,11 +10,11 @@ from typing import Any
 
 from runner.backend.communicator import Communicator
 from runner.backend.kernel_store import KernelStore, NoKernels
-from runner.backend.layout import MASKED_BUDGET
 from runner.backend.math import Math
 from runner.backend.sink import OpSink, R
 from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
+from runner.gemm_rows import MASKED_BUDGET
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernel_type import KernelCall
 from runner.schedule import Compute, Mark, Walk

@@ -6,9 +6,9 @@ from math import prod
 from typing import Any
 
 from runner.backend.announcer import Announcer, bf16_bytes
-from runner.backend.layout import contiguous_rows, masked_bytes, masked_expected_m, masked_rows
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.config.model import MoeConfig
+from runner.gemm_rows import contiguous_rows, masked_bytes, masked_expected_m, masked_rows
 
 
 class ExpertSteps(Announcer):

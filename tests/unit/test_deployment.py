@@ -9,13 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.backend.base import Backend
-from runner.backend.layout import (
-    MASKED_BUDGET,
-    contiguous_rows,
-    masked_bytes,
-    masked_rows,
-    masked_token_limit,
-)
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import with_layers
@@ -24,6 +17,13 @@ from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.deployment import Deployment, demands, recorded_calls
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.gemm_rows import (
+    MASKED_BUDGET,
+    contiguous_rows,
+    masked_bytes,
+    masked_rows,
+    masked_token_limit,
+)
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.kernels import Kernel, kernels_of

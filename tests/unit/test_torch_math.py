@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from runner.backend.base import Backend  # noqa: E402
-from runner.backend.layout import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.backend.math import Routing  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     dequantise_blocks,
@@ -35,6 +34,7 @@ from runner.config.model import ModelConfig  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4_TINY  # noqa: E402
 from runner.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors  # noqa: E402
+from runner.gemm_rows import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.model_runner import ModelRunner  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.backend.layout import hc_num_splits
+from runner.gemm_rows import hc_num_splits
 from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
 from runner.jit.kernel_type import DeepGemmKernelType as T
 from runner.jit.plan import GemmShape
