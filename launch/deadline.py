@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Callable
 from typing import Protocol
+
+
+class OutOfTimeError(Exception):
+    """Something took longer than its limit."""
 
 
 class Standing(Protocol):
@@ -14,11 +18,16 @@ class Standing(Protocol):
 
 
 class Deadline:
-    """Ends the process when a run takes longer than its limit, saying where it stood."""
+    """Ends the process when a run takes longer than its limit, saying where it stood.
 
-    def __init__(self, seconds: float, rank: int) -> None:
+    Args:
+        seconds: the limit.
+        end: ends the process, wherever it is, telling of the error.
+    """
+
+    def __init__(self, seconds: float, end: Callable[[Exception], object]) -> None:
         self.sink: Standing | None = None
-        self._seconds, self._rank = seconds, rank
+        self._seconds, self._end = seconds, end
         self._timer = threading.Timer(seconds, self._abort)
         self._timer.daemon = True
         self._timer.start()
@@ -31,8 +40,4 @@ class Deadline:
 
     def _abort(self) -> None:
         where = self.sink.last if self.sink else "setting up"
-        print(
-            f"[rank {self._rank}] error: no end after --timeout {self._seconds:g} s, in: {where}",
-            flush=True,
-        )
-        os._exit(1)
+        self._end(OutOfTimeError(f"no end after --timeout {self._seconds:g} s, in: {where}"))

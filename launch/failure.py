@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from launch.deadline import OutOfTimeError
 from launch.elastic import lost_a_peer
-from launch.watchdog import CommunicationTimeoutError
 from runner.cli.guard import WorkFailedError, say_error
 from runner.errors import UserError
 from runner.jit.compiler import CompileError
@@ -18,7 +18,7 @@ from runner.jit.compiler import CompileError
 def rank_failure(rank: int, error: Exception) -> WorkFailedError:
     """Leave the error where torch's launcher looks for it, and say it in one line."""
     words = str(error).strip() or type(error).__name__
-    expected = isinstance(error, UserError | CompileError | CommunicationTimeoutError)
+    expected = isinstance(error, UserError | CompileError | OutOfTimeError)
     if not expected:
         words = f"{type(error).__name__}: {words}"
         if not lost_a_peer(error):

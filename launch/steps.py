@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from launch.comm import TorchComm, make_groups
 from launch.comm_stream import CommStream
 from launch.deadline import Deadline
+from launch.failure import end_process
 from launch.gather import machine_facts
 from launch.graphs import GraphCapture
 from launch.jit_setup import set_up_jit
@@ -187,8 +189,8 @@ def _run(
     init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
     if device.type == "cuda" and link == "gloo":
         raise UserError("each rank needs a GPU of its own: over gloo nothing fits into a graph")
-    sink = StepSink()
-    with Deadline(options.timeout, place.rank) as deadline, tempfile.TemporaryDirectory() as work:
+    sink, end = StepSink(), partial(end_process, place.rank)
+    with Deadline(options.timeout, end) as deadline, tempfile.TemporaryDirectory() as work:
         deadline.sink = sink
         runner = _build(options, environ, scenario, place, device, sink, Path(work))
         batch = _batch(runner, mode, values["batch"], values["prompt_len"])

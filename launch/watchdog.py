@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from launch.deadline import OutOfTimeError
 from runner.jit.shim import read_unfinished
 from runner.schedule import Begin, Collective, Recv, Send
 
@@ -30,7 +31,7 @@ TORCH_LIMITS = {"nccl": 600.0, "gloo": 1800.0}
 """Seconds that torch 2 lets a collective wait by default."""
 
 
-class CommunicationTimeoutError(Exception):
+class CommunicationTimeoutError(OutOfTimeError):
     """A communication took longer than the limit."""
 
 

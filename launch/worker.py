@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def run_worker(
     if device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     scenario = options.scenario(environ, num_sms=num_sms, policy=policy)
-    deadline = Deadline(options.timeout, place.rank)
+    deadline = Deadline(options.timeout, partial(end_process, place.rank))
     phases = [("imports", process_start()), ("process group", time.time())]
     parallel = scenario.parallel
     backend = pick_backend(options.backend, device, place, parallel.ranks_per_node)

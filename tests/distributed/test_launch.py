@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -353,7 +354,8 @@ def test_a_run_past_its_time_out_ends(seconds: str) -> None:
         "--timeout", seconds, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert f"no end after --timeout {seconds} s" in done.stdout + done.stderr
+    words = rf"rank [01] failed: OutOfTimeError: no end after --timeout {seconds} s, in: .+"
+    assert re.fullmatch(f"error: {words}", done.stderr.splitlines()[-1])
 
 
 def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
