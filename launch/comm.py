@@ -81,8 +81,9 @@ def make_groups(parallel: ParallelConfig, limit: float, link: str) -> Groups:
         pairs = dist.new_group(timeout=later)
         everyone = dist.new_group(timeout=timeout, backend="gloo")
     except dist.DistStoreError:
+        waited, more = later.total_seconds(), " and 30 s more" if later > timeout else ""
         raise CommunicationTimeoutError(
-            f"the ranks did not connect within {limit:g} s, the limit of --nccl-timeout"
+            f"the ranks did not connect within {waited:g} s, the limit of --nccl-timeout{more}"
         ) from None
     assert pairs is not None and everyone is not None
     return Groups(made, pairs, everyone)
@@ -177,7 +178,10 @@ class TorchComm:
             self._stream.wait(self._stream.start(collective))
 
     def send(self, x: torch.Tensor, peer: int) -> None:
-        """Start a send; it ends on its own, so that a late receiver does not hold us up."""
+        """Start a send; it ends on its own, so that a late receiver does not hold us up.
+
+        The first to a peer over NCCL does: it connects the two.
+        """
         buffer = self._outbound(x)
         work = dist.isend(buffer, peer, group=self._groups.pairs)
         assert work is not None

@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launch.failure import lost_a_peer
 from runner.cli.guard import WorkFailedError
 
 _SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
@@ -59,14 +60,6 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
         raise WorkFailedError(_describe(rank, failure), code) from None
     except SignalException as end:
         raise WorkFailedError(f"ended by {end.sigval.name}", 128 + end.sigval) from None
-
-
-_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")
-
-
-def lost_a_peer(error: Exception) -> bool:
-    """Whether a rank failed only because another one was gone."""
-    return any(words in str(error) for words in _PEER_WORDS)
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:

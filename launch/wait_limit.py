@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 from launch.comm import UnderWay
 from launch.comm_stream import Ran
+from launch.deadline import OutOfTimeError
 from launch.watchdog import Communication, is_timeout
+from runner.schedule import OF_HOSTS
 
 Describe = Callable[[Communication], Exception]
 """Makes the error that says what of a communication took too long."""
@@ -68,19 +70,24 @@ class GlooLimit:
         return nullcontext()
 
 
-class NcclLimit:
+class NcclLimit(GlooLimit):
     """A thread that ends the process, since the host may never come back to do so.
 
     NCCL connects ranks at their first message, inside the call: it returns when the other one is
     there. torch's own watchdog sees only what was queued by then, and needs a minute to end a
-    process after that. What was begun beside holds up the GPU, wherever the host is.
+    process after that. What was begun beside holds up the GPU, wherever the host is. What hosts do
+    among themselves goes over gloo all the same.
 
     Args:
         seconds: the limit.
-        end: ends the process, telling of the operation.
+        describe: makes the error that says more.
+        end: ends the process, telling of the error.
     """
 
-    def __init__(self, seconds: float, end: Callable[[Communication], None]) -> None:
+    def __init__(
+        self, seconds: float, describe: Describe, end: Callable[[Exception], object]
+    ) -> None:
+        super().__init__(describe)
         self._seconds, self._end = seconds, end
         self._inside: tuple[Communication, float] | None = None
         self._beside: list[tuple[Communication, float, Callable[[], bool]]] = []
@@ -90,6 +97,10 @@ class NcclLimit:
     @contextmanager
     def over(self, op: Communication) -> Iterator[None]:
         """See the protocol."""
+        if op.name in OF_HOSTS:
+            with super().over(op):
+                yield
+            return
         self._inside = op, time.monotonic()
         try:
             yield
@@ -111,17 +122,32 @@ class NcclLimit:
             oldest = min(self._waits(), key=lambda wait: wait[1], default=None)
             left = _POLL if oldest is None else oldest[1] + self._seconds - time.monotonic()
             if oldest is not None and left <= 0:
-                self._end(oldest[0])
+                self._end(self._described(oldest[0]))
                 return
             time.sleep(min(left, _POLL))
+
+    def _described(self, op: Communication) -> Exception:
+        try:
+            return self._describe(op)
+        except Exception as error:
+            # What the others compile is worth less than the end of the wait.
+            return OutOfTimeError(f"{op.name} waited {self._seconds:g} s ({error})")
 
     def _waits(self) -> list[tuple[Communication, float]]:
         """What is not done, and since when."""
         with self._lock:
-            self._beside = [entry for entry in self._beside if not entry[2]()]
+            self._beside = [entry for entry in self._beside if not _is_done(entry[2])]
             waits = [(op, since) for op, since, _ in self._beside]
         inside = self._inside
         return waits if inside is None else [*waits, inside]
+
+
+def _is_done(query: Callable[[], bool]) -> bool:
+    try:
+        return query()
+    except RuntimeError:
+        # An error of the GPU, which the host comes upon itself.
+        return True
 
 
 _POLL = 0.1

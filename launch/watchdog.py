@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +19,12 @@ _TIMEOUT_WORDS = (
     "Timed out waiting",
     "Operation timed out!",
     "Application timeout caused pair closure",
-    "Watchdog caught collective operation timeout",
     "timed out after",
     "wait timeout after",
     "Wait timeout",
     "Timeout waiting for key",
 )
-"""What gloo, NCCL's watchdog and torch's stores say of a wait that was too long."""
+"""What gloo and torch's stores say of a wait that was too long."""
 
 TORCH_LIMITS = {"nccl": 600.0, "gloo": 1800.0}
 """Seconds that torch 2 lets a collective wait by default."""
@@ -49,11 +48,18 @@ def is_timeout(error: Exception) -> bool:
 
 
 def describe_timeout(
-    op: Communication, rank: int, limit: float, log_dir: Path
+    op: Communication, rank: int, limit: float, log_dir: Path, *, here: Container[int]
 ) -> CommunicationTimeoutError:
     """The error that names the operation, whom it waits for and who compiles what just now.
 
     Where none of those compile, they wait for others themselves.
+
+    Args:
+        op: what took too long.
+        rank: the rank that waited.
+        limit: for how many seconds.
+        log_dir: where the compiles of this host are noted.
+        here: the ranks of this host; what others do is not seen from it.
     """
     others = [peer for peer in _peers(op) if peer != rank]
     running = [record for record in read_unfinished(log_dir) if record.rank >= 0]
@@ -61,9 +67,16 @@ def describe_timeout(
     near = {peer: name for peer, name in busy.items() if peer in others}
     words = "; ".join(f"rank {peer} compiles {name}" for peer, name in (near or busy).items())
     if not near:
-        words = f"none of them is compiling{', but ' * bool(words)}{words}"
+        words = ", but ".join(filter(None, (_unseen(others, here), words)))
     waited = f"{op.name} waited {limit:g} s for {_ranks(others)}, the limit of --nccl-timeout"
     return CommunicationTimeoutError(f"{waited}: {words}")
+
+
+def _unseen(others: Sequence[int], here: Container[int]) -> str:
+    away = [peer for peer in others if peer not in here]
+    if not away:
+        return "none of them is compiling"
+    return f"{_ranks(away)} cannot be seen from this host"
 
 
 def _peers(op: Communication) -> Sequence[int]:

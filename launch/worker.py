@@ -176,12 +176,16 @@ class _RankRun:
         )  # fmt: skip
 
     def _wait_limit(self, log_dir: Path) -> WaitLimit:
+        place = self.place
+        first = place.rank - place.local_rank
+        here = range(first, first + place.local_world_size)
+
         def describe(op: Communication) -> Exception:
-            return describe_timeout(op, self.place.rank, self._limit, log_dir)
+            return describe_timeout(op, place.rank, self._limit, log_dir, here=here)
 
         if self.link == "gloo":
             return GlooLimit(describe)
-        return NcclLimit(self._limit, lambda op: end_process(self.place.rank, describe(op)))
+        return NcclLimit(self._limit, describe, partial(end_process, place.rank))
 
     def _end_phases(self, sink: RankSink, now: float) -> None:
         """Note the phases before the warm-up."""

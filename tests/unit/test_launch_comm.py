@@ -16,16 +16,23 @@ from launch.watchdog import CommunicationTimeoutError
 from runner.config.parallel import ParallelConfig
 
 
-def test_ranks_that_do_not_connect_in_time_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("link", "waited"),
+    [
+        ("gloo", "1.5 s, the limit of --nccl-timeout"),
+        ("nccl", "31.5 s, the limit of --nccl-timeout and 30 s more"),
+    ],
+)
+def test_ranks_that_do_not_connect_in_time_are_one_line(
+    link: str, waited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_late(*_: Any, **__: Any) -> None:
         raise dist.DistStoreError("wait timeout after 1000ms, keys: /x\nframe #0")
 
     monkeypatch.setattr(dist, "new_group", too_late)
     with pytest.raises(CommunicationTimeoutError) as caught:
-        make_groups(ParallelConfig(pp=2), 1.5, "gloo")
-    assert str(caught.value) == (
-        "the ranks did not connect within 1.5 s, the limit of --nccl-timeout"
-    )
+        make_groups(ParallelConfig(pp=2), 1.5, link)
+    assert str(caught.value) == f"the ranks did not connect within {waited}"
 
 
 @pytest.mark.parametrize(("link", "tensors"), [("gloo", 1.5), ("nccl", 31.5)])
