@@ -32,7 +32,7 @@ class WaitLimit(Protocol):
 
 
 class NoLimit:
-    """For what cannot wait."""
+    """Ends nothing."""
 
     def over(self, op: Communication) -> AbstractContextManager[None]:
         """See the protocol."""
@@ -46,8 +46,11 @@ class NoLimit:
         return nullcontext()
 
 
-class GlooLimit:
-    """gloo ends its waits itself, with an error that says little; it is made one that says more."""
+class GlooLimit(NoLimit):
+    """gloo ends its waits itself, with an error that says little; it is made one that says more.
+
+    What goes on beside ends where it is awaited.
+    """
 
     def __init__(self, describe: Describe) -> None:
         self._describe = describe
@@ -61,13 +64,6 @@ class GlooLimit:
             if not is_timeout(error):
                 raise
             raise self._describe(op) from error
-
-    def begun(self, op: Communication, handle: Any) -> None:
-        """See the protocol: whoever awaits it is told."""
-
-    def quiet(self) -> AbstractContextManager[object]:
-        """See the protocol."""
-        return nullcontext()
 
 
 class NcclLimit(GlooLimit):
