@@ -97,7 +97,7 @@ def watch(
     started = time.time()
     told: set[Path] = set()
     watched = {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute()), WATCHED: "1"}
-    with _running(command, watched) as child:
+    with running(command, watched) as child:
         while (code := _wait(child)) is None:
             if forbid is not None and forbid.seconds is not None and flag is not None:
                 _raise_flag(flag, due=time.time() - started >= forbid.seconds)
@@ -147,7 +147,7 @@ def _tell(
 
 
 @contextmanager
-def _running(
+def running(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command; it ends when the block is left early.

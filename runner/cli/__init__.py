@@ -18,6 +18,7 @@ _COMMANDS = {
     "plan": "The exact kernels that a deployment can ever need.",
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",
+    "standin": "Run any command on GPUs that do nothing.",
     "watch": "Run any server and report every DeepGEMM compile.",
     "probe": "How fast this machine compiles, against a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",

@@ -1,0 +1,122 @@
+"""``runner standin``: any command, unchanged, on GPUs that do nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from runner.cli.guard import WorkFailedError
+from runner.environ import Environ
+from runner.errors import UserError
+from runner.jit.compiler import find_nvcc
+from runner.standin.build import FAILURES, MOST_DEVICES, standin_environment
+from runner.standin.gpus import GPUS, MOST_SMS, gpu_named
+from runner.watch import running
+
+_UNKNOWN_NVCC = "Cuda compilation tools, release 13.0, V13.0.0\n"
+_PYTHON = re.compile(r"python[\d.]*")
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "--gpu", required=True, metavar="GPU", help=f"One of {', '.join(gpu.name for gpu in GPUS)}."
+)
+@click.option(
+    "--num-sms",
+    type=click.IntRange(1, MOST_SMS),
+    metavar="N",
+    help="SMs, where they are not the model's.",
+)
+@click.option(
+    "--devices",
+    type=click.IntRange(1, MOST_DEVICES),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How many such GPUs there are.",
+)
+@click.option("--no-compile", is_flag=True, help="A stand-in for nvcc too: no kernel is compiled.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def standin(
+    command: tuple[str, ...], gpu: str, num_sms: int | None, devices: int, no_compile: bool
+) -> None:
+    """Run COMMAND unchanged on stand-in GPUs: all goes its way, and nothing is computed."""
+    chosen = gpu_named(gpu, num_sms)
+    nvcc = find_nvcc(Environ.read(os.environ))
+    with tempfile.TemporaryDirectory(prefix="deepgemm-standin-") as folder:
+        environment = standin_environment(
+            chosen,
+            python=_interpreter(command),
+            environment=os.environ,
+            version_text=_version_text(nvcc),
+            work_dir=Path(folder),
+            devices=devices,
+        )
+        if nvcc is not None and not no_compile:
+            environment |= _compiling(nvcc, os.environ)
+        with running(command, environment) as child:
+            code = child.wait()
+        _say_missing(Path(environment[FAILURES]))
+    if code:
+        code = code if code > 0 else 128 - code
+        raise WorkFailedError(f"the command ended with {code}", code)
+
+
+def _interpreter(command: Sequence[str]) -> Path:
+    """The Python that a command runs in: itself, the one of its first line, else ours."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise UserError(f"cannot run {command[0]}: no such program")
+    if _PYTHON.fullmatch(Path(program).name):
+        return Path(program)
+    with Path(program).open("rb") as file:
+        words = file.readline(4096).removeprefix(b"#!").decode(errors="replace").split()
+    named = next((word for word in words if _PYTHON.fullmatch(Path(word).name)), None)
+    return Path((named and shutil.which(named)) or sys.executable)
+
+
+def _version_text(nvcc: Path | None) -> str:
+    if nvcc is None:
+        _say("there is no nvcc: nothing is compiled, and no cache key is one of a real nvcc")
+        return _UNKNOWN_NVCC
+    try:
+        done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{nvcc} --version failed: {error}") from None
+    return done.stdout
+
+
+def _compiling(nvcc: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that give a stand-in's command its real compiler back."""
+    found = {
+        "DG_JIT_NVCC_COMPILER": str(nvcc.absolute()),
+        "DG_JIT_USE_NVRTC": environment.get("DG_JIT_USE_NVRTC", "0"),
+    }
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    if not home or not Path(home).is_dir():
+        found["CUDA_HOME"] = str(nvcc.absolute().parent.parent)
+    return found
+
+
+def _say_missing(failures: Path) -> None:
+    """What was called and is not stood in, with the number of processes that did."""
+    if not failures.is_file():
+        return
+    counts = Counter(failures.read_text().split("\n"))
+    del counts[""]
+    for name, count in sorted(counts.items()):
+        processes = f"{count} processes" if count > 1 else "1 process"
+        _say(f"{name} is not stood in: it failed in {processes}")
+
+
+def _say(line: str) -> None:
+    print(f"[runner standin] {line}", file=sys.stderr, flush=True)

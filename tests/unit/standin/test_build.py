@@ -1,0 +1,156 @@
+"""Building the stand-in: once for each content, whoever builds."""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UserError
+from runner.standin import build
+from runner.standin.build import PREFIX, build_standin
+from runner.standin.gpus import gpu_named
+from tests.unit.standin.fake_torch import COMPILER, LIBRARIES, VERSION, Child, needs_compiler
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture
+def libraries(packages: Path) -> list[Path]:
+    return [packages / "nvidia" / "cu13" / "lib" / name for name in LIBRARIES]
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Callable[[str], str]:
+    """A C compiler of one's own: $CC for a shell script that does something first."""
+
+    def make(script: str) -> str:
+        path = tmp_path / "compiler"
+        path.write_text(f'#!/bin/sh\n{script}\nexec {COMPILER} "$@"\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def environment(cache: Path, **more: str) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), **more}
+
+
+def test_built_once(libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]) -> None:
+    calls = tmp_path / "calls"
+    variables = environment(tmp_path, CC=compiler(f'echo "$*" >> {calls}'))
+    first = build_standin(libraries, variables)
+    assert first.root.parent == tmp_path / "deepgemm-coldstart" / "standin"
+    assert first.library.is_file() and os.access(first.nvcc, os.X_OK)
+    assert (first.library.parent / "libnvidia-ml.so.1").resolve() == first.library
+    times = [line for line in calls.read_text().splitlines() if line != "--version"]
+    assert len(times) == 2
+    assert build_standin(libraries, variables) == first
+    assert [line for line in calls.read_text().splitlines() if line != "--version"] == times
+    assert [path.name for path in first.root.parent.iterdir()] == [first.root.name]
+
+
+def test_another_content_is_another_build(
+    libraries: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = environment(tmp_path)
+    first = build_standin(libraries, variables)
+    assert build_standin(libraries[:1], variables) != first
+    copied = tmp_path / "native"
+    shutil.copytree(build._NATIVE, copied)
+    monkeypatch.setattr(build, "_NATIVE", copied)
+    monkeypatch.setattr(build, "_NVCC", copied / "nvcc.c")
+    assert build_standin(libraries, variables) == first
+    with (copied / "blas.c").open("a") as file:
+        file.write("// more\n")
+    assert build_standin(libraries, variables) != first
+
+
+def test_many_builders_at_a_time(libraries: list[Path], tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        built = set(pool.map(lambda _: build_standin(libraries, environment(tmp_path)), range(4)))
+    assert len(built) == 1
+    (root,) = (each.root for each in built)
+    assert [path.name for path in root.parent.iterdir()] == [root.name]
+
+
+def test_no_warnings(libraries: list[Path], tmp_path: Path) -> None:
+    assert build_standin(libraries, environment(tmp_path, CC=f"{COMPILER} -Wall -Werror"))
+
+
+def test_no_compiler(libraries: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        build_standin(libraries, environment(tmp_path, PATH=str(tmp_path)))
+    assert str(caught.value) == "the stand-in GPU wants a C compiler: apt-get install gcc"
+    with pytest.raises(UserError, match="CC=nocc is no program: unset CC or name a C compiler"):
+        build_standin(libraries, environment(tmp_path, CC="nocc"))
+
+
+def test_a_compiler_that_fails(
+    libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]
+) -> None:
+    variables = environment(tmp_path, CC=compiler("echo 'no room' >&2; exit 4"))
+    with pytest.raises(UserError, match=r"compiler cannot build the stand-in GPU: no room$"):
+        build_standin(libraries, variables)
+    assert list((tmp_path / "deepgemm-coldstart" / "standin").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be(libraries: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file/deepgemm-coldstart/standin: Not a"):
+        build_standin(libraries, environment(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"has a space or colon.*: set XDG_CACHE_HOME"):
+        build_standin(libraries, environment(tmp_path / "two words"))
+
+
+def test_the_home_folder_keeps_it(tmp_path: Path) -> None:
+    variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    kept = tmp_path / ".cache" / "deepgemm-coldstart" / "standin"
+    assert build._cache_folder(variables) == kept
+
+
+def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
+    found = child.environment(
+        gpu_named("h20", 60),
+        devices=3,
+        LD_PRELOAD="/a.so",
+        LD_LIBRARY_PATH="/b",
+        KEPT="yes",
+        DG_JIT_USE_NVRTC="1",
+        CUDA_HOME=str(tmp_path / "none"),
+    )
+    library = Path(found["LD_PRELOAD"].removesuffix(":/a.so"))
+    root = library.parent.parent
+    assert library == root / "lib" / "libcuda.so.1"
+    assert found["LD_LIBRARY_PATH"] == f"{library.parent}:/b"
+    assert found["DG_JIT_NVCC_COMPILER"] == str(root / "bin" / "nvcc")
+    assert (found["DG_JIT_USE_NVRTC"], found["CUDA_HOME"]) == ("0", str(root))
+    assert found["KEPT"] == "yes"
+    assert Path(found[PREFIX + "VERSION_FILE"]).read_text() == VERSION
+    numbers = {name: found[PREFIX + name] for name in ("NAME", "MAJOR", "MINOR", "SMS", "DEVICES")}
+    assert numbers == {
+        "NAME": "NVIDIA H20",
+        "MAJOR": "9",
+        "MINOR": "0",
+        "SMS": "60",
+        "DEVICES": "3",
+    }
+    assert found[PREFIX + "CUDA_VERSION"] == "13000"
+
+
+def test_a_toolkit_that_is_there_stays(child: Child, tmp_path: Path) -> None:
+    assert child.environment(CUDA_HOME=str(tmp_path))["CUDA_HOME"] == str(tmp_path)
+    kept = child.environment(CUDA_HOME="", CUDA_PATH=str(tmp_path))
+    assert (kept["CUDA_HOME"], kept["CUDA_PATH"]) == ("", str(tmp_path))
+
+
+def test_what_a_child_cannot_have(child: Child, tmp_path: Path) -> None:
+    for devices in (0, 17):
+        with pytest.raises(UserError, match=f"{devices} devices: a stand-in has 1 to 16"):
+            child.environment(devices=devices)
+    (tmp_path / "work").touch()
+    with pytest.raises(UserError, match=r"cannot write .*work: File exists"):
+        child.environment()

@@ -1,0 +1,74 @@
+"""The stand-in for nvcc."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runner.standin.build import COMPILES
+from tests.unit.standin.fake_torch import VERSION, Child
+
+
+@pytest.fixture
+def environment(child: Child) -> dict[str, str]:
+    return child.environment()
+
+
+def nvcc(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = environment["DG_JIT_NVCC_COMPILER"]
+    return subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_version(environment: dict[str, str]) -> None:
+    done = nvcc(environment, "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, VERSION, "")
+    assert not Path(environment[COMPILES]).exists()
+
+
+@pytest.mark.parametrize("flags", [["-cubin", "-o"], ["--cubin", "--output-file"]])
+def test_compile(environment: dict[str, str], tmp_path: Path, flags: list[str]) -> None:
+    out = tmp_path / "kernel.cubin"
+    arguments = [
+        "kernel.cu",
+        flags[0],
+        flags[1],
+        str(out),
+        "-O3",
+        "--compiler-options=-O3,two words",
+    ]
+    done = nvcc(environment, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert out.read_bytes()
+    line = Path(environment[COMPILES]).read_text()
+    assert line.endswith("\n") and line.count("\n") == 1
+    assert line[:-1].split("\x1f") == [environment["DG_JIT_NVCC_COMPILER"], *arguments]
+
+
+def test_many_at_a_time(environment: dict[str, str], tmp_path: Path) -> None:
+    long = "-I" + "x" * 9000
+
+    def compile_one(index: int) -> int:
+        return nvcc(
+            environment, "-cubin", f"{index}.cu", "-o", str(tmp_path / str(index)), long
+        ).returncode
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(compile_one, range(60))) == {0}
+    lines = Path(environment[COMPILES]).read_text().splitlines()
+    assert sorted(line.split("\x1f")[2] for line in lines) == sorted(f"{i}.cu" for i in range(60))
+    assert {line.split("\x1f")[5] for line in lines} == {long}
+
+
+def test_what_it_refuses(environment: dict[str, str], tmp_path: Path) -> None:
+    done = nvcc(environment, "kernel.cu", "-cubin")
+    missing = "stand-in nvcc: compiles to a file: missing -o or --output-file\n"
+    assert (done.returncode, done.stderr) == (1, missing)
+    done = nvcc(environment, "kernel.cu", "--dryrun", "-o", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr) == (1, "stand-in nvcc: has no stages for --dryrun\n")
+    assert not (tmp_path / "out").exists()
+    done = nvcc(environment, "kernel.cu", "-o", str(tmp_path / "none" / "out"))
+    assert done.returncode == 1 and "cannot write" in done.stderr
+    assert not Path(environment[COMPILES]).exists()
