@@ -8,9 +8,12 @@ from typing import Any
 
 from runner.config.parallel import ParallelConfig
 from runner.deployment import Deployment
-from runner.jit.kernels import Kernel
-from runner.jit.plan import KernelUse, Plan, union
+from runner.jit.plan import KernelUse, Plan
 from runner.jit.plan_json import use_to_json
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.source import KernelSource
+from runner.kernels.table import union
 from runner.scenario import Scenario, record
 from runner.schedule import Schedule
 from runner.stalls import Stall, kernels_before, stalls_of
@@ -42,6 +45,7 @@ def coverage(
     policy: WarmupPolicy, deployment: Deployment, plan: Plan, *, nodes: int | None = None,
     stream: tuple[int, ...] = (), walk_max_m: int | None = None,
     walk_memory: float | None = None, graph_batch_sizes: tuple[int, ...] = (),
+    source: KernelSource = RULES,
 ) -> Coverage:  # fmt: skip
     """What the policy leaves uncovered, from cold caches.
 
@@ -54,6 +58,7 @@ def coverage(
         walk_max_m: see :class:`runner.warmup.WarmupOptions`.
         walk_memory: see :class:`runner.scenario.Scenario`.
         graph_batch_sizes: batch sizes that a CUDA graph is captured for after the warm-up.
+        source: gives the kernels; the one that the plan was made with.
 
     Raises:
         UserError: the nodes do not fit the ranks, or a token count is not planned for.
@@ -66,7 +71,7 @@ def coverage(
             graph_batch_sizes=graph_batch_sizes,
         ),
         bf16_fp32_algo=deployment.bf16_fp32_algo, max_tokens=deployment.max_tokens,
-        stream=stream, walk_memory=walk_memory,
+        stream=stream, walk_memory=walk_memory, source=source,
     )  # fmt: skip
     schedule = record(scenario)
     held = _held(scenario, schedule, plan)
@@ -81,7 +86,9 @@ def coverage(
         missing=missing,
         superfluous=0 if deployment.without else len(compiled - planned),
         stalls=tuple(
-            stall for stall in stalls_of(schedule, parallel.node_of) if stall.kernel in names
+            stall
+            for stall in stalls_of(schedule, scenario.table, parallel.node_of)
+            if stall.kernel in names
         ),
     )
 
@@ -91,7 +98,7 @@ def _held(scenario: Scenario, schedule: Schedule, plan: Plan) -> dict[int, froze
     if scenario.warmup.policy in PLANNING_POLICIES:
         everything = frozenset(item.kernel for item in plan.kernels)
         return dict.fromkeys(range(scenario.parallel.nodes), everything)
-    found = kernels_before(schedule, scenario.parallel.node_of)
+    found = kernels_before(schedule, scenario.table, scenario.parallel.node_of)
     return {node: frozenset(kernels) for node, kernels in found.items()}
 
 

@@ -24,11 +24,14 @@ from runner.gemm_rows import (
     masked_expected_m,
     masked_token_limit,
 )
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import METADATA_MAX_ROWS
-from runner.jit.plan import Demand, GemmShape, Plan, make_plan
+from runner.jit.plan import Plan, make_plan
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import METADATA_MAX_ROWS
+from runner.kernels.source import KernelSource
+from runner.kernels.table import Demand
+from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
 from runner.model.stage import OVERLAPPED
 from runner.model.strategy import OverlapStrategy
@@ -138,12 +141,18 @@ class Deployment:
 
 
 @lru_cache(maxsize=32)
-def plan_of(deployment: Deployment) -> Plan:
-    """The deployment's plan."""
-    return make_plan(demands(deployment))
+def plan_of(deployment: Deployment, source: KernelSource = RULES) -> Plan:
+    """The deployment's plan.
+
+    Raises:
+        UserError: the source does not know all of its GEMMs.
+    """
+    needed = demands(deployment)
+    return make_plan(needed, source.table(lambda: needed))
 
 
-def demands(deployment: Deployment) -> list[Demand]:
+@lru_cache(maxsize=32)
+def demands(deployment: Deployment) -> tuple[Demand, ...]:
     """Every GEMM of the deployment, with every M, in order of first use."""
     ms: dict[GemmShape, set[int]] = {}
     stages: dict[GemmShape, set[int]] = {}
@@ -169,12 +178,12 @@ def demands(deployment: Deployment) -> list[Demand]:
                         ms.setdefault(shape, set()).update(values)
                 for shape in shapes_of[at]:
                     stages.setdefault(shape, set()).add(stage)
-    return [
+    return tuple(
         Demand(each, tuple(sorted(values)), tuple(sorted(stages[shape])))
         for shape, values in ms.items()
         for each in _with_reduced(deployment, shape)
         if values and shape.type not in deployment.without
-    ]
+    )
 
 
 def _gemms(deployment: Deployment, call: KernelCall, tokens: set[int]) -> set[Gemm]:

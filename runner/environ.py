@@ -54,6 +54,8 @@ class Environ:
     dg_jit_ptxas_verbose: int = _variable("DG_JIT_PTXAS_VERBOSE", 0)
     dg_jit_ptxas_check: int = _variable("DG_JIT_PTXAS_CHECK", 0)
     dg_jit_with_lineinfo: int = _variable("DG_JIT_WITH_LINEINFO", 0)
+    dg_jit_check_no_spills: int = _variable("DG_JIT_CHECK_NO_SPILLS", 0)
+    dg_jit_check_no_local_memory: int = _variable("DG_JIT_CHECK_NO_LOCAL_MEMORY", 0)
     cuda_home: str = _variable("CUDA_HOME", "")
     cuda_path: str = _variable("CUDA_PATH", "")
     home: str = _variable("HOME", "")

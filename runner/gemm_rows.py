@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 
 MASKED_BUDGET = 6 << 30
 """Bytes that a masked expert layout may take before the contiguous one is used instead."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from runner.deployment import MAX_SMS
 from runner.errors import UserError
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import Demand, GemmShape
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
+from runner.kernels.table import Demand
+from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
 
 _HC_BLOCK_M = 64
 _GROUPED = CONTIGUOUS_TYPES | MASKED_TYPES | {T.FP8_EINSUM_BHR_HDR_BHD}

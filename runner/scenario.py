@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import inf
@@ -15,14 +15,17 @@ from runner.backend.sink import ScheduleRecorder
 from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, plan_of
+from runner.deployment import Deployment, demands, plan_of
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch
-from runner.jit.heuristics_sm90 import align
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel
 from runner.jit.plan import Plan
-from runner.m_lists import steps_of
+from runner.kernels.heuristics_sm90 import align
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.source import KernelSource
+from runner.kernels.table import Demand, KernelTable
+from runner.kernels.types import GemmShape, KernelCall
+from runner.m_lists import expand, steps_of
 from runner.model.strategy import OverlapStrategy
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.schedule import OF_HOSTS, Begin, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
@@ -62,6 +65,7 @@ class Scenario:
             and what is free to a run on a GPU.
         bf16_fp32_algo: see :class:`runner.backend.base.Backend`.
         overlap: strategies of two-batch overlap, at most one for a forward mode.
+        source: says which kernels GEMMs run.
     """
 
     model: ModelConfig
@@ -74,6 +78,7 @@ class Scenario:
     stream: tuple[int, ...] | None = None
     walk_memory: float | None = None
     overlap: tuple[OverlapStrategy, ...] = ()
+    source: KernelSource = RULES
 
     def __post_init__(self) -> None:
         assert self.deployment, "made here so that bad values are told before a run"
@@ -94,7 +99,12 @@ class Scenario:
     @property
     def plan(self) -> Plan:
         """Every kernel that a forward of up to ``max_tokens`` can need, on any rank."""
-        return plan_of(self.deployment)
+        return plan_of(self.deployment, self.source)
+
+    @cached_property
+    def table(self) -> KernelTable:
+        """Kernels of every call that the run makes, its walks included."""
+        return self.source.table(lambda: run_demands(self))
 
     @property
     def deployment(self) -> Deployment:
@@ -190,6 +200,44 @@ class Scenario:
     def with_policy(self, policy: WarmupPolicy) -> Scenario:
         """The same scenario under another policy."""
         return replace(self, warmup=replace(self.warmup, policy=policy))
+
+
+def with_one_table(scenarios: Iterable[Scenario]) -> list[Scenario]:
+    """Scenarios of one source with a table of all that they call, which is asked for at once.
+
+    Raises:
+        UserError: the source does not know all of it.
+    """
+    given = list(scenarios)
+
+    if not given:
+        return []
+    demanded = (demand for scenario in given for demand in run_demands(scenario))
+    table = given[0].source.table(lambda: demanded)
+    return [replace(scenario, source=table) for scenario in given]
+
+
+def run_demands(scenario: Scenario) -> list[Demand]:
+    """Every GEMM that a run calls, with every M, whatever it serves and walks."""
+    tokens = max(
+        scenario.max_tokens,
+        *scenario.batch_sizes,
+        *scenario.warmup.graph_batch_sizes,
+        *(request.tokens for request in scenario.requests),
+    )
+    served = demands(replace(scenario.deployment, max_tokens=tokens))
+    walks = _walks_at_most(scenario, [demand.shape for demand in served])
+    return [*served, *(Demand(walk.shape, expand(walk.steps)) for walk in walks)]
+
+
+def _walks_at_most(scenario: Scenario, shapes: Sequence[GemmShape]) -> Iterator[Walk]:
+    """The walks that a rank would make if it called every GEMM."""
+    hook = replace(scenario.hook(0), leads=True)
+    for shape in shapes:
+        yield from hook.before(shape.call(1))
+    if scenario.warmup.policy is WarmupPolicy.RELAX:
+        for stage in range(scenario.parallel.pp):
+            yield from scenario._relax_walks(stage)
 
 
 def run_rank(

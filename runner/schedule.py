@@ -11,9 +11,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.m_lists import MSteps
 
 

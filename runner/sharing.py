@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runner.jit.builder.costs import expected_assemble_seconds, front_end_seconds
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 
 
 def share_out(kernels: Sequence[Kernel], nodes: int) -> list[tuple[Kernel, ...]]:

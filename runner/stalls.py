@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import kernel_ranges
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import KernelTable
+from runner.kernels.types import KernelCall
 from runner.m_lists import expand
 from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Schedule, Walk
 
@@ -37,7 +37,7 @@ class Stall:
 
 
 def kernels_before(
-    schedule: Schedule, node_of: Callable[[int], int], phase: str = STALLS_AFTER
+    schedule: Schedule, table: KernelTable, node_of: Callable[[int], int], phase: str = STALLS_AFTER
 ) -> dict[int, set[Kernel]]:
     """Kernels on each node's disk when the phase begins, from a cold cache."""
     held: dict[int, set[Kernel]] = {}
@@ -47,7 +47,7 @@ def kernels_before(
         for op in ops:
             if op == Mark("phase", phase):
                 break
-            disk.update(_used(op))
+            disk.update(_used(op, table))
             if isinstance(op, Collective) and op.name == EXCHANGE:
                 exchanging.add(node_of(rank))
     everything = set().union(*(held[node] for node in exchanging))
@@ -56,16 +56,16 @@ def kernels_before(
     return held
 
 
-def stalls_of(schedule: Schedule, node_of: Callable[[int], int]) -> list[Stall]:
+def stalls_of(schedule: Schedule, table: KernelTable, node_of: Callable[[int], int]) -> list[Stall]:
     """Stalls of the requests after the first one, a kernel once on each node."""
-    held = kernels_before(schedule, node_of)
+    held = kernels_before(schedule, table, node_of)
     found = []
     forwards = [list(_forwards(ops)) for ops in schedule.ranks]
     for index in range(max(map(len, forwards), default=0)):
         for rank, served in enumerate(forwards):
             name, ops = served[index]
             disk = held[node_of(rank)]
-            for kernel in (kernel for op in ops for kernel in _used(op)):
+            for kernel in (kernel for op in ops for kernel in _used(op, table)):
                 if kernel not in disk:
                     disk.add(kernel)
                     found.append(Stall(index, name, node_of(rank), kernel.identity))
@@ -88,9 +88,9 @@ def _forwards(ops: Sequence[Op]) -> Iterator[tuple[str, list[Op]]]:
         yield name, own
 
 
-def _used(op: Op) -> Iterable[Kernel]:
+def _used(op: Op, table: KernelTable) -> Iterable[Kernel]:
     if isinstance(op, KernelCall):
-        return kernels_of(op)
+        return table.kernels_of(op)
     if isinstance(op, Walk):
-        return kernel_ranges(op.shape, expand(op.steps))
+        return table.kernel_ranges(op.shape, expand(op.steps))
     return op.kernels if isinstance(op, KernelWork) else ()

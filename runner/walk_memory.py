@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from runner.jit.heuristics_sm90 import align, ceil_div
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.heuristics_sm90 import align, ceil_div
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 
 GIB = 1 << 30
 _BLOCK = 128

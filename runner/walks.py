@@ -13,10 +13,9 @@ from functools import lru_cache
 from math import inf
 
 from runner.gemm_rows import hc_num_splits
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.m_lists import multiples_of, relax_m_list, steps_of
 from runner.schedule import Walk
 from runner.walk_memory import GIB, walk_bytes

@@ -9,8 +9,8 @@ from enum import Enum
 
 from runner.errors import UserError
 from runner.forward_batch import ForwardMode
-from runner.jit.heuristics_sm90 import align, ceil_div
-from runner.jit.kernels import Kernel
+from runner.kernels.heuristics_sm90 import align, ceil_div
+from runner.kernels.kernel import Kernel
 from runner.m_lists import fast_m_list, full_m_list
 from runner.model_runner import ModelRunner
 from runner.schedule import Walk

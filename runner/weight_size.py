@@ -12,7 +12,7 @@ from runner.backend.sink import ScheduleRecorder
 from runner.backend.weights import WeightRequest
 from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.jit.heuristics_sm90 import ceil_div
+from runner.kernels.heuristics_sm90 import ceil_div
 from runner.model_runner import ModelRunner, NoBuffers
 
 _BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}

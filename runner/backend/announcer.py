@@ -15,8 +15,8 @@ from runner.backend.sink import OpSink, R
 from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
 from runner.gemm_rows import MASKED_BUDGET
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from runner.schedule import Compute, Mark, Walk
 from runner.walks import ExecutionHook
 

@@ -10,8 +10,8 @@ from runner.backend.math import Dispatched, Tokens
 from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.model import Dsv4Config
 from runner.gemm_rows import hc_num_splits
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import BARRIER, EXCHANGE, Collective, KernelWork
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.schedule import Walk
 
 

@@ -15,7 +15,7 @@ import torch
 
 from runner.backend.entry_points import Fp8
 from runner.config.model import FP8_BLOCK
-from runner.jit.heuristics_sm90 import ceil_div
+from runner.kernels.heuristics_sm90 import ceil_div
 
 
 class ScaleError(ValueError):

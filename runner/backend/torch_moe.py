@@ -7,7 +7,7 @@ import torch
 from runner.backend.math import Dispatched, Routing
 from runner.backend.quantise import widen
 from runner.config.model import MoeConfig
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 
 
 def select(logits: torch.Tensor, bias: torch.Tensor, config: MoeConfig) -> Routing:

@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from runner.cli.deployment import deployment_options, find_target, planned, target_options
+from runner.cli.deployment import deployment_options, planned
 from runner.cli.guard import WorkFailedError
-from runner.cli.progress import progress
+from runner.cli.progress import counting, progress
+from runner.cli.target import kernel_options, machine_options, take_target
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
@@ -27,7 +28,8 @@ _SHOWN_WORDS = 400
 
 @click.command()
 @deployment_options
-@target_options
+@kernel_options
+@machine_options
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -42,8 +44,7 @@ _SHOWN_WORDS = 400
     "--check", is_flag=True, help="Then build all the plain way too, and compare machine code."
 )
 def compile(  # noqa: A001  # the command's name
-    target_root: Path | None, cuda_version: str | None, cache_dir: Path | None,
-    jobs: int | None, plain: bool, check: bool, **values: Any,
+    cache_dir: Path | None, jobs: int | None, plain: bool, check: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Build every planned kernel exactly once, in parallel; a rerun goes on where one stopped."""
     environ = Environ.read(os.environ)
@@ -51,24 +52,31 @@ def compile(  # noqa: A001  # the command's name
         raise UserError(f"--jobs {jobs} must be at least 1")
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
-    result = planned(values, environ)
-    target = find_target(target_root, cuda_version)
-    if target.keys is None:
-        raise UserError(target.lacking)
     nvcc = find_nvcc(environ)
     if nvcc is None:
         raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    with progress("ask the library") as shown:
+        target = take_target(values, environ, progress=counting(shown))
+        result = planned(values, environ, target)
+    table = result.plan.table
+    if target.library is None:
+        raise UserError(
+            f"the headers of {table.origin.library} are needed to compile: pip install --no-deps "
+            + table.origin.library.replace(" ", "==")
+        )
+    keys = target.keys(table)
     cache = KernelCache(cache_dir or environ.jit_cache_dir)
     order = BuildOrder(
         plan=result.plan,
         title=result.title,
-        keys=target.keys,
-        compiler=NvccCompiler(nvcc, target.keys.library, environ),
+        keys=keys,
+        compiler=NvccCompiler(nvcc, target.library, table.recipe),
         cache=cache,
         jobs=jobs or os.cpu_count() or 1,
         environment=os.environ,
         fast=not plain,
     )
+    print(target.describe(result.plan.table))
     print(f"{result.title}\n{len(result.plan.kernels)} kernels -> {cache.root}", flush=True)
     _print(_build(order, "compile"))
     if check:

@@ -8,22 +8,20 @@ from typing import Any
 
 import click
 
-from runner.cli.ask_library import ask_library
 from runner.cli.common import GIBIBYTES, IntList, check_sizes
-from runner.cli.deployment import (
-    Planned,
-    deployment_options,
-    find_target,
-    planned,
-    target_options,
-)
+from runner.cli.deployment import Planned, deployment_options, planned
+from runner.cli.guard import WorkFailedError
+from runner.cli.progress import counting, progress
 from runner.cli.simulated import walk_memory_of
+from runner.cli.target import kernel_options, machine_options, take_target
 from runner.coverage import Coverage, coverage
 from runner.deployment import Deployment
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
+from runner.jit.check import differences
 from runner.jit.plan_json import plan_to_json, use_to_json
+from runner.kernels.rules import RULES
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.warmup import WarmupPolicy
@@ -33,7 +31,8 @@ from sim.profile_costs import ProfileCosts
 
 @click.command()
 @deployment_options
-@target_options
+@kernel_options
+@machine_options
 @click.option(
     "--policy",
     type=click.Choice([policy.value for policy in WarmupPolicy]),
@@ -75,20 +74,9 @@ from sim.profile_costs import ProfileCosts
     help="Profile to estimate compiles and free memory with.",
 )
 @click.option(
-    "--source",
-    type=click.Choice(["rules", "library"]),
-    default="rules",
-    show_default=True,
-    help="Plan by our rules, or ask the installed library itself (needs a GPU).",
-)
-@click.option("--check", is_flag=True, help="Do both and print every difference (needs a GPU).")
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="With --source library: ask only for what this cache lacks.",
-)
-@click.option(
-    "--jobs", type=int, default=8, show_default=True, help="Walks of the library at a time."
+    "--check",
+    is_flag=True,
+    help="Hold our rules against the library itself, M by M, and print every difference.",
 )
 @click.option(
     "--json",
@@ -98,29 +86,19 @@ from sim.profile_costs import ProfileCosts
 )
 def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
          walk_max_m: int | None, walk_memory: float | None, cuda_graphs: tuple[int, ...] | None,
-         hardware: str, source: str, check: bool, cache_dir: Path | None, jobs: int,
-         json_path: Path | None, target_root: Path | None, cuda_version: str | None,
-         **values: Any) -> None:  # fmt: skip
+         check: bool, json_path: Path | None, **values: Any) -> None:  # fmt: skip
     """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
-    if cache_dir is not None and source != "library":
-        raise UserError(f"--cache-dir {cache_dir} goes with --source library only")
-    if cache_dir is not None and check:
-        raise UserError("--check compares whole plans: it does not go with --cache-dir")
     environ = Environ.read(os.environ)
-    profile = load_profile(hardware)
-    result = planned(values, environ)
-    if source == "library" or check:
-        if policy is not None or target_root is not None or cuda_version is not None:
-            raise UserError(
-                "--policy, --target-root and --cuda-version do not go with --source library or "
-                "--check: the library here answers for itself"
-            )
-        ask_library(result, check=check, cache_dir=cache_dir, jobs=jobs, json_path=json_path)
+    profile = load_profile(values["hardware"])
+    if check and (policy is not None or json_path is not None):
+        raise UserError("--check only tells differences: it does not go with --policy or --json")
+    with progress("ask the library") as shown:
+        target = take_target(values, environ, ask=check, progress=counting(shown))
+        result = planned(values, environ, target)
+    if check:
+        check_rules(result)
         return
-    target = (
-        find_target(target_root, cuda_version) if json_path or target_root or cuda_version else None
-    )
     covered = None
     if policy is not None:
         check_sizes(stream=stream, cuda_graphs=cuda_graphs)
@@ -128,7 +106,7 @@ def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
             WarmupPolicy(policy), _needs_model(result), result.plan, nodes=nodes,
             stream=stream or (), walk_max_m=walk_max_m,
             walk_memory=walk_memory_of(profile, walk_memory),
-            graph_batch_sizes=cuda_graphs or (),
+            graph_batch_sizes=cuda_graphs or (), source=target.source,
         )  # fmt: skip
     elif any(value is not None for value in (nodes, stream, walk_max_m, walk_memory, cuda_graphs)):
         raise UserError(
@@ -136,14 +114,37 @@ def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
             "warm-up: give --policy"
         )
     if str(json_path) != "-":
+        print(target.describe(result.plan.table))
         _print(result, profile, covered)
-    if json_path is not None and target is not None:
-        if target.keys is None:
+    if json_path is not None:
+        if target.lacking:
             click.echo(f"cache keys are left out: {target.lacking}", err=True)
-        data = plan_to_json(result.plan, target.keys)
+        keys = None if target.lacking else target.keys(result.plan.table)
+        data = plan_to_json(result.plan, keys)
         data["for"] = result.title
         data["policy"] = None if covered is None else _policy_json(covered)
         write_json(json_path, data, indent=1)
+
+
+def check_rules(result: Planned) -> None:
+    """Print every difference between the plan's table, which is the library's, and our rules.
+
+    Raises:
+        WorkFailedError: there are some.
+    """
+    table = result.plan.table
+    rules = RULES.on(table.origin.gpu, table.origin.num_sms, table.recipe)
+    lines = differences(result.plan.demands, rules, table)
+    for line in lines:
+        print(line)
+    if lines:
+        raise WorkFailedError(f"{len(lines)} differences between our rules and the library")
+    calls = sum(len(demand.ms) for demand in result.plan.demands)
+    print(
+        f"{table.origin.describe()}\n{result.title}\n"
+        f"no difference: {len(result.plan.kernels)} kernels in {calls} calls, each kernel and "
+        "each M that runs it is the library's"
+    )
 
 
 def _needs_model(result: Planned) -> Deployment:

@@ -9,8 +9,10 @@ import click
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.keys import first_recipe
 from runner.jit.library import find_library
 from runner.jit.probe import probe_seconds
+from runner.kernels.rules import RULES, RULES_VERSION
 from sim.profile import load_profile
 
 
@@ -30,9 +32,12 @@ def probe(hardware: str, repeats: int) -> None:
     nvcc, library = find_nvcc(environ), find_library()
     if nvcc is None:
         raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
-    if library is None:
-        raise UserError("deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm")
-    seconds = probe_seconds(NvccCompiler(nvcc, library, environ), repeats)
+    if library is None or library.title != RULES.origin.library:
+        raise UserError(
+            "the reference kernel needs the headers of the version that profiles were measured "
+            f"with: pip install --no-deps sgl-deep-gemm=={RULES_VERSION}"
+        )
+    seconds = probe_seconds(NvccCompiler(nvcc, library, first_recipe(environ)), repeats)
     print(
         f"reference kernel: {seconds:.2f} s here, {profile.probe.seconds:.2f} s for {profile.name}"
     )

@@ -27,15 +27,19 @@ def progress(what: str) -> Iterator[Show]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn(what), BarColumn(), TextColumn("{task.fields[words]}"), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=1.0, words="")
-        started = time.monotonic()
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=1.0, words="")
+    started = time.monotonic()
 
-        def show(done: int, total: int, fraction: float) -> None:
-            rate = done / max(1e-6, time.monotonic() - started)
-            bar.update(task, completed=fraction, words=f"{done}/{total} {rate:.1f}/s")
+    def show(done: int, total: int, fraction: float) -> None:
+        bar.start()  # not before there is something to show
+        rate = done / max(1e-6, time.monotonic() - started)
+        bar.update(task, completed=fraction, words=f"{done}/{total} {rate:.1f}/s")
 
+    try:
         yield show
+    finally:
+        bar.stop()
 
 
 class _Plain:

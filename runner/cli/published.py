@@ -10,6 +10,7 @@ import click
 from runner.cli.deployment import planned
 from runner.cli.plan import costs_of, plan
 from runner.cli.sim import predictions_of, sim
+from runner.cli.target import take_target
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
@@ -95,7 +96,8 @@ def _compared(row: Row, figure: Figure, set_up: SetUp) -> Compared:
     environ = Environ.read(set_up.environment)
     if set_up.command == "plan":
         with context.scope():
-            kernels = planned(context.params, environ).plan
+            target = take_target(context.params, environ)
+            kernels = planned(context.params, environ, target).plan
         if figure is Figure.CASES:
             return Compared(row, walk_cases(kernels), profile.estimate)
         seconds = seconds_one_by_one(kernels, costs_of(profile).compile_seconds)

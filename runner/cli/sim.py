@@ -16,6 +16,7 @@ from runner.cli.common import (
     policy_option,
     report_options,
 )
+from runner.cli.progress import counting, progress
 from runner.cli.simulated import (
     machine_of,
     model_of,
@@ -23,9 +24,11 @@ from runner.cli.simulated import (
     simulation_options,
     with_environ,
 )
+from runner.cli.target import take_target
 from runner.environ import Environ
 from runner.files import write_json
 from runner.report.outputs import check_outputs, write_reports
+from runner.scenario import with_one_table
 from runner.warmup import WarmupPolicy
 from sim.advice import print_predictions
 from sim.profile import load_profile
@@ -75,10 +78,13 @@ def predictions_of(
     profile = load_profile(values["hardware"])
     values = with_environ(values, environ)
     machine, model = machine_of(profile, values), model_of(values)
-    return machine, [
-        simulate(scenario_of(policy, model, profile, values), machine)
-        for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
-    ]
+    with progress("ask the library") as shown:
+        target = take_target(values, environ, progress=counting(shown))
+        scenarios = with_one_table(
+            scenario_of(policy, model, profile, values, target)
+            for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
+        )
+    return machine, [simulate(scenario, machine) for scenario in scenarios]
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:

@@ -18,6 +18,7 @@ from runner.cli.common import (
     warmup_options,
 )
 from runner.cli.overlap_options import overlap_options
+from runner.cli.target import Target, kernel_options
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
@@ -42,6 +43,7 @@ def simulation_options(function: F) -> F:
         max_tokens_option,
         serving_options,
         overlap_options,
+        kernel_options,
         click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
                      help="Whole copies of the pipeline that start at once, on nodes of their "
                           "own."),
@@ -139,7 +141,11 @@ def _start(values: dict[str, Any]) -> StartPhases:
 
 
 def scenario_of(
-    policy: WarmupPolicy, model: ModelConfig, profile: Profile, values: dict[str, Any]
+    policy: WarmupPolicy,
+    model: ModelConfig,
+    profile: Profile,
+    values: dict[str, Any],
+    target: Target,
 ) -> Scenario:
     """What is simulated; ``values`` are of :func:`with_environ`, ``nodes`` None is one a stage.
 
@@ -169,13 +175,14 @@ def scenario_of(
             walk_max_m=values["walk_max_m"],
             compile_lock=values["compile_lock"],
         ),
-        num_sms=profile.num_sms,
+        num_sms=target.gpu.sms,
         prompt_len=values["prompt_len"],
         bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],
         stream=values["stream"],
         overlap=load_strategies(values["overlap"]),
         walk_memory=walk_memory_of(profile, values["walk_memory"]),
+        source=target.source,
     )
 
 

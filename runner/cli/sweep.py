@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
+from runner.cli.target import Target, take_target
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.outputs import check_outputs
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_table import print_sweep
-from runner.scenario import run_meta
+from runner.scenario import run_meta, with_one_table
 from runner.sweep import AXES, Axes, Result, Skipped, Sweep, by_start_up, reasons
 from sim.profile import Profile, load_profile
 from sim.sweep import Case, Ended, WorkerLostError, run_cases
@@ -63,9 +65,14 @@ def sweep(jobs: int | None, show_all: bool, json_path: Path | None, plot: Path |
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs} must be at least 1")
     profile = load_profile(values.pop("hardware"))
-    values = with_environ(values, Environ.read(os.environ))
+    environ = Environ.read(os.environ)
+    values = with_environ(values, environ)
     axes = take_axes(values, cores=profile.cores_per_node)
-    cases, skipped = _cases(axes, profile, values)
+    with progress("ask the library") as shown:
+        target = take_target(
+            {**values, "hardware": profile.name}, environ, progress=counting(shown)
+        )
+        cases, skipped = _cases(axes, profile, values, target)
     if not cases:
         raise _none_fits(skipped)
     ended: list[Ended] = []
@@ -85,7 +92,7 @@ def sweep(jobs: int | None, show_all: bool, json_path: Path | None, plot: Path |
 
 
 def _cases(
-    axes: Axes, profile: Profile, values: dict[str, Any]
+    axes: Axes, profile: Profile, values: dict[str, Any], target: Target
 ) -> tuple[list[Case], list[Skipped]]:
     """The combinations that fit, and the others."""
     model = model_of(values)
@@ -95,11 +102,13 @@ def _cases(
         chosen = {**values, **vars(point)}
         machine = machine_of(profile, chosen)
         try:
-            scenario = scenario_of(point.policy, model, profile, chosen)
+            scenario = scenario_of(point.policy, model, profile, chosen, target)
         except UserError as error:
             skipped.append(Skipped(point, str(error)))
         else:
             cases.append(Case(point, scenario, machine))
+    scenarios = with_one_table(case.scenario for case in cases)
+    cases = [replace(case, scenario=made) for case, made in zip(cases, scenarios, strict=True)]
     return cases, skipped
 
 

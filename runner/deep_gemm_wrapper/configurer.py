@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.jit.library import find_library
 
 MIN_CAPABILITY = (9, 0)
 
@@ -26,14 +26,19 @@ def check_deep_gemm(environ: Environ, capability: tuple[int, int]) -> None:
             f"this GPU has compute capability {capability[0]}.{capability[1]}: only 9.x (Hopper) "
             "is supported; use --device cpu"
         )
-    if find_library() is None:
-        raise UserError(
-            "deep_gemm is not installed: pip install 'deepgemm-coldstart[gpu]', or use --device cpu"
-        )
 
 
-def import_deep_gemm(*, cache_dir: Path, nvcc: Path, pdl: bool) -> ModuleType:
-    """Import the library so that it caches in ``cache_dir`` and compiles with ``nvcc``.
+def import_library(root: Path) -> ModuleType:
+    """Import the ``deep_gemm`` package that lies in ``root``; vLLM's copy is one as well."""
+    sys.path.insert(0, str(root.parent))
+    try:
+        return importlib.import_module("deep_gemm")
+    finally:
+        sys.path.remove(str(root.parent))
+
+
+def import_deep_gemm(root: Path, *, cache_dir: Path, nvcc: Path, pdl: bool) -> ModuleType:
+    """Import the library of ``root``; it caches in ``cache_dir`` and compiles with ``nvcc``.
 
     The library reads these variables of its process's environment at its first compile, so they
     have to be set there; nothing else of the environment is touched.
@@ -41,7 +46,7 @@ def import_deep_gemm(*, cache_dir: Path, nvcc: Path, pdl: bool) -> ModuleType:
     os.environ["DG_JIT_CACHE_DIR"] = str(cache_dir)
     os.environ["DG_JIT_NVCC_COMPILER"] = str(nvcc)
     os.environ["DG_JIT_USE_NVRTC"] = "0"
-    deep_gemm = importlib.import_module("deep_gemm")
+    deep_gemm = import_library(root)
     if pdl and hasattr(deep_gemm, "set_pdl"):
         deep_gemm.set_pdl(True)
     return deep_gemm

@@ -33,6 +33,11 @@ class DeepGemmWrapper:
     def __init__(self, deep_gemm: ModuleType, *, sanity_check: bool = False) -> None:
         self._lib, self._sanity_check = deep_gemm, sanity_check
 
+    @property
+    def library(self) -> ModuleType:
+        """The library behind the entry points."""
+        return self._lib
+
     def gemm_nt_f8f8bf16(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
         """See the protocol."""
         if lhs[0].shape[0] == 0:
@@ -61,7 +66,9 @@ class DeepGemmWrapper:
         if self._sanity_check:
             used = rows_in_use(masked_m, rows)
             check_gemm_scales("grouped_gemm_nt_f8f8bf16_masked", lhs, rhs, used)
-        self._lib.fp8_m_grouped_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
+        masked = getattr(self._lib, "m_grouped_fp8_gemm_nt_masked", None)
+        masked = masked or self._lib.fp8_m_grouped_gemm_nt_masked
+        masked(lhs, rhs, out, masked_m, expected_m)
 
     def gemm_nt_bf16bf16f32(self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor) -> None:
         """See the protocol."""
@@ -129,9 +136,11 @@ class DeepGemmWrapper:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
         if self._sanity_check:
             check_page_scales("fp8_paged_mqa_logits", kv_cache, context_lens, block_table)
-        made = self._lib.fp8_paged_mqa_logits(
-            q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
-        )
+        rest = (kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len)
+        if hasattr(self._lib, "fp8_paged_mqa_logits"):
+            made = self._lib.fp8_paged_mqa_logits(q, *rest)
+        else:
+            made = self._lib.fp8_fp4_paged_mqa_logits((q, None), *rest)
         return _owned(made, q)
 
     def fp8_mqa_logits(
@@ -143,9 +152,12 @@ class DeepGemmWrapper:
             return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)
         if self._sanity_check:
             check_entry_scales("fp8_mqa_logits", kv, ks, ke)
-        made = self._lib.fp8_mqa_logits(
-            q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
-        )
+        if hasattr(self._lib, "fp8_mqa_logits"):
+            made = self._lib.fp8_mqa_logits(
+                q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=max_seqlen_k
+            )
+        else:
+            made = self._lib.fp8_fp4_mqa_logits((q, None), kv, weights, ks, ke, max_seqlen_k)
         return _owned(made, q)
 
     @contextmanager

@@ -1,57 +1,124 @@
-"""A walker process: orders on stdin, what was asked for on stdout, as JSON."""
+"""One worker of :mod:`runner.kernels.library`: calls a library's entry points with every M.
+
+Runs on a stand-in GPU, whose own functions tell which JIT kernels each call launched. Orders come
+as JSON on stdin; one line of JSON a GEMM goes to stdout: ``runs`` ([first M, last M, numbers of
+kernels]) and ``kernels`` (paths of the cubins that the numbers mean).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from runner.jit.kernel_type import DeepGemmKernelType
-from runner.jit.plan import GemmShape
+_MOST_LAUNCHES = 64
+"""Of one call; each has a handful."""
 
 
-class _Log:
-    """New compile records since the last look, cheap where there are none."""
+class Launches:
+    """What the stand-in GPU has seen launched; a real one tells nothing of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._seen: set[str] = set()
+    def __init__(self) -> None:
+        self._native = ctypes.CDLL(None)
+        self._stood_in = hasattr(self._native, "standin_launches")
+        if not self._stood_in:
+            return
+        self._native.standin_loaded.restype = ctypes.c_char_p
+        self._buffer = (ctypes.c_uint32 * _MOST_LAUNCHES)()
 
-    def new_sources(self) -> list[str]:
-        names = os.listdir(self._folder)  # noqa: PTH208  # called after every M: no Path objects
-        if len(names) == len(self._seen):
+    def take(self) -> tuple[int, ...]:
+        """Numbers of the JIT libraries launched since the last look, in order, each once."""
+        if not self._stood_in:
+            return ()
+        count = self._native.standin_launches(self._buffer, _MOST_LAUNCHES)
+        return tuple(dict.fromkeys(self._buffer[:count]))
+
+    def path(self, number: int) -> str:
+        """The cubin that a number means."""
+        loaded: bytes = self._native.standin_loaded(ctypes.c_uint32(number))
+        return loaded.decode()
+
+    def failed(self) -> list[str]:
+        """Functions that were called and are not stood in."""
+        if not self._stood_in:
             return []
-        fresh = sorted(set(names) - self._seen)
-        self._seen.update(fresh)
-        return [(self._folder / name).read_text().partition("\n\n")[2] for name in fresh]
+        text = ctypes.create_string_buffer(1 << 16)
+        self._native.standin_failed(text, len(text))
+        return text.value.decode().split()
 
 
-def main() -> None:
-    """Walk what stdin orders."""
+def main() -> int:
+    """Carry out what stdin orders; exit code 1 and one line on stderr where that fails."""
+    orders = json.load(sys.stdin)
+    # What the library prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        _walk_all(orders, answers)
+    except Exception as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        sys.stderr.write(f"\n{orders['library']}: {words[0][:500]}\n")
+        return 1
+    return 0
 
-    from runner.deep_gemm_wrapper.configurer import import_deep_gemm
+
+def _walk_all(orders: dict[str, Any], answers: TextIO) -> None:
+    from runner.deep_gemm_wrapper.configurer import import_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-    from runner.deep_gemm_wrapper.library_source import expand
     from runner.deep_gemm_wrapper.walker import walk
+    from runner.kernels.types import DeepGemmKernelType, GemmShape
 
-    orders: dict[str, Any] = json.load(sys.stdin)
-    log = _Log(Path(orders["log"]))
-    library = import_deep_gemm(
-        cache_dir=Path(orders["cache"]), nvcc=Path(orders["nvcc"]), pdl=False
-    )
-    wrapper = DeepGemmWrapper(library)
-    asked: list[tuple[int, int, str]] = []
-    for index, (kind, n, k, groups, num_sms, ms) in enumerate(orders["demands"]):
+    wrapper = DeepGemmWrapper(import_library(Path(orders["library"])))
+    launches = Launches()
+    for kind, n, k, groups, num_sms, ranges in orders["demands"]:
         shape = GemmShape(DeepGemmKernelType[kind], n, k, groups, num_sms)
+        runs = _Runs(ranges[0][2])
 
-        def note(m: int, index: int = index) -> None:
-            asked.extend((index, m, source) for source in log.new_sources())
+        def note(m: int, runs: _Runs = runs) -> None:
+            runs.add(m, launches.take())
 
-        walk(wrapper, shape, expand(ms), note)
-    print(json.dumps(asked))
+        launches.take()
+        try:
+            walk(wrapper, shape, list(_expanded(ranges)), note)
+        except Exception as error:
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(f"{shape.describe()}: {words[0]}") from error
+        if failed := launches.failed():
+            raise RuntimeError(f"it called {', '.join(failed)}, which is not stood in")
+        print(json.dumps(runs.answer(launches)), file=answers, flush=True)
+
+
+def _expanded(ranges: list[list[int]]) -> Iterator[int]:
+    for first, last, step in ranges:
+        yield from range(first, last + 1, step)
+
+
+class _Runs:
+    """Consecutive M that launch the same kernels."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._runs: list[tuple[int, int, tuple[int, ...]]] = []
+
+    def add(self, m: int, numbers: tuple[int, ...]) -> None:
+        """What was not called is not known: a gap ends a run."""
+        if self._runs and self._runs[-1][1:] == (m - self._step, numbers):
+            self._runs[-1] = (self._runs[-1][0], m, numbers)
+        else:
+            self._runs.append((m, m, numbers))
+
+    def answer(self, launches: Launches) -> dict[str, Any]:
+        used = sorted({number for _, _, numbers in self._runs for number in numbers})
+        at = {number: index for index, number in enumerate(used)}
+        return {
+            "runs": [[a, b, [at[number] for number in numbers]] for a, b, numbers in self._runs],
+            "kernels": [launches.path(number) for number in used],
+        }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,10 +15,10 @@ import torch
 from runner.backend.reference import pack_pages
 from runner.deep_gemm_wrapper.compile_mode import compile_only
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-from runner.jit.kernel_type import MASKED_TYPES
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape, Plan
+from runner.jit.plan import Plan
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import MASKED_TYPES, GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.m_lists import expand
 from runner.schedule import Walk
 
@@ -178,11 +178,19 @@ def _einsum_fp8(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 
 
 def _mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
-    q = _zeros(most, shape.n, shape.k, dtype=_FP8)
     weights = _zeros(most, shape.n, dtype=torch.float32)
-    keys = (_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
     start = _zeros(most, dtype=torch.int32)
     end = start + _ENTRIES
+    if _wants_mx(wrapper, "fp8_mqa_logits"):
+        q, q_scales = _mx_rows(most, shape.n, shape.k)
+        keys_mx = _mx_rows(_ENTRIES, shape.k)
+        weights = weights.bfloat16()
+        mqa = wrapper.library.fp8_fp4_mqa_logits
+        return lambda m: mqa(
+            (q[:m], q_scales[:m]), keys_mx, weights[:m], start[:m], end[:m], _ENTRIES
+        )
+    q = _zeros(most, shape.n, shape.k, dtype=_FP8)
+    keys = (_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
 
     def call(m: int) -> None:
         wrapper.fp8_mqa_logits(q[:m], keys, weights[:m], start[:m], end[:m], _ENTRIES)
@@ -192,6 +200,10 @@ def _mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 
 def _metadata(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     lens = _zeros(most, 1, dtype=torch.int32) + 1
+    if _wants_mx(wrapper, "fp8_paged_mqa_logits"):
+        rows = _zeros(most, dtype=torch.int32)
+        metadata = wrapper.library.get_paged_mqa_logits_metadata
+        return lambda m: metadata(lens[:m], _PAGE, shape.num_sms, indices=rows[:m])
 
     def call(m: int) -> None:
         wrapper.get_paged_mqa_logits_metadata(lens[:m], _PAGE, shape.num_sms)
@@ -200,13 +212,24 @@ def _metadata(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 
 
 def _paged_mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
-    q = _zeros(most, 1, shape.n, shape.k, dtype=_FP8)
     weights = _zeros(most, shape.n, dtype=torch.float32)
     lens = _zeros(most, 1, dtype=torch.int32) + 1
     pages = pack_pages(_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
     table = _zeros(most, _ENTRIES // _PAGE, dtype=torch.int32)
     # Zeroed metadata: each SM starts where it ends and computes nothing.
     schedule = _zeros(shape.num_sms + 1, 2, dtype=torch.int32)
+    if _wants_mx(wrapper, "fp8_paged_mqa_logits"):
+        q_mx, q_scales = _mx_rows(most, 1, shape.n, shape.k)
+        weights, rows = weights.bfloat16(), _zeros(most, dtype=torch.int32)
+        paged = wrapper.library.fp8_fp4_paged_mqa_logits
+
+        def call_mx(m: int) -> None:
+            q_pair = (q_mx[:m], q_scales[:m])
+            rest = (pages, weights[:m], lens[:m], table[:m], schedule, _ENTRIES)
+            paged(q_pair, *rest, indices=rows[:m])
+
+        return call_mx
+    q = _zeros(most, 1, shape.n, shape.k, dtype=_FP8)
 
     def call(m: int) -> None:
         wrapper.fp8_paged_mqa_logits(
@@ -214,6 +237,20 @@ def _paged_mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> 
         )
 
     return call
+
+
+def _wants_mx(wrapper: DeepGemmWrapper, older_name: str) -> bool:
+    """Whether logits take MX scales: on SM100, where the library has no older entry point."""
+    return not hasattr(wrapper.library, older_name) and _on_sm100()
+
+
+def _on_sm100() -> bool:
+    return torch.cuda.get_device_capability()[0] == 10
+
+
+def _mx_rows(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP8 rows, and for each row its packed UE8M0 scales: four bytes in one int32."""
+    return _zeros(*shape, dtype=_FP8), _zeros(*shape[:-1], dtype=torch.int32)
 
 
 _MAKERS: dict[T, Callable[[DeepGemmWrapper, GemmShape, int], Call]] = {

@@ -1,6 +1,6 @@
 """The disk cache, laid out as DeepGEMM lays it out, so that the library hits what we build.
 
-``<cache_dir>/cache/kernel.<name>.<hex>/{kernel.cu,kernel.cubin}``; entries appear whole.
+Entries lie in ``<cache_dir>/cache/`` and appear whole; :mod:`runner.jit.entry` has their forms.
 """
 
 from __future__ import annotations
@@ -8,19 +8,46 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from runner.errors import UserError
 from runner.jit.cubin import NotACubinError, kernels_in
+from runner.jit.entry import CUBIN, SOURCE, format_of
+
+_NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class KernelCache:
-    """One cache directory (``DG_JIT_CACHE_DIR``)."""
+    """One cache (``DG_JIT_CACHE_DIR``).
+
+    Attributes:
+        root: the directory that is written.
+        below: more directories to find entries in, which are only read; the second generation
+            takes ``DG_JIT_CACHE_DIR=writable:readonly:...``.
+    """
 
     root: Path
+    below: tuple[Path, ...] = ()
+
+    @classmethod
+    def of_text(cls, text: str) -> KernelCache:
+        """The cache that a value of ``DG_JIT_CACHE_DIR`` names.
+
+        Raises:
+            UserError: one of its parts is empty.
+        """
+        parts = text.split(":")
+        if not all(parts):
+            raise UserError(
+                f"cache directory {text!r} has an empty part: it must be DIR, or "
+                "WRITABLE:READONLY:..."
+            )
+        root, *below = map(Path, parts)
+        return cls(root, tuple(below))
 
     def prepare(self) -> None:
         """Create the directory.
@@ -40,16 +67,21 @@ class KernelCache:
 
     def entries(self) -> list[Path]:
         """Everything that lies where entries lie, whole or not, ordered by name."""
-        folder = self.root / "cache"
-        return sorted(folder.iterdir()) if folder.is_dir() else []
+        found: dict[str, Path] = {}
+        for root in (self.root, *self.below):
+            folder = root / "cache"
+            for path in folder.iterdir() if folder.is_dir() else ():
+                found.setdefault(path.name, path)
+        return [found[name] for name in sorted(found)]
 
     def count(self) -> int:
         """Number of entries."""
         return len(self.entries())
 
     def entry(self, key: str) -> Path:
-        """Directory of a kernel, whether it exists or not."""
-        return self.root / "cache" / key
+        """Directory of a kernel; where no place has it, the one where it would be written."""
+        places = [root / "cache" / key for root in (self.root, *self.below)]
+        return next((place for place in places if place.exists()), places[0])
 
     def has(self, key: str) -> bool:
         """Whether the kernel is there.
@@ -60,23 +92,33 @@ class KernelCache:
         entry = self.entry(key)
         if not entry.exists():
             return False
-        if not ((entry / "kernel.cu").is_file() and (entry / "kernel.cubin").is_file()):
+        form = format_of(key)
+        lacking = [name for name in form.files if not (entry / name).is_file()] if form else []
+        if lacking:
             raise UserError(
-                f"corrupted cache entry {entry}: kernel.cu or kernel.cubin is missing; remove it"
+                f"corrupted cache entry {entry}: {' and '.join(lacking)} missing; remove it"
             )
         return True
 
     def holds(self, key: str, source: str) -> bool:
         """Whether the entry is there, whole, and of exactly this source."""
         entry = self.entry(key)
+        form = format_of(key)
         try:
-            same = (entry / "kernel.cu").read_bytes() == source.encode()
-            return same and len(kernels_in((entry / "kernel.cubin").read_bytes())) == 1
+            same = (entry / SOURCE).read_bytes() == source.encode()
+            whole = form is not None and all((entry / name).is_file() for name in form.files)
+            return same and whole and len(kernels_in((entry / CUBIN).read_bytes())) == 1
         except (OSError, NotACubinError):
             return False
 
     def add(
-        self, key: str, source: str, build: Callable[[Path, Path, Path], None], *, tag: str = ""
+        self,
+        key: str,
+        source: str,
+        build: Callable[[Path, Path, Path], None],
+        *,
+        extra: Mapping[str, bytes] = _NOTHING,
+        tag: str = "",
     ) -> bool:
         """Build an entry in a temporary directory and move it into place.
 
@@ -84,6 +126,7 @@ class KernelCache:
             key: the entry's name.
             source: text of ``kernel.cu``.
             build: called with (source path, cubin path to write, working directory).
+            extra: the entry's other files.
             tag: begins the temporary directory's name.
 
         Returns:
@@ -93,31 +136,41 @@ class KernelCache:
         temporary = work_dir / f"{tag}{os.getpid()}-{uuid.uuid4().hex}"
         temporary.mkdir(parents=True)
         try:
-            source_path, cubin_path = temporary / "kernel.cu", temporary / "kernel.cubin"
-            source_path.write_text(source)
+            source_path, cubin_path = temporary / SOURCE, temporary / CUBIN
+            source_path.write_bytes(source.encode())
             build(source_path, cubin_path, work_dir)
-            for path in (source_path, cubin_path, temporary):
+            for name, data in extra.items():
+                (temporary / name).write_bytes(data)
+            for path in (source_path, cubin_path, *map(temporary.joinpath, extra), temporary):
                 _fsync(path)
-            final = self.entry(key)
+            final = self.root / "cache" / key
             final.parent.mkdir(parents=True, exist_ok=True)
             return _rename(temporary, final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def put(self, key: str, source: str, cubin: bytes, *, tag: str = "") -> bool:
+    def put(
+        self,
+        key: str,
+        source: str,
+        cubin: bytes,
+        *,
+        extra: Mapping[str, bytes] = _NOTHING,
+        tag: str = "",
+    ) -> bool:
         """Add an entry that was built elsewhere; see :meth:`add`."""
 
         def write(source_path: Path, cubin_path: Path, work_dir: Path) -> None:
             cubin_path.write_bytes(cubin)
 
-        return self.add(key, source, write, tag=tag)
+        return self.add(key, source, write, extra=extra, tag=tag)
 
     def discard(self, key: str) -> None:
         """Take an entry away in one step, whole or not; nothing happens where there is none."""
         away = self.root / "tmp" / f"discarded-{os.getpid()}-{uuid.uuid4().hex}"
         away.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.entry(key).rename(away)
+            (self.root / "cache" / key).rename(away)
         except FileNotFoundError:
             return
         if away.is_dir() and not away.is_symlink():

@@ -1,58 +1,44 @@
-"""Our rules against what the library itself asked for: every difference, in words."""
+"""Two tables against each other: every difference, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 
-from runner.jit.keys import CacheKeys
-from runner.jit.plan import GemmShape, Plan
+from runner.jit.describe import config_of, in_words
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import Demand, KernelTable, MRanges
 
-FirstM = Mapping[tuple[GemmShape, str], int]
-"""For a GEMM and a cache key the first M that runs the kernel."""
-
-
-def planned_first_m(plan: Plan, keys: CacheKeys) -> dict[tuple[GemmShape, str], int]:
-    """The plan in the form that the library's answers have."""
-    found: dict[tuple[GemmShape, str], int] = {}
-    for item in plan.kernels:
-        key = keys.cache_key(item.kernel)
-        for use in item.uses:
-            m = use.m_ranges[0][0]
-            found[use.shape, key] = min(m, found.get((use.shape, key), m))
-    return found
+_SHOWN = 3
 
 
-def differences(planned: FirstM, asked: FirstM) -> list[str]:
-    """One line for each kernel that only one side has, or that begins at another M.
+def differences(demands: Iterable[Demand], ours: KernelTable, theirs: KernelTable) -> list[str]:
+    """One line for each kernel of a GEMM that only one table has, or that other M run.
 
-    GEMMs that differ in their number of groups alone are walked in one process, where a kernel is
-    asked for once; so for those only the kernels are compared, not which of them was first.
+    Raises:
+        UserError: a table does not know a GEMM.
     """
-    ours, theirs = _by_family(planned), _by_family(asked)
-    lines = []
-    for family in dict.fromkeys([*ours, *theirs]):
-        mine, other = ours.get(family, {}), theirs.get(family, {})
-        kind, n, k, num_sms = family
-        name = f"{kind}:{n}:{k} on {num_sms} SMs"
-        for key in dict.fromkeys([*mine, *other]):
-            if key not in other:
-                lines.append(f"{name}: {key} is planned from M {mine[key]}, never asked for")
-            elif key not in mine:
-                lines.append(f"{name}: {key} is asked for at M {other[key]}, not planned")
-            elif mine[key] != other[key]:
-                lines.append(
-                    f"{name}: {key} is planned from M {mine[key]}, asked for at {other[key]}"
-                )
-    return lines
+    return [line for demand in demands for line in _of_gemm(demand, ours, theirs)]
 
 
-_Family = tuple[str, int, int, int]
+def _of_gemm(demand: Demand, ours: KernelTable, theirs: KernelTable) -> Iterator[str]:
+    name = f"{demand.shape.describe()} on {demand.shape.num_sms} SMs"
+    mine, other = (table.kernel_ranges(demand.shape, demand.ms) for table in (ours, theirs))
+    for kernel in dict.fromkeys([*mine, *other]):
+        if kernel not in other:
+            yield f"{name}: M {_told(mine[kernel])} would run {_words(kernel)}, which none does"
+        elif kernel not in mine:
+            yield f"{name}: M {_told(other[kernel])} run {_words(kernel)}, which no rule tells"
+        elif mine[kernel] != other[kernel]:
+            yield (
+                f"{name}: {_words(kernel)} is run by M {_told(other[kernel])}, not "
+                f"{_told(mine[kernel])}"
+            )
 
 
-def _by_family(first: FirstM) -> dict[_Family, dict[str, int]]:
-    found: dict[_Family, dict[str, int]] = {}
-    for (shape, key), m in first.items():
-        family = (shape.type.name.lower(), shape.n, shape.k, shape.num_sms)
-        keys = found.setdefault(family, {})
-        keys[key] = min(m, keys.get(key, m))
-    return found
+def _words(kernel: Kernel) -> str:
+    return f"{kernel.name} ({in_words(config_of(kernel)) or kernel.identity})"
+
+
+def _told(ranges: MRanges) -> str:
+    pairs = [f"{first}..{last}" if first < last else f"{first}" for first, last in ranges[:_SHOWN]]
+    return ", ".join(pairs) + (", ..." if len(ranges) > _SHOWN else "")

@@ -1,4 +1,4 @@
-"""nvcc as DeepGEMM calls it: signature, flags, cache key and one compile."""
+"""nvcc as DeepGEMM calls it: what keys hold of it, its flags, and one compile."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from runner.environ import Environ
 from runner.errors import UserError
-from runner.jit.keys import CacheKeys, nvcc_flags
-from runner.jit.library import Library
+from runner.jit.keys import CacheKeys, FirstKeys, Recipe, SecondKeys
+from runner.jit.library import Headers, Library
 
 OLDEST_RELEASE = (12, 9)
 """Oldest nvcc whose flags are those that the library's current versions use."""
+
+_RELEASE = re.compile(r"(?:release |NVCC)(\d+)\.(\d+)")
 
 
 class CompileError(Exception):
@@ -25,47 +27,41 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class NvccCompiler:
-    """Compiles kernels of one library with one nvcc.
+    """Compiles kernels of one library for one GPU with one nvcc.
 
     Attributes:
         nvcc: the program that is run (may be a recording shim around the real one).
-        library: where the headers come from; its path is part of the flags and so of the key.
+        library: where the headers come from.
+        recipe: how the library compiles for that GPU.
     """
 
     nvcc: Path
     library: Library
-    environ: Environ
+    recipe: Recipe
 
     @cached_property
-    def signature(self) -> str:
-        """``NVCC<major>.<minor>`` of the program, as the cache key has it.
+    def version_text(self) -> str:
+        """All that ``nvcc --version`` prints.
 
         Raises:
             UserError: not an nvcc, or one too old for the flags.
         """
-        command = [str(self.nvcc.absolute()), "--version"]
-        try:
-            words = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        except OSError as error:
-            raise UserError(f"{self.nvcc} cannot be run as nvcc: {error.strerror}") from None
-        match = re.search(r"release (\d+)\.(\d+)", words)
-        if not match:
-            raise UserError(f"{self.nvcc} --version names no release: is it nvcc?")
-        if (int(match[1]), int(match[2])) < OLDEST_RELEASE:
-            raise UserError(
-                f"{self.nvcc} is release {match[1]}.{match[2]}: 12.9 or newer is needed"
-            )
-        return f"NVCC{match[1]}.{match[2]}"
+        return nvcc_version(self.nvcc)
 
-    @cached_property
-    def flags(self) -> str:
-        """Flags as one string; the string itself is hashed into the cache key."""
-        return nvcc_flags(self.library.include_path, self.environ)
+    @property
+    def signature(self) -> str:
+        """What cache keys hold of the program."""
+        return signature_of(self.version_text, self.recipe.generation)
+
+    @property
+    def arguments(self) -> list[str]:
+        """nvcc's arguments besides source and output."""
+        return self.recipe.arguments(self.library.include_path)
 
     @cached_property
     def keys(self) -> CacheKeys:
-        """Keys for this machine: this nvcc's signature, this library's path."""
-        return CacheKeys(self.library, self.library.include_path, self.signature, self.environ)
+        """Keys for this machine."""
+        return keys_for(self.library, self.recipe, self.version_text, self.library.root)
 
     def compile(self, source_path: Path, cubin_path: Path, work_dir: Path) -> None:
         """Compile ``source_path`` to ``cubin_path``; nvcc runs in ``work_dir``.
@@ -75,10 +71,61 @@ class NvccCompiler:
         """
         command = [str(self.nvcc.absolute()), str(source_path), "-cubin", "-o", str(cubin_path)]
         done = subprocess.run(
-            command + self.flags.split(), capture_output=True, text=True, cwd=work_dir, check=False
+            command + self.arguments, capture_output=True, text=True, cwd=work_dir, check=False
         )
         if done.returncode:
             raise CompileError((done.stderr or done.stdout).strip() or f"exit {done.returncode}")
+
+
+def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) -> CacheKeys:
+    """Keys of a library for a machine.
+
+    Args:
+        library: the headers, on this machine.
+        recipe: how the library compiles there.
+        version_text: what that machine's ``nvcc --version`` prints.
+        root: that machine's ``deep_gemm`` folder; only the first generation's keys hold it.
+    """
+    signature = signature_of(version_text, recipe.generation)
+    if recipe.generation == 1:
+        return FirstKeys(library, recipe, signature, root / "include")
+    return SecondKeys(library, recipe, signature)
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """All that ``nvcc --version`` prints.
+
+    Raises:
+        UserError: not an nvcc, or one older than :data:`OLDEST_RELEASE`.
+    """
+    command = [str(nvcc.absolute()), "--version"]
+    try:
+        words = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise UserError(f"{nvcc} cannot be run as nvcc: {error.strerror}") from None
+    if not _RELEASE.search(words):
+        raise UserError(f"{nvcc} --version names no release: is it nvcc?")
+    major, minor = release_of(words)
+    if (major, minor) < OLDEST_RELEASE:
+        raise UserError(f"{nvcc} is release {major}.{minor}: 12.9 or newer is needed")
+    return words
+
+
+def signature_of(version_text: str, generation: int) -> str:
+    """What a generation's keys hold of a compiler: ``NVCC<release>``, or the whole text."""
+    return "NVCC{}.{}".format(*release_of(version_text)) if generation == 1 else version_text
+
+
+def release_of(text: str) -> tuple[int, int]:
+    """CUDA release that a compiler's text or signature (``NVCC13.0``) names.
+
+    Raises:
+        UserError: it names none.
+    """
+    match = _RELEASE.search(text)
+    if not match:
+        raise UserError(f"{text!r} names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+    return int(match[1]), int(match[2])
 
 
 def find_nvcc(environ: Environ) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 
 Config = dict[str, int | str | bool]
 
@@ -15,13 +15,19 @@ _TILED = (
     "swizzle_a", "swizzle_b", "swizzle_cd", "num_stages", "num_tma_threads", "num_math_threads",
     "cluster_size", "multicast_on_a", "num_sms", "gemm_type",
 )  # fmt: skip
+_HC = (
+    "n", "k", "block_m", "block_n", "block_k", "num_splits", "swizzle_cd", "num_stages",
+    "num_math_threads", "num_tma_threads",
+)  # fmt: skip
+# By template and number of arguments, which differs between versions of the library.
+_FP8_TILED = ("major_sfb", *_TILED, "cd_type", "epilogue", "scale_columns")
 _PARAMETERS: dict[str, tuple[str, ...]] = {
-    "sm90_fp8_gemm_1d2d_impl": ("major_sfb", *_TILED, "cd_type", "epilogue"),
+    "sm90_fp8_gemm_1d2d_impl": _FP8_TILED[:20],
+    "sm90_fp8_gemm_1d2d_impl/19": _FP8_TILED[:19],
+    "sm90_fp8_gemm_1d2d_impl/21": _FP8_TILED,
     "sm90_bf16_gemm_impl": ("major_a", "major_b", *_TILED, "with_accumulation", "cd_type"),
-    "sm90_tf32_hc_prenorm_gemm_impl": (
-        "n", "k", "block_m", "block_n", "block_k", "num_splits", "swizzle_cd", "num_stages",
-        "num_math_threads", "num_tma_threads",
-    ),
+    "sm90_tf32_hc_prenorm_gemm_impl": _HC,
+    "sm100_tf32_hc_prenorm_gemm_impl": _HC,
     "sm90_fp8_mqa_logits": (
         "num_heads", "head_dim", "compressed_logits", "block_q", "block_kv", "num_q_stages",
         "num_kv_stages", "num_sms", "num_specialized_threads", "num_math_threads", "logits_type",
@@ -33,6 +39,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     ),
     "sm90_paged_mqa_logits_metadata": ("aligned_batch_size", "split_kv", "num_sms", "varlen"),
     "transpose_fp32": ("num_threads", "block_mn", "sf_k"),
+    "transpose_fp32/4": ("num_threads", "block_mn", "sf_k", "scale_columns"),
 }  # fmt: skip
 
 _NAMES_BY_GEMM_TYPE = {
@@ -91,7 +98,7 @@ def _tile_in_words(config: Config) -> str:
 
 def _named(entry: str, arguments: str) -> Config:
     values = [word.strip() for word in arguments.split(",")]
-    names = _PARAMETERS.get(entry, ())
+    names = _PARAMETERS.get(f"{entry}/{len(values)}") or _PARAMETERS.get(entry, ())
     if len(names) != len(values):
         return {}
     return {name: _value(word) for name, word in zip(names, values, strict=True)}

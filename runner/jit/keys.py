@@ -1,75 +1,176 @@
-"""Cache keys: under which name a machine's library looks for a kernel.
+"""Cache keys: under which name a machine's library looks for a kernel, for both JIT generations.
 
-A key digests the kernel's name, the compiler's signature, the compiler's flags and the source. The
-flags hold the include path of the machine that will run, so keys can be made for another machine
-than this one.
+A key digests the compiler, its flags and the source with the headers that it includes. The first
+generation has the include path among the flags and shortens the compiler to ``NVCC<release>``; the
+second has no path in its keys, and the whole text of ``nvcc --version``. Keys can be made for
+another machine than this one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from runner.environ import Environ
-from runner.jit.digest import Digest
-from runner.jit.kernels import Kernel
-from runner.jit.library import Library
+from runner.jit.digest import DeepJitDigest, Digest
+from runner.jit.entry import CUBIN, SOURCE
+from runner.jit.library import Headers, include_hash, own_headers
+from runner.kernels.kernel import HASH_LINE, Kernel
 
-ARCH = "90a"
-"""Target of every kernel: SM90 with its architecture-specific instructions."""
+_ARCH = re.compile(r"\bsm_\w+")
 
-
-def nvcc_flags(include_path: Path, environ: Environ) -> str:
-    """Flags as one string, as DeepGEMM puts them; the string itself is part of the key."""
-    flags = (
-        f"-std=c++{environ.dg_jit_cpp_standard} --diag-suppress=39,161,174,177,186,940 "
-        "--ptxas-options=--register-usage-level=10"
-    )
-    if environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check:
-        flags += " --ptxas-options=--verbose,--warn-on-local-memory-usage"
-    if environ.dg_jit_with_lineinfo:
-        flags += " -Xcompiler -rdynamic -lineinfo"
-    return (
-        f"{flags} -I{include_path} --gpu-architecture=sm_{ARCH} "
-        "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi "
-        "-O3 --expt-relaxed-constexpr --expt-extended-lambda"
-    )
+INCLUDE = "{include}"
+"""Stands for the include path in a recipe's flags."""
 
 
 @dataclass(frozen=True)
-class CacheKeys:
-    """Makes sources and keys.
+class Recipe:
+    """How a library compiles its kernels on one GPU.
 
     Attributes:
-        library: the headers, on this machine.
-        include_path: the include folder on the machine that will run.
-        signature: ``NVCC<major>.<minor>`` of that machine's compiler.
-        environ: the variables that change flags.
+        generation: of its JIT.
+        flags: nvcc's flags in order; :data:`INCLUDE` stands where the include path goes.
+        extra_signature: what else the second generation's keys digest.
+        options: the library's own account of the flags, which its entries keep, as JSON.
     """
 
-    library: Library
-    include_path: Path
+    generation: int
+    flags: tuple[str, ...]
+    extra_signature: str = ""
+    options: str = ""
+
+    @property
+    def arch(self) -> str:
+        """nvcc's name of the target, such as ``sm_100f``."""
+        found = _ARCH.search(" ".join(self.flags))
+        return found[0] if found else ""
+
+    def arguments(self, include_path: Path) -> list[str]:
+        """nvcc's arguments besides source and output."""
+        return [flag.replace(INCLUDE, str(include_path)) for flag in self.flags]
+
+
+def first_recipe(environ: Environ) -> Recipe:
+    """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
+    flags = [
+        f"-std=c++{environ.dg_jit_cpp_standard}",
+        "--diag-suppress=39,161,174,177,186,940",
+        "--ptxas-options=--register-usage-level=10",
+    ]
+    if environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check:
+        flags.append("--ptxas-options=--verbose,--warn-on-local-memory-usage")
+    if environ.dg_jit_with_lineinfo:
+        flags += ["-Xcompiler", "-rdynamic", "-lineinfo"]
+    flags += [
+        f"-I{INCLUDE}",
+        "--gpu-architecture=sm_90a",
+        "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "--expt-extended-lambda",
+    ]
+    return Recipe(1, tuple(flags))
+
+
+_VERBOSE = "--ptxas-options=--verbose"
+_REGISTERS = "--ptxas-options=--register-usage-level="
+_SPILLS = "--ptxas-options=--warn-on-spills"
+_LOCAL = "--ptxas-options=--warn-on-local-memory-usage"
+_LINES = "--generate-line-info"
+_STANDARD = "-std=c++"
+
+
+def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
+    """A recipe of the second generation as the ``DG_JIT_*`` variables of a machine change it.
+
+    Source: ``CompilerOptions`` of deep_jit/backend/cuda/options.hpp in sgl-deep-gemm 0.2.3.post2.
+    """
+    verbose = environ.dg_jit_debug or environ.dg_jit_ptxas_verbose
+    after = {
+        _SPILLS: environ.dg_jit_check_no_spills,
+        _LOCAL: environ.dg_jit_check_no_local_memory,
+        _LINES: environ.dg_jit_debug or environ.dg_jit_with_lineinfo,
+    }
+    flags: list[str] = []
+    for flag in recipe.flags:
+        if flag.startswith(_REGISTERS):
+            flags += [_VERBOSE] * bool(verbose)
+            flags += [flag, *(name for name, is_set in after.items() if is_set)]
+        elif flag.startswith(_STANDARD):
+            flags.append(f"{_STANDARD}{environ.dg_jit_cpp_standard}")
+        elif flag not in (_VERBOSE, *after):
+            flags.append(flag)
+    return replace(recipe, flags=tuple(flags))
+
+
+class CacheKeys(ABC):
+    """Makes sources and keys for one machine.
+
+    Attributes:
+        headers: the library's headers.
+        recipe: how it compiles.
+        signature: what the keys hold of the compiler.
+    """
+
+    headers: Headers
+    recipe: Recipe
     signature: str
-    environ: Environ
+
+    @property
+    @abstractmethod
+    def flags(self) -> str:
+        """The compiler's flags as the keys hold them."""
+
+    @abstractmethod
+    def source(self, kernel: Kernel) -> str:
+        """The generated source of a kernel, byte for byte what the library generates."""
+
+    @abstractmethod
+    def key_of(self, name: str, source: str) -> str:
+        """Cache key of a generated source: the name of its folder."""
+
+    def cache_key(self, kernel: Kernel) -> str:
+        """Name of the kernel's folder in the cache."""
+        return self.key_of(kernel.name, self.source(kernel))
+
+    @property
+    def extra_files(self) -> Mapping[str, bytes]:
+        """What an entry holds besides source and cubin."""
+        return {}
+
+
+@dataclass(frozen=True)
+class FirstKeys(CacheKeys):
+    """Keys of the first generation: ``kernel.<name>.<hex>``.
+
+    Attributes:
+        include_path: the include folder on the machine that will run.
+        signature: ``NVCC<major>.<minor>`` of that machine's compiler.
+    """
+
+    headers: Headers
+    recipe: Recipe
+    signature: str
+    include_path: Path
 
     @cached_property
     def flags(self) -> str:
-        """See :func:`nvcc_flags`."""
-        return nvcc_flags(self.include_path, self.environ)
+        """All flags, the include path among them."""
+        return " ".join(self.recipe.arguments(self.include_path))
 
     def source(self, kernel: Kernel) -> str:
-        """The generated source of a kernel, byte for byte what the library generates."""
+        """The body after a line with the digest of the headers."""
         body = kernel.body
-        return f"// Includes' hash value: {self.library.include_hash(body)}\n{body}"
-
-    def cache_key(self, kernel: Kernel) -> str:
-        """Name of the kernel's directory in the cache: ``kernel.<name>.<hex>``."""
-        return self.key_of(kernel.name, self.source(kernel))
+        return f"// Includes' hash value: {include_hash(self.headers, body)}\n{body}"
 
     def key_of(self, name: str, source: str) -> str:
-        """Cache key of a generated source, headers' hash line included."""
-        return f"kernel.{name}.{self._prefix(name).hex_with(source)}"
+        """Digest of name, signature, flags and source."""
+        return f"kernel.{name}.{self._prefix(name).update(source).hex}"
 
     @cached_property
     def _prefixes(self) -> dict[str, Digest]:
@@ -80,3 +181,61 @@ class CacheKeys:
         if name not in self._prefixes:
             self._prefixes[name] = Digest().update(f"{name}$${self.signature}$${self.flags}$$")
         return self._prefixes[name]
+
+
+@dataclass(frozen=True)
+class SecondKeys(CacheKeys):
+    """Keys of the second generation, DeepJIT: ``<name>.<hex>``.
+
+    Attributes:
+        signature: all that ``nvcc --version`` prints on the machine that will run.
+    """
+
+    headers: Headers
+    recipe: Recipe
+    signature: str
+
+    @cached_property
+    def flags(self) -> str:
+        """The flags but for the include path, which is no part of these keys."""
+        return " ".join(flag for flag in self.recipe.flags if flag not in _INCLUDE_OPTION)
+
+    def source(self, kernel: Kernel) -> str:
+        """The body alone."""
+        return kernel.body
+
+    def key_of(self, name: str, source: str) -> str:
+        """Digest of signatures, flags, an empty post-hook, and the source with its headers."""
+        return f"{name}.{self._prefix.update(self._source_hash(source)).hex}"
+
+    @cached_property
+    def extra_files(self) -> Mapping[str, bytes]:
+        """The recipe, for people: the library writes it and never reads it; and its mark."""
+        recipe = {
+            "command": f"nvcc {SOURCE} --cubin --output-file {CUBIN} {self.flags}",
+            "config": {"extra_signature": self.recipe.extra_signature},
+            "compiler_info": {"version": self.signature},
+            "compiler_options": json.loads(self.recipe.options or "{}"),
+        }
+        return {"meta.json": json.dumps(recipe).encode(), ".committed": b""}
+
+    @cached_property
+    def _prefix(self) -> DeepJitDigest:
+        compiler = DeepJitDigest().update(self.signature).hex
+        prefix = DeepJitDigest().update(self.recipe.extra_signature).update(compiler)
+        return prefix.update(self.flags).update("")
+
+    def _source_hash(self, source: str) -> str:
+        digest = DeepJitDigest().update(source)
+        for header in own_headers(source):
+            digest = digest.update(self.headers.header_hash(header))
+        return digest.hex
+
+
+_INCLUDE_OPTION = ("--include-path", INCLUDE)
+
+
+def body_of(source: str) -> str:
+    """A generated source without the line of the first generation that has the headers' digest."""
+    match = HASH_LINE.match(source)
+    return source[match.end() :] if match else source

@@ -6,7 +6,7 @@ from enum import Enum
 
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 
 
 class Found(Enum):
@@ -44,7 +44,9 @@ class LazyJit:
         found = Found.DISK
         if not self._cache.has(key):
             found = Found.MISS
-            self._cache.add(key, self._compiler.keys.source(kernel), self._compiler.compile)
+            keys = self._compiler.keys
+            source, extra = keys.source(kernel), keys.extra_files
+            self._cache.add(key, source, self._compiler.compile, extra=extra)
         # A real load reads the whole file; so does this, to pay what a load pays.
         (self._cache.entry(key) / "kernel.cubin").read_bytes()
         self._keys[kernel] = key

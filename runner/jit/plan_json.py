@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from runner.jit.describe import config_of
-from runner.jit.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
-from runner.jit.kernel_type import CONTIGUOUS_TYPES
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import KernelUse, Plan, PlannedKernel
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.kernels.types import CONTIGUOUS_TYPES
 
 
 def plan_to_json(plan: Plan, keys: CacheKeys | None) -> dict[str, Any]:
@@ -18,14 +18,18 @@ def plan_to_json(plan: Plan, keys: CacheKeys | None) -> dict[str, Any]:
     arguments by name), ``m_ranges`` (M of any of its GEMMs, [[first, last], ...]) and ``uses``
     (the same for each GEMM, with the stages that run it).
     """
+    origin = plan.table.origin
     return {
         "version": 1,
-        "library": f"sgl-deep-gemm {plan.rules.library_version}",
-        "arch": plan.rules.arch,
+        "library": origin.library,
+        "generation": origin.generation,
+        "gpu": origin.gpu,
+        "arch": plan.table.recipe.arch,
+        "source": origin.source.value,
         "num_sms": sorted({demand.shape.num_sms for demand in plan.demands}),
         "signature": keys.signature if keys else None,
-        "include_path": str(keys.include_path) if keys else None,
         "flags": keys.flags if keys else None,
+        "extra_signature": keys.recipe.extra_signature if keys else "",
         "kernels": [_kernel(item, keys) for item in plan.kernels],
     }
 

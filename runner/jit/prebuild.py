@@ -15,7 +15,7 @@ from runner.jit.builder.build import Builder, Built, Way
 from runner.jit.builder.scratch import scratch_folder
 from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler
+from runner.jit.compiler import NvccCompiler, release_of
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan, PlannedKernel
 from runner.jit.plan_json import use_to_json
@@ -108,11 +108,12 @@ def prebuild(
             name the build machine's compiler wrongly.
         BuildStoppedError: the disk is full or the like.
     """
-    if order.keys.signature != order.compiler.signature:
+    ours, theirs = release_of(order.compiler.signature), release_of(order.keys.signature)
+    if ours != theirs:
         raise UserError(
-            f"nvcc here is {order.compiler.signature} and the target's is {order.keys.signature}: "
-            "build with the target's release, or with an older one and relocate (runner cache "
-            "relocate --cuda-version)"
+            "nvcc here is {}.{} and the target's is {}.{}: ".format(*ours, *theirs)
+            + "build with the target's release, or with an older one and relocate (runner cache "
+            "relocate)"
         )
     order.cache.prepare()
     with locked(order.cache.root, wait=False) as free:
@@ -190,7 +191,13 @@ def _build_missing(
 
     def take(built: Built) -> None:
         if built.cubin is not None:
-            order.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
+            order.cache.put(
+                built.job.key,
+                built.job.source,
+                built.cubin,
+                extra=order.keys.extra_files,
+                tag=_TAG,
+            )
         with guard:
             _count(report, built)
 
@@ -217,12 +224,15 @@ def _count(report: BuildReport, built: Built) -> None:
 
 def _manifest(order: BuildOrder, keyed: Mapping[str, PlannedKernel]) -> Manifest:
     """A manifest that names every given kernel that is there, whoever built it."""
-    rules = order.plan.rules
     return Manifest(
-        library=f"sgl-deep-gemm {rules.library_version}",
-        arch=rules.arch,
+        library=order.plan.table.origin.library,
+        arch=order.keys.recipe.arch,
         signature=order.keys.signature,
         flags=order.keys.flags,
+        generation=order.keys.recipe.generation,
+        extra_signature=order.keys.recipe.extra_signature,
+        gpu=order.plan.table.origin.gpu,
+        num_sms=order.plan.table.origin.num_sms,
         built_with=order.compiler.signature,
         plans=[order.title],
         entries={

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 
 from runner.jit.compiler import NvccCompiler
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import kernels_of
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, KernelCall
 
 _REFERENCE = KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 128, 4096, 4096, 1, 132)
 

@@ -8,12 +8,11 @@ included headers that the library puts before it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from runner.errors import UserError
-from runner.jit.digest import hex_digest
-from runner.jit.heuristics_sm90 import (
+from runner.kernels.heuristics_sm90 import (
     CONTIGUOUS_M_ALIGNMENT,
     M_GRANULE,
     SMEM_CAPACITY,
@@ -25,8 +24,9 @@ from runner.jit.heuristics_sm90 import (
     get_best_config,
     swizzle_mode,
 )
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 
 _METADATA_ROWS = 32
 METADATA_MAX_ROWS = SMEM_CAPACITY // 4
@@ -34,46 +34,6 @@ METADATA_MAX_ROWS = SMEM_CAPACITY // 4
 _HC_MAX_N = 32
 _MQA_HEADS = (32, 64)
 _MQA_HEAD_DIMS = (32, 64, 128)
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One JIT kernel: what distinguishes it from every other, without include paths or hashes.
-
-    ``name`` is the library's kernel name, ``header`` the included header relative to the include
-    folder, ``entry`` the instantiated template and ``arguments`` its lines of template arguments.
-    """
-
-    name: str
-    header: str
-    entry: str
-    arguments: tuple[str, ...]
-
-    @property
-    def identity(self) -> str:
-        """Text that is equal for equal kernels and short enough for a Timeline."""
-        return _identity(self)
-
-    @property
-    def body(self) -> str:
-        """Generated source without the line that holds the headers' hash."""
-        lines = ",\n        ".join(self.arguments)
-        return (
-            f"\n#include <{self.header}>\n\nusing namespace deep_gemm;\n\n"
-            "static void __instantiate_kernel() {\n"
-            f"    auto ptr = reinterpret_cast<void*>(&{self.entry}<\n"
-            f"        {lines}\n    >);\n}};\n"
-        )
-
-
-@lru_cache(maxsize=65536)
-def _identity(kernel: Kernel) -> str:
-    return identity_of(kernel.name, kernel.body)
-
-
-def identity_of(name: str, body: str) -> str:
-    """Identity of the kernel with that name and generated source, without the headers' hash."""
-    return f"{name} {hex_digest(body)[:16]}"
 
 
 def kernels_of(call: KernelCall) -> tuple[Kernel, ...]:

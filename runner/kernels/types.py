@@ -63,3 +63,24 @@ class KernelCall:
         """Short text for tables and traces."""
         groups = f" g{self.num_groups}" if self.num_groups > 1 else ""
         return f"{self.type.name.lower()} m{self.m} n{self.n} k{self.k}{groups}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GemmShape:
+    """A wrapper entry point with everything but its M; fields as in :class:`KernelCall`."""
+
+    type: DeepGemmKernelType
+    n: int
+    k: int
+    num_groups: int
+    num_sms: int
+
+    def call(self, m: int) -> KernelCall:
+        """The call with ``m`` rows."""
+        return KernelCall(self.type, m, self.n, self.k, self.num_groups, self.num_sms)
+
+    def describe(self) -> str:
+        """``type:N:K[:GROUPS]``, as ``runner plan --gemm`` takes it."""
+        always = self.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM
+        groups = f":{self.num_groups}" if always or self.num_groups > 1 else ""
+        return f"{self.type.name.lower()}:{self.n}:{self.k}{groups}"

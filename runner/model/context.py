@@ -11,7 +11,7 @@ from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest, WeightSource, shard, whole
 from runner.config.parallel import ParallelConfig, RankCoordinates
 from runner.forward_batch import ForwardBatch
-from runner.jit.heuristics_sm90 import ceil_div
+from runner.kernels.heuristics_sm90 import ceil_div
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from runner.coverage import Coverage
-from runner.jit.kernel_type import DeepGemmKernelType
-from runner.jit.kernels import Kernel
-from runner.jit.plan import MRanges, Plan, PlannedKernel
+from runner.jit.plan import Plan, PlannedKernel
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import MRanges
+from runner.kernels.types import DeepGemmKernelType
 from runner.report.console import make_console
 from runner.stalls import Stall
 

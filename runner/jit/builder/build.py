@@ -97,7 +97,10 @@ class Builder:
         if stages is None:
             self._queue_all_plain(jobs, why_not)
         else:
-            self._queue_headers(stages, cut_units(jobs, self.workers))
+            alone = [job for job in jobs if not job.kernel.entry]
+            self._queue_all_plain(alone, "a source of a form of its own")
+            alike = [job for job in jobs if job.kernel.entry]
+            self._queue_headers(stages, cut_units(alike, self.workers) if alike else [])
         self._pool.drain()
 
     def _stages(self) -> tuple[Stages | None, str]:
@@ -105,7 +108,7 @@ class Builder:
             return None, "as asked"
         if WATCHED in self.environment:
             return None, "runner watch sees each kernel's own compile only"
-        flags = self.compiler.flags.split()
+        flags = self.compiler.arguments
         try:
             return ask_stages(self.compiler.nvcc, flags, self.scratch, self.environment), ""
         except UnusualError as error:

@@ -10,8 +10,8 @@ from functools import lru_cache
 from math import gcd
 
 from runner.jit.describe import config_of
-from runner.jit.heuristics_sm90 import ceil_div
-from runner.jit.kernels import Kernel
+from runner.kernels.heuristics_sm90 import ceil_div
+from runner.kernels.kernel import Kernel
 
 _HEADER_SECONDS = {"sm90_paged_mqa_logits": 1.0, "smxx_layout": 0.4}
 _HEADER_DEFAULT = 1.4
@@ -76,9 +76,9 @@ def _stem(header: str) -> str:
 
 @lru_cache(maxsize=8192)
 def _ptx_megabytes(kernel: Kernel) -> float:
-    if _stem(kernel.header) != "sm90_fp8_gemm_1d2d":
-        return _PTX_MEGABYTES.get(_stem(kernel.header), _PTX_DEFAULT)
     config = config_of(kernel)
+    if _stem(kernel.header) != "sm90_fp8_gemm_1d2d" or not config:
+        return _PTX_MEGABYTES.get(_stem(kernel.header), _PTX_DEFAULT)
     block_m, block_n, block_k = (int(config[f"block_{axis}"]) for axis in "mnk")
     # The main loop is there once for each number of K-blocks before the scales of B change.
     step = gcd(block_k, block_n)

@@ -14,7 +14,7 @@ from runner.jit.builder.costs import (
     header_seconds,
 )
 from runner.jit.builder.unit import Job, Signature, signature
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 
 Unit = list[Job]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from runner.jit.builder.stages import UnusualError
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 
 _FUNCTION = "__instantiate_kernel"
 _BOOLEANS = {"true": 1, "false": 0}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
+from runner.jit.entry import CUBIN, SOURCE, format_of
 from runner.jit.store.manifest import (
     Entry,
     Manifest,
@@ -25,7 +26,7 @@ from runner.jit.store.manifest import (
     sha256,
 )
 
-_MEMBER = re.compile(r"cache/(kernel\.\w+\.[0-9a-f]{32})/(kernel\.cu|kernel\.cubin)")
+_MEMBER = re.compile(r"cache/([\w.]+)/([\w.]+)")
 _LARGEST_FILE = 256 << 20
 
 
@@ -75,7 +76,7 @@ def _check_complete(cache: KernelCache, manifest: Manifest) -> None:
 def _members(cache: KernelCache, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     yield "manifest.json", manifest_text(manifest).encode()
     for key in sorted(manifest.entries):
-        for file in ("kernel.cu", "kernel.cubin"):
+        for file in _files(key):
             yield f"cache/{key}/{file}", (cache.entry(key) / file).read_bytes()
 
 
@@ -122,11 +123,12 @@ def _unpack(
     known = read_manifest(cache.root)
     placed = 0
     seen: set[str] = set()
-    for key, source, cubin in _entries(tar, archive, manifest):
+    for key, files in _entries(tar, archive, manifest):
         seen.add(key)
         if not _stays(cache, key, manifest.entries[key], known):
             cache.discard(key)
-            placed += cache.put(key, source, cubin)
+            source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
+            placed += cache.put(key, source, cubin, extra=files)
         progress(len(seen), len(manifest.entries))
     lacking = len(manifest.entries) - len(seen)
     if lacking:
@@ -155,32 +157,38 @@ def _stays(cache: KernelCache, key: str, packed: Entry, known: Manifest | None) 
 
 def _entries(
     tar: tarfile.TarFile, archive: Path, manifest: Manifest
-) -> Iterator[tuple[str, str, bytes]]:
-    """(key, source, cubin) of each entry, whose two files follow each other."""
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Each key with its entry's files, which follow each other."""
     while member := tar.next():
-        key = _key_of(member, "kernel.cu", archive, manifest)
-        source = _checked(tar, member, archive, manifest.entries[key].source_sha256)
-        following = tar.next()
-        if following is None or _key_of(following, "kernel.cubin", archive, manifest) != key:
-            raise UserError(f"{archive}: kernel.cubin of {key} must follow its kernel.cu")
-        cubin = _checked(tar, following, archive, manifest.entries[key].cubin_sha256)
-        yield key, source.decode(), cubin
+        key = _key_of(member, archive, manifest)
+        files: dict[str, bytes] = {}
+        for file in _files(key):
+            if member is None or member.name != f"cache/{key}/{file}":
+                there = "nothing" if member is None else member.name
+                raise UserError(f"{archive}: {there} where {file} of {key} was expected")
+            files[file] = _read(tar, member, archive)
+            member = tar.next() if len(files) < len(_files(key)) else member
+        _check_digests(archive, key, files, manifest.entries[key])
+        yield key, files
 
 
-def _key_of(member: tarfile.TarInfo, file: str, archive: Path, manifest: Manifest) -> str:
+def _files(key: str) -> tuple[str, ...]:
+    """The files of an entry; none where the name is no entry's."""
+    form = format_of(key)
+    return form.files if form else ()
+
+
+def _key_of(member: tarfile.TarInfo, archive: Path, manifest: Manifest) -> str:
     match = _MEMBER.fullmatch(member.name)
-    if not match or match[1] not in manifest.entries:
+    if not match or match[1] not in manifest.entries or not _files(match[1]):
         raise UserError(f"{archive} holds {member.name}, which its manifest does not name")
-    if match[2] != file:
-        raise UserError(f"{archive}: {member.name} where {file} was expected")
     return match[1]
 
 
-def _checked(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path, digest: str) -> bytes:
-    data = _read(tar, member, archive)
-    if sha256(data) != digest:
-        raise UserError(f"{archive}: {member.name} is not what its manifest names")
-    return data
+def _check_digests(archive: Path, key: str, files: dict[str, bytes], entry: Entry) -> None:
+    for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
+        if sha256(files[file]) != digest:
+            raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path) -> bytes:

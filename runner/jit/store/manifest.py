@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.jit.plan import union
+from runner.jit.compiler import release_of
+from runner.jit.keys import CacheKeys, FirstKeys, Recipe, SecondKeys
+from runner.jit.library import Headers
+from runner.kernels.table import union
 
 _NAME = "manifest.json"
-_SIGNATURE = re.compile(r"NVCC(\d+)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Manifest:
     Attributes:
         library: name and version of the library whose kernels these are.
         arch: architecture.
-        signature: signature of the compiler that the running machine has.
-        flags: its flags, with the include path of the running machine.
-        built_with: release of the compiler that built them.
+        signature: what the keys hold of the running machine's compiler.
+        flags: what they hold of its flags, with the running machine's include path if any.
+        built_with: signature of the compiler that built them.
+        generation: of the JIT whose entries they are.
+        extra_signature: see :class:`runner.jit.keys.Recipe`.
+        gpu: name of the GPU; empty in manifests that are older than this field.
+        num_sms: its SMs; 0 in such manifests.
         plans: titles of the plans that were built.
         entries: kernels by cache key.
     """
@@ -61,14 +66,33 @@ class Manifest:
     signature: str
     flags: str
     built_with: str
+    generation: int = 1
+    extra_signature: str = ""
+    gpu: str = ""
+    num_sms: int = 0
     plans: list[str] = field(default_factory=list)
     entries: Mapping[str, Entry] = field(default_factory=dict)
 
     def same_target(self, other: Manifest) -> bool:
         """Whether both are for machines that look for the same keys."""
-        return (self.library, self.arch, self.signature, self.flags) == (
-            other.library, other.arch, other.signature, other.flags,
-        )  # fmt: skip
+        return self._target == other._target
+
+    @property
+    def _target(self) -> tuple[str, ...]:
+        return (
+            self.library,
+            self.arch,
+            self.signature,
+            self.flags,
+            self.extra_signature,
+        )
+
+    def keys(self, headers: Headers) -> CacheKeys:
+        """Keys as the manifest's machine makes them, from a library's headers."""
+        recipe = Recipe(self.generation, tuple(self.flags.split(" ")), self.extra_signature)
+        if self.generation == 1:
+            return FirstKeys(headers, recipe, self.signature, Path())
+        return SecondKeys(headers, recipe, self.signature)
 
     def merged(self, newer: Manifest) -> Manifest:
         """Both manifests' entries and plans; where both have an entry, the newer one's."""
@@ -85,18 +109,6 @@ class Manifest:
         """The manifest less some entries."""
         kept = {key: entry for key, entry in self.entries.items() if key not in keys}
         return replace(self, entries=kept)
-
-
-def release_of(signature: str) -> tuple[int, int]:
-    """CUDA release of a signature such as ``NVCC13.0``.
-
-    Raises:
-        UserError: not such a signature.
-    """
-    match = _SIGNATURE.search(signature)
-    if not match:
-        raise UserError(f"{signature!r} is not a compiler signature such as NVCC13.0")
-    return int(match[1]), int(match[2])
 
 
 def _merged_uses(uses: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,8 +170,12 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 def _check_types(manifest: Manifest) -> None:
     """Raise TypeError where a field is of another type than it says."""
-    names = (manifest.library, manifest.arch, manifest.signature, manifest.flags)
-    words = [*names, manifest.built_with, *manifest.plans]
+    words = [*manifest._target, manifest.built_with, *manifest.plans]
+    words.append(manifest.gpu)
+    if not isinstance(manifest.num_sms, int):
+        raise TypeError("num_sms must be a number")
+    if manifest.generation not in (1, 2):
+        raise ValueError(f"generation {manifest.generation!r} must be 1 or 2")
     for entry in manifest.entries.values():
         words += [entry.name, entry.source_sha256, entry.cubin_sha256]
         if not isinstance(entry.cubin_bytes, int):
@@ -211,8 +227,8 @@ def check_target(cache_dir: Path, newer: Manifest) -> None:
     older = read_manifest(cache_dir)
     if older is not None and older.entries and not older.same_target(newer):
         raise UserError(
-            f"{cache_dir} was built for another machine ({older.signature}, {older.library}, "
-            "other flags or path): use another directory"
+            f"{cache_dir} was built for another machine ({older.library}, {older.arch}, "
+            "or another compiler, flags or path): use another directory"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.errors import UserError
 from runner.jit.describe import Config
-from runner.jit.store.manifest import check_uses
+from runner.jit.store.manifest import Manifest, check_uses
 
 _SHOWN = 3
 
@@ -21,15 +21,13 @@ class PlanFile:
 
     Attributes:
         title: what was planned.
-        signature: compiler signature of the keys, None where there are no keys.
-        flags: compiler flags of the keys, None where there are none.
         kernels: the plan's items.
+        target: what the keys are for, as a manifest without entries; None where there are none.
     """
 
     title: str
-    signature: str | None
-    flags: str | None
     kernels: list[dict[str, Any]]
+    target: Manifest | None
 
     @property
     def keys(self) -> list[str]:
@@ -68,11 +66,25 @@ def read_plan_file(path: Path) -> PlanFile:
         ]
         for item in kernels:
             check_uses(item["uses"])
-        return PlanFile(data["for"], data.get("signature"), data.get("flags"), kernels)
+        return PlanFile(data["for"], kernels, _target(data))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a plan of runner plan --json: {error!r}") from None
+
+
+def _target(data: dict[str, Any]) -> Manifest | None:
+    if data.get("signature") is None or data.get("flags") is None:
+        return None
+    return Manifest(
+        library=data["library"],
+        arch=data["arch"],
+        signature=data["signature"],
+        flags=data["flags"],
+        generation=data.get("generation", 1),
+        extra_signature=data.get("extra_signature", ""),
+        built_with=data["signature"],
+    )
 
 
 def uses_in_words(uses: Sequence[dict[str, Any]]) -> str:

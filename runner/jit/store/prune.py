@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from runner.jit.cache import KernelCache
+from runner.jit.entry import format_of
 from runner.jit.store.manifest import read_manifest, write_manifest
 
 
@@ -14,7 +15,7 @@ def superfluous(cache: KernelCache, wanted: Collection[str]) -> list[Path]:
     return [
         path
         for path in cache.entries()
-        if path.name not in wanted and path.name.startswith("kernel.") and path.is_dir()
+        if path.name not in wanted and format_of(path.name) and path.is_dir()
     ]
 
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
+from runner.jit.compiler import release_of
+from runner.jit.entry import CUBIN, SOURCE
 from runner.jit.keys import CacheKeys
-from runner.jit.store.manifest import Manifest, describe_entry, release_of
+from runner.jit.library import Library
+from runner.jit.store.manifest import Manifest, describe_entry
 from runner.jit.store.verify import Expectation, Finding, verify
 
 
@@ -32,6 +35,7 @@ def relocate(
     source: KernelCache,
     manifest: Manifest,
     keys: CacheKeys,
+    library: Library,
     target: KernelCache,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -41,7 +45,8 @@ def relocate(
     Args:
         source: where the entries are; left as it is.
         manifest: what ``source`` was built for.
-        keys: the machine that will run; its library holds the headers to compare with.
+        keys: of the machine that will run.
+        library: the headers of its library, to compare with.
         target: where they go; another directory than ``source``.
         progress: told (done, of how many).
 
@@ -50,9 +55,12 @@ def relocate(
     """
     _check_release(manifest.built_with, keys.signature)
     held = Expectation(
-        wanted=manifest.entries, known=manifest.entries, signature=manifest.signature,
-        flags=manifest.flags, library=keys.library, manifest=manifest,
-    )  # fmt: skip
+        wanted=manifest.entries,
+        known=manifest.entries,
+        keys=manifest.keys(library),
+        library=library,
+        manifest=manifest,
+    )
     findings = verify(source, held)
     unsound = {finding.key for finding in findings}
     moved = replace(manifest, signature=keys.signature, flags=keys.flags, entries={})
@@ -60,13 +68,15 @@ def relocate(
     sound = [key for key in manifest.entries if key not in unsound and source.has(key)]
     for number, key in enumerate(sound, start=1):
         old = manifest.entries[key]
-        text = (source.entry(key) / "kernel.cu").read_text()
+        text = (source.entry(key) / SOURCE).read_bytes().decode()
         new = keys.key_of(old.name, text)
         if target.holds(new, text):
             present += 1
         else:
             target.discard(new)
-            placed += target.put(new, text, (source.entry(key) / "kernel.cubin").read_bytes())
+            placed += target.put(
+                new, text, (source.entry(key) / CUBIN).read_bytes(), extra=keys.extra_files
+            )
         entries[new] = describe_entry(target.entry(new), old.name, old.uses)
         progress(number, len(sound))
     return Relocation(replace(moved, entries=entries), placed, present, findings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -10,12 +9,11 @@ from pathlib import Path
 
 from runner.jit.cache import KernelCache
 from runner.jit.cubin import NotACubinError, kernels_in
-from runner.jit.digest import hex_digest
-from runner.jit.library import Library
+from runner.jit.entry import SOURCE, EntryFormat, format_of, kernel_name
+from runner.jit.keys import CacheKeys
+from runner.jit.library import Library, include_hash
 from runner.jit.store.manifest import Manifest, sha256
-
-_KEY = re.compile(r"kernel\.(\w+)\.[0-9a-f]{32}")
-_HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
+from runner.kernels.kernel import HASH_LINE
 
 
 class Problem(Enum):
@@ -45,16 +43,14 @@ class Expectation:
     Attributes:
         wanted: keys that must be there.
         known: keys that may be there, or None where any may.
-        signature: compiler signature that keys are made with; None leaves keys unchecked.
-        flags: flags that keys are made with.
+        keys: of the machine that will run; None leaves keys unchecked.
         library: headers that sources must name; None leaves them unchecked.
         manifest: digests; None leaves contents unchecked but for being whole.
     """
 
     wanted: Collection[str]
     known: Collection[str] | None
-    signature: str | None
-    flags: str | None
+    keys: CacheKeys | None
     library: Library | None
     manifest: Manifest | None
 
@@ -73,18 +69,18 @@ def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
 
 
 def _entry_problems(path: Path, expected: Expectation) -> Iterator[Finding]:
-    match = _KEY.fullmatch(path.name)
-    if not match or not path.is_dir():
+    form = format_of(path.name)
+    if form is None or not path.is_dir():
         yield Finding(Problem.FOREIGN, path.name, "is not a kernel's folder")
         return
     if expected.known is not None and path.name not in expected.known:
         yield Finding(Problem.FOREIGN, path.name, "is not in the manifest or the plan")
-    whole = _incomplete(path)
+    whole = _incomplete(path, form)
     if whole:
         yield Finding(Problem.TRUNCATED, path.name, whole)
         return
-    source = (path / "kernel.cu").read_text(errors="replace")
-    yield from _identity_problems(path.name, match[1], source, expected)
+    source = (path / SOURCE).read_bytes().decode(errors="replace")
+    yield from _identity_problems(path.name, source, expected)
     if expected.manifest is not None and path.name in expected.manifest.entries:
         entry = expected.manifest.entries[path.name]
         for file, digest in (("kernel.cu", entry.source_sha256),
@@ -93,11 +89,11 @@ def _entry_problems(path: Path, expected: Expectation) -> Iterator[Finding]:
                 yield Finding(Problem.CHANGED, path.name, f"{file} is not what was built")
 
 
-def _incomplete(path: Path) -> str:
+def _incomplete(path: Path, form: EntryFormat) -> str:
     """What an entry lacks to be whole; empty where it is."""
-    for name in ("kernel.cu", "kernel.cubin"):
+    for name in form.files:
         if not (path / name).is_file():
-            return f"{name} is missing: the library aborts on this entry"
+            return f"{name} is missing: {form.on_damage}"
     try:
         count = len(kernels_in((path / "kernel.cubin").read_bytes()))
     except NotACubinError as error:
@@ -105,27 +101,30 @@ def _incomplete(path: Path) -> str:
     return "" if count == 1 else f"kernel.cubin holds {count} kernels instead of one"
 
 
-def _identity_problems(
-    key: str, name: str, source: str, expected: Expectation
-) -> Iterator[Finding]:
-    if expected.signature is not None:
-        text = f"{name}$${expected.signature}$${expected.flags}$${source}"
-        if key != f"kernel.{name}.{hex_digest(text)}":
-            yield Finding(
-                Problem.WRONG_KEY, key, "is not this source's key for this compiler and path"
-            )
-    if expected.library is not None:
-        match = _HASH_LINE.match(source)
-        body = source[match.end() :] if match else source
-        if not match or match[1] != _include_hash(expected.library, body):
-            yield Finding(
-                Problem.WRONG_VERSION, key, "was generated from headers of another version"
-            )
+def _identity_problems(key: str, source: str, expected: Expectation) -> Iterator[Finding]:
+    library, name = expected.library, kernel_name(key)
+    line = HASH_LINE.match(source)
+    body = source[line.end() :] if line else source
+    if expected.keys is not None and key != _key_of(expected.keys, name, source):
+        yield Finding(Problem.WRONG_KEY, key, "is not this source's key for this machine")
+    form = format_of(key)
+    if library is None or form is None or form.generation == 2:  # there the key holds the headers
+        return
+    if not line or line[1] != _include_hash(library, body):
+        yield Finding(Problem.WRONG_VERSION, key, "was generated from headers of another version")
+
+
+def _key_of(keys: CacheKeys, name: str, source: str) -> str:
+    """The key; empty where the source names a header that the library lacks."""
+    try:
+        return keys.key_of(name, source)
+    except OSError:
+        return ""
 
 
 def _include_hash(library: Library, body: str) -> str:
     """Digest over the headers that a source names; empty where the library lacks one."""
     try:
-        return library.include_hash(body)
+        return include_hash(library, body)
     except OSError:
         return ""

@@ -1,0 +1,81 @@
+"""One JIT kernel as a value: its name and its generated source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from runner.jit.digest import hex_digest
+
+HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
+"""First line of a source of the first JIT generation; what follows is the kernel's body."""
+
+_BODY = re.compile(
+    r"\n#include <([^>\n]+)>\n\nusing namespace deep_gemm;\n\n"
+    r"(.*?)static void __instantiate_kernel\(\) \{\n"
+    r"    auto ptr = reinterpret_cast<void\*>\(&([\w:]+)<\n(.*?)\n    >\);\n\};\n",
+    re.DOTALL,
+)
+_INDENT = "\n        "
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What distinguishes a kernel from every other, without include paths or hashes.
+
+    Attributes:
+        name: the library's kernel name.
+        header: the included header, relative to the include folder.
+        entry: the instantiated template.
+        arguments: its lines of template arguments.
+        prelude: what a source has between its include and its instantiation, such as a
+            ``static_assert``; most have nothing. A source of another form is here as a whole, and
+            the other fields but the name are empty.
+    """
+
+    name: str
+    header: str
+    entry: str
+    arguments: tuple[str, ...]
+    prelude: str = ""
+
+    @classmethod
+    def of_source(cls, name: str, source: str) -> Kernel:
+        """The kernel with that generated source (text of ``kernel.cu``)."""
+        body = source[match.end() :] if (match := HASH_LINE.match(source)) else source
+        parts = _BODY.fullmatch(body)
+        if parts is None:
+            return cls(name, "", "", (), body)
+        header, prelude, entry, arguments = parts.groups()
+        lines = arguments.removeprefix(_INDENT[1:]).split("," + _INDENT)
+        kernel = cls(name, header, entry, tuple(lines), prelude)
+        return kernel if kernel.body == body else cls(name, "", "", (), body)
+
+    @property
+    def identity(self) -> str:
+        """Text that is equal for equal kernels and short enough for a Timeline."""
+        return _identity(self)
+
+    @property
+    def body(self) -> str:
+        """Generated source without the line that holds the headers' hash."""
+        if not self.entry:
+            return self.prelude
+        lines = ("," + _INDENT).join(self.arguments)
+        return (
+            f"\n#include <{self.header}>\n\nusing namespace deep_gemm;\n\n{self.prelude}"
+            "static void __instantiate_kernel() {\n"
+            f"    auto ptr = reinterpret_cast<void*>(&{self.entry}<{_INDENT}"
+            f"{lines}\n    >);\n}};\n"
+        )
+
+
+@lru_cache(maxsize=65536)
+def _identity(kernel: Kernel) -> str:
+    return identity_of(kernel.name, kernel.body)
+
+
+def identity_of(name: str, body: str) -> str:
+    """Identity of the kernel with that name and generated source, without the headers' hash."""
+    return f"{name} {hex_digest(body)[:16]}"

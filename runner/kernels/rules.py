@@ -1,0 +1,52 @@
+"""The rules of one version of the library as a table: no library, no torch, any GEMM, any M."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from runner.environ import Environ
+from runner.jit.keys import Recipe, first_recipe
+from runner.kernels.rules_sm90 import kernels_of, m_class_starts
+from runner.kernels.table import Kernels, KernelTable, Origin, Source, cut_at
+from runner.kernels.types import GemmShape, KernelCall
+
+RULES_VERSION = "0.1.4.post1"
+"""The version of sgl-deep-gemm that the rules were written for and held against, on SM90."""
+
+RULES_ARCH = "sm_90a"
+
+
+@dataclass(frozen=True)
+class RulesTable(KernelTable):
+    """Our rules; they know every GEMM and every M."""
+
+    origin: Origin
+    recipe: Recipe
+
+    def kernels_of(self, call: KernelCall) -> Kernels:
+        """See :meth:`KernelTable.kernels_of`."""
+        return kernels_of(call)
+
+    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[tuple[Kernels, int, int]]:
+        """One look for each class of M: within it every M runs the same kernels."""
+        found: list[tuple[Kernels, int, int]] = []
+        starts = m_class_starts(shape.type, ms[-1]) if ms else ()
+        for low, high in cut_at(starts, ms):
+            kernels = kernels_of(shape.call(ms[low]))
+            if found and found[-1][0] == kernels:
+                found[-1] = (kernels, found[-1][1], high)
+            else:
+                found.append((kernels, low, high))
+        return found
+
+    def on(self, gpu: str, num_sms: int, recipe: Recipe) -> RulesTable:
+        """The same rules on another Hopper GPU, compiled with other flags."""
+        return RulesTable(replace(self.origin, gpu=gpu, num_sms=num_sms), recipe)
+
+
+RULES = RulesTable(
+    Origin(f"sgl-deep-gemm {RULES_VERSION}", 1, "h200", 132, RULES_ARCH, Source.RULES),
+    first_recipe(Environ()),
+)
+"""The rules on an H200."""
