@@ -31,6 +31,7 @@ from runner.cli.guard import run_guarded
 from runner.cli.overlap_options import overlap_options
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.jit.library import LIBRARIES
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
@@ -81,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default=132,
     show_default=True,
     help="Without a GPU: SMs of the GPU that kernels are compiled for.",
+)
+@click.option(
+    "--library",
+    metavar="NAME|PATH",
+    help=f"Whose kernels: {', '.join(LIBRARIES)}, or a deep_gemm folder.  [default: the installed "
+    "one]",
 )
 @click.option(
     "--cache-dir",
@@ -153,7 +160,7 @@ def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
 def _check(options: LaunchOptions, environ: Environ) -> None:
     """Everything that can be wrong before a rank starts."""
     for policy in options.policies:
-        scenario = options.scenario(environ, num_sms=options.num_sms, policy=policy)
+        scenario = options.scenario(environ, policy=policy)
         assert scenario.requests, "a scenario without requests measures nothing"
     if options.num_sms < 2 or options.num_sms % 2:
         raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
@@ -181,9 +188,7 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         raise UserError("--probe needs launch to start the ranks itself: run it without torchrun")
     if (environ.world_size or 1) == 1:
         for policy in options.policies:
-            check_prebuilt(
-                options, environ, options.scenario(environ, num_sms=options.num_sms, policy=policy)
-            )
+            check_prebuilt(options, environ, options.scenario(environ, policy=policy))
 
 
 def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
@@ -260,7 +265,8 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--max-tokens": options.max_tokens,
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
         "--device": options.device, "--backend": options.backend, "--num-sms": options.num_sms,
-        "--cache-dir": options.cache_dir, "--seed": options.seed, "--timeout": options.timeout,
+        "--library": options.library, "--cache-dir": options.cache_dir,
+        "--seed": options.seed, "--timeout": options.timeout,
         "--nccl-timeout": options.nccl_timeout, "--probed": options.probed,
         "--stream": options.stream,
         "--cuda-graphs": options.cuda_graphs, "--walk-max-m": options.walk_max_m,

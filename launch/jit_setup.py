@@ -14,12 +14,14 @@ from launch.options import LaunchOptions
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.kernels import identity_of
+from runner.jit.compiler import NvccCompiler, find_nvcc, nvcc_version, release_of
+from runner.jit.keys import body_of, first_recipe
 from runner.jit.lazy import LazyJit
-from runner.jit.library import find_library
+from runner.jit.library import Library, find_library
 from runner.jit.probe import probe_seconds
 from runner.jit.shim import CompileRecord, write_shim
+from runner.kernels.kernel import identity_of
+from runner.kernels.rules import RULES
 from runner.scenario import Scenario
 from runner.warmup import WarmupPolicy
 
@@ -77,18 +79,19 @@ def set_up_jit(
     cache_root = given or work_dir / "cache"
     if options.virtual_nodes > 1 and scenario.warmup.policy is not WarmupPolicy.PREBUILT:
         cache_root = cache_root / f"node{scenario.parallel.node_of(rank)}"
-    compiler, missing = _find_compiler(options, environ)
-    if compiler is None:
+    tools, missing = find_tools(options, environ)
+    if tools is None:
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")
         return RankJit(
-            OwnJit(None), reference, False, log_dir, _nameless,
+            OwnJit(None, scenario.table), reference, False, log_dir, _nameless,
             f"off, kernels are not compiled: {missing}",
         )  # fmt: skip
+    compiler = NvccCompiler(*tools, scenario.table.recipe)
     KernelCache(cache_root).prepare()
     shim = work_dir / f"nvcc-{rank}"
     write_shim(shim, nvcc=compiler.nvcc, log_dir=log_dir)
-    release = compiler.signature.removeprefix("NVCC")
+    release = "{}.{}".format(*release_of(compiler.version_text))
     cache = KernelCache(cache_root)
     where = f"nvcc {release}, cache {_describe_cache(cache, given=given is not None)}"
     # The key does not depend on the path of nvcc, so the shim's keys are the real one's.
@@ -97,7 +100,9 @@ def set_up_jit(
         made = _library_jit(environ, scenario, cache_root, recorded, log_dir, where)
     else:
         jit = LazyJit(recorded, cache)
-        made = RankJit(OwnJit(jit), reference, False, log_dir, _identity, f"own, {where}")
+        made = RankJit(
+            OwnJit(jit, scenario.table), reference, False, log_dir, _identity, f"own, {where}"
+        )
     return replace(made, compiler=compiler, cache=cache)
 
 
@@ -112,11 +117,13 @@ def _library_jit(
     from runner.deep_gemm_wrapper.walker import call_each, walk_list
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
-    lib = import_deep_gemm(cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
+    root = compiler.library.root
+    lib = import_deep_gemm(root, cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
     wrapper = DeepGemmWrapper(lib, sanity_check=environ.sanity_check)
     loader = LibraryJit(
         lambda kernels: call_each(wrapper, scenario.plan, kernels),
         lambda op: walk_list(wrapper, op, lib),
+        scenario.table,
     )
     return RankJit(loader, wrapper, True, log_dir, _identity, f"deep_gemm, {where}")
 
@@ -127,10 +134,10 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
     Raises:
         UserError: an unusable nvcc, an unknown library, a cache that cannot be written.
     """
-    compiler, _ = _find_compiler(options, environ)
-    if compiler is None:
+    tools, _ = find_tools(options, environ)
+    if tools is None:
         return
-    assert compiler.signature
+    nvcc_version(tools[0])
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     given = _given_cache(options, environ)
@@ -140,8 +147,10 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
 
 def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
     """How fast this machine compiles just now, None where nothing is compiled."""
-    compiler, _ = _find_compiler(options, environ)
-    return None if compiler is None else round(probe_seconds(compiler), 4)
+    tools, _ = find_tools(options, environ)
+    if tools is None or tools[1].title != RULES.origin.library:
+        return None  # Profiles are of that library's reference kernel.
+    return round(probe_seconds(NvccCompiler(*tools, first_recipe(environ))), 4)
 
 
 def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
@@ -150,8 +159,8 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
     Raises:
         UserError: it does not, or there is no such cache.
     """
-    compiler, _ = _find_compiler(options, environ)
-    if compiler is None or scenario.warmup.policy is not WarmupPolicy.PREBUILT:
+    tools, _ = find_tools(options, environ)
+    if tools is None or scenario.warmup.policy is not WarmupPolicy.PREBUILT:
         return
     given = _given_cache(options, environ)
     if given is None:
@@ -160,6 +169,7 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         )
     if _on_gpu(options):
         return  # The plan is for the GPU's own number of SMs, which its rank will know.
+    compiler = NvccCompiler(*tools, scenario.table.recipe)
     planned = [item.kernel for item in scenario.plan.kernels]
     check_holds(KernelCache(given), compiler.keys, planned)
 
@@ -178,18 +188,23 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
     return given / str(policy.value)
 
 
-def _find_compiler(options: LaunchOptions, environ: Environ) -> tuple[NvccCompiler | None, str]:
+def find_tools(options: LaunchOptions, environ: Environ) -> tuple[tuple[Path, Library] | None, str]:
+    """nvcc and the library, or None and why nothing is compiled.
+
+    Raises:
+        UserError: the library that was asked for is not there.
+    """
     if not environ.enable_jit_deepgemm:
         return None, "SGLANG_ENABLE_JIT_DEEPGEMM is off"
     if not options.jit:
         return None, "--no-jit was given"
-    library = find_library()
+    library = find_library(options.library)
     if library is None:
         return None, "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
     nvcc = find_nvcc(environ)
     if nvcc is None:
         return None, "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
-    return NvccCompiler(nvcc, library, environ), ""
+    return (nvcc, library), ""
 
 
 def _given_cache(options: LaunchOptions, environ: Environ) -> Path | None:
@@ -209,8 +224,7 @@ def _describe_cache(cache: KernelCache, *, given: bool) -> str:
 
 
 def _identity(record: CompileRecord) -> str:
-    """The first line of a generated source holds the hash of the library's headers."""
-    return identity_of(record.kernel_name, record.source.partition("\n")[2])
+    return identity_of(record.kernel_name, body_of(record.source))
 
 
 def _nameless(record: CompileRecord) -> str:

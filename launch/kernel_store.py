@@ -21,10 +21,10 @@ from runner.jit.builder.scratch import scratch_folder
 from runner.jit.builder.unit import Job
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler
-from runner.jit.kernels import Kernel
 from runner.jit.keys import CacheKeys
 from runner.jit.plan import Plan
 from runner.jit.store.manifest import locked
+from runner.kernels.kernel import Kernel
 from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
@@ -105,11 +105,15 @@ class NodeKernels:
     def _take(self, built: Built) -> None:
         if built.cubin is None:
             raise CompileError(f"{built.job.kernel.name}: {built.words}")
-        self.cache.put(built.job.key, built.job.source, built.cubin, tag=_TAG)
+        self._put(built.job.key, built.job.source, built.cubin)
         name = built.job.kernel.name
         self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
         with self._guard:
             self.built += 1
+
+    def _put(self, key: str, source: str, cubin: bytes) -> None:
+        extra = self.compiler.keys.extra_files
+        self.cache.put(key, source, cubin, extra=extra, tag=_TAG)
 
     def exchange(self) -> None:
         """Wait for everyone; then leaders hand each other what their caches lack.
@@ -143,7 +147,7 @@ class NodeKernels:
             for key, entry in zip(keys, box[0], strict=True):
                 if key in mine:
                     self.cache.discard(key)
-                    self.cache.put(key, *entry, tag=_TAG)
+                    self._put(key, *entry)
 
     def _entry(self, key: str) -> Entry:
         folder = self.cache.entry(key)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from runner.jit.kernels import Kernel
 from runner.jit.lazy import LazyJit
-from runner.jit.plan import kernel_ranges
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import KernelTable
 from runner.m_lists import expand
 from runner.schedule import Walk
 
@@ -31,8 +31,8 @@ class KernelLoader(Protocol):
 class OwnJit:
     """Our own lazy JIT, for machines without a GPU; without a compiler it only keeps track."""
 
-    def __init__(self, jit: LazyJit | None) -> None:
-        self._jit = jit
+    def __init__(self, jit: LazyJit | None, table: KernelTable) -> None:
+        self._jit, self._table = jit, table
 
     def lacks(self, kernels: Sequence[Kernel]) -> bool:
         """See the protocol."""
@@ -50,7 +50,7 @@ class OwnJit:
 
     def walk(self, walk: Walk) -> None:
         """Nothing is called here: what each M needs is made ready, in order."""
-        for kernel in kernel_ranges(walk.shape, expand(walk.steps)):
+        for kernel in self._table.kernel_ranges(walk.shape, expand(walk.steps)):
             self.prepare([kernel])
 
 
@@ -60,15 +60,17 @@ class LibraryJit:
     Args:
         call_each: makes the library load kernels by calling each once; returns those it called.
         call_all: calls a GEMM with every M of a walk.
+        table: which kernels walks run.
     """
 
     def __init__(
         self,
         call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]],
         call_all: Callable[[Walk], None],
+        table: KernelTable,
     ) -> None:
         self._seen: set[Kernel] = set()
-        self._call_each, self._call_all = call_each, call_all
+        self._call_each, self._call_all, self._table = call_each, call_all, table
 
     def lacks(self, kernels: Sequence[Kernel]) -> bool:
         """See the protocol."""
@@ -87,4 +89,4 @@ class LibraryJit:
     def walk(self, walk: Walk) -> None:
         """See the protocol."""
         self._call_all(walk)
-        self._seen.update(kernel_ranges(walk.shape, expand(walk.steps)))
+        self._seen.update(self._table.kernel_ranges(walk.shape, expand(walk.steps)))

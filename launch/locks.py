@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import UserError
-from runner.jit.plan import GemmShape
+from runner.kernels.types import GemmShape
 
 
 class CompileLocks:

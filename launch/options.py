@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,13 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.jit.compiler import find_nvcc, nvcc_version
+from runner.jit.library import find_library
+from runner.kernels.choose import choose_source
+from runner.kernels.source import KernelSource
 from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
+from runner.standin.gpus import Gpu, gpu_named
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
@@ -44,6 +50,7 @@ class LaunchOptions:
     device: str = "auto"
     backend: str = "auto"
     num_sms: int = 132
+    library: str | None = None
     virtual_nodes: int = 1
     stream: tuple[int, ...] | None = None
     cuda_graphs: tuple[int, ...] | None = None
@@ -62,12 +69,20 @@ class LaunchOptions:
     logits: Path | None = None
     schedule: Path | None = None
 
-    def scenario(self, environ: Environ, *, num_sms: int, policy: WarmupPolicy) -> Scenario:
+    def scenario(
+        self, environ: Environ, *, policy: WarmupPolicy, gpu: Gpu | None = None
+    ) -> Scenario:
         """The scenario of one policy.
+
+        Args:
+            environ: the environment.
+            policy: the policy.
+            gpu: the GPU that kernels are for; None is an H200 with ``num_sms`` SMs.
 
         Raises:
             UserError: an unknown model, or a model that the layout does not fit.
         """
+        gpu = gpu or gpu_named("h200", self.num_sms)
         model = load_model(self.model)
         if self.layers is not None:
             model = with_layers(model, self.layers)
@@ -85,13 +100,30 @@ class LaunchOptions:
                 walk_max_m=self.walk_max_m,
                 compile_lock=self.compile_lock,
             ),
-            num_sms=num_sms,
+            num_sms=gpu.sms,
             prompt_len=self.prompt_len,
             bf16_fp32_algo=environ.bf16_fp32_algo,
             max_tokens=self.max_tokens,
             stream=self.stream,
             overlap=load_strategies(self.overlap),
+            source=self.source(environ, gpu),
             walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,
+        )
+
+    def source(self, environ: Environ, gpu: Gpu) -> KernelSource:
+        """What says which kernels GEMMs run.
+
+        Raises:
+            UserError: a library that is not there, or that cannot be asked here.
+        """
+        nvcc = find_nvcc(environ)
+        return choose_source(
+            gpu,
+            find_library(self.library) if self.jit else None,
+            wanted=self.library if self.jit else None,
+            environ=environ,
+            environment=os.environ,
+            version_text=None if nvcc is None else nvcc_version(nvcc),
         )
 
     def parallel(self, environ: Environ) -> ParallelConfig:

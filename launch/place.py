@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.standin.gpus import GPUS, Gpu, gpu_named
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,21 @@ def init_process_group(
         timeout=timedelta(seconds=timeout + 30),
         device_id=None if backend == "gloo" else device,
     )
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU of a device, in the numbers that kernels are chosen by.
+
+    Raises:
+        UserError: a GPU that DeepGEMM has no kernels for.
+    """
+    found = torch.cuda.get_device_properties(device)
+    named = {gpu.device_name: gpu for gpu in reversed(GPUS)}
+    alike = {(gpu.major, gpu.minor): gpu for gpu in reversed(GPUS)}
+    gpu = named.get(found.name) or alike.get((found.major, found.minor))
+    if gpu is None:
+        raise UserError(
+            f"{found.name} has compute capability {found.major}.{found.minor}: DeepGEMM has no "
+            "kernels for it; use --device cpu"
+        )
+    return gpu_named(gpu.name, found.multi_processor_count)

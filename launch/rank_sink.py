@@ -13,9 +13,9 @@ from launch.streams import HostStream, Stream, Times
 from launch.wait_limit import NoLimit, WaitLimit
 from launch.watchdog import Communication
 from runner.backend.sink import R
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import KernelTable
+from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import (
     Await,
     Begin,
@@ -42,6 +42,7 @@ class RankSink:
         self,
         rank: int,
         loader: KernelLoader,
+        table: KernelTable,
         *,
         synchronise: Callable[[], None],
         inside: bool,
@@ -57,6 +58,7 @@ class RankSink:
         Args:
             rank: world rank.
             loader: makes kernels ready.
+            table: which kernels calls run.
             synchronise: waits until the device is idle.
             inside: whether loading happens inside the call (the library) or before it (ours).
             arrive: waits until communication that was begun is done.
@@ -71,7 +73,8 @@ class RankSink:
         self.spans: list[Span] = []
         self.forwards: list[tuple[float, str, str]] = []
         self.last = "start"
-        self._loader, self._synchronise, self._inside = loader, synchronise, inside
+        self._loader, self._table, self._inside = loader, table, inside
+        self._synchronise = synchronise
         self._arrive, self._limit = arrive, limit or NoLimit()
         self._lock, self._capture, self._on_forward = lock, capture, on_forward
         self._stream = stream or HostStream()
@@ -168,7 +171,7 @@ class RankSink:
         self.spans.append(Span(self.rank, start, time.time(), "compute", name))
 
     def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
-        kernels = kernels_of(call)
+        kernels = self._table.kernels_of(call)
         if not self._loader.lacks(kernels):
             return self._timed("compute", call.type.name.lower(), action)
         shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)

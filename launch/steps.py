@@ -30,7 +30,7 @@ from launch.gather import machine_facts
 from launch.graphs import GraphCapture
 from launch.jit_setup import set_up_jit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
+from launch.place import Place, find_place, gpu_of, init_process_group, pick_backend, pick_device
 from launch.step_clock import GpuClock, HostClock, StepSink
 from runner.backend.base import Backend
 from runner.backend.torch_math import TorchBuffers, TorchMath
@@ -176,15 +176,13 @@ def _run(
     strategies: Sequence[OverlapStrategy],
 ) -> dict[str, Any]:  # fmt: skip
     device = pick_device(values["device"], place)
-    sms = 132
-    if device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = gpu_of(device) if device.type == "cuda" else None
     options = LaunchOptions(
         **{name: values[name] for name in ("model", "layers", "tp", "ep", "attn_cp", "seed",
                                            "stage_layers", "device", "cache_dir", "timeout")},
         moe_a2a=True,
     )  # fmt: skip
-    scenario = options.scenario(environ, num_sms=sms, policy=WarmupPolicy.NONE)
+    scenario = options.scenario(environ, gpu=gpu, policy=WarmupPolicy.NONE)
     link = pick_backend("auto", device, place, place.local_world_size)
     init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
     if device.type == "cuda" and link == "gloo":
@@ -204,7 +202,12 @@ def _run(
                     print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
         dist.barrier()
     dist.destroy_process_group()
-    return {"num_sms": sms, "link": link, "machine": machine_facts(device), "runs": runs}
+    return {
+        "num_sms": scenario.num_sms,
+        "link": link,
+        "machine": machine_facts(device),
+        "runs": runs,
+    }
 
 
 def _build(

@@ -29,7 +29,7 @@ from launch.kernel_store import NodeKernels, leaders_group
 from launch.locks import CompileLocks
 from launch.logits import Logits
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, init_process_group, pick_backend, pick_device
+from launch.place import Place, find_place, gpu_of, init_process_group, pick_backend, pick_device
 from launch.process import process_start
 from launch.rank_sink import RankSink
 from launch.streams import DeviceStream
@@ -47,6 +47,7 @@ from runner.environ import Environ
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.scenario import Scenario, run_rank
+from runner.standin.gpus import gpu_named
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from runner.weight_size import model_elements
@@ -76,10 +77,8 @@ def run_worker(
     """
     place = find_place(environ)
     device = pick_device(options.device, place)
-    num_sms = options.num_sms
-    if device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    scenario = options.scenario(environ, num_sms=num_sms, policy=policy)
+    gpu = gpu_named("h200", options.num_sms) if device.type != "cuda" else gpu_of(device)
+    scenario = options.scenario(environ, gpu=gpu, policy=policy)
     deadline = Deadline(options.timeout, partial(end_process, place.rank))
     phases = [("imports", process_start()), ("process group", time.time())]
     parallel = scenario.parallel
@@ -170,7 +169,8 @@ class _RankRun:
             extra["arrive"] = lambda: wait_for_device(self.device)
             extra["stream"] = DeviceStream(self.device)
         return RankSink(
-            self.place.rank, jit.loader, synchronise=self._synchronise, inside=jit.inside,
+            self.place.rank, jit.loader, self.scenario.table,
+            synchronise=self._synchronise, inside=jit.inside,
             limit=self._wait_limit(jit.log_dir),
             capture=self.graphs, on_forward=on_forward, **extra,
         )  # fmt: skip

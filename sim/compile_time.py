@@ -7,7 +7,7 @@ from statistics import NormalDist
 from zlib import crc32
 
 from runner.jit.builder.costs import plain_seconds, unrolled_k_blocks
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from sim.profile import CompileTimes
 
 _TILED = ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm")

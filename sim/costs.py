@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute
 
 

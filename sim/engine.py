@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.schedule import (
     OF_HOSTS,
     Await,

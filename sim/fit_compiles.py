@@ -11,7 +11,7 @@ from statistics import fmean
 
 from runner.config.model import ModelConfig
 from runner.jit.builder.costs import plain_seconds
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.timeline import Timeline
 from sim.compile_time import config_key, slowdown, template_of
 from sim.drift import Drift

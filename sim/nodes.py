@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.stalls import STALLS_AFTER
 from sim.cores import Cores
 from sim.costs import CostModel

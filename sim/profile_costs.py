@@ -8,10 +8,9 @@ from functools import cached_property
 
 from runner.jit.builder.cut import cut_units, expected_schedule
 from runner.jit.builder.unit import Job
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import Begin, Capture, Collective, Compute
 from sim.compile_time import compile_seconds, luck, slowdown
 from sim.costs import Seconds

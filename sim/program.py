@@ -7,15 +7,14 @@ keeps every kernel that it has used.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from statistics import fmean
 
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel, kernels_of, m_class_starts
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import KernelTable
+from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.m_lists import expand
 from runner.schedule import (
     Await,
@@ -78,13 +77,19 @@ Instruction = (
 
 
 def compile_program(
-    ops: Sequence[Op], costs: CostModel, *, locked: bool, loaded: Iterable[Kernel] = ()
+    ops: Sequence[Op],
+    costs: CostModel,
+    table: KernelTable,
+    *,
+    locked: bool,
+    loaded: Iterable[Kernel] = (),
 ) -> list[Instruction]:
     """Sum up what needs no other rank.
 
     Args:
         ops: one rank's operations.
         costs: how long they take.
+        table: which kernels they run.
         locked: whether first uses take turns on a node.
         loaded: kernels that the process has from the start.
     """
@@ -102,11 +107,11 @@ def compile_program(
                 seconds = known[id(op)] = costs.compute_seconds(op)
             elif isinstance(op, KernelCall):
                 seconds = known[id(op)] = costs.kernel_seconds(op)
-                before += _first_use(op, seen, locked=locked)
+                before += _first_use(op, table, seen, locked=locked)
             elif isinstance(op, Mark) and op.kind not in ("phase", "forward"):
                 seconds = known[id(op)] = Seconds(0.0)
             else:
-                before += _others(op, costs, seen, locked=locked)
+                before += _others(op, costs, table, seen, locked=locked)
             if before and (host or device):
                 program.append(Run(host, device))
                 host = device = 0.0
@@ -121,8 +126,10 @@ def compile_program(
     return program
 
 
-def _first_use(call: KernelCall, seen: set[Kernel], *, locked: bool) -> Iterator[FirstUse]:
-    new = tuple(kernel for kernel in kernels_of(call) if kernel not in seen)
+def _first_use(
+    call: KernelCall, table: KernelTable, seen: set[Kernel], *, locked: bool
+) -> Iterator[FirstUse]:
+    new = tuple(kernel for kernel in table.kernels_of(call) if kernel not in seen)
     if new:
         seen.update(new)
         lock = (call.type, call.n, call.k, call.num_groups) if locked else None
@@ -141,11 +148,13 @@ def used_before(program: Iterable[Instruction], phase: str) -> Iterator[Kernel]:
                 yield from kernels
 
 
-def _others(op: Op, costs: CostModel, seen: set[Kernel], *, locked: bool) -> Iterator[Instruction]:
+def _others(
+    op: Op, costs: CostModel, table: KernelTable, seen: set[Kernel], *, locked: bool
+) -> Iterator[Instruction]:
     if isinstance(op, Walk):
         shape = op.shape
         lock = (shape.type, shape.n, shape.k, shape.num_groups) if locked else None
-        yield _walk_run(op, costs, seen, lock)
+        yield _walk_run(op, costs, table, seen, lock)
     elif isinstance(op, KernelWork) and op.action == "load":
         new = tuple(kernel for kernel in op.kernels if kernel not in seen)
         seen.update(new)
@@ -155,11 +164,13 @@ def _others(op: Op, costs: CostModel, seen: set[Kernel], *, locked: bool) -> Ite
         yield op
 
 
-def _walk_run(walk: Walk, costs: CostModel, seen: set[Kernel], lock: LockKey | None) -> WalkRun:
+def _walk_run(
+    walk: Walk, costs: CostModel, table: KernelTable, seen: set[Kernel], lock: LockKey | None
+) -> WalkRun:
     """Parts of a walk: the kernels that each brings in, and the seconds of its calls."""
     steps: list[tuple[tuple[Kernel, ...], float]] = [((), costs.walk_seconds())]
     calls = []
-    for kernels, count, mean_m in _walk_parts(walk):
+    for kernels, count, mean_m in _walk_parts(walk, table):
         new = tuple(kernel for kernel in kernels if kernel not in seen)
         seen.update(new)
         one = costs.walk_call_seconds(walk.shape, mean_m, walk.steps[-1][1])
@@ -169,20 +180,12 @@ def _walk_run(walk: Walk, costs: CostModel, seen: set[Kernel], lock: LockKey | N
 
 
 @lru_cache(maxsize=4096)
-def _walk_parts(walk: Walk) -> tuple[tuple[tuple[Kernel, ...], int, float], ...]:
+def _walk_parts(
+    walk: Walk, table: KernelTable
+) -> tuple[tuple[tuple[Kernel, ...], int, float], ...]:
     """M of a list cut where other kernels run: the kernels, the number of calls, their mean M."""
     ms = expand(walk.steps)
-    starts = [*m_class_starts(walk.shape.type, ms[-1]), ms[-1] + 1]
-    edges = [bisect_left(ms, start) for start in starts]
-    parts: list[tuple[tuple[Kernel, ...], int, int]] = []
-    for low, high in pairwise(edges):
-        if low == high:
-            continue
-        kernels = kernels_of(walk.shape.call(ms[low]))
-        if parts and parts[-1][0] == kernels:
-            parts[-1] = (kernels, parts[-1][1], high)
-        else:
-            parts.append((kernels, low, high))
     return tuple(
-        (kernels, high - low, fmean((ms[low], ms[high - 1]))) for kernels, low, high in parts
+        (kernels, high - low, fmean((ms[low], ms[high - 1])))
+        for kernels, low, high in table.parts(walk.shape, ms)
     )

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 from runner.errors import UserError
-from runner.jit.kernel_type import DeepGemmKernelType
 from runner.jit.plan import Plan
+from runner.kernels.types import DeepGemmKernelType
 from runner.m_lists import relax_m_list
 from runner.timeline import Timeline
 from sim.simulate import Prediction

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
@@ -112,7 +112,7 @@ def take_samples(
     # Operations are counted by what they cost, so that nothing else may be among it.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
     costs = ProfileCosts(counting, profile.links[machine.link], cores, machine.ranks_per_gpu)
-    programs = [compile_program(ops, costs, locked=False) for ops in schedule.ranks]
+    programs = [compile_program(ops, costs, scenario.table, locked=False) for ops in schedule.ranks]
     samples = Samples(
         timeline, scenario, phases=timeline.phases(),
         made_elements=made_elements(scenario.model, scenario.parallel, machine.ranks_per_gpu),

@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.coverage import node_coverage, node_stages
 from runner.errors import UserError
-from runner.jit.kernels import Kernel
+from runner.kernels.kernel import Kernel
 from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
 from runner.warmup import WarmupPolicy
@@ -191,7 +191,7 @@ def _programs(
     for rank, role in enumerate(record_roles(scenario, folded=folds)):
         if role not in compiled:
             lock = scenario.warmup.compile_lock
-            compiled[role] = compile_program(role.ops, costs, locked=lock)
+            compiled[role] = compile_program(role.ops, costs, scenario.table, locked=lock)
         programs.append(moved(role.first, compiled[role], scenario, rank))
     return programs
 

@@ -9,6 +9,7 @@ import pytest
 from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.compiler import NvccCompiler, find_nvcc
+from runner.jit.keys import first_recipe
 from runner.jit.library import Library, find_library
 
 # Their assertions then tell their values, as those of test files do.
@@ -48,7 +49,7 @@ def nvcc_compiler(library: Library) -> NvccCompiler:
     nvcc = find_nvcc(environ)
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    compiler = NvccCompiler(nvcc, library, Environ())
+    compiler = NvccCompiler(nvcc, library, first_recipe(Environ()))
     try:
         assert compiler.signature
     except UserError as error:
@@ -64,7 +65,7 @@ def fake_library(tmp_path: Path) -> Library:
     (headers / "a.cuh").write_text("#include <cuda.h>\n#include <deep_gemm/b.cuh>\nint a;\n")
     (headers / "b.cuh").write_text("int b;\n")
     (headers / "c.cuh").write_text("int c;\n")
-    return Library(tmp_path / "deep_gemm")
+    return Library(tmp_path / "deep_gemm", version="0.1.4.post1")
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from runner.jit.kernel_type import DeepGemmKernelType as T
+from runner.kernels.types import DeepGemmKernelType as T
 
 MEASURED = [
     json.loads(line)

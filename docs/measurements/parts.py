@@ -24,8 +24,9 @@ from runner.deep_gemm_wrapper.configurer import import_deep_gemm
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.environ import Environ
 from runner.jit.compiler import find_nvcc
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.jit.library import find_library
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 
 CALLS, ROUNDS, COPIES_BYTES = 24, 5, 200e6
 SHAPES = [
@@ -65,7 +66,9 @@ def kernels() -> list[list[object]]:
     """[type, m, n, k, groups, SMs, seconds] of each."""
     nvcc = find_nvcc(Environ.read(os.environ))
     assert nvcc is not None
-    lib = import_deep_gemm(cache_dir=Path("/tmp/parts-cache"), nvcc=nvcc, pdl=False)
+    library = find_library()
+    assert library is not None
+    lib = import_deep_gemm(library.root, cache_dir=Path("/tmp/parts-cache"), nvcc=nvcc, pdl=False)
     wrapper = DeepGemmWrapper(lib, sanity_check=False)
     found: list[list[object]] = []
     for kind, n, k, groups in SHAPES:

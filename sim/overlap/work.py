@@ -8,7 +8,7 @@ from enum import Enum
 
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
-from runner.jit.kernel_type import KernelCall
+from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, PLAIN, OverlapStrategy
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op

@@ -7,6 +7,7 @@ from functools import cache
 
 from runner.environ import Environ
 from runner.jit.compiler import find_nvcc
+from runner.jit.library import find_library
 
 
 @cache
@@ -18,5 +19,7 @@ def real_wrapper():  # type: ignore[no-untyped-def]
     environ = Environ.read(os.environ)
     nvcc = find_nvcc(environ)
     assert nvcc is not None
-    lib = import_deep_gemm(cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
+    library = find_library()
+    assert library is not None
+    lib = import_deep_gemm(library.root, cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
     return DeepGemmWrapper(lib)

@@ -12,16 +12,19 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
 from runner.environ import Environ
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import kernels_of
+from runner.jit.compiler import find_nvcc, keys_for, nvcc_version
+from runner.jit.keys import CacheKeys
 from runner.jit.library import find_library
+from runner.kernels.choose import choose_source
+from runner.kernels.table import Demand, KernelTable
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape, KernelCall
 from runner.scenario import Scenario, record
 from runner.warmup import WarmupOptions, WarmupPolicy
 from tests.gpu.library import real_wrapper
 
 torch = pytest.importorskip("torch")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -50,24 +53,36 @@ def _calls() -> list[KernelCall]:
 
 
 @cache
-def _compiler() -> NvccCompiler:
-    environ = Environ.read(os.environ)
-    nvcc, library = find_nvcc(environ), find_library()
+def _asked() -> tuple[KernelTable, CacheKeys]:
+    """What the library says on a stand-in GPU of all these calls, and its keys here."""
+    from launch.place import gpu_of
+
+    library, nvcc = find_library(), find_nvcc(Environ.read(os.environ))
     assert nvcc is not None and library is not None
-    return NvccCompiler(nvcc, library, environ)
+    source = choose_source(
+        gpu_of(torch.device("cuda")), library, environ=Environ.read(os.environ),
+        environment=os.environ, version_text=nvcc_version(nvcc), ask=True,
+    )  # fmt: skip
+    demands = [
+        Demand(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), (call.m,))
+        for call in _calls()
+    ]
+    table = source.table(lambda: demands)
+    return table, keys_for(library, table.recipe, nvcc_version(nvcc), library.root)
 
 
 @pytest.mark.parametrize("call", _calls(), ids=lambda call: call.describe().replace(" ", "-"))
-def test_agrees_with_float64_and_with_our_cache_key(call: KernelCall) -> None:
+def test_agrees_with_float64_and_with_the_stand_in(call: KernelCall) -> None:
     torch.manual_seed(call.m * 7 + call.n + call.k)
     error = _EXERCISES[call.type](real_wrapper(), call)
     print(f"{call.describe()}: relative error {error:.2e}")
     assert error < MAX_BF16_ERROR
     cached = Environ.read(os.environ).jit_cache_dir / "cache"
-    for kernel in kernels_of(call):
-        entry = Path(cached) / _compiler().keys.cache_key(kernel)
+    table, keys = _asked()
+    for kernel in table.kernels_of(call):
+        entry = Path(cached) / keys.cache_key(kernel)
         assert entry.is_dir(), f"the library made no {entry.name}"
-        assert (entry / "kernel.cu").read_text() == _compiler().keys.source(kernel)
+        assert (entry / "kernel.cu").read_text() == keys.source(kernel)
 
 
 def _random(*shape: int):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from runner.jit.cache import KernelCache
 from runner.jit.cubin import kernels_in
 from runner.jit.plan import Plan, make_plan
 from runner.jit.store.manifest import read_manifest, sha256
+from runner.kernels.rules import RULES
 
 REPOSITORY = Path(__file__).parents[2]
 SPEC = "paged_mqa_logits_metadata:1:1"
@@ -168,4 +169,4 @@ def assert_manifest_names_all(machine: Machine) -> None:
 
 
 def plan() -> Plan:
-    return make_plan(gemm_demands(SPEC, max_m=128, num_sms=132))
+    return make_plan(gemm_demands(SPEC, max_m=128, num_sms=132), RULES)

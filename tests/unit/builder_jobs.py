@@ -1,8 +1,8 @@
 """Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
 
 from runner.jit.builder.unit import Job
-from runner.jit.kernels import Kernel
 from runner.jit.keys import CacheKeys
+from runner.kernels.kernel import Kernel
 
 NO_COMMAND = "nvcc has 0 commands where one was expected"
 

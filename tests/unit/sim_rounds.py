@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
 from sim.costs import Seconds
@@ -106,7 +107,7 @@ def simulate(
 ) -> Outcome:
     costs = costs or RoundCosts()
     return Engine(
-        [compile_program(ops, costs, locked=compile_lock) for ops in ranks],
+        [compile_program(ops, costs, RULES, locked=compile_lock) for ops in ranks],
         costs,
         node_of=node_of or [0] * len(ranks),
         cores_per_node=8,

@@ -7,21 +7,39 @@ from pathlib import Path
 from runner.environ import Environ
 from runner.gemm_spec import gemm_demands
 from runner.jit.cache import KernelCache
-from runner.jit.keys import CacheKeys
+from runner.jit.keys import CacheKeys, FirstKeys, Recipe, SecondKeys, first_recipe
 from runner.jit.library import Library
 from runner.jit.plan import Plan, PlannedKernel, make_plan
 from runner.jit.plan_json import use_to_json
 from runner.jit.store.manifest import Manifest, describe_entry, write_manifest
+from runner.kernels.rules import RULES
 from tests.unit.elf import tiny_cubin
 
 GEMM = "gemm_nt_f8f8bf16:4096:1024"
 ENTRY_BYTES = 20 << 10
 INCLUDE = Path("/srv/deep_gemm/include")
 
+SECOND_VERSION = "0.2.3"
+NVCC_TEXT = """nvcc: NVIDIA (R) Cuda compiler driver
+Copyright (c) 2005-2025 NVIDIA Corporation
+Built on Wed_Aug_20_01:58:59_PM_PDT_2025
+Cuda compilation tools, release 13.0, V13.0.88
+Build cuda_13.0.r13.0/compiler.36424714_0
+"""
+SECOND_RECIPE = Recipe(
+    generation=2,
+    flags=(
+        "-std=c++20", "--diag-suppress=39,161", "--ptxas-options=--register-usage-level=10",
+        "--include-path", "{include}", "--gpu-architecture=sm_90a", "-O3",
+    ),
+    extra_signature="deep-gemm",
+    options='{"arch": "sm_90a"}',
+)  # fmt: skip
+
 
 def small_plan(max_m: int = 64) -> Plan:
     """Up to M 64: a transpose and three GEMM kernels, for M 1..16, 17..32 and 33..64."""
-    return make_plan(gemm_demands(GEMM, max_m=max_m, num_sms=132))
+    return make_plan(gemm_demands(GEMM, max_m=max_m, num_sms=132), RULES)
 
 
 def small_library(root: Path, text: str = "int a;\n") -> Library:
@@ -30,14 +48,27 @@ def small_library(root: Path, text: str = "int a;\n") -> Library:
         path = root / "include" / item.kernel.header
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return Library(root)
+    return Library(root, version="0.1.4.post1")
 
 
 def keys_for(
     library: Library, include_path: Path = INCLUDE, signature: str = "NVCC13.0"
 ) -> CacheKeys:
     """Keys of a machine whose environment sets nothing."""
-    return CacheKeys(library, include_path, signature, Environ())
+    return FirstKeys(library, first_recipe(Environ()), signature, include_path)
+
+
+def second_library(root: Path, text: str = "int a;\n") -> Library:
+    """The same headers in a library whose compiled part marks entries as whole."""
+    small_library(root, text)
+    (root / "_C.abi3.so").write_bytes(b"\x7fELF\0.committed\0")
+    (root / "VERSION").write_text(f"{SECOND_VERSION}\n")
+    return Library(root, version=SECOND_VERSION)
+
+
+def second_keys_for(library: Library, signature: str = NVCC_TEXT) -> CacheKeys:
+    """Keys of the second generation."""
+    return SecondKeys(library, SECOND_RECIPE, signature)
 
 
 def cubin_for(source: str) -> bytes:
@@ -53,15 +84,18 @@ def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
     def build(_source: Path, cubin: Path, _work_dir: Path) -> None:
         cubin.write_bytes(cubin_for(source))
 
-    assert cache.add(key, source, build)
+    assert cache.add(key, source, build, extra=keys.extra_files)
     return key
 
 
 def manifest_for(keys: CacheKeys, title: str = "small") -> Manifest:
     """A manifest without entries, for the machine of ``keys``."""
+    second = keys.recipe.generation == 2
     return Manifest(
-        library="sgl-deep-gemm 0.1.4.post1", arch="sm_90a", signature=keys.signature,
-        flags=keys.flags, built_with="NVCC13.0", plans=[title],
+        library=f"sgl-deep-gemm {SECOND_VERSION if second else '0.1.4.post1'}", arch="sm_90a",
+        signature=keys.signature, flags=keys.flags, generation=keys.recipe.generation,
+        extra_signature=keys.recipe.extra_signature,
+        built_with=NVCC_TEXT if second else "NVCC13.0", plans=[title],
     )  # fmt: skip
 
 

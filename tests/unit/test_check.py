@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,114 +12,118 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.cli import main
+from runner.errors import UserError
 from runner.gemm_spec import gemm_demands
-from runner.jit.check import FirstM, differences, planned_first_m
+from runner.jit.check import differences
 from runner.jit.describe import config_of
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import kernels_of
-from runner.jit.keys import CacheKeys
 from runner.jit.library import Library
-from runner.jit.plan import Demand, GemmShape, make_plan
+from runner.jit.plan import make_plan
 from runner.jit.plan_json import use_to_json
-from tests.unit.small_cache import GEMM, keys_for, small_library, small_plan
+from runner.kernels.kernel import Kernel
+from runner.kernels.recorded import merged
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
+from runner.standin.gpus import Gpu
+from tests.unit.small_cache import GEMM, NVCC_TEXT, keys_for, small_library, small_plan
 
 Capture = pytest.CaptureFixture[str]
 
-# The differences, on values made by hand
+# The differences, on tables made by hand
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
 GROUPED = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 128, 4, 132)
-MORE_GROUPS = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 128, 8, 132)
+A, B, C = (transpose_fp32(k) for k in (128, 256, 384))
+ODD = Kernel("odd", "deep_gemm/a.cuh", "odd_impl", ("1",))
 DENSE_WORDS = "gemm_nt_f8f8bf16:4096:1024 on 132 SMs"
-GROUPED_WORDS = "grouped_gemm_nt_f8f8bf16_masked:64:128 on 132 SMs"
+A_WORDS, B_WORDS, C_WORDS = (f"transpose_fp32 ({k} scales a row)" for k in (1, 2, 3))
+ORIGIN = Origin("dg 1", 1, "h200", 132, "sm_90a", Source.LIBRARY)
+
+
+def table(*runs: tuple[int, int, tuple[Kernel, ...]], shape: GemmShape = DENSE) -> RecordedTable:
+    return RecordedTable(ORIGIN, RULES.recipe, {shape: tuple(Run(*run) for run in runs)})
+
+
+def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list[str]:
+    return differences([Demand(DENSE, range(1, last + 1))], ours, theirs)
 
 
 @pytest.mark.parametrize(
-    ("planned", "asked", "lines"),
+    ("theirs", "lines"),
     [
-        ({}, {}, []),
-        ({(DENSE, "a"): 1, (DENSE, "b"): 17}, {(DENSE, "b"): 17, (DENSE, "a"): 1}, []),
-        ({(DENSE, "a"): 3}, {}, [f"{DENSE_WORDS}: a is planned from M 3, never asked for"]),
-        ({}, {(DENSE, "a"): 3}, [f"{DENSE_WORDS}: a is asked for at M 3, not planned"]),
+        ([(1, 16, (A,)), (17, 64, (B,))], []),
+        ([(1, 8, (A,)), (9, 16, (A,)), (17, 64, (B,))], []),
         (
-            {(DENSE, "a"): 3},
-            {(DENSE, "a"): 4},
-            [f"{DENSE_WORDS}: a is planned from M 3, asked for at 4"],
+            [(1, 15, (A,)), (16, 64, (B,))],
+            [f"{A_WORDS} is run by M 1..15, not 1..16",
+             f"{B_WORDS} is run by M 16..64, not 17..64"],
         ),
         (
-            {(DENSE, "a"): 1},
-            {(DENSE, "b"): 1},
-            [
-                f"{DENSE_WORDS}: a is planned from M 1, never asked for",
-                f"{DENSE_WORDS}: b is asked for at M 1, not planned",
-            ],
+            [(1, 64, (A,))],
+            [f"{A_WORDS} is run by M 1..64, not 1..16",
+             f"M 17..64 would run {B_WORDS}, which none does"],
         ),
         (
-            {(DENSE, "a"): 1},
-            {(GROUPED, "a"): 1},
-            [
-                f"{DENSE_WORDS}: a is planned from M 1, never asked for",
-                f"{GROUPED_WORDS}: a is asked for at M 1, not planned",
-            ],
+            [(1, 16, (A,)), (17, 63, (B,)), (64, 64, (B, C))],
+            [f"M 64 run {C_WORDS}, which no rule tells"],
+        ),
+        (
+            [(1, 16, (A,)), (17, 64, (ODD,))],
+            [f"M 17..64 would run {B_WORDS}, which none does",
+             f"M 17..64 run odd ({ODD.identity}), which no rule tells"],
+        ),
+        (
+            [(m, m, (A,) if m % 2 else (B,)) for m in range(1, 65)],
+            [f"{A_WORDS} is run by M 1, 3, 5, ..., not 1..16",
+             f"{B_WORDS} is run by M 2, 4, 6, ..., not 17..64"],
         ),
     ],
-    ids=["nothing", "equal", "never asked", "not planned", "other M", "other key", "other GEMM"],
-)
-def test_differences(planned: FirstM, asked: FirstM, lines: list[str]) -> None:
-    assert differences(planned, asked) == lines
+    ids=["equal", "other runs", "other M", "never run", "not told", "odd", "many ranges"],
+)  # fmt: skip
+def test_differences(theirs: list[tuple[int, int, tuple[Kernel, ...]]], lines: list[str]) -> None:
+    ours = table((1, 16, (A,)), (17, 64, (B,)))
+    assert compared(ours, table(*theirs)) == [f"{DENSE_WORDS}: {line}" for line in lines]
 
 
-def test_numbers_of_groups_are_one_family() -> None:
-    """A process asks for a kernel once, so which number of groups was first tells nothing."""
-    planned = {(GROUPED, "a"): 5, (MORE_GROUPS, "a"): 2, (MORE_GROUPS, "b"): 7}
-    assert differences(planned, {(GROUPED, "a"): 2, (GROUPED, "b"): 7}) == []
-    assert differences({(GROUPED, "a"): 2, (GROUPED, "b"): 7}, planned) == []
-    assert differences(planned, {(GROUPED, "a"): 5, (GROUPED, "b"): 7}) == [
-        f"{GROUPED_WORDS}: a is planned from M 2, asked for at 5"
+def test_each_gemm_has_its_own_lines() -> None:
+    demands = [Demand(DENSE, (1,)), Demand(GROUPED, (1, 2))]
+    ours = merged([table((1, 1, (A,))), table((1, 2, (A,)), shape=GROUPED)])
+    theirs = merged([table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED)])
+    grouped = "grouped_gemm_nt_f8f8bf16_masked:64:128:4 on 132 SMs"
+    assert differences(demands, ours, theirs) == [
+        f"{DENSE_WORDS}: M 1 would run {A_WORDS}, which none does",
+        f"{DENSE_WORDS}: M 1 run {B_WORDS}, which no rule tells",
+        f"{grouped}: {A_WORDS} is run by M 1, not 1..2",
+        f"{grouped}: M 2 run {B_WORDS}, which no rule tells",
     ]
-    assert differences(planned, {(MORE_GROUPS, "a"): 2}) == [
-        f"{GROUPED_WORDS}: b is planned from M 7, never asked for"
-    ]
+    assert differences(demands[:1], ours, ours) == []
 
 
-@pytest.mark.parametrize("field", ["n", "k", "num_sms", "type"])
-def test_all_but_the_groups_tells_gemms_apart(field: str) -> None:
-    values = {name: getattr(DENSE, name) for name in ("type", "n", "k", "num_groups", "num_sms")}
-    values[field] = T.GEMM_NT_BF16BF16F32 if field == "type" else values[field] + 1
-    other = GemmShape(**values)
-    assert len(differences({(DENSE, "a"): 1}, {(other, "a"): 1})) == 2
+def test_a_gemm_that_a_table_does_not_know_is_no_difference() -> None:
+    with pytest.raises(
+        UserError, match=r"^no table of dg 1 on h200 has gemm_nt_f8f8bf16:4096:1024"
+    ):
+        compared(table((1, 64, (A,))), table((1, 64, (A,)), shape=GROUPED))
 
 
-def answers() -> st.SearchStrategy[dict[tuple[GemmShape, str], int]]:
-    at = st.tuples(st.sampled_from([DENSE, GROUPED]), st.sampled_from("abc"))
-    return st.dictionaries(at, st.integers(1, 5))
+def choices() -> st.SearchStrategy[list[tuple[Kernel, ...]]]:
+    """What each of twelve M runs."""
+    some = st.sets(st.sampled_from([A, B, C])).map(lambda kernels: tuple(sorted(kernels, key=str)))
+    return st.lists(some, min_size=12, max_size=12)
 
 
-@given(answers(), answers())
-def test_there_is_one_line_for_each_kernel_that_differs(planned: FirstM, asked: FirstM) -> None:
-    differing = [at for at in {*planned, *asked} if planned.get(at) != asked.get(at)]
-    assert len(differences(planned, asked)) == len(differing)
-    assert differences(planned, planned) == []
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> CacheKeys:
-    return keys_for(small_library(tmp_path / "deep_gemm"))
-
-
-def test_the_first_m_of_a_plan(keys: CacheKeys) -> None:
-    found = planned_first_m(small_plan(), keys)
-    kernels = {m: kernels_of(DENSE.call(m)) for m in (1, 17, 33)}
-    assert found == {
-        (DENSE, keys.cache_key(kernels[1][0])): 1,
-        **{(DENSE, keys.cache_key(kernels[m][1])): m for m in kernels},
-    }
-    assert differences(found, dict(reversed(found.items()))) == []
-
-
-def test_the_first_m_of_a_gemm_that_is_demanded_twice(keys: CacheKeys) -> None:
-    twice = make_plan([Demand(DENSE, range(1, 65)), Demand(DENSE, range(40, 65))])
-    assert planned_first_m(twice, keys) == planned_first_m(small_plan(), keys)
+@given(choices(), choices())
+def test_there_is_one_line_for_each_kernel_that_differs(
+    ours: list[tuple[Kernel, ...]], theirs: list[tuple[Kernel, ...]]
+) -> None:
+    tables = [table(*((m, m, ran) for m, ran in enumerate(each, 1))) for each in (ours, theirs)]
+    users = [{k: [m for m, ran in enumerate(each) if k in ran] for k in (A, B, C)}
+             for each in (ours, theirs)]  # fmt: skip
+    differing = [kernel for kernel in (A, B, C) if users[0][kernel] != users[1][kernel]]
+    assert len(compared(tables[0], tables[1], last=12)) == len(differing)
+    assert compared(tables[0], tables[0], last=12) == []
 
 
 # The command
@@ -128,7 +133,8 @@ def test_the_first_m_of_a_gemm_that_is_demanded_twice(keys: CacheKeys) -> None:
 def here(tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """A small library and an nvcc of release 13.0 in place of what is installed."""
     library = small_library(tmp_path / "deep_gemm")
-    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: library)
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     return library
 
@@ -151,6 +157,14 @@ def json_of(capsys: Capture, *arguments: str | Path, err: str = "") -> dict[str,
     return data
 
 
+HEAD = [
+    "sgl-deep-gemm 0.1.4.post1 (JIT generation 1) on h200, 132 SMs, sm_90a: our rules for this "
+    "version",
+    "compiler: Cuda compilation tools, release 13.0, V13.0.88",
+]
+"""Whose kernels these are, and for which compiler their keys."""
+
+
 def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> None:
     data = json_of(capsys, *SMALL)
     keys = keys_for(here, here.include_path)
@@ -158,11 +172,14 @@ def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> No
     assert data == {
         "version": 1,
         "library": "sgl-deep-gemm 0.1.4.post1",
+        "generation": 1,
+        "gpu": "h200",
         "arch": "sm_90a",
+        "source": "our rules for this version",
         "num_sms": [132],
         "signature": "NVCC13.0",
-        "include_path": str(here.include_path),
         "flags": keys.flags,
+        "extra_signature": "",
         "for": f"{GEMM}: M up to 64, 132 SMs",
         "policy": None,
     }
@@ -191,7 +208,7 @@ def test_json_in_a_file_beside_the_table(here: Library, tmp_path: Path, capsys: 
     captured = capsys.readouterr()
     assert json.loads((tmp_path / "plan.json").read_text()) == data
     lines = captured.out.splitlines()
-    assert lines[0] == f"{GEMM}: M up to 64, 132 SMs"
+    assert lines[:3] == [*HEAD, f"{GEMM}: M up to 64, 132 SMs"]
     assert "4 distinct kernels for 1 GEMM shapes" in lines
     assert captured.err == ""
 
@@ -207,7 +224,7 @@ def test_json_of_a_type_whose_rows_come_in_steps(capsys: Capture, here: Library)
 
 LACKING = (
     "cache keys are left out: deep_gemm's headers are missing: pip install --no-deps "
-    "sgl-deep-gemm==0.1.4.post1\n"
+    "sgl-deep-gemm\n"
 )
 
 
@@ -215,23 +232,29 @@ def test_without_headers_there_are_no_keys(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     whole = json_of(capsys, *SMALL)
-    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     data = json_of(capsys, *SMALL, err=LACKING)
     assert [item["cache_key"] for item in data["kernels"]] == [None] * 4
     for item in [*data["kernels"], *whole["kernels"]]:
         item["cache_key"] = None
-    nulls = {"signature": None, "include_path": None, "flags": None}
+    nulls = {"signature": None, "flags": None}
     assert data == {**whole, **nulls}
 
 
 def test_without_an_nvcc_there_are_no_keys(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.deployment.find_nvcc", lambda environ: None)
-    words = "there is no nvcc here: name the runner's with --cuda-version X.Y"
+    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    words = (
+        "there is no nvcc here: give --compiler-text FILE, with what nvcc --version prints on the "
+        "machine that will run"
+    )
     data = json_of(capsys, *SMALL, err=f"cache keys are left out: {words}\n")
     assert [item["cache_key"] for item in data["kernels"]] == [None] * 4
     assert json_of(capsys, *SMALL, "--cuda-version", "13.0")["signature"] == "NVCC13.0"
+    for options, words in (([], "not known"), (["--cuda-version", "13.1"], "NVCC13.1")):
+        assert plan(*SMALL, *options) == 0
+        assert capsys.readouterr().out.splitlines()[:2] == [HEAD[0], f"compiler: {words}"]
 
 
 @pytest.mark.parametrize(
@@ -251,8 +274,37 @@ def test_keys_of_another_machine(
     found = [item["cache_key"] for item in theirs["kernels"]]
     assert found == [keys.cache_key(item.kernel) for item in small_plan().kernels]
     assert not set(found) & {item["cache_key"] for item in ours["kernels"]}
-    assert (theirs["signature"], theirs["include_path"]) == (signature, str(path))
-    assert theirs["flags"] == keys.flags
+    assert (theirs["signature"], theirs["flags"]) == (signature, keys.flags)
+    assert f"-I{path}" in theirs["flags"].split(" ")
+
+
+def test_keys_for_what_a_compiler_prints(here: Library, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "nvcc.txt"
+    text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
+    assert json_of(capsys, *SMALL, "--compiler-text", text)["signature"] == "NVCC13.1"
+    assert plan(*SMALL, "--compiler-text", text) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        HEAD[0],
+        "compiler: Built on Wed_Aug_20_01:58:59_PM_PDT_2025; Cuda compilation tools, release 13.1, "
+        "V13.0.88",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpu", "num_sms"),
+    [
+        (["--gpu", "h20"], "h20", [78]),
+        (["--gpu", "H20", "--num-sms", "60,40"], "h20", [40, 60]),
+        (["--hardware", "h200"], "h200", [132]),
+        (["--num-sms", "112"], "h200", [112]),
+    ],
+)
+def test_the_gpu_says_how_many_sms_there_are(
+    options: list[str], gpu: str, num_sms: list[int], here: Library, capsys: Capture
+) -> None:
+    data = json_of(capsys, *SMALL, *options)
+    assert (data["gpu"], data["num_sms"]) == (gpu, num_sms)
+    assert {use["num_sms"] for item in data["kernels"] for use in item["uses"]} == set(num_sms)
 
 
 TINY = ["--layers", "3", "--pp", "1", "--tp", "2", "--max-tokens", "256"]
@@ -263,7 +315,9 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = [line.rstrip() for line in captured.out.splitlines()]
-    assert lines[0] == ("dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs")
+    assert lines[:3] == [
+        *HEAD, "dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs",
+    ]  # fmt: skip
     at = lines.index("")
     assert lines[at + 1 : at + 3] == [
         "full: compiles 59 of 71 planned kernels until the first request is answered, and 62 that "
@@ -291,7 +345,7 @@ def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
 def test_a_streams_stalls_as_json(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     arguments = [*TINY, "--policy", "full", "--stream", "20,40"]
     stalls = json_of(capsys, *arguments, err=LACKING)["policy"]["stalls"]
     assert [(at, name, node) for at, name, node, _ in stalls] == [
@@ -309,7 +363,7 @@ def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) 
 
 
 def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     data = json_of(capsys, *TINY, "--policy", "full", err=LACKING)
     told = data["policy"]
     # The first request, one token, brings the rest of the kernels that one token needs.
@@ -355,12 +409,11 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ([*TINY, "--policy", "full", "--stream", "4,0"], "--stream 4,0 must all be at least 1"),
         ([*TINY, "--policy", "full", "--walk-max-m", "0"],
          "Invalid value for '--walk-max-m': 0 is not in the range x>=1."),
-        ([*SMALL, "--source", "guess"],
-         "Invalid value for '--source': 'guess' is not one of 'rules', 'library'."),
-        ([*SMALL, "--cache-dir", "/"], "--cache-dir / goes with --source library only"),
-        ([*SMALL, "--check", "--cache-dir", "/"], "--cache-dir / goes with --source library only"),
-        ([*SMALL, "--cache-dir", "/no/cache"],
-         "Invalid value for '--cache-dir': Directory '/no/cache' does not exist."),
+        ([*SMALL, "--gpu", "a100"],
+         "GPU 'a100' is not known: use one of h100, h200, h20, b200, gb200, b300, gb300, "
+         "rtx-pro-6000"),
+        ([*SMALL, "--num-sms", "0"], "num-sms 0 must lie in 1..1024"),
+        ([*SMALL, "--num-sms", "132,0"], "--num-sms 0 must lie in 1..1024"),
         ([*SMALL, "--json", "/no/plan.json"],
          "cannot write /no/plan.json: its folder does not exist"),
         ([*SMALL, "--json", "-", "--cuda-version", "13"],
@@ -369,8 +422,6 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
          "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
         ([*SMALL, "--json", "-", "--target-root", "deep_gemm"],
          "--target-root deep_gemm must be an absolute path: the key holds it"),
-        ([*SMALL, "--check", "--jobs", "0"], "--jobs 0 must be at least 1"),
-        ([*SMALL, "--source", "library", "--jobs", "-1"], "--jobs -1 must be at least 1"),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (["--gemm", GEMM, "--num-sms", "x"],
          "Invalid value for '--num-sms': 'x' is not a list of integers such as 1,128,1024"),
@@ -382,45 +433,68 @@ def test_bad_input_is_one_line(
     refuses(capsys, line, *arguments)
 
 
-@pytest.mark.parametrize("option", [["--source", "library"], ["--check"]])
-def test_the_library_cannot_be_asked_without_a_gpu(
-    option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RecordedTable]:
+    """What a library answers, whatever it is asked; the caller puts it here."""
+    answers: list[RecordedTable] = []
+
+    class Answering:
+        def __init__(self, library: Library, gpu: Gpu, *rest: object) -> None:
+            assert (library.title, gpu.name) == ("sgl-deep-gemm 0.1.4.post1", "h200")
+
+        def table(self, demands: Callable[[], Iterable[Demand]]) -> RecordedTable:
+            assert [demand.shape for demand in demands()] == [DENSE]
+            return answers.pop()
+
+    monkeypatch.setattr("runner.kernels.library.LibrarySource", Answering)
+    return answers
+
+
+def recorded(change: Callable[[int], int] = int) -> RecordedTable:
+    """Our rules' own kernels as a library's answer, those of other M where ``change`` says so."""
+    return table(*((m, m, kernels_of(DENSE.call(change(m)))) for m in range(1, 65)))
+
+
+def test_check_tells_that_there_is_no_difference(
+    here: Library, asked: list[RecordedTable], capsys: Capture
 ) -> None:
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("runner.cli.ask_library.find_spec", lambda name: name)
-    line = "asking the library needs a Hopper GPU: there is none here"
-    refuses(capsys, line, *SMALL, *option, "--json", tmp_path / "x.json")
-    assert not (tmp_path / "x.json").exists()
+    asked.append(recorded())
+    assert plan(*SMALL, "--check") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "dg 1 (JIT generation 1) on h200, 132 SMs, sm_90a: the library itself, on a stand-in GPU",
+        f"{GEMM}: M up to 64, 132 SMs",
+        "no difference: 4 kernels in 64 calls, each kernel and each M that runs it is the "
+        "library's",
+    ]
+    assert captured.err == ""
 
 
-@pytest.mark.parametrize("lacking", ["torch", "deep_gemm"])
-def test_the_library_cannot_be_asked_without_what_it_needs(
-    lacking: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def test_check_tells_every_difference(
+    here: Library, asked: list[RecordedTable], capsys: Capture
 ) -> None:
-    def find(name: str) -> str | None:
-        return None if name == lacking else name
+    """A library that takes the next tile one row earlier than we say."""
+    asked.append(recorded(lambda m: 17 if m == 16 else m))
+    assert plan(*SMALL, "--check") == 1
+    captured = capsys.readouterr()
+    words = [f"sm90_fp8_gemm_1d2d (tile {m}x32x128, 16 stages, 132 SMs)" for m in (16, 32)]
+    assert captured.out.splitlines() == [
+        f"{DENSE_WORDS}: {words[0]} is run by M 1..15, not 1..16",
+        f"{DENSE_WORDS}: {words[1]} is run by M 16..32, not 17..32",
+    ]
+    assert captured.err == "error: 2 differences between our rules and the library\n"
 
-    monkeypatch.setattr("runner.cli.ask_library.find_spec", find)
+
+def test_check_needs_a_library(
+    here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     line = (
-        "asking the library needs a Hopper GPU, torch and deep_gemm: pip install "
-        "'deepgemm-coldstart[torch,gpu]'"
+        "kernels for h200 (sm_90a) are only known to the library itself, and none is installed "
+        "here: pip install 'deepgemm-coldstart[library]', or give one with --library (our rules "
+        "hold for sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
     )
-    refuses(capsys, line, *SMALL, "--source", "library")
-
-
-@pytest.mark.parametrize("asking", [["--source", "library"], ["--check"]])
-@pytest.mark.parametrize(
-    "option", [["--policy", "full"], ["--target-root", "/opt/dg"], ["--cuda-version", "13.0"]]
-)
-def test_the_library_answers_for_itself(
-    asking: list[str], option: list[str], here: Library, capsys: Capture
-) -> None:
-    line = (
-        "--policy, --target-root and --cuda-version do not go with --source library or --check: "
-        "the library here answers for itself"
-    )
-    refuses(capsys, line, *TINY, *asking, *option)
+    refuses(capsys, line, *SMALL, "--check")
 
 
 @pytest.mark.parametrize("json_path", [None, "-", "x.json"])
@@ -441,7 +515,7 @@ def test_a_bad_target_is_refused_before_anything_is_printed(
     """With JSON or without, and whether there are headers or not."""
     monkeypatch.chdir(tmp_path)
     if not headers:
-        monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+        monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     refuses(capsys, line, *SMALL, *option, *(["--json", json_path] if json_path else []))
     assert not (tmp_path / "x.json").exists()
 
@@ -474,5 +548,5 @@ def test_the_plan_of_the_command_is_the_planners(here: Library, capsys: Capture)
     ]
     assert data["num_sms"] == [112, 132]
     assert [(item["name"], item["config"]) for item in data["kernels"]] == [
-        (item.kernel.name, config_of(item.kernel)) for item in make_plan(demands).kernels
+        (item.kernel.name, config_of(item.kernel)) for item in make_plan(demands, RULES).kernels
     ]

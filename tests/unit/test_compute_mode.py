@@ -44,7 +44,7 @@ def test_many_weights_are_not_computed_with_on_a_cpu() -> None:
 
 def scenario(tp: int, sizes: tuple[int, ...]) -> Scenario:
     options = replace(OPTIONS, tp=tp, cuda_graphs=sizes)
-    return options.scenario(Environ(), num_sms=132, policy=WarmupPolicy.NONE)
+    return options.scenario(Environ(), policy=WarmupPolicy.NONE)
 
 
 def test_a_graph_holds_nothing_that_goes_through_the_host() -> None:

@@ -14,10 +14,11 @@ from runner.config.presets import DSV4, DSV4_TINY
 from runner.coverage import Coverage, coverage, node_coverage, node_stages
 from runner.deployment import Deployment, plan_of
 from runner.errors import UserError
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.plan import Plan
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import KernelWork, Mark, Op, Walk
 from runner.stalls import STALLS_AFTER, kernels_before
@@ -145,7 +146,8 @@ def test_graphs_cover_what_their_decode_steps_use() -> None:
     parallel = made.parallel
     one = Scenario(model=made.model, parallel=replace(parallel, nodes=2), max_tokens=LIMIT,
                    warmup=WarmupOptions(policy=P.NONE, graph_batch_sizes=(1, LIMIT)))  # fmt: skip
-    found = set[Kernel]().union(*kernels_before(record(one), one.parallel.node_of).values())
+    before = kernels_before(record(one), one.table, one.parallel.node_of)
+    found = set[Kernel]().union(*before.values())
     assert captured.compiled == found
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import NotACubinError, kernels_in, sections
-from runner.jit.kernels import transpose_fp32
+from runner.kernels.rules_sm90 import transpose_fp32
 from tests.unit.elf import tiny_cubin
 
 HEADER = SECTION = 64

@@ -24,10 +24,12 @@ from runner.gemm_rows import (
     masked_rows,
     masked_token_limit,
 )
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, MASKED_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import GemmShape, make_plan
+from runner.jit.plan import make_plan
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.strategy import COMM_SMS, STRATEGIES
 from runner.model_runner import ModelRunner, NoBuffers
 from runner.warmup import DisaggregationMode
@@ -62,7 +64,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 def planned(index: int) -> tuple[Deployment, frozenset[Kernel]]:
     model, layout = LAYOUTS[index]
     made = deployment(model, max_tokens=12000, **layout)
-    return made, frozenset(item.kernel for item in make_plan(demands(made)).kernels)
+    return made, frozenset(item.kernel for item in make_plan(demands(made), RULES).kernels)
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,7 +126,7 @@ def test_a_reduced_sm_count_is_a_second_set() -> None:
     plain, overlapped = deployment(tp=2), deployment(tp=2, reduced_num_sms=(112,))
     once, twice = demands(plain), demands(overlapped)
     extra = [demand for demand in twice if demand.shape.num_sms == 112]
-    assert [demand for demand in twice if demand.shape.num_sms == 132] == once
+    assert tuple(demand for demand in twice if demand.shape.num_sms == 132) == once
     hc = sum(demand.shape.type is T.TF32_HC_PRENORM_GEMM for demand in once)
     assert len(extra) == len(once) - hc
     assert all(demand.shape.type is not T.TF32_HC_PRENORM_GEMM for demand in extra)
@@ -271,7 +273,7 @@ def test_the_masked_limit_is_the_last_that_fits(experts: int, hidden: int, width
 
 def test_dsv4_at_tp_2_whole() -> None:
     made = Deployment(model=PRESETS["dsv4"], parallel=ParallelConfig(pp=4, tp=2))
-    plan = make_plan(demands(made))
+    plan = make_plan(demands(made), RULES)
     counts: dict[str, int] = {}
     for item in plan.kernels:
         counts[item.kernel.name] = counts.get(item.kernel.name, 0) + 1

@@ -33,6 +33,8 @@ def test_every_variable_is_of_a_known_kind() -> None:
         "CUDA_HOME",
         "CUDA_PATH",
         "DG_JIT_CACHE_DIR",
+        "DG_JIT_CHECK_NO_LOCAL_MEMORY",
+        "DG_JIT_CHECK_NO_SPILLS",
         "DG_JIT_CPP_STANDARD",
         "DG_JIT_DEBUG",
         "DG_JIT_NVCC_COMPILER",

@@ -9,12 +9,16 @@ from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler
-from runner.jit.kernels import Kernel
+from runner.jit.keys import first_recipe
 from runner.jit.lazy import Found, LazyJit
 from runner.jit.library import Library
 from runner.jit.shim import read_records, write_shim
+from runner.kernels.kernel import Kernel
+from tests.unit.elf import tiny_cubin
 
-KEY = "kernel.gemm.0123"
+KEY = f"kernel.gemm.{'0123' * 8}"
+SECOND_KEY = f"gemm.{'0123' * 8}"
+EXTRA = {"meta.json": b"{}", ".committed": b""}
 
 
 def files_below(root: Path) -> list[str]:
@@ -94,16 +98,112 @@ def test_a_build_without_a_result_leaves_nothing_behind(cache: KernelCache) -> N
     assert files_below(cache.root) == []
 
 
-@pytest.mark.parametrize("kept", [["kernel.cu"], ["kernel.cubin"], []])
-def test_a_corrupted_entry(cache: KernelCache, kept: list[str]) -> None:
-    entry = cache.entry(KEY)
+@pytest.mark.parametrize(
+    ("key", "kept", "lacking"),
+    [
+        (KEY, ["kernel.cu"], "kernel.cubin"),
+        (KEY, ["kernel.cubin"], "kernel.cu"),
+        (KEY, [], "kernel.cu and kernel.cubin"),
+        (SECOND_KEY, ["kernel.cu", "kernel.cubin", "meta.json"], ".committed"),
+        (SECOND_KEY, ["kernel.cu", ".committed"], "kernel.cubin and meta.json"),
+        (SECOND_KEY, [], "kernel.cu and kernel.cubin and meta.json and .committed"),
+    ],
+)
+def test_a_corrupted_entry(cache: KernelCache, key: str, kept: list[str], lacking: str) -> None:
+    entry = cache.entry(key)
     entry.mkdir(parents=True)
     for name in kept:
         (entry / name).write_text("")
     with pytest.raises(UserError) as caught:
-        cache.has(KEY)
+        cache.has(key)
+    assert str(caught.value) == f"corrupted cache entry {entry}: {lacking} missing; remove it"
+
+
+@pytest.mark.parametrize("name", ["kernel.gemm.0123", "notes"])
+def test_what_has_no_entrys_name_needs_no_files(cache: KernelCache, name: str) -> None:
+    assert not cache.has(name)
+    cache.entry(name).mkdir(parents=True)
+    assert cache.has(name)
+    assert not cache.holds(name, "code"), "but it holds no kernel"
+
+
+def test_an_entry_of_the_second_generation_has_its_files_from_the_start(
+    cache: KernelCache,
+) -> None:
+    assert cache.add(SECOND_KEY, "code", build, extra=EXTRA)
+    assert cache.has(SECOND_KEY)
+    assert sorted(path.name for path in cache.entry(SECOND_KEY).iterdir()) == [
+        ".committed", "kernel.cu", "kernel.cubin", "meta.json",
+    ]  # fmt: skip
+    assert (cache.entry(SECOND_KEY) / "meta.json").read_bytes() == b"{}"
+    assert cache.put(f"gemm.{'f' * 32}", "code", tiny_cubin(b"x"), extra=EXTRA)
+    assert cache.holds(f"gemm.{'f' * 32}", "code")
+    (cache.entry(f"gemm.{'f' * 32}") / ".committed").unlink()
+    assert not cache.holds(f"gemm.{'f' * 32}", "code")
+
+
+# More directories below
+
+
+def test_a_text_names_one_directory_or_several() -> None:
+    assert KernelCache.of_text("/a") == KernelCache(Path("/a"), ())
+    assert KernelCache.of_text("/a:/b:/c") == KernelCache(Path("/a"), (Path("/b"), Path("/c")))
+
+
+@pytest.mark.parametrize("text", ["", ":", "/a:", ":/a", "/a::/b"])
+def test_a_text_with_an_empty_part(text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        KernelCache.of_text(text)
     assert str(caught.value) == (
-        f"corrupted cache entry {entry}: kernel.cu or kernel.cubin is missing; remove it"
+        f"cache directory {text!r} has an empty part: it must be DIR, or WRITABLE:READONLY:..."
+    )
+
+
+def keys(*numbers: int) -> list[str]:
+    return [f"kernel.gemm.{number:032x}" for number in numbers]
+
+
+def test_directories_below_are_read_and_never_written(tmp_path: Path) -> None:
+    top, middle, low = (KernelCache(tmp_path / name) for name in ("top", "middle", "low"))
+    one, two, three, four = keys(1, 2, 3, 4)
+    assert top.add(one, "top", build)
+    assert middle.add(one, "middle", build) and middle.add(two, "middle", build)
+    assert low.add(two, "low", build) and low.add(three, "low", build)
+    before = files_below(tmp_path / "middle"), files_below(tmp_path / "low")
+    both = KernelCache.of_text(f"{top.root}:{middle.root}:{low.root}")
+    assert [both.entry(key) for key in (one, two, three, four)] == [
+        top.entry(one), middle.entry(two), low.entry(three), top.entry(four),
+    ]  # fmt: skip
+    assert both.entries() == [top.entry(one), middle.entry(two), low.entry(three)]
+    assert both.count() == 3
+    assert [both.has(key) for key in (one, two, three, four)] == [True, True, True, False]
+    both.prepare()
+    assert both.add(four, "new", build) is True
+    assert both.entry(four) == top.entry(four)
+    both.discard(one)
+    assert both.entry(one) == middle.entry(one)
+    both.discard(three)  # which is not the top's to take away
+    assert both.has(three)
+    assert (files_below(tmp_path / "middle"), files_below(tmp_path / "low")) == before
+
+
+def test_a_directory_below_need_not_be_there(tmp_path: Path) -> None:
+    cache = KernelCache.of_text(f"{tmp_path / 'top'}:{tmp_path / 'gone'}")
+    assert cache.entries() == [] and cache.count() == 0
+    assert not cache.has(KEY)
+    assert cache.entry(KEY) == tmp_path / "top" / "cache" / KEY
+    assert cache.add(KEY, "code", build)
+    assert not (tmp_path / "gone").exists()
+
+
+def test_half_an_entry_below_is_told(tmp_path: Path) -> None:
+    low = KernelCache(tmp_path / "low")
+    assert low.add(KEY, "code", build)
+    (low.entry(KEY) / "kernel.cubin").unlink()
+    with pytest.raises(UserError) as caught:
+        KernelCache.of_text(f"{tmp_path / 'top'}:{low.root}").has(KEY)
+    assert str(caught.value) == (
+        f"corrupted cache entry {low.entry(KEY)}: kernel.cubin missing; remove it"
     )
 
 
@@ -142,7 +242,7 @@ BROKEN = Kernel("gemm", "deep_gemm/a.cuh", "broken_impl", ("1, 2",))
 def test_memory_then_disk_then_compiler(
     cache: KernelCache, fake_nvcc: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
     first, second = LazyJit(compiler, cache), LazyJit(compiler, cache)
     assert not first.is_loaded(KERNEL)
     assert [first.ensure(KERNEL) for _ in range(2)] == [Found.MISS, Found.MEMORY]
@@ -156,7 +256,7 @@ def test_memory_then_disk_then_compiler(
 def test_a_kernel_that_does_not_compile_is_not_loaded(
     cache: KernelCache, fake_nvcc: Path, fake_library: Library
 ) -> None:
-    jit = LazyJit(NvccCompiler(fake_nvcc, fake_library, Environ()), cache)
+    jit = LazyJit(NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ())), cache)
     for _ in range(2):
         with pytest.raises(CompileError, match=r"^error: it is broken$"):
             jit.ensure(BROKEN)
@@ -169,7 +269,7 @@ def test_paths_relative_to_the_working_directory(
 ) -> None:
     """nvcc runs in the cache's own directory, so a relative path must not reach it."""
     monkeypatch.chdir(tmp_path)
-    compiler = NvccCompiler(Path("./nvcc"), fake_library, Environ())
+    compiler = NvccCompiler(Path("./nvcc"), fake_library, first_recipe(Environ()))
     write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
     assert LazyJit(compiler, KernelCache(Path("here"))).ensure(KERNEL) is Found.MISS
     assert KernelCache(tmp_path / "here").has(compiler.keys.cache_key(KERNEL))

@@ -12,10 +12,12 @@ from runner.errors import UserError
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import CompileError, NvccCompiler, find_nvcc
 from runner.jit.digest import hex_digest
-from runner.jit.kernels import Kernel, transpose_fp32
+from runner.jit.keys import first_recipe
 from runner.jit.lazy import Found, LazyJit
-from runner.jit.library import Library, find_library
+from runner.jit.library import Library
 from runner.jit.shim import read_records, write_shim
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import transpose_fp32
 
 BEFORE_INCLUDE = (
     "-std=c++20 --diag-suppress=39,161,174,177,186,940 --ptxas-options=--register-usage-level=10"
@@ -30,7 +32,9 @@ KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))
 
 
 def flags(**values: Any) -> str:
-    return NvccCompiler(Path("nvcc"), Library(Path("/opt/dg")), Environ(**values)).flags
+    library = Library(Path("/opt/dg"))
+    compiler = NvccCompiler(Path("nvcc"), library, first_recipe(Environ(**values)))
+    return " ".join(compiler.arguments)
 
 
 def write_nvcc(path: Path, answer: str) -> Path:
@@ -63,7 +67,7 @@ def test_source_starts_with_the_hash_of_its_headers(fake_nvcc: Path, fake_librar
         return hex_digest(f"{children}#{hex_digest(text)}")
 
     headers = hex_digest(of_file("a.cuh", of_file("b.cuh", "") + "$") + "$")
-    source = NvccCompiler(fake_nvcc, fake_library, Environ()).keys.source(KERNEL)
+    source = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ())).keys.source(KERNEL)
     assert source == (
         f"// Includes' hash value: {headers}\n"
         "\n#include <deep_gemm/a.cuh>\n"
@@ -79,23 +83,28 @@ def test_source_starts_with_the_hash_of_its_headers(fake_nvcc: Path, fake_librar
 def test_cache_key_is_the_digest_of_name_signature_flags_and_source(
     fake_nvcc: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
-    text = f"gemm$$NVCC13.0$${compiler.flags}$${compiler.keys.source(KERNEL)}"
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
+    assert compiler.keys.flags == " ".join(compiler.arguments)
+    text = f"gemm$$NVCC13.0$${compiler.keys.flags}$${compiler.keys.source(KERNEL)}"
     assert compiler.keys.cache_key(KERNEL) == f"kernel.gemm.{hex_digest(text)}"
 
 
 def test_cache_key_changes_with_the_include_path(fake_nvcc: Path, fake_library: Library) -> None:
     copy = fake_library.root.with_name("elsewhere")
     shutil.copytree(fake_library.root, copy)
-    here = NvccCompiler(fake_nvcc, fake_library, Environ())
-    there, again = (NvccCompiler(fake_nvcc, Library(copy), Environ()) for _ in range(2))
+    here = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
+    there, again = (
+        NvccCompiler(fake_nvcc, Library(copy), first_recipe(Environ())) for _ in range(2)
+    )
     assert here.keys.source(KERNEL) == there.keys.source(KERNEL)
     assert here.keys.cache_key(KERNEL) != there.keys.cache_key(KERNEL)
     assert again.keys.cache_key(KERNEL) == there.keys.cache_key(KERNEL)
 
 
 def key_with(nvcc: Path, library: Library, kernel: Kernel = KERNEL, **environ: Any) -> str:
-    return NvccCompiler(nvcc, Library(library.root), Environ(**environ)).keys.cache_key(kernel)
+    return NvccCompiler(
+        nvcc, Library(library.root), first_recipe(Environ(**environ))
+    ).keys.cache_key(kernel)
 
 
 def test_what_else_changes_the_cache_key(
@@ -124,7 +133,7 @@ def test_where_nvcc_lies_does_not_change_the_cache_key(
 def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Library) -> None:
     def message(nvcc: Path) -> str:
         with pytest.raises(UserError) as caught:
-            assert NvccCompiler(nvcc, fake_library, Environ()).signature
+            assert NvccCompiler(nvcc, fake_library, first_recipe(Environ())).signature
         return str(caught.value)
 
     other = write_nvcc(tmp_path / "gcc", "gcc (GCC) 14.2.0")
@@ -132,7 +141,7 @@ def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Libra
     old = write_nvcc(tmp_path / "old", "release 12.8, V12.8.61")
     assert message(old) == f"{old} is release 12.8: 12.9 or newer is needed"
     oldest_known = write_nvcc(tmp_path / "known", "release 12.9, V12.9.41")
-    assert NvccCompiler(oldest_known, fake_library, Environ()).signature == "NVCC12.9"
+    assert NvccCompiler(oldest_known, fake_library, first_recipe(Environ())).signature == "NVCC12.9"
 
 
 def test_compile_passes_the_flags_and_runs_in_the_work_dir(
@@ -141,7 +150,7 @@ def test_compile_passes_the_flags_and_runs_in_the_work_dir(
     nvcc, log = tmp_path / "nvcc", tmp_path / "log"
     nvcc.write_text(f'#!/bin/sh\n{{ pwd -P; printf "%s\\n" "$@"; }} >"{log}"\n')
     nvcc.chmod(0o755)
-    compiler = NvccCompiler(nvcc, fake_library, Environ())
+    compiler = NvccCompiler(nvcc, fake_library, first_recipe(Environ()))
     work_dir = tmp_path / "work"
     work_dir.mkdir()
     compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", work_dir)
@@ -151,7 +160,7 @@ def test_compile_passes_the_flags_and_runs_in_the_work_dir(
         "-cubin",
         "-o",
         str(tmp_path / "k.cubin"),
-        *compiler.flags.split(" "),
+        *compiler.arguments,
     ]
 
 
@@ -169,7 +178,7 @@ def test_a_failing_compile_tells_the_compilers_words(
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\n{script}\n")
     nvcc.chmod(0o755)
-    compiler = NvccCompiler(nvcc, fake_library, Environ())
+    compiler = NvccCompiler(nvcc, fake_library, first_recipe(Environ()))
     with pytest.raises(CompileError) as caught:
         compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", tmp_path)
     assert str(caught.value) == message
@@ -202,34 +211,10 @@ def test_a_chosen_nvcc_that_is_not_there(tmp_path: Path) -> None:
     assert str(caught.value) == f"DG_JIT_NVCC_COMPILER={tmp_path} is not a file: it must be nvcc"
 
 
-def test_find_library(
-    tmp_path: Path, fake_library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = fake_library.root
-    (root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for version in ("0.1.5", None):
-        if version:
-            (root / "VERSION").write_text(version)
-        else:
-            (root / "VERSION").unlink()
-        with pytest.raises(UserError) as caught:
-            find_library()
-        assert str(caught.value) == (
-            f"deep_gemm {version or 'of unknown version'} on sm_90a is not known: the rules of "
-            "sgl-deep-gemm==0.1.4.post1 on sm_90a are; install that version, or let the library "
-            "itself tell (runner plan --source library, on a GPU)"
-        )
-    (root / "VERSION").write_text("0.1.4.post1\n")
-    assert find_library() == Library(root)
-    (root / "include" / "deep_gemm").rename(root / "include" / "gone")
-    assert find_library() is None
-
-
 @pytest.mark.nvcc
 def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
     shim = write_shim(tmp_path / "nvcc", nvcc=nvcc_compiler.nvcc, log_dir=tmp_path / "log")
-    compiler = NvccCompiler(shim, nvcc_compiler.library, Environ())
+    compiler = NvccCompiler(shim, nvcc_compiler.library, first_recipe(Environ()))
     assert re.fullmatch(r"NVCC\d+\.\d+", compiler.signature)
     assert compiler.signature == nvcc_compiler.signature
     kernel = transpose_fp32(1024)

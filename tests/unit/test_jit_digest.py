@@ -1,10 +1,12 @@
 """The library's digest, against a second implementation and known vectors."""
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.jit.digest import hex_digest
+from runner.jit.digest import DeepJitDigest, Digest, hex_digest
 
 SEEDS = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
 
@@ -67,3 +69,56 @@ def test_text_is_hashed_as_utf8(text: str) -> None:
 )
 def test_known_digests(text: str, expected: str) -> None:
     assert hex_digest(text) == expected
+
+
+# DeepJIT's digest
+
+
+def deep_jit(*texts: bytes) -> str:
+    """Each text after its length in eight bytes; the second run multiplies by the golden ratio."""
+    data = b"".join(struct.pack("<Q", len(text)) + text for text in texts)
+    golden = 0xFF51AFD7ED558CCD
+    for byte in data:
+        golden = (golden ^ byte) * 0x9E3779B97F4A7C15 % (1 << 64)
+    return f"{split_mix_64(fnv1a_64(data, SEEDS[0])):016x}{split_mix_64(golden):016x}"
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_deep_jits_digest_by_a_second_implementation(texts: list[bytes]) -> None:
+    digest = DeepJitDigest()
+    for text in texts:
+        digest = digest.update(text)
+    assert digest.hex == deep_jit(*texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([], "ddd805b8cbc69b1eab0665cdad96ab45"),
+        ([""], "601991819c51b6b40cce57df1139bba4"),
+        (["ab"], "ee8e35d8cc4dc26e5e463c7c75faa457"),
+        (["a", "b"], "47f0455dd7b38256f2732cb8bc2d7390"),
+    ],
+)
+def test_known_deep_jit_digests(texts: list[str], expected: str) -> None:
+    digest = DeepJitDigest()
+    for text in texts:
+        digest = digest.update(text)
+    assert digest.hex == expected
+
+
+@pytest.mark.parametrize("kind", [Digest, DeepJitDigest])
+def test_digests_go_on_from_a_common_beginning(kind: type[Digest]) -> None:
+    common = kind().update("common")
+    before = common.hex
+    assert common.update("a").hex == kind().update("common").update("a").hex
+    assert common.update("b").hex != common.update("a").hex
+    assert common.hex == before
+    assert isinstance(common.update("a"), kind)
+    assert common == kind().update("common") and hash(common) == hash(kind().update("common"))
+
+
+def test_only_deep_jits_digest_knows_where_a_text_ends() -> None:
+    assert Digest().update("a").update("b") == Digest().update("ab")
+    assert DeepJitDigest().update("a").update("b") != DeepJitDigest().update("ab")
+    assert Digest().update("ab").hex == hex_digest("ab")

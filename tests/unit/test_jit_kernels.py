@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.jit.describe import name_of_source
-from runner.jit.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
 from runner.jit.library import Library
+from runner.kernels.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from tests.measured import MEASURED, TYPES
 
 NUM_SMS = 132

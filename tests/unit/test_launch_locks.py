@@ -14,8 +14,8 @@ import pytest
 
 from launch.locks import CompileLocks
 from runner.errors import UserError
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 512, 256, 1, 132)
 
@@ -71,8 +71,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from launch.locks import CompileLocks
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 with CompileLocks(Path(sys.argv[1])).held(GemmShape(T.GEMM_NT_F8F8BF16, 512, 256, 1, 132)):
     print("held", flush=True)
     time.sleep(60)

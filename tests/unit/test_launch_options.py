@@ -14,20 +14,42 @@ from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.environ import Environ
 from runner.errors import UserError
+from runner.jit.keys import first_recipe
+from runner.jit.library import Library
+from runner.kernels.rules import RULES, RulesTable
 from runner.scenario import Scenario
+from runner.standin.gpus import gpu_named
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
+    """What libraries are asked for; one that is named is there, no nvcc and no tables are."""
+    found: list[str | None] = []
+
+    def find(wanted: str | None) -> Library | None:
+        found.append(wanted)
+        return (wanted and Library(Path("/dg"), "sgl-deep-gemm", "0.1.4.post1")) or None
+
+    monkeypatch.setattr("launch.options.find_library", find)
+    monkeypatch.setattr("launch.options.find_nvcc", lambda environ: None)
+    monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
+    return found
+
+
 def scenario(environ: Environ | None = None, **values: Any) -> Scenario:
-    options = LaunchOptions(**values)
-    policy = WarmupPolicy.FAST
-    return options.scenario(environ or Environ(), num_sms=78, policy=policy)
+    options = LaunchOptions(**{"num_sms": 78, **values})
+    return options.scenario(environ or Environ(), policy=WarmupPolicy.FAST)
+
+
+def rules_on(gpu: str, num_sms: int, **variables: Any) -> RulesTable:
+    return RULES.on(gpu, num_sms, first_recipe(Environ(**variables)))
 
 
 def test_defaults() -> None:
     assert scenario() == Scenario(
         model=DSV4, parallel=ParallelConfig(), num_sms=78,
-        warmup=WarmupOptions(policy=WarmupPolicy.FAST),
+        warmup=WarmupOptions(policy=WarmupPolicy.FAST), source=rules_on("h200", 78),
     )  # fmt: skip
 
 
@@ -49,8 +71,38 @@ def test_everything() -> None:
             speculative=True, graph_batch_sizes=(8,), walk_max_m=32, compile_lock=True,
         ),
         num_sms=78, prompt_len=3, bf16_fp32_algo=Bf16Fp32Algo.TORCH, max_tokens=64,
-        stream=(5, 6), walk_memory=1.5 * 2**30,
+        stream=(5, 6), walk_memory=1.5 * 2**30, source=rules_on("h200", 78),
     )  # fmt: skip
+
+
+def test_kernels_are_those_of_the_gpu() -> None:
+    options = LaunchOptions(num_sms=78)
+    made = options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("h100"))
+    assert (made.num_sms, made.source) == (132, rules_on("h100", 132))
+    with pytest.raises(UserError) as caught:
+        options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("b200"))
+    assert str(caught.value) == (
+        "kernels for b200 (sm_100f) are only known to the library itself, and none is installed "
+        "here: pip install 'deepgemm-coldstart[library]', or give one with --library (our rules "
+        "hold for sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
+    )
+
+
+def test_the_environment_changes_how_kernels_are_compiled() -> None:
+    made = scenario(Environ(dg_jit_cpp_standard=17))
+    assert made.source == rules_on("h200", 78, dg_jit_cpp_standard=17)
+    assert made.source != rules_on("h200", 78)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [({}, [None]), ({"library": "vllm"}, ["vllm"]), ({"jit": False}, [])],
+)
+def test_the_library_that_is_asked_for(
+    values: dict[str, Any], names: list[str | None], asked: list[str | None]
+) -> None:
+    scenario(**values)
+    assert asked == names
 
 
 @pytest.mark.parametrize(

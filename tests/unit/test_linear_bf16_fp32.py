@@ -34,8 +34,8 @@ from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
 from runner.deployment import Deployment, demands  # noqa: E402
 from runner.environ import Environ  # noqa: E402
 from runner.forward_batch import ForwardMode  # noqa: E402
-from runner.jit.kernel_type import DeepGemmKernelType as T  # noqa: E402
-from runner.jit.kernel_type import KernelCall  # noqa: E402
+from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
+from runner.kernels.types import KernelCall  # noqa: E402
 from runner.model_runner import ModelRunner  # noqa: E402
 from runner.scenario import Scenario, record  # noqa: E402
 from runner.schedule import Compute  # noqa: E402
@@ -229,7 +229,7 @@ def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
 def test_a_launch_takes_it_from_the_environment(algo: Bf16Fp32Algo) -> None:
     environ = Environ.read({VARIABLE: algo.value})
     options = LaunchOptions(model="dsv4-tiny", max_tokens=64, batch_sizes=(1,))
-    scenario = options.scenario(environ, num_sms=132, policy=WarmupPolicy.PLANNED)
+    scenario = options.scenario(environ, policy=WarmupPolicy.PLANNED)
     assert scenario.bf16_fp32_algo is scenario.deployment.bf16_fp32_algo is algo
     types = {demand.shape.type for demand in scenario.plan.demands}
     assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.loaders import LibraryJit, OwnJit
-from runner.jit.kernel_type import DeepGemmKernelType
-from runner.jit.kernels import Kernel, kernels_of
 from runner.jit.lazy import Found, LazyJit
-from runner.jit.plan import GemmShape, kernel_ranges
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.m_lists import steps_of
 from runner.schedule import Walk
 
@@ -18,8 +19,8 @@ DENSE_WALK = Walk(DENSE, steps_of(range(1, 129)))
 
 def test_the_librarys_walk_brings_in_what_it_calls() -> None:
     walked: list[Walk] = []
-    jit = LibraryJit(lambda kernels: kernels, walked.append)
-    brought = list(kernel_ranges(DENSE, range(1, 129)))
+    jit = LibraryJit(lambda kernels: kernels, walked.append, RULES)
+    brought = list(RULES.kernel_ranges(DENSE, range(1, 129)))
     assert jit.lacks(brought)
     jit.walk(DENSE_WALK)
     assert walked == [DENSE_WALK]
@@ -34,8 +35,8 @@ def test_the_library_is_asked_for_new_kernels_only() -> None:
         asked.append(list(kernels))
         return kernels[:1]
 
-    jit = LibraryJit(call_each, lambda walk: None)
-    one, two, three = list(kernel_ranges(DENSE, range(1, 129)))[:3]
+    jit = LibraryJit(call_each, lambda walk: None, RULES)
+    one, two, three = list(RULES.kernel_ranges(DENSE, range(1, 129)))[:3]
     jit.prepare([one])
     jit.load([one, two, three])
     assert asked == [[two, three]]
@@ -61,8 +62,8 @@ class FakeJit(LazyJit):
 
 def test_our_own_walk_makes_each_kernel_ready_in_order_of_its_first_m() -> None:
     lazy = FakeJit()
-    jit = OwnJit(lazy)
-    brought = list(kernel_ranges(DENSE, range(1, 129)))
+    jit = OwnJit(lazy, RULES)
+    brought = list(RULES.kernel_ranges(DENSE, range(1, 129)))
     assert jit.lacks(brought[:1])
     jit.walk(DENSE_WALK)
     jit.walk(DENSE_WALK)

@@ -39,7 +39,8 @@ def test_the_stalls_that_were_recorded_are_those_foretold(timeline: Timeline) ->
     scenario = scenario_of(timeline)
     node_of = scenario.parallel.node_of
     recorded = {(i, name, node_of(rank), key) for i, name, rank, key in timeline.meta["stalls"]}
-    foretold = {(s.forward, s.name, s.node, s.kernel) for s in stalls_of(record(scenario), node_of)}
+    stalls = stalls_of(record(scenario), scenario.table, node_of)
+    foretold = {(stall.forward, stall.name, stall.node, stall.kernel) for stall in stalls}
     if scenario.warmup.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
         assert recorded == set()
     else:

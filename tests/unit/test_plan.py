@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from runner.errors import UserError
 from runner.gemm_spec import gemm_demands
-from runner.jit import heuristics_sm90 as sm90
 from runner.jit.describe import config_of, config_of_source, in_words
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import kernels_of
-from runner.jit.plan import Demand, GemmShape, kernel_ranges, make_plan, union
+from runner.jit.plan import make_plan
 from runner.jit.plan_json import plan_to_json
-from runner.jit.rules import KNOWN_RULES, rules_for
+from runner.kernels import heuristics_sm90 as sm90
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.table import Demand, union
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from tests.measured import MEASURED, TYPES
 
 
@@ -29,7 +30,7 @@ def spec_of(shape: dict[str, Any], *, groups: bool) -> str:
 @pytest.mark.parametrize("groups", [True, False])
 @pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
 def test_a_gemms_plan_is_what_an_h200_compiled(shape: dict[str, Any], groups: bool) -> None:
-    plan = make_plan(gemm_demands(spec_of(shape, groups=groups), max_m=16384, num_sms=132))
+    plan = make_plan(gemm_demands(spec_of(shape, groups=groups), max_m=16384, num_sms=132), RULES)
     kernels = plan_to_json(plan, None)["kernels"]
     assert len(kernels) == shape["kernels"]
     first_m = sorted({item["m_ranges"][0][0] for item in kernels})
@@ -57,7 +58,7 @@ def test_every_m_runs_exactly_the_kernels_planned_for_it(
 ) -> None:
     step = 128 if shape.type in CONTIGUOUS_TYPES else 1
     ms = range(step, last + 1, step)
-    planned = kernel_ranges(shape, ms)
+    planned = RULES.kernel_ranges(shape, ms)
     near = st.sampled_from(list(ms)) | st.sampled_from(list(ms)[:80])
     for m in [ms[0], ms[-1], *data.draw(st.lists(near, max_size=20))]:
         serving = {
@@ -71,7 +72,7 @@ def test_every_m_runs_exactly_the_kernels_planned_for_it(
 @given(shape=shapes(), ms=st.sets(st.integers(1, 3000), min_size=1, max_size=40))
 def test_only_the_given_m_count(shape: GemmShape, ms: set[int]) -> None:
     ordered = sorted(128 * m for m in ms) if shape.type in CONTIGUOUS_TYPES else sorted(ms)
-    planned = kernel_ranges(shape, ordered)
+    planned = RULES.kernel_ranges(shape, ordered)
     assert set(planned) == {kernel for m in ordered for kernel in kernels_of(shape.call(m))}
     for ranges in planned.values():
         for first, last in ranges:
@@ -80,7 +81,7 @@ def test_only_the_given_m_count(shape: GemmShape, ms: set[int]) -> None:
 
 
 def test_no_m_no_kernels() -> None:
-    assert kernel_ranges(GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132), ()) == {}
+    assert RULES.kernel_ranges(GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132), ()) == {}
 
 
 def f32(value: float) -> float:
@@ -146,8 +147,8 @@ def test_union(given_ranges: list[Any], expected: Any) -> None:
 
 def test_gemms_that_run_the_same_kernel_share_it() -> None:
     wide = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
-    both = make_plan([Demand(wide, (1,), (0,)), Demand(wide, (5000,), (0,))])
-    alone = make_plan([Demand(wide, (1, 5000), (0, 1))])
+    both = make_plan([Demand(wide, (1,), (0,)), Demand(wide, (5000,), (0,))], RULES)
+    alone = make_plan([Demand(wide, (1, 5000), (0, 1))], RULES)
     assert {item.kernel for item in both.kernels} == {item.kernel for item in alone.kernels}
     transpose = next(item for item in both.kernels if item.kernel.name == "transpose_fp32")
     assert transpose.m_ranges == ((1, 1), (5000, 5000))
@@ -156,7 +157,7 @@ def test_gemms_that_run_the_same_kernel_share_it() -> None:
 
 def test_uncovered_names_the_m_of_missing_kernels() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
-    plan = make_plan([Demand(shape, range(1, 65))])
+    plan = make_plan([Demand(shape, range(1, 65))], RULES)
     tail = kernels_of(shape.call(64))[-1]
     (gap,) = plan.uncovered({item.kernel for item in plan.kernels} - {tail})
     assert (gap.shape, gap.m_ranges) == (shape, ((33, 64),))
@@ -197,28 +198,16 @@ def test_limits_out_of_range(values: dict[str, int]) -> None:
 )
 def test_a_shape_without_a_kernel_is_one_line(spec: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        make_plan(gemm_demands(spec, max_m=60000, num_sms=132))
+        make_plan(gemm_demands(spec, max_m=60000, num_sms=132), RULES)
     assert message in str(caught.value)
 
 
 def test_fixed_splits_of_the_hyper_connection_gemm() -> None:
     (only,) = gemm_demands("tf32_hc_prenorm_gemm:24:16384:16", max_m=100, num_sms=132)
     assert only.shape.num_groups == 16
-    assert make_plan([only]).kernels[0].m_ranges == ((1, 100),)
+    assert make_plan([only], RULES).kernels[0].m_ranges == ((1, 100),)
     (none,) = gemm_demands("tf32_hc_prenorm_gemm:24:16384:0", max_m=100, num_sms=132)
     assert none.shape.num_groups == 0
-
-
-def test_an_unknown_version_says_which_are_known() -> None:
-    assert rules_for("0.1.4.post1") is KNOWN_RULES[0]
-    for version, arch in (("9.9", "sm_90a"), ("0.1.4.post1", "sm_100a")):
-        with pytest.raises(UserError) as caught:
-            rules_for(version, arch)
-        assert str(caught.value) == (
-            f"deep_gemm {version} on {arch} is not known: the rules of sgl-deep-gemm==0.1.4.post1 "
-            "on sm_90a are; install that version, or let the library itself tell "
-            "(runner plan --source library, on a GPU)"
-        )
 
 
 WORDS = {

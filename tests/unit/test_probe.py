@@ -12,6 +12,7 @@ from runner.environ import Environ
 from runner.jit import probe
 from runner.jit.compiler import CompileError, NvccCompiler
 from runner.jit.describe import name_of_source
+from runner.jit.keys import first_recipe
 from runner.jit.library import Library
 from runner.jit.probe import probe_seconds
 from sim.profile import load_profile
@@ -37,7 +38,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def compiler(fake_nvcc: Path, library: Library) -> NvccCompiler:
-    return NvccCompiler(fake_nvcc, library, Environ())
+    return NvccCompiler(fake_nvcc, library, first_recipe(Environ()))
 
 
 def test_the_median_of_one_kernels_compiles(compiler: NvccCompiler, sources: list[str]) -> None:
@@ -76,7 +77,8 @@ def test_the_command(
     [
         ("find_nvcc", "there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'"),
         ("find_library",
-         "deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm"),
+         "the reference kernel needs the headers of the version that profiles were measured with: "
+         "pip install --no-deps sgl-deep-gemm==0.1.4.post1"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_one_line(

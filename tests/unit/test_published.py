@@ -14,6 +14,7 @@ from runner.cli.published import compare_row, options_of
 from runner.errors import UserError
 from runner.gemm_spec import gemm_demands
 from runner.jit.plan import make_plan
+from runner.kernels.rules import RULES
 from runner.timeline import Span, Timeline
 from runner.warmup import WarmupPolicy
 from sim.profile import load_profile, shipped_profiles
@@ -151,7 +152,7 @@ def test_vllms_cases_as_reported() -> None:
     assert compare_row(row) == Compared(row, 1346, estimate=True)
     specs = ("gemm_nt_f8f8bf16:5120:2048", "gemm_nt_f8f8bf16:2048:4096")
     demands = [gemm_demands(spec, max_m=16384, num_sms=132)[0] for spec in specs]
-    assert walk_cases(make_plan(demands)) == 797, "of two other rows"
+    assert walk_cases(make_plan(demands, RULES)) == 797, "of two other rows"
 
 
 def row_of(figure: Figure, low: float | None, high: float | None) -> Row:

@@ -10,9 +10,10 @@ import pytest
 from launch.loaders import OwnJit
 from launch.rank_sink import RankSink
 from launch.watchdog import Communication
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import (
     Await,
     Begin,
@@ -53,7 +54,7 @@ class NewOnce:
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=inside)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=inside)
     assert sink.run(CALL, lambda: 7) == 7
     first = [span.kind for span in sink.spans]
     assert first == (["load"] if inside else ["load", "compute"])
@@ -62,7 +63,7 @@ def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
 
 
 def test_without_a_compiler_nothing_is_loaded() -> None:
-    sink = RankSink(0, OwnJit(None), synchronise=lambda: None, inside=False)
+    sink = RankSink(0, OwnJit(None, RULES), RULES, synchronise=lambda: None, inside=False)
     sink.run(CALL, lambda: None)
     assert [span.kind for span in sink.spans] == ["compute"]
 
@@ -73,7 +74,7 @@ def test_operations_are_kept_and_their_partners_have_one_key() -> None:
         Collective("all_reduce x", (0, 1), 4),
     ]  # fmt: skip
     one, two = (
-        RankSink(rank, NewOnce(), synchronise=lambda: None, inside=False) for rank in (0, 1)
+        RankSink(rank, NewOnce(), RULES, synchronise=lambda: None, inside=False) for rank in (0, 1)
     )
     for op in ops:
         one.run(op, lambda: None)
@@ -87,7 +88,7 @@ def test_operations_are_kept_and_their_partners_have_one_key() -> None:
 def test_phases_and_forwards_are_told() -> None:
     told: list[tuple[str, str]] = []
     sink = RankSink(
-        0, NewOnce(), synchronise=lambda: None, inside=False,
+        0, NewOnce(), RULES, synchronise=lambda: None, inside=False,
         on_forward=lambda phase, name: told.append((phase, name)),
     )  # fmt: skip
     for op in (
@@ -102,7 +103,7 @@ def test_phases_and_forwards_are_told() -> None:
 def test_the_device_is_waited_for_before_and_after_communication() -> None:
     waits: list[str] = []
     sink = RankSink(
-        0, NewOnce(), synchronise=lambda: waits.append("wait"), inside=True,
+        0, NewOnce(), RULES, synchronise=lambda: waits.append("wait"), inside=True,
         arrive=lambda: waits.append("arrive"),
     )  # fmt: skip
     sink.run(Collective("all_reduce x", (0, 1), 4), lambda: waits.append("move"))
@@ -117,7 +118,7 @@ WALK = Walk(GemmShape(CALL.type, 24, 64, 1, 132), ((1, 64, 1),))
 
 def test_a_walk_is_a_load() -> None:
     loader = NewOnce()
-    sink = RankSink(3, loader, synchronise=lambda: None, inside=True)
+    sink = RankSink(3, loader, RULES, synchronise=lambda: None, inside=True)
     sink.run(WALK, lambda: loader.walk(WALK))
     assert (loader.walked, sink.ops) == ([WALK], [WALK])
     assert sink.last == "walk tf32_hc_prenorm_gemm:24:64:1"
@@ -126,7 +127,7 @@ def test_a_walk_is_a_load() -> None:
 
 
 def test_work_on_kernels_is_a_load_but_for_a_build() -> None:
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True)
     for action in ("build", "verify", "load"):
         sink.run(KernelWork(action, ()), lambda: None)
     assert [span.name for span in sink.spans] == ["verify 0 kernels", "load 0 kernels"]
@@ -142,7 +143,7 @@ def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
         yield
         events.append("unlock")
 
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True, lock=lock)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
     ops: list[Op] = [
         CALL, CALL, Compute("x", 1, 1), Collective("all_reduce x", (0, 1), 4), Mark("layer", "1"),
         KernelWork("load", ()), WALK,
@@ -163,7 +164,7 @@ def test_a_wait_for_the_lock_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         now += 5
         yield
 
-    sink = RankSink(2, NewOnce(), synchronise=lambda: None, inside=True, lock=lock)
+    sink = RankSink(2, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
     sink.run(CALL, lambda: None)
     assert sink.spans == [
         Span(2, 100, 105, "wait", "compile lock"), Span(2, 105, 105, "load", "tf32_hc_prenorm_gemm")
@@ -179,7 +180,7 @@ def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
             sink.run(op, lambda: graphs.append("act"))
 
     sink = RankSink(
-        0, loader, synchronise=lambda: graphs.append("wait"), inside=True,
+        0, loader, RULES, synchronise=lambda: graphs.append("wait"), inside=True,
         capture=lambda forward: (graphs.append("begin"), forward(), graphs.append("end")),
         on_forward=lambda phase, name: graphs.append("told"),
     )  # fmt: skip
@@ -200,7 +201,7 @@ def test_a_failed_capture_leaves_the_operations_whole() -> None:
     def refuse(forward: object) -> None:
         raise ValueError("no graph")
 
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True, capture=refuse)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, capture=refuse)
     sink.run(CALL, lambda: None)
     with pytest.raises(ValueError, match="no graph"):
         sink.capture("graph DECODE 8", lambda: None)
@@ -238,7 +239,7 @@ class Told:
 def test_communication_is_limited_until_it_is_done(op: Collective | Send | Recv) -> None:
     told = Told()
     sink = RankSink(
-        0, NewOnce(), synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
+        0, NewOnce(), RULES, synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
         arrive=lambda: told.notes.append("arrive"),
     )  # fmt: skip
     sink.run(Compute("y", 1, 1), lambda: told.notes.append("compute"))
@@ -248,7 +249,7 @@ def test_communication_is_limited_until_it_is_done(op: Collective | Send | Recv)
 
 def test_what_was_begun_is_limited_beside() -> None:
     told = Told()
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True, limit=told)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, limit=told)
     begin = Begin("all_to_all tokens of 0", (0, 1), 8)
     sink.run(begin, lambda: "handle")
     sink.run(Await(begin.name), lambda: "result")
@@ -260,7 +261,7 @@ def test_what_was_begun_is_limited_beside() -> None:
 def test_nothing_is_asked_of_the_device_in_a_capture() -> None:
     told = Told()
     sink = RankSink(
-        0, NewOnce(), synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
+        0, NewOnce(), RULES, synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
         capture=lambda forward: forward(),
     )  # fmt: skip
     sink.capture("graph DECODE 8", lambda: sink.run(Recv("h", 1, 4), lambda: None))
@@ -269,7 +270,7 @@ def test_nothing_is_asked_of_the_device_in_a_capture() -> None:
 
 def test_what_was_begun_is_noted() -> None:
     begin = Begin("all_to_all tokens of 0", (0, 1), 8)
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=True)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True)
     assert sink.run(begin, lambda: "handle") == "handle"
     assert sink.run(Await(begin.name), lambda: "result") == "result"
     assert [span.kind for span in sink.spans] == ["compute", "wait"]
@@ -280,7 +281,7 @@ def test_what_was_begun_is_noted() -> None:
 
 
 def test_forwards_are_kept_with_their_phase() -> None:
-    sink = RankSink(0, NewOnce(), synchronise=lambda: None, inside=False)
+    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=False)
     for op in (Mark("phase", "requests"), Mark("forward", "EXTEND 8"), Mark("phase", "end")):
         sink.run(op, lambda: None)
     assert [(phase, name) for _, phase, name in sink.forwards] == [("requests", "EXTEND 8")]

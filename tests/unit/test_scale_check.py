@@ -35,8 +35,8 @@ from runner.deep_gemm_wrapper import walker  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
 from runner.environ import Environ  # noqa: E402
 from runner.forward_batch import ForwardMode  # noqa: E402
-from runner.jit.kernel_type import DeepGemmKernelType as T  # noqa: E402
 from runner.jit.plan import GemmShape  # noqa: E402
+from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.model_runner import ModelRunner  # noqa: E402
 from runner.warmup import WarmupPolicy  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
@@ -299,7 +299,7 @@ def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> 
 def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
     environ = Environ.read({"SGLANG_DEEPGEMM_SANITY_CHECK": str(asked)})
     options = LaunchOptions(model="dsv4-tiny", jit=False, batch_sizes=(1,))
-    scenario = options.scenario(environ, num_sms=132, policy=WarmupPolicy.NONE)
+    scenario = options.scenario(environ, policy=WarmupPolicy.NONE)
     made = set_up_jit(options, environ, scenario, 0, tmp_path, library=False)
     arguments = CALLS["gemm_nt_f8f8bf16"](6)
     arguments[0][1].fill_(float("nan"))
@@ -320,6 +320,7 @@ def test_walked_calls_pass(kind: T, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walker, "_zeros", zeros)
     monkeypatch.setattr(walker, "_ones", lambda *shape: torch.ones(shape))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     library = FalseLibrary()
     points = DeepGemmWrapper(library, sanity_check=True)  # type: ignore[arg-type]
     walker.walk(points, GemmShape(kind, 256, 128, 2, 132), (128, 256))

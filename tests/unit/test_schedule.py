@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.errors import UserError
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.scenario import Scenario, record
 from runner.schedule import (
     Capture,

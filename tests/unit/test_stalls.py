@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.config.parallel import ParallelConfig
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import KernelCall
 from runner.m_lists import expand
 from runner.scenario import Scenario, record
 from runner.schedule import (
@@ -45,7 +47,7 @@ def schedule(*ranks: list[Op]) -> Schedule:
 
 def stalls(*ranks: list[Op], nodes: int = 1) -> list[tuple[int, str, int, str]]:
     each = len(ranks) // nodes
-    found = stalls_of(schedule(*ranks), lambda rank: rank // each)
+    found = stalls_of(schedule(*ranks), RULES, lambda rank: rank // each)
     return [(s.forward, s.name, s.node, s.kernel) for s in found]
 
 
@@ -90,17 +92,17 @@ def test_what_is_held_before_requests() -> None:
     first: list[Op] = [KernelWork("build", (A,)), exchange, call(2), UP, call(4)]
     second: list[Op] = [KernelWork("build", (C,)), exchange, UP, call(4)]
     made = schedule(first, second, [walk(4), UP])
-    assert kernels_before(made, lambda rank: rank) == {0: {A, B, C}, 1: {A, B, C}, 2: {D}}
-    one_node = kernels_before(made, lambda rank: 0)
+    assert kernels_before(made, RULES, lambda rank: rank) == {0: {A, B, C}, 1: {A, B, C}, 2: {D}}
+    one_node = kernels_before(made, RULES, lambda rank: 0)
     assert one_node == {0: {A, B, C, D}}
 
 
 def test_another_phase_may_be_asked_for() -> None:
     ops: list[Op] = [call(1), Mark("phase", "graph capture"), call(2), UP, call(3)]
     made = schedule(ops)
-    assert kernels_before(made, int, "graph capture") == {0: {A}}
-    assert kernels_before(made, int) == {0: {A, B}}
-    assert kernels_before(made, int, "no such phase") == {0: {A, B, C}}
+    assert kernels_before(made, RULES, int, "graph capture") == {0: {A}}
+    assert kernels_before(made, RULES, int) == {0: {A, B}}
+    assert kernels_before(made, RULES, int, "no such phase") == {0: {A, B, C}}
 
 
 # -- whole runs -----------------------------------------------------------------------------------
@@ -158,8 +160,8 @@ def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
     for nodes in (1, 2, 4):
         one, made = run(policy, (7, 100, 3, 64), nodes)
         held, expected = replayed(made, one.parallel)
-        assert kernels_before(made, one.parallel.node_of) == held
-        assert stalls_of(made, one.parallel.node_of) == expected
+        assert kernels_before(made, RULES, one.parallel.node_of) == held
+        assert stalls_of(made, RULES, one.parallel.node_of) == expected
         planning = policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT)
         assert (expected == []) == planning
 
@@ -169,7 +171,7 @@ def simulated(one: Scenario, made: Schedule) -> Outcome:
     prebuilt = one.warmup.policy is WarmupPolicy.PREBUILT
     costs = RoundCosts()
     return Engine(
-        [compile_program(ops, costs, locked=False) for ops in made.ranks],
+        [compile_program(ops, costs, RULES, locked=False) for ops in made.ranks],
         costs,
         node_of=[one.parallel.node_of(rank) for rank in range(4)],
         cores_per_node=4,
@@ -182,10 +184,10 @@ def test_the_simulator_leaves_the_same(policy: WarmupPolicy) -> None:
     """What it compiles once its server is up is what was foretold without a clock."""
     one, made = run(policy, (7, 100, 3, 64))
     outcome = simulated(one, made)
-    assert outcome.up == kernels_before(made, one.parallel.node_of)
+    assert outcome.up == kernels_before(made, RULES, one.parallel.node_of)
     later = {(node, kernel.identity) for node in outcome.up
              for kernel in outcome.disks[node] - outcome.up[node]}  # fmt: skip
-    assert later == {(s.node, s.kernel) for s in stalls_of(made, one.parallel.node_of)}
+    assert later == {(s.node, s.kernel) for s in stalls_of(made, RULES, one.parallel.node_of)}
 
 
 @settings(max_examples=25, deadline=None)
@@ -199,8 +201,8 @@ def test_what_was_there_and_the_stalls_cover_the_stream_exactly(
     one, made = run(policy, stream)
     node_of = one.parallel.node_of
     covered = {node: {kernel.identity for kernel in kernels}
-               for node, kernels in kernels_before(made, node_of).items()}  # fmt: skip
-    found = stalls_of(made, node_of)
+               for node, kernels in kernels_before(made, RULES, node_of).items()}  # fmt: skip
+    found = stalls_of(made, RULES, node_of)
     pairs = [(stall.node, stall.kernel) for stall in found]
     assert len(pairs) == len(set(pairs)), "a kernel stalls a node once"
     assert all(kernel not in covered[node] for node, kernel in pairs)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 from runner.walk_memory import walk_bytes
 from runner.walks import HOOKED_TYPES
 

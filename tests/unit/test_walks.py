@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.gemm_rows import hc_num_splits
-from runner.jit.kernel_type import CONTIGUOUS_TYPES, KernelCall
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.plan import GemmShape
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType as T
 from runner.m_lists import expand, relax_m_list
 from runner.schedule import Walk
 from runner.walk_memory import GIB, walk_bytes

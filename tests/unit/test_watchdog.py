@@ -15,7 +15,7 @@ from launch.watchdog import (
     describe_timeout,
     is_timeout,
 )
-from runner.jit.kernels import transpose_fp32
+from runner.kernels.rules_sm90 import transpose_fp32
 from runner.schedule import Begin, Collective, Recv, Send
 
 RECV = Recv("hidden_states", 0, 64)

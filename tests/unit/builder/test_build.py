@@ -15,10 +15,12 @@ from runner.jit.builder.cut import cut_units
 from runner.jit.builder.unit import Job, entry_signature, signature
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import kernels_in
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
+from runner.jit.keys import first_recipe
 from runner.jit.library import Library
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from tests.unit.builder_jobs import NO_COMMAND, gemm, job_of
 
 REPOSITORY = Path(__file__).parents[3]
@@ -143,7 +145,7 @@ FIVE = [gemm("1, 2"), gemm("3, 4"), gemm("3, 5"), gemm("1", entry="metadata"),
 
 
 def test_the_fast_way(tmp_path: Path, toolchain: Path, fake_library: Library) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     jobs = [job_of(kernel, compiler.keys) for kernel in FIVE]
     shared: Shared = []
     fast = build(compiler, tmp_path / "fast", jobs, shared=shared)
@@ -167,7 +169,7 @@ def test_the_fast_way(tmp_path: Path, toolchain: Path, fake_library: Library) ->
 def test_steps_end_at_what_was_expected(
     tmp_path: Path, toolchain: Path, fake_library: Library, fast: bool
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     jobs, steps = [job_of(kernel) for kernel in FIVE], []
     build(compiler, tmp_path / "scratch", jobs, workers=1, fast=fast,
           on_step=lambda *step: steps.append(step))  # fmt: skip
@@ -179,7 +181,7 @@ def test_steps_end_at_what_was_expected(
 
 
 def test_nothing_to_build(tmp_path: Path, toolchain: Path, fake_library: Library) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     for fast in (True, False):
         assert build(compiler, tmp_path / f"scratch{fast}", [], fast=fast) == {}
     assert not (toolchain / "log").exists()
@@ -188,7 +190,7 @@ def test_nothing_to_build(tmp_path: Path, toolchain: Path, fake_library: Library
 def test_one_wrong_kernel_fails_alone(
     tmp_path: Path, toolchain: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     wrong = gemm("9", "broken")
     jobs = [job_of(kernel) for kernel in [*FIVE[:2], wrong, *FIVE[2:4]]]
     assert len(cut_units(jobs, 1)) == 1
@@ -213,7 +215,7 @@ def test_one_wrong_kernel_fails_alone(
 def test_what_is_unusual_goes_the_plain_way(
     tmp_path: Path, toolchain: Path, fake_library: Library, odd: Kernel, plain: int, reason: str
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     jobs = [job_of(kernel) for kernel in (gemm("1, 2, 3"), gemm("4"), odd)]
     assert len(cut_units(jobs, 1)) == 1
     built = build(compiler, tmp_path / "scratch", jobs, workers=1)
@@ -229,7 +231,7 @@ def test_what_is_unusual_goes_the_plain_way(
 def test_a_header_that_cannot_be_preprocessed(
     tmp_path: Path, toolchain: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     odd = gemm("1", header="deep_gemm/unreadable.cuh")
     built = build(compiler, tmp_path / "scratch", [job_of(gemm("1")), job_of(odd)])
     assert (built[odd].way, built[odd].words) == (Way.PLAIN, "cpp: fatal: not this one")
@@ -239,7 +241,7 @@ def test_a_header_that_cannot_be_preprocessed(
 def test_an_nvcc_that_tells_no_stages(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
     wrong = gemm("9", "broken")
     jobs = [job_of(kernel) for kernel in (*FIVE, wrong)]
     built = build(compiler, tmp_path / "scratch", jobs)
@@ -255,7 +257,7 @@ def test_an_nvcc_that_tells_no_stages(
 def test_what_on_built_raises_ends_the_build(
     tmp_path: Path, toolchain: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     taken: list[Built] = []
 
     def full(built: Built) -> None:
@@ -274,7 +276,7 @@ def test_an_nvcc_by_a_relative_path(
     tmp_path: Path, toolchain: Path, fake_library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    compiler = NvccCompiler(Path("toolchain/nvcc"), fake_library, Environ())
+    compiler = NvccCompiler(Path("toolchain/nvcc"), fake_library, first_recipe(Environ()))
     built = build(compiler, tmp_path / "scratch", [job_of(gemm("1"))])
     assert built[gemm("1")].way is Way.FAST
 
@@ -282,7 +284,7 @@ def test_an_nvcc_by_a_relative_path(
 def test_a_stage_that_cannot_be_run_goes_the_plain_way(
     tmp_path: Path, toolchain: Path, fake_library: Library
 ) -> None:
-    compiler = NvccCompiler(toolchain / "nvcc", fake_library, Environ())
+    compiler = NvccCompiler(toolchain / "nvcc", fake_library, first_recipe(Environ()))
     (toolchain / "cicc").unlink()
     built = build(compiler, tmp_path / "scratch", [job_of(gemm("1"))])[gemm("1")]
     assert (built.way, built.words) == (Way.PLAIN, "cicc: No such file or directory")
@@ -296,7 +298,7 @@ def test_an_nvcc_that_writes_no_cubin_fails_that_kernel(
     script = fake_nvcc.read_text()
     assert copy in script
     fake_nvcc.write_text(script.replace(copy, f'grep -q silent "$1" || {copy}'))
-    compiler = NvccCompiler(fake_nvcc, fake_library, Environ())
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
     silent = gemm("9", "silent")
     built = build(compiler, tmp_path / "scratch", [job_of(gemm("1")), job_of(silent)])
     failed = built.pop(silent)

@@ -18,10 +18,12 @@ from runner.jit.builder.cut import (
     unit_seconds,
 )
 from runner.jit.builder.unit import signature
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of, transpose_fp32
 from runner.jit.plan import make_plan
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from runner.sharing import share_out
 from tests.unit.builder_jobs import job_of
 
@@ -36,7 +38,7 @@ def planned_kernels() -> tuple[Kernel, ...]:
         "grouped_gemm_nt_f8f8bf16_masked:1024:4096:8",
     ]  # fmt: skip
     demands = [demand for spec in specs for demand in gemm_demands(spec, max_m=512, num_sms=132)]
-    kernels = [item.kernel for item in make_plan(demands).kernels]
+    kernels = [item.kernel for item in make_plan(demands, RULES).kernels]
     return (*kernels, *(alike_of(item) for item in kernels if item.name == "sm90_bf16_gemm"))
 
 

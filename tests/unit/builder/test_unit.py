@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from runner.jit.builder.stages import UnusualError
 from runner.jit.builder.unit import Job, entry_signature, match_entries, signature, unit_text
-from runner.jit.kernels import transpose_fp32
+from runner.kernels.rules_sm90 import transpose_fp32
 from tests.unit.builder_jobs import gemm, job_of
 
 

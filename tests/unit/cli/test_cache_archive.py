@@ -8,7 +8,7 @@ import pytest
 from runner.jit.cache import KernelCache
 from runner.jit.library import Library
 from runner.jit.store.manifest import Manifest, read_manifest, sha256, write_manifest
-from tests.unit.cache_cli import ELSEWHERE, Capture, cache, counted, plan_file, refuses, says
+from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, plan_file, refuses, says
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import contents, fill, keys_for, small_plan
 
@@ -30,7 +30,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     assert captured.out == f"{target}: 4 kernels placed, 0 were there\n"
     counted(captured.err, "unpack", 4)
     assert contents(target) == contents(directory)
-    assert cache("verify", target) == 0
+    assert cache("verify", target, "--target-root", ROOT) == 0
     assert cache("pack", target, tmp_path / "y.tar.gz") == 0
     assert (tmp_path / "y.tar.gz").read_bytes() == archive.read_bytes()
     capsys.readouterr()
@@ -52,7 +52,7 @@ def test_unpack_beside_other_kernels(
     merged = read_manifest(target)
     assert merged is not None and merged.plans == ["few", "small"]
     assert set(merged.entries) == set(made[1].entries)
-    assert cache("verify", few.root) == 0
+    assert cache("verify", few.root, "--target-root", ROOT) == 0
 
 
 def test_unpacked_beside_another_build_the_cache_is_whole(
@@ -68,9 +68,9 @@ def test_unpacked_beside_another_build_the_cache_is_whole(
         manifest.entries[key], cubin_sha256=sha256(cubin), cubin_bytes=len(cubin)
     )
     write_manifest(target, manifest)
-    assert cache("verify", target) == 0
+    assert cache("verify", target, "--target-root", ROOT) == 0
     assert cache("unpack", archive, target) == 0
-    assert cache("verify", target) == 0
+    assert cache("verify", target, "--target-root", ROOT) == 0
 
 
 def test_unpack_into_another_machines_cache_places_nothing(
@@ -111,10 +111,7 @@ def test_pack_of_half_an_entry(
     half = cache_.entry(min(manifest.entries))
     (half / "kernel.cu").unlink()
     assert cache("pack", cache_.root, tmp_path / "x.tar.gz") == 2
-    refuses(
-        capsys,
-        f"corrupted cache entry {half}: kernel.cu or kernel.cubin is missing; remove it",
-    )
+    refuses(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
 
 
 def test_a_cache_that_cannot_be_locked(

@@ -27,7 +27,7 @@ def listed(manifest: Manifest, serving: Callable[[str], str]) -> list[str]:
     for key in sorted(manifest.entries):
         name, m_ranges = manifest.entries[key].name, manifest.entries[key].uses[0]["m_ranges"]
         first, last = m_ranges[0]
-        rows.append(f"{name}  {words[str(m_ranges)]}  20 KB  {serving(f'{first}..{last}')}")
+        rows.append(f"{name}  {words[str(m_ranges)]}  20 KiB  {serving(f'{first}..{last}')}")
     return rows
 
 
@@ -41,7 +41,7 @@ def test_ls(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
     says(
         capsys,
         *listed(manifest, uses_at),
-        "4 kernels, 0.1 MB; for sgl-deep-gemm 0.1.4.post1, NVCC13.0, built for small",
+        "4 kernels, 0.1 MB; for sgl-deep-gemm 0.1.4.post1, nvcc 13.0, built for small",
     )
 
 
@@ -95,8 +95,8 @@ def test_ls_of_what_is_no_kernel(tmp_path: Path, capsys: Capture) -> None:
     assert cache("ls", folder.parent) == 0
     says(
         capsys,
-        "gemm  not a generated kernel  2 KB  serves: not known",
-        "notes  not a generated kernel  0 KB  serves: not known",
+        "kernel.gemm.12  not a generated kernel  2 KiB  serves: not known",
+        "notes  not a generated kernel  0 KiB  serves: not known",
         "2 kernels, 0.0 MB; no manifest",
     )
 

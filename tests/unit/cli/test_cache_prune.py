@@ -8,7 +8,7 @@ import pytest
 from runner.jit.cache import KernelCache
 from runner.jit.library import Library
 from runner.jit.store.manifest import Manifest, read_manifest
-from tests.unit.cache_cli import ELSEWHERE, Capture, cache, plan_file, refuses, says
+from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
 from tests.unit.kept_cache import remove
 from tests.unit.small_cache import contents, keys_for, small_plan
 
@@ -55,7 +55,7 @@ def test_prune_removes(
     }  # fmt: skip
     assert read_manifest(cache_.root) == manifest.without(set(keys))
     (cache_.root / "cache" / "notes.txt").unlink()
-    assert cache("verify", cache_.root, "--plan", plan) == 0
+    assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 0
 
 
 def test_prune_keeps_what_any_plan_needs(

@@ -10,14 +10,23 @@ from runner.jit.store.manifest import Manifest, read_manifest
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import remove
-from tests.unit.small_cache import contents, fill, keys_for, small_plan
+from tests.unit.small_cache import (
+    NVCC_TEXT,
+    contents,
+    fill,
+    keys_for,
+    second_keys_for,
+    second_library,
+    small_plan,
+)
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def placed_line(target: Path, placed: int, present: int, signature: str = "NVCC13.0") -> str:
+def placed_line(target: Path, placed: int, present: int, release: str = "13.0") -> str:
     return (
-        f"{placed} kernels placed in {target} for {ELSEWHERE} and {signature}, {present} were there"
+        f"{placed} kernels placed in {target} for {ELSEWHERE} and nvcc {release}, "
+        f"{present} were there"
     )
 
 
@@ -28,20 +37,20 @@ def test_relocate_to_another_directory(
     before = contents(directory)
     target = tmp_path / "target"
     command = ["relocate", directory, "--target-root", ELSEWHERE, "--to", target, *release]
-    signature = "NVCC13.1" if release else "NVCC13.0"
+    there = "13.1" if release else "13.0"
     assert cache(*command) == 0
     captured = capsys.readouterr()
-    assert captured.out == placed_line(target, 4, 0, signature) + "\n"
+    assert captured.out == placed_line(target, 4, 0, there) + "\n"
     counted(captured.err, "relocate", 4)
-    keys = keys_for(here, ELSEWHERE / "include", signature)
+    keys = keys_for(here, ELSEWHERE / "include", f"NVCC{there}")
     manifest = read_manifest(target)
     assert manifest is not None
     assert set(manifest.entries) == {keys.cache_key(item.kernel) for item in small_plan().kernels}
     assert contents(directory) == before
     assert cache("verify", target, "--target-root", ELSEWHERE, *release) == 0
-    says(capsys, f"{target} is whole: checked 4 entries, manifest, headers")
+    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
     assert cache(*command) == 0
-    assert capsys.readouterr().out == placed_line(target, 0, 4, signature) + "\n"
+    assert capsys.readouterr().out == placed_line(target, 0, 4, there) + "\n"
 
 
 def test_relocate_needs_a_directory(directory: Path, capsys: Capture) -> None:
@@ -132,7 +141,7 @@ def test_relocate_without_a_manifest(
     assert {path.name for path in KernelCache(target).entries()} == {
         keys.cache_key(item.kernel) for item in small_plan().kernels
     }
-    assert cache("verify", target) == 0
+    assert cache("verify", target, "--target-root", ELSEWHERE) == 0
 
 
 def test_relocate_from_a_root_that_it_was_not(
@@ -145,7 +154,7 @@ def test_relocate_from_a_root_that_it_was_not(
     assert cache("relocate", cache_.root, *target, *origin) == 1
     says(
         capsys,
-        *(f"wrong key: {key} is not this source's key for this compiler and path"
+        *(f"wrong key: {key} is not this source's key for this machine"
           for key in sorted(manifest.entries)),
         placed_line(tmp_path / "target", 0, 0),
         err="error: 4 entries could not be relocated\n",
@@ -166,10 +175,43 @@ def test_relocate_into_another_machines_cache_places_nothing(
 def test_relocate_without_headers(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.deployment.find_library", lambda: None)
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
-    refuses(
-        capsys,
-        "deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm==0.1.4.post1",
+    refuses(capsys, "there is no deep_gemm here")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_relocate_without_an_nvcc(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Whose release is not said is this machine's; one that is said is enough."""
+    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
+    assert cache("relocate", directory, *target) == 2
+    refuses(capsys, "there is no nvcc here")
+    assert not (tmp_path / "moved").exists()
+    assert cache("relocate", directory, *target, "--cuda-version", "13.0") == 0
+    assert capsys.readouterr().out == placed_line(tmp_path / "moved", 4, 0) + "\n"
+
+
+def test_relocate_of_the_second_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Its keys hold no path, so that only the compiler can be another."""
+    library = second_library(tmp_path / "newer" / "deep_gemm")
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    root = fill(tmp_path / "second", second_keys_for(library))[0].root
+    text, target = tmp_path / "nvcc.txt", tmp_path / "target"
+    text.write_text(NVCC_TEXT.replace("Aug_20", "Aug_21"))
+    assert cache("relocate", root, "--to", target, "--compiler-text", text) == 0
+    assert capsys.readouterr().out == (
+        f"4 kernels placed in {target} for {library.root} and nvcc 13.0 (Built on "
+        "Wed_Aug_21_01:58:59_PM_PDT_2025), 0 were there\n"
     )
+    keys = second_keys_for(library, text.read_text())
+    assert {path.name for path in KernelCache(target).entries()} == {
+        keys.cache_key(item.kernel) for item in small_plan().kernels
+    }
+    assert cache("verify", target, "--compiler-text", text) == 0
+    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")

@@ -9,36 +9,195 @@ from runner.jit.library import Library
 from runner.jit.store.manifest import Manifest
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
 from tests.unit.elf import tiny_cubin
-from tests.unit.kept_cache import remove
-from tests.unit.small_cache import contents
+from tests.unit.kept_cache import change, first_of, remove
+from tests.unit.small_cache import NVCC_TEXT, contents, fill, second_keys_for, second_library
 
 pytestmark = pytest.mark.usefixtures("here")
+
+
+def path_line(root: str | Path) -> str:
+    return (
+        f"other install path: built for {ROOT}/include, here it is {root}/include: runner cache "
+        "relocate --target-root"
+    )
+
+
+AGAIN = "a server here would compile all of it again"
 
 
 def test_verify(directory: Path, tmp_path: Path, here: Library, capsys: Capture) -> None:
     before = contents(directory)
     plan = plan_file(tmp_path / "plan.json", here)
-    assert cache("verify", directory) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, headers")
-    assert cache("verify", directory, "--plan", plan) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, headers")
+    right = ["--target-root", ROOT]
+    assert cache("verify", directory, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert cache("verify", directory, "--plan", plan, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, this machine")
     (directory / "manifest.json").unlink()
-    assert cache("verify", directory, "--plan", plan) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, plan, headers")
-    assert cache("verify", directory) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, headers")
-    assert cache("verify", directory, "--target-root", ROOT) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, headers")
+    assert cache("verify", directory, "--plan", plan, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, plan, this machine")
+    assert cache("verify", directory, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, this machine")
     del before["manifest.json"]
     assert contents(directory) == before
 
 
-def test_verify_without_a_library(
+def test_a_cache_for_another_install_path(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    """Of all that is told of a machine, this one's is taken where nothing is said."""
+    plan = plan_file(tmp_path / "plan.json", here)
+    for words in ([], ["--plan", plan]):
+        assert cache("verify", directory, *words) == 1
+        says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+    (directory / "manifest.json").unlink()
+    assert cache("verify", directory, "--plan", plan) == 1
+    says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+
+
+def test_a_cache_of_which_nothing_is_known(
+    made: tuple[KernelCache, Manifest], capsys: Capture
+) -> None:
+    """Without a manifest or a plan only the keys tell."""
+    cache_, manifest = made
+    (cache_.root / "manifest.json").unlink()
+    assert cache("verify", cache_.root) == 1
+    says(
+        capsys,
+        *(f"wrong key: {key} is not this source's key for this machine"
+          for key in sorted(manifest.entries)),
+        err=f"error: {cache_.root}: 4 wrong key\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("find_library", "there is no deep_gemm here"), ("find_nvcc", "there is no nvcc here")],
+)
+def test_verify_where_nobody_knows_the_machine(
+    missing: str, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(f"runner.cli.target.{missing}", lambda _: None)
+    assert cache("verify", directory, "--target-root", ROOT) == 1
+    says(
+        capsys,
+        f"{directory} is whole: checked 4 entries, manifest",
+        err=f"error: whether a server here would hit it cannot be told: {words}\n",
+    )
+
+
+def test_problems_are_told_where_nobody_knows_the_machine(
+    made: tuple[KernelCache, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    key, path = first_of(made)
+    change(path)
+    assert cache("verify", made[0].root) == 1
+    says(
+        capsys, f"changed: {key} kernel.cubin is not what was built",
+        err=f"error: {made[0].root}: 1 changed\n",
+    )  # fmt: skip
+
+
+def test_a_release_that_is_said_needs_no_nvcc(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.cache.find_library", lambda: None)
-    assert cache("verify", directory) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest")
+    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    right = ["--target-root", ROOT, "--cuda-version", "13.0"]
+    assert cache("verify", directory, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+
+
+def test_what_a_compiler_prints_may_be_a_file(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    text = tmp_path / "nvcc.txt"
+    right = ["--target-root", ROOT, "--compiler-text", text]
+    text.write_text(NVCC_TEXT)
+    assert cache("verify", directory, *right) == 0
+    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
+    assert cache("verify", directory, *right) == 1
+    says(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
+    text.write_text("gcc 14")
+    assert cache("verify", directory, *right) == 2
+    refuses(capsys, "'gcc 14' names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+    text.write_text(NVCC_TEXT)
+    assert cache("verify", directory, *right, "--cuda-version", "13.0") == 2
+    refuses(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
+
+
+def compiler_line(release: str) -> str:
+    return (
+        f"other compiler: built for nvcc 13.0, here it is nvcc {release}: runner cache relocate, "
+        "or build with what nvcc --version prints there (runner compile --compiler-text)"
+    )
+
+
+def test_flags_that_the_environment_changes(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("DG_JIT_CPP_STANDARD", "17")
+    assert cache("verify", directory, "--target-root", ROOT) == 1
+    says(
+        capsys,
+        "other compiler flags (-std=c++17, -std=c++20): DG_JIT_* variables differ; set them as "
+        "they were when it was built, or build it with them set",
+        err=f"error: {directory}: {AGAIN}\n",
+    )
+
+
+def test_a_cache_for_another_library(
+    directory: Path, here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    other = Library(here.root, "vllm", "0.33.0")
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: other)
+    assert cache("verify", directory, "--target-root", ROOT) == 1
+    says(
+        capsys,
+        "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
+        "kernels: build with that one (runner compile --library)",
+        err=f"error: {directory}: {AGAIN}\n",
+    )
+
+
+@pytest.fixture
+def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """A library of the second generation in place of what is installed."""
+    library = second_library(tmp_path / "newer" / "deep_gemm")
+    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    return library
+
+
+@pytest.fixture
+def nvcc_text(tmp_path: Path) -> Path:
+    (tmp_path / "nvcc.txt").write_text(NVCC_TEXT)
+    return tmp_path / "nvcc.txt"
+
+
+def test_a_cache_of_the_second_generation(
+    newer: Library, nvcc_text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    root = fill(tmp_path / "second", second_keys_for(newer))[0].root
+    assert cache("verify", root, "--compiler-text", nvcc_text) == 0
+    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    assert cache("verify", root, "--compiler-text", nvcc_text, "--target-root", ELSEWHERE) == 0
+    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    nvcc_text.write_text(NVCC_TEXT.replace("Aug_20", "Aug_21"))
+    assert cache("verify", root, "--compiler-text", nvcc_text) == 1
+    says(
+        capsys,
+        "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
+        "is nvcc 13.0 (Built on Wed_Aug_21_01:58:59_PM_PDT_2025): runner cache relocate, or build "
+        "with what nvcc --version prints there (runner compile --compiler-text)",
+        err=f"error: {root}: {AGAIN}\n",
+    )
+    assert cache("verify", root, "--cuda-version", "13.1") == 2
+    refuses(
+        capsys,
+        "--cuda-version 13.1 is not enough: this library's keys hold all that nvcc --version "
+        "prints there; give that with --compiler-text FILE",
+    )
 
 
 def test_verify_tells_every_problem(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
@@ -48,7 +207,7 @@ def test_verify_tells_every_problem(made: tuple[KernelCache, Manifest], capsys: 
     (cache_.entry(half) / "kernel.cubin").unlink()
     (cache_.entry(changed) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
     cache_.entry("notes.txt").write_text("")
-    assert cache("verify", cache_.root) == 1
+    assert cache("verify", cache_.root, "--target-root", ROOT) == 1
     says(
         capsys,
         f"missing: {missing} is not in the cache",
@@ -62,7 +221,7 @@ def test_verify_tells_every_problem(made: tuple[KernelCache, Manifest], capsys: 
 def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None:
     for number in range(23):
         (directory / "cache" / f"note{number:02}").write_text("")
-    assert cache("verify", directory) == 1
+    assert cache("verify", directory, "--target-root", ROOT) == 1
     says(
         capsys,
         *(f"foreign: note{number:02} is not a kernel's folder" for number in range(20)),
@@ -72,18 +231,35 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
 
 
 @pytest.mark.parametrize(
-    "target", [["--target-root", str(ELSEWHERE)], ["--target-root", ROOT, "--cuda-version", "13.1"]]
-)
+    ("target", "lines"),
+    [
+        (["--target-root", str(ELSEWHERE)], [path_line(ELSEWHERE)]),
+        (["--target-root", ROOT, "--cuda-version", "13.1"], [compiler_line("13.1")]),
+        (["--target-root", str(ELSEWHERE), "--cuda-version", "12.9"],
+         [compiler_line("12.9"), path_line(ELSEWHERE)]),
+    ],
+    ids=["path", "compiler", "both"],
+)  # fmt: skip
 def test_verify_for_another_machine(
-    target: list[str], made: tuple[KernelCache, Manifest], capsys: Capture
+    target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:
-    assert cache("verify", made[0].root, *target) == 1
+    """Entries are held against what they were built for, so that damage is told all the same."""
+    assert cache("verify", directory, *target) == 1
+    says(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
+
+
+def test_damage_is_told_for_another_machine_too(
+    made: tuple[KernelCache, Manifest], capsys: Capture
+) -> None:
+    key, path = first_of(made)
+    change(path)
+    assert cache("verify", made[0].root, "--target-root", ELSEWHERE) == 1
     says(
         capsys,
-        *(f"wrong key: {key} is not this source's key for this compiler and path"
-          for key in sorted(made[1].entries)),
-        err=f"error: {made[0].root}: 4 wrong key\n",
-    )  # fmt: skip
+        path_line(ELSEWHERE),
+        f"changed: {key} kernel.cubin is not what was built",
+        err=f"error: {made[0].root}: 1 changed, {AGAIN}\n",
+    )
 
 
 def test_verify_misses_what_a_plan_needs(
@@ -94,7 +270,7 @@ def test_verify_misses_what_a_plan_needs(
     lacking = sorted(manifest.entries)[0]
     remove(cache_.entry(lacking))
     plan = plan_file(tmp_path / "plan.json", here)
-    assert cache("verify", cache_.root, "--plan", plan) == 1
+    assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 1
     says(
         capsys, f"missing: {lacking} is not in the cache", err=f"error: {cache_.root}: 1 missing\n"
     )
@@ -123,6 +299,6 @@ def test_bad_targets(
     assert contents(directory) == before
 
 
-def test_another_release_alone_names_no_machine(directory: Path, capsys: Capture) -> None:
-    assert cache("verify", directory, "--cuda-version", "13.1") == 2
-    refuses(capsys, "--cuda-version needs --target-root here: keys hold both")
+def test_another_release_alone_is_enough(directory: Path, here: Library, capsys: Capture) -> None:
+    assert cache("verify", directory, "--cuda-version", "13.1") == 1
+    says(capsys, compiler_line("13.1"), path_line(here.root), err=f"error: {directory}: {AGAIN}\n")

@@ -1,6 +1,7 @@
 """``runner compile``: what it builds, what it leaves, and how it goes on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from runner.environ import Environ
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import kernels_in
+from runner.jit.keys import first_recipe
 from runner.jit.library import Library
 from runner.jit.store.manifest import read_manifest
 from tests.unit.build_machine import (
@@ -39,7 +41,13 @@ REASON = "nvcc --dryrun: no dry runs here"
 
 def test_each_planned_kernel_is_built_once(machine: Machine) -> None:
     lines = output(machine.run(*GEMM))
-    assert lines[:2] == [f"{SPEC}: M up to 128, 132 SMs", f"4 kernels -> {machine.cache.root}"]
+    assert lines[:4] == [
+        "sgl-deep-gemm 0.1.4.post1 (JIT generation 1) on h200, 132 SMs, sm_90a: our rules for "
+        "this version",
+        "compiler: Cuda compilation tools, release 13.0, V13.0.88",
+        f"{SPEC}: M up to 128, 132 SMs",
+        f"4 kernels -> {machine.cache.root}",
+    ]
     assert summary(lines) == "4 built, 0 were there"
     assert lines[-1] == f"4 built the plain way: {REASON}"
     names = [entry.name for entry in machine.cache.entries()]
@@ -50,7 +58,7 @@ def test_each_planned_kernel_is_built_once(machine: Machine) -> None:
     before = machine.stats()
     lines = output(machine.run(*GEMM))
     assert summary(lines) == "0 built, 4 were there"
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert machine.stats() == before
     assert sorted(machine.compiled()) == names
 
@@ -59,7 +67,7 @@ def test_another_plan_adds_to_the_cache(machine: Machine) -> None:
     output(machine.run("--gemm", SPEC, "--max-m", "64", "--plain"))
     lines = output(machine.run(*GEMM, "--plain"))
     assert summary(lines) == "2 built, 2 were there"
-    assert len(lines) == 3  # nothing about the plain way, which was asked for
+    assert len(lines) == 5  # nothing about the plain way, which was asked for
     assert len(machine.compiled()) == 4
     assert_manifest_names_all(machine)
     manifest = read_manifest(machine.cache.root)
@@ -70,7 +78,7 @@ def test_another_plan_adds_to_the_cache(machine: Machine) -> None:
 def test_the_cache_of_the_option_comes_before_the_environments(machine: Machine) -> None:
     chosen = machine.root / "chosen"
     lines = output(machine.run(*GEMM, "--cache-dir", str(chosen)))
-    assert lines[1] == f"4 kernels -> {chosen}"
+    assert lines[3] == f"4 kernels -> {chosen}"
     assert KernelCache(chosen).count() == 4
     assert not machine.cache.root.exists()
 
@@ -78,12 +86,14 @@ def test_the_cache_of_the_option_comes_before_the_environments(machine: Machine)
 def test_keys_are_the_targets(machine: Machine) -> None:
     output(machine.run(*GEMM, "--target-root", "/opt/dg", "--cuda-version", "13.0"))
     library = Library(machine.root / "deep_gemm")
-    there = NvccCompiler(Path("nvcc"), Library(Path("/opt/dg")), Environ()).flags
+    there = NvccCompiler(Path("nvcc"), Library(Path("/opt/dg")), first_recipe(Environ())).arguments
     manifest = read_manifest(machine.cache.root)
     assert manifest is not None
-    assert (manifest.flags, manifest.signature) == (there, "NVCC13.0")
+    assert (manifest.flags, manifest.signature) == (" ".join(there), "NVCC13.0")
     assert manifest.built_with == "NVCC13.0"
-    here = NvccCompiler(machine.root / "nvcc" / "nvcc", library, Environ()).keys
+    assert (manifest.generation, manifest.extra_signature) == (1, "")
+    assert (manifest.gpu, manifest.num_sms) == ("h200", 132)
+    here = NvccCompiler(machine.root / "nvcc" / "nvcc", library, first_recipe(Environ())).keys
     ours = {here.cache_key(item.kernel) for item in plan().kernels}
     assert ours.isdisjoint(entry.name for entry in machine.cache.entries())
 
@@ -141,7 +151,7 @@ def test_an_interrupted_build_keeps_what_it_has(machine: Machine) -> None:
         out, err = job.communicate(timeout=60)
         machine.let_nvcc_go()
     assert (job.returncode, err.strip()) == (130, "error: interrupted")
-    assert len(out.splitlines()) == 2
+    assert len(out.splitlines()) == 4
     assert_whole(machine, 2)
     assert_manifest_names_all(machine)
     assert_tidy(machine)
@@ -340,10 +350,10 @@ BAD_INPUT = {
     "--cuda-version 13.0.88": "--cuda-version '13.0.88' must be X.Y, such as 13.0",
     "--cuda-version 11.8": "--cuda-version 11.8 is too old: 12.9 or newer is needed",
     "--cuda-version 12.8": "--cuda-version 12.8 is too old: 12.9 or newer is needed",
-    "--cuda-version 12.9": "nvcc here is NVCC13.0 and the target's is NVCC12.9: build with the "
-    "target's release, or with an older one and relocate (runner cache relocate --cuda-version)",
+    "--cuda-version 12.9": "nvcc here is 13.0 and the target's is 12.9: build with the "
+    "target's release, or with an older one and relocate (runner cache relocate)",
     "--max-m 0": "--max-m 0 must lie in 1..1048576",
-    "--num-sms 0": "--num-sms 0 must lie in 1..1024",
+    "--num-sms 0": "num-sms 0 must lie in 1..1024",
     "--num-sms many": "'many' is not a list of integers",
     "--gemm nonsense": "type 'nonsense' is not known: use one of gemm_nt_f8f8bf16, ",
     "--gemm fp8_mqa_logits:16:128": "heads must be one of (32, 64)",
@@ -389,17 +399,45 @@ def test_bad_environments(machine: Machine, variable: str, value: str, message: 
     assert not machine.cache.root.exists()
 
 
-def test_a_library_of_another_version(machine: Machine) -> None:
+def test_a_library_of_another_version_is_asked_itself(machine: Machine) -> None:
+    """On a stand-in GPU, which is for torch of CUDA 13; no rules of ours are taken for it."""
     (machine.root / "deep_gemm" / "VERSION").write_text("9.9\n")
-    assert error_line(machine.run(*GEMM), 2).startswith("deep_gemm 9.9 on sm_90a is not known")
+    (machine.root / "torch").mkdir()
+    (machine.root / "torch" / "__init__.py").write_text("raise RuntimeError('not imported')\n")
+    (machine.root / "torch" / "version.py").write_text("cuda = '12.8'\n")
+    assert error_line(machine.run(*GEMM), 2) == (
+        f"torch of {sys.executable} is built for CUDA 12.8: the stand-in GPU knows CUDA 13 alone"
+    )
+    assert machine.compiled() == []
+    assert not machine.cache.root.exists()
+
+
+def test_a_library_that_is_not_there(machine: Machine) -> None:
+    nowhere = machine.root / "nowhere"
+    assert error_line(machine.run(*GEMM, "--library", str(nowhere)), 2) == (
+        f"--library {nowhere} is no DeepGEMM: it holds no include/deep_gemm; give one of "
+        "sgl-deep-gemm, deep_gemm, vllm, or the path of a deep_gemm folder"
+    )
+    assert not machine.cache.root.exists()
+
+
+def test_a_library_by_its_path(machine: Machine) -> None:
+    """Keys hold the path of the one that was given."""
+    other = machine.root / "other" / "deep_gemm"
+    shutil.copytree(machine.root / "deep_gemm", other)
+    output(machine.run(*GEMM, "--library", str(other)))
+    manifest = read_manifest(machine.cache.root)
+    assert manifest is not None
+    assert f"-I{other}/include" in manifest.flags.split(" ")
+    assert_whole(machine, 4)
 
 
 def test_a_cache_of_another_target_refuses(machine: Machine) -> None:
     output(machine.run(*GEMM))
     before = machine.stats()
     assert error_line(machine.run(*GEMM, "--target-root", "/opt/dg"), 2) == (
-        f"{machine.cache.root} was built for another machine (NVCC13.0, "
-        "sgl-deep-gemm 0.1.4.post1, other flags or path): use another directory"
+        f"{machine.cache.root} was built for another machine (sgl-deep-gemm 0.1.4.post1, sm_90a, "
+        "or another compiler, flags or path): use another directory"
     )
     assert machine.stats() | before == machine.stats()
     assert summary(output(machine.run(*GEMM))) == "0 built, 4 were there"

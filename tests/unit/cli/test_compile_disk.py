@@ -16,6 +16,7 @@ from runner.jit import prebuild as prebuild_module
 from runner.jit.cache import KernelCache
 from runner.jit.compiler import NvccCompiler
 from runner.jit.cubin import kernels_in
+from runner.jit.keys import first_recipe
 from runner.jit.library import Library
 from runner.jit.prebuild import BuildOrder, BuildStoppedError, prebuild
 from runner.jit.store.manifest import Manifest, read_manifest
@@ -32,7 +33,7 @@ from tests.unit.elf import tiny_cubin
 
 def order_for(machine: Machine) -> BuildOrder:
     library = Library(machine.root / "deep_gemm")
-    compiler = NvccCompiler(machine.root / "nvcc" / "nvcc", library, Environ())
+    compiler = NvccCompiler(machine.root / "nvcc" / "nvcc", library, first_recipe(Environ()))
     return BuildOrder(plan(), "four", compiler.keys, compiler, machine.cache, 1, dict(os.environ))
 
 

@@ -8,9 +8,10 @@ from statistics import fmean, stdev
 import pytest
 
 from runner.jit.builder.costs import plain_seconds
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import Kernel, kernels_of
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from sim.compile_time import compile_seconds, config_key, luck, slowdown, template_of
 from sim.profile import CompileTimes
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import Kernel, kernels_of
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.schedule import (
     EXCHANGE,
     Capture,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
-from runner.jit.kernels import kernels_of
-from runner.jit.plan import GemmShape
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Walk
 from runner.timeline import Span, Timeline, merge
 from sim.engine import Outcome

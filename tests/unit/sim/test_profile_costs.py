@@ -9,10 +9,10 @@ import pytest
 
 from runner.jit.builder.cut import cut_units, makespan
 from runner.jit.builder.unit import Job
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import kernels_of
-from runner.jit.plan import GemmShape, kernel_ranges
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute
 from sim.compile_time import compile_seconds, luck, slowdown
 from sim.costs import Seconds
@@ -201,7 +201,7 @@ def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
 
 def test_a_build_is_the_builders_own_schedule_on_this_machine() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
-    kernels = list(kernel_ranges(shape, range(1, 2049)))
+    kernels = list(RULES.kernel_ranges(shape, range(1, 2049)))
     spans = costs().build_spans(kernels, 4)
     units = cut_units([Job("", kernel, "") for kernel in kernels], 4)
     assert sorted(k.identity for k, _, _ in spans if k) == sorted(k.identity for k in kernels)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernels import Kernel, kernels_of
-from runner.jit.plan import GemmShape
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 from runner.m_lists import steps_of
 from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
 from sim.costs import Seconds
@@ -27,7 +29,7 @@ REDUCE = Collective("all_reduce x", (0, 1), 8)
 def compiled(
     *ops: Op, locked: bool = False, loaded: tuple[Kernel, ...] = (), costs: RoundCosts = COSTS
 ) -> list[Instruction]:
-    return compile_program(ops, costs, locked=locked, loaded=loaded)
+    return compile_program(ops, costs, RULES, locked=locked, loaded=loaded)
 
 
 def test_what_concerns_only_the_rank_is_one_run() -> None:

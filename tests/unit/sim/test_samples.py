@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import kernels_of
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import KernelCall
 from runner.scenario import record
 from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span

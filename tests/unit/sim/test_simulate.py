@@ -9,9 +9,9 @@ import pytest
 
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
 from runner.errors import UserError
-from runner.jit.kernel_type import DeepGemmKernelType as T
-from runner.jit.kernel_type import KernelCall
-from runner.jit.kernels import kernels_of
+from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import Collective, Schedule
 from runner.timeline import FIRST_REQUEST

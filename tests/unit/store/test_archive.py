@@ -19,7 +19,15 @@ from runner.jit.store.archive import pack, unpack
 from runner.jit.store.manifest import Manifest, sha256, write_manifest
 from runner.jit.store.verify import verify
 from tests.unit.kept_cache import change, expected, first_of, one_line, remove
-from tests.unit.small_cache import contents, fill, keys_for, small_library, small_plan
+from tests.unit.small_cache import (
+    contents,
+    fill,
+    keys_for,
+    second_keys_for,
+    second_library,
+    small_library,
+    small_plan,
+)
 
 
 @pytest.fixture
@@ -191,7 +199,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
     "unnamed": (lambda m: [*m, plain(NAMELESS)],
                 f"{{archive}} holds {NAMELESS}, which its manifest does not name"),
     "another file": (lambda m: [*m, plain(m[1][0].name + "x")],
-                     "{archive} holds {first}x, which its manifest does not name"),
+                     "{archive}: {first}x where kernel.cu of {key} was expected"),
     "second manifest": (lambda m: [*m, m[0]],
                         "{archive} holds manifest.json, which its manifest does not name"),
     "symlink": (with_first(tarfile.SYMTYPE), "{archive}: {first} is not a plain file"),
@@ -205,7 +213,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
                     "{archive}: {first}bin is not what its manifest names"),
     "a kernel less": (lambda m: m[:-2], "{archive} lacks 1 kernels that its manifest names"),
     "a cubin less": (lambda m: m[:-1],
-                     "{archive}: kernel.cubin of {last} must follow its kernel.cu"),
+                     "{archive}: nothing where kernel.cubin of {last} was expected"),
     "manifest alone": (lambda m: m[:1], "{archive} lacks 4 kernels that its manifest names"),
     "nothing": (lambda m: [], "{archive} is not a packed cache: manifest.json must come first"),
     "late manifest": (lambda m: [*m[1:], m[0]],
@@ -213,11 +221,11 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
     "linked manifest": (lambda m: [link("manifest.json", tarfile.SYMTYPE, "/etc/passwd"), *m[1:]],
                         "{archive}: manifest.json is not a plain file"),
     "cubin first": (lambda m: [m[0], m[2], m[1], *m[3:]],
-                    "{archive}: {first}bin where kernel.cu was expected"),
+                    "{archive}: {first}bin where kernel.cu of {key} was expected"),
     "sources first": (lambda m: [m[0], m[1], m[3], m[2], *m[4:]],
-                      "{archive}: {second} where kernel.cubin was expected"),
+                      "{archive}: {second} where kernel.cubin of {key} was expected"),
     "another's cubin": (lambda m: [m[0], m[1], m[4], m[3], m[2], *m[5:]],
-                        "{archive}: kernel.cubin of {key} must follow its kernel.cu"),
+                        "{archive}: {second}bin where kernel.cubin of {key} was expected"),
     "source no text": (garble_source,
                        "cannot read {archive}: 'utf-8' codec can't decode byte 0xff"),
 }  # fmt: skip
@@ -333,3 +341,49 @@ def test_a_killed_unpack_does_not_stop_the_next(
     target = KernelCache(tmp_path / "target")
     (target.root / "tmp" / f"manifest-{os.getpid()}").mkdir(parents=True)
     assert unpack(archive, target) == (made[1], 4)
+
+
+# Entries of the second generation
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> tuple[KernelCache, Manifest]:
+    library = second_library(tmp_path / "second_gemm")
+    return fill(tmp_path / "second", second_keys_for(library))
+
+
+def test_entries_of_four_files_are_packed_whole(
+    second: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    pack(*second, tmp_path / "x.tar.gz")
+    files = ("kernel.cu", "kernel.cubin", "meta.json", ".committed")
+    assert [info.name for info, _ in members_of(tmp_path / "x.tar.gz")] == [
+        "manifest.json",
+        *(f"cache/{key}/{file}" for key in sorted(second[1].entries) for file in files),
+    ]
+    target = KernelCache(tmp_path / "target")
+    target.prepare()
+    assert unpack(tmp_path / "x.tar.gz", target) == (second[1], 4)
+    write_manifest(target.root, second[1])
+    assert contents(target.root) == contents(second[0].root)
+    assert unpack(tmp_path / "x.tar.gz", target) == (second[1], 0)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "there"), [(4, "{next}"), (3, "cache/{key}/.committed"), (-1, "nothing")]
+)
+def test_a_file_less_is_one_line(
+    second: tuple[KernelCache, Manifest], tmp_path: Path, dropped: int, there: str
+) -> None:
+    pack(*second, tmp_path / "x.tar.gz")
+    members = members_of(tmp_path / "x.tar.gz")
+    _, key, file = members[dropped][0].name.split("/")
+    words = there.format(key=key, next=members[dropped + 1 or 0][0].name)
+    del members[dropped]
+    write_archive(tmp_path / "bad.tar.gz", members)
+    target = KernelCache(tmp_path / "target")
+    target.prepare()
+    with pytest.raises(UserError) as caught:
+        unpack(tmp_path / "bad.tar.gz", target)
+    assert one_line(caught) == f"{tmp_path}/bad.tar.gz: {words} where {file} of {key} was expected"
+    assert target.count() == (3 if dropped == -1 else 0)

@@ -29,7 +29,13 @@ from runner.jit.store.manifest import (
     write_manifest,
 )
 from tests.unit.kept_cache import first_of, one_line
-from tests.unit.small_cache import keys_for, manifest_for
+from tests.unit.small_cache import (
+    keys_for,
+    manifest_for,
+    second_keys_for,
+    second_library,
+    small_library,
+)
 
 
 def entries() -> st.SearchStrategy[Entry]:
@@ -45,7 +51,9 @@ def entries() -> st.SearchStrategy[Entry]:
 def manifests() -> st.SearchStrategy[Manifest]:
     return st.builds(
         Manifest, st.text(), st.text(), st.text(), st.text(), st.text(),
-        st.lists(st.text(), max_size=3), st.dictionaries(st.text(), entries(), max_size=4),
+        generation=st.sampled_from([1, 2]), extra_signature=st.text(), gpu=st.text(),
+        num_sms=st.integers(), plans=st.lists(st.text(), max_size=3),
+        entries=st.dictionaries(st.text(), entries(), max_size=4),
     )  # fmt: skip
 
 
@@ -127,7 +135,7 @@ def test_without_forgets_entries() -> None:
     ("field", "same"),
     [
         ("library", False), ("arch", False), ("signature", False), ("flags", False),
-        ("built_with", True),
+        ("extra_signature", False), ("built_with", True), ("gpu", True),
     ],
 )  # fmt: skip
 def test_same_target(field: str, same: bool) -> None:
@@ -152,6 +160,7 @@ def broken(**values: Any) -> str:
         broken(entries={"k": {"name": "x"}}), broken(entries={"k": 3}),
         broken(entries={"k": {**asdict(entry("x")), "more": 1}}),
         broken(signature=13), broken(plans=3), broken(plans=[3]),
+        broken(generation=3), broken(generation="1"), broken(extra_signature=1),
         broken(entries={"k": {**asdict(entry("x")), "cubin_bytes": "1"}}),
         broken(entries={"k": {**asdict(entry("x")), "uses": 3}}),
         broken(entries={"k": asdict(entry("x", {"n": 1}))}),
@@ -162,6 +171,32 @@ def test_what_is_no_manifest_is_one_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert one_line(caught).startswith(f"{tmp_path}/manifest.json is not a manifest: ")
+
+
+def test_a_manifest_from_before_there_were_generations_is_one_of_the_first() -> None:
+    fields = ("generation", "extra_signature", "gpu", "num_sms")
+    older = broken(**dict.fromkeys(fields, ...))
+    assert all(name not in older for name in fields)
+    assert parse_manifest(older.encode(), "there") == BASE
+    assert (BASE.generation, BASE.extra_signature, BASE.gpu, BASE.num_sms) == (1, "", "", 0)
+
+
+def test_keys_of_a_manifest_are_those_that_it_was_made_with(tmp_path: Path) -> None:
+    source = "#include <deep_gemm/impls/smxx_layout.cuh>\n"
+    for library, keys in (
+        ((first := small_library(tmp_path / "first")), keys_for(first)),
+        ((second := second_library(tmp_path / "second")), second_keys_for(second)),
+    ):
+        again = manifest_for(keys).keys(library)
+        assert again.key_of("gemm", source) == keys.key_of("gemm", source)
+        assert (again.signature, again.flags) == (keys.signature, keys.flags)
+        assert again.recipe.extra_signature == keys.recipe.extra_signature
+
+
+@pytest.mark.parametrize("values", [{"gpu": 3}, {"num_sms": "132"}])
+def test_a_gpu_of_wrong_types(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^there is not a manifest: "):
+        parse_manifest(broken(**values).encode(), "there")
 
 
 def test_a_manifest_from_elsewhere_is_named_so() -> None:
@@ -232,8 +267,8 @@ def test_manifests_of_two_machines_do_not_merge(
         with pytest.raises(UserError) as caught:
             refuse(cache.root, other)
         assert one_line(caught) == (
-            f"{cache.root} was built for another machine (NVCC13.0, sgl-deep-gemm 0.1.4.post1, "
-            "other flags or path): use another directory"
+            f"{cache.root} was built for another machine (sgl-deep-gemm 0.1.4.post1, sm_90a, "
+            "or another compiler, flags or path): use another directory"
         )
     assert read_manifest(cache.root) == manifest
     check_target(cache.root, manifest)

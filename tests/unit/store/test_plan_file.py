@@ -10,9 +10,10 @@ from runner.errors import UserError
 from runner.jit.describe import config_of
 from runner.jit.keys import CacheKeys
 from runner.jit.plan_json import plan_to_json
+from runner.jit.store.manifest import Manifest
 from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
 from tests.unit.kept_cache import one_line
-from tests.unit.small_cache import small_plan
+from tests.unit.small_cache import NVCC_TEXT, second_keys_for, second_library, small_plan
 
 
 def plan_json(keys: CacheKeys | None) -> dict[str, Any]:
@@ -27,7 +28,11 @@ def write_json(path: Path, data: Any) -> Path:
 def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
     data = plan_json(keys)
     plan = read_plan_file(write_json(tmp_path / "plan.json", data))
-    assert (plan.title, plan.signature, plan.flags) == ("small", "NVCC13.0", keys.flags)
+    assert plan.title == "small"
+    assert plan.target == Manifest(
+        library="sgl-deep-gemm 0.1.4.post1", arch="sm_90a", signature="NVCC13.0",
+        flags=keys.flags, built_with="NVCC13.0", generation=1,
+    )  # fmt: skip
     assert plan.keys == [keys.cache_key(item.kernel) for item in small_plan().kernels]
     for item, kernel in zip(small_plan().kernels, data["kernels"], strict=True):
         assert plan.uses_of(item.kernel.name, config_of(item.kernel)) == kernel["uses"]
@@ -35,9 +40,22 @@ def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
         assert plan.uses_of(item.kernel.name, {}) == []
 
 
+def test_a_plan_for_the_second_generation_tells_so(tmp_path: Path) -> None:
+    keys = second_keys_for(second_library(tmp_path / "deep_gemm"))
+    data = {**plan_json(keys), "generation": 2}
+    plan = read_plan_file(write_json(tmp_path / "plan.json", data))
+    assert plan.keys == [keys.cache_key(item.kernel) for item in small_plan().kernels]
+    assert plan.target is not None
+    assert (plan.target.generation, plan.target.extra_signature) == (2, "deep-gemm")
+    assert (plan.target.signature, plan.target.flags) == (NVCC_TEXT, keys.flags)
+    older = {name: data[name] for name in data if name not in ("generation", "extra_signature")}
+    target = read_plan_file(write_json(tmp_path / "older.json", older)).target
+    assert target is not None and (target.generation, target.extra_signature) == (1, "")
+
+
 def test_a_plan_without_keys(tmp_path: Path) -> None:
     plan = read_plan_file(write_json(tmp_path / "plan.json", plan_json(None)))
-    assert (plan.signature, plan.flags) == (None, None)
+    assert plan.target is None
     with pytest.raises(UserError) as caught:
         _ = plan.keys
     assert one_line(caught) == (
@@ -47,7 +65,7 @@ def test_a_plan_without_keys(tmp_path: Path) -> None:
 
 def test_a_plan_of_nothing(tmp_path: Path) -> None:
     path = write_json(tmp_path / "plan.json", {"for": "x", "kernels": []})
-    assert read_plan_file(path) == PlanFile("x", None, None, [])
+    assert read_plan_file(path) == PlanFile("x", [], None)
     assert read_plan_file(path).keys == []
 
 

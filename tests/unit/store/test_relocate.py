@@ -13,7 +13,17 @@ from runner.jit.store.manifest import Manifest, write_manifest
 from runner.jit.store.relocate import relocate
 from runner.jit.store.verify import Problem, verify
 from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
-from tests.unit.small_cache import contents, cubin_for, keys_for, small_library, small_plan
+from tests.unit.small_cache import (
+    NVCC_TEXT,
+    contents,
+    cubin_for,
+    fill,
+    keys_for,
+    second_keys_for,
+    second_library,
+    small_library,
+    small_plan,
+)
 
 OTHER_ROOT = Path("/opt/other/deep_gemm/include")
 
@@ -32,7 +42,7 @@ def test_a_relocated_cache_is_the_other_machines(
     target = KernelCache(tmp_path / "target")
     progress: list[tuple[int, int]] = []
     done = relocate(
-        cache, manifest, there, target, progress=lambda *numbers: progress.append(numbers)
+        cache, manifest, there, here, target, progress=lambda *numbers: progress.append(numbers)
     )
     assert (done.placed, done.present, done.refused) == (4, 0, [])
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -59,9 +69,9 @@ def test_relocated_again_all_are_there(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
-    first = relocate(*made, there, target)
+    first = relocate(*made, there, here, target)
     before = contents(target.root)
-    again = relocate(*made, there, target)
+    again = relocate(*made, there, here, target)
     assert (again.placed, again.present, again.refused) == (0, 4, [])
     assert again.manifest == first.manifest
     assert contents(target.root) == before
@@ -71,7 +81,7 @@ def test_for_the_same_machine_it_is_a_copy(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     target = KernelCache(tmp_path / "target")
-    done = relocate(*made, keys_for(here), target)
+    done = relocate(*made, keys_for(here), here, target)
     assert (done.placed, done.present, done.refused) == (4, 0, [])
     assert done.manifest == made[1]
     write_manifest(target.root, done.manifest)
@@ -99,7 +109,7 @@ def test_unsound_entries_are_refused(
     key, path = first_of(made)
     damage(path)
     there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
-    done = relocate(*made, there, target)
+    done = relocate(*made, there, here, target)
     (refused,) = done.refused
     assert (refused.problem, refused.key) == (problem, key)
     assert refused.words.startswith(words)
@@ -112,7 +122,7 @@ def test_sources_of_other_headers_are_refused(
 ) -> None:
     other = small_library(tmp_path / "newer", "int b;\n")
     target = KernelCache(tmp_path / "target")
-    done = relocate(*made, keys_for(other, OTHER_ROOT), target)
+    done = relocate(*made, keys_for(other, OTHER_ROOT), other, target)
     assert [each.problem for each in done.refused] == [Problem.WRONG_VERSION] * 4
     assert (done.placed, target.count(), done.manifest.entries) == (0, 0, {})
 
@@ -126,7 +136,7 @@ def test_an_older_release_is_refused(
     target = KernelCache(tmp_path / "target")
     manifest = replace(made[1], built_with=f"NVCC{built}")
     with pytest.raises(UserError) as caught:
-        relocate(made[0], manifest, keys_for(here, OTHER_ROOT, f"NVCC{wanted}"), target)
+        relocate(made[0], manifest, keys_for(here, OTHER_ROOT, f"NVCC{wanted}"), here, target)
     assert one_line(caught) == (
         f"the cache was built with CUDA {built} and cannot go to CUDA {wanted}: a driver need not "
         f"load what a newer compiler made; build it with nvcc {wanted}"
@@ -136,5 +146,36 @@ def test_an_older_release_is_refused(
 
 def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:
     with pytest.raises(UserError) as caught:
-        relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), made[0])
-    assert one_line(caught) == "'clang' is not a compiler signature such as NVCC13.0"
+        relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), here, made[0])
+    assert one_line(caught) == ("'clang' names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+
+
+def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Path) -> None:
+    here = second_library(tmp_path / "deep_gemm")
+    cache, manifest = fill(tmp_path / "made", second_keys_for(here))
+    there = second_keys_for(here, NVCC_TEXT.replace("01:58:59", "02:00:00"))
+    target = KernelCache(tmp_path / "target")
+    done = relocate(cache, manifest, there, here, target)
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert done.manifest.signature == there.signature
+    assert done.manifest.built_with == NVCC_TEXT
+    assert set(done.manifest.entries) == {
+        there.cache_key(item.kernel) for item in small_plan().kernels
+    }
+    assert set(done.manifest.entries).isdisjoint(manifest.entries)
+    for path in target.entries():
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+            "kernel.cu": (path / "kernel.cu").read_bytes(),
+            "kernel.cubin": cubin_for((path / "kernel.cu").read_text()),
+            **there.extra_files,
+        }
+    assert verify(target, expected(done.manifest, here)) == []
+
+
+def test_sources_of_other_headers_are_refused_by_a_newer_library_too(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    newer = second_library(tmp_path / "newer", "int b;\n")
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(newer, OTHER_ROOT), newer, target)
+    assert (done.placed, len(done.refused)) == (0, 4)

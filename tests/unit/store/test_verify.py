@@ -1,6 +1,7 @@
 """Verify: each problem that an entry of a kept cache can have."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from runner.jit.store.manifest import Manifest
 from runner.jit.store.verify import Expectation, Finding, Problem, verify
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import expected, first_of, remove
-from tests.unit.small_cache import small_library
+from tests.unit.small_cache import fill, second_keys_for, second_library, small_library
 
-ANYTHING = Expectation((), None, None, None, None, None)
+ANYTHING = Expectation((), None, None, None, None)
 
 
 def test_a_whole_cache_has_no_problem(made: tuple[KernelCache, Manifest], here: Library) -> None:
@@ -132,7 +133,7 @@ def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here
     with (path / "kernel.cu").open("a") as file:
         file.write("// more\n")
     assert verify(made[0], expected(made[1], here)) == [
-        Finding(Problem.WRONG_KEY, key, "is not this source's key for this compiler and path"),
+        Finding(Problem.WRONG_KEY, key, "is not this source's key for this machine"),
         Finding(Problem.CHANGED, key, "kernel.cu is not what was built"),
     ]
 
@@ -141,9 +142,9 @@ def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here
     "values", [{"signature": "NVCC13.1"}, {"flags": "-O3"}], ids=["signature", "flags"]
 )
 def test_keys_of_another_machine(
-    made: tuple[KernelCache, Manifest], values: dict[str, str]
+    made: tuple[KernelCache, Manifest], here: Library, values: dict[str, str]
 ) -> None:
-    found = verify(made[0], expected(made[1], **values))
+    found = verify(made[0], expected(made[1], keys=replace(made[1], **values).keys(here)))
     assert [(each.problem, each.key) for each in found] == [
         (Problem.WRONG_KEY, key) for key in sorted(made[1].entries)
     ]
@@ -153,7 +154,7 @@ def test_a_renamed_entry_has_the_wrong_key(made: tuple[KernelCache, Manifest]) -
     _, path = first_of(made)
     name = path.name[:-32] + "0" * 32
     path.rename(path.with_name(name))
-    words = "is not this source's key for this compiler and path"
+    words = "is not this source's key for this machine"
     found = verify(made[0], expected(made[1], wanted=(), known=None))
     assert found == [Finding(Problem.WRONG_KEY, name, words)]
 
@@ -170,7 +171,7 @@ def test_a_source_without_the_hash_line(made: tuple[KernelCache, Manifest], here
     key, path = first_of(made)
     text = (path / "kernel.cu").read_text()
     (path / "kernel.cu").write_text(text.partition("\n")[2])
-    found = verify(made[0], expected(made[1], here, signature=None, manifest=None))
+    found = verify(made[0], expected(made[1], here, keys=None, manifest=None))
     words = "was generated from headers of another version"
     assert found == [Finding(Problem.WRONG_VERSION, key, words)]
 
@@ -182,3 +183,47 @@ def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
     remove(cache.entry(last))
     found = [(each.problem, each.key) for each in verify(cache, expected(manifest))]
     assert found == [(Problem.MISSING, last), (Problem.TRUNCATED, first)]
+
+
+# Entries of the second generation
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Library:
+    return second_library(tmp_path / "newer_gemm")
+
+
+@pytest.fixture
+def second(tmp_path: Path, newer: Library) -> tuple[KernelCache, Manifest]:
+    return fill(tmp_path / "second", second_keys_for(newer))
+
+
+def test_a_whole_cache_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], newer: Library
+) -> None:
+    assert verify(second[0], expected(second[1], newer)) == []
+    assert all(not key.startswith("kernel.") for key in second[1].entries)
+
+
+@pytest.mark.parametrize("file", ["kernel.cu", "kernel.cubin", "meta.json", ".committed"])
+def test_half_an_entry_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], newer: Library, file: str
+) -> None:
+    key, path = first_of(second)
+    (path / file).unlink()
+    words = f"{file} is missing: the library compiles it again, or fails on it"
+    found = verify(second[0], expected(second[1], newer))
+    assert found == [Finding(Problem.TRUNCATED, key, words)]
+
+
+def test_headers_are_in_the_keys_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    words = "is not this source's key for this machine"
+    everything = [Finding(Problem.WRONG_KEY, key, words) for key in sorted(second[1].entries)]
+    other = second_library(tmp_path / "other_gemm", "int b;\n")
+    assert verify(second[0], expected(second[1], other)) == everything
+    gone = second_library(tmp_path / "gone_gemm")
+    for header in gone.include_path.rglob("*.cuh"):
+        header.unlink()
+    assert verify(second[0], expected(second[1], gone)) == everything

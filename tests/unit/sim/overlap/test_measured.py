@@ -14,7 +14,7 @@ from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch
-from runner.jit.kernel_type import DeepGemmKernelType, KernelCall
+from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.model.strategy import STRATEGIES
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Await, Begin, Collective, Mark

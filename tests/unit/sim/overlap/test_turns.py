@@ -12,7 +12,8 @@ from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.errors import UserError
 from runner.forward_batch import ForwardBatch, ForwardMode
-from runner.jit.kernel_type import KernelCall
+from runner.kernels.rules import RULES
+from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Begin, Collective, Compute, Op
@@ -291,7 +292,7 @@ class BusyCosts(RoundCosts):
 def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, ...]:
     """When ranks are done: each does one thing at a time, or its host takes no time at all."""
     costs = BusyCosts(on_host=not run_ahead)
-    programs = [compile_program(its, costs, locked=False) for its in ops]
+    programs = [compile_program(its, costs, RULES, locked=False) for its in ops]
     node_of = [0] * len(ops)
     engine = Engine(programs, costs, node_of=node_of, cores_per_node=8, run_ahead=run_ahead)
     return engine.run().ends

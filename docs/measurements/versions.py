@@ -1,0 +1,93 @@
+"""Versions of the library against GPUs: how many kernels, how long to plan and to build them.
+
+Run it where the libraries are unpacked; rows are appended to the given file, a JSON object a line:
+
+    python docs/measurements/versions.py plan OUT.jsonl LIBRARY... -- GPU...
+    python docs/measurements/versions.py build OUT.jsonl LIBRARY... -- GPU...
+    python docs/measurements/versions.py check OUT.jsonl LIBRARY... -- GPU...
+
+``plan`` asks each library anew and then once more from the memo; ``build`` compiles every kernel;
+``check`` compiles all of them the plain way too, and compares the machine code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = ["--model", "dsv4", "--tp", "2"]
+_BUILT = re.compile(r"(\d+) built.*?; ([\d.]+) s, ([\d.]+) CPU-seconds")
+
+
+def _run(
+    words: list[str], environment: dict[str, str]
+) -> tuple[float, subprocess.CompletedProcess[str]]:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "runner", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    return round(time.monotonic() - started, 2), done
+
+
+def _error(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.strip().splitlines()[-1][:300] if done.returncode else ""
+
+
+def plan(library: str, gpu: str) -> dict[str, Any]:
+    """Seconds of a first and a second plan, and what was planned."""
+    words = ["plan", *MODEL, "--library", library, "--gpu", gpu, "--json", "-"]
+    with tempfile.TemporaryDirectory() as folder:
+        memo = {"XDG_CACHE_HOME": folder}
+        first, done = _run(words, memo)
+        second, _ = _run(words, memo)
+    row: dict[str, Any] = {"plan_s": first, "plan_again_s": second, "error": _error(done)}
+    if not done.returncode:
+        data = json.loads(done.stdout)
+        named = {name: data[name] for name in ("library", "generation", "arch", "source")}
+        row |= {**named, "kernels": len(data["kernels"])}
+    return row
+
+
+def build(library: str, gpu: str, *, check: bool = False) -> dict[str, Any]:
+    """Seconds to build every kernel, and with ``check`` the plain way as well."""
+    with tempfile.TemporaryDirectory() as cache:
+        words = ["compile", *MODEL, "--library", library, "--gpu", gpu, "--cache-dir", cache]
+        _, done = _run([*words, *["--check"] * check], {})
+    ways = [
+        {"built": int(built), "wall_s": float(wall), "cpu_s": float(cpu)}
+        for built, wall, cpu in _BUILT.findall(done.stdout)
+    ]
+    lines = done.stdout.splitlines()
+    told = [line for line in lines if line.startswith(("failed", "all ", "other machine"))]
+    return {"ways": ways, "plain": [line for line in lines if "the plain way:" in line],
+            "said": told, "error": _error(done)}  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every library on every GPU."""
+    what, out, *rest = arguments
+    at = rest.index("--")
+    facts = {"cores": os.cpu_count(), "python": platform.python_version(),
+             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    for gpu in rest[at + 1 :]:
+        for library in rest[:at]:
+            row = (
+                plan(library, gpu) if what == "plan" else build(library, gpu, check=what == "check")
+            )
+            line = {"what": what, "folder": Path(library).name, "gpu": gpu, **row, **facts}
+            with Path(out).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

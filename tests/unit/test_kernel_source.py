@@ -1,0 +1,117 @@
+"""A kernel out of its generated source, and back, byte for byte."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.jit.digest import hex_digest
+from runner.jit.keys import body_of
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
+from tests.unit.small_cache import keys_for, second_keys_for, second_library, small_library
+
+DENSE = KernelCall(T.GEMM_NT_F8F8BF16, 100, 4096, 1024, 1, 132)
+
+SM100_SOURCE = """
+#include <deep_gemm/impls/sm100_fp8_fp4_gemm_1d1d.cuh>
+
+using namespace deep_gemm;
+
+static_assert(sizeof(int) == 4, "of a size");
+
+static void __instantiate_kernel() {
+    auto ptr = reinterpret_cast<void*>(&sm100_fp8_fp4_gemm_1d1d_impl<
+        cute::UMMA::Major::K, cute::UMMA::Major::K,
+        128, 128,
+        0, 0, 0,
+        cutlass::bfloat16_t
+    >);
+};
+"""
+SM100 = Kernel(
+    "sm100_fp8_fp4_gemm_1d1d",
+    "deep_gemm/impls/sm100_fp8_fp4_gemm_1d1d.cuh",
+    "sm100_fp8_fp4_gemm_1d1d_impl",
+    ("cute::UMMA::Major::K, cute::UMMA::Major::K", "128, 128", "0, 0, 0", "cutlass::bfloat16_t"),
+    'static_assert(sizeof(int) == 4, "of a size");\n\n',
+)
+
+TWO_HEADERS = """
+#include <deep_gemm/a.cuh>
+#include <deep_gemm/b.cuh>
+
+using namespace deep_gemm;
+
+static void __instantiate_kernel() {
+    auto ptr = reinterpret_cast<void*>(&gemm<
+        1
+    >);
+};
+"""
+
+
+@pytest.mark.parametrize("kernel", [*kernels_of(DENSE), transpose_fp32(256)], ids=lambda k: k.name)
+def test_a_source_of_the_first_generation(kernel: Kernel, tmp_path: Path) -> None:
+    source = keys_for(small_library(tmp_path / "deep_gemm")).source(kernel)
+    assert source.startswith("// Includes' hash value: ")
+    assert Kernel.of_source(kernel.name, source) == kernel
+    assert Kernel.of_source(kernel.name, kernel.body) == kernel
+    assert body_of(source) == body_of(kernel.body) == kernel.body
+
+
+def test_a_source_of_the_second_generation_has_no_hash(tmp_path: Path) -> None:
+    kernel = kernels_of(DENSE)[1]
+    source = second_keys_for(second_library(tmp_path / "deep_gemm")).source(kernel)
+    assert source == kernel.body
+    assert Kernel.of_source(kernel.name, source) == kernel
+
+
+def test_a_source_with_something_before_its_instantiation() -> None:
+    assert Kernel.of_source(SM100.name, SM100_SOURCE) == SM100
+    assert SM100.body == SM100_SOURCE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "int x;\n", TWO_HEADERS, SM100_SOURCE + "\n", SM100_SOURCE.replace("};\n", "}\n")],
+    ids=["nothing", "any", "two headers", "more behind", "less"],
+)
+def test_a_source_of_another_form_is_kept_whole(text: str) -> None:
+    kernel = Kernel.of_source("odd", text)
+    assert kernel == Kernel("odd", "", "", (), text)
+    assert kernel.body == text
+    assert Kernel.of_source("odd", f"// Includes' hash value: {'0f' * 16}\n{text}") == kernel
+
+
+@pytest.mark.parametrize("indent", ["", "    ", "\t"])
+def test_arguments_at_another_indent_are_another_form(indent: str) -> None:
+    text = TWO_HEADERS.replace("#include <deep_gemm/b.cuh>\n", "")
+    text = text.replace("        1\n", f"{indent}1\n")
+    assert Kernel.of_source("odd", text).body == text
+
+
+def test_an_identity_is_the_name_and_the_body() -> None:
+    assert SM100.identity == f"{SM100.name} {hex_digest(SM100_SOURCE)[:16]}"
+    assert Kernel("other", *(getattr(SM100, name) for name in
+                             ("header", "entry", "arguments", "prelude"))).identity == (
+        f"other {hex_digest(SM100_SOURCE)[:16]}"
+    )  # fmt: skip
+
+
+def kernels() -> st.SearchStrategy[Kernel]:
+    words = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size=20)
+    lines = st.lists(words, min_size=1, max_size=4).map(tuple)
+    headers = st.text("abc/._", min_size=1, max_size=20)
+    preludes = st.lists(words, max_size=3).map(lambda all_: "".join(f"{line}\n" for line in all_))
+    return st.builds(
+        Kernel, st.text("abc_1", min_size=1), headers, st.text("abc:_", min_size=1), lines, preludes
+    )
+
+
+@given(kernels())
+def test_what_is_written_is_read_back(kernel: Kernel) -> None:
+    assert Kernel.of_source(kernel.name, kernel.body) == kernel

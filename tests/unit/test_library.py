@@ -1,0 +1,193 @@
+"""Which installed library is found, what it is called, and its headers' digests."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from runner.errors import UserError
+from runner.jit.digest import DeepJitDigest, hex_digest
+from runner.jit.library import Library, find_library, include_hash, own_headers
+
+
+def package(root: Path) -> Path:
+    """A folder that is laid out like a ``deep_gemm`` package; importing it fails."""
+    (root / "include" / "deep_gemm").mkdir(parents=True)
+    (root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
+    return root
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site-packages folder before the real one; its own deep_gemm and vllm hide others."""
+    folder = tmp_path / "site-packages"
+    for name in ("deep_gemm", "vllm"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise RuntimeError('not imported')\n")
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def wheel(site: Path, version: str | None = "0.1.4.post1\n") -> Path:
+    root = site / "deep_gemm"
+    (root / "include" / "deep_gemm").mkdir(parents=True)
+    if version is not None:
+        (root / "VERSION").write_text(version)
+    importlib.invalidate_caches()
+    return root
+
+
+def vllms(site: Path, release: str | None = "0.33.0") -> Path:
+    root = package(site / "vllm" / "third_party" / "deep_gemm")
+    if release is not None:
+        (site / f"vllm-{release}.dist-info").mkdir()
+    importlib.invalidate_caches()
+    return root
+
+
+def test_nothing_is_installed(site: Path) -> None:
+    assert find_library() is None
+    for name in ("sgl-deep-gemm", "deep_gemm", "vllm", "vllm==0.33.0"):
+        assert find_library(name) is None
+
+
+@pytest.mark.parametrize("version", ["0.1.4.post1", "0.2.3", "9.9"])
+def test_a_wheel_of_any_version(version: str, site: Path) -> None:
+    root = wheel(site, f"{version}\n")
+    found = Library(root, "sgl-deep-gemm", version)
+    assert find_library() == find_library("sgl-deep-gemm") == find_library("deep_gemm") == found
+    assert found.title == f"sgl-deep-gemm {version}"
+    assert found.include_path == root / "include"
+
+
+def test_a_version_that_was_asked_for(site: Path) -> None:
+    mine, theirs = wheel(site, "0.2.3"), vllms(site)
+    assert find_library("sgl-deep-gemm==0.2.3") == Library(mine, "sgl-deep-gemm", "0.2.3")
+    assert find_library("vllm==0.33.0") == Library(theirs, "vllm", "0.33.0")
+    for name in ("sgl-deep-gemm==0.2", "sgl-deep-gemm==0.1.4.post1", "vllm==0.33"):
+        assert find_library(name) is None
+
+
+def test_a_build_from_source_tells_its_version_in_python(site: Path) -> None:
+    root = wheel(site, None)
+    assert find_library() == Library(root, "deep_gemm", "of unknown version")
+    (root / "__init__.py").write_text("import torch\n\n__version__ = '2.6.1'\n")
+    assert find_library() == Library(root, "deep_gemm", "2.6.1")
+    assert Library(root, "deep_gemm", "2.6.1").title == "deep_gemm 2.6.1"
+
+
+def test_vllms_copy_has_vllms_release(site: Path) -> None:
+    root = vllms(site)
+    found = Library(root, "vllm", "0.33.0")
+    assert find_library("vllm") == find_library() == found
+    assert found.title == "vllm 0.33.0"
+
+
+def test_vllms_copy_comes_after_a_wheel(site: Path) -> None:
+    mine, theirs = wheel(site), vllms(site)
+    assert find_library() == Library(mine, "sgl-deep-gemm", "0.1.4.post1")
+    assert find_library("vllm") == Library(theirs, "vllm", "0.33.0")
+
+
+def test_a_copy_beside_no_release_is_of_unknown_version(site: Path) -> None:
+    root = vllms(site, None)
+    assert find_library("vllm") == Library(root, "deep_gemm", "of unknown version")
+
+
+@pytest.mark.parametrize("release", ["0.33.0rc1", "0.33.0+cu130", "1.0.0.post1"])
+def test_releases_of_any_form(release: str, site: Path) -> None:
+    root = vllms(site, release)
+    assert find_library("vllm") == Library(root, "vllm", release)
+
+
+@pytest.mark.parametrize("below", ["", "deep_gemm", "vllm/third_party/deep_gemm"])
+def test_a_library_by_its_path(below: str, tmp_path: Path) -> None:
+    """The folder itself, or one that holds it, such as a site-packages folder."""
+    given = tmp_path / "there"
+    root = package(given / below)
+    (root / "VERSION").write_text("0.2.3\n")
+    assert find_library(str(given)) == Library(root, "sgl-deep-gemm", "0.2.3")
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    found = find_library("there")
+    assert found is not None and found.root == tmp_path / "there"
+
+
+def test_a_path_that_holds_none(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(UserError) as caught:
+            find_library(str(path))
+        assert str(caught.value) == (
+            f"--library {path} is no DeepGEMM: it holds no include/deep_gemm; give one of "
+            "sgl-deep-gemm, deep_gemm, vllm, or the path of a deep_gemm folder"
+        )
+
+
+# The generation
+
+
+@pytest.mark.parametrize(
+    ("files", "generation"),
+    [
+        ({}, 1),
+        ({"_C.so": b"\x7fELF kernel.cubin"}, 1),
+        ({"_C.so": b"\x7fELF meta.json\0.committed\0"}, 2),
+        ({"_C.cpython-312-x86_64-linux-gnu.so": b".committed"}, 2),
+        ({"_C.abi3.so": b"", "_C_other.so": b".committed"}, 2),
+        ({"other.so": b".committed", "_C.txt": b".committed"}, 1),
+    ],
+)
+def test_the_generation_is_read_off_the_compiled_part(
+    files: dict[str, bytes], generation: int, tmp_path: Path
+) -> None:
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert Library(tmp_path).generation == generation
+    assert [path.name for path in Library(tmp_path).extensions] == sorted(
+        name for name in files if name.startswith("_C") and name.endswith(".so")
+    )
+
+
+def test_a_fingerprint_is_of_all_that_decides_kernels(tmp_path: Path) -> None:
+    root = package(tmp_path / "deep_gemm")
+    (root / "utils").mkdir()
+    seen = [Library(root).fingerprint]
+    for path, text in (("_C.so", "1"), ("_C.so", "2"), ("utils/math.py", "x"), ("a.py", "")):
+        (root / path).write_text(text)
+        seen.append(Library(root).fingerprint)
+    assert len(set(seen)) == 5
+    (root / "notes.txt").write_text("nothing of it")
+    (root / "include" / "deep_gemm" / "a.cuh").write_text("nor this, which keys hold")
+    assert Library(root).fingerprint == seen[-1]
+
+
+# Digests of headers
+
+
+def test_own_headers_of_a_text() -> None:
+    text = (
+        '#include <deep_gemm/a.cuh>\n  # include "deep_gemm/b.cuh"\n#include <cuda.h>\n'
+        "// #include <deep_gemm/c.cuh>\n#include <cute/d.hpp>\n#include <deep_gemm/a.cuh>\n"
+    )
+    assert own_headers(text) == ["deep_gemm/a.cuh", "deep_gemm/b.cuh", "deep_gemm/a.cuh"]
+
+
+def test_a_headers_digest_in_both_generations(fake_library: Library) -> None:
+    folder = fake_library.include_path / "deep_gemm"
+    a, b = ((folder / name).read_text() for name in ("a.cuh", "b.cuh"))
+    second = hex_digest(f"#{hex_digest(b)}")
+    assert fake_library.header_hash("deep_gemm/b.cuh") == second
+    first = hex_digest(f"{second}$#{hex_digest(a)}")
+    assert fake_library.header_hash("deep_gemm/a.cuh") == first
+    assert include_hash(fake_library, "#include <deep_gemm/a.cuh>\n") == hex_digest(f"{first}$")
+    assert include_hash(fake_library, "int x;\n") == hex_digest("")
+    (fake_library.root / "_C.so").write_bytes(b".committed")
+    newer = Library(fake_library.root)
+    below = DeepJitDigest().update(b).hex
+    assert newer.header_hash("deep_gemm/b.cuh") == below
+    assert newer.header_hash("deep_gemm/a.cuh") == DeepJitDigest().update(a).update(below).hex
