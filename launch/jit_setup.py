@@ -76,9 +76,10 @@ def set_up_jit(
     reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
-    cache_root = given or work_dir / "cache"
-    if options.virtual_nodes > 1 and scenario.warmup.policy is not WarmupPolicy.PREBUILT:
-        cache_root = cache_root / f"node{scenario.parallel.node_of(rank)}"
+    cache = given or KernelCache(work_dir / "cache")
+    prebuilt = scenario.warmup.policy is WarmupPolicy.PREBUILT
+    if options.virtual_nodes > 1 and not prebuilt:
+        cache = replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank)}")
     tools, missing = find_tools(options, environ)
     if tools is None:
         if library:
@@ -88,16 +89,16 @@ def set_up_jit(
             f"off, kernels are not compiled: {missing}",
         )  # fmt: skip
     compiler = NvccCompiler(*tools, scenario.table.recipe)
-    KernelCache(cache_root).prepare()
+    if not prebuilt:  # A cache that is complete need not be one that can be written.
+        cache.prepare()
     shim = work_dir / f"nvcc-{rank}"
     write_shim(shim, nvcc=compiler.nvcc, log_dir=log_dir)
     release = "{}.{}".format(*release_of(compiler.version_text))
-    cache = KernelCache(cache_root)
     where = f"nvcc {release}, cache {_describe_cache(cache, given=given is not None)}"
     # The key does not depend on the path of nvcc, so the shim's keys are the real one's.
     recorded = replace(compiler, nvcc=shim)
     if library:
-        made = _library_jit(environ, scenario, cache_root, recorded, log_dir, where)
+        made = _library_jit(environ, scenario, cache, recorded, log_dir, where)
     else:
         jit = LazyJit(recorded, cache)
         made = RankJit(
@@ -107,7 +108,7 @@ def set_up_jit(
 
 
 def _library_jit(
-    environ: Environ, scenario: Scenario, cache_root: Path, compiler: NvccCompiler,
+    environ: Environ, scenario: Scenario, cache: KernelCache, compiler: NvccCompiler,
     log_dir: Path, where: str,
 ) -> RankJit:  # fmt: skip
     import torch
@@ -118,7 +119,7 @@ def _library_jit(
 
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     root = compiler.library.root
-    lib = import_deep_gemm(root, cache_dir=cache_root, nvcc=compiler.nvcc, pdl=environ.pdl)
+    lib = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
     wrapper = DeepGemmWrapper(lib, sanity_check=environ.sanity_check)
     loader = LibraryJit(
         lambda kernels: call_each(wrapper, scenario.plan, kernels),
@@ -141,8 +142,8 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     given = _given_cache(options, environ)
-    if given is not None:
-        KernelCache(given).prepare()
+    if given is not None and set(options.policies) != {WarmupPolicy.PREBUILT}:
+        given.prepare()
 
 
 def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
@@ -171,7 +172,7 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         return  # The plan is for the GPU's own number of SMs, which its rank will know.
     compiler = NvccCompiler(*tools, scenario.table.recipe)
     planned = [item.kernel for item in scenario.plan.kernels]
-    check_holds(KernelCache(given), compiler.keys, planned)
+    check_holds(given, compiler.keys, planned)
 
 
 def _on_gpu(options: LaunchOptions) -> bool:
@@ -184,8 +185,8 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
     """Cache directory of one of several policies: a given one is divided, so each starts alike."""
     given = _given_cache(options, environ)
     if given is None or len(options.policies) == 1 or policy is WarmupPolicy.PREBUILT:
-        return given
-    return given / str(policy.value)
+        return options.cache_dir
+    return given.root / str(policy.value)
 
 
 def find_tools(options: LaunchOptions, environ: Environ) -> tuple[tuple[Path, Library] | None, str]:
@@ -207,12 +208,12 @@ def find_tools(options: LaunchOptions, environ: Environ) -> tuple[tuple[Path, Li
     return (nvcc, library), ""
 
 
-def _given_cache(options: LaunchOptions, environ: Environ) -> Path | None:
-    """The cache directory that was asked for, by option or environment; None: a cold one."""
+def _given_cache(options: LaunchOptions, environ: Environ) -> KernelCache | None:
+    """The cache that was asked for, by option or environment; None: a cold one."""
     if options.cache_dir is not None:
-        return options.cache_dir.absolute()
+        return KernelCache.of_text(str(options.cache_dir))
     if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
-        return environ.jit_cache_dir.absolute()
+        return KernelCache.of_text(environ.jit_cache_dirs)
     return None
 
 

@@ -98,10 +98,18 @@ class Environ:
             ) from None
 
     @property
-    def jit_cache_dir(self) -> Path:
-        """Where kernels are cached: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else ~/.deep_gemm."""
+    def jit_cache_dirs(self) -> str:
+        """Where kernels are cached: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else ~/.deep_gemm.
+
+        ``WRITABLE:READONLY:...``, as the second JIT generation reads it.
+        """
         chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir
-        return Path(chosen) if chosen else Path(self.home or "~").expanduser() / ".deep_gemm"
+        return chosen or str(Path(self.home or "~").expanduser() / ".deep_gemm")
+
+    @property
+    def jit_cache_dir(self) -> Path:
+        """The first of :attr:`jit_cache_dirs`, which is written."""
+        return Path(self.jit_cache_dirs.partition(":")[0])
 
 
 def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[str, str]:

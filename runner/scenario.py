@@ -448,6 +448,8 @@ def run_meta(scenario: Scenario) -> dict[str, Any]:
         "bf16_fp32_algo": scenario.bf16_fp32_algo.value,
         "speculative": scenario.warmup.speculative,
         "num_sms": scenario.num_sms,
+        "library": scenario.source.origin.library,
+        "gpu": scenario.source.origin.gpu,
         "ranks": [
             {"pp_rank": at.pp_rank, "tp_rank": at.tp_rank, "node": parallel.node_of(rank)}
             for rank, at in enumerate(coordinates)

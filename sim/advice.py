@@ -82,12 +82,16 @@ def _stalls(prediction: Prediction) -> str:
     return f"{prediction.stalls} kernels ({prediction.stall_seconds:.0f} s) to compile in traffic"
 
 
-def print_predictions(predictions: Sequence[Prediction], machine: Machine, *, bars: bool) -> None:
+def print_predictions(
+    predictions: Sequence[Prediction], machine: Machine, kernels: str, *, bars: bool
+) -> None:
     """Print what was simulated, the policies in one table, what dies, and the advice.
 
-    ``bars`` draws every rank and says where the time of the last one goes.
+    ``kernels`` says whose kernels they are; ``bars`` draws every rank and says where the time of
+    the last one goes.
     """
     _print_title(predictions[0], machine)
+    print(f"kernels: {kernels}\n")
     console = make_console()
     if bars:
         print_bars([prediction.timeline for prediction in predictions], console)
@@ -112,7 +116,7 @@ def _print_title(prediction: Prediction, machine: Machine) -> None:
         f"{meta['nodes']} node(s), {machine.profile.name}{estimate}, "
         f"{meta['cores_per_node']} cores {_cores_of(meta)}\n"
         f"cold caches; first request {sizes[0]}, then {','.join(map(str, sizes[1:])) or 'none'}\n"
-        f"before the warm-up: {phases}\n"
+        f"before the warm-up: {phases}"
     )
 
 

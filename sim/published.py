@@ -47,6 +47,10 @@ class Figure(Enum):
         return "cases" if self is Figure.CASES else "s"
 
 
+_LIBRARY = "sgl-deep-gemm==0.1.4.post1"
+"""What set-ups are predicted with: the reports are of versions of its time."""
+
+
 @dataclass(frozen=True)
 class SetUp:
     """How a row is simulated.
@@ -67,7 +71,7 @@ class SetUp:
     @property
     def arguments(self) -> list[str]:
         """The options as the command line has them."""
-        found = ["--hardware", self.hardware]
+        found = ["--hardware", self.hardware, "--library", _LIBRARY]
         for name, value in self.options.items():
             for one in _values(value):
                 found += [f"--{name}"] if one is True else [f"--{name}", _text(one)]

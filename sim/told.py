@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -11,9 +12,15 @@ from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.environ import Environ
 from runner.errors import UserError
+from runner.jit.library import find_library
+from runner.kernels.choose import choose_source
+from runner.kernels.rules import RULES
+from runner.kernels.source import KernelSource
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
+from runner.standin.gpus import gpu_named
 from runner.timeline import Timeline
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
@@ -100,6 +107,25 @@ def _read(timeline: Timeline, models: Mapping[str, ModelConfig]) -> Told:
     return Told(scenario, machine, (meta["device"], meta["compute"]) == ("cuda", "real"))
 
 
+def _source(meta: Mapping[str, Any]) -> KernelSource:
+    """The library that the run had; Timelines that do not tell are older than the second one.
+
+    Raises:
+        UserError: a library that nobody knows here.
+    """
+    if meta.get("library", RULES.origin.library) == RULES.origin.library:
+        return RULES
+    gpu, library = gpu_named(_text(meta, "gpu"), _count(meta, "num_sms")), _text(meta, "library")
+    return choose_source(
+        gpu,
+        find_library(library.replace(" ", "==")),
+        environ=Environ(),
+        environment=os.environ,
+        version_text=None,
+        wanted=library.replace(" ", "=="),
+    )
+
+
 def _scenario(
     policy: WarmupPolicy, meta: Mapping[str, Any], models: Mapping[str, ModelConfig]
 ) -> Scenario:
@@ -128,6 +154,7 @@ def _scenario(
         stream=_or_none(_counts, meta, "stream"),
         walk_memory=_or_none(_positive, meta, "walk_memory"),
         overlap=tuple(map(OverlapStrategy.from_json, meta.get("overlap", ()))),
+        source=_source(meta),
         model=with_layers(models[name] if name in models else load_model(name),
                           _count(meta, "layers")),
     )  # fmt: skip

@@ -15,16 +15,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+FRESH = "--library sgl-deep-gemm==0.2.5"
+"""What a machine without a library takes by itself; others have one of their own."""
+
 COMMANDS = {
-    "sim": "sim",
-    "sim-all": "sim --model dsv4 --pp 4 --tp 2",
-    "sim-dies": "sim --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 --host-factor 1.1 "
+    "sim": f"sim {FRESH}",
+    "sim-all": f"sim --model dsv4 --pp 4 --tp 2 {FRESH}",
+    "sim-dies": f"sim {FRESH} --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 --host-factor 1.1 "
     "--cuda-graphs 1,8,64,256 --warmup full --warmup fast --warmup planned",
-    "plan": "plan",
-    "plan-gemm": "plan --gemm gemm_nt_f8f8bf16:4096:1024",
-    "plan-fast": "plan --policy fast",
-    "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000",
-    "sweep": "sweep --pp 1,4 --nodes 1,4 --cores 4,64",
+    "plan": f"plan {FRESH}",
+    "plan-b200": f"plan --gpu b200 {FRESH}",
+    "plan-gemm": f"plan --gemm gemm_nt_f8f8bf16:4096:1024 {FRESH}",
+    "plan-fast": f"plan --policy fast {FRESH}",
+    "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000 "
+    f"{FRESH}",
+    "sweep": f"sweep {FRESH} --pp 1,4 --nodes 1,4 --cores 4,64",
     "published": "published",
     "overlap": "overlap --model dsv4 --pp 1 --tp 8 --ep",
     "overlap-measured": "overlap --no-search --measured docs/measurements/h200x2_steps_decode.json",
@@ -36,7 +41,6 @@ COMMANDS = {
 
 SHOWN_FROM = {
     "overlap-measured": "Measured",
-    "sim": "Policies",
     "sim-dies": "Policies",
     "plan-stream": "fast: compiles",
 }
@@ -47,8 +51,9 @@ TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
 
 
 def tidy(text: str) -> str:
-    """Without blanks at the ends of lines, and without blank lines at both ends."""
-    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
+    """Without blanks at the ends of lines, blank lines at both ends, and this machine's nvcc."""
+    lines = (line.rstrip() for line in text.splitlines() if not line.startswith("compiler: "))
+    return "\n".join(lines).strip("\n")
 
 
 def _run(arguments: list[str], folder: Path) -> str:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launch.gather import machine_facts
-from runner.deep_gemm_wrapper import walker
+from runner.deep_gemm_wrapper.calls import MAKERS
 from runner.deep_gemm_wrapper.configurer import import_deep_gemm
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.environ import Environ
@@ -68,14 +68,14 @@ def kernels() -> list[list[object]]:
     assert nvcc is not None
     library = find_library()
     assert library is not None
-    lib = import_deep_gemm(library.root, cache_dir=Path("/tmp/parts-cache"), nvcc=nvcc, pdl=False)
+    lib = import_deep_gemm(library.root, cache_dirs="/tmp/parts-cache", nvcc=nvcc, pdl=False)
     wrapper = DeepGemmWrapper(lib, sanity_check=False)
     found: list[list[object]] = []
     for kind, n, k, groups in SHAPES:
         for sms in (132, 112) if kind is T.GEMM_NT_F8F8BF16 else (132,):
             copies = max(1, min(CALLS, int(COPIES_BYTES / (groups * n * k))))
             shape = GemmShape(kind, n, k, groups, sms)
-            calls = [walker._MAKERS[kind](wrapper, shape, MS[-1]) for _ in range(copies)]
+            calls = [MAKERS[kind](wrapper, shape, MS[-1]) for _ in range(copies)]
             for m in MS:
                 if kind is not T.GROUPED_GEMM_NT_F8F8BF16_CONTIG or m % 128 == 0:
                     with wrapper.configure_deep_gemm_num_sms(sms), torch.inference_mode():

@@ -6,8 +6,9 @@ Run it where the libraries are unpacked; rows are appended to the given file, a 
     python docs/measurements/versions.py build OUT.jsonl LIBRARY... -- GPU...
     python docs/measurements/versions.py check OUT.jsonl LIBRARY... -- GPU...
 
-``plan`` asks each library anew and then once more from the memo; ``build`` compiles every kernel;
-``check`` compiles all of them the plain way too, and compares the machine code.
+``plan`` asks each library anew and then plans from what is known; ``build`` compiles every kernel;
+``check`` compiles all of them the plain way too, and compares the machine code. ``table FILE...``
+prints the table of docs/planning.md.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def plan(library: str, gpu: str) -> dict[str, Any]:
     words = ["plan", *MODEL, "--library", library, "--gpu", gpu, "--json", "-"]
     with tempfile.TemporaryDirectory() as folder:
         memo = {"XDG_CACHE_HOME": folder}
-        first, done = _run(words, memo)
-        second, _ = _run(words, memo)
+        # --check asks the library also where a table ships or rules hold.
+        first, asked = _run([*words[:-2], "--check"], memo)
+        second, done = _run(words, memo)
+    if "could not be called" in asked.stderr:
+        return {"error": _error(asked)}
     row: dict[str, Any] = {"plan_s": first, "plan_again_s": second, "error": _error(done)}
     if not done.returncode:
         data = json.loads(done.stdout)
@@ -72,9 +76,36 @@ def build(library: str, gpu: str, *, check: bool = False) -> dict[str, Any]:
             "said": told, "error": _error(done)}  # fmt: skip
 
 
+def table(paths: list[str]) -> None:
+    """Print rows by library and GPU: kernels, seconds to plan and to build, machine code."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in (line for path in paths for line in Path(path).read_text().splitlines()):
+        row = json.loads(line)
+        rows.setdefault((row["folder"], row["gpu"]), {})[row["what"]] = row
+    print("| library | GPU | target | kernels | plan s | build s | CPU-s | plain s | code |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (folder, gpu), found in sorted(rows.items()):
+        planned, checked = found.get("plan", {}), found.get("check", {})
+        built = found.get("build", checked)
+        if planned.get("error"):
+            print(f"| {folder} | {gpu} | | none: {planned['error'].partition(': ')[2]} | | | | | |")
+            continue
+        one = (built.get("ways") or [{}])[0]
+        plain = checked["ways"][1]["wall_s"] if len(checked.get("ways", ())) > 1 else ""
+        equal = "equal" if any(said.startswith("all ") for said in checked.get("said", ())) else ""
+        note = "" if built.get("cores", 16) == 16 else f" ({built['cores']} cores)"
+        cells = (planned.get("library", folder), gpu, planned.get("arch", ""),
+                 planned.get("kernels", one.get("built", "")), planned.get("plan_s", ""),
+                 f"{one.get('wall_s', '')}{note}", one.get("cpu_s", ""), plain, equal)  # fmt: skip
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
 def main(arguments: list[str]) -> None:
     """Measure every library on every GPU."""
     what, out, *rest = arguments
+    if what == "table":
+        table([out, *rest])
+        return
     at = rest.index("--")
     facts = {"cores": os.cpu_count(), "python": platform.python_version(),
              "date": time.strftime("%Y-%m-%d")}  # fmt: skip

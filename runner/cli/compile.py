@@ -65,7 +65,7 @@ def compile(  # noqa: A001  # the command's name
             + table.origin.library.replace(" ", "==")
         )
     keys = target.keys(table)
-    cache = KernelCache(cache_dir or environ.jit_cache_dir)
+    cache = KernelCache.of_text(str(cache_dir or environ.jit_cache_dirs))
     order = BuildOrder(
         plan=result.plan,
         title=result.title,

@@ -36,9 +36,9 @@ from sim.published_table import (
 _FILE = click.Path(path_type=Path)
 _COMMANDS: Mapping[str, click.Command] = {"sim": sim, "plan": plan}
 _NOT_OF_A_SET_UP = {
-    "sim": {"hardware", "json", "timeline", "trace", "plot"},
-    "plan": {"hardware", "json", "target-root", "cuda-version", "source", "check", "cache-dir",
-             "jobs", "policy", "nodes", "stream", "walk-max-m"},
+    "sim": {"hardware", "library", "json", "timeline", "trace", "plot"},
+    "plan": {"hardware", "library", "json", "target-root", "cuda-version", "compiler-text", "check",
+             "policy", "nodes", "stream", "walk-max-m"},
 }  # fmt: skip
 """Options that say nothing about what is predicted, or that a set-up has elsewhere."""
 
@@ -106,7 +106,7 @@ def _compared(row: Row, figure: Figure, set_up: SetUp) -> Compared:
     policies = values.pop("policies")
     if len(policies) != 1:
         raise UserError(f"its set-up has {len(policies)} warm-ups: it must have one")
-    _, (prediction,) = predictions_of(policies, values, environ)
+    _, (prediction,), _ = predictions_of(policies, values, environ)
     predicted = figure_of(figure, prediction)
     return Compared(row, predicted, profile.estimate, prediction.timeout is not None)
 

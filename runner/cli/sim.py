@@ -27,6 +27,7 @@ from runner.cli.simulated import (
 from runner.cli.target import take_target
 from runner.environ import Environ
 from runner.files import write_json
+from runner.kernels.table import Origin
 from runner.report.outputs import check_outputs, write_reports
 from runner.scenario import with_one_table
 from runner.warmup import WarmupPolicy
@@ -57,20 +58,20 @@ def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
         trace: Path | None, plot: Path | None, **values: Any) -> None:  # fmt: skip
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
     check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
-    machine, predictions = predictions_of(policies, values, Environ.read(os.environ))
+    machine, predictions, origin = predictions_of(policies, values, Environ.read(os.environ))
     timelines = [prediction.timeline for prediction in predictions]
     to_stdout = json_path is not None and str(json_path) == "-"
     if json_path is not None:
         _write_json(json_path, predictions)
     if not to_stdout and str(timeline) != "-":
-        print_predictions(predictions, machine, bars=bool(policies))
+        print_predictions(predictions, machine, origin.describe(), bars=bool(policies))
     write_reports(timelines, timeline=timeline, trace=trace, plot=plot, quiet=to_stdout)
 
 
 def predictions_of(
     policies: Sequence[str], values: dict[str, Any], environ: Environ
-) -> tuple[Machine, list[Prediction]]:
-    """The machine that the options ask for, and a prediction for each policy.
+) -> tuple[Machine, list[Prediction], Origin]:
+    """The machine that the options ask for, a prediction for each policy, and whose kernels.
 
     Raises:
         UserError: options that contradict each other, the model or the profile.
@@ -84,7 +85,8 @@ def predictions_of(
             scenario_of(policy, model, profile, values, target)
             for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
         )
-    return machine, [simulate(scenario, machine) for scenario in scenarios]
+    predictions = [simulate(scenario, machine) for scenario in scenarios]
+    return machine, predictions, scenarios[0].table.origin
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:

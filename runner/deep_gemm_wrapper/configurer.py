@@ -37,13 +37,13 @@ def import_library(root: Path) -> ModuleType:
         sys.path.remove(str(root.parent))
 
 
-def import_deep_gemm(root: Path, *, cache_dir: Path, nvcc: Path, pdl: bool) -> ModuleType:
-    """Import the library of ``root``; it caches in ``cache_dir`` and compiles with ``nvcc``.
+def import_deep_gemm(root: Path, *, cache_dirs: str, nvcc: Path, pdl: bool) -> ModuleType:
+    """Import the library of ``root``; it caches in ``cache_dirs`` and compiles with ``nvcc``.
 
     The library reads these variables of its process's environment at its first compile, so they
     have to be set there; nothing else of the environment is touched.
     """
-    os.environ["DG_JIT_CACHE_DIR"] = str(cache_dir)
+    os.environ["DG_JIT_CACHE_DIR"] = cache_dirs
     os.environ["DG_JIT_NVCC_COMPILER"] = str(nvcc)
     os.environ["DG_JIT_USE_NVRTC"] = "0"
     deep_gemm = import_library(root)

@@ -46,8 +46,13 @@ class KernelCache:
                 f"cache directory {text!r} has an empty part: it must be DIR, or "
                 "WRITABLE:READONLY:..."
             )
-        root, *below = map(Path, parts)
+        root, *below = (Path(part).absolute() for part in parts)
         return cls(root, tuple(below))
+
+    @property
+    def text(self) -> str:
+        """The value of ``DG_JIT_CACHE_DIR`` that names it."""
+        return ":".join(map(str, (self.root, *self.below)))
 
     def prepare(self) -> None:
         """Create the directory.

@@ -115,7 +115,12 @@ def prebuild(
             + "build with the target's release, or with an older one and relocate (runner cache "
             "relocate)"
         )
-    order.cache.prepare()
+    try:
+        order.cache.prepare()
+    except UserError:
+        if (done := _nothing_to_do(order)) is None:
+            raise
+        return done
     with locked(order.cache.root, wait=False) as free:
         if free:
             return _build(order, progress)
@@ -146,6 +151,18 @@ def _build(order: BuildOrder, progress: ShowProgress) -> BuildReport:
     report.wall_seconds = time.monotonic() - started
     report.cpu_seconds = _cpu_seconds() - cpu
     return report
+
+
+def _nothing_to_do(order: BuildOrder) -> BuildReport | None:
+    """The report of a cache that cannot be written where it holds all of the plan, else None."""
+    report = BuildReport(planned=len(order.plan.kernels), present=len(order.plan.kernels))
+    keyed = {order.keys.cache_key(item.kernel): item for item in order.plan.kernels}
+    try:
+        before = read_manifest(order.cache.root)
+    except UserError:
+        return None
+    whole = all(_is_right(order, key, item, before) for key, item in keyed.items())
+    return report if whole else None
 
 
 def _clear_leftovers(cache: KernelCache) -> None:

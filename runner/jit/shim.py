@@ -26,7 +26,7 @@ output=
 previous=
 for argument in "$@"; do
     case "$argument" in *.cu) source=$argument ;; --dryrun) exec "$real" "$@" ;; esac
-    [ "$previous" = -o ] && output=$argument
+    case "$previous" in -o|--output-file) output=$argument ;; esac
     previous=$argument
 done
 [ -n "$source" ] || exec "$real" "$@"

@@ -12,7 +12,7 @@ from runner.errors import UserError
 from runner.jit.keys import first_recipe, with_variables
 from runner.jit.library import Library
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
-from runner.kernels.shipped import ShippedFirst, shipped_libraries, shipped_table
+from runner.kernels.shipped import ShippedFirst, shipped_gpu, shipped_libraries, shipped_table
 from runner.kernels.source import KernelSource
 from runner.standin.gpus import Gpu
 
@@ -65,15 +65,17 @@ def choose_source(
 
     if ask:
         return asked()
-    titles = shipped_libraries(gpu.name)
+    twin = shipped_gpu(gpu)
+    titles = shipped_libraries(twin)
     if library is not None:
         title = library.title if library.title in titles else None
     else:
         ours = [RULES.origin.library] if gpu.arch == RULES_ARCH else []
         title = _named([*titles, *ours], wanted)
-    table = shipped_table(title, gpu.name) if title else None
+    table = shipped_table(title, twin) if title else None
     if table is None or table.origin.num_sms != gpu.sms:
         return otherwise()
+    table = replace(table, origin=replace(table.origin, gpu=gpu.name))
     if table.recipe.generation == 2:
         table = replace(table, recipe=with_variables(table.recipe, environ))
     return ShippedFirst(table, otherwise)

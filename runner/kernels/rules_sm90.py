@@ -42,6 +42,10 @@ def kernels_of(call: KernelCall) -> tuple[Kernel, ...]:
     The FP8 types bring the transpose of their activation scales along: they are handed row-major
     [m, k / 128] FP32 scales, as SGLang's warm-up hands them. A call with ``m == 0`` runs nothing.
     """
+    if call.type not in _FAMILIES:
+        raise UserError(
+            f"our rules do not know {call.type.name.lower()}: ask a library that has it (--library)"
+        )
     return _kernels_of(call) if call.m > 0 else ()
 
 
@@ -242,6 +246,9 @@ _FAMILIES: dict[T, Callable[[KernelCall], tuple[Kernel, ...]]] = {
 }
 
 
+RULED_TYPES = frozenset(_FAMILIES)
+"""What the rules know."""
+
 _TILED = ((1, 17, 33), M_GRANULE)
 _M_CLASSES: dict[T, tuple[tuple[int, ...], int]] = {
     T.GEMM_NT_F8F8BF16: _TILED,
@@ -261,6 +268,6 @@ _M_CLASSES: dict[T, tuple[tuple[int, ...], int]] = {
 
 def m_class_starts(kind: T, last: int) -> list[int]:
     """First M of each class up to ``last``: within a class every M runs the same kernels."""
-    starts, step = _M_CLASSES[kind]
+    starts, step = _M_CLASSES.get(kind, ((1,), 0))
     more = range(step + 1, last + 1, step) if step else ()
     return [*(start for start in starts if start <= last), *more]

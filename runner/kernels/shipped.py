@@ -19,10 +19,20 @@ from pathlib import Path
 from runner.kernels.recorded import read_table, write_table
 from runner.kernels.source import KernelSource
 from runner.kernels.table import Demand, KernelTable, Origin, RecordedTable, by_shape
+from runner.standin.gpus import Gpu, gpu_named
 
 SHIPPED_GPUS = ("h200", "h20", "b200", "gb300", "rtx-pro-6000")
 _FOLDER = Path(str(resources.files("runner.kernels"))) / "tables"
 _SUFFIX = ".json.gz"
+
+
+def shipped_gpu(gpu: Gpu) -> str:
+    """The GPU whose tables hold for another: kernels follow from architecture and SMs alone."""
+    for name in SHIPPED_GPUS:
+        other = gpu_named(name)
+        if (other.major, other.minor, other.sms) == (gpu.major, gpu.minor, gpu.sms):
+            return name
+    return gpu.name
 
 
 def shipped_libraries(gpu: str) -> list[str]:
@@ -104,7 +114,6 @@ def main(libraries: Sequence[str]) -> None:
     from runner.jit.library import find_library
     from runner.kernels.choose import cache_folder
     from runner.kernels.library import LibrarySource
-    from runner.standin.gpus import gpu_named
 
     nvcc = find_nvcc(Environ.read(os.environ))
     assert nvcc is not None, "headers are digested for a compiler"

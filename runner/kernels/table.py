@@ -39,9 +39,9 @@ class Demand:
 class Source(Enum):
     """Where a table's answers come from."""
 
-    RULES = "our rules for this version"
-    LIBRARY = "the library itself, on a stand-in GPU"
-    RECORDED = "recorded from the library on a stand-in GPU"
+    RULES = "by our rules"
+    LIBRARY = "asked on a stand-in GPU"
+    RECORDED = "asked before, on a stand-in GPU"
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Origin:
     def describe(self) -> str:
         """One line for the head of an output."""
         return (
-            f"{self.library} (JIT generation {self.generation}) on {self.gpu}, {self.num_sms} SMs, "
-            f"{self.arch}: {self.source.value}"
+            f"{self.library} (JIT {self.generation}), {self.gpu} ({self.num_sms} SMs, "
+            f"{self.arch}), {self.source.value}"
         )
 
 

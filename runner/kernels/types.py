@@ -10,7 +10,8 @@ class DeepGemmKernelType(IntEnum):
     """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions.
 
     ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with bf16 output, which SGLang leaves to
-    cuBLAS.
+    cuBLAS. The last four are entry points of newer libraries: weights in blocks of 32 x 32 (recipe
+    (1, 32, 32)), and FP4 weights with a scale for 32 values, which Blackwell alone has.
     """
 
     GEMM_NT_F8F8BF16 = auto()
@@ -25,18 +26,24 @@ class DeepGemmKernelType(IntEnum):
     FP8_MQA_LOGITS = auto()
     PAGED_MQA_LOGITS_METADATA = auto()
     FP8_PAGED_MQA_LOGITS = auto()
+    GEMM_NT_F8F8BF16_BLOCK32 = auto()
+    GEMM_NT_F8F4BF16 = auto()
+    GROUPED_GEMM_NT_F8F4BF16_CONTIG = auto()
+    GROUPED_GEMM_NT_F8F4BF16_MASKED = auto()
 
 
 MASKED_TYPES = frozenset(
     {
         DeepGemmKernelType.GROUPED_GEMM_NT_F8F8BF16_MASKED,
         DeepGemmKernelType.GROUPED_GEMM_NT_BF16_MASKED,
+        DeepGemmKernelType.GROUPED_GEMM_NT_F8F4BF16_MASKED,
     }
 )
 CONTIGUOUS_TYPES = frozenset(
     {
         DeepGemmKernelType.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
         DeepGemmKernelType.GROUPED_GEMM_NT_BF16_CONTIG,
+        DeepGemmKernelType.GROUPED_GEMM_NT_F8F4BF16_CONTIG,
     }
 )
 

@@ -54,7 +54,7 @@ def test_real_runs_stall_where_foretold_and_take_about_as_long(
     for timeline in (none, parallel, full, planned):
         scenario = scenario_of(timeline, models)
         # Every node is one rank.
-        said = stalls_of(record(scenario), scenario.parallel.node_of)
+        said = stalls_of(record(scenario), scenario.table, scenario.parallel.node_of)
         assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
         assert bool(said) == (timeline is not planned)
     assert locked.kernels_compiled > locked.duplicates == 0

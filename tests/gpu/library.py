@@ -21,5 +21,5 @@ def real_wrapper():  # type: ignore[no-untyped-def]
     assert nvcc is not None
     library = find_library()
     assert library is not None
-    lib = import_deep_gemm(library.root, cache_dir=environ.jit_cache_dir, nvcc=nvcc, pdl=False)
+    lib = import_deep_gemm(library.root, cache_dirs=environ.jit_cache_dirs, nvcc=nvcc, pdl=False)
     return DeepGemmWrapper(lib)

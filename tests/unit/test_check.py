@@ -158,8 +158,7 @@ def json_of(capsys: Capture, *arguments: str | Path, err: str = "") -> dict[str,
 
 
 HEAD = [
-    "sgl-deep-gemm 0.1.4.post1 (JIT generation 1) on h200, 132 SMs, sm_90a: our rules for this "
-    "version",
+    "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules",
     "compiler: Cuda compilation tools, release 13.0, V13.0.88",
 ]
 """Whose kernels these are, and for which compiler their keys."""
@@ -175,7 +174,7 @@ def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> No
         "generation": 1,
         "gpu": "h200",
         "arch": "sm_90a",
-        "source": "our rules for this version",
+        "source": "by our rules",
         "num_sms": [132],
         "signature": "NVCC13.0",
         "flags": keys.flags,
@@ -462,7 +461,7 @@ def test_check_tells_that_there_is_no_difference(
     assert plan(*SMALL, "--check") == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "dg 1 (JIT generation 1) on h200, 132 SMs, sm_90a: the library itself, on a stand-in GPU",
+        "dg 1 (JIT 1), h200 (132 SMs, sm_90a), asked on a stand-in GPU",
         f"{GEMM}: M up to 64, 132 SMs",
         "no difference: 4 kernels in 64 calls, each kernel and each M that runs it is the "
         "library's",

@@ -13,7 +13,7 @@ from runner.cli.guard import run_guarded
 from runner.jit.compiler import NvccCompiler
 from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, TRANSCRIPT, tidy
 
-MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KB|[0-9a-f]{32}")
+MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KiB|[0-9a-f]{32}")
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -48,7 +48,7 @@ def transcripts() -> list[tuple[str, str]]:
 
 def masked(text: str) -> str:
     """Without what a machine decides: seconds, sizes and keys."""
-    lines = (line.rstrip() for line in MEASURED_NUMBER.sub("N", text).splitlines())
+    lines = (line.rstrip() for line in tidy(MEASURED_NUMBER.sub("N", text)).splitlines())
     return "\n".join(line for line in lines if line)
 
 

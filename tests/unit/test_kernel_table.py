@@ -99,16 +99,12 @@ def test_a_table_is_its_own_source() -> None:
 
 
 def test_an_origin_in_words() -> None:
-    assert ORIGIN.describe() == (
-        "dg 1 (JIT generation 2) on b200, 148 SMs, sm_100f: the library itself, on a stand-in GPU"
-    )
+    assert ORIGIN.describe() == ("dg 1 (JIT 2), b200 (148 SMs, sm_100f), asked on a stand-in GPU")
     assert RULES.origin.describe() == (
-        "sgl-deep-gemm 0.1.4.post1 (JIT generation 1) on h200, 132 SMs, sm_90a: our rules for "
-        "this version"
+        "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules"
     )
     assert [source.value for source in Source] == [
-        "our rules for this version", "the library itself, on a stand-in GPU",
-        "recorded from the library on a stand-in GPU",
+        "by our rules", "asked on a stand-in GPU", "asked before, on a stand-in GPU",
     ]  # fmt: skip
 
 

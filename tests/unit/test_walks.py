@@ -71,7 +71,8 @@ def test_other_types_are_not_walked(kind: T) -> None:
 def test_the_types_that_are_not_walked() -> None:
     assert set(T) - HOOKED_TYPES == {
         T.GEMM_NT_BF16BF16BF16, T.FP8_EINSUM_BHR_HDR_BHD, T.FP8_MQA_LOGITS,
-        T.PAGED_MQA_LOGITS_METADATA, T.FP8_PAGED_MQA_LOGITS,
+        T.PAGED_MQA_LOGITS_METADATA, T.FP8_PAGED_MQA_LOGITS, T.GEMM_NT_F8F8BF16_BLOCK32,
+        T.GEMM_NT_F8F4BF16, T.GROUPED_GEMM_NT_F8F4BF16_CONTIG, T.GROUPED_GEMM_NT_F8F4BF16_MASKED,
     }  # fmt: skip
 
 

@@ -42,8 +42,7 @@ REASON = "nvcc --dryrun: no dry runs here"
 def test_each_planned_kernel_is_built_once(machine: Machine) -> None:
     lines = output(machine.run(*GEMM))
     assert lines[:4] == [
-        "sgl-deep-gemm 0.1.4.post1 (JIT generation 1) on h200, 132 SMs, sm_90a: our rules for "
-        "this version",
+        "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules",
         "compiler: Cuda compilation tools, release 13.0, V13.0.88",
         f"{SPEC}: M up to 128, 132 SMs",
         f"4 kernels -> {machine.cache.root}",

@@ -87,6 +87,7 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
         "nccl_timeout": None, "replicas": 1, "stream": None, "graph_batch_sizes": [],
         "walk_max_m": None, "walk_memory": 0.12 * 150e9, "compile_lock": False,
         "bf16_fp32_algo": "deep_gemm", "moe_a2a": False, "overlap": [],
+        "library": "sgl-deep-gemm 0.1.4.post1", "gpu": "h200",
     }  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def test_cpu_seconds_are_of_cores() -> None:
 
 
 def shown(capsys: pytest.CaptureFixture[str], *predictions: Prediction, **where: Any) -> list[str]:
-    print_predictions(predictions, machine(**where), bars=False)
+    print_predictions(predictions, machine(**where), "of a library", bars=False)
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -220,10 +220,12 @@ def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, prediction("none", 90, 40, timeout=LOST), prediction("planned", 20),
         start=StartPhases(),
     )  # fmt: skip
-    assert lines[:3] == [
+    assert lines[:5] == [
         "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",
         "before the warm-up: imports, process group, weights",
+        "kernels: of a library",
+        "",
     ]
     assert lines[-3:] == [
         "none: the watchdog ends this run at 120 s: rank 6 waits for rank 2 in recv hidden_states "

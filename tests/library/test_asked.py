@@ -1,0 +1,140 @@
+"""The library itself on a stand-in GPU: what our rules, plans, caches and launches are held to.
+
+The interpreter that has it, beside a CUDA build of torch, is named by
+DEEPGEMM_COLDSTART_LIBRARY_PYTHON.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from runner.config.hf import load_model
+from runner.config.parallel import ParallelConfig
+from runner.scenario import Scenario, record
+from runner.schedule import Schedule
+from runner.warmup import WarmupOptions, WarmupPolicy
+
+PYTHON = os.environ.get("DEEPGEMM_COLDSTART_LIBRARY_PYTHON", "")
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.library,
+    pytest.mark.skipif(not PYTHON, reason="DEEPGEMM_COLDSTART_LIBRARY_PYTHON is not set"),
+]
+
+
+def run(*words: str, cache: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """``runner`` in the library's environment, with answers kept in ``cache``."""
+    done = subprocess.run(
+        [PYTHON, "-m", "runner", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def memo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("memo")
+
+
+def the_rules_version(memo: Path) -> bool:
+    planned = run("plan", "--gemm", "gemm_nt_f8f8bf16:128:128", "--max-m", "1", cache=memo).stdout
+    return planned.startswith("sgl-deep-gemm 0.1.4.post1 ")
+
+
+BF16 = ["gemm_nt_bf16bf16bf16:2048:4096", "grouped_gemm_nt_bf16_contig:1024:2048:8",
+        "grouped_gemm_nt_bf16_masked:1024:2048:8"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model", "dsv4", "--tp", "2"], "644 kernels in 239697 calls"),
+        (["--model", "dsv3", "--tp", "8", "--pp", "1"], "85 kernels in 150076 calls"),
+        ([word for spec in BF16 for word in ("--gemm", spec)] + ["--max-m", "4096"],
+         "48 kernels in 8224 calls"),
+    ],
+    ids=["dsv4", "dsv3", "bf16"],
+)  # fmt: skip
+def test_our_rules_are_the_librarys(arguments: list[str], told: str, memo: Path) -> None:
+    """Every type, every M: the same kernels, in the same ranges."""
+    if not the_rules_version(memo):
+        pytest.skip("the rules are those of sgl-deep-gemm 0.1.4.post1")
+    assert f"no difference: {told}" in run("plan", *arguments, "--check", cache=memo).stdout
+
+
+def test_a_second_plan_is_read_from_the_memo(tmp_path: Path) -> None:
+    words = ["plan", "--gpu", "b200", "--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "64"]
+    first, second = (run(*words, "--json", "-", cache=tmp_path) for _ in range(2))
+    assert "ask the library" in first.stderr
+    assert "ask the library" not in second.stderr
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+    (memo,) = (tmp_path / "deepgemm-coldstart" / "tables").glob("*.json.gz")
+    memo.write_bytes(b"torn")
+    again = run(*words, "--json", "-", cache=tmp_path)
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+
+
+NEWER = ["gemm_nt_f8f8bf16_block32:4096:4096", "gemm_nt_f8f4bf16:4096:4096",
+         "grouped_gemm_nt_f8f4bf16_contig:2048:4096:32",
+         "grouped_gemm_nt_f8f4bf16_masked:2048:4096:32"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", NEWER)
+def test_entry_points_of_blackwell(spec: str, memo: Path) -> None:
+    """Scales that are packed, FP4 weights, blocks of 32: no rules, the library alone tells."""
+    words = ["plan", "--gpu", "b200", "--gemm", spec, "--max-m", "256", "--json", "-"]
+    plan = json.loads(run(*words, cache=memo).stdout)
+    assert plan["arch"] in ("sm_100f", "sm_100a")
+    names = {item["name"] for item in plan["kernels"]}
+    assert any(name.startswith("sm100_") and "gemm" in name for name in names), names
+    covered = {m for item in plan["kernels"] for m, _ in item["m_ranges"]}
+    assert min(covered) == (128 if "contig" in spec else 1)
+
+
+@pytest.mark.nvcc
+def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
+    built = str(tmp_path / "cache")
+    gemm = ["--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "40"]
+    assert "4 built" in run("compile", *gemm, "--cache-dir", built, cache=memo).stdout
+    told = run("cache", "verify", built, "--call", cache=memo).stdout
+    assert "40 calls of " in told
+    assert "0 compiles asked for, 0 new entries" in told
+    entry = min((tmp_path / "cache" / "cache").iterdir())
+    for file in entry.iterdir():
+        file.unlink()
+    entry.rmdir()
+    failed = run("cache", "verify", built, "--call", cache=memo, code=1)
+    assert f"missing: {entry.name} is not in the cache" in failed.stdout
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("pp", "tp"), [(1, 1), (2, 2)])
+def test_a_launch_on_the_stand_in_runs_the_recorded_operations(
+    pp: int, tp: int, memo: Path, tmp_path: Path
+) -> None:
+    """The CUDA path without a GPU: math means nothing, calls and compiles are real."""
+    schedule = tmp_path / "schedule.json"
+    words = ["--model", "dsv4-tiny", "--pp", str(pp), "--tp", str(tp), "--device", "cuda",
+             "--backend", "gloo", "--compute", "real", "--batch-sizes", "1,130",
+             "--schedule", str(schedule)]  # fmt: skip
+    standin = ["standin", "--gpu", "h200", "--no-compile", "--", PYTHON, "-m", "launch"]
+    done = run(*standin, *words, cache=memo)
+    assert "not stood in" not in done.stderr
+    scenario = Scenario(
+        model=load_model("dsv4-tiny"),
+        parallel=ParallelConfig(pp=pp, tp=tp),
+        warmup=WarmupOptions(policy=WarmupPolicy.PP_PARALLEL, batch_sizes=(1, 130)),
+    )
+    ran = Schedule.from_json(json.loads(schedule.read_text()))
+    expected = record(scenario)
+    for rank, (mine, theirs) in enumerate(zip(ran.ranks, expected.ranks, strict=True)):
+        assert mine == theirs, f"rank {rank}"
