@@ -21,8 +21,8 @@ FRESH = "--library sgl-deep-gemm==0.2.5"
 COMMANDS = {
     "sim": f"sim {FRESH}",
     "sim-all": f"sim --model dsv4 --pp 4 --tp 2 {FRESH}",
-    "sim-dies": f"sim {FRESH} --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 --host-factor 1.1 "
-    "--cuda-graphs 1,8,64,256 --warmup full --warmup fast --warmup planned",
+    "sim-dies": f"sim {FRESH} --model dsv4 --pp 1 --tp 2 --nodes 1 --hardware h20 "
+    "--host-factor 1.1 --cuda-graphs 1,8,64,256 --warmup full --warmup fast --warmup planned",
     "plan": f"plan {FRESH}",
     "plan-b200": f"plan --gpu b200 {FRESH}",
     "plan-gemm": f"plan --gemm gemm_nt_f8f8bf16:4096:1024 {FRESH}",

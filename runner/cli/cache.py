@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from runner.cli.guard import WorkFailedError
+from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
 from runner.cli.progress import counting, progress
-from runner.cli.target import check_release, machine_options, take_machine
-from runner.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
 from runner.jit.cache import KernelCache
-from runner.jit.compiler import find_nvcc, keys_for
 from runner.jit.describe import config_of_source, in_words
-from runner.jit.entry import format_of, kernel_name
-from runner.jit.keys import CacheKeys, first_recipe
+from runner.jit.entry import kernel_name
 from runner.jit.store.archive import pack as pack_cache
 from runner.jit.store.archive import unpack as unpack_archive
-from runner.jit.store.machine import Machine, compiler_words
+from runner.jit.store.machine import compiler_words
 from runner.jit.store.manifest import (
-    Entry,
     Manifest,
-    check_target,
-    describe_entry,
     locked,
     merge_manifest,
     read_manifest,
@@ -37,28 +27,6 @@ from runner.jit.store.manifest import (
 from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.jit.store.prune import prune as prune_entries
 from runner.jit.store.prune import size_of, superfluous
-from runner.jit.store.relocate import relocate as relocate_cache
-from runner.jit.store.verify import Expectation, Finding
-from runner.jit.store.verify import verify as verify_cache
-from runner.standin.gpus import gpu_named
-
-_SHOWN = 20
-_NAMED = 3
-
-_directory = click.Path(path_type=Path, file_okay=False)
-_plan_option = click.option(
-    "--plan",
-    "plan_path",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="JSON of runner plan.",
-)
-
-_library_option = click.option(
-    "--library",
-    "library_name",
-    metavar="NAME|PATH",
-    help="The server's library.  [default: the one that the cache was built for]",
-)
 
 
 @click.group()
@@ -66,9 +34,13 @@ def cache() -> None:
     """List, verify, move and pack kernel caches (DG_JIT_CACHE_DIR directories)."""
 
 
+cache.add_command(verify)
+cache.add_command(relocate)
+
+
 @cache.command()
-@click.argument("directory", type=_directory)
-@_plan_option
+@click.argument("directory", type=directory_type)
+@plan_option
 @click.option(
     "--json",
     "json_path",
@@ -77,7 +49,7 @@ def cache() -> None:
 )
 def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
     """List kernels in words: name, configuration, the M that each serves."""
-    found = _existing(directory)
+    found = existing(directory)
     manifest = read_manifest(directory)
     plan = read_plan_file(plan_path) if plan_path else None
     rows = sorted((_row(path, manifest, plan) for path in found.entries()), key=_order)
@@ -125,207 +97,11 @@ def _whose(manifest: Manifest | None) -> str:
 
 
 @cache.command()
-@click.argument("directory", type=_directory)
-@_plan_option
-@machine_options
-@_library_option
-@click.option(
-    "--call",
-    is_flag=True,
-    help="Also call the library with every M that the manifest names, on the GPU here or on a "
-    "stand-in: it must compile nothing.",
-)
-@click.option("--jobs", type=click.IntRange(min=1), help="Walks of --call at a time.")
-def verify(
-    directory: Path, plan_path: Path | None, call: bool, jobs: int | None, **values: Any
-) -> None:
-    """Will a server here hit these entries? Exit code 0 only if so; else say what differs.
-
-    Entries are held against the manifest and a plan, and what they were built for against this
-    machine, or the one that the options describe.
-    """
-    found = _existing(directory)
-    manifest = read_manifest(directory)
-    plan = read_plan_file(plan_path) if plan_path else None
-    machine, unknown = take_machine(values, Environ.read(os.environ), manifest)
-    built = manifest or (plan.target if plan is not None else None)
-    differing = list(machine.differences(built)) if machine is not None and built else []
-    expected = _expectation(manifest, plan, machine, other=bool(differing))
-    findings = verify_cache(found, expected)
-    for line in differing:
-        print(line)
-    _show(findings)
-    if differing or findings:
-        kinds = Counter(finding.problem.value for finding in findings)
-        words = [f"{count} {kind}" for kind, count in kinds.items()]
-        words += ["a server here would compile all of it again"] if differing else []
-        raise WorkFailedError(f"{directory}: {', '.join(words)}")
-    checked = [f"{found.count()} entries"]
-    checked += ["manifest"] * (manifest is not None) + ["plan"] * (plan is not None)
-    checked += ["this machine"] * (machine is not None)
-    print(f"{directory} is whole: checked {', '.join(checked)}")
-    if call:
-        _call(found, manifest, machine, jobs)
-    if unknown:
-        raise WorkFailedError(f"whether a server here would hit it cannot be told: {unknown}")
-
-
-def _call(
-    found: KernelCache, manifest: Manifest | None, machine: Machine | None, jobs: int | None
-) -> None:
-    """Prove by the library itself that nothing of what the manifest names is compiled again."""
-    from runner.kernels.prove import Prover, demands_of
-
-    environ = Environ.read(os.environ)
-    nvcc = find_nvcc(environ)
-    if manifest is None or machine is None or nvcc is None:
-        raise UserError("--call needs a manifest, the library and nvcc here")
-    real = Path("/dev/nvidiactl").exists()
-    gpu = None if real else gpu_named(manifest.gpu, manifest.num_sms)
-    prover = Prover(
-        machine.library,
-        gpu,
-        nvcc,
-        machine.version_text,
-        os.environ,
-        jobs or os.cpu_count() or 1,
-    )
-    with progress("call the library") as shown:
-        proof = prover.prove(found, demands_of(manifest), counting(shown))
-    where = "the GPU here" if real else f"a stand-in {manifest.gpu}"
-    print(
-        f"{proof.calls} calls of {machine.library.title} on {where}: {len(proof.asked)} compiles "
-        f"asked for, {len(proof.added)} new entries"
-    )
-    if proof.asked or proof.added:
-        names = ", ".join(sorted(set(proof.asked or proof.added))[:_NAMED])
-        raise WorkFailedError(f"{found.root} lacks kernels that the library asks for: {names}")
-
-
-def _expectation(
-    manifest: Manifest | None, plan: PlanFile | None, machine: Machine | None, *, other: bool
-) -> Expectation:
-    """What entries must be; where they are for another machine, what they are for is enough."""
-    wanted = plan.keys if plan else list(manifest.entries if manifest else ())
-    known = {*wanted, *(manifest.entries if manifest else ())}
-    keys = None
-    if machine is not None:
-        built = manifest or (plan.target if plan is not None else None)
-        if other and built is not None:
-            same = built.library == machine.library.title
-            keys = built.keys(machine.library) if same else None
-        else:
-            keys = _keys_there(machine, built)
-    return Expectation(
-        wanted=wanted,
-        known=known if manifest or plan else None,
-        keys=keys,
-        library=None if machine is None or other else machine.library,
-        manifest=manifest,
-    )
-
-
-def _keys_there(machine: Machine, built: Manifest | None) -> CacheKeys | None:
-    """Keys as a server's library makes them; None where only the library itself knows its flags."""
-    if built is None and machine.library.generation == 2:
-        return None
-    recipe = first_recipe(machine.environ) if built is None else machine.recipe(built)
-    return keys_for(machine.library, recipe, machine.version_text, machine.root)
-
-
-def _show(findings: list[Finding]) -> None:
-    for finding in findings[:_SHOWN]:
-        print(f"{finding.problem.value}: {finding.key} {finding.words}")
-    if len(findings) > _SHOWN:
-        print(f"... and {len(findings) - _SHOWN} more")
-
-
-@cache.command()
-@click.argument("directory", type=_directory)
-@machine_options
-@_library_option
-@click.option("--to", type=_directory, required=True, help="Where the new entries go.")
-@click.option(
-    "--from-root",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Without a manifest: the deep_gemm folder that the cache was built for.",
-)
-@click.option(
-    "--from-cuda", metavar="X.Y", help="Without a manifest: the CUDA release that built it."
-)
-def relocate(
-    directory: Path, to: Path, from_root: Path | None, from_cuda: str | None, **values: Any
-) -> None:
-    """Copy a cache so that it hits at another install path or with another compiler."""
-    source = _existing(directory)
-    manifest = read_manifest(source.root)
-    if values["target_root"] is None and (manifest is None or manifest.generation == 1):
-        raise UserError("--target-root PATH is needed: where deep_gemm lies on that machine")
-    machine, unknown = take_machine(values, Environ.read(os.environ), manifest)
-    if machine is None:
-        raise UserError(unknown)
-    if manifest is None and machine.library.generation == 2:
-        raise UserError(f"{directory} has no manifest, and only one says what its keys hold")
-    manifest = manifest or _origin(source, machine, from_root, from_cuda)
-    if manifest.library != machine.library.title:
-        raise UserError(
-            f"{directory} was built for {manifest.library}, and the library here is "
-            f"{machine.library.title}: install that one, or give it with --library"
-        )
-    keys = _keys_there(machine, manifest)
-    assert keys is not None, "a manifest says what it was built for"
-    if to.resolve() == directory.resolve():
-        raise UserError(f"--to {to} must be another directory: a cache is for one machine")
-    target = KernelCache(to)
-    target.prepare()
-    with locked(to), progress("relocate") as shown:
-        check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
-        result = relocate_cache(
-            source, manifest, keys, machine.library, target, progress=counting(shown)
-        )
-        merge_manifest(to, result.manifest)
-    _show(result.refused)
-    print(
-        f"{result.placed} kernels placed in {target.root} for {machine.root} and "
-        f"{compiler_words(keys.signature)}, {result.present} were there"
-    )
-    if result.refused:
-        raise WorkFailedError(f"{len(result.refused)} entries could not be relocated")
-
-
-def _origin(
-    source: KernelCache, machine: Machine, from_root: Path | None, from_cuda: str | None
-) -> Manifest:
-    """A manifest made from what the user says of a cache that the library made."""
-    if from_root is None or from_cuda is None:
-        raise UserError(
-            f"{source.root} has no manifest: say what it was built for with --from-root PATH and "
-            "--from-cuda X.Y"
-        )
-    recipe = first_recipe(machine.environ)
-    text = "NVCC{}.{}".format(*check_release(from_cuda))
-    keys = keys_for(machine.library, recipe, text, from_root)
-    entries: dict[str, Entry] = {}
-    for path in source.entries():
-        if path.is_dir() and format_of(path.name) and source.has(path.name):
-            entries[path.name] = describe_entry(path, kernel_name(path.name), [])
-    return Manifest(
-        library=machine.library.title,
-        arch=recipe.arch,
-        signature=keys.signature,
-        flags=keys.flags,
-        built_with=keys.signature,
-        entries=entries,
-    )
-
-
-@cache.command()
-@click.argument("directory", type=_directory)
+@click.argument("directory", type=directory_type)
 @click.argument("archive", type=click.Path(path_type=Path, dir_okay=False))
 def pack(directory: Path, archive: Path) -> None:
     """Pack the manifest's kernels into one reproducible ARCHIVE (tar.gz)."""
-    found = _existing(directory)
+    found = existing(directory)
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"{directory} has no manifest: build it with runner compile")
@@ -335,7 +111,7 @@ def pack(directory: Path, archive: Path) -> None:
 
 @cache.command()
 @click.argument("archive", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("directory", type=_directory)
+@click.argument("directory", type=directory_type)
 def unpack(archive: Path, directory: Path) -> None:
     """Place an ARCHIVE's kernels in a cache; those that are rightly there stay."""
     if not archive.is_file():
@@ -350,7 +126,7 @@ def unpack(archive: Path, directory: Path) -> None:
 
 
 @cache.command()
-@click.argument("directory", type=_directory)
+@click.argument("directory", type=directory_type)
 @click.option(
     "--plan",
     "plan_paths",
@@ -362,7 +138,7 @@ def unpack(archive: Path, directory: Path) -> None:
 @click.option("--yes", is_flag=True, help="Really remove; without it only tell what would go.")
 def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     """Remove kernels that no given plan needs."""
-    found = _existing(directory)
+    found = existing(directory)
     plans = [read_plan_file(path) for path in plan_paths]
     wanted = {key for plan in plans for key in plan.keys}
     _check_same_machine(directory, plans)
@@ -399,9 +175,3 @@ def _check_same_machine(directory: Path, plans: list[PlanFile]) -> None:
                 f"the plan of {plan.title} is for another machine than {directory}: make it with "
                 "the --target-root and --cuda-version that the cache was built with"
             )
-
-
-def _existing(directory: Path) -> KernelCache:
-    if not (directory / "cache").is_dir():
-        raise UserError(f"{directory} is not a kernel cache: it has no folder named cache")
-    return KernelCache(directory)

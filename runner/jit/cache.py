@@ -46,13 +46,13 @@ class KernelCache:
                 f"cache directory {text!r} has an empty part: it must be DIR, or "
                 "WRITABLE:READONLY:..."
             )
-        root, *below = (Path(part).absolute() for part in parts)
+        root, *below = map(Path, parts)
         return cls(root, tuple(below))
 
     @property
     def text(self) -> str:
-        """The value of ``DG_JIT_CACHE_DIR`` that names it."""
-        return ":".join(map(str, (self.root, *self.below)))
+        """The value of ``DG_JIT_CACHE_DIR`` that names it, whatever the working directory."""
+        return ":".join(str(path.absolute()) for path in (self.root, *self.below))
 
     def prepare(self) -> None:
         """Create the directory.

@@ -135,8 +135,8 @@ def test_options_become_arguments() -> None:
     options = {"model": "dsv4", "ep": True, "batch-sizes": [1, 64], "gemm": ["a:1:2", "b:3:4"]}
     set_up = SetUp("sim", "h20", options, {"SOME": "thing"})
     assert set_up.line == (
-        "SOME=thing runner sim --hardware h20 --model dsv4 --ep --batch-sizes 1,64 "
-        "--gemm a:1:2 --gemm b:3:4"
+        "SOME=thing runner sim --hardware h20 --library sgl-deep-gemm==0.1.4.post1 --model dsv4 "
+        "--ep --batch-sizes 1,64 --gemm a:1:2 --gemm b:3:4"
     )
 
 
@@ -221,7 +221,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                 **texts, "id": "tiny", "low": 100.0, "high": 120.5, "figure": "start-up",
                 "unit": "s", "watchdog_ends_it": False, "hardware": "h20", "estimate": True,
                 "assumed": ["everything"],
-                "command": "runner sim --hardware h20 --model dsv4-tiny --pp 1 --tp 1 --warmup none"
+                "command": "runner sim --hardware h20 --library sgl-deep-gemm==0.1.4.post1 "
+                "--model dsv4-tiny --pp 1 --tp 1 --warmup none"
                 " --batch-sizes 1 --skip-phase imports --skip-phase process-group"
                 " --skip-phase weights",
             }
