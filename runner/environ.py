@@ -160,3 +160,10 @@ def _parse_algo(variable: str, text: str) -> Bf16Fp32Algo:
         raise UserError(
             f"{variable}={text!r} is not known: use one of {allowed}, or leave it unset"
         ) from None
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where this project keeps what it can make again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = environment.get("XDG_CACHE_HOME")
+    home = Path(environment.get("HOME") or "~").expanduser()
+    return (Path(base) if base else home / ".cache") / "deepgemm-coldstart"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from runner.environ import Environ
+from runner.environ import Environ, cache_folder
 from runner.errors import UserError
 from runner.jit.keys import first_recipe, with_variables
 from runner.jit.library import Library
@@ -106,10 +105,3 @@ def _unknown(gpu: Gpu) -> UserError:
         "installed here: pip install 'deepgemm-coldstart[library]', or give one with --library "
         f"(our rules hold for sgl-deep-gemm {RULES_VERSION} on Hopper GPUs only)"
     )
-
-
-def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where this project keeps what it can make again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    base = environment.get("XDG_CACHE_HOME")
-    home = Path(environment.get("HOME") or "~").expanduser()
-    return (Path(base) if base else home / ".cache") / "deepgemm-coldstart"

@@ -109,10 +109,9 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
 def main(libraries: Sequence[str]) -> None:
     """Write the tables of each library for each GPU."""
     from runner.cli.progress import counting, progress
-    from runner.environ import Environ
+    from runner.environ import Environ, cache_folder
     from runner.jit.compiler import find_nvcc, nvcc_version
     from runner.jit.library import find_library
-    from runner.kernels.choose import cache_folder
     from runner.kernels.library import LibrarySource
 
     nvcc = find_nvcc(Environ.read(os.environ))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.environ import cache_folder
 from runner.errors import UserError
 from runner.standin.cuda_libraries import find_cuda_libraries
 from runner.standin.gpus import Gpu
@@ -136,7 +137,7 @@ def build_standin(libraries: Sequence[Path], environment: Mapping[str, str]) -> 
     """
     compiler = find_host_compiler(environment)
     stubs = stub_source(names_of(libraries))
-    folder = _cache_folder(environment)
+    folder = _standin_folder(environment)
     root = folder / _digest(compiler, stubs)
     if not root.is_dir():
         try:
@@ -147,10 +148,8 @@ def build_standin(libraries: Sequence[Path], environment: Mapping[str, str]) -> 
     return Built(root)
 
 
-def _cache_folder(environment: Mapping[str, str]) -> Path:
-    chosen = environment.get("XDG_CACHE_HOME")
-    home = Path(environment.get("HOME") or "~").expanduser()
-    folder = (Path(chosen) if chosen else home / ".cache") / "deepgemm-coldstart" / "standin"
+def _standin_folder(environment: Mapping[str, str]) -> Path:
+    folder = cache_folder(environment) / "standin"
     if set(str(folder)) & set(" :"):
         raise UserError(
             f"{folder} has a space or colon, which LD_PRELOAD has no words for: set XDG_CACHE_HOME"

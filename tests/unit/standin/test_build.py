@@ -109,7 +109,7 @@ def test_a_cache_that_cannot_be(libraries: list[Path], tmp_path: Path) -> None:
 def test_the_home_folder_keeps_it(tmp_path: Path) -> None:
     variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     kept = tmp_path / ".cache" / "deepgemm-coldstart" / "standin"
-    assert build._cache_folder(variables) == kept
+    assert build._standin_folder(variables) == kept
 
 
 def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
