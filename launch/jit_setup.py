@@ -81,6 +81,8 @@ def set_up_jit(
     if options.virtual_nodes > 1 and not prebuilt:
         cache = replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank)}")
     tools, missing = find_tools(options, environ)
+    if tools is not None:
+        cache.check_generation(tools[1].generation)
     if tools is None:
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")

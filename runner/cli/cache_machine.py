@@ -60,6 +60,9 @@ _library_option = click.option(
 @machine_options
 @_library_option
 @click.option(
+    "--gpu", metavar="NAME", help="The server's GPU.  [default: the one here, if there is one]"
+)
+@click.option(
     "--call",
     is_flag=True,
     help="Also call the library with every M that the manifest names, on the GPU here or on a "
@@ -75,10 +78,12 @@ def verify(
     machine, or the one that the options describe.
     """
     found = existing(directory)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(found.root)
     plan = read_plan_file(plan_path) if plan_path else None
     machine, unknown = take_machine(values, Environ.read(os.environ), manifest)
     built = manifest or (plan.target if plan is not None else None)
+    if machine is not None and built is None and machine.library.generation == 2:
+        unknown = "there is no manifest, and only one says what the keys of this library hold"
     differing = list(machine.differences(built)) if machine is not None and built else []
     expected = _expectation(manifest, plan, machine, other=bool(differing))
     findings = verify_cache(found, expected)
@@ -93,7 +98,11 @@ def verify(
     checked = [f"{found.count()} entries"]
     checked += ["manifest"] * (manifest is not None) + ["plan"] * (plan is not None)
     checked += ["this machine"] * (machine is not None)
-    print(f"{directory} is whole: checked {', '.join(checked)}")
+    checked += ["GPU"] * (machine is not None and machine.device is not None)
+    if built is None and not found.count():
+        raise WorkFailedError(f"{directory} holds no entries")
+    where = f" for {built.gpu} ({built.num_sms} SMs)" if built is not None and built.gpu else ""
+    print(f"{directory} is whole{where}: checked {', '.join(checked)}")
     if call:
         _call(found, manifest, machine, jobs)
     if unknown:
@@ -128,7 +137,7 @@ def _call(
         f"asked for, {len(proof.added)} new entries"
     )
     if proof.asked or proof.added:
-        names = ", ".join(sorted(set(proof.asked or proof.added))[:_NAMED])
+        names = ", ".join(sorted(set(proof.added or proof.asked))[:_NAMED])
         raise WorkFailedError(f"{found.root} lacks kernels that the library asks for: {names}")
 
 
@@ -203,6 +212,11 @@ def relocate(
             f"{directory} was built for {manifest.library}, and the library here is "
             f"{machine.library.title}: install that one, or give it with --library"
         )
+    if changed := machine.changed_flags(manifest):
+        raise UserError(
+            f"{directory} was built with other flags than DG_JIT_* variables ask for here "
+            f"({', '.join(changed)}): unset them, or build the cache anew"
+        )
     keys = _keys_there(machine, manifest)
     assert keys is not None, "a manifest says what it was built for"
     if to.resolve() == directory.resolve():
@@ -256,6 +270,7 @@ def existing(directory: Path) -> KernelCache:
     Raises:
         UserError: there is none.
     """
-    if not (directory / "cache").is_dir():
+    found = KernelCache.of_text(str(directory))
+    if not (found.root / "cache").is_dir():
         raise UserError(f"{directory} is not a kernel cache: it has no folder named cache")
-    return KernelCache(directory)
+    return found

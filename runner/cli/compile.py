@@ -66,6 +66,7 @@ def compile(  # noqa: A001  # the command's name
         )
     keys = target.keys(table)
     cache = KernelCache.of_text(str(cache_dir or environ.jit_cache_dirs))
+    cache.check_generation(table.recipe.generation)
     order = BuildOrder(
         plan=result.plan,
         title=result.title,

@@ -21,7 +21,7 @@ from runner.errors import UserError
 from runner.files import write_json
 from runner.jit.check import differences
 from runner.jit.plan_json import plan_to_json, use_to_json
-from runner.kernels.rules import RULES
+from runner.kernels.rules import RULES, RULES_ARCH
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.warmup import WarmupPolicy
@@ -133,6 +133,11 @@ def check_rules(result: Planned) -> None:
         WorkFailedError: there are some.
     """
     table = result.plan.table
+    if table.origin.library != RULES.origin.library or table.origin.arch != RULES_ARCH:
+        raise UserError(
+            f"--check holds our rules against {RULES.origin.library} on {RULES_ARCH}, and this is "
+            f"{table.origin.library} on {table.origin.arch}: there are no rules for it"
+        )
     rules = RULES.on(table.origin.gpu, table.origin.num_sms, table.recipe)
     lines = differences(result.plan.demands, rules, table)
     for line in lines:

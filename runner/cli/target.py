@@ -16,14 +16,16 @@ from runner.errors import UserError
 from runner.jit.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.jit.keys import CacheKeys
 from runner.jit.library import LIBRARIES, Library, find_library
-from runner.jit.store.machine import Machine
+from runner.jit.store.machine import Device, Machine, device_here
 from runner.jit.store.manifest import Manifest
 from runner.kernels.choose import choose_source
 from runner.kernels.recorded import RecordedHeaders
 from runner.kernels.source import KernelSource
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import GPUS, Gpu, gpu_named
+from sim.profile import load_profile
 
+_DEFAULT_GPU = "h200"
 _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
 
@@ -174,15 +176,22 @@ def take_machine(
     root, release = values.pop("target_root"), values.pop("cuda_version")
     if root is not None and not root.is_absolute():
         raise UserError(f"--target-root {root} must be an absolute path: the key holds it")
-    library = _servers_library(values.pop("library_name", None), built)
+    wanted = values.pop("library_name", None)
+    library = _servers_library(wanted, built)
     generation = library.generation if built is None and library else 1
     generation = built.generation if built is not None else generation
     text = _version_text(values.pop("compiler_text"), release, generation, environ)
     if library is None:
-        return None, "there is no deep_gemm here"
+        return None, f"there is no {wanted or 'deep_gemm'} here"
     if text is None:
         return None, "there is no nvcc here"
-    return Machine(library, root or library.root, text, environ), ""
+    gpu = values.pop("gpu", None)
+    device = device_here() if gpu is None else _device_of(gpu_named(gpu))
+    return Machine(library, root or library.root, text, environ, device), ""
+
+
+def _device_of(gpu: Gpu) -> Device:
+    return Device((gpu.major, gpu.minor), gpu.sms)
 
 
 def _servers_library(wanted: str | None, built: Manifest | None) -> Library | None:
@@ -197,10 +206,30 @@ def _servers_library(wanted: str | None, built: Manifest | None) -> Library | No
 
 def _gpu(values: dict[str, Any]) -> Gpu:
     """``--gpu``, else the one of ``--hardware`` where that names one, with ``--num-sms``."""
-    hardware = values.get("hardware") or ""
-    implied = hardware if hardware in {gpu.name for gpu in GPUS} else "h200"
     counts = values.get("num_sms")
-    return gpu_named(values.pop("gpu") or implied, counts[0] if counts else None)
+    name = values.pop("gpu") or _implied(values.get("hardware"))
+    return gpu_named(name, max(counts) if counts else None)
+
+
+def _implied(hardware: str | None) -> str:
+    """The GPU of a profile: the one that it is named after, else h200 where its SMs agree.
+
+    Raises:
+        UserError: it is for another one.
+    """
+    names = {gpu.name for gpu in GPUS}
+    if hardware is None or hardware in names:
+        return hardware or _DEFAULT_GPU
+    profile = load_profile(hardware)
+    if profile.name in names:
+        return profile.name
+    sms = gpu_named(_DEFAULT_GPU).sms
+    if profile.num_sms != sms:
+        raise UserError(
+            f"--hardware {hardware} has {profile.num_sms} SMs, and a {_DEFAULT_GPU} has {sms}: say "
+            f"with --gpu which GPU it is ({_GPU_NAMES})"
+        )
+    return _DEFAULT_GPU
 
 
 def _version_text(

@@ -29,12 +29,22 @@ def check_deep_gemm(environ: Environ, capability: tuple[int, int]) -> None:
 
 
 def import_library(root: Path) -> ModuleType:
-    """Import the ``deep_gemm`` package that lies in ``root``; vLLM's copy is one as well."""
+    """Import the ``deep_gemm`` package that lies in ``root``; vLLM's copy is one as well.
+
+    Raises:
+        UserError: Python has another one.
+    """
     sys.path.insert(0, str(root.parent))
     try:
-        return importlib.import_module("deep_gemm")
+        found = importlib.import_module("deep_gemm")
     finally:
         sys.path.remove(str(root.parent))
+    if not Path(found.__file__ or "").parent.samefile(root):
+        raise UserError(
+            f"{root} cannot be imported, Python has {found.__file__}: a library's folder must be "
+            "named deep_gemm"
+        )
+    return found
 
 
 def import_deep_gemm(root: Path, *, cache_dirs: str, nvcc: Path, pdl: bool) -> ModuleType:

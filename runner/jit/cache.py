@@ -49,6 +49,14 @@ class KernelCache:
         root, *below = map(Path, parts)
         return cls(root, tuple(below))
 
+    def check_generation(self, generation: int) -> None:
+        """Raise UserError for a list of directories where a JIT reads but one."""
+        if self.below and generation == 1:
+            raise UserError(
+                f"cache directory {self.text!r} is a list, which sgl-deep-gemm reads since 0.2.0: "
+                "give one directory"
+            )
+
     @property
     def text(self) -> str:
         """The value of ``DG_JIT_CACHE_DIR`` that names it, whatever the working directory."""
@@ -64,6 +72,7 @@ class KernelCache:
         try:
             probe.mkdir(parents=True)
             probe.rmdir()
+            (self.root / "cache").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cache directory {self.root} cannot be written ({error.strerror}): "

@@ -85,7 +85,15 @@ def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) ->
         recipe: how the library compiles there.
         version_text: what that machine's ``nvcc --version`` prints.
         root: that machine's ``deep_gemm`` folder; only the first generation's keys hold it.
+
+    Raises:
+        UserError: the library's JIT is of another generation than the recipe.
     """
+    if isinstance(library, Library) and library.generation != recipe.generation:
+        raise UserError(
+            f"{library.root} does not look like {library.title}: its compiled part (_C*.so) is "
+            "missing or another version's; install it again"
+        )
     signature = signature_of(version_text, recipe.generation)
     if recipe.generation == 1:
         return FirstKeys(library, recipe, signature, root / "include")

@@ -55,28 +55,29 @@ class Recipe:
         return [flag.replace(INCLUDE, str(include_path)) for flag in self.flags]
 
 
-def first_recipe(environ: Environ) -> Recipe:
-    """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
-    flags = [
-        f"-std=c++{environ.dg_jit_cpp_standard}",
+_FIRST = Recipe(
+    1,
+    (
+        "-std=c++20",
         "--diag-suppress=39,161,174,177,186,940",
         "--ptxas-options=--register-usage-level=10",
-    ]
-    if environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check:
-        flags.append("--ptxas-options=--verbose,--warn-on-local-memory-usage")
-    if environ.dg_jit_with_lineinfo:
-        flags += ["-Xcompiler", "-rdynamic", "-lineinfo"]
-    flags += [
         f"-I{INCLUDE}",
         "--gpu-architecture=sm_90a",
         "--compiler-options=-fPIC,-O3,-fconcepts,-Wno-deprecated-declarations,-Wno-abi",
         "-O3",
         "--expt-relaxed-constexpr",
         "--expt-extended-lambda",
-    ]
-    return Recipe(1, tuple(flags))
+    ),
+)
 
 
+def first_recipe(environ: Environ) -> Recipe:
+    """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
+    return with_variables(_FIRST, environ)
+
+
+_FIRST_VERBOSE = "--ptxas-options=--verbose,--warn-on-local-memory-usage"
+_FIRST_LINES = ("-Xcompiler", "-rdynamic", "-lineinfo")
 _VERBOSE = "--ptxas-options=--verbose"
 _REGISTERS = "--ptxas-options=--register-usage-level="
 _SPILLS = "--ptxas-options=--warn-on-spills"
@@ -86,26 +87,39 @@ _STANDARD = "-std=c++"
 
 
 def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
-    """A recipe of the second generation as the ``DG_JIT_*`` variables of a machine change it.
+    """A recipe as the ``DG_JIT_*`` variables of a machine change it.
 
-    Source: ``CompilerOptions`` of deep_jit/backend/cuda/options.hpp in sgl-deep-gemm 0.2.3.post2.
+    Sources: csrc/jit/compiler.hpp of sgl-deep-gemm 0.1.4.post1; ``CompilerOptions`` of
+    deep_jit/backend/cuda/options.hpp in 0.2.3.post2.
     """
+    before, after = _first_flags(environ) if recipe.generation == 1 else _second_flags(environ)
+    optional = {_VERBOSE, _SPILLS, _LOCAL, _LINES, _FIRST_VERBOSE, *_FIRST_LINES}
+    flags: list[str] = []
+    for flag in recipe.flags:
+        if flag.startswith(_REGISTERS):
+            flags += [*before, flag, *after]
+        elif flag.startswith(_STANDARD):
+            flags.append(f"{_STANDARD}{environ.dg_jit_cpp_standard}")
+        elif flag not in optional:
+            flags.append(flag)
+    return replace(recipe, flags=tuple(flags))
+
+
+def _first_flags(environ: Environ) -> tuple[list[str], list[str]]:
+    """What the variables put before and after the flag of register usage."""
+    verbose = environ.dg_jit_debug or environ.dg_jit_ptxas_verbose or environ.dg_jit_ptxas_check
+    lines = _FIRST_LINES if environ.dg_jit_with_lineinfo else ()
+    return [], [*[_FIRST_VERBOSE] * bool(verbose), *lines]
+
+
+def _second_flags(environ: Environ) -> tuple[list[str], list[str]]:
     verbose = environ.dg_jit_debug or environ.dg_jit_ptxas_verbose
     after = {
         _SPILLS: environ.dg_jit_check_no_spills,
         _LOCAL: environ.dg_jit_check_no_local_memory,
         _LINES: environ.dg_jit_debug or environ.dg_jit_with_lineinfo,
     }
-    flags: list[str] = []
-    for flag in recipe.flags:
-        if flag.startswith(_REGISTERS):
-            flags += [_VERBOSE] * bool(verbose)
-            flags += [flag, *(name for name, is_set in after.items() if is_set)]
-        elif flag.startswith(_STANDARD):
-            flags.append(f"{_STANDARD}{environ.dg_jit_cpp_standard}")
-        elif flag not in (_VERBOSE, *after):
-            flags.append(flag)
-    return replace(recipe, flags=tuple(flags))
+    return [_VERBOSE] * bool(verbose), [name for name, is_set in after.items() if is_set]
 
 
 class CacheKeys(ABC):

@@ -13,6 +13,7 @@ from runner.jit.library import Library
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
 from runner.kernels.shipped import ShippedFirst, shipped_gpu, shipped_libraries, shipped_table
 from runner.kernels.source import KernelSource
+from runner.kernels.table import RecordedTable
 from runner.standin.gpus import Gpu
 
 _NO_TEXT = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\n"
@@ -57,8 +58,9 @@ def choose_source(
         return LibrarySource(library, gpu, text, environment, memo, jobs, progress)
 
     def otherwise() -> KernelSource:
-        known = library is None or library.title == RULES.origin.library
-        if known and gpu.arch == RULES_ARCH:
+        ruled = RULES.origin.library
+        meant = library.title if library is not None else title if wanted else ruled
+        if meant == ruled and gpu.arch == RULES_ARCH:
             return RULES.on(gpu.name, gpu.sms, first_recipe(environ))
         return asked()
 
@@ -66,6 +68,7 @@ def choose_source(
         return asked()
     twin = shipped_gpu(gpu)
     titles = shipped_libraries(twin)
+    title: str | None
     if library is not None:
         title = library.title if library.title in titles else None
     else:
@@ -74,10 +77,19 @@ def choose_source(
     table = shipped_table(title, twin) if title else None
     if table is None or table.origin.num_sms != gpu.sms:
         return otherwise()
+    if library is not None and not _same_headers(library, table):
+        return otherwise()  # A patched build under the version of another one.
     table = replace(table, origin=replace(table.origin, gpu=gpu.name))
     if table.recipe.generation == 2:
         table = replace(table, recipe=with_variables(table.recipe, environ))
     return ShippedFirst(table, otherwise)
+
+
+def _same_headers(library: Library, table: RecordedTable) -> bool:
+    try:
+        return all(library.header_hash(name) == told for name, told in table.headers.items())
+    except FileNotFoundError:
+        return False
 
 
 def _named(titles: Sequence[str], wanted: str | None) -> str | None:

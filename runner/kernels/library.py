@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.compiler import keys_for
 from runner.jit.entry import SOURCE, kernel_name
-from runner.jit.keys import INCLUDE, Recipe
+from runner.jit.keys import INCLUDE, Recipe, with_variables
 from runner.jit.library import Library, own_headers
 from runner.kernels.kernel import Kernel
 from runner.kernels.recorded import merged, read_table, step_of, write_table
@@ -98,7 +100,8 @@ class LibrarySource:
                 if missing := _lacking(self._table, wanted):
                     self._learn(missing)
         assert self._table is not None
-        return self._table
+        recipe = with_variables(self._table.recipe, Environ.read(self.environment))
+        return replace(self._table, recipe=recipe)
 
     def _learn(self, missing: Sequence[Demand]) -> None:
         asked = self._asked(missing)
@@ -120,13 +123,8 @@ class LibrarySource:
 
     @property
     def _memo(self) -> Path:
-        """What decides answers: the library, the GPU, and the variables that change its flags."""
-        variables = sorted(
-            (name, value)
-            for name, value in self.environment.items()
-            if name.startswith("DG_") and name not in _OURS
-        )
-        what = [self.library.fingerprint, self.gpu.name, self.gpu.sms, variables]
+        """What decides answers: the library, the GPU, and how it is asked."""
+        what = [self.library.fingerprint, self.gpu.name, self.gpu.sms, _how_we_ask()]
         digest = sha256(json.dumps(what).encode()).hexdigest()[:16]
         return self.memo_dir / f"{self.library.name}-{self.library.version}-{digest}.json.gz"
 
@@ -152,7 +150,7 @@ class LibrarySource:
             environment = standin_environment(
                 self.gpu,
                 python=Path(sys.executable),
-                environment=self.environment,
+                environment=_without_variables(self.environment),
                 version_text=self.version_text,
                 work_dir=place,
             )
@@ -221,7 +219,18 @@ def _turn(memo: Path) -> Iterator[None]:
         yield
 
 
-_OURS = frozenset({"DG_JIT_CACHE_DIR", "DG_JIT_NVCC_COMPILER"})
+def _without_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The library is asked without variables of its JIT: they change its flags alone."""
+    return {name: value for name, value in environment.items() if not name.startswith("DG_JIT_")}
+
+
+@lru_cache
+def _how_we_ask() -> str:
+    """Digest of what calls the library and stands in for its GPU: other code, other answers."""
+    package = Path(__file__).parents[1]
+    files = [*package.glob("deep_gemm_wrapper/*.py"), *package.glob("standin/native/*.[ch]"),
+             package / "standin/gpus.py", Path(__file__)]  # fmt: skip
+    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 def _recipe(compiles: Path, cache: Path, library: Library) -> Recipe:

@@ -131,13 +131,22 @@ def _asked(place: Path) -> list[str]:
 
 
 def demands_of(manifest: Manifest) -> list[Demand]:
-    """The GEMMs that a cache was built for, with every M that its manifest names."""
+    """The GEMMs that a cache was built for, with every M that its manifest names.
+
+    Raises:
+        UserError: it names none, or one that is not known.
+    """
     uses = [use for entry in manifest.entries.values() for use in entry.uses]
+    if not uses or not manifest.gpu:
+        raise UserError("the manifest names no GEMM, or not the GPU: build the cache again")
     return by_shape(Demand(_shape(use), tuple(_expanded(use))) for use in uses)
 
 
 def _shape(use: Mapping[str, Any]) -> GemmShape:
-    kind = DeepGemmKernelType[use["type"].upper()]
+    try:
+        kind = DeepGemmKernelType[use["type"].upper()]
+    except KeyError:
+        raise UserError(f"the manifest has a GEMM of unknown type {use['type']!r}") from None
     return GemmShape(kind, use["n"], use["k"], use["num_groups"], use.get("num_sms", 132))
 
 

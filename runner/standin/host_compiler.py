@@ -55,7 +55,10 @@ def find_host_compiler(environment: Mapping[str, str]) -> HostCompiler:
     Raises:
         UserError: there is none.
     """
-    chosen = shlex.split(environment.get("CC", ""))
+    try:
+        chosen = shlex.split(environment.get("CC", ""))
+    except ValueError as error:
+        raise UserError(f"CC={environment['CC']} is no command ({error}): unset CC") from None
     for name in (chosen[0],) if chosen else ("cc", "gcc", "clang"):
         program = shutil.which(name, path=environment.get("PATH"))
         if program is not None:

@@ -114,6 +114,29 @@ def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
     entry.rmdir()
     failed = run("cache", "verify", built, "--call", cache=memo, code=1)
     assert f"missing: {entry.name} is not in the cache" in failed.stdout
+    # Where nothing names the entry any more, only the calls tell.
+    manifest = tmp_path / "cache" / "manifest.json"
+    told_there = json.loads(manifest.read_text())
+    uses = told_there["entries"].pop(entry.name)["uses"]
+    next(iter(told_there["entries"].values()))["uses"] += uses
+    manifest.write_text(json.dumps(told_there))
+    called = run("cache", "verify", built, "--call", cache=memo, code=1)
+    assert "1 compiles asked for, 1 new entries" in called.stdout
+    assert f"lacks kernels that the library asks for: {entry.name}" in called.stderr
+
+
+@pytest.mark.nvcc
+def test_verify_sees_the_gpu_of_the_machine(memo: Path, tmp_path: Path) -> None:
+    """The one that the driver has, and the one that ``--gpu`` names."""
+    built = str(tmp_path / "cache")
+    run("compile", "--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "8", "--cache-dir", built,
+        cache=memo)  # fmt: skip
+    verify = ["cache", "verify", built]
+    h20 = [PYTHON, "-m", "runner", *verify]
+    assert " for h200 (132 SMs): checked" in run(*verify, "--gpu", "h100", cache=memo).stdout
+    words = "other GPU: built for 132 SMs, this one has 78"
+    assert words in run(*verify, "--gpu", "h20", cache=memo, code=1).stdout
+    assert words in run("standin", "--gpu", "h20", "--", *h20, cache=memo, code=1).stdout
 
 
 @pytest.mark.distributed

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ A, B, C = (transpose_fp32(k) for k in (128, 256, 384))
 ODD = Kernel("odd", "deep_gemm/a.cuh", "odd_impl", ("1",))
 DENSE_WORDS = "gemm_nt_f8f8bf16:4096:1024 on 132 SMs"
 A_WORDS, B_WORDS, C_WORDS = (f"transpose_fp32 ({k} scales a row)" for k in (1, 2, 3))
-ORIGIN = Origin("dg 1", 1, "h200", 132, "sm_90a", Source.LIBRARY)
+ORIGIN = Origin("sgl-deep-gemm 0.1.4.post1", 1, "h200", 132, "sm_90a", Source.LIBRARY)
 
 
 def table(*runs: tuple[int, int, tuple[Kernel, ...]], shape: GemmShape = DENSE) -> RecordedTable:
@@ -103,7 +104,8 @@ def test_each_gemm_has_its_own_lines() -> None:
 
 def test_a_gemm_that_a_table_does_not_know_is_no_difference() -> None:
     with pytest.raises(
-        UserError, match=r"^no table of dg 1 on h200 has gemm_nt_f8f8bf16:4096:1024"
+        UserError,
+        match=r"^no table of sgl-deep-gemm 0\.1\.4\.post1 on h200 has gemm_nt_f8f8bf16:4096",
     ):
         compared(table((1, 64, (A,))), table((1, 64, (A,)), shape=GROUPED))
 
@@ -461,12 +463,24 @@ def test_check_tells_that_there_is_no_difference(
     assert plan(*SMALL, "--check") == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "dg 1 (JIT 1), h200 (132 SMs, sm_90a), asked on a stand-in GPU",
+        "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), asked on a stand-in GPU",
         f"{GEMM}: M up to 64, 132 SMs",
         "no difference: 4 kernels in 64 calls, each kernel and each M that runs it is the "
         "library's",
     ]
     assert captured.err == ""
+
+
+def test_check_has_no_rules_for_other_libraries(
+    here: Library, asked: list[RecordedTable], capsys: Capture
+) -> None:
+    known = recorded()
+    asked.append(replace(known, origin=replace(known.origin, library="vllm 0.33.0")))
+    assert plan(*SMALL, "--check") == 2
+    assert (
+        "--check holds our rules against sgl-deep-gemm 0.1.4.post1 on sm_90a, and this is vllm "
+        "0.33.0 on sm_90a: there are no rules for it"
+    ) in capsys.readouterr().err
 
 
 def test_check_tells_every_difference(

@@ -195,6 +195,11 @@ def test_the_rules_version_may_be_named_where_it_is_not_installed() -> None:
     assert source.origin.source is Source.RULES
 
 
+def test_rules_are_not_taken_for_a_library_that_was_named() -> None:
+    with pytest.raises(UserError, match=r"--library vllm is not installed, and no table of it"):
+        chosen("h200", None, wanted="vllm")
+
+
 def test_where_answers_are_kept() -> None:
     assert cache_folder(HOME) == Path("/home/me/.cache/deepgemm-coldstart")
     assert cache_folder({**HOME, "XDG_CACHE_HOME": "/xdg"}) == Path("/xdg/deepgemm-coldstart")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.errors import UserError
 from runner.jit.compiler import NvccCompiler, keys_for, signature_of
 from runner.jit.keys import FirstKeys, Recipe, SecondKeys
 from runner.jit.library import Library
@@ -126,7 +127,12 @@ def test_what_an_entry_holds_besides(newer: Library) -> None:
 def test_the_recipe_says_which_keys(newer: Library) -> None:
     assert keys_for(newer, RECIPE, NVCC, Path("/there")) == SecondKeys(newer, RECIPE, NVCC)
     first = replace(RECIPE, generation=1)
-    assert keys_for(newer, first, NVCC, Path("/there")) == FirstKeys(
-        newer, first, "NVCC13.0", Path("/there/include")
+    older = Library(newer.root / "older")
+    assert keys_for(older, first, NVCC, Path("/there")) == FirstKeys(
+        older, first, "NVCC13.0", Path("/there/include")
     )
+    with pytest.raises(UserError, match=r"its compiled part \(_C\*\.so\) is missing or another"):
+        keys_for(newer, first, NVCC, Path("/there"))
+    with pytest.raises(UserError, match="does not look like"):
+        keys_for(older, RECIPE, NVCC, Path("/there"))
     assert [signature_of(NVCC, generation) for generation in (1, 2)] == ["NVCC13.0", NVCC]

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.environ import Environ
 from runner.jit.compiler import release_of, signature_of
-from runner.jit.keys import INCLUDE, Recipe, first_recipe, with_variables
+from runner.jit.keys import INCLUDE, Recipe, with_variables
 from runner.jit.library import Library
 from runner.jit.store.manifest import Manifest
+from runner.standin.gpus import GPUS
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by what chooses its kernels.
+
+    Attributes:
+        capability: its compute capability.
+        num_sms: its SMs.
+    """
+
+    capability: tuple[int, int]
+    num_sms: int
+
+
+def device_here() -> Device | None:
+    """The first GPU of this machine, as its driver has it; None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, value = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    told = []
+    for attribute in (_MAJOR, _MINOR, _SM_COUNT):
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        told.append(value.value)
+    return Device((told[0], told[1]), told[2])
+
+
+_SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
+"""``CUdevice_attribute`` of cuda.h."""
 
 
 @dataclass(frozen=True)
@@ -22,27 +58,21 @@ class Machine:
         root: the folder of that library there.
         version_text: what ``nvcc --version`` prints there.
         environ: the variables that the server has.
-        arch: what its GPU's kernels are compiled for, None where the GPU is not known.
-        num_sms: SMs of its GPU, None where it is not known.
+        device: its GPU, None where it is not known.
     """
 
     library: Library
     root: Path
     version_text: str
     environ: Environ
-    arch: str | None = None
-    num_sms: int | None = None
+    device: Device | None = None
 
     def recipe(self, built: Manifest) -> Recipe:
         """How the library compiles there, given how it compiled where the cache was built for."""
-        if built.generation == 2:
-            there = Recipe(2, tuple(built.flags.split(" ")), built.extra_signature)
-            return with_variables(there, self.environ)
-        recipe = first_recipe(self.environ)
-        if built.arch == recipe.arch:
-            return recipe
         flags = built.flags.split(" ")
-        return Recipe(1, tuple(f"-I{INCLUDE}" if flag[:2] == "-I" else flag for flag in flags))
+        flags = [f"-I{INCLUDE}" if flag.startswith("-I") else flag for flag in flags]
+        there = Recipe(built.generation, tuple(flags), built.extra_signature)
+        return with_variables(there, self.environ)
 
     def differences(self, built: Manifest) -> Iterator[str]:
         """What keeps a server there from hitting a cache, each with what to do, in one line."""
@@ -52,6 +82,11 @@ class Machine:
                 "other kernels: build with that one (runner compile --library)"
             )
             return
+        if self.environ.use_nvrtc or self.environ.dg_jit_use_nvrtc:
+            yield (
+                "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it "
+                "where the server runs"
+            )
         signature = signature_of(self.version_text, built.generation)
         if signature != built.signature:
             yield (
@@ -59,35 +94,43 @@ class Machine:
                 f"{compiler_words(signature)}: runner cache relocate, or build with what nvcc "
                 "--version prints there (runner compile --compiler-text)"
             )
-        yield from self._flags(built)
-        if self.arch is not None and self.arch != built.arch:
-            yield f"other GPU: built for {built.arch}, this one needs {self.arch}: runner compile"
-        elif self.num_sms is not None and built.num_sms not in (0, self.num_sms):
-            yield (
-                f"other GPU: built for {built.num_sms} SMs, this one has {self.num_sms}: runner "
-                "compile --gpu or --num-sms"
-            )
-
-    def _flags(self, built: Manifest) -> Iterator[str]:
-        include = str(self.root / "include")
-        theirs = built.flags.split(" ")
-        ours = [flag.replace(INCLUDE, include) for flag in self.recipe(built).flags]
-        ours = [flag for flag in ours if flag not in ("--include-path", include)]
-        if built.generation == 1:
-            paths = [_include_of(flags) for flags in (theirs, ours)]
-            if paths[0] != paths[1]:
-                yield (
-                    f"other install path: built for {paths[0]}, here it is {paths[1]}: runner "
-                    "cache relocate --target-root"
-                )
-            theirs, ours = (
-                [f for f in flags if not f.startswith("-I")] for flags in (theirs, ours)
-            )
-        if theirs != ours:
-            changed = sorted(set(theirs) ^ set(ours))
+        yield from self._path(built)
+        if changed := self.changed_flags(built):
             yield (
                 f"other compiler flags ({', '.join(changed)}): DG_JIT_* variables differ; set them "
                 "as they were when it was built, or build it with them set"
+            )
+        yield from self._device(built)
+
+    def _path(self, built: Manifest) -> Iterator[str]:
+        theirs, here = _include_of(built.flags.split(" ")), str(self.root / "include")
+        if built.generation == 1 and theirs != here:
+            yield (
+                f"other install path: built for {theirs}, here it is {here}: runner cache relocate "
+                "--target-root"
+            )
+
+    def changed_flags(self, built: Manifest) -> list[str]:
+        """Flags that the server's variables add or take away."""
+        theirs = [flag for flag in built.flags.split(" ") if not flag.startswith("-I")]
+        ours = [flag for flag in self.recipe(built).flags if not flag.startswith("-I")]
+        return sorted(set(theirs) ^ set(ours))
+
+    def _device(self, built: Manifest) -> Iterator[str]:
+        if self.device is None:
+            return
+        named = next((gpu for gpu in GPUS if gpu.name == built.gpu), None)
+        if named is not None and (named.major, named.minor) != self.device.capability:
+            here = "{}.{}".format(*self.device.capability)
+            yield (
+                f"other GPU: built for {named.name} ({named.major}.{named.minor}), this one has "
+                f"compute capability {here}: runner compile --gpu"
+            )
+        elif built.sm_counts and self.device.num_sms not in built.sm_counts:
+            counts = ", ".join(map(str, sorted(built.sm_counts)))
+            yield (
+                f"other GPU: built for {counts} SMs, this one has {self.device.num_sms}: runner "
+                "compile --gpu or --num-sms"
             )
 
 

@@ -55,7 +55,8 @@ class Manifest:
         built_with: signature of the compiler that built them.
         generation: of the JIT whose entries they are.
         extra_signature: see :class:`runner.jit.keys.Recipe`.
-        gpu: name of the GPU; empty in manifests that are older than this field.
+        gpu: name of the GPU, of several the one with the most SMs; empty in manifests that are
+            older than this field.
         num_sms: its SMs; 0 in such manifests.
         plans: titles of the plans that were built.
         entries: kernels by cache key.
@@ -103,7 +104,21 @@ class Manifest:
             entries[key] = replace(entry, uses=_merged_uses([*uses, *entry.uses]))
         # What a newer compiler built must not pass for an older one's.
         built_with = max(self.built_with, newer.built_with, key=release_of)
-        return replace(newer, plans=plans, entries=entries, built_with=built_with)
+        largest = max(newer, self, key=lambda manifest: manifest.num_sms)
+        return replace(
+            newer,
+            plans=plans,
+            entries=entries,
+            built_with=built_with,
+            gpu=largest.gpu,
+            num_sms=largest.num_sms,
+        )
+
+    @property
+    def sm_counts(self) -> set[int]:
+        """Numbers of SMs that kernels were built for."""
+        uses = (use for entry in self.entries.values() for use in entry.uses)
+        return {self.num_sms, *(use["num_sms"] for use in uses if "num_sms" in use)} - {0}
 
     def without(self, keys: set[str]) -> Manifest:
         """The manifest less some entries."""

@@ -87,6 +87,8 @@ def test_no_compiler(libraries: list[Path], tmp_path: Path) -> None:
     assert str(caught.value) == "the stand-in GPU wants a C compiler: apt-get install gcc"
     with pytest.raises(UserError, match="CC=nocc is no program: unset CC or name a C compiler"):
         build_standin(libraries, environment(tmp_path, CC="nocc"))
+    with pytest.raises(UserError, match=r"CC='gcc is no command \(No closing quotation\): unset"):
+        build_standin(libraries, environment(tmp_path, CC="'gcc"))
 
 
 def test_a_compiler_that_fails(

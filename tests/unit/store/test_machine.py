@@ -11,8 +11,8 @@ import pytest
 from runner.environ import Environ
 from runner.jit.keys import CacheKeys, Recipe, first_recipe
 from runner.jit.library import Library
-from runner.jit.store.machine import Machine, compiler_words
-from runner.jit.store.manifest import Manifest
+from runner.jit.store.machine import Device, Machine, compiler_words
+from runner.jit.store.manifest import Entry, Manifest
 from tests.unit.small_cache import (
     INCLUDE,
     NVCC_TEXT,
@@ -22,6 +22,7 @@ from tests.unit.small_cache import (
 )
 
 ROOT = INCLUDE.parent
+H200 = Device((9, 0), 132)
 FLAGS = (
     "-std=c++20 --diag-suppress=39,161 --ptxas-options=--register-usage-level=10 "
     "--gpu-architecture=sm_90a -O3"
@@ -39,7 +40,7 @@ def built(keys: CacheKeys) -> Manifest:
 @pytest.fixture
 def there(here: Library) -> Machine:
     """The machine that it was built for."""
-    return Machine(here, ROOT, "NVCC13.0", Environ(), "sm_90a", 132)
+    return Machine(here, ROOT, "NVCC13.0", Environ(), H200)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def second(newer: Library) -> Manifest:
 
 @pytest.fixture
 def second_there(newer: Library) -> Machine:
-    return Machine(newer, newer.root, NVCC_TEXT, Environ(), "sm_90a", 132)
+    return Machine(newer, newer.root, NVCC_TEXT, Environ(), H200)
 
 
 def told(machine: Machine, built: Manifest) -> list[str]:
@@ -66,14 +67,14 @@ def test_the_machine_that_a_cache_was_built_for(
 ) -> None:
     assert told(there, built) == []
     assert told(second_there, second) == []
-    assert told(replace(there, arch=None, num_sms=None), built) == []
+    assert told(replace(there, device=None), built) == []
     assert told(replace(there, version_text=NVCC_TEXT), built) == [], "a release is all there is"
 
 
 def test_another_library_is_all_that_is_told(built: Manifest, there: Machine) -> None:
     other = replace(
         there, library=Library(there.library.root, "vllm", "0.33.0"), version_text="NVCC13.1",
-        root=Path("/x"), arch="sm_100f",
+        root=Path("/x"), device=Device((10, 0), 148),
     )  # fmt: skip
     assert told(other, built) == [
         "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
@@ -173,37 +174,54 @@ def test_other_flags_of_the_second_generation(
 
 def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: Machine) -> None:
     """Of the first generation our own account of the flags is for SM90 alone."""
-    flags = f"-std=c++20 -I{INCLUDE} --gpu-architecture=sm_100f"
-    blackwell = replace(built, arch="sm_100f", flags=flags, num_sms=148)
-    machine = replace(there, arch="sm_100f", num_sms=148)
+    flags = f"-std=c++20 {LEVEL} -I{INCLUDE} --gpu-architecture=sm_100f"
+    blackwell = replace(built, arch="sm_100f", flags=flags, gpu="b200", num_sms=148)
+    machine = replace(there, device=Device((10, 0), 148))
     assert machine.recipe(blackwell) == Recipe(
-        1, ("-std=c++20", "-I{include}", "--gpu-architecture=sm_100f")
+        1, ("-std=c++20", LEVEL, "-I{include}", "--gpu-architecture=sm_100f")
     )
     assert told(machine, blackwell) == []
     assert told(replace(machine, root=Path("/opt/dg")), blackwell) == [
         f"other install path: built for {INCLUDE}, here it is /opt/dg/include: runner cache "
         "relocate --target-root"
     ]
+    changed = "-Xcompiler, -lineinfo, -rdynamic"
+    assert told(replace(machine, environ=Environ(dg_jit_with_lineinfo=1)), blackwell) == [
+        f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
+    ]
 
 
 def test_another_kind_of_gpu(built: Manifest, there: Machine) -> None:
-    assert told(replace(there, arch="sm_100f", num_sms=148), built) == [
-        "other GPU: built for sm_90a, this one needs sm_100f: runner compile"
+    assert told(replace(there, device=Device((10, 0), 148)), built) == [
+        "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile "
+        "--gpu"
     ]
 
 
 def test_another_number_of_sms(built: Manifest, there: Machine) -> None:
-    line = (
-        "other GPU: built for 132 SMs, this one has 78: runner compile --gpu or --num-sms"
-    )  # fmt: skip
-    assert told(replace(there, num_sms=78), built) == [line]
-    assert told(replace(there, arch=None, num_sms=78), built) == [line]
-    assert told(replace(there, num_sms=78), replace(built, num_sms=0)) == [], "an older manifest"
+    h20 = replace(there, device=Device((9, 0), 78))
+    line = "other GPU: built for 132 SMs, this one has 78: runner compile --gpu or --num-sms"
+    assert told(h20, built) == [line]
+    assert told(h20, replace(built, gpu="")) == [line]
+    assert told(h20, replace(built, gpu="", num_sms=0)) == [], "an older manifest"
+    use = {"num_sms": 78}
+    both = replace(built, entries={"a": Entry("a", [use], "", "", 0)})
+    assert told(h20, both) == []
+    assert told(there, both) == []
+
+
+@pytest.mark.parametrize("variable", ["use_nvrtc", "dg_jit_use_nvrtc"])
+def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: Machine) -> None:
+    environ = Environ(**{variable: True})  # type: ignore[arg-type]
+    assert told(replace(there, environ=environ), built) == [
+        "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it where "
+        "the server runs"
+    ]
 
 
 def test_every_difference_is_told(built: Manifest, there: Machine) -> None:
     other = replace(
-        there, root=Path("/opt/dg"), version_text="NVCC12.9", num_sms=78,
+        there, root=Path("/opt/dg"), version_text="NVCC12.9", device=Device((9, 0), 78),
         environ=Environ(dg_jit_cpp_standard=17),
     )  # fmt: skip
     assert [line.partition(":")[0].partition(" (")[0] for line in told(other, built)] == [
