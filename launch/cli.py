@@ -33,6 +33,7 @@ from runner.environ import Environ
 from runner.errors import UserError
 from runner.jit.library import LIBRARIES
 from runner.report.outputs import check_outputs, print_timelines, write_reports
+from runner.standin.gpus import DEFAULT_GPU
 from runner.timeline import Timeline, read_timelines
 from runner.warmup import DisaggregationMode, WarmupPolicy
 
@@ -77,11 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "--virtual-nodes, nccl lets nodes share GPUs.",
 )
 @click.option(
+    "--gpu",
+    metavar="NAME",
+    default=DEFAULT_GPU,
+    show_default=True,
+    help="Without a GPU: the one that kernels are compiled for, named as runner plan names it.",
+)
+@click.option(
     "--num-sms",
     type=int,
-    default=132,
-    show_default=True,
-    help="Without a GPU: SMs of the GPU that kernels are compiled for.",
+    help="Without a GPU: SMs of the GPU that kernels are compiled for.  [default: --gpu's]",
 )
 @click.option(
     "--library",
@@ -162,7 +168,7 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
     for policy in options.policies:
         scenario = options.scenario(environ, policy=policy)
         assert scenario.requests, "a scenario without requests measures nothing"
-    if options.num_sms < 2 or options.num_sms % 2:
+    if options.num_sms is not None and (options.num_sms < 2 or options.num_sms % 2):
         raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
     if options.nccl_timeout is not None and options.nccl_timeout < 1:
         raise UserError(
@@ -264,7 +270,8 @@ def _arguments(options: LaunchOptions) -> list[str]:
         "--batch-sizes": options.batch_sizes, "--prompt-len": options.prompt_len,
         "--max-tokens": options.max_tokens,
         "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
-        "--device": options.device, "--backend": options.backend, "--num-sms": options.num_sms,
+        "--device": options.device, "--backend": options.backend, "--gpu": options.gpu,
+        "--num-sms": options.num_sms,
         "--library": options.library, "--cache-dir": options.cache_dir,
         "--seed": options.seed, "--timeout": options.timeout,
         "--nccl-timeout": options.nccl_timeout, "--probed": options.probed,

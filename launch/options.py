@@ -16,7 +16,7 @@ from runner.kernels.choose import choose_source
 from runner.kernels.source import KernelSource
 from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
-from runner.standin.gpus import Gpu, gpu_named
+from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
 from runner.walk_memory import GIB
 from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
@@ -49,7 +49,8 @@ class LaunchOptions:
     jit: bool = True
     device: str = "auto"
     backend: str = "auto"
-    num_sms: int = 132
+    gpu: str = DEFAULT_GPU
+    num_sms: int | None = None
     library: str | None = None
     virtual_nodes: int = 1
     stream: tuple[int, ...] | None = None
@@ -77,12 +78,12 @@ class LaunchOptions:
         Args:
             environ: the environment.
             policy: the policy.
-            gpu: the GPU that kernels are for; None is an H200 with ``num_sms`` SMs.
+            gpu: the GPU that kernels are for; None is :attr:`meant_gpu`.
 
         Raises:
             UserError: an unknown model, or a model that the layout does not fit.
         """
-        gpu = gpu or gpu_named("h200", self.num_sms)
+        gpu = gpu or self.meant_gpu
         model = load_model(self.model)
         if self.layers is not None:
             model = with_layers(model, self.layers)
@@ -109,6 +110,15 @@ class LaunchOptions:
             source=self.source(environ, gpu),
             walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,
         )
+
+    @property
+    def meant_gpu(self) -> Gpu:
+        """The GPU that kernels are for where there is none.
+
+        Raises:
+            UserError: no such GPU.
+        """
+        return gpu_named(self.gpu, self.num_sms)
 
     def source(self, environ: Environ, gpu: Gpu) -> KernelSource:
         """What says which kernels GEMMs run.

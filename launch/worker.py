@@ -47,7 +47,6 @@ from runner.environ import Environ
 from runner.jit.shim import read_records
 from runner.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.scenario import Scenario, run_rank
-from runner.standin.gpus import gpu_named
 from runner.timeline import Span
 from runner.warmup import WarmupPolicy
 from runner.weight_size import model_elements
@@ -77,7 +76,7 @@ def run_worker(
     """
     place = find_place(environ)
     device = pick_device(options.device, place)
-    gpu = gpu_named("h200", options.num_sms) if device.type != "cuda" else gpu_of(device)
+    gpu = gpu_of(device) if device.type == "cuda" else options.meant_gpu
     scenario = options.scenario(environ, gpu=gpu, policy=policy)
     deadline = Deadline(options.timeout, partial(end_process, place.rank))
     phases = [("imports", process_start()), ("process group", time.time())]

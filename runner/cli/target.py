@@ -22,10 +22,9 @@ from runner.kernels.choose import choose_source
 from runner.kernels.recorded import RecordedHeaders
 from runner.kernels.source import KernelSource
 from runner.kernels.table import KernelTable, RecordedTable
-from runner.standin.gpus import GPUS, Gpu, gpu_named
+from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
 from sim.profile import load_profile
 
-_DEFAULT_GPU = "h200"
 _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
 
@@ -219,17 +218,17 @@ def _implied(hardware: str | None) -> str:
     """
     names = {gpu.name for gpu in GPUS}
     if hardware is None or hardware in names:
-        return hardware or _DEFAULT_GPU
+        return hardware or DEFAULT_GPU
     profile = load_profile(hardware)
     if profile.name in names:
         return profile.name
-    sms = gpu_named(_DEFAULT_GPU).sms
+    sms = gpu_named(DEFAULT_GPU).sms
     if profile.num_sms != sms:
         raise UserError(
-            f"--hardware {hardware} has {profile.num_sms} SMs, and a {_DEFAULT_GPU} has {sms}: say "
+            f"--hardware {hardware} has {profile.num_sms} SMs, and a {DEFAULT_GPU} has {sms}: say "
             f"with --gpu which GPU it is ({_GPU_NAMES})"
         )
-    return _DEFAULT_GPU
+    return DEFAULT_GPU
 
 
 def _version_text(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from runner.errors import UserError
 
+DEFAULT_GPU = "h200"
 MOST_SMS = 1024
 _MIB = 1 << 20
 

@@ -17,7 +17,7 @@ EVERYTHING: dict[str, Any] = {
     "stage_layers": (1, 3), "policies": (WarmupPolicy.PP_PARALLEL_FAST,), "batch_sizes": (2, 4),
     "prompt_len": 3, "max_tokens": 64, "disaggregation": DisaggregationMode.DECODE,
     "speculative": True, "compute": "skip", "jit": False, "device": "cpu", "backend": "gloo",
-    "num_sms": 78, "library": "vllm", "virtual_nodes": 4, "stream": (5, 6),
+    "gpu": "h20", "num_sms": 78, "library": "vllm", "virtual_nodes": 4, "stream": (5, 6),
     "cuda_graphs": (8,), "walk_max_m": 32,
     "walk_memory": 1.5, "compile_lock": True, "nccl_timeout": 2.5, "cache_dir": Path("a cache"),
     "seed": 7, "timeout": 60.0, "logits": Path("logits.pt"), "schedule": Path("schedule.json"),

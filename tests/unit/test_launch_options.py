@@ -79,6 +79,8 @@ def test_kernels_are_those_of_the_gpu() -> None:
     options = LaunchOptions(num_sms=78)
     made = options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("h100"))
     assert (made.num_sms, made.source) == (132, rules_on("h100", 132))
+    h20 = LaunchOptions(gpu="h20").scenario(Environ(), policy=WarmupPolicy.NONE)
+    assert (h20.num_sms, h20.source) == (78, rules_on("h20", 78))
     with pytest.raises(UserError) as caught:
         options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("b200"))
     assert str(caught.value) == (
