@@ -241,7 +241,8 @@ def _version_text(
             text = file.read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--compiler-text {file} cannot be read: {error}") from None
-        release_of(text)
+        named = release_of(text)
+        _check_age(named, "release {}.{} of ".format(*named) + f"--compiler-text {file}")
         return text
     wanted = None if release is None else check_release(release)
     if wanted is not None and generation == 1:
@@ -262,10 +263,14 @@ def check_release(text: str) -> tuple[int, int]:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise UserError(f"--cuda-version {text!r} must be X.Y, such as 13.0")
     release = int(major), int(minor)
+    _check_age(release, f"--cuda-version {text}")
+    return release
+
+
+def _check_age(release: tuple[int, int], what: str) -> None:
     if release < OLDEST_RELEASE:
         oldest = "{}.{}".format(*OLDEST_RELEASE)
-        raise UserError(f"--cuda-version {text} is too old: {oldest} or newer is needed")
-    return release
+        raise UserError(f"{what} is too old: {oldest} or newer is needed")
 
 
 def _last_words(version_text: str) -> str:

@@ -132,7 +132,10 @@ def release_of(text: str) -> tuple[int, int]:
     """
     match = _RELEASE.search(text)
     if not match:
-        raise UserError(f"{text!r} names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+        raise UserError(
+            f"the compiler's text {text!r} names no CUDA release, such as NVCC13.0 or 'release "
+            "13.0'"
+        )
     return int(match[1]), int(match[2])
 
 

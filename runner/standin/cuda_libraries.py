@@ -83,7 +83,10 @@ def _cuda_version(torch: Path, python: Path) -> int:
     text = path.read_text() if path.is_file() else ""
     match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
     if match is None:
-        raise UserError(f"torch of {python} is built without CUDA: install a build with it")
+        raise UserError(
+            f"torch of {python} is built without CUDA: install a build with it, or name a library "
+            "whose tables ship (--library sgl-deep-gemm==0.2.5)"
+        )
     if int(match[1]) != CUDA_MAJOR:
         raise UserError(
             f"torch of {python} is built for CUDA {match[1]}.{match[2]}: the stand-in GPU knows "

@@ -63,3 +63,9 @@ def room(tmp_path: Path) -> Path:
     (tmp_path / "broken.cu").write_text("broken\n")
     (tmp_path / "room").mkdir()
     return tmp_path / "room"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever machine the tests run on."""
+    monkeypatch.setattr("runner.cli.target.device_here", lambda: None)

@@ -1,11 +1,13 @@
 """``runner cache verify``: every problem, and bad targets."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from runner.jit.cache import KernelCache
 from runner.jit.library import Library
+from runner.jit.store.machine import Device
 from runner.jit.store.manifest import Manifest
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
 from tests.unit.elf import tiny_cubin
@@ -121,7 +123,13 @@ def test_what_a_compiler_prints_may_be_a_file(
     says(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
     text.write_text("gcc 14")
     assert cache("verify", directory, *right) == 2
-    refuses(capsys, "'gcc 14' names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+    refuses(
+        capsys,
+        "the compiler's text 'gcc 14' names no CUDA release, such as NVCC13.0 or 'release 13.0'",
+    )
+    text.write_text(NVCC_TEXT.replace("release 13.0", "release 12.4"))
+    assert cache("verify", directory, *right) == 2
+    refuses(capsys, f"release 12.4 of --compiler-text {text} is too old: 12.9 or newer is needed")
     text.write_text(NVCC_TEXT)
     assert cache("verify", directory, *right, "--cuda-version", "13.0") == 2
     refuses(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
@@ -302,3 +310,47 @@ def test_bad_targets(
 def test_another_release_alone_is_enough(directory: Path, here: Library, capsys: Capture) -> None:
     assert cache("verify", directory, "--cuda-version", "13.1") == 1
     says(capsys, compiler_line("13.1"), path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+
+
+def test_a_directory_without_entries(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty" / "cache").mkdir(parents=True)
+    assert cache("verify", tmp_path / "empty") == 1
+    says(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
+
+
+def test_without_a_manifest_nobody_knows_the_keys_of_the_second_generation(
+    newer: Library, tmp_path: Path, capsys: Capture
+) -> None:
+    root = fill(tmp_path / "second", second_keys_for(newer))[0].root
+    (root / "manifest.json").unlink()
+    assert cache("verify", root) == 1
+    says(
+        capsys,
+        f"{root} is whole: checked 4 entries, this machine",
+        err="error: whether a server here would hit it cannot be told: there is no manifest, and "
+        "only one says what the keys of this library hold\n",
+    )
+
+
+def test_the_gpu_that_is_meant(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The one that ``--gpu`` names, else the machine's."""
+    right = [directory, "--target-root", ROOT]
+    change_manifest(directory, gpu="h200", num_sms=132)
+    assert cache("verify", *right) == 0
+    whole = f"{directory} is whole for h200 (132 SMs): checked 4 entries, manifest, this machine"
+    says(capsys, whole)
+    assert cache("verify", *right, "--gpu", "h100") == 0
+    says(capsys, f"{whole}, GPU")
+    other = "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile"
+    assert cache("verify", *right, "--gpu", "b200") == 1
+    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+    monkeypatch.setattr("runner.cli.target.device_here", lambda: Device((10, 0), 148))
+    assert cache("verify", *right) == 1
+    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+
+
+def change_manifest(directory: Path, **values: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -54,7 +54,11 @@ def test_other_places(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("cuda", "message"),
     [
-        (None, "torch of {python} is built without CUDA: install a build with it"),
+        (
+            None,
+            "torch of {python} is built without CUDA: install a build with it, or name a library "
+            "whose tables ship (--library sgl-deep-gemm==0.2.5)",
+        ),
         (
             "12.8",
             "torch of {python} is built for CUDA 12.8: the stand-in GPU knows CUDA 13 alone",

@@ -147,7 +147,9 @@ def test_an_older_release_is_refused(
 def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:
     with pytest.raises(UserError) as caught:
         relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), here, made[0])
-    assert one_line(caught) == ("'clang' names no CUDA release, such as NVCC13.0 or 'release 13.0'")
+    assert one_line(caught) == (
+        "the compiler's text 'clang' names no CUDA release, such as NVCC13.0 or 'release 13.0'"
+    )
 
 
 def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Path) -> None:
