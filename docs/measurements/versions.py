@@ -72,8 +72,12 @@ def build(library: str, gpu: str, *, check: bool = False) -> dict[str, Any]:
     ]
     lines = done.stdout.splitlines()
     told = [line for line in lines if line.startswith(("failed", "all ", "other machine"))]
-    return {"ways": ways, "plain": [line for line in lines if "the plain way:" in line],
-            "said": told, "error": _error(done)}  # fmt: skip
+    return {
+        "ways": ways,
+        "plain": [line for line in lines if "the plain way:" in line],
+        "said": told,
+        "error": _error(done),
+    }
 
 
 def table(paths: list[str]) -> None:
@@ -94,9 +98,17 @@ def table(paths: list[str]) -> None:
         plain = checked["ways"][1]["wall_s"] if len(checked.get("ways", ())) > 1 else ""
         equal = "equal" if any(said.startswith("all ") for said in checked.get("said", ())) else ""
         note = "" if built.get("cores", 16) == 16 else f" ({built['cores']} cores)"
-        cells = (planned.get("library", folder), gpu, planned.get("arch", ""),
-                 planned.get("kernels", one.get("built", "")), planned.get("plan_s", ""),
-                 f"{one.get('wall_s', '')}{note}", one.get("cpu_s", ""), plain, equal)  # fmt: skip
+        cells = (
+            planned.get("library", folder),
+            gpu,
+            planned.get("arch", ""),
+            planned.get("kernels", one.get("built", "")),
+            planned.get("plan_s", ""),
+            f"{one.get('wall_s', '')}{note}",
+            one.get("cpu_s", ""),
+            plain,
+            equal,
+        )
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
@@ -107,8 +119,11 @@ def main(arguments: list[str]) -> None:
         table([out, *rest])
         return
     at = rest.index("--")
-    facts = {"cores": os.cpu_count(), "python": platform.python_version(),
-             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    facts = {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     for gpu in rest[at + 1 :]:
         for library in rest[:at]:
             row = (

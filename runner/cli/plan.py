@@ -84,9 +84,17 @@ from sim.profile_costs import ProfileCosts
     type=click.Path(path_type=Path),
     help="Write the plan as JSON (- for stdout, and nothing else).",
 )
-def plan(policy: str | None, nodes: int | None, stream: tuple[int, ...] | None,
-         walk_max_m: int | None, walk_memory: float | None, cuda_graphs: tuple[int, ...] | None,
-         check: bool, json_path: Path | None, **values: Any) -> None:  # fmt: skip
+def plan(
+    policy: str | None,
+    nodes: int | None,
+    stream: tuple[int, ...] | None,
+    walk_max_m: int | None,
+    walk_memory: float | None,
+    cuda_graphs: tuple[int, ...] | None,
+    check: bool,
+    json_path: Path | None,
+    **values: Any,
+) -> None:
     """Plan exactly: every kernel that any number of tokens can need, without a GPU."""
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     environ = Environ.read(os.environ)

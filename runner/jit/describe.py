@@ -16,9 +16,17 @@ _TILED = (
     "cluster_size", "multicast_on_a", "num_sms", "gemm_type",
 )  # fmt: skip
 _HC = (
-    "n", "k", "block_m", "block_n", "block_k", "num_splits", "swizzle_cd", "num_stages",
-    "num_math_threads", "num_tma_threads",
-)  # fmt: skip
+    "n",
+    "k",
+    "block_m",
+    "block_n",
+    "block_k",
+    "num_splits",
+    "swizzle_cd",
+    "num_stages",
+    "num_math_threads",
+    "num_tma_threads",
+)
 # By template and number of arguments, which differs between versions of the library.
 _FP8_TILED = ("major_sfb", *_TILED, "cd_type", "epilogue", "scale_columns")
 _PARAMETERS: dict[str, tuple[str, ...]] = {

@@ -79,9 +79,11 @@ def choose_source(
         return otherwise()
     if library is not None and not _same_headers(library, table):
         return otherwise()  # A patched build under the version of another one.
-    table = replace(table, origin=replace(table.origin, gpu=gpu.name))
-    if table.recipe.generation == 2:
-        table = replace(table, recipe=with_variables(table.recipe, environ))
+    table = replace(
+        table,
+        origin=replace(table.origin, gpu=gpu.name),
+        recipe=with_variables(table.recipe, environ),
+    )
     return ShippedFirst(table, otherwise)
 
 

@@ -228,8 +228,12 @@ def _without_variables(environment: Mapping[str, str]) -> dict[str, str]:
 def _how_we_ask() -> str:
     """Digest of what calls the library and stands in for its GPU: other code, other answers."""
     package = Path(__file__).parents[1]
-    files = [*package.glob("deep_gemm_wrapper/*.py"), *package.glob("standin/native/*.[ch]"),
-             package / "standin/gpus.py", Path(__file__)]  # fmt: skip
+    files = [
+        *package.glob("deep_gemm_wrapper/*.py"),
+        *package.glob("standin/native/*.[ch]"),
+        package / "standin/gpus.py",
+        Path(__file__),
+    ]
     return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 

@@ -122,9 +122,14 @@ def main(libraries: Sequence[str]) -> None:
         assert library is not None
         with progress(f"{library.title} on {gpu.name}") as shown:
             source = LibrarySource(
-                library, gpu, nvcc_version(nvcc), os.environ, memo, os.cpu_count() or 1,
+                library,
+                gpu,
+                nvcc_version(nvcc),
+                os.environ,
+                memo,
+                os.cpu_count() or 1,
                 counting(shown),
-            )  # fmt: skip
+            )
             table = source.table(partial(preset_demands, gpu.sms))
         assert isinstance(table, RecordedTable)
         _FOLDER.mkdir(exist_ok=True)

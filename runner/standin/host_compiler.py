@@ -65,4 +65,4 @@ def find_host_compiler(environment: Mapping[str, str]) -> HostCompiler:
             return HostCompiler((program, *chosen[1:]), environment)
     if chosen:
         raise UserError(f"CC={environment['CC']} is no program: unset CC or name a C compiler")
-    raise UserError("the stand-in GPU wants a C compiler: apt-get install gcc")
+    raise UserError("the stand-in GPU needs a C compiler: apt-get install gcc")

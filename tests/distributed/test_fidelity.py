@@ -38,7 +38,7 @@ def measure(folder: Path, *arguments: str, policies: list[str]) -> list[Timeline
     return read_timelines(path)
 
 
-def test_real_runs_stall_where_foretold_and_take_about_as_long(
+def test_real_runs_stall_where_predicted_and_take_about_as_long(
     nvcc_compiler: NvccCompiler, tmp_path: Path
 ) -> None:
     """A profile fitted to some runs predicts the others."""

@@ -60,9 +60,13 @@ def _asked() -> tuple[KernelTable, CacheKeys]:
     library, nvcc = find_library(), find_nvcc(Environ.read(os.environ))
     assert nvcc is not None and library is not None
     source = choose_source(
-        gpu_of(torch.device("cuda")), library, environ=Environ.read(os.environ),
-        environment=os.environ, version_text=nvcc_version(nvcc), ask=True,
-    )  # fmt: skip
+        gpu_of(torch.device("cuda")),
+        library,
+        environ=Environ.read(os.environ),
+        environment=os.environ,
+        version_text=nvcc_version(nvcc),
+        ask=True,
+    )
     demands = [
         Demand(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), (call.m,))
         for call in _calls()

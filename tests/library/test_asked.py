@@ -50,8 +50,11 @@ def the_rules_version(memo: Path) -> bool:
     return planned.startswith("sgl-deep-gemm 0.1.4.post1 ")
 
 
-BF16 = ["gemm_nt_bf16bf16bf16:2048:4096", "grouped_gemm_nt_bf16_contig:1024:2048:8",
-        "grouped_gemm_nt_bf16_masked:1024:2048:8"]  # fmt: skip
+BF16 = [
+    "gemm_nt_bf16bf16bf16:2048:4096",
+    "grouped_gemm_nt_bf16_contig:1024:2048:8",
+    "grouped_gemm_nt_bf16_masked:1024:2048:8",
+]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +62,13 @@ BF16 = ["gemm_nt_bf16bf16bf16:2048:4096", "grouped_gemm_nt_bf16_contig:1024:2048
     [
         (["--model", "dsv4", "--tp", "2"], "644 kernels in 239697 calls"),
         (["--model", "dsv3", "--tp", "8", "--pp", "1"], "85 kernels in 150076 calls"),
-        ([word for spec in BF16 for word in ("--gemm", spec)] + ["--max-m", "4096"],
-         "48 kernels in 8224 calls"),
+        (
+            [word for spec in BF16 for word in ("--gemm", spec)] + ["--max-m", "4096"],
+            "48 kernels in 8224 calls",
+        ),
     ],
     ids=["dsv4", "dsv3", "bf16"],
-)  # fmt: skip
+)
 def test_our_rules_are_the_librarys(arguments: list[str], told: str, memo: Path) -> None:
     """Every type, every M: the same kernels, in the same ranges."""
     if not the_rules_version(memo):
@@ -83,9 +88,12 @@ def test_a_second_plan_is_read_from_the_memo(tmp_path: Path) -> None:
     assert json.loads(again.stdout) == json.loads(first.stdout)
 
 
-NEWER = ["gemm_nt_f8f8bf16_block32:4096:4096", "gemm_nt_f8f4bf16:4096:4096",
-         "grouped_gemm_nt_f8f4bf16_contig:2048:4096:32",
-         "grouped_gemm_nt_f8f4bf16_masked:2048:4096:32"]  # fmt: skip
+NEWER = [
+    "gemm_nt_f8f8bf16_block32:4096:4096",
+    "gemm_nt_f8f4bf16:4096:4096",
+    "grouped_gemm_nt_f8f4bf16_contig:2048:4096:32",
+    "grouped_gemm_nt_f8f4bf16_masked:2048:4096:32",
+]
 
 
 @pytest.mark.parametrize("spec", NEWER)
@@ -129,8 +137,16 @@ def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
 def test_verify_sees_the_gpu_of_the_machine(memo: Path, tmp_path: Path) -> None:
     """The one that the driver has, and the one that ``--gpu`` names."""
     built = str(tmp_path / "cache")
-    run("compile", "--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "8", "--cache-dir", built,
-        cache=memo)  # fmt: skip
+    run(
+        "compile",
+        "--gemm",
+        "gemm_nt_f8f8bf16:256:512",
+        "--max-m",
+        "8",
+        "--cache-dir",
+        built,
+        cache=memo,
+    )
     verify = ["cache", "verify", built]
     h20 = [PYTHON, "-m", "runner", *verify]
     assert " for h200 (132 SMs): checked" in run(*verify, "--gpu", "h100", cache=memo).stdout
@@ -146,9 +162,24 @@ def test_a_launch_on_the_stand_in_runs_the_recorded_operations(
 ) -> None:
     """The CUDA path without a GPU: math means nothing, calls and compiles are real."""
     schedule = tmp_path / "schedule.json"
-    words = ["--model", "dsv4-tiny", "--pp", str(pp), "--tp", str(tp), "--device", "cuda",
-             "--backend", "gloo", "--compute", "real", "--batch-sizes", "1,130",
-             "--schedule", str(schedule)]  # fmt: skip
+    words = [
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        str(pp),
+        "--tp",
+        str(tp),
+        "--device",
+        "cuda",
+        "--backend",
+        "gloo",
+        "--compute",
+        "real",
+        "--batch-sizes",
+        "1,130",
+        "--schedule",
+        str(schedule),
+    ]
     standin = ["standin", "--gpu", "h200", "--no-compile", "--", PYTHON, "-m", "launch"]
     done = run(*standin, *words, cache=memo)
     assert "not stood in" not in done.stderr

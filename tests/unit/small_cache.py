@@ -29,12 +29,17 @@ Build cuda_13.0.r13.0/compiler.36424714_0
 SECOND_RECIPE = Recipe(
     generation=2,
     flags=(
-        "-std=c++20", "--diag-suppress=39,161", "--ptxas-options=--register-usage-level=10",
-        "--include-path", "{include}", "--gpu-architecture=sm_90a", "-O3",
+        "-std=c++20",
+        "--diag-suppress=39,161",
+        "--ptxas-options=--register-usage-level=10",
+        "--include-path",
+        "{include}",
+        "--gpu-architecture=sm_90a",
+        "-O3",
     ),
     extra_signature="deep-gemm",
     options='{"arch": "sm_90a"}',
-)  # fmt: skip
+)
 
 
 def small_plan(max_m: int = 64) -> Plan:

@@ -58,13 +58,17 @@ def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list
         ([(1, 8, (A,)), (9, 16, (A,)), (17, 64, (B,))], []),
         (
             [(1, 15, (A,)), (16, 64, (B,))],
-            [f"{A_WORDS} is run by M 1..15, not 1..16",
-             f"{B_WORDS} is run by M 16..64, not 17..64"],
+            [
+                f"{A_WORDS} is run by M 1..15, not 1..16",
+                f"{B_WORDS} is run by M 16..64, not 17..64",
+            ],
         ),
         (
             [(1, 64, (A,))],
-            [f"{A_WORDS} is run by M 1..64, not 1..16",
-             f"M 17..64 would run {B_WORDS}, which none does"],
+            [
+                f"{A_WORDS} is run by M 1..64, not 1..16",
+                f"M 17..64 would run {B_WORDS}, which none does",
+            ],
         ),
         (
             [(1, 16, (A,)), (17, 63, (B,)), (64, 64, (B, C))],
@@ -72,17 +76,21 @@ def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list
         ),
         (
             [(1, 16, (A,)), (17, 64, (ODD,))],
-            [f"M 17..64 would run {B_WORDS}, which none does",
-             f"M 17..64 run odd ({ODD.identity}), which no rule tells"],
+            [
+                f"M 17..64 would run {B_WORDS}, which none does",
+                f"M 17..64 run odd ({ODD.identity}), which no rule tells",
+            ],
         ),
         (
             [(m, m, (A,) if m % 2 else (B,)) for m in range(1, 65)],
-            [f"{A_WORDS} is run by M 1, 3, 5, ..., not 1..16",
-             f"{B_WORDS} is run by M 2, 4, 6, ..., not 17..64"],
+            [
+                f"{A_WORDS} is run by M 1, 3, 5, ..., not 1..16",
+                f"{B_WORDS} is run by M 2, 4, 6, ..., not 17..64",
+            ],
         ),
     ],
     ids=["equal", "other runs", "other M", "never run", "not told", "odd", "many ranges"],
-)  # fmt: skip
+)
 def test_differences(theirs: list[tuple[int, int, tuple[Kernel, ...]]], lines: list[str]) -> None:
     ours = table((1, 16, (A,)), (17, 64, (B,)))
     assert compared(ours, table(*theirs)) == [f"{DENSE_WORDS}: {line}" for line in lines]
@@ -121,8 +129,10 @@ def test_there_is_one_line_for_each_kernel_that_differs(
     ours: list[tuple[Kernel, ...]], theirs: list[tuple[Kernel, ...]]
 ) -> None:
     tables = [table(*((m, m, ran) for m, ran in enumerate(each, 1))) for each in (ours, theirs)]
-    users = [{k: [m for m, ran in enumerate(each) if k in ran] for k in (A, B, C)}
-             for each in (ours, theirs)]  # fmt: skip
+    users = [
+        {k: [m for m, ran in enumerate(each) if k in ran] for k in (A, B, C)}
+        for each in (ours, theirs)
+    ]
     differing = [kernel for kernel in (A, B, C) if users[0][kernel] != users[1][kernel]]
     assert len(compared(tables[0], tables[1], last=12)) == len(differing)
     assert compared(tables[0], tables[0], last=12) == []
@@ -317,8 +327,9 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     assert captured.err == ""
     lines = [line.rstrip() for line in captured.out.splitlines()]
     assert lines[:3] == [
-        *HEAD, "dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs",
-    ]  # fmt: skip
+        *HEAD,
+        "dsv4, 3 layers: pp 1 x tp 2, forwards of up to 256 tokens, 132 SMs",
+    ]
     at = lines.index("")
     assert lines[at + 1 : at + 3] == [
         "full: compiles 59 of 71 planned kernels until the first request is answered, and 62 that "

@@ -60,10 +60,14 @@ def test_rules_hold_for_one_version_on_hopper(
 
 @pytest.mark.parametrize(
     ("gpu", "library", "ask"),
-    [("h200", OTHERS[0], False), ("h200", OTHERS[1], False), ("b200", KNOWN, False),
-     ("h200", KNOWN, True)],
+    [
+        ("h200", OTHERS[0], False),
+        ("h200", OTHERS[1], False),
+        ("b200", KNOWN, False),
+        ("h200", KNOWN, True),
+    ],
     ids=["version", "name", "gpu", "asked for"],
-)  # fmt: skip
+)
 def test_elsewhere_the_library_is_asked(gpu: str, library: Library, ask: bool) -> None:
     source = chosen(gpu, library, ask=ask, version_text="release 13.1")
     assert isinstance(source, LibrarySource)
@@ -162,13 +166,17 @@ def test_without_a_library_the_newest_table_tells(tables: Path) -> None:
     ):
         ship(tables, version, name=name)
     assert shipped_libraries("b200") == [
-        "sgl-deep-gemm 0.2.3", "sgl-deep-gemm 0.1.5", "vllm 0.33.0",
-    ]  # fmt: skip
+        "sgl-deep-gemm 0.2.3",
+        "sgl-deep-gemm 0.1.5",
+        "vllm 0.33.0",
+    ]
     assert shipped_libraries("h200") == []
     for wanted, title in (
-        (None, "sgl-deep-gemm 0.2.3"), ("sgl-deep-gemm", "sgl-deep-gemm 0.2.3"),
-        ("sgl-deep-gemm==0.1.5", "sgl-deep-gemm 0.1.5"), ("vllm", "vllm 0.33.0"),
-    ):  # fmt: skip
+        (None, "sgl-deep-gemm 0.2.3"),
+        ("sgl-deep-gemm", "sgl-deep-gemm 0.2.3"),
+        ("sgl-deep-gemm==0.1.5", "sgl-deep-gemm 0.1.5"),
+        ("vllm", "vllm 0.33.0"),
+    ):
         assert chosen("b200", None, wanted=wanted).origin.library == title
     with pytest.raises(UserError) as caught:
         chosen("b200", None, wanted="vllm==0.34.0")
@@ -186,8 +194,10 @@ def test_versions_are_ordered_as_numbers(tables: Path) -> None:
     for version in ("0.9.0", "0.10.0", "0.2.3"):
         ship(tables, version)
     assert shipped_libraries("b200") == [
-        "sgl-deep-gemm 0.10.0", "sgl-deep-gemm 0.9.0", "sgl-deep-gemm 0.2.3",
-    ]  # fmt: skip
+        "sgl-deep-gemm 0.10.0",
+        "sgl-deep-gemm 0.9.0",
+        "sgl-deep-gemm 0.2.3",
+    ]
 
 
 def test_the_rules_version_may_be_named_where_it_is_not_installed() -> None:

@@ -14,8 +14,9 @@ def test_the_forms() -> None:
         (2, ("kernel.cu", "kernel.cubin", "meta.json", ".committed")),
     ]
     assert (FIRST.on_damage, SECOND.on_damage) == (
-        "the library aborts on this entry", "the library compiles it again, or fails on it",
-    )  # fmt: skip
+        "the library aborts on this entry",
+        "the library compiles it again, or fails on it",
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,11 +38,21 @@ def test_an_entrys_name(key: str, generation: int, name: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "", "kernel", "notes.txt", f"kernel..{HEX}", f".{HEX}", f"kernel.gemm.{HEX[:-1]}",
-        f"kernel.gemm.{HEX}0", f"gemm.{HEX.upper()}", f"a.gemm.{HEX}", f"kernel.a-b.{HEX}",
-        f"kernel.gemm.{HEX}\n", f"cache/gemm.{HEX}", f"kernel.gemm.x.{HEX}",
+        "",
+        "kernel",
+        "notes.txt",
+        f"kernel..{HEX}",
+        f".{HEX}",
+        f"kernel.gemm.{HEX[:-1]}",
+        f"kernel.gemm.{HEX}0",
+        f"gemm.{HEX.upper()}",
+        f"a.gemm.{HEX}",
+        f"kernel.a-b.{HEX}",
+        f"kernel.gemm.{HEX}\n",
+        f"cache/gemm.{HEX}",
+        f"kernel.gemm.x.{HEX}",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_entrys_name(key: str) -> None:
     assert format_of(key) is None
     assert kernel_name(key) == key

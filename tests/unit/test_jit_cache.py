@@ -133,8 +133,11 @@ def test_an_entry_of_the_second_generation_has_its_files_from_the_start(
     assert cache.add(SECOND_KEY, "code", build, extra=EXTRA)
     assert cache.has(SECOND_KEY)
     assert sorted(path.name for path in cache.entry(SECOND_KEY).iterdir()) == [
-        ".committed", "kernel.cu", "kernel.cubin", "meta.json",
-    ]  # fmt: skip
+        ".committed",
+        "kernel.cu",
+        "kernel.cubin",
+        "meta.json",
+    ]
     assert (cache.entry(SECOND_KEY) / "meta.json").read_bytes() == b"{}"
     assert cache.put(f"gemm.{'f' * 32}", "code", tiny_cubin(b"x"), extra=EXTRA)
     assert cache.holds(f"gemm.{'f' * 32}", "code")
@@ -172,8 +175,11 @@ def test_directories_below_are_read_and_never_written(tmp_path: Path) -> None:
     before = files_below(tmp_path / "middle"), files_below(tmp_path / "low")
     both = KernelCache.of_text(f"{top.root}:{middle.root}:{low.root}")
     assert [both.entry(key) for key in (one, two, three, four)] == [
-        top.entry(one), middle.entry(two), low.entry(three), top.entry(four),
-    ]  # fmt: skip
+        top.entry(one),
+        middle.entry(two),
+        low.entry(three),
+        top.entry(four),
+    ]
     assert both.entries() == [top.entry(one), middle.entry(two), low.entry(three)]
     assert both.count() == 3
     assert [both.has(key) for key in (one, two, three, four)] == [True, True, True, False]

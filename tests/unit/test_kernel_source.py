@@ -96,10 +96,9 @@ def test_arguments_at_another_indent_are_another_form(indent: str) -> None:
 
 def test_an_identity_is_the_name_and_the_body() -> None:
     assert SM100.identity == f"{SM100.name} {hex_digest(SM100_SOURCE)[:16]}"
-    assert Kernel("other", *(getattr(SM100, name) for name in
-                             ("header", "entry", "arguments", "prelude"))).identity == (
-        f"other {hex_digest(SM100_SOURCE)[:16]}"
-    )  # fmt: skip
+    assert Kernel(
+        "other", *(getattr(SM100, name) for name in ("header", "entry", "arguments", "prelude"))
+    ).identity == (f"other {hex_digest(SM100_SOURCE)[:16]}")
 
 
 def kernels() -> st.SearchStrategy[Kernel]:

@@ -42,9 +42,15 @@ def refusal(m: int, shape: GemmShape = DENSE) -> str:
 
 @pytest.mark.parametrize(
     ("ms", "unknown"),
-    [((41,), 41), ((0, 1), 0), ((1, 50), 50), ((1, 45, 62), 45), ((64, 65), 65),
-     (range(30, 70), 41)],
-)  # fmt: skip
+    [
+        ((41,), 41),
+        ((0, 1), 0),
+        ((1, 50), 50),
+        ((1, 45, 62), 45),
+        ((64, 65), 65),
+        (range(30, 70), 41),
+    ],
+)
 def test_an_m_that_is_not_known(ms: tuple[int, ...], unknown: int) -> None:
     with pytest.raises(UserError) as caught:
         KNOWN.parts(DENSE, ms)
@@ -64,8 +70,9 @@ def test_kernels_of_a_call() -> None:
     assert calls == {0: (), 1: (A,), 16: (A,), 17: (A, B), 40: (), 64: (A,)}
     assert KNOWN.kernels_of(DENSE.call(17)) == (A, B), "and again"
     for call, words in (
-        (DENSE.call(41), refusal(41)), (GROUPED.call(128), refusal(128, GROUPED)),
-    ):  # fmt: skip
+        (DENSE.call(41), refusal(41)),
+        (GROUPED.call(128), refusal(128, GROUPED)),
+    ):
         with pytest.raises(UserError) as caught:
             KNOWN.kernels_of(call)
         assert str(caught.value) == words
@@ -74,8 +81,9 @@ def test_kernels_of_a_call() -> None:
 def test_ranges_of_kernels() -> None:
     assert KNOWN.kernel_ranges(DENSE, range(1, 41)) == {A: ((1, 32),), B: ((17, 32),)}
     assert KNOWN.kernel_ranges(DENSE, (1, 16, 20, 36, 61, 64)) == {
-        A: ((1, 20), (61, 64)), B: ((20, 20),),
-    }  # fmt: skip
+        A: ((1, 20), (61, 64)),
+        B: ((20, 20),),
+    }
     assert KNOWN.kernel_ranges(DENSE, ()) == {}
     twice = table([(1, 4, (A, B, A))])
     assert twice.kernel_ranges(DENSE, (1, 4)) == {A: ((1, 4),), B: ((1, 4),)}
@@ -104,8 +112,10 @@ def test_an_origin_in_words() -> None:
         "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules"
     )
     assert [source.value for source in Source] == [
-        "by our rules", "asked on a stand-in GPU", "asked before, on a stand-in GPU",
-    ]  # fmt: skip
+        "by our rules",
+        "asked on a stand-in GPU",
+        "asked before, on a stand-in GPU",
+    ]
 
 
 # -- against one M after another ------------------------------------------------------------------

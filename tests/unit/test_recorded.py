@@ -22,9 +22,11 @@ from tests.unit.kernel_tables import DENSE, GROUPED, ORIGIN, RECIPE, A, B, C, Ru
 
 HEADERS = {"deep_gemm/a.cuh": "0" * 32, "deep_gemm/b.cuh": "f" * 32}
 SMALL = RecordedTable(
-    ORIGIN, RECIPE,
-    {DENSE: (Run(1, 16, (A,)), Run(17, 32, (B, A))), GROUPED: (Run(128, 256, ()),)}, HEADERS,
-)  # fmt: skip
+    ORIGIN,
+    RECIPE,
+    {DENSE: (Run(1, 16, (A,)), Run(17, 32, (B, A))), GROUPED: (Run(128, 256, ()),)},
+    HEADERS,
+)
 
 
 def values(made: RecordedTable) -> tuple[Any, ...]:
@@ -39,8 +41,11 @@ def test_a_table_is_read_back(tmp_path: Path) -> None:
     write_table(tmp_path / "t.json.gz", SMALL)
     again = read_table(tmp_path / "t.json.gz")
     assert values(again) == (
-        as_recorded(ORIGIN, "sm_100f"), RECIPE, dict(SMALL.runs), HEADERS,
-    )  # fmt: skip
+        as_recorded(ORIGIN, "sm_100f"),
+        RECIPE,
+        dict(SMALL.runs),
+        HEADERS,
+    )
     assert again.kernels_of(DENSE.call(20)) == (B, A)
     assert [path.name for path in tmp_path.iterdir()] == ["t.json.gz"]
     write_table(tmp_path / "again.json.gz", again)
@@ -58,7 +63,7 @@ def run_lists() -> st.SearchStrategy[tuple[Run, ...]]:
             Kernel, st.text(), st.text(), st.text(), st.lists(st.text()).map(tuple), st.text()
         ),
         max_size=2,
-    ).map(tuple)  # fmt: skip
+    ).map(tuple)
     gaps = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), kernels), max_size=4)
 
     def laid_out(found: list[tuple[int, int, tuple[Kernel, ...]]]) -> tuple[Run, ...]:
@@ -73,12 +78,20 @@ def run_lists() -> st.SearchStrategy[tuple[Run, ...]]:
 
 def tables() -> st.SearchStrategy[RecordedTable]:
     origins = st.builds(
-        Origin, st.text(), st.just(2), st.text(), st.integers(1, 1024), st.just("sm_100f"),
+        Origin,
+        st.text(),
+        st.just(2),
+        st.text(),
+        st.integers(1, 1024),
+        st.just("sm_100f"),
         st.just(Source.RECORDED),
-    )  # fmt: skip
+    )
     recipes = st.builds(
-        replace, st.just(RECIPE), extra_signature=st.text(), options=st.text(),
-    )  # fmt: skip
+        replace,
+        st.just(RECIPE),
+        extra_signature=st.text(),
+        options=st.text(),
+    )
     runs = st.dictionaries(shapes(), run_lists(), max_size=3)
     headers = st.dictionaries(st.text(), st.text(), max_size=3)
     return st.builds(RecordedTable, origins, recipes, runs, headers)
@@ -116,14 +129,20 @@ def whole() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "content",
     [
-        packed([]), packed(3), packed({}), packed({"version": 1}),
+        packed([]),
+        packed(3),
+        packed({}),
+        packed({"version": 1}),
         packed({**whole(), "version": 2}),
-        packed({**whole(), "kernels": [["a"]]}), packed({**whole(), "kernels": []}),
+        packed({**whole(), "kernels": [["a"]]}),
+        packed({**whole(), "kernels": []}),
         packed({**whole(), "gemms": [["NO_TYPE", 1, 1, 1, 1, []]]}),
         packed({**whole(), "gemms": [["GEMM_NT_F8F8BF16", 1, 1, []]]}),
-        packed(whole())[:-30], gzip.compress(b"{"), gzip.compress(b"\xff"),
+        packed(whole())[:-30],
+        gzip.compress(b"{"),
+        gzip.compress(b"\xff"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_table_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.json.gz"
     path.write_bytes(content)

@@ -310,8 +310,12 @@ def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
         made.entry_points.gemm_nt_f8f8bf16(*arguments)
 
 
-NEWER = (T.GEMM_NT_F8F8BF16_BLOCK32, T.GEMM_NT_F8F4BF16, T.GROUPED_GEMM_NT_F8F4BF16_CONTIG,
-         T.GROUPED_GEMM_NT_F8F4BF16_MASKED)  # fmt: skip
+NEWER = (
+    T.GEMM_NT_F8F8BF16_BLOCK32,
+    T.GEMM_NT_F8F4BF16,
+    T.GROUPED_GEMM_NT_F8F4BF16_CONTIG,
+    T.GROUPED_GEMM_NT_F8F4BF16_MASKED,
+)
 """Types that the wrapper has no entry point of its own for."""
 
 

@@ -50,9 +50,13 @@ def tree(text: str, headers: Path) -> str:
 
 
 def key(
-    library: Library, *, kernel: Kernel = KERNEL, extra: str = "extra", nvcc: str = NVCC,
+    library: Library,
+    *,
+    kernel: Kernel = KERNEL,
+    extra: str = "extra",
+    nvcc: str = NVCC,
     flags: str = FLAGS,
-) -> str:  # fmt: skip
+) -> str:
     source = tree(kernel.body, library.include_path)
     return f"{kernel.name}.{digest(extra, digest(nvcc), flags, '', source)}"
 
@@ -103,9 +107,12 @@ def test_flags_are_told_without_the_include_path(newer: Library) -> None:
     assert SecondKeys(newer, RECIPE, NVCC).flags == FLAGS
     compiler = NvccCompiler(Path("nvcc"), newer, RECIPE)
     assert compiler.arguments == [
-        "-std=c++20", "--include-path", str(newer.include_path), "--gpu-architecture=sm_100f",
+        "-std=c++20",
+        "--include-path",
+        str(newer.include_path),
+        "--gpu-architecture=sm_100f",
         "-O3",
-    ]  # fmt: skip
+    ]
     assert RECIPE.arch == "sm_100f"
 
 

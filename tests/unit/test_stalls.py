@@ -200,8 +200,10 @@ def test_what_was_there_and_the_stalls_cover_the_stream_exactly(
 ) -> None:
     one, made = run(policy, stream)
     node_of = one.parallel.node_of
-    covered = {node: {kernel.identity for kernel in kernels}
-               for node, kernels in kernels_before(made, RULES, node_of).items()}  # fmt: skip
+    covered = {
+        node: {kernel.identity for kernel in kernels}
+        for node, kernels in kernels_before(made, RULES, node_of).items()
+    }
     found = stalls_of(made, RULES, node_of)
     pairs = [(stall.node, stall.kernel) for stall in found]
     assert len(pairs) == len(set(pairs)), "a kernel stalls a node once"

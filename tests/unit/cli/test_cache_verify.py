@@ -66,10 +66,12 @@ def test_a_cache_of_which_nothing_is_known(
     assert cache("verify", cache_.root) == 1
     says(
         capsys,
-        *(f"wrong key: {key} is not this source's key for this machine"
-          for key in sorted(manifest.entries)),
+        *(
+            f"wrong key: {key} is not this source's key for this machine"
+            for key in sorted(manifest.entries)
+        ),
         err=f"error: {cache_.root}: 4 wrong key\n",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,10 @@ def test_problems_are_told_where_nobody_knows_the_machine(
     change(path)
     assert cache("verify", made[0].root) == 1
     says(
-        capsys, f"changed: {key} kernel.cubin is not what was built",
+        capsys,
+        f"changed: {key} kernel.cubin is not what was built",
         err=f"error: {made[0].root}: 1 changed\n",
-    )  # fmt: skip
+    )
 
 
 def test_a_release_that_is_said_needs_no_nvcc(
@@ -243,11 +246,13 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
     [
         (["--target-root", str(ELSEWHERE)], [path_line(ELSEWHERE)]),
         (["--target-root", ROOT, "--cuda-version", "13.1"], [compiler_line("13.1")]),
-        (["--target-root", str(ELSEWHERE), "--cuda-version", "12.9"],
-         [compiler_line("12.9"), path_line(ELSEWHERE)]),
+        (
+            ["--target-root", str(ELSEWHERE), "--cuda-version", "12.9"],
+            [compiler_line("12.9"), path_line(ELSEWHERE)],
+        ),
     ],
     ids=["path", "compiler", "both"],
-)  # fmt: skip
+)
 def test_verify_for_another_machine(
     target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:

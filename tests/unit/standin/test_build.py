@@ -84,7 +84,7 @@ def test_no_warnings(libraries: list[Path], tmp_path: Path) -> None:
 def test_no_compiler(libraries: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_standin(libraries, environment(tmp_path, PATH=str(tmp_path)))
-    assert str(caught.value) == "the stand-in GPU wants a C compiler: apt-get install gcc"
+    assert str(caught.value) == "the stand-in GPU needs a C compiler: apt-get install gcc"
     with pytest.raises(UserError, match="CC=nocc is no program: unset CC or name a C compiler"):
         build_standin(libraries, environment(tmp_path, CC="nocc"))
     with pytest.raises(UserError, match=r"CC='gcc is no command \(No closing quotation\): unset"):

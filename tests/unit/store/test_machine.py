@@ -73,9 +73,12 @@ def test_the_machine_that_a_cache_was_built_for(
 
 def test_another_library_is_all_that_is_told(built: Manifest, there: Machine) -> None:
     other = replace(
-        there, library=Library(there.library.root, "vllm", "0.33.0"), version_text="NVCC13.1",
-        root=Path("/x"), device=Device((10, 0), 148),
-    )  # fmt: skip
+        there,
+        library=Library(there.library.root, "vllm", "0.33.0"),
+        version_text="NVCC13.1",
+        root=Path("/x"),
+        device=Device((10, 0), 148),
+    )
     assert told(other, built) == [
         "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
         "kernels: build with that one (runner compile --library)"
@@ -138,11 +141,19 @@ LEVEL = f"{P}--register-usage-level=10"
         ({"dg_jit_cpp_standard": 17}, 17, LEVEL, "-std=c++17, -std=c++20"),
         ({"dg_jit_ptxas_verbose": 1}, 20, f"{P}--verbose {LEVEL}", f"{P}--verbose"),
         ({"dg_jit_check_no_spills": 1}, 20, f"{LEVEL} {P}--warn-on-spills", f"{P}--warn-on-spills"),
-        ({"dg_jit_check_no_local_memory": 1}, 20, f"{LEVEL} {P}--warn-on-local-memory-usage",
-         f"{P}--warn-on-local-memory-usage"),
+        (
+            {"dg_jit_check_no_local_memory": 1},
+            20,
+            f"{LEVEL} {P}--warn-on-local-memory-usage",
+            f"{P}--warn-on-local-memory-usage",
+        ),
         ({"dg_jit_with_lineinfo": 1}, 20, f"{LEVEL} --generate-line-info", "--generate-line-info"),
-        ({"dg_jit_debug": 1}, 20, f"{P}--verbose {LEVEL} --generate-line-info",
-         f"--generate-line-info, {P}--verbose"),
+        (
+            {"dg_jit_debug": 1},
+            20,
+            f"{P}--verbose {LEVEL} --generate-line-info",
+            f"--generate-line-info, {P}--verbose",
+        ),
         (
             {"dg_jit_debug": 1, "dg_jit_check_no_spills": 1, "dg_jit_check_no_local_memory": 1},
             20,
@@ -152,11 +163,15 @@ LEVEL = f"{P}--register-usage-level=10"
             f"{P}--warn-on-spills",
         ),
     ],
-)  # fmt: skip
+)
 def test_other_flags_of_the_second_generation(
-    variables: dict[str, Any], standard: int, around: str, changed: str | None, second: Manifest,
+    variables: dict[str, Any],
+    standard: int,
+    around: str,
+    changed: str | None,
+    second: Manifest,
     second_there: Machine,
-) -> None:  # fmt: skip
+) -> None:
     """What one machine's variables made of the flags, another's take away again."""
     environ = Environ(**variables)
     assert second.flags == FLAGS
@@ -221,12 +236,18 @@ def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: Machi
 
 def test_every_difference_is_told(built: Manifest, there: Machine) -> None:
     other = replace(
-        there, root=Path("/opt/dg"), version_text="NVCC12.9", device=Device((9, 0), 78),
+        there,
+        root=Path("/opt/dg"),
+        version_text="NVCC12.9",
+        device=Device((9, 0), 78),
         environ=Environ(dg_jit_cpp_standard=17),
-    )  # fmt: skip
+    )
     assert [line.partition(":")[0].partition(" (")[0] for line in told(other, built)] == [
-        "other compiler", "other install path", "other compiler flags", "other GPU",
-    ]  # fmt: skip
+        "other compiler",
+        "other install path",
+        "other compiler flags",
+        "other GPU",
+    ]
 
 
 @pytest.mark.parametrize(

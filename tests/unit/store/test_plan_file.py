@@ -30,9 +30,13 @@ def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
     plan = read_plan_file(write_json(tmp_path / "plan.json", data))
     assert plan.title == "small"
     assert plan.target == Manifest(
-        library="sgl-deep-gemm 0.1.4.post1", arch="sm_90a", signature="NVCC13.0",
-        flags=keys.flags, built_with="NVCC13.0", generation=1,
-    )  # fmt: skip
+        library="sgl-deep-gemm 0.1.4.post1",
+        arch="sm_90a",
+        signature="NVCC13.0",
+        flags=keys.flags,
+        built_with="NVCC13.0",
+        generation=1,
+    )
     assert plan.keys == [keys.cache_key(item.kernel) for item in small_plan().kernels]
     for item, kernel in zip(small_plan().kernels, data["kernels"], strict=True):
         assert plan.uses_of(item.kernel.name, config_of(item.kernel)) == kernel["uses"]
