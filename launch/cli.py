@@ -29,13 +29,13 @@ from runner.cli.common import (
 )
 from runner.cli.guard import run_guarded
 from runner.cli.overlap_options import overlap_options
-from runner.environ import Environ
+from runner.config.environ import Environ
+from runner.driver.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
-from runner.jit.library import LIBRARIES
+from runner.kernels.installed import LIBRARIES
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.standin.gpus import DEFAULT_GPU
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import DisaggregationMode, WarmupPolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,8 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @report_options
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)
 @click.option("--work-dir", type=click.Path(path_type=Path), hidden=True)
-def launch(result: Path | None, work_dir: Path | None, policies: Sequence[str],
-           disaggregation_mode: str, **values: Any) -> None:  # fmt: skip
+def launch(
+    result: Path | None,
+    work_dir: Path | None,
+    policies: Sequence[str],
+    disaggregation_mode: str,
+    **values: Any,
+) -> None:
     """Run every rank of a model for real: build, warm up, serve, compile on the way.
 
     Under torchrun with WORLD_SIZE = pp * tp this process is one of the ranks. Under a single
@@ -246,9 +251,13 @@ def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> No
             with tempfile.TemporaryDirectory(prefix="deepgemm-coldstart-") as folder:
                 result = Path(folder) / "timeline.json"
                 one = replace(
-                    options, policies=(policy,), timeline=None, trace=None, plot=None,
+                    options,
+                    policies=(policy,),
+                    timeline=None,
+                    trace=None,
+                    plot=None,
                     cache_dir=cache_of_policy(options, environ, policy),
-                )  # fmt: skip
+                )
                 arguments = [*_arguments(one), "--result", str(result), "--work-dir", folder]
                 start_ranks(num_ranks, arguments)
                 timelines += read_timelines(result)
@@ -264,22 +273,36 @@ def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> No
 def _arguments(options: LaunchOptions) -> list[str]:
     """The command line that gives these options."""
     flags = {
-        "--model": options.model, "--layers": options.layers, "--pp": options.pp,
-        "--tp": options.tp, "--attn-cp": options.attn_cp, "--stage-layers": options.stage_layers,
-        "--virtual-nodes": options.virtual_nodes, "--warmup": options.policies[0].value,
-        "--batch-sizes": options.batch_sizes, "--prompt-len": options.prompt_len,
+        "--model": options.model,
+        "--layers": options.layers,
+        "--pp": options.pp,
+        "--tp": options.tp,
+        "--attn-cp": options.attn_cp,
+        "--stage-layers": options.stage_layers,
+        "--virtual-nodes": options.virtual_nodes,
+        "--warmup": options.policies[0].value,
+        "--batch-sizes": options.batch_sizes,
+        "--prompt-len": options.prompt_len,
         "--max-tokens": options.max_tokens,
-        "--disaggregation-mode": options.disaggregation.value, "--compute": options.compute,
-        "--device": options.device, "--backend": options.backend, "--gpu": options.gpu,
+        "--disaggregation-mode": options.disaggregation.value,
+        "--compute": options.compute,
+        "--device": options.device,
+        "--backend": options.backend,
+        "--gpu": options.gpu,
         "--num-sms": options.num_sms,
-        "--library": options.library, "--cache-dir": options.cache_dir,
-        "--seed": options.seed, "--timeout": options.timeout,
-        "--nccl-timeout": options.nccl_timeout, "--probed": options.probed,
+        "--library": options.library,
+        "--cache-dir": options.cache_dir,
+        "--seed": options.seed,
+        "--timeout": options.timeout,
+        "--nccl-timeout": options.nccl_timeout,
+        "--probed": options.probed,
         "--stream": options.stream,
-        "--cuda-graphs": options.cuda_graphs, "--walk-max-m": options.walk_max_m,
-        "--walk-memory": options.walk_memory, "--logits": options.logits,
+        "--cuda-graphs": options.cuda_graphs,
+        "--walk-max-m": options.walk_max_m,
+        "--walk-memory": options.walk_memory,
+        "--logits": options.logits,
         "--schedule": options.schedule,
-    }  # fmt: skip
+    }
     words = []
     for flag, value in flags.items():
         if value is not None:

@@ -112,9 +112,13 @@ class TorchComm:
     """
 
     def __init__(
-        self, groups: Groups, device: torch.device, *, through_host: bool,
+        self,
+        groups: Groups,
+        device: torch.device,
+        *,
+        through_host: bool,
         stream: CommStream | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._groups, self._device, self._through_host = groups, device, through_host
         self._gloo = through_host or device.type == "cpu"
         self._stream = None if self._gloo else stream or CommStream(device)

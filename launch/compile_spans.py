@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from runner.jit.shim import CompileRecord
 from runner.timeline import Span
+from runner.watch.shim import CompileRecord
 
 
 def cut_compiles(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from runner.config.model import ModelConfig
 from runner.errors import UserError
+from runner.planning.weight_size import model_elements
 from runner.scenario import Scenario
-from runner.weight_size import model_elements
 
 
 def compute_mode(options: LaunchOptions, device: str, model: ModelConfig) -> tuple[str, str]:

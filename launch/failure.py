@@ -10,9 +10,9 @@ from typing import NoReturn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from launch.deadline import OutOfTimeError
+from runner.build.compiler import CompileError
 from runner.cli.guard import WorkFailedError, say_error
 from runner.errors import UserError
-from runner.jit.compiler import CompileError
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")
 

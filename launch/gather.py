@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 import runner
-from runner.jit.shim import CompileRecord
+from runner.planning.residency import STALLS_AFTER
 from runner.scenario import Scenario, run_meta
 from runner.schedule import Op, Schedule
-from runner.stalls import STALLS_AFTER
 from runner.timeline import Span, Timeline, merge
+from runner.watch.shim import CompileRecord
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 from launch.kernel_store import check_holds
 from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from runner.environ import Environ
+from runner.build.compiler import NvccCompiler, find_nvcc, nvcc_version, release_of
+from runner.build.lazy import LazyJit
+from runner.build.probe import probe_seconds
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import body_of, first_recipe
+from runner.config.environ import Environ
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler, find_nvcc, nvcc_version, release_of
-from runner.jit.keys import body_of, first_recipe
-from runner.jit.lazy import LazyJit
-from runner.jit.library import Library, find_library
-from runner.jit.probe import probe_seconds
-from runner.jit.shim import CompileRecord, write_shim
+from runner.kernels.installed import Library, find_library
 from runner.kernels.kernel import identity_of
 from runner.kernels.rules import RULES
 from runner.scenario import Scenario
-from runner.warmup import WarmupPolicy
+from runner.watch.shim import CompileRecord, write_shim
 
 if TYPE_CHECKING:
     from runner.backend.entry_points import EntryPoints
@@ -55,9 +55,14 @@ class RankJit:
 
 
 def set_up_jit(
-    options: LaunchOptions, environ: Environ, scenario: Scenario, rank: int, work_dir: Path,
-    *, library: bool,
-) -> RankJit:  # fmt: skip
+    options: LaunchOptions,
+    environ: Environ,
+    scenario: Scenario,
+    rank: int,
+    work_dir: Path,
+    *,
+    library: bool,
+) -> RankJit:
     """Set the rank's JIT up, with its node's cache directory and the compiler shim.
 
     Args:
@@ -87,9 +92,13 @@ def set_up_jit(
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")
         return RankJit(
-            OwnJit(None, scenario.table), reference, False, log_dir, _nameless,
+            OwnJit(None, scenario.table),
+            reference,
+            False,
+            log_dir,
+            _nameless,
             f"off, kernels are not compiled: {missing}",
-        )  # fmt: skip
+        )
     compiler = NvccCompiler(*tools, scenario.table.recipe)
     if not prebuilt:  # A cache that is complete need not be one that can be written.
         cache.prepare()
@@ -110,9 +119,13 @@ def set_up_jit(
 
 
 def _library_jit(
-    environ: Environ, scenario: Scenario, cache: KernelCache, compiler: NvccCompiler,
-    log_dir: Path, where: str,
-) -> RankJit:  # fmt: skip
+    environ: Environ,
+    scenario: Scenario,
+    cache: KernelCache,
+    compiler: NvccCompiler,
+    log_dir: Path,
+    where: str,
+) -> RankJit:
     import torch
 
     from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm

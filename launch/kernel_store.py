@@ -13,18 +13,18 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.loaders import KernelLoader
+from runner.build.build import Builder, Built
+from runner.build.compiler import CompileError, NvccCompiler
+from runner.build.scratch import scratch_folder
+from runner.build.unit import Job
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import CacheKeys
+from runner.cache.manifest import locked
 from runner.cli.progress import Show, progress
-from runner.coverage import node_coverage
 from runner.errors import UserError
-from runner.jit.builder.build import Builder, Built
-from runner.jit.builder.scratch import scratch_folder
-from runner.jit.builder.unit import Job
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import CompileError, NvccCompiler
-from runner.jit.keys import CacheKeys
-from runner.jit.plan import Plan
-from runner.jit.store.manifest import locked
 from runner.kernels.kernel import Kernel
+from runner.planning.coverage import node_coverage
+from runner.planning.plan import Plan
 from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
@@ -85,10 +85,14 @@ class NodeKernels:
             self.cache.discard(job.key)
         with scratch_folder() as folder, self._progress() as show:
             builder = Builder(
-                self.compiler, folder, self.workers, self.environment, self._take,
+                self.compiler,
+                folder,
+                self.workers,
+                self.environment,
+                self._take,
                 on_shared=self._note_shared,
                 on_step=lambda done, all_: show(self.built, len(jobs), done / max(done, all_)),
-            )  # fmt: skip
+            )
             builder.build(jobs)
 
     def _progress(self) -> AbstractContextManager[Show]:
@@ -200,9 +204,11 @@ def leaders_group(scenario: Scenario, limit: float) -> dist.ProcessGroup | None:
         return None
     leaders = list(range(0, parallel.world_size, parallel.ranks_per_node))
     group: dist.ProcessGroup | None = dist.new_group(
-        leaders, backend="gloo", timeout=timedelta(seconds=limit),
+        leaders,
+        backend="gloo",
+        timeout=timedelta(seconds=limit),
         # Else torch (2.11, 2.13) has those outside split the NCCL communicator, which a gloo group
         # has no part in: they wait for ever.
         use_local_synchronization=True,
-    )  # fmt: skip
+    )
     return group

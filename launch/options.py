@@ -6,19 +6,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.backend.walk_memory import GIB
+from runner.build.compiler import find_nvcc, nvcc_version
+from runner.config.environ import Environ
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.environ import Environ
+from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.jit.compiler import find_nvcc, nvcc_version
-from runner.jit.library import find_library
 from runner.kernels.choose import choose_source
+from runner.kernels.installed import find_library
 from runner.kernels.source import KernelSource
 from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
 from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
-from runner.walk_memory import GIB
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 REAL_MATH_LIMIT = 2 << 30
 """Weights of the model, in elements, above which a CPU is not asked for real math, and a GPU run

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.standin.gpus import GPUS, Gpu, gpu_named
 

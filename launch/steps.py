@@ -33,20 +33,20 @@ from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.place import Place, find_place, gpu_of, init_process_group, pick_backend, pick_device
 from launch.step_clock import GpuClock, HostClock, StepSink
 from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.cli.common import SECONDS, layout_options, model_options
 from runner.cli.guard import run_guarded
+from runner.config.environ import Environ
 from runner.config.model import ModelConfig
-from runner.environ import Environ
+from runner.driver.model_runner import ModelRunner
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.files import write_json
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
-from runner.model_runner import ModelRunner
 from runner.report.outputs import check_outputs
 from runner.scenario import Scenario
-from runner.warmup import WarmupPolicy
 
 _EAGER_RUNS = 2
 """Forwards before a capture: kernels are loaded and memory is there."""
@@ -119,28 +119,67 @@ class _Steps:
 @click.command()
 @model_options
 @layout_options(pp=1, tp=2)
-@click.option("--mode", type=click.Choice([mode.value for mode in ForwardMode]),
-              default="decode", show_default=True, help="Which forwards.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(min=2), default=512, show_default=True, metavar="N",
-              help="Tokens of the forward: sequences, of a decode.")  # fmt: skip
-@click.option("--prompt-len", type=click.IntRange(min=1), default=128, show_default=True,
-              metavar="N", help="Tokens of each sequence: before a decode, or in an extend."
-              )  # fmt: skip
-@click.option("--overlap", multiple=True, metavar="STRATEGY",
-              help=f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]"
-              )  # fmt: skip
-@click.option("--repeat", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
-              help="Steps in a row of each of 5 measurements.")  # fmt: skip
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto",
-              show_default=True)  # fmt: skip
-@click.option("--cache-dir", type=click.Path(path_type=Path),
-              help="Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]"
-              )  # fmt: skip
+@click.option(
+    "--mode",
+    type=click.Choice([mode.value for mode in ForwardMode]),
+    default="decode",
+    show_default=True,
+    help="Which forwards.",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the forward: sequences, of a decode.",
+)
+@click.option(
+    "--prompt-len",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens of each sequence: before a decode, or in an extend.",
+)
+@click.option(
+    "--overlap",
+    multiple=True,
+    metavar="STRATEGY",
+    help=f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Steps in a row of each of 5 measurements.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
-@click.option("--timeout", type=SECONDS, default=1800.0, show_default=True, metavar="SECONDS",
-              help="Longest run.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False),
-              required=True, help="Where to write what was measured.")  # fmt: skip
+@click.option(
+    "--timeout",
+    type=SECONDS,
+    default=1800.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest run.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Where to write what was measured.",
+)
 def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
     """Measure a forward as one batch and by strategies of two-batch overlap.
 
@@ -172,16 +211,32 @@ def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy
 
 
 def _run(
-    values: dict[str, Any], environ: Environ, place: Place, mode: ForwardMode,
+    values: dict[str, Any],
+    environ: Environ,
+    place: Place,
+    mode: ForwardMode,
     strategies: Sequence[OverlapStrategy],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     device = pick_device(values["device"], place)
     gpu = gpu_of(device) if device.type == "cuda" else None
     options = LaunchOptions(
-        **{name: values[name] for name in ("model", "layers", "tp", "ep", "attn_cp", "seed",
-                                           "stage_layers", "device", "cache_dir", "timeout")},
+        **{
+            name: values[name]
+            for name in (
+                "model",
+                "layers",
+                "tp",
+                "ep",
+                "attn_cp",
+                "seed",
+                "stage_layers",
+                "device",
+                "cache_dir",
+                "timeout",
+            )
+        },
         moe_a2a=True,
-    )  # fmt: skip
+    )
     scenario = options.scenario(environ, gpu=gpu, policy=WarmupPolicy.NONE)
     link = pick_backend("auto", device, place, place.local_world_size)
     init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
@@ -211,9 +266,14 @@ def _run(
 
 
 def _build(
-    options: LaunchOptions, environ: Environ, scenario: Scenario, place: Place,
-    device: torch.device, sink: StepSink, work: Path,
-) -> ModelRunner:  # fmt: skip
+    options: LaunchOptions,
+    environ: Environ,
+    scenario: Scenario,
+    place: Place,
+    device: torch.device,
+    sink: StepSink,
+    work: Path,
+) -> ModelRunner:
     real = device.type == "cuda"
     jit = set_up_jit(options, environ, scenario, place.rank, work, library=real)
     groups = make_groups(scenario.parallel, options.timeout, "nccl" if real else "gloo")
@@ -221,18 +281,24 @@ def _build(
     comm = TorchComm(groups, device, through_host=False, stream=stream)
     entry_points = jit.entry_points
     backend = Backend(
-        TorchMath(device, entry_points), comm, sink, scenario.num_sms,
+        TorchMath(device, entry_points),
+        comm,
+        sink,
+        scenario.num_sms,
         bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )  # fmt: skip
+    )
     return ModelRunner.build(
-        scenario.model, scenario.parallel, place.rank, backend=backend,
+        scenario.model,
+        scenario.parallel,
+        place.rank,
+        backend=backend,
         weights=TorchWeights(options.seed, device, share=real and _is_large(scenario.model)),
         buffers=TorchBuffers(device, scenario.model.vocab_size),
-    )  # fmt: skip
+    )
 
 
 def _is_large(model: ModelConfig) -> bool:
-    from runner.weight_size import model_elements
+    from runner.planning.weight_size import model_elements
 
     return model_elements(model) > REAL_MATH_LIMIT
 

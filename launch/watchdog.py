@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from launch.deadline import OutOfTimeError
-from runner.jit.shim import read_unfinished
 from runner.schedule import Begin, Collective, Recv, Send
+from runner.watch.shim import read_unfinished
 
 Communication = Collective | Begin | Send | Recv
 

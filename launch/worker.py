@@ -43,13 +43,13 @@ from runner.backend.shapes import ShapeMath, ShapeWeights
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.backend.weights import WeightSource
-from runner.environ import Environ
-from runner.jit.shim import read_records
-from runner.model_runner import BufferSource, ModelRunner, NoBuffers
+from runner.config.environ import Environ
+from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
+from runner.driver.warmup import WarmupPolicy
+from runner.planning.weight_size import model_elements
 from runner.scenario import Scenario, run_rank
 from runner.timeline import Span
-from runner.warmup import WarmupPolicy
-from runner.weight_size import model_elements
+from runner.watch.shim import read_records
 
 
 def run_worker(
@@ -72,7 +72,7 @@ def run_worker(
 
     Raises:
         UserError: bad input.
-        runner.jit.compiler.CompileError: a kernel does not compile.
+        runner.build.compiler.CompileError: a kernel does not compile.
     """
     place = find_place(environ)
     device = pick_device(options.device, place)
@@ -127,9 +127,13 @@ class _RankRun:
         leaders = leaders_group(self.scenario, self._limit)
         self.phases.append(("weights", time.time()))
         jit = set_up_jit(
-            self.options, self.environ, self.scenario, self.place.rank, self.work_dir,
+            self.options,
+            self.environ,
+            self.scenario,
+            self.place.rank,
+            self.work_dir,
             library=on_gpu,
-        )  # fmt: skip
+        )
         store: NodeKernels | None = None
         sink = self._sink(
             jit, compute, self._progress(jit, say, lambda: store.built if store else 0)
@@ -168,11 +172,16 @@ class _RankRun:
             extra["arrive"] = lambda: wait_for_device(self.device)
             extra["stream"] = DeviceStream(self.device)
         return RankSink(
-            self.place.rank, jit.loader, self.scenario.table,
-            synchronise=self._synchronise, inside=jit.inside,
+            self.place.rank,
+            jit.loader,
+            self.scenario.table,
+            synchronise=self._synchronise,
+            inside=jit.inside,
             limit=self._wait_limit(jit.log_dir),
-            capture=self.graphs, on_forward=on_forward, **extra,
-        )  # fmt: skip
+            capture=self.graphs,
+            on_forward=on_forward,
+            **extra,
+        )
 
     def _wait_limit(self, log_dir: Path) -> WaitLimit:
         place = self.place
@@ -226,15 +235,26 @@ class _RankRun:
             return None
         here = max(1, self.place.local_world_size // self.scenario.parallel.ranks_per_node)
         return NodeKernels(
-            rank=self.place.rank, scenario=self.scenario, cache=jit.cache, compiler=jit.compiler,
-            loader=jit.loader, note=sink.spans.append, everyone=groups.everyone, leaders=leaders,
-            workers=max(1, (os.cpu_count() or 1) // here), environment=os.environ,
-        )  # fmt: skip
+            rank=self.place.rank,
+            scenario=self.scenario,
+            cache=jit.cache,
+            compiler=jit.compiler,
+            loader=jit.loader,
+            note=sink.spans.append,
+            everyone=groups.everyone,
+            leaders=leaders,
+            workers=max(1, (os.cpu_count() or 1) // here),
+            environment=os.environ,
+        )
 
     def _build_runner(
-        self, compute: str, jit: RankJit, sink: RankSink, comm: TorchComm,
+        self,
+        compute: str,
+        jit: RankJit,
+        sink: RankSink,
+        comm: TorchComm,
         store: NodeKernels | None,
-    ) -> ModelRunner:  # fmt: skip
+    ) -> ModelRunner:
         scenario = self.scenario
         math: Math
         link: Communicator
@@ -249,15 +269,23 @@ class _RankRun:
             weights = TorchWeights(self.options.seed, self.device, share=share)
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(
-            math, link, sink, scenario.num_sms,
+            math,
+            link,
+            sink,
+            scenario.num_sms,
             bf16_fp32_algo=scenario.bf16_fp32_algo,
             kernels=store or NoKernels(),
             hook=scenario.hook(self.place.rank, self._free_memory, self._warn),
-        )  # fmt: skip
+        )
         return ModelRunner.build(
-            scenario.model, scenario.parallel, self.place.rank,
-            backend=backend, weights=weights, buffers=buffers, overlap=scenario.overlap,
-        )  # fmt: skip
+            scenario.model,
+            scenario.parallel,
+            self.place.rank,
+            backend=backend,
+            weights=weights,
+            buffers=buffers,
+            overlap=scenario.overlap,
+        )
 
     def _introduction(self, compute: str, reason: str, jit: RankJit) -> list[str]:
         scenario, parallel, link = self.scenario, self.scenario.parallel, self.link

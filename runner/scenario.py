@@ -10,30 +10,17 @@ from math import inf
 from typing import Any, TypeVar
 
 from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch
+from runner.backend.gemm_walks import ExecutionHook, relaxed_ms
+from runner.backend.m_lists import expand, steps_of
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
-from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, demands, plan_of
-from runner.errors import UserError
-from runner.forward_batch import ForwardBatch
-from runner.jit.plan import Plan
-from runner.kernels.heuristics_sm90 import align
-from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.source import KernelSource
-from runner.kernels.table import Demand, KernelTable
-from runner.kernels.types import GemmShape, KernelCall
-from runner.m_lists import expand, steps_of
-from runner.model.strategy import OverlapStrategy
-from runner.model_runner import ModelRunner, NoBuffers
-from runner.schedule import OF_HOSTS, Begin, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
-from runner.sharing import share_out
-from runner.timeline import FIRST_REQUEST
-from runner.traffic import Request, serve, serve_all
-from runner.walks import ExecutionHook, relaxed_ms
-from runner.warmup import (
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.requests import Request, serve, serve_all
+from runner.driver.warmup import (
     PLANNING_POLICIES,
     KernelSet,
     WarmupOptions,
@@ -44,6 +31,19 @@ from runner.warmup import (
     resolve_batch_sizes,
     walked_ms,
 )
+from runner.errors import UserError
+from runner.kernels.heuristics_sm90 import align
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.kernels.source import KernelSource
+from runner.kernels.table import Demand, KernelTable
+from runner.kernels.types import GemmShape, KernelCall
+from runner.model.strategy import OverlapStrategy
+from runner.planning.demands import Deployment, demands, plan_of
+from runner.planning.partition import share_out
+from runner.planning.plan import Plan
+from runner.schedule import OF_HOSTS, Begin, Collective, KernelWork, Op, Recv, Schedule, Send, Walk
+from runner.timeline import FIRST_REQUEST
 
 Item = TypeVar("Item")
 
@@ -59,7 +59,7 @@ class Scenario:
         num_sms: SMs of the GPU that kernels are chosen for.
         max_tokens: most tokens of a forward: what ``planned`` and ``prebuilt`` cover, and what a
             run's coverage is told for.
-        prompt_len: see :class:`runner.traffic.Request`.
+        prompt_len: see :class:`runner.driver.requests.Request`.
         stream: token counts of the requests after the first one; None takes the batch sizes.
         walk_memory: bytes of GPU memory that a walk may take; None is no limit to a recording,
             and what is free to a run on a GPU.
@@ -124,9 +124,11 @@ class Scenario:
         return rank % self.parallel.ranks_per_node == 0
 
     def hook(
-        self, rank: int, budget: Callable[[], float] | None = None,
+        self,
+        rank: int,
+        budget: Callable[[], float] | None = None,
         warn: Callable[[str], None] = lambda line: None,
-    ) -> ExecutionHook:  # fmt: skip
+    ) -> ExecutionHook:
         """What a rank walks at first calls; ``budget`` asks for the GPU's free memory."""
         given = self.walk_memory
         limit = budget or (lambda: inf)
@@ -293,13 +295,21 @@ def _record(
 ) -> tuple[Op, ...]:
     recorder = ScheduleRecorder()
     backend = Backend(
-        ShapeMath(), NoComm(), recorder, num_sms=scenario.num_sms,
+        ShapeMath(),
+        NoComm(),
+        recorder,
+        num_sms=scenario.num_sms,
         bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )  # fmt: skip
+    )
     runner = ModelRunner.build(
-        scenario.model, scenario.parallel, rank,
-        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(), overlap=scenario.overlap,
-    )  # fmt: skip
+        scenario.model,
+        scenario.parallel,
+        rank,
+        backend=backend,
+        weights=ShapeWeights(),
+        buffers=NoBuffers(),
+        overlap=scenario.overlap,
+    )
     part(runner, scenario)
     return tuple(recorder.ops)
 

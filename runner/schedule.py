@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
+from runner.backend.m_lists import MSteps
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
-from runner.m_lists import MSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,18 @@ class Capture:
 
 
 Op = (
-    KernelCall | Compute | Collective | Begin | Await | Send | Recv | Mark | KernelWork | Walk
+    KernelCall
+    | Compute
+    | Collective
+    | Begin
+    | Await
+    | Send
+    | Recv
+    | Mark
+    | KernelWork
+    | Walk
     | Capture
-)  # fmt: skip
+)
 
 _TAGS: dict[str, type] = {
     "kernel": KernelCall,

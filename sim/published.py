@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from runner.backend.m_lists import relax_m_list
 from runner.errors import UserError
-from runner.jit.plan import Plan
 from runner.kernels.types import DeepGemmKernelType
-from runner.m_lists import relax_m_list
+from runner.planning.plan import Plan
 from runner.timeline import Timeline
 from sim.simulate import Prediction
 

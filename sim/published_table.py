@@ -74,9 +74,13 @@ def assumed_lines(compared: Sequence[Compared], published: Published, width: int
         if item.dies:
             yield from _item("the watchdog would end the predicted run", width)
         yield from wrap(
-            row.set_up.line, width, initial_indent="  $ ", subsequent_indent="      ",
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+            row.set_up.line,
+            width,
+            initial_indent="  $ ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def _item(text: str, width: int) -> list[str]:

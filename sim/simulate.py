@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runner.coverage import node_coverage, node_stages
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
+from runner.planning.coverage import node_coverage, node_stages
 from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
-from runner.warmup import WarmupPolicy
-from sim.culprit import CollectiveTimeout
-from sim.drift import Drift, drifted
-from sim.engine import Engine, Outcome
-from sim.fold import can_fold, unfold
-from sim.profile import Link, Profile, slowed
-from sim.profile_costs import ProfileCosts
-from sim.program import Instruction, compile_program
-from sim.start_up import StartPhases, start_phases
+from sim.calibration.drift import Drift, drifted
+from sim.costs.profile import Link, Profile, slowed
+from sim.costs.profile_costs import ProfileCosts
+from sim.costs.start_up import StartPhases, start_phases
+from sim.engine.engine import Engine, Outcome
+from sim.engine.rank_program import Instruction, compile_program
+from sim.engine.replica_folding import can_fold, unfold
+from sim.engine.timeout_diagnosis import CollectiveTimeout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +153,13 @@ def _engine(
     nodes_per_host = parallel.nodes // hosts
     every = scenario.warmup.policy is WarmupPolicy.RELAX
     costs = ProfileCosts(
-        profile, link, cores, machine.ranks_per_gpu,
+        profile,
+        link,
+        cores,
+        machine.ranks_per_gpu,
         walkers_per_gpu=machine.ranks_per_gpu if every else 1,
         replica=parallel.world_size // parallel.replicas,
-    )  # fmt: skip
+    )
     return Engine(
         _programs(scenario, costs, folds=folds),
         costs,

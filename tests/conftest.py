@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runner.environ import Environ
+from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library, find_library
+from runner.kernels.installed import Library, find_library
 
 # Their assertions then tell their values, as those of test files do.
 for _helper in ("build_machine", "cache_cli", "kept_cache"):

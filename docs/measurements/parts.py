@@ -19,22 +19,25 @@ import torch
 import torch.distributed as dist
 
 from launch.gather import machine_facts
+from runner.build.compiler import find_nvcc
+from runner.config.environ import Environ
 from runner.deep_gemm_wrapper.calls import MAKERS
 from runner.deep_gemm_wrapper.configurer import import_deep_gemm
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-from runner.environ import Environ
-from runner.jit.compiler import find_nvcc
-from runner.jit.library import find_library
+from runner.kernels.installed import find_library
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 
 CALLS, ROUNDS, COPIES_BYTES = 24, 5, 200e6
 SHAPES = [
-    (T.GEMM_NT_F8F8BF16, 1536, 4096, 1), (T.GEMM_NT_F8F8BF16, 16384, 1024, 1),
-    (T.GEMM_NT_F8F8BF16, 4096, 4096, 1), (T.GEMM_NT_F8F8BF16, 4096, 2048, 1),
-    (T.TF32_HC_PRENORM_GEMM, 24, 16384, 16), (T.GEMM_NT_BF16BF16F32, 256, 4096, 1),
+    (T.GEMM_NT_F8F8BF16, 1536, 4096, 1),
+    (T.GEMM_NT_F8F8BF16, 16384, 1024, 1),
+    (T.GEMM_NT_F8F8BF16, 4096, 4096, 1),
+    (T.GEMM_NT_F8F8BF16, 4096, 2048, 1),
+    (T.TF32_HC_PRENORM_GEMM, 24, 16384, 16),
+    (T.GEMM_NT_BF16BF16F32, 256, 4096, 1),
     (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 4096, 32),
-]  # fmt: skip
+]
 MS = (16, 64, 256, 1024, 4096)
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SIZES = (1 << 14, 1 << 17, 1 << 20, 1 << 23, 1 << 26)

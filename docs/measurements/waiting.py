@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from launch.gather import machine_facts
 from launch.watchdog import wait_for_device
-from runner.environ import Environ
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.library import find_library
-from runner.jit.probe import probe_seconds
+from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.build.probe import probe_seconds
+from runner.config.environ import Environ
+from runner.kernels.installed import find_library
 
 WAYS = ("on the host", "in NCCL, polled", "in NCCL")
 TURNS, COMPILES = 2, 3

@@ -9,16 +9,16 @@ from math import prod
 from typing import Any
 
 from runner.backend.communicator import Communicator
+from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.kernel_store import KernelStore, NoKernels
 from runner.backend.math import Math
 from runner.backend.sink import OpSink, R
-from runner.bf16_fp32 import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.backend.token_to_m import MASKED_BUDGET
+from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
-from runner.gemm_rows import MASKED_BUDGET
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.schedule import Compute, Mark, Walk
-from runner.walks import ExecutionHook
 
 
 @dataclass(frozen=True)

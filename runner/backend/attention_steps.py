@@ -72,9 +72,16 @@ class AttentionSteps(Announcer):
         )
 
     def attention(
-        self, q: Any, selected: Any, ape: Any, norm: Any, sink: Any, tokens: Tokens, layer: int,
+        self,
+        q: Any,
+        selected: Any,
+        ape: Any,
+        norm: Any,
+        sink: Any,
+        tokens: Tokens,
+        layer: int,
         config: Dsv4Config,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """See :meth:`Math.attention`."""
         visible = visible_entries(tokens, config, layer)
         _, heads, dim = q.shape

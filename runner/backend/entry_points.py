@@ -41,9 +41,13 @@ class EntryPoints(Protocol):
         """out [m, n] fp32 = lhs [m, k] bf16 @ rhs [n, k] bf16 .T."""
 
     def tf32_hc_prenorm_gemm(
-        self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
+        self,
+        x: torch.Tensor,
+        fn: torch.Tensor,
+        out: torch.Tensor,
+        sqrsum: torch.Tensor,
         n_splits: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """out [splits, m, n] fp32 sums to x [m, k] bf16 @ fn [n, k] fp32 .T; sqrsum likewise."""
 
     def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: torch.Tensor) -> None:
@@ -55,10 +59,15 @@ class EntryPoints(Protocol):
         """[num_sms + 1, 2] int32 from lengths [rows, 1] int32."""
 
     def fp8_paged_mqa_logits(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor,
-        context_lens: torch.Tensor, block_table: torch.Tensor, schedule_meta: torch.Tensor,
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        weights: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        schedule_meta: torch.Tensor,
         max_context_len: int,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Scores [rows, max_context_len] fp32; columns past a row's length are undefined.
 
         q [rows, 1, heads, dim] e4m3; kv_cache [pages, block_kv, 1, dim + 4] uint8, each page its
@@ -66,7 +75,12 @@ class EntryPoints(Protocol):
         """
 
     def fp8_mqa_logits(
-        self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
-        ke: torch.Tensor, max_seqlen_k: int,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        kv: Fp8,
+        weights: torch.Tensor,
+        ks: torch.Tensor,
+        ke: torch.Tensor,
+        max_seqlen_k: int,
+    ) -> torch.Tensor:
         """Scores [rows, max_seqlen_k] fp32 of q [rows, heads, dim] against kv [ks, ke)."""

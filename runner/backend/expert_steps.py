@@ -7,8 +7,8 @@ from typing import Any
 
 from runner.backend.announcer import Announcer, bf16_bytes
 from runner.backend.math import Dispatched, Routing, Tokens
+from runner.backend.token_to_m import contiguous_rows, masked_bytes, masked_expected_m, masked_rows
 from runner.config.model import MoeConfig
-from runner.gemm_rows import contiguous_rows, masked_bytes, masked_expected_m, masked_rows
 
 
 class ExpertSteps(Announcer):
@@ -27,9 +27,15 @@ class ExpertSteps(Announcer):
         )
 
     def dispatch(
-        self, x: Any, routing: Routing, experts: tuple[int, int], config: MoeConfig,
-        intermediate: int, *, decode: bool,
-    ) -> Dispatched:  # fmt: skip
+        self,
+        x: Any,
+        routing: Routing,
+        experts: tuple[int, int],
+        config: MoeConfig,
+        intermediate: int,
+        *,
+        decode: bool,
+    ) -> Dispatched:
         """Lay tokens out by local expert: masked in DECODE within the budget, else contiguous."""
         tokens, hidden = x.shape
         local = experts[1] - experts[0]

@@ -7,9 +7,9 @@ from typing import Any
 
 from runner.backend.announcer import Announcer
 from runner.backend.math import Dispatched, Tokens
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.backend.token_to_m import hc_num_splits
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.model import Dsv4Config
-from runner.gemm_rows import hc_num_splits
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import BARRIER, EXCHANGE, Collective, KernelWork
@@ -72,9 +72,16 @@ class KernelSteps(Announcer):
         return self._kernel(call, lambda: self.math.paged_mqa_metadata(tokens, self.gemm_sms))
 
     def mqa_logits(
-        self, q: Any, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
-        config: Dsv4Config, metadata: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        q: Any,
+        weights: Any,
+        ape: Any,
+        norm: Any,
+        tokens: Tokens,
+        layer: int,
+        config: Dsv4Config,
+        metadata: Any,
+    ) -> Any:
         """See :meth:`Math.mqa_logits`; paged where ``metadata`` is given."""
         m, heads, dim = q.shape
         self._quantise(q)

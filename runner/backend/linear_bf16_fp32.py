@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from runner.backend.entry_points import EntryPoints
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.config.gemm_algo import Bf16Fp32Algo
 
 
 def linear_bf16_fp32(

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.backend.forward_batch import ForwardBatch
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
-from runner.forward_batch import ForwardBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +162,18 @@ class Math(Protocol):
         """Rotate the indexer's query: [T, heads * dim] -> [T, heads, dim]."""
 
     def mqa_logits(
-        self, q: Any, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
-        config: Dsv4Config, *, paged: bool, metadata: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        q: Any,
+        weights: Any,
+        ape: Any,
+        norm: Any,
+        tokens: Tokens,
+        layer: int,
+        config: Dsv4Config,
+        *,
+        paged: bool,
+        metadata: Any,
+    ) -> Any:
         """Index scores of each token against compressed entries: [T, entries] fp32."""
 
     def paged_mqa_metadata(self, tokens: Tokens, num_sms: int) -> Any:
@@ -174,9 +183,16 @@ class Math(Protocol):
         """Which compressed entries each token attends to: [T, entries] bool."""
 
     def attention(
-        self, q: Any, selected: Any, ape: Any, norm: Any, sink: Any, tokens: Tokens, layer: int,
+        self,
+        q: Any,
+        selected: Any,
+        ape: Any,
+        norm: Any,
+        sink: Any,
+        tokens: Tokens,
+        layer: int,
         config: Dsv4Config,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Window and compressed attention with sink, output rotated back: [T, h, D]."""
 
     def group_heads(self, x: Any, groups: int) -> Any:
@@ -188,8 +204,9 @@ class Math(Protocol):
     def mla_absorbed(self, weight: Any, config: Dsv3Config) -> tuple[Any, Any]:
         """From FP8 kv_b_proj: bf16 ([h, nope, kv_lora], [h, v, kv_lora]) for absorbed decode."""
 
-    def mla_store(self, latent: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv3Config
-    ) -> Any:  # fmt: skip
+    def mla_store(
+        self, latent: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv3Config
+    ) -> Any:
         """Norm the latent, rotate its rope part, cache both; returns the normed latent."""
 
     def mla_extend(self, q: Any, kv: Any, tokens: Tokens, layer: int, config: Dsv3Config) -> Any:

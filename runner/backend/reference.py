@@ -80,9 +80,13 @@ class ReferenceEntryPoints:
         out.copy_(widen(lhs) @ widen(rhs).mT)
 
     def tf32_hc_prenorm_gemm(
-        self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
+        self,
+        x: torch.Tensor,
+        fn: torch.Tensor,
+        out: torch.Tensor,
+        sqrsum: torch.Tensor,
         n_splits: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See the protocol; the whole sum is in the first split."""
         if x.shape[0] == 0:
             return
@@ -107,10 +111,15 @@ class ReferenceEntryPoints:
         return torch.zeros((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
 
     def fp8_paged_mqa_logits(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor,
-        context_lens: torch.Tensor, block_table: torch.Tensor, schedule_meta: torch.Tensor,
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        weights: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        schedule_meta: torch.Tensor,
         max_context_len: int,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         if q.shape[0] == 0:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
@@ -122,9 +131,14 @@ class ReferenceEntryPoints:
         return torch.einsum("rh,rhe->re", widen(weights), dots).float()
 
     def fp8_mqa_logits(
-        self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
-        ke: torch.Tensor, max_seqlen_k: int,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        kv: Fp8,
+        weights: torch.Tensor,
+        ks: torch.Tensor,
+        ke: torch.Tensor,
+        max_seqlen_k: int,
+    ) -> torch.Tensor:
         """See the protocol; every row starts at entry 0 here."""
         if q.shape[0] == 0:
             return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.backend.tensor import TensorSpec
 from runner.backend.weights import WeightRequest
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
-from runner.forward_batch import ForwardBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +186,18 @@ class ShapeMath:
         return TensorSpec((q.shape[0], config.index_n_heads, config.index_head_dim))
 
     def mqa_logits(
-        self, q: TensorSpec, weights: Any, ape: Any, norm: Any, tokens: Tokens, layer: int,
-        config: Dsv4Config, *, paged: bool, metadata: Any,
-    ) -> TensorSpec:  # fmt: skip
+        self,
+        q: TensorSpec,
+        weights: Any,
+        ape: Any,
+        norm: Any,
+        tokens: Tokens,
+        layer: int,
+        config: Dsv4Config,
+        *,
+        paged: bool,
+        metadata: Any,
+    ) -> TensorSpec:
         """[T, entries] fp32."""
         return TensorSpec((q.shape[0], compressed_entries(tokens.batch, 4)), "fp32")
 
@@ -201,9 +210,16 @@ class ShapeMath:
         return scores
 
     def attention(
-        self, q: TensorSpec, selected: Any, ape: Any, norm: Any, sink: Any, tokens: Tokens,
-        layer: int, config: Dsv4Config,
-    ) -> TensorSpec:  # fmt: skip
+        self,
+        q: TensorSpec,
+        selected: Any,
+        ape: Any,
+        norm: Any,
+        sink: Any,
+        tokens: Tokens,
+        layer: int,
+        config: Dsv4Config,
+    ) -> TensorSpec:
         """Shape of q."""
         return q
 
@@ -238,9 +254,14 @@ class ShapeMath:
         return TensorSpec((q.shape[0], heads * config.v_head_dim))
 
     def mla_decode(
-        self, q: TensorSpec, w_kc: TensorSpec, w_vc: Any, tokens: Tokens, layer: int,
+        self,
+        q: TensorSpec,
+        w_kc: TensorSpec,
+        w_vc: Any,
+        tokens: Tokens,
+        layer: int,
         config: Dsv3Config,
-    ) -> TensorSpec:  # fmt: skip
+    ) -> TensorSpec:
         """[T, h * v_head_dim]."""
         return TensorSpec((q.shape[0], w_kc.shape[0] * config.v_head_dim))
 
@@ -263,9 +284,13 @@ class ShapeMath:
         return Dispatched(TensorSpec((rows, x.shape[1])), groups, slots, rows)
 
     def dispatch_masked(
-        self, x: TensorSpec, routing: Routing, experts: tuple[int, int], rows: int,
+        self,
+        x: TensorSpec,
+        routing: Routing,
+        experts: tuple[int, int],
+        rows: int,
         expected_m: int,
-    ) -> Dispatched:  # fmt: skip
+    ) -> Dispatched:
         """[E, rows, H]."""
         local = experts[1] - experts[0]
         slots = TensorSpec((prod(routing.ids.shape),), "int64")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Tokens
 from runner.backend.quantise import widen
 from runner.backend.torch_cache import KVCache, Places, cache_of, places_of
 from runner.config.model import Dsv3Config, Dsv4Config
-from runner.forward_batch import ForwardBatch
 
 _CHUNK_ELEMENTS = 1 << 26
 
@@ -58,9 +58,14 @@ def rope_theta(config: Dsv4Config, layer: int) -> float:
 
 
 def pooled_entries(
-    batch: ForwardBatch, layer: int, name: str, ape: torch.Tensor, norm: torch.Tensor,
-    entries: int, config: Dsv4Config,
-) -> torch.Tensor:  # fmt: skip
+    batch: ForwardBatch,
+    layer: int,
+    name: str,
+    ape: torch.Tensor,
+    norm: torch.Tensor,
+    entries: int,
+    config: Dsv4Config,
+) -> torch.Tensor:
     """Compressed entries of every sequence from its cached projections.
 
     Entry n pools tokens [n * ratio, (n + 1) * ratio) with a softmax per channel over
@@ -101,9 +106,14 @@ def _with_overlap(values: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Ten
 
 
 def sparse_attention(
-    q: torch.Tensor, compressed: torch.Tensor | None, selected: torch.Tensor | None,
-    sink: torch.Tensor, tokens: Tokens, layer: int, config: Dsv4Config,
-) -> torch.Tensor:  # fmt: skip
+    q: torch.Tensor,
+    compressed: torch.Tensor | None,
+    selected: torch.Tensor | None,
+    sink: torch.Tensor,
+    tokens: Tokens,
+    layer: int,
+    config: Dsv4Config,
+) -> torch.Tensor:
     """Softmax over window rows, compressed entries and a sink; output rotated back.
 
     Args:
@@ -192,9 +202,13 @@ def _grid(rows: torch.Tensor, at: Places, sequences: int, longest: int) -> torch
 
 
 def mla_decode(
-    q: torch.Tensor, w_kc: torch.Tensor, w_vc: torch.Tensor, tokens: Tokens, layer: int,
+    q: torch.Tensor,
+    w_kc: torch.Tensor,
+    w_vc: torch.Tensor,
+    tokens: Tokens,
+    layer: int,
     config: Dsv3Config,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Attention of one token a sequence over cached latents, projections absorbed.
 
     Args:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Tokens
-from runner.forward_batch import ForwardBatch
 
 K = TypeVar("K")
 

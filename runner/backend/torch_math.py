@@ -10,15 +10,15 @@ import torch
 
 from runner.backend import torch_attention, torch_moe
 from runner.backend.entry_points import EntryPoints
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.backend.quantise import Fp8Weight, dequantise_blocks, in_slabs, quantise_tokens, widen
 from runner.backend.reference import PAGE, pack_pages
 from runner.backend.shapes import compressed_entries
 from runner.backend.torch_cache import KVCache, cache_of, ids_of, last_places, places_of
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.model import Dsv3Config, Dsv4Config, MoeConfig
-from runner.forward_batch import ForwardBatch
 
 
 class TorchMath:
@@ -170,9 +170,13 @@ class TorchMath:
         return out, squares
 
     def hc_pre(
-        self, x: torch.Tensor, gemm: Any, base: torch.Tensor, scale: torch.Tensor,
+        self,
+        x: torch.Tensor,
+        gemm: Any,
+        base: torch.Tensor,
+        scale: torch.Tensor,
         config: Dsv4Config,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the protocol; sinkhorn-normalised mixing as in DeepSeek-V4."""
         copies, eps = config.hc_mult, config.hc_eps
         out, squares = gemm
@@ -196,9 +200,13 @@ class TorchMath:
         return (kept + added).flatten(1).to(x.dtype)
 
     def hc_head(
-        self, x: torch.Tensor, fn: torch.Tensor, base: torch.Tensor, scale: torch.Tensor,
+        self,
+        x: torch.Tensor,
+        fn: torch.Tensor,
+        base: torch.Tensor,
+        scale: torch.Tensor,
         config: Dsv4Config,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         wide = widen(x)
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + config.rms_norm_eps)
@@ -218,9 +226,13 @@ class TorchMath:
         return self._rotate_tail(normed, tokens, layer, config)
 
     def store_kv(
-        self, kv: torch.Tensor, weight: torch.Tensor, tokens: Tokens, layer: int,
+        self,
+        kv: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: Tokens,
+        layer: int,
         config: Dsv4Config,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See the protocol."""
         normed = torch_attention.rms_norm(kv, weight, config.rms_norm_eps)
         rows = self._rotate_tail(normed, tokens, layer, config)
@@ -254,9 +266,18 @@ class TorchMath:
         return ((places_of(tokens).position + 1) // 4).clamp_min(1).to(torch.int32)
 
     def mqa_logits(
-        self, q: torch.Tensor, weights: torch.Tensor, ape: torch.Tensor, norm: torch.Tensor,
-        tokens: Tokens, layer: int, config: Dsv4Config, *, paged: bool, metadata: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        ape: torch.Tensor,
+        norm: torch.Tensor,
+        tokens: Tokens,
+        layer: int,
+        config: Dsv4Config,
+        *,
+        paged: bool,
+        metadata: Any,
+    ) -> torch.Tensor:
         """See the protocol."""
         entries = compressed_entries(tokens.batch, 4)
         keys = torch_attention.pooled_entries(
@@ -280,9 +301,14 @@ class TorchMath:
         first = places_of(tokens).sequence.unsqueeze(1) * per_sequence
         table = (first + torch.arange(per_sequence, device=self._device)).to(torch.int32)
         logits = self._gemms.fp8_paged_mqa_logits(
-            q_values.unsqueeze(1), pages, head_weights, lens.unsqueeze(1), table, metadata,
+            q_values.unsqueeze(1),
+            pages,
+            head_weights,
+            lens.unsqueeze(1),
+            table,
+            metadata,
             keys.shape[1],
-        )  # fmt: skip
+        )
         return logits[:, :entries]
 
     def top_entries(self, scores: torch.Tensor, tokens: Tokens, config: Dsv4Config) -> torch.Tensor:
@@ -294,10 +320,16 @@ class TorchMath:
         return chosen.scatter_(1, best, True) & allowed
 
     def attention(
-        self, q: torch.Tensor, selected: torch.Tensor | None, ape: torch.Tensor | None,
-        norm: torch.Tensor | None, sink: torch.Tensor, tokens: Tokens, layer: int,
+        self,
+        q: torch.Tensor,
+        selected: torch.Tensor | None,
+        ape: torch.Tensor | None,
+        norm: torch.Tensor | None,
+        sink: torch.Tensor,
+        tokens: Tokens,
+        layer: int,
         config: Dsv4Config,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         compressed = None
         ratio = config.compress_ratio(layer)
@@ -330,9 +362,13 @@ class TorchMath:
         return heads[:, :nope].contiguous(), heads[:, nope:].contiguous()
 
     def mla_store(
-        self, latent: torch.Tensor, weight: torch.Tensor, tokens: Tokens, layer: int,
+        self,
+        latent: torch.Tensor,
+        weight: torch.Tensor,
+        tokens: Tokens,
+        layer: int,
         config: Dsv3Config,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         at, rope = places_of(tokens), config.qk_rope_head_dim
         normed = torch_attention.rms_norm(latent[:, :-rope], weight, config.rms_norm_eps)
@@ -347,9 +383,14 @@ class TorchMath:
         return torch_attention.mla_extend(q, kv, tokens, layer, config)
 
     def mla_decode(
-        self, q: torch.Tensor, w_kc: torch.Tensor, w_vc: torch.Tensor, tokens: Tokens, layer: int,
+        self,
+        q: torch.Tensor,
+        w_kc: torch.Tensor,
+        w_vc: torch.Tensor,
+        tokens: Tokens,
+        layer: int,
         config: Dsv3Config,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         return torch_attention.mla_decode(q, w_kc, w_vc, tokens, layer, config)
 
@@ -373,9 +414,13 @@ class TorchMath:
         return torch_moe.dispatch_contiguous(x, routing.ids, experts, rows)
 
     def dispatch_masked(
-        self, x: torch.Tensor, routing: Routing, experts: tuple[int, int], rows: int,
+        self,
+        x: torch.Tensor,
+        routing: Routing,
+        experts: tuple[int, int],
+        rows: int,
         expected_m: int,
-    ) -> Dispatched:  # fmt: skip
+    ) -> Dispatched:
         """See the protocol."""
         return torch_moe.dispatch_masked(x, routing.ids, experts, rows, expected_m)
 
@@ -409,7 +454,7 @@ def _sinkhorn(comb: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
 
 
 class TorchBuffers:
-    """Buffers of real tensors; implements :class:`runner.model_runner.BufferSource`."""
+    """Buffers of real tensors; implements :class:`runner.driver.model_runner.BufferSource`."""
 
     def __init__(self, device: torch.device, vocab_size: int) -> None:
         self._device, self._vocab_size = device, vocab_size

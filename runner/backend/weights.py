@@ -51,9 +51,15 @@ class WeightSource(Protocol):
 
 
 def whole(
-    layer: int, name: str, kind: str, shape: tuple[int, ...], *, scale: float = 1.0,
-    mean: float = 0.0, high: int = 0,
-) -> WeightRequest:  # fmt: skip
+    layer: int,
+    name: str,
+    kind: str,
+    shape: tuple[int, ...],
+    *,
+    scale: float = 1.0,
+    mean: float = 0.0,
+    high: int = 0,
+) -> WeightRequest:
     """A weight that every rank holds whole."""
     slices = tuple((0, size) for size in shape)
     return WeightRequest(layer, name, kind, shape, slices, shape, scale, mean, high)

@@ -8,25 +8,25 @@ from typing import Any
 
 import click
 
-from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
-from runner.cli.progress import counting, progress
-from runner.errors import UserError
-from runner.files import write_json
-from runner.jit.cache import KernelCache
-from runner.jit.describe import config_of_source, in_words
-from runner.jit.entry import kernel_name
-from runner.jit.store.archive import pack as pack_cache
-from runner.jit.store.archive import unpack as unpack_archive
-from runner.jit.store.machine import compiler_words
-from runner.jit.store.manifest import (
+from runner.cache.archive import pack as pack_cache
+from runner.cache.archive import unpack as unpack_archive
+from runner.cache.describe import config_of_source, in_words
+from runner.cache.entry import kernel_name
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.machine import compiler_words
+from runner.cache.manifest import (
     Manifest,
     locked,
     merge_manifest,
     read_manifest,
 )
-from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
-from runner.jit.store.prune import prune as prune_entries
-from runner.jit.store.prune import size_of, superfluous
+from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
+from runner.cache.prune import prune as prune_entries
+from runner.cache.prune import size_of, superfluous
+from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
+from runner.cli.progress import counting, progress
+from runner.errors import UserError
+from runner.files import write_json
 
 
 @click.group()

@@ -10,17 +10,12 @@ from typing import Any
 
 import click
 
-from runner.cli.guard import WorkFailedError
-from runner.cli.progress import counting, progress
-from runner.cli.target import check_release, machine_options, take_machine
-from runner.environ import Environ
-from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import find_nvcc, keys_for
-from runner.jit.entry import format_of, kernel_name
-from runner.jit.keys import CacheKeys, first_recipe
-from runner.jit.store.machine import Machine, compiler_words
-from runner.jit.store.manifest import (
+from runner.build.compiler import find_nvcc, keys_for
+from runner.cache.entry import format_of, kernel_name
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import CacheKeys, first_recipe
+from runner.cache.machine import Machine, compiler_words
+from runner.cache.manifest import (
     Entry,
     Manifest,
     check_target,
@@ -29,10 +24,15 @@ from runner.jit.store.manifest import (
     merge_manifest,
     read_manifest,
 )
-from runner.jit.store.plan_file import PlanFile, read_plan_file
-from runner.jit.store.relocate import relocate as relocate_cache
-from runner.jit.store.verify import Expectation, Finding
-from runner.jit.store.verify import verify as verify_cache
+from runner.cache.plan_file import PlanFile, read_plan_file
+from runner.cache.relocate import relocate as relocate_cache
+from runner.cache.verify import Expectation, Finding
+from runner.cache.verify import verify as verify_cache
+from runner.cli.guard import WorkFailedError
+from runner.cli.progress import counting, progress
+from runner.cli.target import check_release, machine_options, take_machine
+from runner.config.environ import Environ
+from runner.errors import UserError
 from runner.standin.gpus import gpu_named
 
 _SHOWN = 20

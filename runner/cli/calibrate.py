@@ -11,11 +11,11 @@ from runner.cli.progress import counting, progress
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.table import make_table
+from runner.report.validation_table import judged_table
 from runner.timeline import Timeline
-from sim.calibrate import Calibration, fit_profile, leave_one_out
-from sim.judge import read_measured, summary
-from sim.judge_table import judged_table
-from sim.profile import Profile, load_profile, write_profile
+from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out
+from sim.calibration.validation import read_measured, summary
+from sim.costs.profile import Profile, load_profile, write_profile
 
 
 @click.command()

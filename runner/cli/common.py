@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
+from runner.config.environ import Environ
 from runner.config.presets import PRESETS
-from runner.environ import Environ
+from runner.driver.warmup import DisaggregationMode, WarmupPolicy, policy_of_flags
 from runner.errors import UserError
-from runner.warmup import DisaggregationMode, WarmupPolicy, policy_of_flags
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,15 +50,22 @@ def model_options(function: F) -> F:
 def layout_options(*, pp: int, tp: int) -> Callable[[F], F]:
     """``--pp``, ``--tp``, ``--ep``, ``--attn-cp``, ``--stage-layers`` with the given defaults."""
     options = (
-        click.option("--stage-layers", type=IntList(),
-                     help="Layers of each stage.  [default: even]"),
-        click.option("--attn-cp", type=int, default=1, show_default=True,
-                     help="Split EXTEND tokens of the attention over so many ranks."),
+        click.option(
+            "--stage-layers", type=IntList(), help="Layers of each stage.  [default: even]"
+        ),
+        click.option(
+            "--attn-cp",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Split EXTEND tokens of the attention over so many ranks.",
+        ),
         click.option("--ep", is_flag=True, help="Whole experts per rank instead of slices."),
-        click.option("--tp", type=int, default=tp, show_default=True,
-                     help="Tensor-parallel ranks."),
+        click.option(
+            "--tp", type=int, default=tp, show_default=True, help="Tensor-parallel ranks."
+        ),
         click.option("--pp", type=int, default=pp, show_default=True, help="Pipeline stages."),
-    )  # fmt: skip
+    )
 
     def decorate(function: F) -> F:
         for option in options:
@@ -74,10 +81,12 @@ def serving_options(function: F) -> F:
         "--speculative", is_flag=True, help="Speculative decoding: no pp-parallel warm-up."
     )(function)
     return click.option(
-        "--disaggregation-mode", default="none", show_default=True,
+        "--disaggregation-mode",
+        default="none",
+        show_default=True,
         type=click.Choice([mode.value for mode in DisaggregationMode]),
         help="A prefill node never decodes, a decode node never extends.",
-    )(function)  # fmt: skip
+    )(function)
 
 
 class Positive(click.FloatRange):
@@ -106,47 +115,74 @@ FACTOR = Positive(100)
 def batch_sizes_option(function: F) -> F:
     """``--batch-sizes`` and ``--prompt-len``."""
     function = click.option(
-        "--prompt-len", type=int, default=1, show_default=True, metavar="N",
+        "--prompt-len",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
         help="Tokens of each prompt in the requests.",
-    )(function)  # fmt: skip
+    )(function)
     return click.option(
-        "--batch-sizes", type=IntList(),
+        "--batch-sizes",
+        type=IntList(),
         help="Batch sizes of warm-up and requests.  [default: the five that follow from the SMs]",
-    )(function)  # fmt: skip
+    )(function)
 
 
 def max_tokens_option(function: F) -> F:
     """``--max-tokens`` of a run."""
     return click.option(
-        "--max-tokens", type=int, default=16384, show_default=True, metavar="N",
+        "--max-tokens",
+        type=int,
+        default=16384,
+        show_default=True,
+        metavar="N",
         help="Most tokens of a forward that planned and prebuilt prepare for.",
-    )(function)  # fmt: skip
+    )(function)
 
 
 def policy_option(function: F) -> F:
     """``--warmup``, which may be given again."""
     return click.option(
-        "--warmup", "policies", multiple=True,
+        "--warmup",
+        "policies",
+        multiple=True,
         type=click.Choice([policy.value for policy in WarmupPolicy]),
         help="Warm-up policy; give it again for several.",
-    )(function)  # fmt: skip
+    )(function)
 
 
 def warmup_options(function: F) -> F:
     """What goes with any policy: streams, graphs, walks and locks."""
     options = (
-        click.option("--stream", type=IntList(),
-                     help="Token counts of the requests after the first, instead of the batch "
-                          "sizes."),
-        click.option("--cuda-graphs", type=IntList(),
-                     help="Batch sizes that a CUDA graph of DECODE is captured for."),
-        click.option("--walk-max-m", type=click.IntRange(min=1), metavar="N",
-                     help="End the lists of M that full, fast and relax walk there."),
-        click.option("--walk-memory", type=GIBIBYTES, metavar="GIB",
-                     help="GPU memory that a walk of full or fast may take; its M halve to fit."),
-        click.option("--compile-lock", is_flag=True,
-                     help="Ranks of a node take turns at the first uses of one GEMM's kernels."),
-    )  # fmt: skip
+        click.option(
+            "--stream",
+            type=IntList(),
+            help="Token counts of the requests after the first, instead of the batch sizes.",
+        ),
+        click.option(
+            "--cuda-graphs",
+            type=IntList(),
+            help="Batch sizes that a CUDA graph of DECODE is captured for.",
+        ),
+        click.option(
+            "--walk-max-m",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="End the lists of M that full, fast and relax walk there.",
+        ),
+        click.option(
+            "--walk-memory",
+            type=GIBIBYTES,
+            metavar="GIB",
+            help="GPU memory that a walk of full or fast may take; its M halve to fit.",
+        ),
+        click.option(
+            "--compile-lock",
+            is_flag=True,
+            help="Ranks of a node take turns at the first uses of one GEMM's kernels.",
+        ),
+    )
     for option in reversed(options):
         function = option(function)
     return function
@@ -159,9 +195,10 @@ def asked_policies(
     if given:
         return tuple(WarmupPolicy(name) for name in dict.fromkeys(given))
     of_flags = policy_of_flags(
-        precompile=environ.precompile, fast=environ.fast_warmup,
+        precompile=environ.precompile,
+        fast=environ.fast_warmup,
         pp_parallel=environ.pp_parallel_warmup,
-    )  # fmt: skip
+    )
     return tuple(default) if of_flags is None else (of_flags,)
 
 

@@ -49,9 +49,9 @@ def compare(files: tuple[Path, ...], hardware: str | None, json_path: Path | Non
 
 def _judge(files: tuple[Path, ...], hardware: str, json_path: Path | None) -> None:
     from runner.report.console import make_console
-    from sim.judge import judge, read_measured, summary
-    from sim.judge_table import judged_json, judged_table
-    from sim.profile import load_profile
+    from runner.report.validation_table import judged_json, judged_table
+    from sim.calibration.validation import judge, read_measured, summary
+    from sim.costs.profile import load_profile
 
     profile = load_profile(hardware)
     judged = judge(read_measured(files), profile)
@@ -77,11 +77,29 @@ def _compare_files(a: Path, b: Path) -> list[Comparison]:
 
 
 _SCENARIO = (
-    "model", "layers", "pp", "tp", "replicas", "ep", "moe_a2a", "overlap", "attn_cp",
-    "stage_layers", "nodes",
-    "batch_sizes", "prompt_len", "stream", "max_tokens", "graph_batch_sizes", "walk_max_m",
-    "compile_lock", "disaggregation", "speculative", "bf16_fp32_algo", "num_sms",
-)  # fmt: skip
+    "model",
+    "layers",
+    "pp",
+    "tp",
+    "replicas",
+    "ep",
+    "moe_a2a",
+    "overlap",
+    "attn_cp",
+    "stage_layers",
+    "nodes",
+    "batch_sizes",
+    "prompt_len",
+    "stream",
+    "max_tokens",
+    "graph_batch_sizes",
+    "walk_max_m",
+    "compile_lock",
+    "disaggregation",
+    "speculative",
+    "bf16_fp32_algo",
+    "num_sms",
+)
 
 
 def _note_differences(a: Timeline, b: Timeline) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 
 import click
 
+from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.build.cubin import kernels_in
+from runner.build.prebuild import BuildOrder, BuildReport, BuildStoppedError, prebuild
+from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import deployment_options, planned
 from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.target import kernel_options, machine_options, take_target
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.cubin import kernels_in
-from runner.jit.prebuild import BuildOrder, BuildReport, BuildStoppedError, prebuild
 
 _SHOWN_FAILURES = 5
 _SHOWN_WORDS = 400
@@ -44,8 +44,12 @@ _SHOWN_WORDS = 400
     "--check", is_flag=True, help="Then build all the plain way too, and compare machine code."
 )
 def compile(  # noqa: A001  # the command's name
-    cache_dir: Path | None, jobs: int | None, plain: bool, check: bool, **values: Any,
-) -> None:  # fmt: skip
+    cache_dir: Path | None,
+    jobs: int | None,
+    plain: bool,
+    check: bool,
+    **values: Any,
+) -> None:
     """Build every planned kernel exactly once, in parallel; a rerun goes on where one stopped."""
     environ = Environ.read(os.environ)
     if jobs is not None and jobs < 1:

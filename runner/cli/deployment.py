@@ -9,21 +9,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from runner.bf16_fp32 import Bf16Fp32Algo
 from runner.cli.common import F, IntList, layout_options, model_options
 from runner.cli.overlap_options import overlap_options
 from runner.cli.target import Target
+from runner.config.environ import Environ
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, plan_of
-from runner.environ import Environ
+from runner.driver.warmup import DisaggregationMode
 from runner.errors import UserError
-from runner.gemm_spec import gemm_demands
-from runner.jit.plan import Plan, make_plan
 from runner.kernels.table import Demand
 from runner.kernels.types import DeepGemmKernelType
 from runner.model.strategy import load_strategies
-from runner.warmup import DisaggregationMode
+from runner.planning.demands import Deployment, plan_of
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.plan import Plan, make_plan
 
 
 def deployment_options(function: F) -> F:
@@ -33,23 +33,55 @@ def deployment_options(function: F) -> F:
         model_options,
         layout_options(pp=4, tp=2),
         overlap_options,
-        click.option("--max-tokens", type=int, default=16384, show_default=True, metavar="N",
-                     help="Most tokens of an EXTEND forward (chunked prefill size)."),
-        click.option("--decode-batch-sizes", type=IntList(),
-                     help="Batch sizes of DECODE (captured graphs).  [default: 1 to max-tokens]"),
-        click.option("--disaggregation-mode", default="none", show_default=True,
-                     type=click.Choice([mode.value for mode in DisaggregationMode]),
-                     help="A prefill node never decodes, a decode node never extends."),
-        click.option("--num-sms", type=IntList(),
-                     help="SMs of the GPU; after it reduced numbers that an overlap asks for.  "
-                          "[default: the GPU's]"),
-        click.option("--without", multiple=True, type=click.Choice(types), metavar="TYPE",
-                     help="A kernel type that the server does not take from DeepGEMM."),
-        click.option("--gemm", "gemms", multiple=True, metavar="TYPE:N:K[:GROUPS]",
-                     help="Plan single GEMMs instead of a model."),
-        click.option("--max-m", type=int, default=16384, show_default=True, metavar="N",
-                     help="Largest M of --gemm."),
-    )  # fmt: skip
+        click.option(
+            "--max-tokens",
+            type=int,
+            default=16384,
+            show_default=True,
+            metavar="N",
+            help="Most tokens of an EXTEND forward (chunked prefill size).",
+        ),
+        click.option(
+            "--decode-batch-sizes",
+            type=IntList(),
+            help="Batch sizes of DECODE (captured graphs).  [default: 1 to max-tokens]",
+        ),
+        click.option(
+            "--disaggregation-mode",
+            default="none",
+            show_default=True,
+            type=click.Choice([mode.value for mode in DisaggregationMode]),
+            help="A prefill node never decodes, a decode node never extends.",
+        ),
+        click.option(
+            "--num-sms",
+            type=IntList(),
+            help="SMs of the GPU; after it reduced numbers that an overlap asks for.  "
+            "[default: the GPU's]",
+        ),
+        click.option(
+            "--without",
+            multiple=True,
+            type=click.Choice(types),
+            metavar="TYPE",
+            help="A kernel type that the server does not take from DeepGEMM.",
+        ),
+        click.option(
+            "--gemm",
+            "gemms",
+            multiple=True,
+            metavar="TYPE:N:K[:GROUPS]",
+            help="Plan single GEMMs instead of a model.",
+        ),
+        click.option(
+            "--max-m",
+            type=int,
+            default=16384,
+            show_default=True,
+            metavar="N",
+            help="Largest M of --gemm.",
+        ),
+    )
     for option in reversed(options):
         function = option(function)
     return function
@@ -94,9 +126,21 @@ def planned(values: dict[str, Any], environ: Environ, target: Target) -> Planned
 def _refuse_with_gemm() -> None:
     """Options that say what a model runs mean nothing for a GEMM that is named."""
     context = click.get_current_context()
-    for name in ("model", "layers", "pp", "tp", "ep", "moe_a2a", "overlap", "attn_cp",
-                 "stage_layers", "max_tokens", "decode_batch_sizes",
-                 "disaggregation_mode", "without"):  # fmt: skip
+    for name in (
+        "model",
+        "layers",
+        "pp",
+        "tp",
+        "ep",
+        "moe_a2a",
+        "overlap",
+        "attn_cp",
+        "stage_layers",
+        "max_tokens",
+        "decode_batch_sizes",
+        "disaggregation_mode",
+        "without",
+    ):
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UserError(f"--{name.replace('_', '-')} does not go with --gemm")
 

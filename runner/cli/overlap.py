@@ -12,26 +12,26 @@ from typing import Any
 
 import click
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.cli.common import layout_options, model_options
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import link_of, model_of
+from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
-from runner.environ import Environ
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.files import write_json, write_text
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
+from runner.report.overlap_plot import plot_turns
+from runner.report.overlap_table import print_comparison
 from runner.scenario import Scenario
-from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.costs.profile import load_profile
+from sim.costs.profile_costs import ProfileCosts
 from sim.overlap.compare import Comparison, compare
-from sim.overlap.judge import judge, judged_table
 from sim.overlap.measured import MeasuredSteps, read_steps
-from sim.overlap.plot import plot_turns
-from sim.overlap.table import print_comparison
-from sim.profile import load_profile
-from sim.profile_costs import ProfileCosts
+from sim.overlap.validation import judge, judged_table
 
 _BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
 """Tokens of a forward unless given: of large servers, which overlap is for."""
@@ -67,13 +67,16 @@ _BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
     metavar="STRATEGY",
     help=f"What to compare: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
 )
-@click.option("--stage", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Pipeline stage.")  # fmt: skip
+@click.option(
+    "--stage", type=click.IntRange(min=0), default=0, show_default=True, help="Pipeline stage."
+)
 @click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
 @click.option("--link", default="nvlink", show_default=True, help="One of the profile's links.")
-@click.option("--measured", type=click.Path(path_type=Path, dir_okay=False),
-              help="Show steps beside that launch.steps measured; its settings are taken."
-              )  # fmt: skip
+@click.option(
+    "--measured",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Show steps beside that launch.steps measured; its settings are taken.",
+)
 @click.option("--no-search", is_flag=True, help="Compare only.")
 @click.option("--per-layer", is_flag=True, help="Show each layer's exposed communication.")
 @click.option(
@@ -82,14 +85,26 @@ _BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
     type=click.Path(path_type=Path),
     help="Write the figures as JSON (- for stdout, and nothing else).",
 )
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False),
-              help="Draw two layers of each as a Gantt picture (.png or .svg).")  # fmt: skip
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False),
-              help="Write the best placement as a file that --overlap takes.")  # fmt: skip
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw two layers of each as a Gantt picture (.png or .svg).",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the best placement as a file that --overlap takes.",
+)
 def overlap(
-    overlap: Sequence[str], measured: Path | None, no_search: bool, per_layer: bool,
-    json_path: Path | None, plot: Path | None, save: Path | None, **values: Any,
-) -> None:  # fmt: skip
+    overlap: Sequence[str],
+    measured: Path | None,
+    no_search: bool,
+    per_layer: bool,
+    json_path: Path | None,
+    plot: Path | None,
+    save: Path | None,
+    **values: Any,
+) -> None:
     """Compare strategies of two-batch overlap, and search all placements for the best."""
     _check_outputs(json_path, plot, save)
     if not no_search and find_spec("numpy") is None:
@@ -224,8 +239,20 @@ def _batch(mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
     return ForwardBatch.extend((prompt_len,) * full + ((rest,) if rest else ()))
 
 
-_SETTINGS = ("model", "layers", "pp", "tp", "ep", "stage_layers", "stage", "mode", "batch",
-             "prompt_len", "hardware", "link")  # fmt: skip
+_SETTINGS = (
+    "model",
+    "layers",
+    "pp",
+    "tp",
+    "ep",
+    "stage_layers",
+    "stage",
+    "mode",
+    "batch",
+    "prompt_len",
+    "hardware",
+    "link",
+)
 
 
 def _meta(values: dict[str, Any]) -> dict[str, Any]:

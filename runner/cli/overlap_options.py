@@ -11,11 +11,14 @@ from runner.model.strategy import STRATEGIES
 def overlap_options(function: F) -> F:
     """``--overlap``, at most one for each forward mode, and ``--moe-a2a``."""
     function = click.option(
-        "--moe-a2a", is_flag=True,
+        "--moe-a2a",
+        is_flag=True,
         help="Each rank has a block of the tokens; around the experts all-to-all (with --ep), or "
         "gather and scatter.",
-    )(function)  # fmt: skip
+    )(function)
     return click.option(
-        "--overlap", multiple=True, metavar="STRATEGY",
+        "--overlap",
+        multiple=True,
+        metavar="STRATEGY",
         help=f"Overlap two halves of each batch: {', '.join(STRATEGIES)}, or a file.",
-    )(function)  # fmt: skip
+    )(function)

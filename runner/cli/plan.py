@@ -14,19 +14,19 @@ from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import walk_memory_of
 from runner.cli.target import kernel_options, machine_options, take_target
-from runner.coverage import Coverage, coverage
-from runner.deployment import Deployment
-from runner.environ import Environ
+from runner.config.environ import Environ
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.files import write_json
-from runner.jit.check import differences
-from runner.jit.plan_json import plan_to_json, use_to_json
 from runner.kernels.rules import RULES, RULES_ARCH
+from runner.planning.coverage import Coverage, coverage
+from runner.planning.demands import Deployment
+from runner.planning.library_check import differences
+from runner.planning.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
-from runner.warmup import WarmupPolicy
-from sim.profile import Profile, load_profile
-from sim.profile_costs import ProfileCosts
+from sim.costs.profile import Profile, load_profile
+from sim.costs.profile_costs import ProfileCosts
 
 
 @click.command()
@@ -111,11 +111,16 @@ def plan(
     if policy is not None:
         check_sizes(stream=stream, cuda_graphs=cuda_graphs)
         covered = coverage(
-            WarmupPolicy(policy), _needs_model(result), result.plan, nodes=nodes,
-            stream=stream or (), walk_max_m=walk_max_m,
+            WarmupPolicy(policy),
+            _needs_model(result),
+            result.plan,
+            nodes=nodes,
+            stream=stream or (),
+            walk_max_m=walk_max_m,
             walk_memory=walk_memory_of(profile, walk_memory),
-            graph_batch_sizes=cuda_graphs or (), source=target.source,
-        )  # fmt: skip
+            graph_batch_sizes=cuda_graphs or (),
+            source=target.source,
+        )
     elif any(value is not None for value in (nodes, stream, walk_max_m, walk_memory, cuda_graphs)):
         raise UserError(
             "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a "

@@ -6,14 +6,14 @@ import os
 
 import click
 
-from runner.environ import Environ
+from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.build.probe import probe_seconds
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import NvccCompiler, find_nvcc
-from runner.jit.keys import first_recipe
-from runner.jit.library import find_library
-from runner.jit.probe import probe_seconds
+from runner.kernels.installed import find_library
 from runner.kernels.rules import RULES, RULES_VERSION
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 
 
 @click.command()

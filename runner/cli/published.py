@@ -11,11 +11,11 @@ from runner.cli.deployment import planned
 from runner.cli.plan import costs_of, plan
 from runner.cli.sim import predictions_of, sim
 from runner.cli.target import take_target
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.plan_table import seconds_one_by_one
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 from sim.published import (
     Compared,
     Figure,
@@ -37,9 +37,20 @@ _FILE = click.Path(path_type=Path)
 _COMMANDS: Mapping[str, click.Command] = {"sim": sim, "plan": plan}
 _NOT_OF_A_SET_UP = {
     "sim": {"hardware", "library", "json", "timeline", "trace", "plot"},
-    "plan": {"hardware", "library", "json", "target-root", "cuda-version", "compiler-text", "check",
-             "policy", "nodes", "stream", "walk-max-m"},
-}  # fmt: skip
+    "plan": {
+        "hardware",
+        "library",
+        "json",
+        "target-root",
+        "cuda-version",
+        "compiler-text",
+        "check",
+        "policy",
+        "nodes",
+        "stream",
+        "walk-max-m",
+    },
+}
 """Options that say nothing about what is predicted, or that a set-up has elsewhere."""
 
 

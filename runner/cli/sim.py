@@ -25,14 +25,14 @@ from runner.cli.simulated import (
     with_environ,
 )
 from runner.cli.target import take_target
-from runner.environ import Environ
+from runner.config.environ import Environ
+from runner.driver.warmup import WarmupPolicy
 from runner.files import write_json
 from runner.kernels.table import Origin
 from runner.report.outputs import check_outputs, write_reports
+from runner.report.predictions import print_predictions
 from runner.scenario import with_one_table
-from runner.warmup import WarmupPolicy
-from sim.advice import print_predictions
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 from sim.simulate import Machine, Prediction, simulate
 
 
@@ -54,8 +54,14 @@ from sim.simulate import Machine, Prediction, simulate
     help="Write the prediction's figures as JSON (- for stdout, and nothing else).",
 )
 @report_options
-def sim(policies: Sequence[str], json_path: Path | None, timeline: Path | None,
-        trace: Path | None, plot: Path | None, **values: Any) -> None:  # fmt: skip
+def sim(
+    policies: Sequence[str],
+    json_path: Path | None,
+    timeline: Path | None,
+    trace: Path | None,
+    plot: Path | None,
+    **values: Any,
+) -> None:
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
     check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
     machine, predictions, origin = predictions_of(policies, values, Environ.read(os.environ))

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from runner.backend.walk_memory import GIB
 from runner.cli.common import (
     FACTOR,
     SECONDS,
@@ -19,18 +20,17 @@ from runner.cli.common import (
 )
 from runner.cli.overlap_options import overlap_options
 from runner.cli.target import Target, kernel_options
+from runner.config.environ import Environ
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.environ import Environ
+from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
-from runner.walk_memory import GIB
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
-from sim.profile import Link, Profile
+from sim.costs.profile import Link, Profile
+from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine
-from sim.start_up import PHASES, StartPhases, Weights
 
 _SKIPPABLE = {name.replace(" ", "-"): name for name in PHASES}
 
@@ -44,32 +44,66 @@ def simulation_options(function: F) -> F:
         serving_options,
         overlap_options,
         kernel_options,
-        click.option("--replicas", type=int, default=1, show_default=True, metavar="R",
-                     help="Whole copies of the pipeline that start at once, on nodes of their "
-                          "own."),
-        click.option("--hosts", type=int, metavar="N",
-                     help="Machines that the nodes share.  [default: one a node]"),
-        click.option("--hardware", default="h200", show_default=True,
-                     help="Profile name or file."),
-        click.option("--host-factor", type=FACTOR, default=1.0,
-                     show_default=True, metavar="X",
-                     help="How many times as long the host's CPUs take (runner probe tells)."),
-        click.option("--link", default="nvlink", show_default=True,
-                     help="One of the profile's links."),
-        click.option("--ranks-per-gpu", type=int, default=1, show_default=True,
-                     help="Ranks that share a GPU."),
-        click.option("--nccl-timeout", type=SECONDS, metavar="SECONDS",
-                     help="Longest wait in a collective before the watchdog ends the run.  "
-                          "[default: torch's: 600 over NCCL, 1800 over gloo]"),
-        click.option("--run-ahead/--no-run-ahead", default=None,
-                     help="Whether hosts queue communication and go on.  "
-                          "[default: as the link does]"),
-        click.option("--weights", type=click.Choice([item.value for item in Weights]),
-                     default="disk", show_default=True,
-                     help="Where weights come from; dummy ones are made up, as launch does."),
-        click.option("--skip-phase", "skipped", multiple=True, type=click.Choice([*_SKIPPABLE]),
-                     help="Leave a phase before the warm-up out."),
-    )  # fmt: skip
+        click.option(
+            "--replicas",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="R",
+            help="Whole copies of the pipeline that start at once, on nodes of their own.",
+        ),
+        click.option(
+            "--hosts",
+            type=int,
+            metavar="N",
+            help="Machines that the nodes share.  [default: one a node]",
+        ),
+        click.option("--hardware", default="h200", show_default=True, help="Profile name or file."),
+        click.option(
+            "--host-factor",
+            type=FACTOR,
+            default=1.0,
+            show_default=True,
+            metavar="X",
+            help="How many times as long the host's CPUs take (runner probe tells).",
+        ),
+        click.option(
+            "--link", default="nvlink", show_default=True, help="One of the profile's links."
+        ),
+        click.option(
+            "--ranks-per-gpu",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Ranks that share a GPU.",
+        ),
+        click.option(
+            "--nccl-timeout",
+            type=SECONDS,
+            metavar="SECONDS",
+            help="Longest wait in a collective before the watchdog ends the run.  "
+            "[default: torch's: 600 over NCCL, 1800 over gloo]",
+        ),
+        click.option(
+            "--run-ahead/--no-run-ahead",
+            default=None,
+            help="Whether hosts queue communication and go on.  [default: as the link does]",
+        ),
+        click.option(
+            "--weights",
+            type=click.Choice([item.value for item in Weights]),
+            default="disk",
+            show_default=True,
+            help="Where weights come from; dummy ones are made up, as launch does.",
+        ),
+        click.option(
+            "--skip-phase",
+            "skipped",
+            multiple=True,
+            type=click.Choice([*_SKIPPABLE]),
+            help="Leave a phase before the warm-up out.",
+        ),
+    )
     for option in reversed(options):
         function = option(function)
     return function

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import click
 
+from runner.build.compiler import find_nvcc
 from runner.cli.guard import WorkFailedError
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import find_nvcc
 from runner.standin.build import FAILURES, MOST_DEVICES, standin_environment
 from runner.standin.gpus import GPUS, MOST_SMS, gpu_named
-from runner.watch import running
+from runner.watch.command import running
 
 _UNKNOWN_NVCC = "Cuda compilation tools, release 13.0, V13.0.0\n"
 _PYTHON = re.compile(r"python[\d.]*")

@@ -16,16 +16,16 @@ from runner.cli.progress import counting, progress
 from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.cli.target import Target, take_target
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.outputs import check_outputs
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_table import print_sweep
 from runner.scenario import run_meta, with_one_table
-from runner.sweep import AXES, Axes, Result, Skipped, Sweep, by_start_up, reasons
-from sim.profile import Profile, load_profile
-from sim.sweep import Case, Ended, WorkerLostError, run_cases
+from sim.costs.profile import Profile, load_profile
+from sim.sweep.points import AXES, Axes, Result, Skipped, Sweep, by_start_up, reasons
+from sim.sweep.run import Case, Ended, WorkerLostError, run_cases
 
 
 @click.command()
@@ -58,8 +58,9 @@ from sim.sweep import Case, Ended, WorkerLostError, run_cases
     type=click.Path(path_type=Path, dir_okay=False),
     help="Draw start-up time against coverage (.png or .svg).",
 )
-def sweep(jobs: int | None, show_all: bool, json_path: Path | None, plot: Path | None,
-          **values: Any) -> None:  # fmt: skip
+def sweep(
+    jobs: int | None, show_all: bool, json_path: Path | None, plot: Path | None, **values: Any
+) -> None:
     """Simulate every combination of lists; show the frontier of start-up time and coverage."""
     check_outputs(timeline=None, trace=None, plot=plot, others=(json_path,))
     if jobs is not None and jobs < 1:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from runner.cli.common import F, IntList
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.sweep import Axes
-from runner.warmup import WarmupPolicy
+from sim.sweep.points import Axes
 
 
 class ChoiceList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -40,12 +40,20 @@ def axis_options(*, pp: int, tp: int) -> Callable[[F], F]:
         _axis("--pp", IntList(), str(pp), "Pipeline stages."),
         _axis("--tp", IntList(), str(tp), "Tensor-parallel ranks."),
         _axis("--ep", ChoiceList(["off", "on"]), "off", "Whole experts per rank, or slices."),
-        _axis("--nodes", IntList(), None,
-              "Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]"),
+        _axis(
+            "--nodes",
+            IntList(),
+            None,
+            "Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
+        ),
         _axis("--cores", IntList(), None, "CPU cores of a node.  [default: the profile's]"),
-        _axis("--warmup", ChoiceList(policies), "none,pp-parallel,planned",
-              f"Policies, out of {', '.join(policies)}."),
-    )  # fmt: skip
+        _axis(
+            "--warmup",
+            ChoiceList(policies),
+            "none,pp-parallel,planned",
+            f"Policies, out of {', '.join(policies)}.",
+        ),
+    )
 
     def decorate(function: F) -> F:
         for option in reversed(options):
@@ -62,9 +70,12 @@ def _axis(
     # With multiple, the list may also come in several options, as runner sim takes policies:
     # without it the last option would silently win.
     return click.option(
-        name, type=kind, multiple=True, help=words + shown,
+        name,
+        type=kind,
+        multiple=True,
+        help=words + shown,
         default=None if default is None else [default],
-    )  # fmt: skip
+    )
 
 
 def take_axes(values: dict[str, Any], *, cores: int) -> Axes:

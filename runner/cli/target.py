@@ -10,20 +10,20 @@ from typing import Any
 
 import click
 
+from runner.build.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
+from runner.cache.keys import CacheKeys
+from runner.cache.machine import Device, Machine, device_here
+from runner.cache.manifest import Manifest
 from runner.cli.common import F
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
-from runner.jit.keys import CacheKeys
-from runner.jit.library import LIBRARIES, Library, find_library
-from runner.jit.store.machine import Device, Machine, device_here
-from runner.jit.store.manifest import Manifest
 from runner.kernels.choose import choose_source
+from runner.kernels.installed import LIBRARIES, Library, find_library
 from runner.kernels.recorded import RecordedHeaders
 from runner.kernels.source import KernelSource
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 
 _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import click
 
+from runner.build.compiler import find_nvcc
+from runner.cache.describe import config_of_source, in_words
+from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.cli.guard import WorkFailedError
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.files import write_json
-from runner.jit.compiler import find_nvcc
-from runner.jit.describe import config_of_source, in_words
-from runner.jit.shim import FORBIDDEN_EXIT, CompileRecord
-from runner.jit.store.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.report.outputs import check_outputs
-from runner.watch import Forbid, Watched
-from runner.watch import watch as run_watched
+from runner.watch.command import Forbid, Watched
+from runner.watch.command import watch as run_watched
+from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 
 _PROGRAM_LENGTH = 40
 
@@ -47,9 +47,11 @@ _PROGRAM_LENGTH = 40
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def watch(
-    command: tuple[str, ...], forbid_after: str | None, plan_path: Path | None,
+    command: tuple[str, ...],
+    forbid_after: str | None,
+    plan_path: Path | None,
     json_path: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Run COMMAND unchanged and report every DeepGEMM compile: when, who, what, how long."""
     if str(json_path) == "-":
         raise UserError("--json needs a file: the command has standard output")

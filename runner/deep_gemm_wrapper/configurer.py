@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from runner.environ import Environ
+from runner.config.environ import Environ
 from runner.errors import UserError
 
 MIN_CAPABILITY = (9, 0)

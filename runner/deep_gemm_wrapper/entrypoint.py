@@ -91,18 +91,26 @@ class DeepGemmWrapper:
         self._lib.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
 
     def grouped_gemm_nt_bf16_masked(
-        self, lhs: torch.Tensor, rhs: torch.Tensor, out: torch.Tensor, masked_m: torch.Tensor,
+        self,
+        lhs: torch.Tensor,
+        rhs: torch.Tensor,
+        out: torch.Tensor,
+        masked_m: torch.Tensor,
         expected_m: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
         if lhs.shape[1] == 0 or expected_m == 0:
             return
         self._lib.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
     def tf32_hc_prenorm_gemm(
-        self, x: torch.Tensor, fn: torch.Tensor, out: torch.Tensor, sqrsum: torch.Tensor,
+        self,
+        x: torch.Tensor,
+        fn: torch.Tensor,
+        out: torch.Tensor,
+        sqrsum: torch.Tensor,
         n_splits: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See the protocol."""
         if x.shape[0] == 0:
             return
@@ -127,10 +135,15 @@ class DeepGemmWrapper:
         return _owned(made, context_lens)
 
     def fp8_paged_mqa_logits(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, weights: torch.Tensor,
-        context_lens: torch.Tensor, block_table: torch.Tensor, schedule_meta: torch.Tensor,
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        weights: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        schedule_meta: torch.Tensor,
         max_context_len: int,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """See the protocol."""
         if q.shape[0] == 0:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
@@ -144,9 +157,14 @@ class DeepGemmWrapper:
         return _owned(made, q)
 
     def fp8_mqa_logits(
-        self, q: torch.Tensor, kv: Fp8, weights: torch.Tensor, ks: torch.Tensor,
-        ke: torch.Tensor, max_seqlen_k: int,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        kv: Fp8,
+        weights: torch.Tensor,
+        ks: torch.Tensor,
+        ke: torch.Tensor,
+        max_seqlen_k: int,
+    ) -> torch.Tensor:
         """See the protocol."""
         if q.shape[0] == 0:
             return weights.new_empty((0, max_seqlen_k), dtype=torch.float32)

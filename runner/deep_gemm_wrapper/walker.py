@@ -7,13 +7,13 @@ from types import ModuleType
 
 import torch
 
+from runner.backend.m_lists import expand
 from runner.deep_gemm_wrapper.calls import MAKERS, MASKED_ROWS
 from runner.deep_gemm_wrapper.compile_mode import compile_only
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-from runner.jit.plan import Plan
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import MASKED_TYPES, GemmShape
-from runner.m_lists import expand
+from runner.planning.plan import Plan
 from runner.schedule import Walk
 
 

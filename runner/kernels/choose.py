@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from runner.environ import Environ, cache_folder
+from runner.cache.keys import first_recipe, with_variables
+from runner.config.environ import Environ, cache_folder
 from runner.errors import UserError
-from runner.jit.keys import first_recipe, with_variables
-from runner.jit.library import Library
+from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
 from runner.kernels.shipped import ShippedFirst, shipped_gpu, shipped_libraries, shipped_table
 from runner.kernels.source import KernelSource

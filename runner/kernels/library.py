@@ -21,12 +21,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from runner.environ import Environ
+from runner.build.compiler import keys_for
+from runner.cache.entry import SOURCE, kernel_name
+from runner.cache.keys import INCLUDE, Recipe, with_variables
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.compiler import keys_for
-from runner.jit.entry import SOURCE, kernel_name
-from runner.jit.keys import INCLUDE, Recipe, with_variables
-from runner.jit.library import Library, own_headers
+from runner.kernels.installed import Library, own_headers
 from runner.kernels.kernel import Kernel
 from runner.kernels.recorded import merged, read_table, step_of, write_table
 from runner.kernels.table import (

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.shim import read_records, write_shim
-from runner.jit.store.manifest import Manifest
+from runner.kernels.installed import Library
 from runner.kernels.table import Demand, by_shape
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.kernels.worker import ask, shared_out
 from runner.standin.build import standin_environment
 from runner.standin.gpus import Gpu
+from runner.watch.shim import read_records, write_shim
 
 
 @dataclass(frozen=True)

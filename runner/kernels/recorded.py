@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.cache.keys import Recipe
 from runner.errors import UserError
-from runner.jit.keys import Recipe
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Kernels, Origin, RecordedTable, Run, Source, join_runs
@@ -29,7 +29,7 @@ class RecordedHeaders:
     hashes: Mapping[str, str]
 
     def header_hash(self, header: str) -> str:
-        """See :class:`runner.jit.keys.Headers`."""
+        """See :class:`runner.cache.keys.Headers`."""
         return self.hashes[header]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runner.environ import Environ
-from runner.jit.keys import Recipe, first_recipe
+from runner.cache.keys import Recipe, first_recipe
+from runner.config.environ import Environ
 from runner.kernels.rules_sm90 import kernels_of, m_class_starts
 from runner.kernels.table import Kernels, KernelTable, Origin, Source, cut_at
 from runner.kernels.types import GemmShape, KernelCall

@@ -102,10 +102,16 @@ def _desc(call: KernelCall, gemm_type: GemmType, family: KernelFamily) -> GemmDe
     expected_groups = {GemmType.M_GROUPED_CONTIGUOUS: 1, GemmType.M_GROUPED_MASKED: call.num_groups}
     grouped = gemm_type in expected_groups
     return GemmDesc(
-        gemm_type, family, call.m, call.n, call.k,
-        1 if gemm_type is GemmType.NORMAL else call.num_groups, call.num_sms,
-        expected_m=call.m if grouped else 0, expected_num_groups=expected_groups.get(gemm_type, 0),
-    )  # fmt: skip
+        gemm_type,
+        family,
+        call.m,
+        call.n,
+        call.k,
+        1 if gemm_type is GemmType.NORMAL else call.num_groups,
+        call.num_sms,
+        expected_m=call.m if grouped else 0,
+        expected_num_groups=expected_groups.get(gemm_type, 0),
+    )
 
 
 def _hc_prenorm(call: KernelCall) -> tuple[Kernel, ...]:

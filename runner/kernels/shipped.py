@@ -88,8 +88,8 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
     """GEMMs of every preset at tp 1, 2, 4 and 8, with and without ep, and what warm-ups walk."""
     from runner.config.parallel import ParallelConfig
     from runner.config.presets import DSV3, DSV4, DSV4_PRO
+    from runner.driver.warmup import WarmupOptions, WarmupPolicy
     from runner.scenario import Scenario, run_demands
-    from runner.warmup import WarmupOptions, WarmupPolicy
 
     policies = (WarmupPolicy.FULL, WarmupPolicy.RELAX)
     for model, tp, ep, policy in product(
@@ -108,10 +108,10 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
 
 def main(libraries: Sequence[str]) -> None:
     """Write the tables of each library for each GPU."""
+    from runner.build.compiler import find_nvcc, nvcc_version
     from runner.cli.progress import counting, progress
-    from runner.environ import Environ, cache_folder
-    from runner.jit.compiler import find_nvcc, nvcc_version
-    from runner.jit.library import find_library
+    from runner.config.environ import Environ, cache_folder
+    from runner.kernels.installed import find_library
     from runner.kernels.library import LibrarySource
 
     nvcc = find_nvcc(Environ.read(os.environ))

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
+from runner.cache.keys import Recipe
 from runner.errors import UserError
-from runner.jit.keys import Recipe
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import GemmShape, KernelCall
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.jit.library import Library
+from runner.kernels.installed import Library
 from runner.kernels.recorded import step_of
 from runner.kernels.table import Demand
 

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest, WeightSource, shard, whole
 from runner.config.parallel import ParallelConfig, RankCoordinates
-from runner.forward_batch import ForwardBatch
 from runner.kernels.heuristics_sm90 import ceil_div
 
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from runner.backend.communication import Begun
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Dispatched, Routing, Tokens
 from runner.config.model import MoeConfig
-from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.operations import OperationState
 
@@ -59,9 +59,11 @@ class _Layout:
 
     def weigh(self, state: OperationState) -> Any:
         return self.ctx.backend.combine(
-            state.take("expert_output"), state.take("dispatched"), state.take("routing"),
+            state.take("expert_output"),
+            state.take("dispatched"),
+            state.take("routing"),
             self.moe.routed_scaling_factor,
-        )  # fmt: skip
+        )
 
 
 class ReplicatedTokens(_Layout):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest
 from runner.config.model import Dsv3Config
-from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.mlp import GatedMlp
 from runner.model.moe import MixtureOfExperts
@@ -38,21 +38,30 @@ class MlaAttention:
         inner = config.num_attention_heads * config.v_head_dim
         self._o = ctx.make(
             WeightRequest(
-                layer, "o_proj", "fp8", (hidden, inner), ((0, hidden), (first, last)),
-                (hidden, last - first), scale=inner**-0.5,
+                layer,
+                "o_proj",
+                "fp8",
+                (hidden, inner),
+                ((0, hidden), (first, last)),
+                (hidden, last - first),
+                scale=inner**-0.5,
             )
-        )  # fmt: skip
+        )
 
     def _heads_weight(self, name: str, per_head: int, k: int) -> Any:
         heads = self._config.num_attention_heads
         first, last = self._ctx.attn_shard(heads)
         return self._ctx.make(
             WeightRequest(
-                self._layer, name, "fp8", (heads, per_head, k),
-                ((first, last), (0, per_head), (0, k)), ((last - first) * per_head, k),
+                self._layer,
+                name,
+                "fp8",
+                (heads, per_head, k),
+                ((first, last), (0, per_head), (0, k)),
+                ((last - first) * per_head, k),
                 scale=k**-0.5,
             )
-        )  # fmt: skip
+        )
 
     def prepare(self, state: OperationState) -> None:
         """sublayer_input [T, H] -> q [T, h * (nope + rope)] and the normed latent."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.config.model import Dsv4Config
-from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS, Dsv4Attention
 from runner.model.mhc import HyperConnection, HyperHead

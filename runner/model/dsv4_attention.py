@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest
 from runner.config.model import Dsv4Config
-from runner.forward_batch import ForwardBatch
 from runner.model.context import RankContext
 from runner.model.operations import OperationState
 
@@ -52,9 +52,13 @@ class Indexer:
             layer, "index_wq_b", "fp8", width, config.q_lora_rank, scale=config.q_lora_rank**-0.5
         )
         self._weights_proj = ctx.replicated(
-            layer, "index_weights", "bf16", config.index_n_heads, config.hidden_size,
+            layer,
+            "index_weights",
+            "bf16",
+            config.index_n_heads,
+            config.hidden_size,
             scale=config.hidden_size**-0.5,
-        )  # fmt: skip
+        )
         self._compressor = Compressor(ctx, config, layer, "index_compressor", config.index_head_dim)
 
     def select(self, x: Any, q_lora: Any, tokens: Tokens, metadata: Any) -> Any:
@@ -64,9 +68,15 @@ class Indexer:
         q = backend.index_query(backend.gemm_fp8(q_lora, self._wq_b), tokens, self._layer, config)
         weights = backend.linear(x, self._weights_proj)
         scores = backend.mqa_logits(
-            q, weights, self._compressor.ape, self._compressor.norm, tokens, self._layer, config,
+            q,
+            weights,
+            self._compressor.ape,
+            self._compressor.norm,
+            tokens,
+            self._layer,
+            config,
             metadata,
-        )  # fmt: skip
+        )
         return backend.top_entries(scores, tokens, config)
 
 
@@ -85,16 +95,26 @@ class Dsv4Attention:
         self._heads = last - first
         self._wq_b = ctx.make(
             WeightRequest(
-                layer, "wq_b", "fp8", (config.num_attention_heads, dim, rank),
-                ((first, last), (0, dim), (0, rank)), (self._heads * dim, rank), scale=rank**-0.5,
+                layer,
+                "wq_b",
+                "fp8",
+                (config.num_attention_heads, dim, rank),
+                ((first, last), (0, dim), (0, rank)),
+                (self._heads * dim, rank),
+                scale=rank**-0.5,
             )
-        )  # fmt: skip
+        )
         self._sink = ctx.make(
             WeightRequest(
-                layer, "attn_sink", "fp32", (config.num_attention_heads,), ((first, last),),
-                (self._heads,), scale=0.5,
+                layer,
+                "attn_sink",
+                "fp32",
+                (config.num_attention_heads,),
+                ((first, last),),
+                (self._heads,),
+                scale=0.5,
             )
-        )  # fmt: skip
+        )
         self._groups, self._wo_a, self._wo_b = self._output_weights()
         ratio = config.compress_ratio(layer)
         self._compressor = Compressor(ctx, config, layer, "compressor", dim) if ratio else None
@@ -106,15 +126,24 @@ class Dsv4Attention:
         first, last = ctx.attn_shard(config.o_groups)
         groups, lora, hidden = last - first, config.o_lora_rank, config.hidden_size
         wo_a = WeightRequest(
-            layer, "wo_a", "fp8", (config.o_groups, lora, per_group),
-            ((first, last), (0, lora), (0, per_group)), (groups, lora, per_group),
+            layer,
+            "wo_a",
+            "fp8",
+            (config.o_groups, lora, per_group),
+            ((first, last), (0, lora), (0, per_group)),
+            (groups, lora, per_group),
             scale=per_group**-0.5,
-        )  # fmt: skip
+        )
         inner = config.o_groups * lora
         wo_b = WeightRequest(
-            layer, "wo_b", "fp8", (hidden, inner), ((0, hidden), (first * lora, last * lora)),
-            (hidden, groups * lora), scale=inner**-0.5,
-        )  # fmt: skip
+            layer,
+            "wo_b",
+            "fp8",
+            (hidden, inner),
+            ((0, hidden), (first * lora, last * lora)),
+            (hidden, groups * lora),
+            scale=inner**-0.5,
+        )
         return groups, ctx.make(wo_a), ctx.make(wo_b)
 
     def prepare(self, state: OperationState) -> None:
@@ -148,9 +177,15 @@ class Dsv4Attention:
             (self._compressor.ape, self._compressor.norm) if self._compressor else (None, None)
         )
         out = backend.attention(
-            state.take("q"), state.take("selected"), ape, norm, self._sink, tokens, self._layer,
+            state.take("q"),
+            state.take("selected"),
+            ape,
+            norm,
+            self._sink,
+            tokens,
+            self._layer,
             self._config,
-        )  # fmt: skip
+        )
         grouped = backend.einsum_fp8(backend.group_heads(out, self._groups), self._wo_a)
         partial = backend.gemm_fp8(backend.flatten_heads(grouped), self._wo_b, partial=True)
         output = ctx.sum_hidden("attention output", partial, ctx.attn_tp_group, state.peek("batch"))

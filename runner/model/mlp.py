@@ -15,24 +15,41 @@ class GatedMlp:
     """
 
     def __init__(
-        self, ctx: RankContext, layer: int, name: str, hidden: int, intermediate: int,
-        limit: float, *, sharded: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        ctx: RankContext,
+        layer: int,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        limit: float,
+        *,
+        sharded: bool = True,
+    ) -> None:
         self._backend, self._limit = ctx.backend, limit
         inner = ctx.tp_shard(intermediate) if sharded else (0, intermediate)
         width = inner[1] - inner[0]
         self._gate_up = ctx.make(
             WeightRequest(
-                layer, f"{name}_gate_up", "fp8", (2, intermediate, hidden),
-                ((0, 2), inner, (0, hidden)), (2 * width, hidden), scale=hidden**-0.5,
+                layer,
+                f"{name}_gate_up",
+                "fp8",
+                (2, intermediate, hidden),
+                ((0, 2), inner, (0, hidden)),
+                (2 * width, hidden),
+                scale=hidden**-0.5,
             )
-        )  # fmt: skip
+        )
         self._down = ctx.make(
             WeightRequest(
-                layer, f"{name}_down", "fp8", (hidden, intermediate), ((0, hidden), inner),
-                (hidden, width), scale=intermediate**-0.5,
+                layer,
+                f"{name}_down",
+                "fp8",
+                (hidden, intermediate),
+                ((0, hidden), inner),
+                (hidden, width),
+                scale=intermediate**-0.5,
             )
-        )  # fmt: skip
+        )
 
     def __call__(self, x: Any) -> Any:
         """[T, H] -> [T, H], this rank's part of the sum where it is cut."""

@@ -56,14 +56,23 @@ class MixtureOfExperts:
         width = inner[1] - inner[0]
         experts, full = self._moe.n_routed_experts, self._moe.moe_intermediate_size
         w13 = WeightRequest(
-            layer, "experts_w13", "fp8", (experts, 2, full, hidden),
-            ((first, last), (0, 2), inner, (0, hidden)), (last - first, 2 * width, hidden),
+            layer,
+            "experts_w13",
+            "fp8",
+            (experts, 2, full, hidden),
+            ((first, last), (0, 2), inner, (0, hidden)),
+            (last - first, 2 * width, hidden),
             scale=hidden**-0.5,
-        )  # fmt: skip
+        )
         w2 = WeightRequest(
-            layer, "experts_w2", "fp8", (experts, hidden, full),
-            ((first, last), (0, hidden), inner), (last - first, hidden, width), scale=full**-0.5,
-        )  # fmt: skip
+            layer,
+            "experts_w2",
+            "fp8",
+            (experts, hidden, full),
+            ((first, last), (0, hidden), inner),
+            (last - first, hidden, width),
+            scale=full**-0.5,
+        )
         return self._ctx.make(w13), self._ctx.make(w2)
 
     def gate(self, state: OperationState) -> None:

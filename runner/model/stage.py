@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch, PPProxyTensors, proxy_widths
 from runner.backend.math import Tokens
 from runner.backend.weights import WeightRequest
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, PPProxyTensors, proxy_widths
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Family
 from runner.model.dsv4 import Dsv4Family
@@ -71,10 +71,15 @@ class PipelineStage:
         hidden = self._model.hidden_size
         return self._ctx.make(
             WeightRequest(
-                -1, name, "bf16", (self._model.vocab_size, hidden), (rows, (0, hidden)),
-                (rows[1] - rows[0], hidden), scale=scale,
+                -1,
+                name,
+                "bf16",
+                (self._model.vocab_size, hidden),
+                (rows, (0, hidden)),
+                (rows[1] - rows[0], hidden),
+                scale=scale,
             )
-        )  # fmt: skip
+        )
 
     def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> Any:
         """Run the stage.
@@ -116,9 +121,12 @@ class PipelineStage:
         return self._end(state, batch)
 
     def _run_overlapped(
-        self, layers: Sequence[tuple[int, Any]], tensors: Tensors,
-        halves: tuple[ForwardBatch, ForwardBatch], strategy: OverlapStrategy,
-    ) -> Tensors:  # fmt: skip
+        self,
+        layers: Sequence[tuple[int, Any]],
+        tensors: Tensors,
+        halves: tuple[ForwardBatch, ForwardBatch],
+        strategy: OverlapStrategy,
+    ) -> Tensors:
         """Both halves through all layers' stages, in turns."""
         if not layers:
             return tensors
@@ -127,8 +135,10 @@ class PipelineStage:
         whole = concatenate((strategy, layer.operations()) for _, layer in layers)
         with backend.leaving_sms(whole.comm_sms):
             cut = halves[0].num_tokens
-            parts = (self._rows(tensors, 0, cut),
-                     self._rows(tensors, cut, cut + halves[1].num_tokens))  # fmt: skip
+            parts = (
+                self._rows(tensors, 0, cut),
+                self._rows(tensors, cut, cut + halves[1].num_tokens),
+            )
             first, second = (
                 self._begin(part, half, half=index)
                 for index, (part, half) in enumerate(zip(parts, halves, strict=True))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
-from runner.forward_batch import ForwardMode
 from runner.model.operations import Operation, Stage, Step, YieldOperation, cut_stages
 
 MARK = "|"
@@ -250,9 +250,12 @@ def _from_fields(name: str, data: dict[str, Any]) -> OverlapStrategy:
         raise UserError(f"strategy {name}: mode {data['mode']!r} must be {' or '.join(modes)}")
     steps = data["operations"].replace(MARK, f" {MARK} ").replace(",", " ").split()
     return OverlapStrategy(
-        name, modes[data["mode"]], tuple(steps),
-        data.get("delta_stages", 0), data.get("comm_sms", 0),
-    )  # fmt: skip
+        name,
+        modes[data["mode"]],
+        tuple(steps),
+        data.get("delta_stages", 0),
+        data.get("comm_sms", 0),
+    )
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,9 @@ def concatenate(
     pairs = list(layers)
     found = {(strategy.delta_stages, strategy.comm_sms) for strategy, _ in pairs}
     if len(found) != 1:
-        told = sorted({f"{s.name}: delta_stages {s.delta_stages}, comm_sms {s.comm_sms}"
-                       for s, _ in pairs})  # fmt: skip
+        told = sorted(
+            {f"{s.name}: delta_stages {s.delta_stages}, comm_sms {s.comm_sms}" for s, _ in pairs}
+        )
         raise UserError(f"layers that overlap must agree: {'; '.join(told)}")
     steps = [step for strategy, operations in pairs for step in strategy.arrange(operations)]
     stages = tuple(cut_stages(steps))

@@ -69,9 +69,13 @@ def check_outputs(
 
 
 def write_reports(
-    timelines: Sequence[Timeline], *, timeline: Path | None, trace: Path | None,
-    plot: Path | None, quiet: bool = False,
-) -> None:  # fmt: skip
+    timelines: Sequence[Timeline],
+    *,
+    timeline: Path | None,
+    trace: Path | None,
+    plot: Path | None,
+    quiet: bool = False,
+) -> None:
     """Write the files that were asked for and say so, unless standard output holds JSON.
 
     ``quiet``: it does, of the caller's.

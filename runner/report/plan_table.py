@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from runner.coverage import Coverage
-from runner.jit.plan import Plan, PlannedKernel
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import MRanges
 from runner.kernels.types import DeepGemmKernelType
+from runner.planning.coverage import Coverage
+from runner.planning.plan import Plan, PlannedKernel
+from runner.planning.residency import Stall
 from runner.report.console import make_console
-from runner.stalls import Stall
 
 _SHOWN_RANGES = 6
 

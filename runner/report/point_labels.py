@@ -110,13 +110,25 @@ def _offsets() -> Iterator[XY]:
 def _write(axes: Axes, at: XY, text: str, offset: XY) -> Annotation:
     dx, dy = offset
     label = axes.annotate(
-        text, at, xytext=offset, textcoords="offset points", fontsize=7.5, color=INK, zorder=3,
+        text,
+        at,
+        xytext=offset,
+        textcoords="offset points",
+        fontsize=7.5,
+        color=INK,
+        zorder=3,
         ha="left" if dx > 0 else "right" if dx < 0 else "center",
         va="bottom" if dy > 0 else "top",
-        arrowprops={"arrowstyle": "-", "color": "#9A9A9A", "linewidth": 0.5, "shrinkA": 0,
-                    "shrinkB": 3, "relpos": _anchor(offset)},
+        arrowprops={
+            "arrowstyle": "-",
+            "color": "#9A9A9A",
+            "linewidth": 0.5,
+            "shrinkA": 0,
+            "shrinkB": 3,
+            "relpos": _anchor(offset),
+        },
         bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"},
-    )  # fmt: skip
+    )
     label.set_in_layout(False)
     return label
 

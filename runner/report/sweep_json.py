@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.sweep import Point, Result, Sweep
+from sim.sweep.points import Point, Result, Sweep
 
 
 def sweep_json(sweep: Sweep) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.report.picture import DPI, INK, check_plot, save_picture
 from runner.report.point_labels import XY, place_labels
-from runner.sweep import AXES, Point, Result, Sweep
-from runner.warmup import WarmupPolicy
+from sim.sweep.points import AXES, Point, Result, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,9 +21,17 @@ _MARKER_POINTS = 7.0
 
 # Okabe and Ito's palette first; a marker's shape tells the policy as well as its colour does.
 _LOOKS = (
-    ("o", "#D55E00"), ("s", "#0072B2"), ("^", "#009E73"), ("D", "#CC79A7"), ("v", "#E69F00"),
-    ("P", "#56B4E9"), ("X", "#000000"), ("<", "#8C6D1F"), (">", "#7F7F7F"), ("p", "#4B0092"),
-)  # fmt: skip
+    ("o", "#D55E00"),
+    ("s", "#0072B2"),
+    ("^", "#009E73"),
+    ("D", "#CC79A7"),
+    ("v", "#E69F00"),
+    ("P", "#56B4E9"),
+    ("X", "#000000"),
+    ("<", "#8C6D1F"),
+    (">", "#7F7F7F"),
+    ("p", "#4B0092"),
+)
 _POLICIES = list(WarmupPolicy)
 
 _SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}

@@ -6,7 +6,7 @@ from rich import box
 
 from runner.report.console import make_console
 from runner.report.table import ReportTable
-from runner.sweep import Result, Sweep, reasons
+from sim.sweep.points import Result, Sweep, reasons
 
 BEST = 20
 """Points beside the frontier that are shown unless all are asked for."""
@@ -15,9 +15,14 @@ _SHOWN_REASONS = 20
 
 _AXES = ("pp", "tp", "ep", "nodes", "cores")
 _FIGURES = (
-    "start-up\ns", "kernels\npresent", "cover-\ned %", "com-\npiled", "dupli-\ncates",
-    "compile\nCPU s", "time-\nout s",
-)  # fmt: skip
+    "start-up\ns",
+    "kernels\npresent",
+    "cover-\ned %",
+    "com-\npiled",
+    "dupli-\ncates",
+    "compile\nCPU s",
+    "time-\nout s",
+)
 
 
 def print_sweep(sweep: Sweep, *, show_all: bool) -> None:

@@ -54,11 +54,15 @@ class ReportTable(Table):
     def _fit(self, console: Console, options: ConsoleOptions) -> None:
         """Give the columns widths, where they would otherwise be cut."""
         cells = [_width_of(column.cells) for column in self.columns]
-        needed = [max(width, _width_of([column.header]))
-                  for width, column in zip(cells, self.columns, strict=True)]  # fmt: skip
+        needed = [
+            max(width, _width_of([column.header]))
+            for width, column in zip(cells, self.columns, strict=True)
+        ]
         whole = [column.no_wrap for column in self.columns]
-        least = [width if is_whole else min(width, self._NAMES)
-                 for width, is_whole in zip(needed, whole, strict=True)]  # fmt: skip
+        least = [
+            width if is_whole else min(width, self._NAMES)
+            for width, is_whole in zip(needed, whole, strict=True)
+        ]
         if self._frame(console, options, needed) + sum(least) <= options.max_width:
             return
         self.padding, self.pad_edge = (0, 0), False

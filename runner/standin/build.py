@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.environ import cache_folder
+from runner.config.environ import cache_folder
 from runner.errors import UserError
 from runner.standin.cuda_libraries import find_cuda_libraries
 from runner.standin.gpus import Gpu

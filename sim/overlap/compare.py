@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runner.forward_batch import ForwardBatch
+from runner.backend.forward_batch import ForwardBatch
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
-from sim.costs import CostModel
+from sim.costs.model import CostModel
 from sim.overlap.turns import Turns, run_in_turns, run_whole
 from sim.overlap.work import Work, record_plain, record_work
 
@@ -77,9 +77,13 @@ class Comparison:
 
 
 def compare(
-    scenario: Scenario, rank: int, batch: ForwardBatch, costs: CostModel,
-    strategies: Sequence[OverlapStrategy], progress: Progress | None,
-) -> Comparison:  # fmt: skip
+    scenario: Scenario,
+    rank: int,
+    batch: ForwardBatch,
+    costs: CostModel,
+    strategies: Sequence[OverlapStrategy],
+    progress: Progress | None,
+) -> Comparison:
     """Run a forward by each strategy, and search for the best placement.
 
     The search keeps the SMs of the fastest of the strategies.

@@ -62,8 +62,7 @@ class Half:
     @cached_property
     def every_event(self) -> list[tuple[int, int]]:
         """Layer and place in it of all events of all layers."""
-        return [(layer, index) for layer in range(self.layers)
-                for index in range(len(self.events))]  # fmt: skip
+        return [(layer, index) for layer in range(self.layers) for index in range(len(self.events))]
 
     def events_before(self, done: Ints) -> Ints:
         """How many events are among the operations that are done, those of whole layers too."""
@@ -89,12 +88,17 @@ def line_up(work: Work, half: int, order: Sequence[str]) -> Half:
     return Half(
         np.array(before),
         tuple(
-            Event(kind, slots.index(name), op, np.array([its[index][3] for its in found]),
-                  np.array([its[index][4] for its in found]))
+            Event(
+                kind,
+                slots.index(name),
+                op,
+                np.array([its[index][3] for its in found]),
+                np.array([its[index][4] for its in found]),
+            )
             for index, (kind, name, op) in enumerate(names[0])
         ),
         len(found),
-    )  # fmt: skip
+    )
 
 
 def _events_of(

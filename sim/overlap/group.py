@@ -61,8 +61,9 @@ class Group:
 
     def only(self, kept: NDArray[np.bool_]) -> Group:
         """Some of them."""
-        return replace(self, which=self.which[kept], ahead=self.ahead[:, kept],
-                       behind=self.behind[:, kept])  # fmt: skip
+        return replace(
+            self, which=self.which[kept], ahead=self.ahead[:, kept], behind=self.behind[:, kept]
+        )
 
     def waits_within(self, first: int, last: int) -> Floats:
         """[placements] seconds that GPUs wait in some turns at least, whatever came before.
@@ -87,8 +88,10 @@ class Group:
                 if not kept.all():
                     state.keep(kept)
         shortest = state.waited.min() + SLACK
-        return [(int(state.which[at]), float(state.waited[at]))
-                for at in np.nonzero(state.waited <= shortest)[0]]  # fmt: skip
+        return [
+            (int(state.which[at]), float(state.waited[at]))
+            for at in np.nonzero(state.waited <= shortest)[0]
+        ]
 
     @cached_property
     def turns(self) -> Sequence[Turn]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Op
@@ -18,9 +18,15 @@ from sim.overlap.turns import Owner, Piece, Turns, order_of, short_name
 from sim.overlap.work import Cut, LayerSteps, Step, StepKind, Work, cut_forward, cut_plain
 
 MEASURED_SETTINGS: dict[str, type | UnionType] = {
-    "model": str, "layers": int | None, "pp": int, "tp": int, "ep": bool, "mode": str,
-    "batch": int, "prompt_len": int,
-}  # fmt: skip
+    "model": str,
+    "layers": int | None,
+    "pp": int,
+    "tp": int,
+    "ep": bool,
+    "mode": str,
+    "batch": int,
+    "prompt_len": int,
+}
 """Settings of measured steps, named as the options, and their types."""
 
 
@@ -140,8 +146,9 @@ def measured_work(scenario: Scenario, rank: int, batch: ForwardBatch, step: Meas
             layer[owner.operation] = (*layer.get(owner.operation, ()), made)
     first, second = (tuple(its[layer] for layer in sorted(its)) for its in halves)
     cut = cut_forward(scenario, rank, batch, step.strategy.comm_sms)
-    return Work(batch.mode, step.strategy.comm_sms, tuple(before), (first, second), tuple(after),
-                cut.layers)  # fmt: skip
+    return Work(
+        batch.mode, step.strategy.comm_sms, tuple(before), (first, second), tuple(after), cut.layers
+    )
 
 
 def _step(op: Op, seconds: float, link: Iterator[tuple[float, float]]) -> Step:

@@ -51,9 +51,10 @@ def _beside(turns: Turns, name: str) -> str:
     """Operations of either half beside the first half's collective in the middle layer."""
     middle = max(piece.layer for piece in turns.pieces) // 2
     under_way = [
-        piece for piece in _inside(turns)
+        piece
+        for piece in _inside(turns)
         if (piece.lane, piece.name, piece.half, piece.layer) == ("link", name, 0, middle)
-    ]  # fmt: skip
+    ]
     found: dict[str, None] = {}
     for piece in _inside(turns):
         if piece.lane == "compute" and any(

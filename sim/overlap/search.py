@@ -108,8 +108,10 @@ def _bounds(group: Group, window: Window | None) -> Floats:
 
 def _most_promising(candidates: list[_Candidates]) -> Iterator[tuple[int, int]]:
     """Order and name of those that wait least at least, the best of a group each."""
-    found = [(float(one.bounds.min()), one.order, int(one.group.which[one.bounds.argmin()]))
-             for one in candidates]  # fmt: skip
+    found = [
+        (float(one.bounds.min()), one.order, int(one.group.which[one.bounds.argmin()]))
+        for one in candidates
+    ]
     for _, order, at in sorted(found)[:_TRIED]:
         yield order, at
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, PLAIN, OverlapStrategy
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
-from sim.costs import CostModel
+from sim.costs.model import CostModel
 
 
 class StepKind(Enum):

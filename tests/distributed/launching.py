@@ -12,9 +12,12 @@ from runner.schedule import Schedule
 from tests.models import DSV3_SMALL
 
 FEW_KERNELS = DSV3_SMALL | {
-    "num_hidden_layers": 2, "first_k_dense_replace": 2, "q_lora_rank": 512, "kv_lora_rank": 512,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
     "v_head_dim": 128,
-}  # fmt: skip
+}
 """Dense layers whose GEMMs all have K = 512: a handful of kernels on each stage."""
 
 
@@ -37,9 +40,13 @@ def run_launch(
     command = [*prefix, "-m", "launch", *arguments]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL"))}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
         env={**clean, **(env or {})},
-    )  # fmt: skip
+    )
 
 
 def schedule_in(path: Path) -> Schedule:

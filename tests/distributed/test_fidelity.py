@@ -7,23 +7,33 @@ from pathlib import Path
 
 import pytest
 
+from runner.build.compiler import NvccCompiler
 from runner.config.hf import load_model
-from runner.jit.compiler import NvccCompiler
+from runner.planning.residency import stalls_of
 from runner.scenario import record
-from runner.stalls import stalls_of
 from runner.timeline import Timeline, read_timelines
-from sim.calibrate import fit_profile
-from sim.judge import judge, scenario_of
-from sim.profile import load_profile
+from sim.calibration.calibrate import fit_profile
+from sim.calibration.validation import judge, scenario_of
+from sim.costs.profile import load_profile
 from tests.distributed.launching import FEW_KERNELS, launch
 
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.distributed, pytest.mark.nvcc]
 
 COMMON = [
-    "--compute", "skip", "--device", "cpu", "--batch-sizes", "1,128", "--stream", "20,128",
-    "--max-tokens", "128", "--walk-max-m", "64",
-]  # fmt: skip
+    "--compute",
+    "skip",
+    "--device",
+    "cpu",
+    "--batch-sizes",
+    "1,128",
+    "--stream",
+    "20,128",
+    "--max-tokens",
+    "128",
+    "--walk-max-m",
+    "64",
+]
 STAGES = ["--pp", "2", "--virtual-nodes", "2"]
 """Each stage has a cache of its own, so that nobody compiles in a race."""
 SHARDS = ["--tp", "2", "--compile-lock"]

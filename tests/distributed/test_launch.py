@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.build.compiler import NvccCompiler
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.jit.compiler import NvccCompiler
+from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.scenario import Scenario, record
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from tests.distributed.launching import FEW_KERNELS, launch, run_launch, schedule_in
 from tests.models import DSV3_SMALL
 
@@ -60,10 +60,16 @@ def assert_same_logits(expected: list, path: Path) -> None:
 
 
 LAYOUTS = [
-    "--pp 1 --tp 2", "--pp 2 --tp 1", "--pp 2 --tp 2", "--pp 4 --tp 1", "--pp 4 --tp 2",
-    "--pp 1 --tp 2 --ep", "--pp 4 --tp 2 --ep", "--pp 2 --tp 2 --attn-cp 2",
+    "--pp 1 --tp 2",
+    "--pp 2 --tp 1",
+    "--pp 2 --tp 2",
+    "--pp 4 --tp 1",
+    "--pp 4 --tp 2",
+    "--pp 1 --tp 2 --ep",
+    "--pp 4 --tp 2 --ep",
+    "--pp 2 --tp 2 --attn-cp 2",
     "--pp 3 --stage-layers 1,5,2",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -117,9 +123,19 @@ def test_under_torchrun_the_given_ranks_are_used(
         "localhost:0",
     ]
     printed = launch(
-        "--model", "dsv4-tiny", "--pp", "2", "--tp", "2", "--warmup", "none", *SMALL,
-        "--logits", str(path), torchrun=rendezvous,
-    )  # fmt: skip
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "2",
+        "--tp",
+        "2",
+        "--warmup",
+        "none",
+        *SMALL,
+        "--logits",
+        str(path),
+        torchrun=rendezvous,
+    )
     assert "= 4 ranks over gloo on cpu" in printed
     assert_same_logits(reference["dsv4-tiny"], path)
 
@@ -149,16 +165,19 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
     if "--layers" in words:
         model = with_layers(model, int(words["--layers"]))
     parallel = ParallelConfig(
-        pp=int(words["--pp"]), tp=int(words["--tp"]), ep="--ep" in words,
+        pp=int(words["--pp"]),
+        tp=int(words["--tp"]),
+        ep="--ep" in words,
         attn_cp=int(words.get("--attn-cp", "1")),
-    )  # fmt: skip
+    )
     sizes = tuple(int(size) for size in words["--batch-sizes"].split(","))
     policy = WarmupPolicy(words.get("--warmup", "pp-parallel"))
     scenario = Scenario(
-        model=model, parallel=parallel,
+        model=model,
+        parallel=parallel,
         warmup=WarmupOptions(policy=policy, batch_sizes=sizes),
         prompt_len=int(words.get("--prompt-len", "1")),
-    )  # fmt: skip
+    )
     really = schedule_in(path)
     foretold = record(scenario)
     for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
@@ -170,15 +189,25 @@ def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_p
     """Every rank reads it for itself: what ran is what is foretold for that algorithm."""
     path = tmp_path / "schedule.json"
     done = run_launch(
-        "--model", "dsv4-tiny", "--pp", "2", "--warmup", "none", *SMALL, "--schedule", str(path),
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "2",
+        "--warmup",
+        "none",
+        *SMALL,
+        "--schedule",
+        str(path),
         env={"SGLANG_OPT_BF16_FP32_GEMM_ALGO": algo.value},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     scenario = Scenario(
-        model=load_model("dsv4-tiny"), parallel=ParallelConfig(pp=2), prompt_len=12,
+        model=load_model("dsv4-tiny"),
+        parallel=ParallelConfig(pp=2),
+        prompt_len=12,
         warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(2, 24)),
         bf16_fp32_algo=algo,
-    )  # fmt: skip
+    )
     really = schedule_in(path)
     assert really == record(scenario)
     assert really != record(replace(scenario, bf16_fp32_algo=Bf16Fp32Algo.DEEP_GEMM))
@@ -199,10 +228,28 @@ def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path
     config, path = tmp_path / "config.json", tmp_path / "timeline.json"
     config.write_text(json.dumps(FEW_KERNELS))
     launch(
-        "--model", str(config), "--pp", "2", "--virtual-nodes", "2", "--compute", "skip",
-        "--batch-sizes", "1", "--disaggregation-mode", "prefill", "--device", "cpu",
-        "--warmup", "none", "--warmup", "pp-parallel", "--timeline", str(path), timeout=540,
-    )  # fmt: skip
+        "--model",
+        str(config),
+        "--pp",
+        "2",
+        "--virtual-nodes",
+        "2",
+        "--compute",
+        "skip",
+        "--batch-sizes",
+        "1",
+        "--disaggregation-mode",
+        "prefill",
+        "--device",
+        "cpu",
+        "--warmup",
+        "none",
+        "--warmup",
+        "pp-parallel",
+        "--timeline",
+        str(path),
+        timeout=540,
+    )
     serial, parallel = read_timelines(path)
     for timeline in (serial, parallel):
         assert timeline.kernels_compiled == 2 * timeline.distinct_kernels > 2
@@ -212,9 +259,21 @@ def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path
 
 
 PLANNED = [
-    "--pp", "2", "--tp", "2", "--compute", "skip", "--batch-sizes", "1",
-    "--disaggregation-mode", "prefill", "--device", "cpu", "--max-tokens", "16",
-]  # fmt: skip
+    "--pp",
+    "2",
+    "--tp",
+    "2",
+    "--compute",
+    "skip",
+    "--batch-sizes",
+    "1",
+    "--disaggregation-mode",
+    "prefill",
+    "--device",
+    "cpu",
+    "--max-tokens",
+    "16",
+]
 
 
 @pytest.mark.nvcc
@@ -227,9 +286,17 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
     common = ["--model", str(config), *PLANNED, "--cache-dir", str(cache)]
     built, schedule = tmp_path / "planned.json", tmp_path / "schedule.json"
     launch(
-        *common, "--virtual-nodes", "2", "--warmup", "planned", "--timeline", str(built),
-        "--schedule", str(schedule), timeout=540,
-    )  # fmt: skip
+        *common,
+        "--virtual-nodes",
+        "2",
+        "--warmup",
+        "planned",
+        "--timeline",
+        str(built),
+        "--schedule",
+        str(schedule),
+        timeout=540,
+    )
     (planned,) = read_timelines(built)
     scenario = _planned_scenario(config)
     everything = len(scenario.plan.kernels)
@@ -290,8 +357,9 @@ BAD_INPUT = {
     "--model dsv4-tiny --prompt-len 0": "prompt_len=0",
     "--model dsv4-tiny --stream 0": "--stream 0 must all be at least 1",
     "--model dsv4-tiny --stream 4,-1": "--stream 4,-1 must all be at least 1",
-    "--model dsv4-tiny --stream 99 --warmup planned --batch-sizes 1 --max-tokens 64":
-        "token count 99 is above --max-tokens 64, for which planned prepares",
+    "--model dsv4-tiny --stream 99 --warmup planned --batch-sizes 1 --max-tokens 64": (
+        "token count 99 is above --max-tokens 64, for which planned prepares"
+    ),
     "--model dsv4-tiny --cuda-graphs 0": "--cuda-graphs 0 must all be at least 1",
     "--model dsv4-tiny --walk-max-m 0": "'--walk-max-m': 0 is not in the range",
     "--model dsv4-tiny --walk-memory 0": "'--walk-memory': 0.0 is not in the range",
@@ -300,7 +368,7 @@ BAD_INPUT = {
     "--model dsv4-tiny --plot x.gif": "suffix must be one of .png, .svg",
     "--model dsv4-tiny --timeline -": "--timeline needs a file",
     "--model dsv4-tiny --schedule s.json --warmup none --warmup pp-parallel": "holds one run",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda text: text.replace(" ", "_"))
@@ -332,9 +400,17 @@ def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: 
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = run_launch(
-        "--model", "dsv4-tiny", "--pp", "2", "--batch-sizes", "1", "--device", "cpu",
-        "--cache-dir", str(blocker / "cache"),
-    )  # fmt: skip
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "2",
+        "--batch-sizes",
+        "1",
+        "--device",
+        "cpu",
+        "--cache-dir",
+        str(blocker / "cache"),
+    )
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
     assert f"cache directory {blocker / 'cache'} cannot be written" in done.stderr
@@ -350,9 +426,17 @@ def test_a_rank_beyond_the_world_is_one_line() -> None:
 def test_a_run_past_its_time_out_ends(seconds: str) -> None:
     """Before the ranks have met, and in the middle of a run that would take much longer."""
     done = run_launch(
-        "--model", "dsv4-tiny", "--pp", "2", "--no-jit", "--device", "cpu",
-        "--timeout", seconds, timeout=120,
-    )  # fmt: skip
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "2",
+        "--no-jit",
+        "--device",
+        "cpu",
+        "--timeout",
+        seconds,
+        timeout=120,
+    )
     assert done.returncode == 1
     words = rf"rank [01] failed: OutOfTimeError: no end after --timeout {seconds} s, in: .+"
     assert re.fullmatch(f"error: {words}", done.stderr.splitlines()[-1])
@@ -360,10 +444,22 @@ def test_a_run_past_its_time_out_ends(seconds: str) -> None:
 
 def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
     job = subprocess.Popen(
-        [sys.executable, "-m", "launch", "--model", "dsv4-tiny", "--pp", "2", "--no-jit",
-         "--device", "cpu"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "launch",
+            "--model",
+            "dsv4-tiny",
+            "--pp",
+            "2",
+            "--no-jit",
+            "--device",
+            "cpu",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         os.kill(_pid_of_rank(job.pid, 1), signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
@@ -376,18 +472,29 @@ def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "line"),
-    [(signal.SIGINT, 130, "error: interrupted"),
-     (signal.SIGTERM, 143, "error: ended by SIGTERM")],
+    [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: ended by SIGTERM")],
     ids=lambda value: str(getattr(value, "name", "")),
-)  # fmt: skip
+)
 def test_an_ended_launch_takes_its_ranks_along(
     number: signal.Signals, code: int, line: str
 ) -> None:
     job = subprocess.Popen(
-        [sys.executable, "-m", "launch", "--model", "dsv4-tiny", "--pp", "2", "--no-jit",
-         "--device", "cpu"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "launch",
+            "--model",
+            "dsv4-tiny",
+            "--pp",
+            "2",
+            "--no-jit",
+            "--device",
+            "cpu",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         ranks = [_pid_of_rank(job.pid, rank) for rank in (0, 1)]
         time.sleep(2)

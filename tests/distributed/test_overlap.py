@@ -9,19 +9,30 @@ import pytest
 
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.model.strategy import STRATEGIES
 from runner.scenario import Scenario, record
 from runner.schedule import Await, Begin
 from runner.timeline import read_timelines
-from runner.warmup import WarmupOptions, WarmupPolicy
 from tests.distributed.launching import launch, schedule_in
 from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
-SMALL = ["--batch-sizes", "3,25", "--prompt-len", "5", "--no-jit", "--device", "cpu",
-         "--max-tokens", "64", "--seed", "1"]  # fmt: skip
+SMALL = [
+    "--batch-sizes",
+    "3,25",
+    "--prompt-len",
+    "5",
+    "--no-jit",
+    "--device",
+    "cpu",
+    "--max-tokens",
+    "64",
+    "--seed",
+    "1",
+]
 """EXTEND of 3 tokens in one prompt, which is not cut, and of 5 x 5; DECODE of 1 and of 5.
 
 The order in which ranks' results are summed differs in the sixteenth digit. With this seed that
@@ -68,16 +79,27 @@ def reference(tmp_path_factory: pytest.TempPathFactory, dsv3_config: Path) -> di
     ],
 )
 def test_overlapped_logits_are_the_plain_ones(
-    model: str, layout: str, pair: str, reference: dict[str, list], dsv3_config: Path,
+    model: str,
+    layout: str,
+    pair: str,
+    reference: dict[str, list],
+    dsv3_config: Path,
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Odd numbers of tokens and of sequences; the halves differ, and blocks are filled up."""
     path = tmp_path / "logits.pt"
     name = "dsv4-tiny" if model == "dsv4" else str(dsv3_config)
     launch(
-        "--model", name, "--warmup", "none", *layout.split(), *STRATEGY_PAIRS[pair], *SMALL,
-        "--logits", str(path),
-    )  # fmt: skip
+        "--model",
+        name,
+        "--warmup",
+        "none",
+        *layout.split(),
+        *STRATEGY_PAIRS[pair],
+        *SMALL,
+        "--logits",
+        str(path),
+    )
     found = torch.load(path)
     assert len(found) == len(reference[model]) == 4
     for ours, theirs in zip(found, reference[model], strict=True):
@@ -87,9 +109,21 @@ def test_overlapped_logits_are_the_plain_ones(
 def test_what_runs_is_what_was_recorded_and_goes_on_beside(tmp_path: Path) -> None:
     schedule, timeline = tmp_path / "schedule.json", tmp_path / "timeline.json"
     launch(
-        "--model", "dsv4-tiny", "--tp", "2", "--ep", "--moe-a2a", "--warmup", "none", *SMALL,
-        *STRATEGY_PAIRS["after"], "--schedule", str(schedule), "--timeline", str(timeline),
-    )  # fmt: skip
+        "--model",
+        "dsv4-tiny",
+        "--tp",
+        "2",
+        "--ep",
+        "--moe-a2a",
+        "--warmup",
+        "none",
+        *SMALL,
+        *STRATEGY_PAIRS["after"],
+        "--schedule",
+        str(schedule),
+        "--timeline",
+        str(timeline),
+    )
     scenario = Scenario(
         model=load_model("dsv4-tiny"),
         parallel=ParallelConfig(tp=2, ep=True, moe_a2a=True),
@@ -104,9 +138,10 @@ def test_what_runs_is_what_was_recorded_and_goes_on_beside(tmp_path: Path) -> No
     awaited = [op.name for op in ran.ranks[0] if isinstance(op, Await)]
     assert sorted(op.name for op in begun) == sorted(awaited)
     assert {op.name for op in begun} == {
-        f"{what} of {half}" for half in (0, 1)
+        f"{what} of {half}"
+        for half in (0, 1)
         for what in ("all_to_all tokens", "all_gather routing", "all_to_all results")
-    }  # fmt: skip
+    }
     (run,) = read_timelines(timeline)
     beside = [span for span in run.spans if span.kind == "beside" and span.rank == 0]
     assert len(beside) == len(begun)

@@ -9,9 +9,9 @@ import pytest
 
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.scenario import Scenario, record
 from runner.schedule import Capture, Walk
-from runner.warmup import WarmupOptions, WarmupPolicy
 from tests.distributed.launching import run_launch, schedule_in
 
 pytest.importorskip("torch")
@@ -23,20 +23,38 @@ PP_PARALLEL = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
 JIT = "SGLANG_ENABLE_JIT_DEEPGEMM"
 
 ARGUMENTS = [
-    "--model", "dsv4-tiny", "--layers", "3", "--pp", "2", "--virtual-nodes", "2", "--device", "cpu",
-    "--batch-sizes", "1,8", "--stream", "5,130", "--cuda-graphs", "2,4", "--walk-memory", "0.002",
-    "--max-tokens", "256",
-]  # fmt: skip
+    "--model",
+    "dsv4-tiny",
+    "--layers",
+    "3",
+    "--pp",
+    "2",
+    "--virtual-nodes",
+    "2",
+    "--device",
+    "cpu",
+    "--batch-sizes",
+    "1,8",
+    "--stream",
+    "5,130",
+    "--cuda-graphs",
+    "2,4",
+    "--walk-memory",
+    "0.002",
+    "--max-tokens",
+    "256",
+]
 
 
 def foretold(policy: WarmupPolicy, **warmup: Any) -> Scenario:
     return Scenario(
-        model=with_layers(load_model("dsv4-tiny"), 3), parallel=ParallelConfig(pp=2, nodes=2),
-        warmup=WarmupOptions(
-            policy=policy, batch_sizes=(1, 8), graph_batch_sizes=(2, 4), **warmup
-        ),
-        stream=(5, 130), walk_memory=0.002 * 2**30, max_tokens=256,
-    )  # fmt: skip
+        model=with_layers(load_model("dsv4-tiny"), 3),
+        parallel=ParallelConfig(pp=2, nodes=2),
+        warmup=WarmupOptions(policy=policy, batch_sizes=(1, 8), graph_batch_sizes=(2, 4), **warmup),
+        stream=(5, 130),
+        walk_memory=0.002 * 2**30,
+        max_tokens=256,
+    )
 
 
 def ran(path: Path, *arguments: str, **env: str) -> str:

@@ -17,16 +17,30 @@ from sim.overlap.measured import read_steps
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
-SMALL = ["--model", "dsv4-tiny", "--layers", "2", "--ep", "--prompt-len", "3", "--repeat", "1",
-         "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--model",
+    "dsv4-tiny",
+    "--layers",
+    "2",
+    "--ep",
+    "--prompt-len",
+    "3",
+    "--repeat",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def steps(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     return subprocess.run(
         [*torchrun, "-m", "launch.steps", *SMALL, *arguments],
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("decode", "5"), ("extend", "7")])

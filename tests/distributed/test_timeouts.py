@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.library import Library
+from runner.kernels.installed import Library
 from tests.distributed.launching import FEW_KERNELS, run_launch
 
 pytest.importorskip("torch")
@@ -36,16 +36,31 @@ def test_a_late_rank_is_named_with_what_it_compiles(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FEW_KERNELS))
     done = run_launch(
-        "--model", str(config), "--pp", "2", "--virtual-nodes", "2", "--compute", "skip",
-        "--batch-sizes", "1", "--device", "cpu", "--warmup", "none", "--nccl-timeout", "3",
+        "--model",
+        str(config),
+        "--pp",
+        "2",
+        "--virtual-nodes",
+        "2",
+        "--compute",
+        "skip",
+        "--batch-sizes",
+        "1",
+        "--device",
+        "cpu",
+        "--warmup",
+        "none",
+        "--nccl-timeout",
+        "3",
         env={"DG_JIT_NVCC_COMPILER": str(slow_nvcc)},
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     words = (
         "hidden_states waited 3 s for rank 0, the limit of --nccl-timeout: "
         "rank 0 compiles transpose_fp32"
     )
     assert done.stderr.splitlines() == [
-        f"error: rank 1: {words}", f"error: rank 1 failed: CommunicationTimeoutError: {words}",
-    ]  # fmt: skip
+        f"error: rank 1: {words}",
+        f"error: rank 1 failed: CommunicationTimeoutError: {words}",
+    ]
     assert "Traceback" not in done.stdout

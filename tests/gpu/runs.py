@@ -16,14 +16,30 @@ from runner.timeline import Timeline, read_timelines
 from tests.distributed.launching import run_launch
 
 CONFIG = {
-    "model_type": "deepseek_v4", "hidden_size": 4096, "num_hidden_layers": 8,
-    "num_attention_heads": 64, "head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 1024,
-    "o_groups": 8, "o_lora_rank": 1024, "index_n_heads": 64, "index_head_dim": 128,
-    "index_topk": 512, "sliding_window": 128, "compress_ratios": [0, 4, 128, 4, 128, 4, 128, 4],
-    "num_hash_layers": 1, "vocab_size": 8192, "n_routed_experts": 8, "num_experts_per_tok": 6,
-    "n_shared_experts": 1, "moe_intermediate_size": 1024, "routed_scaling_factor": 1.5,
-    "scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0,
-}  # fmt: skip
+    "model_type": "deepseek_v4",
+    "hidden_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 64,
+    "head_dim": 512,
+    "qk_rope_head_dim": 64,
+    "q_lora_rank": 1024,
+    "o_groups": 8,
+    "o_lora_rank": 1024,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 512,
+    "sliding_window": 128,
+    "compress_ratios": [0, 4, 128, 4, 128, 4, 128, 4],
+    "num_hash_layers": 1,
+    "vocab_size": 8192,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 1024,
+    "routed_scaling_factor": 1.5,
+    "scoring_func": "sqrtsoftplus",
+    "swiglu_limit": 10.0,
+}
 """Layers of DeepSeek-V4-Flash with few and narrow experts: each has weights of its own."""
 
 MAX_TOKENS = ["--max-tokens", "512"]
@@ -67,10 +83,18 @@ class Gpus:
             with self._alone("building"):
                 self.build(self.kernels, layout, *arguments)
         done = self.start(
-            layout, *REQUESTS, *arguments, *(["--warmup", "none"] if cache else PREBUILT),
-            "--cache-dir", str(cache or self.kernels), "--timeline", str(timeline),
-            "--logits", str(logits), backend=backend,
-        )  # fmt: skip
+            layout,
+            *REQUESTS,
+            *arguments,
+            *(["--warmup", "none"] if cache else PREBUILT),
+            "--cache-dir",
+            str(cache or self.kernels),
+            "--timeline",
+            str(timeline),
+            "--logits",
+            str(logits),
+            backend=backend,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         import torch
 
@@ -87,17 +111,38 @@ class Gpus:
             words += ["--virtual-nodes", str(world // gpus)]
         with self.hand_out(gpus) as taken:
             return run_launch(
-                "--model", str(self.config), "--device", "cuda", *layout.split(), *words,
-                *arguments, env={"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))}, timeout=400,
-            )  # fmt: skip
+                "--model",
+                str(self.config),
+                "--device",
+                "cuda",
+                *layout.split(),
+                *words,
+                *arguments,
+                env={"CUDA_VISIBLE_DEVICES": ",".join(map(str, taken))},
+                timeout=400,
+            )
 
     def build(self, cache: Path, layout: str, *arguments: str) -> None:
         """Build what a launch can need into a cache."""
         done = subprocess.run(
-            [sys.executable, "-m", "runner", "compile", "--model", str(self.config),
-             *layout.split(), *arguments, *MAX_TOKENS, "--cache-dir", str(cache)],
-            check=False, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "runner",
+                "compile",
+                "--model",
+                str(self.config),
+                *layout.split(),
+                *arguments,
+                *MAX_TOKENS,
+                "--cache-dir",
+                str(cache),
+            ],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def of_one_rank(self, *arguments: str) -> list[Any]:

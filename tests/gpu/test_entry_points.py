@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from runner.build.compiler import find_nvcc, keys_for, nvcc_version
+from runner.cache.keys import CacheKeys
+from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
-from runner.environ import Environ
-from runner.jit.compiler import find_nvcc, keys_for, nvcc_version
-from runner.jit.keys import CacheKeys
-from runner.jit.library import find_library
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.kernels.choose import choose_source
+from runner.kernels.installed import find_library
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.scenario import Scenario, record
-from runner.warmup import WarmupOptions, WarmupPolicy
 from tests.gpu.library import real_wrapper
 
 torch = pytest.importorskip("torch")

@@ -12,8 +12,8 @@ import pytest
 
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
-from runner.deployment import Deployment, plan_of
 from runner.model.strategy import STRATEGIES
+from runner.planning.demands import Deployment, plan_of
 from runner.report.segments import busy_segments
 from tests.gpu.runs import Gpus, differences
 
@@ -117,9 +117,15 @@ def test_the_watchdog_names_who_compiles(
 ) -> None:
     """Rank 0 compiles while rank 1 waits for it."""
     done = gpus.start(
-        layout, *policy, "--batch-sizes", "1", "--cache-dir", str(tmp_path / "cold"),
-        "--nccl-timeout", "5",
-    )  # fmt: skip
+        layout,
+        *policy,
+        "--batch-sizes",
+        "1",
+        "--cache-dir",
+        str(tmp_path / "cold"),
+        "--nccl-timeout",
+        "5",
+    )
     assert done.returncode == 1
     # Between two compiles there is a moment without one.
     busy = r"(rank 0 compiles sm90_\w+|none of them is compiling)"

@@ -13,9 +13,9 @@ import pytest
 
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.scenario import Scenario, record
 from runner.schedule import Schedule
-from runner.warmup import WarmupOptions, WarmupPolicy
 
 PYTHON = os.environ.get("DEEPGEMM_COLDSTART_LIBRARY_PYTHON", "")
 ROOT = Path(__file__).parents[2]

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.gemm_spec import gemm_demands
-from runner.jit.cache import KernelCache
-from runner.jit.cubin import kernels_in
-from runner.jit.plan import Plan, make_plan
-from runner.jit.store.manifest import read_manifest, sha256
+from runner.build.cubin import kernels_in
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import read_manifest, sha256
 from runner.kernels.rules import RULES
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.plan import Plan, make_plan
 
 REPOSITORY = Path(__file__).parents[2]
 SPEC = "paged_mqa_logits_metadata:1:1"
@@ -70,15 +70,24 @@ class Machine:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=120, check=False,
-            cwd=REPOSITORY, env={**self.environment, **environment},
-        )  # fmt: skip
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=REPOSITORY,
+            env={**self.environment, **environment},
+        )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=REPOSITORY, env=self.environment,
-        )  # fmt: skip
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=self.environment,
+        )
 
     def compiled(self) -> list[str]:
         """Keys that nvcc was run for, in order."""

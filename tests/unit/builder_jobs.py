@@ -1,7 +1,7 @@
 """Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
 
-from runner.jit.builder.unit import Job
-from runner.jit.keys import CacheKeys
+from runner.build.unit import Job
+from runner.cache.keys import CacheKeys
 from runner.kernels.kernel import Kernel
 
 NO_COMMAND = "nvcc has 0 commands where one was expected"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from runner.cli import main
-from runner.jit.library import Library
-from runner.jit.plan_json import plan_to_json
+from runner.kernels.installed import Library
+from runner.planning.plan_json import plan_to_json
 from tests.unit.small_cache import INCLUDE, keys_for, small_plan
 
 Capture = pytest.CaptureFixture[str]

@@ -22,8 +22,9 @@ def tiny_cubin(code: bytes, name: str = "kernel") -> bytes:
     names = b"\0.shstrtab\0" + text + b"\0"
     table = _HEADER_BYTES + len(names) + len(code)
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 2, _EM_CUDA, 1, 0, 0, table, 0, _HEADER_BYTES, 0, 0,
-                          _SECTION_BYTES, 3, 1)  # fmt: skip
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 2, _EM_CUDA, 1, 0, 0, table, 0, _HEADER_BYTES, 0, 0, _SECTION_BYTES, 3, 1
+    )
     sections = bytes(_SECTION_BYTES)
     sections += _section(1, _STRTAB, 0, _HEADER_BYTES, len(names))
     sections += _section(names.index(text), _PROGBITS, 6, _HEADER_BYTES + len(names), len(code))

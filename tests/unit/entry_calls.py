@@ -31,18 +31,23 @@ def contiguous(m: int) -> tuple[Any, ...]:
     """Rows of the groups in turn; every third is padding."""
     indices = torch.tensor([-1 if row % 3 == 2 else row % GROUPS for row in range(m)])
     return (
-        quantise_tokens(_bf16(m, K)), quantise_blocks(_bf16(GROUPS, N, K)).pair, _out(m, N),
+        quantise_tokens(_bf16(m, K)),
+        quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        _out(m, N),
         indices.to(torch.int32),
-    )  # fmt: skip
+    )
 
 
 def masked(m: int) -> tuple[Any, ...]:
     """Of group 0 all rows are in use, of group 1 none, of group 2 the first half."""
     used = torch.tensor([m, 0, m // 2], dtype=torch.int32)
     return (
-        quantise_tokens(_bf16(GROUPS, m, K)), quantise_blocks(_bf16(GROUPS, N, K)).pair,
-        _out(GROUPS, m, N), used, m,
-    )  # fmt: skip
+        quantise_tokens(_bf16(GROUPS, m, K)),
+        quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        _out(GROUPS, m, N),
+        used,
+        m,
+    )
 
 
 def bf16_to_fp32(m: int) -> tuple[Any, ...]:
@@ -64,15 +69,20 @@ def masked_bf16(m: int) -> tuple[Any, ...]:
 
 def hc(m: int) -> tuple[Any, ...]:
     return (
-        _bf16(m, K), torch.randn(24, K), torch.empty(SPLITS, m, 24), torch.empty(SPLITS, m), SPLITS,
-    )  # fmt: skip
+        _bf16(m, K),
+        torch.randn(24, K),
+        torch.empty(SPLITS, m, 24),
+        torch.empty(SPLITS, m),
+        SPLITS,
+    )
 
 
 def einsum(m: int) -> tuple[Any, ...]:
     return (
-        quantise_tokens(_bf16(m, GROUPS, K)), quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        quantise_tokens(_bf16(m, GROUPS, K)),
+        quantise_blocks(_bf16(GROUPS, N, K)).pair,
         _out(m, GROUPS, N),
-    )  # fmt: skip
+    )
 
 
 def metadata(m: int) -> tuple[Any, ...]:
@@ -85,9 +95,14 @@ def paged(m: int) -> tuple[Any, ...]:
     lens = (torch.arange(m, dtype=torch.int32) % PAGE + 1).unsqueeze(1)
     table = torch.tensor([[0, 1]] * m, dtype=torch.int32).view(m, 2)
     return (
-        quantise_tokens(_bf16(m, 1, HEADS, DIM))[0], pack_pages(values, scales.squeeze(-1)),
-        torch.rand(m, HEADS), lens, table, torch.zeros((133, 2), dtype=torch.int32), PAGE,
-    )  # fmt: skip
+        quantise_tokens(_bf16(m, 1, HEADS, DIM))[0],
+        pack_pages(values, scales.squeeze(-1)),
+        torch.rand(m, HEADS),
+        lens,
+        table,
+        torch.zeros((133, 2), dtype=torch.int32),
+        PAGE,
+    )
 
 
 def unpaged(m: int) -> tuple[Any, ...]:
@@ -95,9 +110,13 @@ def unpaged(m: int) -> tuple[Any, ...]:
     values, scales = quantise_tokens(_bf16(ENTRIES, DIM))
     ends = torch.arange(m, dtype=torch.int32) % ENTRIES + 1
     return (
-        quantise_tokens(_bf16(m, HEADS, DIM))[0], (values, scales.squeeze(-1)),
-        torch.rand(m, HEADS), torch.zeros(m, dtype=torch.int32), ends, ENTRIES,
-    )  # fmt: skip
+        quantise_tokens(_bf16(m, HEADS, DIM))[0],
+        (values, scales.squeeze(-1)),
+        torch.rand(m, HEADS),
+        torch.zeros(m, dtype=torch.int32),
+        ends,
+        ENTRIES,
+    )
 
 
 CALLS: dict[str, Callable[[int], tuple[Any, ...]]] = {

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest
+from runner.cache.verify import Expectation
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest
-from runner.jit.store.verify import Expectation
+from runner.kernels.installed import Library
 from tests.unit.elf import tiny_cubin
 
 
@@ -23,9 +23,12 @@ def expected(manifest: Manifest, library: Library | None = None, /, **values: An
     """A manifest's own machine; keys of the first generation are told without its headers."""
     headers = Library(Path("nowhere")) if library is None else library
     given = {
-        "wanted": list(manifest.entries), "known": set(manifest.entries),
-        "keys": manifest.keys(headers), "library": library, "manifest": manifest,
-    }  # fmt: skip
+        "wanted": list(manifest.entries),
+        "known": set(manifest.entries),
+        "keys": manifest.keys(headers),
+        "library": library,
+        "manifest": manifest,
+    }
     return Expectation(**{**given, **values})
 
 

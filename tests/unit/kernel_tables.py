@@ -1,6 +1,6 @@
 """Small tables made by hand."""
 
-from runner.jit.keys import Recipe
+from runner.cache.keys import Recipe
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType as T

@@ -11,9 +11,9 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
-from sim.costs import Seconds
-from sim.engine import Engine, Outcome
-from sim.program import compile_program
+from sim.costs.model import Seconds
+from sim.engine.engine import Engine, Outcome
+from sim.engine.rank_program import compile_program
 
 TWO = Seconds(2.0)
 

@@ -4,15 +4,15 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.environ import Environ
-from runner.gemm_spec import gemm_demands
-from runner.jit.cache import KernelCache
-from runner.jit.keys import CacheKeys, FirstKeys, Recipe, SecondKeys, first_recipe
-from runner.jit.library import Library
-from runner.jit.plan import Plan, PlannedKernel, make_plan
-from runner.jit.plan_json import use_to_json
-from runner.jit.store.manifest import Manifest, describe_entry, write_manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import CacheKeys, FirstKeys, Recipe, SecondKeys, first_recipe
+from runner.cache.manifest import Manifest, describe_entry, write_manifest
+from runner.config.environ import Environ
+from runner.kernels.installed import Library
 from runner.kernels.rules import RULES
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.plan import Plan, PlannedKernel, make_plan
+from runner.planning.plan_json import use_to_json
 from tests.unit.elf import tiny_cubin
 
 GEMM = "gemm_nt_f8f8bf16:4096:1024"
@@ -97,11 +97,15 @@ def manifest_for(keys: CacheKeys, title: str = "small") -> Manifest:
     """A manifest without entries, for the machine of ``keys``."""
     second = keys.recipe.generation == 2
     return Manifest(
-        library=f"sgl-deep-gemm {SECOND_VERSION if second else '0.1.4.post1'}", arch="sm_90a",
-        signature=keys.signature, flags=keys.flags, generation=keys.recipe.generation,
+        library=f"sgl-deep-gemm {SECOND_VERSION if second else '0.1.4.post1'}",
+        arch="sm_90a",
+        signature=keys.signature,
+        flags=keys.flags,
+        generation=keys.recipe.generation,
         extra_signature=keys.recipe.extra_signature,
-        built_with=NVCC_TEXT if second else "NVCC13.0", plans=[title],
-    )  # fmt: skip
+        built_with=NVCC_TEXT if second else "NVCC13.0",
+        plans=[title],
+    )
 
 
 def fill(

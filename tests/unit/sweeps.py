@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.sweep import Point, Result
-from runner.warmup import WarmupPolicy
+from runner.driver.warmup import WarmupPolicy
+from sim.sweep.points import Point, Result
 
 
 def point(policy: str = "none", **changes: Any) -> Point:
@@ -15,13 +15,21 @@ def point(policy: str = "none", **changes: Any) -> Point:
 
 def result(seconds: float, present: int, at: Point | None = None, **changes: Any) -> Result:
     values: dict[str, Any] = {
-        "kernels_compiled": 8, "duplicates": 4, "cpu_seconds": 12.5, "planned": 100,
-        "timeout_seconds": None, **changes,
-    }  # fmt: skip
+        "kernels_compiled": 8,
+        "duplicates": 4,
+        "cpu_seconds": 12.5,
+        "planned": 100,
+        "timeout_seconds": None,
+        **changes,
+    }
     return Result(point=at or point(), up_seconds=seconds, present=present, **values)
 
 
 SETTINGS: dict[str, Any] = {
-    "model": "a model", "layers": 3, "hardware": "a machine", "link": "a link",
-    "batch_sizes": [1, 64], "max_tokens": 128,
-}  # fmt: skip
+    "model": "a model",
+    "layers": 3,
+    "hardware": "a machine",
+    "link": "a link",
+    "batch_sizes": [1, 64],
+    "max_tokens": 128,
+}

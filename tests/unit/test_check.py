@@ -12,14 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.cache.describe import config_of
 from runner.cli import main
 from runner.errors import UserError
-from runner.gemm_spec import gemm_demands
-from runner.jit.check import differences
-from runner.jit.describe import config_of
-from runner.jit.library import Library
-from runner.jit.plan import make_plan
-from runner.jit.plan_json import use_to_json
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.recorded import merged
 from runner.kernels.rules import RULES
@@ -27,6 +23,10 @@ from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.library_check import differences
+from runner.planning.plan import make_plan
+from runner.planning.plan_json import use_to_json
 from runner.standin.gpus import Gpu
 from tests.unit.small_cache import GEMM, NVCC_TEXT, keys_for, small_library, small_plan
 
@@ -207,10 +207,16 @@ def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> No
     assert [item["m_ranges"] for item in kernels] == [[[1, 64]], [[1, 16]], [[17, 32]], [[33, 64]]]
     assert kernels[1]["uses"] == [
         {
-            "type": "gemm_nt_f8f8bf16", "n": 4096, "k": 1024, "num_groups": 1, "num_sms": 132,
-            "m_step": 1, "m_ranges": [[1, 16]], "stages": [0],
+            "type": "gemm_nt_f8f8bf16",
+            "n": 4096,
+            "k": 1024,
+            "num_groups": 1,
+            "num_sms": 132,
+            "m_step": 1,
+            "m_ranges": [[1, 16]],
+            "stages": [0],
         }
-    ]  # fmt: skip
+    ]
 
 
 def test_json_in_a_file_beside_the_table(here: Library, tmp_path: Path, capsys: Capture) -> None:
@@ -228,8 +234,9 @@ def test_json_of_a_type_whose_rows_come_in_steps(capsys: Capture, here: Library)
     arguments = ["--gemm", "grouped_gemm_nt_f8f8bf16_contig:1024:4096:4", "--max-m", "300"]
     path = here.include_path / "deep_gemm" / "impls" / "sm90_fp8_gemm_1d2d.cuh"
     assert path.is_file()
-    steps = {use["m_step"] for item in json_of(capsys, *arguments)["kernels"]
-             for use in item["uses"]}  # fmt: skip
+    steps = {
+        use["m_step"] for item in json_of(capsys, *arguments)["kernels"] for use in item["uses"]
+    }
     assert steps == {128}
 
 
@@ -333,8 +340,9 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     at = lines.index("")
     assert lines[at + 1 : at + 3] == [
         "full: compiles 59 of 71 planned kernels until the first request is answered, and 62 that "
-        "nothing", "needs",
-    ]  # fmt: skip
+        "nothing",
+        "needs",
+    ]
     assert [line.split() for line in lines[at + 3 :]] == [
         ["uncovered", "GEMM", "num_sms", "M", "that", "would", "stall"],
         ["paged_mqa_logits_metadata:1:1", "132", "33..256"],
@@ -361,8 +369,10 @@ def test_a_streams_stalls_as_json(
     arguments = [*TINY, "--policy", "full", "--stream", "20,40"]
     stalls = json_of(capsys, *arguments, err=LACKING)["policy"]["stalls"]
     assert [(at, name, node) for at, name, node, _ in stalls] == [
-        (0, "EXTEND 20", 0), (2, "EXTEND 40", 0), (2, "EXTEND 40", 0),
-    ]  # fmt: skip
+        (0, "EXTEND 20", 0),
+        (2, "EXTEND 40", 0),
+        (2, "EXTEND 40", 0),
+    ]
 
 
 @pytest.mark.parametrize("policy", ["planned", "prebuilt"])
@@ -382,8 +392,9 @@ def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys
     assert (told["name"], told["missing"], told["superfluous"]) == ("full", 12, 62)
     assert told["compiled"] == len(data["kernels"]) - 12 + 62 == 121
     assert [(use["type"], use["m_ranges"]) for use in told["uncovered"]] == [
-        ("paged_mqa_logits_metadata", [[33, 256]]), ("fp8_einsum_bhr_hdr_bhd", [[17, 256]]),
-    ]  # fmt: skip
+        ("paged_mqa_logits_metadata", [[33, 256]]),
+        ("fp8_einsum_bhr_hdr_bhd", [[17, 256]]),
+    ]
 
 
 # Bad input
@@ -401,44 +412,71 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--gemm", "gemm:1:1"],
-         f"--gemm 'gemm:1:1': type 'gemm' is not known: use one of {KNOWN}"),
+        (
+            ["--gemm", "gemm:1:1"],
+            f"--gemm 'gemm:1:1': type 'gemm' is not known: use one of {KNOWN}",
+        ),
         ([*SMALL, "--policy", "full"], "--policy needs a model: a single GEMM has no warm-up"),
-        ([*SMALL, "--policy", "some"],
-         "Invalid value for '--policy': 'some' is not one of 'none', 'full', 'fast', "
-         "'pp-parallel', 'pp-parallel+full', 'pp-parallel+fast', 'relax', 'planned', 'prebuilt'."),
-        ([*SMALL, "--stream", "4"],
-         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
-         "give --policy"),
-        ([*SMALL, "--nodes", "2"],
-         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
-         "give --policy"),
-        ([*SMALL, "--walk-memory", "2"],
-         "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a warm-up: "
-         "give --policy"),
-        ([*TINY, "--policy", "full", "--cuda-graphs", "0"],
-         "--cuda-graphs 0 must all be at least 1"),
+        (
+            [*SMALL, "--policy", "some"],
+            "Invalid value for '--policy': 'some' is not one of 'none', 'full', 'fast', "
+            "'pp-parallel', 'pp-parallel+full', 'pp-parallel+fast', 'relax', 'planned', "
+            "'prebuilt'.",
+        ),
+        (
+            [*SMALL, "--stream", "4"],
+            "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a "
+            "warm-up: give --policy",
+        ),
+        (
+            [*SMALL, "--nodes", "2"],
+            "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a "
+            "warm-up: give --policy",
+        ),
+        (
+            [*SMALL, "--walk-memory", "2"],
+            "--nodes, --stream, --walk-max-m, --walk-memory and --cuda-graphs tell about a "
+            "warm-up: give --policy",
+        ),
+        (
+            [*TINY, "--policy", "full", "--cuda-graphs", "0"],
+            "--cuda-graphs 0 must all be at least 1",
+        ),
         ([*TINY, "--policy", "full", "--stream", "4,0"], "--stream 4,0 must all be at least 1"),
-        ([*TINY, "--policy", "full", "--walk-max-m", "0"],
-         "Invalid value for '--walk-max-m': 0 is not in the range x>=1."),
-        ([*SMALL, "--gpu", "a100"],
-         "GPU 'a100' is not known: use one of h100, h200, h20, b200, gb200, b300, gb300, "
-         "rtx-pro-6000"),
+        (
+            [*TINY, "--policy", "full", "--walk-max-m", "0"],
+            "Invalid value for '--walk-max-m': 0 is not in the range x>=1.",
+        ),
+        (
+            [*SMALL, "--gpu", "a100"],
+            "GPU 'a100' is not known: use one of h100, h200, h20, b200, gb200, b300, gb300, "
+            "rtx-pro-6000",
+        ),
         ([*SMALL, "--num-sms", "0"], "num-sms 0 must lie in 1..1024"),
         ([*SMALL, "--num-sms", "132,0"], "--num-sms 0 must lie in 1..1024"),
-        ([*SMALL, "--json", "/no/plan.json"],
-         "cannot write /no/plan.json: its folder does not exist"),
-        ([*SMALL, "--json", "-", "--cuda-version", "13"],
-         "--cuda-version '13' must be X.Y, such as 13.0"),
-        ([*SMALL, "--json", "-", "--cuda-version", "11.8"],
-         "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
-        ([*SMALL, "--json", "-", "--target-root", "deep_gemm"],
-         "--target-root deep_gemm must be an absolute path: the key holds it"),
+        (
+            [*SMALL, "--json", "/no/plan.json"],
+            "cannot write /no/plan.json: its folder does not exist",
+        ),
+        (
+            [*SMALL, "--json", "-", "--cuda-version", "13"],
+            "--cuda-version '13' must be X.Y, such as 13.0",
+        ),
+        (
+            [*SMALL, "--json", "-", "--cuda-version", "11.8"],
+            "--cuda-version 11.8 is too old: 12.9 or newer is needed",
+        ),
+        (
+            [*SMALL, "--json", "-", "--target-root", "deep_gemm"],
+            "--target-root deep_gemm must be an absolute path: the key holds it",
+        ),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
-        (["--gemm", GEMM, "--num-sms", "x"],
-         "Invalid value for '--num-sms': 'x' is not a list of integers such as 1,128,1024"),
+        (
+            ["--gemm", GEMM, "--num-sms", "x"],
+            "Invalid value for '--num-sms': 'x' is not a list of integers such as 1,128,1024",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line(
     arguments: list[str], line: str, here: Library, capsys: Capture
 ) -> None:
@@ -533,9 +571,15 @@ def test_check_needs_a_library(
     ids=["no release", "old release", "relative"],
 )
 def test_a_bad_target_is_refused_before_anything_is_printed(
-    option: list[str], line: str, headers: bool, json_path: str | None, here: Library,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture,
-) -> None:  # fmt: skip
+    option: list[str],
+    line: str,
+    headers: bool,
+    json_path: str | None,
+    here: Library,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
     """With JSON or without, and whether there are headers or not."""
     monkeypatch.chdir(tmp_path)
     if not headers:
@@ -548,8 +592,10 @@ def test_no_traceback_from_the_program_itself() -> None:
     code = "from runner.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", "--gemm", "gemm_nt_f8f8bf16:4096"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "error: --gemm 'gemm_nt_f8f8bf16:4096' must be TYPE:N:K or TYPE:N:K:GROUPS with whole "

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from runner.environ import Environ, cache_folder
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ, cache_folder
 from runner.errors import UserError
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library
 from runner.kernels.choose import choose_source
+from runner.kernels.installed import Library
 from runner.kernels.library import LibrarySource
 from runner.kernels.recorded import write_table
 from runner.kernels.rules import RULES

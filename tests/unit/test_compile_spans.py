@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launch.compile_spans import cut_compiles
-from runner.jit.shim import CompileRecord
 from runner.timeline import Span
+from runner.watch.shim import CompileRecord
 
 
 def record(start: float, end: float) -> CompileRecord:
@@ -19,9 +19,12 @@ def cut(spans: list[Span], *records: CompileRecord) -> list[tuple[str, float, fl
 def test_compiles_take_their_part_of_a_load() -> None:
     load = Span(0, 10, 20, "load", "gemm")
     assert cut([load], record(11, 13), record(14, 19)) == [
-        ("load", 10, 11), ("compile", 11, 13), ("load", 13, 14), ("compile", 14, 19),
+        ("load", 10, 11),
+        ("compile", 11, 13),
+        ("load", 13, 14),
+        ("compile", 14, 19),
         ("load", 19, 20),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_load_without_a_compile_stays_a_load() -> None:

@@ -10,12 +10,12 @@ pytest.importorskip("torch")
 
 from launch.compute_mode import check_graphs, compute_mode
 from launch.options import LaunchOptions
+from runner.config.environ import Environ
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
-from runner.environ import Environ
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.scenario import Scenario
-from runner.warmup import WarmupPolicy
 
 SMALL, LARGE = PRESETS["dsv4-tiny"], PRESETS["dsv4"]
 OPTIONS = LaunchOptions(model="dsv4-tiny")

@@ -25,11 +25,22 @@ def test_published_sizes() -> None:
         model = PRESETS[name]
         assert isinstance(model, Dsv4Config)
         assert (
-            model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.head_dim,
-            model.qk_rope_head_dim, model.q_lora_rank, model.o_groups, model.o_lora_rank,
-            model.index_n_heads, model.index_head_dim, model.index_topk, model.sliding_window,
-            model.num_hash_layers, model.hc_mult, model.vocab_size,
-        ) == expected  # fmt: skip
+            model.hidden_size,
+            model.num_hidden_layers,
+            model.num_attention_heads,
+            model.head_dim,
+            model.qk_rope_head_dim,
+            model.q_lora_rank,
+            model.o_groups,
+            model.o_lora_rank,
+            model.index_n_heads,
+            model.index_head_dim,
+            model.index_topk,
+            model.sliding_window,
+            model.num_hash_layers,
+            model.hc_mult,
+            model.vocab_size,
+        ) == expected
 
 
 @pytest.mark.parametrize(
@@ -44,10 +55,16 @@ def test_published_sizes() -> None:
 def test_published_experts(model: ModelConfig, experts: tuple[object, ...]) -> None:
     moe = model.moe
     assert (
-        moe.n_routed_experts, moe.num_experts_per_tok, moe.n_shared_experts,
-        moe.moe_intermediate_size, moe.routed_scaling_factor, moe.scoring_func, moe.n_group,
-        moe.topk_group, moe.swiglu_limit,
-    ) == experts  # fmt: skip
+        moe.n_routed_experts,
+        moe.num_experts_per_tok,
+        moe.n_shared_experts,
+        moe.moe_intermediate_size,
+        moe.routed_scaling_factor,
+        moe.scoring_func,
+        moe.n_group,
+        moe.topk_group,
+        moe.swiglu_limit,
+    ) == experts
     assert moe.norm_topk_prob is True
 
 

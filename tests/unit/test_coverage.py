@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 
+from runner.backend.walk_memory import GIB
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
-from runner.coverage import Coverage, coverage, node_coverage, node_stages
-from runner.deployment import Deployment, plan_of
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.jit.plan import Plan
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
+from runner.planning.coverage import Coverage, coverage, node_coverage, node_stages
+from runner.planning.demands import Deployment, plan_of
+from runner.planning.plan import Plan
+from runner.planning.residency import STALLS_AFTER, kernels_before
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import KernelWork, Mark, Op, Walk
-from runner.stalls import STALLS_AFTER, kernels_before
-from runner.walk_memory import GIB
-from runner.warmup import WarmupOptions, WarmupPolicy
 
 P = WarmupPolicy
 POLICIES = pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
@@ -42,8 +42,12 @@ def held_up(policy: WarmupPolicy, made: Deployment, nodes: int) -> dict[int, set
     if policy in (P.PLANNED, P.PREBUILT):
         return {node: {item.kernel for item in plan_of(made).kernels} for node in range(nodes)}
     parallel = ParallelConfig(pp=2, tp=2, nodes=nodes)
-    one = Scenario(model=made.model, parallel=parallel, max_tokens=LIMIT,
-                   warmup=WarmupOptions(policy=policy, walk_max_m=LIMIT))  # fmt: skip
+    one = Scenario(
+        model=made.model,
+        parallel=parallel,
+        max_tokens=LIMIT,
+        warmup=WarmupOptions(policy=policy, walk_max_m=LIMIT),
+    )
     held: dict[int, set[Kernel]] = {node: set() for node in range(nodes)}
     for rank, ops in enumerate(record(one).ranks):
         for op in ops[: ops.index(Mark("phase", STALLS_AFTER))]:
@@ -102,8 +106,11 @@ def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, no
         for use in found.uncovered
     }
     assert told == stalling
-    assert found.stalls == coverage(policy, made, plan, nodes=nodes, stream=(),
-                                    walk_max_m=LIMIT).stalls == ()  # fmt: skip
+    assert (
+        found.stalls
+        == coverage(policy, made, plan, nodes=nodes, stream=(), walk_max_m=LIMIT).stalls
+        == ()
+    )
 
 
 def test_by_default_each_stage_has_a_node() -> None:
@@ -144,8 +151,12 @@ def test_graphs_cover_what_their_decode_steps_use() -> None:
     )
     assert plain.compiled < captured.compiled
     parallel = made.parallel
-    one = Scenario(model=made.model, parallel=replace(parallel, nodes=2), max_tokens=LIMIT,
-                   warmup=WarmupOptions(policy=P.NONE, graph_batch_sizes=(1, LIMIT)))  # fmt: skip
+    one = Scenario(
+        model=made.model,
+        parallel=replace(parallel, nodes=2),
+        max_tokens=LIMIT,
+        warmup=WarmupOptions(policy=P.NONE, graph_batch_sizes=(1, LIMIT)),
+    )
     before = kernels_before(record(one), one.table, one.parallel.node_of)
     found = set[Kernel]().union(*before.values())
     assert captured.compiled == found
@@ -202,8 +213,9 @@ def test_what_policies_leave_uncovered() -> None:
     full = found[P.FULL]
     # The first request has called the logits, which are one kernel; these are several.
     assert {use.shape.type for use in full.uncovered} == {
-        T.PAGED_MQA_LOGITS_METADATA, T.FP8_EINSUM_BHR_HDR_BHD,
-    }  # fmt: skip
+        T.PAGED_MQA_LOGITS_METADATA,
+        T.FP8_EINSUM_BHR_HDR_BHD,
+    }
     # The full list goes to 16384 whatever the chunk is, so it compiles what no forward needs.
     assert full.superfluous > 0
     assert found[P.FAST].missing >= full.missing
@@ -215,10 +227,18 @@ def test_what_policies_leave_uncovered() -> None:
 
 
 def first_request_kernels(made: Deployment) -> set[Kernel]:
-    one = Scenario(model=made.model, parallel=made.parallel, max_tokens=made.max_tokens,
-                   warmup=WarmupOptions(policy=P.NONE, batch_sizes=(1,)))  # fmt: skip
-    return {kernel for rank in range(made.parallel.world_size)
-            for op in record_rank(one, rank) for kernel in used(op)}  # fmt: skip
+    one = Scenario(
+        model=made.model,
+        parallel=made.parallel,
+        max_tokens=made.max_tokens,
+        warmup=WarmupOptions(policy=P.NONE, batch_sizes=(1,)),
+    )
+    return {
+        kernel
+        for rank in range(made.parallel.world_size)
+        for op in record_rank(one, rank)
+        for kernel in used(op)
+    }
 
 
 def test_with_one_stage_pp_parallel_is_none() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.jit.compiler import NvccCompiler
-from runner.jit.cubin import NotACubinError, kernels_in, sections
+from runner.build.compiler import NvccCompiler
+from runner.build.cubin import NotACubinError, kernels_in, sections
 from runner.kernels.rules_sm90 import transpose_fp32
 from tests.unit.elf import tiny_cubin
 
@@ -33,10 +33,26 @@ def elf(content: dict[str, bytes], *, nobits: int = 0, segments: int = 0) -> byt
         table += struct.pack("<IIQQQQIIQQ", starts[name], kind, 0, 0, at, size, 0, 0, 1, 0)
         body += data
     ends = HEADER + len(body)
-    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack(
-        "<HHIQQQIHHHHHH", 2, 190, 1, 0, ends + len(table), ends, 0,
-        HEADER, SEGMENT, segments, SECTION, len(named), 1,
-    )  # fmt: skip
+    header = (
+        b"\x7fELF\x02\x01\x01"
+        + bytes(9)
+        + struct.pack(
+            "<HHIQQQIHHHHHH",
+            2,
+            190,
+            1,
+            0,
+            ends + len(table),
+            ends,
+            0,
+            HEADER,
+            SEGMENT,
+            segments,
+            SECTION,
+            len(named),
+            1,
+        )
+    )
     return header + body + table + bytes(SEGMENT * segments)
 
 

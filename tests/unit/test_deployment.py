@@ -9,37 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
-from runner.config.hf import with_layers
-from runner.config.parallel import ParallelConfig
-from runner.config.presets import DSV3, DSV4, PRESETS
-from runner.deployment import Deployment, demands, recorded_calls
-from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, ForwardMode
-from runner.gemm_rows import (
+from runner.backend.token_to_m import (
     MASKED_BUDGET,
     contiguous_rows,
     masked_bytes,
     masked_rows,
     masked_token_limit,
 )
-from runner.jit.plan import make_plan
+from runner.config.hf import with_layers
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import DSV3, DSV4, PRESETS
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.warmup import DisaggregationMode
+from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.strategy import COMM_SMS, STRATEGIES
-from runner.model_runner import ModelRunner, NoBuffers
-from runner.warmup import DisaggregationMode
+from runner.planning.demands import Deployment, demands, recorded_calls
+from runner.planning.plan import make_plan
 
 FEW = {"dsv4": with_layers(DSV4, 5), "dsv3": with_layers(DSV3, 5)}
 
 
 def deployment(model: str = "dsv4", max_tokens: int = 2048, **values: Any) -> Deployment:
-    layout = {name: values.pop(name) for name in ("pp", "tp", "ep", "moe_a2a", "attn_cp")
-              if name in values}  # fmt: skip
+    layout = {
+        name: values.pop(name)
+        for name in ("pp", "tp", "ep", "moe_a2a", "attn_cp")
+        if name in values
+    }
     return Deployment(
         model=FEW[model], parallel=ParallelConfig(**layout), max_tokens=max_tokens, **values
     )
@@ -146,16 +149,19 @@ def test_a_strategy_that_leaves_sms_adds_its_modes_kernels() -> None:
     assert {demand.shape.num_sms for demand in extra} == {132 - COMM_SMS}
     # Half of an EXTEND of up to 2048 tokens; DECODE, which alone has masked experts, keeps all SMs.
     assert {demand.shape.type for demand in once} - {demand.shape.type for demand in extra} == {
-        T.TF32_HC_PRENORM_GEMM, T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-    }  # fmt: skip
+        T.TF32_HC_PRENORM_GEMM,
+        T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
+    }
     dense = [demand for demand in extra if demand.shape.type is T.GEMM_NT_F8F8BF16]
     assert dense and all(demand.ms == tuple(range(1, 2048)) for demand in dense)
 
 
 def test_blocks_of_tokens_have_a_share_of_the_rows() -> None:
     made = deployment(tp=4, moe_a2a=True, max_tokens=1000)
-    shapes = {(demand.shape.type, demand.shape.n, demand.shape.k): demand.ms[-1]
-              for demand in demands(made)}  # fmt: skip
+    shapes = {
+        (demand.shape.type, demand.shape.n, demand.shape.k): demand.ms[-1]
+        for demand in demands(made)
+    }
     assert shapes[T.GEMM_NT_F8F8BF16, 1536, 4096] == 1000  # wqkv_a: attention has all tokens
     assert shapes[T.GEMM_NT_BF16BF16F32, 256, 4096] == 250  # gate
     assert shapes[T.GEMM_NT_F8F8BF16, 4096, 4096] == 250  # shared experts, whole
@@ -168,8 +174,10 @@ def test_every_planned_row_comes_of_some_forward() -> None:
     made = deployment(
         tp=4, moe_a2a=True, ep=True, max_tokens=limit, overlap=(STRATEGIES["deepseek-prefill"],)
     )
-    called = {(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), call.m)
-              for call in calls_of_every_forward(made, limit)}  # fmt: skip
+    called = {
+        (GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), call.m)
+        for call in calls_of_every_forward(made, limit)
+    }
     planned = {(demand.shape, m) for demand in demands(made) for m in demand.ms}
     contiguous = {pair for pair in planned if pair[0].type in CONTIGUOUS_TYPES}
     assert planned - contiguous == {pair for pair in called if pair[0].type not in CONTIGUOUS_TYPES}
@@ -185,17 +193,28 @@ def test_a_decode_node_that_overlaps_is_planned_exactly(
     """Dense layers run the whole batch, layers with experts its halves."""
     overlap = (replace(STRATEGIES["deepseek-decode"], comm_sms=sms),)
     made = deployment(
-        model, pp=pp, tp=8, moe_a2a=True, ep=True, max_tokens=8192, decode_batch_sizes=sizes,
-        disaggregation=DisaggregationMode.DECODE, overlap=overlap,
-    )  # fmt: skip
+        model,
+        pp=pp,
+        tp=8,
+        moe_a2a=True,
+        ep=True,
+        max_tokens=8192,
+        decode_batch_sizes=sizes,
+        disaggregation=DisaggregationMode.DECODE,
+        overlap=overlap,
+    )
     called = set()
     for stage in range(pp):
         recorder = ScheduleRecorder()
         runner = ModelRunner.build(
-            made.model, made.parallel, made.parallel.rank_of(stage, 0),
+            made.model,
+            made.parallel,
+            made.parallel.rank_of(stage, 0),
             backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-            weights=ShapeWeights(), buffers=NoBuffers(), overlap=made.overlap,
-        )  # fmt: skip
+            weights=ShapeWeights(),
+            buffers=NoBuffers(),
+            overlap=made.overlap,
+        )
         for size in sizes:
             batch = ForwardBatch.decode((1,) * size)
             runner.forward(batch, runner.dummy_proxy(batch))
@@ -216,10 +235,14 @@ def calls_of_every_forward(made: Deployment, limit: int) -> set[KernelCall]:
     """DECODE of any size, EXTEND of one prompt and of two of any lengths."""
     recorder = ScheduleRecorder()
     runner = ModelRunner.build(
-        made.model, made.parallel, 0,
+        made.model,
+        made.parallel,
+        0,
         backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-        weights=ShapeWeights(), buffers=NoBuffers(), overlap=made.overlap,
-    )  # fmt: skip
+        weights=ShapeWeights(),
+        buffers=NoBuffers(),
+        overlap=made.overlap,
+    )
     for tokens in range(1, limit + 1):
         runner.forward(ForwardBatch.decode((1,) * tokens))
         runner.forward(ForwardBatch.extend((tokens,)))
@@ -230,8 +253,11 @@ def calls_of_every_forward(made: Deployment, limit: int) -> set[KernelCall]:
 
 def test_context_parallel_ranks_project_their_own_tokens_only() -> None:
     made = deployment(max_tokens=1000, tp=4, attn_cp=2, disaggregation=DisaggregationMode.PREFILL)
-    last = {demand.shape.n: demand.ms[-1] for demand in demands(made)
-            if demand.shape.type is T.GEMM_NT_F8F8BF16}  # fmt: skip
+    last = {
+        demand.shape.n: demand.ms[-1]
+        for demand in demands(made)
+        if demand.shape.type is T.GEMM_NT_F8F8BF16
+    }
     assert last[1536] == 500  # wqkv_a
     assert last[1024] == 1000  # shared experts' gate_up
 

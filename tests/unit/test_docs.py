@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.build.compiler import NvccCompiler
 from runner.cli import cli
 from runner.cli.guard import run_guarded
-from runner.jit.compiler import NvccCompiler
 from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, TRANSCRIPT, tidy
 
 MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KiB|[0-9a-f]{32}")
@@ -27,9 +27,12 @@ def blocks() -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("document", "name", "text"), blocks(), ids=lambda text: text[:20])
 def test_golden_output(
-    document: str, name: str, text: str, monkeypatch: pytest.MonkeyPatch,
+    document: str,
+    name: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(ROOT)
     assert run_guarded(cli, COMMANDS[name].split(), program="runner") == 0
     assert text.strip("\n") and text.strip("\n") in tidy(capsys.readouterr().out)
@@ -55,9 +58,13 @@ def masked(text: str) -> str:
 @pytest.mark.nvcc
 @pytest.mark.parametrize(("document", "text"), transcripts(), ids=lambda text: text[:20])
 def test_transcripts(
-    document: str, text: str, tmp_path: Path, nvcc_compiler: NvccCompiler,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    document: str,
+    text: str,
+    tmp_path: Path,
+    nvcc_compiler: NvccCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     for step in text.removeprefix("$ ").split("\n$ "):
         command, _, shown = step.partition("\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runner.jit.entry import FORMATS, format_of, kernel_name
+from runner.cache.entry import FORMATS, format_of, kernel_name
 
 HEX = "0123456789abcdef" * 2
 FIRST, SECOND = FORMATS

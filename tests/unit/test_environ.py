@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.bf16_fp32 import Bf16Fp32Algo
-from runner.environ import Environ
+from runner.config.environ import Environ
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.errors import UserError
 
 VARIABLES = {item.metadata["variable"]: item for item in fields(Environ)}

@@ -36,11 +36,14 @@ HELD_UP = (
     [
         (UserError("no nvcc"), "rank 2: no nvcc", 2),
         (CommunicationTimeoutError("waited 3 s"), "rank 2: waited 3 s", 1),
-        (ConnectionError("Connection closed by peer"),
-         "rank 2: ConnectionError: Connection closed by peer", 1),
+        (
+            ConnectionError("Connection closed by peer"),
+            "rank 2: ConnectionError: Connection closed by peer",
+            1,
+        ),
         (ValueError(), "rank 2: ValueError: ValueError", 1),
     ],
-)  # fmt: skip
+)
 def test_a_failure_is_one_line(
     error: Exception, words: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,16 +11,18 @@ pytest.importorskip("torch")
 from launch.gather import RankRecord, assemble, find_stalls
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.jit.shim import CompileRecord
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.scenario import Scenario, run_meta
 from runner.schedule import Compute, Mark
 from runner.timeline import Span
-from runner.warmup import WarmupOptions, WarmupPolicy
+from runner.watch.shim import CompileRecord
 
 FORWARDS = [
-    (10.0, "warm-up", "DECODE 1"), (20.0, "first request", "EXTEND 1"),
-    (30.0, "requests", "EXTEND 8"), (40.0, "requests", "DECODE 8"),
-]  # fmt: skip
+    (10.0, "warm-up", "DECODE 1"),
+    (20.0, "first request", "EXTEND 1"),
+    (30.0, "requests", "EXTEND 8"),
+    (40.0, "requests", "DECODE 8"),
+]
 
 
 def stalls(*starts: float) -> list[list[Any]]:
@@ -34,9 +36,11 @@ def test_compiles_before_the_other_requests_are_no_stalls() -> None:
 
 def test_a_stall_belongs_to_the_forward_that_it_holds_up() -> None:
     assert stalls(15, 30, 39.5, 40, 99) == [
-        [0, "EXTEND 8", 3, "kernel 30"], [0, "EXTEND 8", 3, "kernel 39.5"],
-        [1, "DECODE 8", 3, "kernel 40"], [1, "DECODE 8", 3, "kernel 99"],
-    ]  # fmt: skip
+        [0, "EXTEND 8", 3, "kernel 30"],
+        [0, "EXTEND 8", 3, "kernel 39.5"],
+        [1, "DECODE 8", 3, "kernel 40"],
+        [1, "DECODE 8", 3, "kernel 99"],
+    ]
 
 
 def test_without_requests_there_are_none() -> None:
@@ -45,30 +49,39 @@ def test_without_requests_there_are_none() -> None:
 
 
 SCENARIO = Scenario(
-    model=DSV4_TINY, parallel=ParallelConfig(pp=2, nodes=2), max_tokens=64,
+    model=DSV4_TINY,
+    parallel=ParallelConfig(pp=2, nodes=2),
+    max_tokens=64,
     warmup=WarmupOptions(policy=WarmupPolicy.FAST, batch_sizes=(1,)),
-)  # fmt: skip
+)
 PROOFS = [{"node": 0, "planned": 4}, {"node": 1, "planned": 5}]
 
 
 def made(**changes: Any) -> list[RankRecord]:
     zero = RankRecord(
-        started=1000.0, spans=[Span(0, 1001.0, 1002.0, "load", "x")], ops=[Mark("phase", "end")],
-        coverage=PROOFS[0], stalls=[[1, "DECODE 8", 0, "b"]],
-    )  # fmt: skip
+        started=1000.0,
+        spans=[Span(0, 1001.0, 1002.0, "load", "x")],
+        ops=[Mark("phase", "end")],
+        coverage=PROOFS[0],
+        stalls=[[1, "DECODE 8", 0, "b"]],
+    )
     one = RankRecord(
-        started=999.5, spans=[Span(1, 999.0, 1003.5, "phase", "warm-up")],
-        ops=[Compute("x", 1, 2)], coverage=PROOFS[1],
-        stalls=[[0, "EXTEND 8", 1, "c"], [0, "EXTEND 8", 1, "a"]], **changes,
-    )  # fmt: skip
+        started=999.5,
+        spans=[Span(1, 999.0, 1003.5, "phase", "warm-up")],
+        ops=[Compute("x", 1, 2)],
+        coverage=PROOFS[1],
+        stalls=[[0, "EXTEND 8", 1, "c"], [0, "EXTEND 8", 1, "a"]],
+        **changes,
+    )
     return [zero, one]
 
 
 def test_the_origin_is_where_the_first_process_began() -> None:
     result = assemble(made(), SCENARIO, {"device": "cpu"})
     assert result.timeline.spans == (
-        Span(0, 1.5, 2.5, "load", "x"), Span(1, 0.0, 4.0, "phase", "warm-up"),
-    )  # fmt: skip
+        Span(0, 1.5, 2.5, "load", "x"),
+        Span(1, 0.0, 4.0, "phase", "warm-up"),
+    )
     assert result.schedule.ranks == ((Mark("phase", "end"),), (Compute("x", 1, 2),))
     assert (result.timeline.policy, result.timeline.source) == ("fast", "measured")
     assert result.timeline.world_size == 2
@@ -82,9 +95,11 @@ def test_what_the_timeline_tells() -> None:
         "walk_memory": None,
         "coverage": PROOFS,
         "stalls": [
-            [0, "EXTEND 8", 1, "a"], [0, "EXTEND 8", 1, "c"], [1, "DECODE 8", 0, "b"],
+            [0, "EXTEND 8", 1, "a"],
+            [0, "EXTEND 8", 1, "c"],
+            [1, "DECODE 8", 0, "b"],
         ],
-    }  # fmt: skip
+    }
 
 
 def test_only_leaders_prove_a_nodes_coverage() -> None:

@@ -93,14 +93,23 @@ def test_absent_and_null_fields_take_the_familys_defaults() -> None:
 
 def test_values_are_taken_from_the_file() -> None:
     changed = {
-        "hc_mult": 2, "hc_sinkhorn_iters": 5, "hc_eps": 1e-3, "rope_theta": 500,
-        "compress_rope_theta": 40000, "sliding_window": 256, "num_hash_layers": 0,
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 5,
+        "hc_eps": 1e-3,
+        "rope_theta": 500,
+        "compress_rope_theta": 40000,
+        "sliding_window": 256,
+        "num_hash_layers": 0,
         "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+    }
     experts = {
-        "swiglu_limit": 7, "scoring_func": "sigmoid", "norm_topk_prob": False,
-        "routed_scaling_factor": 3, "n_group": 8, "topk_group": 2,
-    }  # fmt: skip
+        "swiglu_limit": 7,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 3,
+        "n_group": 8,
+        "topk_group": 2,
+    }
     model = from_hf({**hf_of(DSV4), **changed, **experts}, "x")
     assert model == replace(DSV4, name="x", moe=replace(DSV4.moe, **experts), **changed)
     assert isinstance(model.moe.swiglu_limit, float)
@@ -172,14 +181,34 @@ def test_unknown_model_type(tmp_path: Path, data: dict[str, Any], shown: str) ->
 
 
 REQUIRED_V4 = [
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "q_lora_rank", "qk_rope_head_dim",
-    "vocab_size", "head_dim", "o_groups", "o_lora_rank", "index_n_heads", "index_head_dim",
-    "index_topk", "sliding_window", "compress_ratios", "num_hash_layers", "n_routed_experts",
-    "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "routed_scaling_factor",
-]  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "vocab_size",
+    "head_dim",
+    "o_groups",
+    "o_lora_rank",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "sliding_window",
+    "compress_ratios",
+    "num_hash_layers",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "routed_scaling_factor",
+]
 REQUIRED_V3 = [
-    "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "intermediate_size", "first_k_dense_replace",
-]  # fmt: skip
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "first_k_dense_replace",
+]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ from threading import Barrier, Thread
 
 import pytest
 
-from runner.environ import Environ
+from runner.build.compiler import CompileError, NvccCompiler
+from runner.build.lazy import Found, LazyJit
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import CompileError, NvccCompiler
-from runner.jit.keys import first_recipe
-from runner.jit.lazy import Found, LazyJit
-from runner.jit.library import Library
-from runner.jit.shim import read_records, write_shim
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.watch.shim import read_records, write_shim
 from tests.unit.elf import tiny_cubin
 
 KEY = f"kernel.gemm.{'0123' * 8}"

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from runner.environ import Environ
+from runner.build.compiler import CompileError, NvccCompiler, find_nvcc
+from runner.build.lazy import Found, LazyJit
+from runner.cache.digest import hex_digest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import CompileError, NvccCompiler, find_nvcc
-from runner.jit.digest import hex_digest
-from runner.jit.keys import first_recipe
-from runner.jit.lazy import Found, LazyJit
-from runner.jit.library import Library
-from runner.jit.shim import read_records, write_shim
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import transpose_fp32
+from runner.watch.shim import read_records, write_shim
 
 BEFORE_INCLUDE = (
     "-std=c++20 --diag-suppress=39,161,174,177,186,940 --ptxas-options=--register-usage-level=10"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.jit.digest import DeepJitDigest, Digest, hex_digest
+from runner.cache.digest import DeepJitDigest, Digest, hex_digest
 
 SEEDS = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.jit.describe import name_of_source
-from runner.jit.library import Library
+from runner.cache.describe import name_of_source
 from runner.kernels.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import RULED_TYPES, kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
@@ -38,8 +38,14 @@ def candidates(shape: dict[str, Any]) -> list[int]:
 
 def test_all_seven_shapes_are_there() -> None:
     assert [shape["tag"] for shape in MEASURED] == [
-        "gate", "hc_prenorm", "moe_w13_c", "moe_w2_m", "sh_down", "wq_b", "wqkv_a",
-    ]  # fmt: skip
+        "gate",
+        "hc_prenorm",
+        "moe_w13_c",
+        "moe_w2_m",
+        "sh_down",
+        "wq_b",
+        "wqkv_a",
+    ]
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
@@ -154,12 +160,24 @@ def test_dense_kernels_hold_neither_n_nor_k_and_grouped_ones_both() -> None:
 def test_arguments_without_heuristics() -> None:
     assert arguments("hc") == ("24, 16384", "64, 32, 64", "66", "128", "12", "128, 128")
     assert arguments("mqa logits") == (
-        "64, 128", "true", "2, 256", "3, 3", "132", "128, 512", "float",
-    )  # fmt: skip
+        "64, 128",
+        "true",
+        "2, 256",
+        "3, 3",
+        "132",
+        "128, 512",
+        "float",
+    )
     assert arguments("metadata") == ("128, 256, 132, false",)
     assert arguments("paged mqa logits") == (
-        "1, 64", "128, 64", "true, false", "3, 3", "256", "128, 512", "float",
-    )  # fmt: skip
+        "1, 64",
+        "128, 64",
+        "true, false",
+        "3, 3",
+        "256",
+        "128, 512",
+        "float",
+    )
     assert transpose_fp32(4096).arguments == ("512, 64, 32",)
     assert transpose_fp32(4097).arguments == ("512, 64, 33",)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.describe import name_of_source
-from runner.jit.shim import read_records, read_unfinished, write_shim
+from runner.cache.describe import name_of_source
+from runner.watch.shim import read_records, read_unfinished, write_shim
 
 SOURCE = "// Includes' hash value: 00\n\nauto p = (&gemm_impl<\n    1\n>);\n\nint last;\n"
 
@@ -37,9 +37,14 @@ def compile_with(
     directory.mkdir(exist_ok=True)
     (directory / "kernel.cu").write_text(source)
     return run(
-        shim, directory / "kernel.cu", "-cubin", "-o", directory / "kernel.cubin", "-O3",
+        shim,
+        directory / "kernel.cu",
+        "-cubin",
+        "-o",
+        directory / "kernel.cubin",
+        "-O3",
         **environment,
-    )  # fmt: skip
+    )
 
 
 def test_version_passes_through_unrecorded(shim: Path, log_dir: Path) -> None:

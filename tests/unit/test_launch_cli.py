@@ -10,19 +10,45 @@ import pytest
 
 from launch.cli import _arguments, launch, main
 from launch.options import LaunchOptions
-from runner.warmup import DisaggregationMode, WarmupPolicy
+from runner.driver.warmup import DisaggregationMode, WarmupPolicy
 
 EVERYTHING: dict[str, Any] = {
-    "model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 4, "ep": True, "attn_cp": 2,
-    "stage_layers": (1, 3), "policies": (WarmupPolicy.PP_PARALLEL_FAST,), "batch_sizes": (2, 4),
-    "prompt_len": 3, "max_tokens": 64, "disaggregation": DisaggregationMode.DECODE,
-    "speculative": True, "compute": "skip", "jit": False, "device": "cpu", "backend": "gloo",
-    "gpu": "h20", "num_sms": 78, "library": "vllm", "virtual_nodes": 4, "stream": (5, 6),
-    "cuda_graphs": (8,), "walk_max_m": 32,
-    "walk_memory": 1.5, "compile_lock": True, "nccl_timeout": 2.5, "cache_dir": Path("a cache"),
-    "seed": 7, "timeout": 60.0, "logits": Path("logits.pt"), "schedule": Path("schedule.json"),
-    "probed": 1.25, "moe_a2a": True, "overlap": ("deepseek-decode", "mine.toml"),
-}  # fmt: skip
+    "model": "dsv4-tiny",
+    "layers": 4,
+    "pp": 2,
+    "tp": 4,
+    "ep": True,
+    "attn_cp": 2,
+    "stage_layers": (1, 3),
+    "policies": (WarmupPolicy.PP_PARALLEL_FAST,),
+    "batch_sizes": (2, 4),
+    "prompt_len": 3,
+    "max_tokens": 64,
+    "disaggregation": DisaggregationMode.DECODE,
+    "speculative": True,
+    "compute": "skip",
+    "jit": False,
+    "device": "cpu",
+    "backend": "gloo",
+    "gpu": "h20",
+    "num_sms": 78,
+    "library": "vllm",
+    "virtual_nodes": 4,
+    "stream": (5, 6),
+    "cuda_graphs": (8,),
+    "walk_max_m": 32,
+    "walk_memory": 1.5,
+    "compile_lock": True,
+    "nccl_timeout": 2.5,
+    "cache_dir": Path("a cache"),
+    "seed": 7,
+    "timeout": 60.0,
+    "logits": Path("logits.pt"),
+    "schedule": Path("schedule.json"),
+    "probed": 1.25,
+    "moe_a2a": True,
+    "overlap": ("deepseek-decode", "mine.toml"),
+}
 OF_THE_PARENT = {"timeline", "trace", "plot", "probe"}
 """What the process that starts the ranks does itself."""
 

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 
 from launch.options import LaunchOptions
-from runner.bf16_fp32 import Bf16Fp32Algo
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
+from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
-from runner.environ import Environ
+from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library
+from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RulesTable
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 
 
 @pytest.fixture(autouse=True)
@@ -48,31 +48,56 @@ def rules_on(gpu: str, num_sms: int, **variables: Any) -> RulesTable:
 
 def test_defaults() -> None:
     assert scenario() == Scenario(
-        model=DSV4, parallel=ParallelConfig(), num_sms=78,
-        warmup=WarmupOptions(policy=WarmupPolicy.FAST), source=rules_on("h200", 78),
-    )  # fmt: skip
+        model=DSV4,
+        parallel=ParallelConfig(),
+        num_sms=78,
+        warmup=WarmupOptions(policy=WarmupPolicy.FAST),
+        source=rules_on("h200", 78),
+    )
 
 
 def test_everything() -> None:
     found = scenario(
         Environ(bf16_fp32_algo=Bf16Fp32Algo.TORCH),
-        model="dsv4-tiny", layers=4, pp=2, tp=2, ep=True, attn_cp=2, stage_layers=(1, 3),
-        batch_sizes=(2, 4), prompt_len=3, max_tokens=64, speculative=True,
-        disaggregation=DisaggregationMode.DECODE, virtual_nodes=4, stream=(5, 6),
-        cuda_graphs=(8,), walk_max_m=32, walk_memory=1.5, compile_lock=True,
-    )  # fmt: skip
+        model="dsv4-tiny",
+        layers=4,
+        pp=2,
+        tp=2,
+        ep=True,
+        attn_cp=2,
+        stage_layers=(1, 3),
+        batch_sizes=(2, 4),
+        prompt_len=3,
+        max_tokens=64,
+        speculative=True,
+        disaggregation=DisaggregationMode.DECODE,
+        virtual_nodes=4,
+        stream=(5, 6),
+        cuda_graphs=(8,),
+        walk_max_m=32,
+        walk_memory=1.5,
+        compile_lock=True,
+    )
     assert found == Scenario(
         model=with_layers(DSV4_TINY, 4),
-        parallel=ParallelConfig(
-            pp=2, tp=2, ep=True, attn_cp=2, nodes=4, stage_layers=(1, 3)
-        ),
+        parallel=ParallelConfig(pp=2, tp=2, ep=True, attn_cp=2, nodes=4, stage_layers=(1, 3)),
         warmup=WarmupOptions(
-            policy=WarmupPolicy.FAST, batch_sizes=(2, 4), disaggregation=DisaggregationMode.DECODE,
-            speculative=True, graph_batch_sizes=(8,), walk_max_m=32, compile_lock=True,
+            policy=WarmupPolicy.FAST,
+            batch_sizes=(2, 4),
+            disaggregation=DisaggregationMode.DECODE,
+            speculative=True,
+            graph_batch_sizes=(8,),
+            walk_max_m=32,
+            compile_lock=True,
         ),
-        num_sms=78, prompt_len=3, bf16_fp32_algo=Bf16Fp32Algo.TORCH, max_tokens=64,
-        stream=(5, 6), walk_memory=1.5 * 2**30, source=rules_on("h200", 78),
-    )  # fmt: skip
+        num_sms=78,
+        prompt_len=3,
+        bf16_fp32_algo=Bf16Fp32Algo.TORCH,
+        max_tokens=64,
+        stream=(5, 6),
+        walk_memory=1.5 * 2**30,
+        source=rules_on("h200", 78),
+    )
 
 
 def test_kernels_are_those_of_the_gpu() -> None:
@@ -109,9 +134,17 @@ def test_the_library_that_is_asked_for(
 
 @pytest.mark.parametrize(
     ("world", "local", "virtual", "nodes"),
-    [(None, None, 1, 1), (None, None, 4, 4), (8, None, 1, 1), (8, 8, 1, 1), (8, 4, 1, 2),
-     (8, 4, 4, 4), (8, 2, 2, 4), (1, 1, 2, 2)],
-)  # fmt: skip
+    [
+        (None, None, 1, 1),
+        (None, None, 4, 4),
+        (8, None, 1, 1),
+        (8, 8, 1, 1),
+        (8, 4, 1, 2),
+        (8, 4, 4, 4),
+        (8, 2, 2, 4),
+        (1, 1, 2, 2),
+    ],
+)
 def test_nodes_are_torchruns_or_the_virtual_ones(
     world: int | None, local: int | None, virtual: int, nodes: int
 ) -> None:

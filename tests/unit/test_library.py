@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from runner.cache.digest import DeepJitDigest, hex_digest
 from runner.errors import UserError
-from runner.jit.digest import DeepJitDigest, hex_digest
-from runner.jit.library import Library, find_library, include_hash, own_headers
+from runner.kernels.installed import Library, find_library, include_hash, own_headers
 
 
 def package(root: Path) -> Path:

@@ -19,27 +19,27 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from launch.cli import main as launch  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
 from runner.backend.base import Backend  # noqa: E402
+from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.linear_bf16_fp32 import linear_bf16_fp32  # noqa: E402
 from runner.backend.reference import ReferenceEntryPoints  # noqa: E402
 from runner.backend.shapes import NoComm  # noqa: E402
 from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
-from runner.bf16_fp32 import Bf16Fp32Algo  # noqa: E402
 from runner.cli import cli  # noqa: E402
 from runner.cli.guard import run_guarded  # noqa: E402
+from runner.config.environ import Environ  # noqa: E402
+from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
 from runner.config.hf import from_hf, with_layers  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
-from runner.deployment import Deployment, demands  # noqa: E402
-from runner.environ import Environ  # noqa: E402
-from runner.forward_batch import ForwardMode  # noqa: E402
+from runner.driver.model_runner import ModelRunner  # noqa: E402
+from runner.driver.warmup import WarmupOptions, WarmupPolicy  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.kernels.types import KernelCall  # noqa: E402
-from runner.model_runner import ModelRunner  # noqa: E402
+from runner.planning.demands import Deployment, demands  # noqa: E402
 from runner.scenario import Scenario, record  # noqa: E402
 from runner.schedule import Compute  # noqa: E402
-from runner.warmup import WarmupOptions, WarmupPolicy  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -161,9 +161,13 @@ def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
     spy, recorder = Spy(), ScheduleRecorder()
     backend = Backend(TorchMath(CPU, spy), NoComm(), recorder, num_sms=132, bf16_fp32_algo=algo)
     runner = ModelRunner.build(
-        FOUR_LAYERS, ParallelConfig(), 0, backend=backend, weights=TorchWeights(0, CPU),
+        FOUR_LAYERS,
+        ParallelConfig(),
+        0,
+        backend=backend,
+        weights=TorchWeights(0, CPU),
         buffers=TorchBuffers(CPU, FOUR_LAYERS.vocab_size),
-    )  # fmt: skip
+    )
     with torch.inference_mode():
         assert runner._dummy_run(3, ForwardMode.DECODE).shape == (3, 1024)
     expected = wide_shapes(FOUR_LAYERS)
@@ -193,9 +197,11 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
 ) -> None:
     def recorded(chosen: Bf16Fp32Algo) -> list[Any]:
         scenario = Scenario(
-            model=MODELS[name], parallel=ParallelConfig(tp=2), bf16_fp32_algo=chosen,
+            model=MODELS[name],
+            parallel=ParallelConfig(tp=2),
+            bf16_fp32_algo=chosen,
             warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(1, 24)),
-        )  # fmt: skip
+        )
         return list(record(scenario).ranks[0])
 
     changed = 0
@@ -214,9 +220,11 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
 @each_algo
 def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
     deployment = Deployment(
-        model=with_layers(DSV4, 4), parallel=ParallelConfig(tp=2), max_tokens=64,
+        model=with_layers(DSV4, 4),
+        parallel=ParallelConfig(tp=2),
+        max_tokens=64,
         bf16_fp32_algo=algo,
-    )  # fmt: skip
+    )
     types = {demand.shape.type for demand in demands(deployment)}
     assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)
     assert T.GEMM_NT_F8F8BF16 in types
@@ -250,9 +258,20 @@ def test_sim_takes_it_from_the_environment(
     clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = (
-        "sim", "--model", "dsv4-tiny", "--pp", "1", "--tp", "1", "--batch-sizes", "1",
-        "--warmup", "none", "--json", "-",
-    )  # fmt: skip
+        "sim",
+        "--model",
+        "dsv4-tiny",
+        "--pp",
+        "1",
+        "--tp",
+        "1",
+        "--batch-sizes",
+        "1",
+        "--warmup",
+        "none",
+        "--json",
+        "-",
+    )
 
     def compiled() -> int:
         return int(json.loads(printed(capsys, *command))["predictions"][0]["distinct_kernels"])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.m_lists import (
+from runner.backend.m_lists import (
     expand,
     fast_m_list,
     full_m_list,
@@ -17,9 +17,17 @@ from runner.m_lists import (
 
 @pytest.mark.parametrize(
     ("chunked", "last"),
-    [(-1, 65536), (0, 65536), (1, 16384), (8192, 16384), (8193, 16386), (16384, 32768),
-     (65536, 131072), (100000, 131072)],
-)  # fmt: skip
+    [
+        (-1, 65536),
+        (0, 65536),
+        (1, 16384),
+        (8192, 16384),
+        (8193, 16386),
+        (16384, 32768),
+        (65536, 131072),
+        (100000, 131072),
+    ],
+)
 def test_full(chunked: int, last: int) -> None:
     assert full_m_max(chunked) == last
     assert full_m_list(chunked) == range(1, last + 1)
@@ -28,11 +36,18 @@ def test_full(chunked: int, last: int) -> None:
 @pytest.mark.parametrize(
     ("chunked", "count", "last"),
     # 1..1024, then 512 - 1 or 512 more an octave, and the largest.
-    [(8192, 1024 + 511 + 512 + 512 + 1, 8192), (16384, 3072, 16384), (0, 3072, 16384),
-     (512, 1024, 1024), (1024, 1024, 1024), (1025, 1024 + 511 + 1, 2046),
-     (6000, 1024 + 511 + 512 + 512, 8184), (6001, 1024 + 511 + 512 + 512 + 1, 8184),
-     (100000, 3584, 32768)],
-)  # fmt: skip
+    [
+        (8192, 1024 + 511 + 512 + 512 + 1, 8192),
+        (16384, 3072, 16384),
+        (0, 3072, 16384),
+        (512, 1024, 1024),
+        (1024, 1024, 1024),
+        (1025, 1024 + 511 + 1, 2046),
+        (6000, 1024 + 511 + 512 + 512, 8184),
+        (6001, 1024 + 511 + 512 + 512 + 1, 8184),
+        (100000, 3584, 32768),
+    ],
+)
 def test_fast_counts(chunked: int, count: int, last: int) -> None:
     listed = fast_m_list(chunked)
     assert (len(listed), listed[-1]) == (count, last)
@@ -85,8 +100,11 @@ def test_steps() -> None:
     assert steps_of([1, 2, 3, 5, 7, 100]) == ((1, 3, 1), (5, 7, 2), (100, 100, 1))
     # 1..1024, three octaves, and the largest: what a Schedule holds of 2560 values.
     assert steps_of(fast_m_list(8192)) == (
-        (1, 1024, 1), (1026, 2048, 2), (2052, 4096, 4), (4104, 8192, 8),
-    )  # fmt: skip
+        (1, 1024, 1),
+        (1026, 2048, 2),
+        (2052, 4096, 4),
+        (4104, 8192, 8),
+    )
 
 
 ascending = st.sets(st.integers(1, 10**6), max_size=60).map(sorted)

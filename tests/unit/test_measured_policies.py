@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from runner.driver.warmup import WarmupPolicy
+from runner.planning.residency import stalls_of
 from runner.scenario import record
-from runner.stalls import stalls_of
 from runner.timeline import Timeline, read_timelines
-from runner.warmup import WarmupPolicy
-from sim.judge import judge, scenario_of
-from sim.profile import load_profile
+from sim.calibration.validation import judge, scenario_of
+from sim.costs.profile import load_profile
 
 FOLDER = Path(__file__).parents[2] / "docs" / "measurements"
 RUNS = [

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4_TINY
-from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.driver.model_runner import ModelRunner, NoBuffers
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Layer
 from runner.model.dsv4 import Dsv4Layer
@@ -23,7 +24,6 @@ from runner.model.operations import (
     execute_operations,
 )
 from runner.model.strategy import PLAIN
-from runner.model_runner import ModelRunner, NoBuffers
 from runner.schedule import Mark, Op
 
 
@@ -131,9 +131,13 @@ def recorded_forward(model: ModelConfig, mode: ForwardMode) -> list[Op]:
     recorder = ScheduleRecorder()
     parallel = ParallelConfig(tp=2)
     runner = ModelRunner.build(
-        model, parallel, 0,
-        backend=context(recorder, parallel).backend, weights=ShapeWeights(), buffers=NoBuffers(),
-    )  # fmt: skip
+        model,
+        parallel,
+        0,
+        backend=context(recorder, parallel).backend,
+        weights=ShapeWeights(),
+        buffers=NoBuffers(),
+    )
     make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
     runner.forward(make((1,) * 8))
     return recorder.ops

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.model.operations import (
     Operation,
     OperationState,
@@ -46,13 +46,19 @@ DECODE = (
 @pytest.mark.parametrize(
     ("name", "mode", "stages", "delta", "sms", "steps"),
     [
-        ("deepseek-decode-before", "decode", 5, 2, 0,
-         f"{DECODE}, output, comm_postprocess_layer |"),
+        (
+            "deepseek-decode-before",
+            "decode",
+            5,
+            2,
+            0,
+            f"{DECODE}, output, comm_postprocess_layer |",
+        ),
         ("deepseek-decode", "decode", 6, 2, 0, f"{DECODE} | output, comm_postprocess_layer"),
         ("deepseek-prefill", "extend", 3, 0, COMM_SMS, PREFILL),
         ("dsv4-prefill", "extend", 3, 0, 0, PREFILL),
     ],
-)  # fmt: skip
+)
 def test_named_strategies_are_upstreams(
     name: str, mode: str, stages: int, delta: int, sms: int, steps: str
 ) -> None:
@@ -64,9 +70,14 @@ def test_named_strategies_are_upstreams(
 
 @pytest.mark.parametrize(
     ("name", "layers", "stages"),
-    [("deepseek-decode-before", 1, 5), ("deepseek-decode-before", 3, 15),
-     ("deepseek-decode", 1, 6), ("deepseek-decode", 3, 16), ("deepseek-prefill", 3, 7)],
-)  # fmt: skip
+    [
+        ("deepseek-decode-before", 1, 5),
+        ("deepseek-decode-before", 3, 15),
+        ("deepseek-decode", 1, 6),
+        ("deepseek-decode", 3, 16),
+        ("deepseek-prefill", 3, 7),
+    ],
+)
 def test_stages_without_a_mark_at_the_end_run_into_the_next_layer(
     name: str, layers: int, stages: int
 ) -> None:
@@ -84,8 +95,15 @@ def test_marks_with_nothing_between_are_one() -> None:
 def test_turns_with_a_batch_ahead() -> None:
     assert overlapped_order(3, 2) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert overlapped_order(4, 1) == [
-        (0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3), (1, 2), (1, 3),
-    ]  # fmt: skip
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (0, 2),
+        (1, 1),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    ]
 
 
 @given(st.integers(0, 40), st.data())
@@ -118,9 +136,18 @@ def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
         states, (stages, stages), 1, lambda kind, name: seen.append(f"{kind} {name}")
     )
     assert seen == [
-        "batch 0", ("a", "A"), ("b", "A"), "batch 0", ("c", "A"),
-        "batch 1", ("a", "B"), ("b", "B"), "batch 1", ("c", "B"), "batch both",
-    ]  # fmt: skip
+        "batch 0",
+        ("a", "A"),
+        ("b", "A"),
+        "batch 0",
+        ("c", "A"),
+        "batch 1",
+        ("a", "B"),
+        ("b", "B"),
+        "batch 1",
+        ("c", "B"),
+        "batch both",
+    ]
 
 
 def test_a_batch_cannot_use_what_the_other_has_put() -> None:
@@ -172,11 +199,15 @@ BAD = {
     "missing": (ALL.replace(" gate", ""), "gate missing: a layer needs every operation"),
     "repeated": (f"{ALL} gate", "gate is there twice"),
     "unknown": (f"{ALL} mlp", "there is no operation 'mlp'"),
-    "order": (ALL.replace("dispatch_a shared_experts dispatch_b", "dispatch_b shared_experts "
-                          "dispatch_a"), "dispatch_b comes before dispatch_a, whose result it"),
-    "late shared": (ALL.replace("shared_experts ", "") + " shared_experts",
-                    "output comes before shared_experts"),
-}  # fmt: skip
+    "order": (
+        ALL.replace("dispatch_a shared_experts dispatch_b", "dispatch_b shared_experts dispatch_a"),
+        "dispatch_b comes before dispatch_a, whose result it",
+    ),
+    "late shared": (
+        ALL.replace("shared_experts ", "") + " shared_experts",
+        "output comes before shared_experts",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -214,8 +245,11 @@ def test_layers_must_agree() -> None:
     whole = concatenate([(decode, OPERATIONS)] * 3)
     assert (len(whole.stages), whole.delta_stages, whole.comm_sms) == (16, 2, 0)
     assert [operation.name for operation in whole.stages[5]] == [
-        "output", "comm_postprocess_layer", "comm_prepare_attn", "attn_prepare",
-    ]  # fmt: skip
+        "output",
+        "comm_postprocess_layer",
+        "comm_prepare_attn",
+        "attn_prepare",
+    ]
     with pytest.raises(UserError, match=r"must agree: deepseek-decode: delta_stages 2, comm_sms 0"):
         concatenate([(decode, OPERATIONS), (prefill, OPERATIONS)])
 

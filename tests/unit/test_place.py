@@ -24,18 +24,29 @@ def picked(
 @pytest.mark.parametrize(
     ("wanted", "gpus", "local", "per_node", "backend"),
     [
-        ("auto", 0, 8, 8, "gloo"), ("auto", 1, 8, 8, "gloo"), ("auto", 7, 8, 8, "gloo"),
-        ("auto", 8, 8, 8, "nccl"), ("auto", 8, 4, 2, "nccl"), ("auto", 1, 1, 1, "nccl"),
+        ("auto", 0, 8, 8, "gloo"),
+        ("auto", 1, 8, 8, "gloo"),
+        ("auto", 7, 8, 8, "gloo"),
+        ("auto", 8, 8, 8, "nccl"),
+        ("auto", 8, 4, 2, "nccl"),
+        ("auto", 1, 1, 1, "nccl"),
         # Virtual nodes alone do not change what a run is over: NCCL among them is asked for.
         ("auto", 2, 8, 2, "gloo"),
-        ("gloo", 8, 8, 8, "gloo"), ("gloo", 0, 1, 1, "gloo"),
-        ("nccl", 8, 8, 8, "nccl"), ("nccl", 2, 8, 2, "nccl"), ("nccl", 1, 8, 1, "nccl"),
+        ("gloo", 8, 8, 8, "gloo"),
+        ("gloo", 0, 1, 1, "gloo"),
+        ("nccl", 8, 8, 8, "nccl"),
+        ("nccl", 2, 8, 2, "nccl"),
+        ("nccl", 1, 8, 1, "nccl"),
     ],
-)  # fmt: skip
+)
 def test_nccl_where_each_rank_has_a_gpu_of_its_own(
-    wanted: str, gpus: int, local: int, per_node: int, backend: str,
+    wanted: str,
+    gpus: int,
+    local: int,
+    per_node: int,
+    backend: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     assert picked(wanted, monkeypatch, gpus=gpus, local=local, per_node=per_node) == backend
 
 

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.cache.describe import config_of, config_of_source, in_words
 from runner.errors import UserError
-from runner.gemm_spec import gemm_demands
-from runner.jit.describe import config_of, config_of_source, in_words
-from runner.jit.plan import make_plan
-from runner.jit.plan_json import plan_to_json
 from runner.kernels import heuristics_sm90 as sm90
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import RULED_TYPES, kernels_of
 from runner.kernels.table import Demand, union
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.plan import make_plan
+from runner.planning.plan_json import plan_to_json
 from tests.measured import MEASURED, TYPES
 
 
@@ -117,16 +117,27 @@ def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout) -> in
     num_sms=st.sampled_from([132, 131, 112, 78, 20, 1]),
 )
 def test_the_choice_is_the_first_of_the_librarys_cheapest(
-    gemm_type: sm90.GemmType, family: sm90.KernelFamily, m: int, n: int, k: int, groups: int,
+    gemm_type: sm90.GemmType,
+    family: sm90.KernelFamily,
+    m: int,
+    n: int,
+    k: int,
+    groups: int,
     num_sms: int,
-) -> None:  # fmt: skip
+) -> None:
     groups = 1 if gemm_type is sm90.GemmType.NORMAL else groups
     expected = {sm90.GemmType.M_GROUPED_CONTIGUOUS: 1, sm90.GemmType.M_GROUPED_MASKED: groups}
     desc = sm90.GemmDesc(
-        gemm_type, family, m, n, k, groups, num_sms,
+        gemm_type,
+        family,
+        m,
+        n,
+        k,
+        groups,
+        num_sms,
         expected_m=m if gemm_type in expected else 0,
         expected_num_groups=expected.get(gemm_type, 0),
-    )  # fmt: skip
+    )
     candidates = sm90._layout_candidates(desc)
     best = min(candidates, key=lambda layout: cycles_as_the_library_counts(desc, layout))
     assert sm90.get_best_config(desc).layout == best

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from runner.build import probe
+from runner.build.compiler import CompileError, NvccCompiler
+from runner.build.probe import probe_seconds
+from runner.cache.describe import name_of_source
+from runner.cache.keys import first_recipe
 from runner.cli import cli
 from runner.cli.guard import run_guarded
-from runner.environ import Environ
-from runner.jit import probe
-from runner.jit.compiler import CompileError, NvccCompiler
-from runner.jit.describe import name_of_source
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library
-from runner.jit.probe import probe_seconds
-from sim.profile import load_profile
+from runner.config.environ import Environ
+from runner.kernels.installed import Library
+from sim.costs.profile import load_profile
 
 Capture = pytest.CaptureFixture[str]
 
@@ -59,9 +59,12 @@ def test_a_compiler_that_refuses(compiler: NvccCompiler, monkeypatch: pytest.Mon
 
 
 def test_the_command(
-    fake_nvcc: Path, library: Library, sources: list[str], monkeypatch: pytest.MonkeyPatch,
+    fake_nvcc: Path,
+    library: Library,
+    sources: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
     assert run_guarded(cli, ["probe", "--repeats", "4"], program="runner") == 0
     known = load_profile("h200").probe.seconds
@@ -76,11 +79,13 @@ def test_the_command(
     ("missing", "line"),
     [
         ("find_nvcc", "there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'"),
-        ("find_library",
-         "the reference kernel needs the headers of the version that profiles were measured with: "
-         "pip install --no-deps sgl-deep-gemm==0.1.4.post1"),
+        (
+            "find_library",
+            "the reference kernel needs the headers of the version that profiles were measured "
+            "with: pip install --no-deps sgl-deep-gemm==0.1.4.post1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_one_line(
     missing: str, line: str, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -28,8 +28,11 @@ def test_a_childs_start_is_when_it_was_started(name: str, tmp_path: Path) -> Non
     program.symlink_to(Path(sys.executable).resolve())
     before = time.time()
     done = subprocess.run(
-        [program, "-c", PRINT], capture_output=True, text=True, check=True,
+        [program, "-c", PRINT],
+        capture_output=True,
+        text=True,
+        check=True,
         env={"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+    )
     after = time.time()
     assert before - 0.02 <= float(done.stdout) < after

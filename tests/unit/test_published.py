@@ -11,13 +11,13 @@ import pytest
 from runner.cli import cli
 from runner.cli.guard import run_guarded
 from runner.cli.published import compare_row, options_of
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.gemm_spec import gemm_demands
-from runner.jit.plan import make_plan
 from runner.kernels.rules import RULES
+from runner.planning.gemm_spec import gemm_demands
+from runner.planning.plan import make_plan
 from runner.timeline import Span, Timeline
-from runner.warmup import WarmupPolicy
-from sim.profile import load_profile, shipped_profiles
+from sim.costs.profile import load_profile, shipped_profiles
 from sim.published import (
     Compared,
     Figure,
@@ -82,9 +82,11 @@ def test_a_walk_is_of_rank_0_from_its_first_compile_to_its_last_call_until_it_is
 
 def test_a_walk_may_begin_before_any_compile() -> None:
     run = prediction(
-        Span(0, 2.0, 3.0, "load", "walk a"), Span(0, 3.0, 4.5, "compile", "gemm", "k"),
-        Span(0, 4.5, 5.0, "load", "walk a"), Span(0, 0.0, 6.0, "phase", "first request"),
-    )  # fmt: skip
+        Span(0, 2.0, 3.0, "load", "walk a"),
+        Span(0, 3.0, 4.5, "compile", "gemm", "k"),
+        Span(0, 4.5, 5.0, "load", "walk a"),
+        Span(0, 0.0, 6.0, "phase", "first request"),
+    )
     assert figure_of(Figure.WALK, run) == 3.0
 
 
@@ -179,19 +181,33 @@ def test_a_summary_has_deviations_of_seconds_and_counts_all_rows() -> None:
 
 
 TINY: dict[str, Any] = {
-    "id": "tiny", "source": "https://github.com/someone/something/issues/7", "what": "start",
-    "reported": "2 min", "stated": "nothing", "figure": "start-up", "low": 100, "high": 120.5,
+    "id": "tiny",
+    "source": "https://github.com/someone/something/issues/7",
+    "what": "start",
+    "reported": "2 min",
+    "stated": "nothing",
+    "figure": "start-up",
+    "low": 100,
+    "high": 120.5,
     "assumed": ["everything"],
     "set_up": {
-        "command": "sim", "hardware": "h20",
-        "options": {"model": "dsv4-tiny", "pp": 1, "tp": 1, "warmup": "none", "batch-sizes": [1],
-                    "skip-phase": ["imports", "process-group", "weights"]},
+        "command": "sim",
+        "hardware": "h20",
+        "options": {
+            "model": "dsv4-tiny",
+            "pp": 1,
+            "tp": 1,
+            "warmup": "none",
+            "batch-sizes": [1],
+            "skip-phase": ["imports", "process-group", "weights"],
+        },
     },
-}  # fmt: skip
+}
 LEFT: dict[str, Any] = {
     **{key: TINY[key] for key in ("source", "what", "reported", "stated")},
-    "id": "left", "why_not": "no reason",
-}  # fmt: skip
+    "id": "left",
+    "why_not": "no reason",
+}
 
 
 def file_of(folder: Path, *rows: Any, **others: Any) -> Path:
@@ -200,8 +216,9 @@ def file_of(folder: Path, *rows: Any, **others: Any) -> Path:
     return path
 
 
-def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "rows have an environment of their own")
     path = file_of(tmp_path, TINY, LEFT, assumed_everywhere=["weather"])
     assert run_guarded(cli, ["published", str(path), "--json", "-"], program="runner") == 0
@@ -218,8 +235,15 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         "assumed_everywhere": ["weather"],
         "rows": [
             {
-                **texts, "id": "tiny", "low": 100.0, "high": 120.5, "figure": "start-up",
-                "unit": "s", "watchdog_ends_it": False, "hardware": "h20", "estimate": True,
+                **texts,
+                "id": "tiny",
+                "low": 100.0,
+                "high": 120.5,
+                "figure": "start-up",
+                "unit": "s",
+                "watchdog_ends_it": False,
+                "hardware": "h20",
+                "estimate": True,
                 "assumed": ["everything"],
                 "command": "runner sim --hardware h20 --library sgl-deep-gemm==0.1.4.post1 "
                 "--model dsv4-tiny --pp 1 --tp 1 --warmup none"
@@ -229,7 +253,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         ],
         "not_simulated": [{**texts, "id": "left", "why_not": "no reason"}],
         "summary": {"rows": 1, "within_range": 0, "rows_in_seconds": 1},
-    }  # fmt: skip
+    }
 
 
 def test_brief_leaves_the_assumed_inputs_out(
@@ -278,7 +302,7 @@ def with_option(**options: Any) -> dict[str, Any]:
         (with_option(gemm=[]), "row tiny: option gemm is []: no such value can be given"),
         (with_option(ep=False), "row tiny: option ep is False: no such value can be given"),
     ],
-)  # fmt: skip
+)
 def test_bad_rows_are_told(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_published(file_of(tmp_path, row))
@@ -296,10 +320,12 @@ def test_bad_rows_are_told(tmp_path: Path, row: Any, message: str) -> None:
         (with_option(warmup=["none", "full"]), "its set-up has 2 warm-ups: it must have one"),
         (changed(figure="walk"), "none walks nothing on rank 0"),
         (changed(set_up={**TINY["set_up"], "hardware": "h3"}), "hardware 'h3' is not known"),
-        (changed(set_up={**TINY["set_up"], "environment": {"SGLANG_DEEPGEMM_PDL": "maybe"}}),
-         "SGLANG_DEEPGEMM_PDL='maybe' is not a boolean"),
+        (
+            changed(set_up={**TINY["set_up"], "environment": {"SGLANG_DEEPGEMM_PDL": "maybe"}}),
+            "SGLANG_DEEPGEMM_PDL='maybe' is not a boolean",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_set_ups_are_told(tmp_path: Path, row: Any, message: str) -> None:
     [read] = read_published(file_of(tmp_path, row)).rows
     with pytest.raises(UserError, match=r"^row tiny: ") as caught:

@@ -70,9 +70,11 @@ def test_without_a_compiler_nothing_is_loaded() -> None:
 
 def test_operations_are_kept_and_their_partners_have_one_key() -> None:
     ops: list[Op] = [
-        Collective("all_reduce x", (0, 1), 4), Send("h", 1, 4), Recv("h", 1, 4),
         Collective("all_reduce x", (0, 1), 4),
-    ]  # fmt: skip
+        Send("h", 1, 4),
+        Recv("h", 1, 4),
+        Collective("all_reduce x", (0, 1), 4),
+    ]
     one, two = (
         RankSink(rank, NewOnce(), RULES, synchronise=lambda: None, inside=False) for rank in (0, 1)
     )
@@ -88,13 +90,21 @@ def test_operations_are_kept_and_their_partners_have_one_key() -> None:
 def test_phases_and_forwards_are_told() -> None:
     told: list[tuple[str, str]] = []
     sink = RankSink(
-        0, NewOnce(), RULES, synchronise=lambda: None, inside=False,
+        0,
+        NewOnce(),
+        RULES,
+        synchronise=lambda: None,
+        inside=False,
         on_forward=lambda phase, name: told.append((phase, name)),
-    )  # fmt: skip
+    )
     for op in (
-        Mark("phase", "warm-up"), Mark("forward", "DECODE 1"), Compute("x", 1, 1),
-        Mark("phase", "requests"), Mark("forward", "EXTEND 8"), Mark("phase", "end"),
-    ):  # fmt: skip
+        Mark("phase", "warm-up"),
+        Mark("forward", "DECODE 1"),
+        Compute("x", 1, 1),
+        Mark("phase", "requests"),
+        Mark("forward", "EXTEND 8"),
+        Mark("phase", "end"),
+    ):
         sink.run(op, lambda: None)
     assert told == [("warm-up", "DECODE 1"), ("requests", "EXTEND 8")]
     assert [s.name for s in sink.spans if s.kind == "phase"] == ["warm-up", "requests"]
@@ -103,14 +113,19 @@ def test_phases_and_forwards_are_told() -> None:
 def test_the_device_is_waited_for_before_and_after_communication() -> None:
     waits: list[str] = []
     sink = RankSink(
-        0, NewOnce(), RULES, synchronise=lambda: waits.append("wait"), inside=True,
+        0,
+        NewOnce(),
+        RULES,
+        synchronise=lambda: waits.append("wait"),
+        inside=True,
         arrive=lambda: waits.append("arrive"),
-    )  # fmt: skip
+    )
     sink.run(Collective("all_reduce x", (0, 1), 4), lambda: waits.append("move"))
     assert waits == ["wait", "move", "arrive"]
     assert [(span.kind, span.name) for span in sink.spans] == [
-        ("compute", "device"), ("comm", "all_reduce x"),
-    ]  # fmt: skip
+        ("compute", "device"),
+        ("comm", "all_reduce x"),
+    ]
 
 
 WALK = Walk(GemmShape(CALL.type, 24, 64, 1, 132), ((1, 64, 1),))
@@ -145,9 +160,14 @@ def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
 
     sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
     ops: list[Op] = [
-        CALL, CALL, Compute("x", 1, 1), Collective("all_reduce x", (0, 1), 4), Mark("layer", "1"),
-        KernelWork("load", ()), WALK,
-    ]  # fmt: skip
+        CALL,
+        CALL,
+        Compute("x", 1, 1),
+        Collective("all_reduce x", (0, 1), 4),
+        Mark("layer", "1"),
+        KernelWork("load", ()),
+        WALK,
+    ]
     for op in ops:
         sink.run(op, lambda: events.append("act"))
     held = ["lock tf32_hc_prenorm_gemm:24:64:1", "act", "unlock"]
@@ -167,8 +187,9 @@ def test_a_wait_for_the_lock_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     sink = RankSink(2, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
     sink.run(CALL, lambda: None)
     assert sink.spans == [
-        Span(2, 100, 105, "wait", "compile lock"), Span(2, 105, 105, "load", "tf32_hc_prenorm_gemm")
-    ]  # fmt: skip
+        Span(2, 100, 105, "wait", "compile lock"),
+        Span(2, 105, 105, "load", "tf32_hc_prenorm_gemm"),
+    ]
 
 
 def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
@@ -180,10 +201,14 @@ def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
             sink.run(op, lambda: graphs.append("act"))
 
     sink = RankSink(
-        0, loader, RULES, synchronise=lambda: graphs.append("wait"), inside=True,
+        0,
+        loader,
+        RULES,
+        synchronise=lambda: graphs.append("wait"),
+        inside=True,
         capture=lambda forward: (graphs.append("begin"), forward(), graphs.append("end")),
         on_forward=lambda phase, name: graphs.append("told"),
-    )  # fmt: skip
+    )
     sink.run(Mark("phase", "graph capture"), lambda: None)
     sink.spans.clear()
     graphs.clear()
@@ -239,9 +264,14 @@ class Told:
 def test_communication_is_limited_until_it_is_done(op: Collective | Send | Recv) -> None:
     told = Told()
     sink = RankSink(
-        0, NewOnce(), RULES, synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
+        0,
+        NewOnce(),
+        RULES,
+        synchronise=lambda: told.notes.append("wait"),
+        inside=True,
+        limit=told,
         arrive=lambda: told.notes.append("arrive"),
-    )  # fmt: skip
+    )
     sink.run(Compute("y", 1, 1), lambda: told.notes.append("compute"))
     sink.run(op, lambda: told.notes.append("move"))
     assert told.notes == ["compute", "wait", ("in", op), "move", "arrive", "out"]
@@ -254,16 +284,25 @@ def test_what_was_begun_is_limited_beside() -> None:
     sink.run(begin, lambda: "handle")
     sink.run(Await(begin.name), lambda: "result")
     assert told.notes == [
-        ("in", begin), "out", ("begun", begin, "handle"), ("in", begin), "out",
-    ]  # fmt: skip
+        ("in", begin),
+        "out",
+        ("begun", begin, "handle"),
+        ("in", begin),
+        "out",
+    ]
 
 
 def test_nothing_is_asked_of_the_device_in_a_capture() -> None:
     told = Told()
     sink = RankSink(
-        0, NewOnce(), RULES, synchronise=lambda: told.notes.append("wait"), inside=True, limit=told,
+        0,
+        NewOnce(),
+        RULES,
+        synchronise=lambda: told.notes.append("wait"),
+        inside=True,
+        limit=told,
         capture=lambda forward: forward(),
-    )  # fmt: skip
+    )
     sink.capture("graph DECODE 8", lambda: sink.run(Recv("h", 1, 4), lambda: None))
     assert told.notes == ["wait", "quiet", "asking"]
 

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
+from runner.driver.warmup import WarmupPolicy
 from runner.report.console import PIPED_WIDTH, make_console
 from runner.report.table import ReportTable, make_table
 from runner.timeline import write_timelines
-from runner.warmup import WarmupPolicy
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import scenario
 
@@ -63,8 +63,9 @@ def test_no_line_is_wider_and_no_letter_is_lost(width: int) -> None:
 def test_where_all_fits_nothing_is_folded() -> None:
     wide = rendered(table("short"), 100)
     assert any("duplicates" in line for line in wide)
-    assert rendered(table("short"), 99) == [line[:-1] if len(line) == 100 else line
-                                            for line in wide]  # fmt: skip
+    assert rendered(table("short"), 99) == [
+        line[:-1] if len(line) == 100 else line for line in wide
+    ]
 
 
 def test_a_table_can_be_shown_again_at_another_width() -> None:
@@ -103,21 +104,42 @@ def check(lines: list[str]) -> None:
 
 
 def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
-    lines = shown("sim", "--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1",
-                  "--max-tokens", "64", "--walk-max-m", "16", "--nccl-timeout", "5",
-                  "--no-run-ahead")  # fmt: skip
+    lines = shown(
+        "sim",
+        "--model",
+        "dsv4-tiny",
+        "--layers",
+        "4",
+        "--batch-sizes",
+        "1",
+        "--max-tokens",
+        "64",
+        "--walk-max-m",
+        "16",
+        "--nccl-timeout",
+        "5",
+        "--no-run-ahead",
+    )
     check(lines)
     text = " ".join(line.strip() for line in lines)
-    assert re.search(r"none: the watchdog ends this run at \d+ s: rank \d waits for rank \d in "
-                     r"recv hidden_states while that does compile \w+; --nccl-timeout \d+ would "
-                     r"survive", text)  # fmt: skip
+    assert re.search(
+        r"none: the watchdog ends this run at \d+ s: rank \d waits for rank \d in "
+        r"recv hidden_states while that does compile \w+; --nccl-timeout \d+ would "
+        r"survive",
+        text,
+    )
     assert "leaves no kernel to compile in traffic" in text
 
 
 def test_judged_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
-    write_timelines(path, [measured(scenario(policy, tp=2), another())
-                           for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED)])  # fmt: skip
+    write_timelines(
+        path,
+        [
+            measured(scenario(policy, tp=2), another())
+            for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED)
+        ],
+    )
     check(shown("compare", "--hardware", "h200", str(path)))
     lines = shown("calibrate", str(path), "-o", str(tmp_path / "x.json"))
     check([line for line in lines if not line.startswith("wrote ")])
@@ -130,5 +152,22 @@ def test_published_figures_fit(shown: Shown) -> None:
 
 
 def test_sweeps_fit(shown: Shown) -> None:
-    check(shown("sweep", "--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1",
-                "--max-tokens", "64", "--jobs", "1", "--pp", "1", "--tp", "1"))  # fmt: skip
+    check(
+        shown(
+            "sweep",
+            "--model",
+            "dsv4-tiny",
+            "--layers",
+            "4",
+            "--batch-sizes",
+            "1",
+            "--max-tokens",
+            "64",
+            "--jobs",
+            "1",
+            "--pp",
+            "1",
+            "--tp",
+            "1",
+        )
+    )

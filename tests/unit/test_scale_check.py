@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from launch.jit_setup import set_up_jit  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
 from runner.backend.base import Backend  # noqa: E402
+from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.quantise import quantise_blocks, quantise_tokens  # noqa: E402
 from runner.backend.reference import PAGE, ReferenceEntryPoints, pack_pages  # noqa: E402
 from runner.backend.scale_check import (  # noqa: E402
@@ -27,27 +28,28 @@ from runner.backend.shapes import NoComm  # noqa: E402
 from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
+from runner.config.environ import Environ  # noqa: E402
 from runner.config.hf import from_hf  # noqa: E402
 from runner.config.model import ModelConfig  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4_TINY  # noqa: E402
 from runner.deep_gemm_wrapper import calls, walker  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
-from runner.environ import Environ  # noqa: E402
-from runner.forward_batch import ForwardMode  # noqa: E402
-from runner.jit.plan import GemmShape  # noqa: E402
+from runner.driver.model_runner import ModelRunner  # noqa: E402
+from runner.driver.warmup import WarmupPolicy  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
-from runner.model_runner import ModelRunner  # noqa: E402
-from runner.warmup import WarmupPolicy  # noqa: E402
+from runner.planning.plan import GemmShape  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
 from tests.unit.entry_calls import CALLS, ENTRIES  # noqa: E402
 from tests.unit.test_entry_points import FalseLibrary  # noqa: E402
 
 CPU = torch.device("cpu")
 GEMMS = [
-    "gemm_nt_f8f8bf16", "grouped_gemm_nt_f8f8bf16_contig", "grouped_gemm_nt_f8f8bf16_masked",
+    "gemm_nt_f8f8bf16",
+    "grouped_gemm_nt_f8f8bf16_contig",
+    "grouped_gemm_nt_f8f8bf16_masked",
     "fp8_einsum_bhr_hdr_bhd",
-]  # fmt: skip
+]
 OPERANDS = ["lhs", "rhs"]
 FP8_CALLS = [*GEMMS, "fp8_mqa_logits", "fp8_paged_mqa_logits"]
 BAD = [float("nan"), float("inf"), float("-inf"), 0.0, -1.0]
@@ -288,9 +290,13 @@ def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> 
         TorchMath(CPU, reference(check=True)), NoComm(), ScheduleRecorder(), num_sms=132
     )
     runner = ModelRunner.build(
-        model, ParallelConfig(), 0, backend=backend, weights=TorchWeights(0, CPU),
+        model,
+        ParallelConfig(),
+        0,
+        backend=backend,
+        weights=TorchWeights(0, CPU),
         buffers=TorchBuffers(CPU, model.vocab_size),
-    )  # fmt: skip
+    )
     with torch.inference_mode():
         assert runner._dummy_run(3, mode).isfinite().all()
 

@@ -15,20 +15,25 @@ from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.model_runner import ModelRunner, NoBuffers
 from runner.scenario import Scenario, common_end, record, record_rank, run_meta, run_rank
 from runner.schedule import BARRIER, EXCHANGE, OF_HOSTS, Collective, KernelWork, Mark, Op, Walk
-from runner.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from tests.models import DSV3_SMALL
 
 TINY = with_layers(DSV4_TINY, 3)
 SMALL_V3 = with_layers(from_hf(DSV3_SMALL, "dsv3-small"), 3)
 POLICIES = list(WarmupPolicy)
 OF_WARMUP = (
-    "policy", "batch_sizes", "disaggregation", "speculative", "graph_batch_sizes", "walk_max_m",
+    "policy",
+    "batch_sizes",
+    "disaggregation",
+    "speculative",
+    "graph_batch_sizes",
+    "walk_max_m",
     "compile_lock",
-)  # fmt: skip
+)
 
 
 def scenario(
@@ -49,13 +54,21 @@ def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
     """What a backend with the scenario's hook announces while the rank runs, on shapes."""
     recorder = ScheduleRecorder()
     backend = Backend(
-        ShapeMath(), NoComm(), recorder, num_sms=made.num_sms,
-        bf16_fp32_algo=made.bf16_fp32_algo, hook=made.hook(rank),
-    )  # fmt: skip
+        ShapeMath(),
+        NoComm(),
+        recorder,
+        num_sms=made.num_sms,
+        bf16_fp32_algo=made.bf16_fp32_algo,
+        hook=made.hook(rank),
+    )
     runner = ModelRunner.build(
-        made.model, made.parallel, rank,
-        backend=backend, weights=ShapeWeights(), buffers=NoBuffers(),
-    )  # fmt: skip
+        made.model,
+        made.parallel,
+        rank,
+        backend=backend,
+        weights=ShapeWeights(),
+        buffers=NoBuffers(),
+    )
     run_rank(runner, made)
     return tuple(recorder.ops)
 
@@ -112,8 +125,10 @@ def test_a_walk_comes_right_before_its_gemms_first_call() -> None:
         walk = ops[index]
         assert isinstance(walk, Walk)
         assert (following.type, following.n, following.k) == (  # type: ignore[union-attr]
-            walk.shape.type, walk.shape.n, walk.shape.k,
-        )  # fmt: skip
+            walk.shape.type,
+            walk.shape.n,
+            walk.shape.k,
+        )
     assert len(set(at)) == len({op.shape for op in walks(ops)})
 
 
@@ -180,9 +195,10 @@ def test_prebuilt_loads_once_all_have_verified() -> None:
     made = scenario(WarmupPolicy.PREBUILT, pp=2, tp=2, replicas=2, nodes=4)
     for ops in record(made).ranks:
         verify, barrier, load = (
-            op for op in ops
+            op
+            for op in ops
             if isinstance(op, KernelWork) or (isinstance(op, Collective) and op.name in OF_HOSTS)
-        )  # fmt: skip
+        )
         assert isinstance(verify, KernelWork) and verify.action == "verify"
         assert barrier == Collective(BARRIER, tuple(range(8)), 0)
         assert isinstance(load, KernelWork) and load.action == "load"
@@ -190,8 +206,12 @@ def test_prebuilt_loads_once_all_have_verified() -> None:
 
 def test_replicas_build_their_nodes_share() -> None:
     made = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, replicas=2, nodes=4)
-    shares = [op.kernels for ops in record(made).ranks for op in ops
-              if isinstance(op, KernelWork) and op.action == "build"]  # fmt: skip
+    shares = [
+        op.kernels
+        for ops in record(made).ranks
+        for op in ops
+        if isinstance(op, KernelWork) and op.action == "build"
+    ]
     assert [bool(share) for share in shares] == [True, False] * 4
     every = [kernel for share in shares for kernel in share]
     assert len(every) == len(set(every)) == len(made.plan.kernels)
@@ -205,14 +225,21 @@ def test_the_first_request_has_the_first_batch_size() -> None:
     assert phases(ops) == ["warm-up", "first request", "requests", "end"]
     forwards = [op.name for op in ops if isinstance(op, Mark) and op.kind == "forward"]
     assert forwards == [
-        "EXTEND 8", "DECODE 8", "EXTEND 16", "DECODE 16", "EXTEND 64", "DECODE 64",
-    ]  # fmt: skip
+        "EXTEND 8",
+        "DECODE 8",
+        "EXTEND 16",
+        "DECODE 16",
+        "EXTEND 64",
+        "DECODE 64",
+    ]
 
 
 def test_a_run_of_one_batch_size_has_no_more_requests() -> None:
     assert phases(record_rank(scenario(batch_sizes=(4,)), 0)) == [
-        "warm-up", "first request", "end",
-    ]  # fmt: skip
+        "warm-up",
+        "first request",
+        "end",
+    ]
 
 
 def test_a_stream_takes_the_place_of_the_other_batch_sizes() -> None:
@@ -236,19 +263,43 @@ def test_bad_streams_are_refused() -> None:
 
 def test_what_a_timeline_says_survives_json() -> None:
     made = scenario(
-        WarmupPolicy.PP_PARALLEL_FAST, pp=2, tp=2, nodes=2, stream=(5,), walk_max_m=64,
-        walk_memory=1e9, compile_lock=True, graph_batch_sizes=(2, 1), stage_layers=(1, 2),
-    )  # fmt: skip
+        WarmupPolicy.PP_PARALLEL_FAST,
+        pp=2,
+        tp=2,
+        nodes=2,
+        stream=(5,),
+        walk_max_m=64,
+        walk_memory=1e9,
+        compile_lock=True,
+        graph_batch_sizes=(2, 1),
+        stage_layers=(1, 2),
+    )
     meta = run_meta(made)
     assert json.loads(json.dumps(meta)) == meta
     assert meta["ranks"] == [
         {"pp_rank": rank // 2, "tp_rank": rank % 2, "node": rank // 2} for rank in range(4)
     ]
     for name, value in {
-        "model": "dsv4-tiny", "layers": 3, "pp": 2, "tp": 2, "replicas": 1, "nodes": 2,
-        "stage_layers": [1, 2], "batch_sizes": [1, 64], "stream": [5], "walk_max_m": 64,
-        "walk_memory": 1e9, "compile_lock": True, "graph_batch_sizes": [2, 1],
-        "disaggregation": "none", "speculative": False, "max_tokens": 256, "num_sms": 132,
-        "prompt_len": 1, "bf16_fp32_algo": "deep_gemm", "ep": False, "attn_cp": 1,
-    }.items():  # fmt: skip
+        "model": "dsv4-tiny",
+        "layers": 3,
+        "pp": 2,
+        "tp": 2,
+        "replicas": 1,
+        "nodes": 2,
+        "stage_layers": [1, 2],
+        "batch_sizes": [1, 64],
+        "stream": [5],
+        "walk_max_m": 64,
+        "walk_memory": 1e9,
+        "compile_lock": True,
+        "graph_batch_sizes": [2, 1],
+        "disaggregation": "none",
+        "speculative": False,
+        "max_tokens": 256,
+        "num_sms": 132,
+        "prompt_len": 1,
+        "bf16_fp32_algo": "deep_gemm",
+        "ep": False,
+        "attn_cp": 1,
+    }.items():
         assert meta[name] == value, name

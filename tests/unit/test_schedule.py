@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
@@ -26,7 +27,6 @@ from runner.schedule import (
     Send,
     Walk,
 )
-from runner.warmup import WarmupOptions, WarmupPolicy
 
 names = st.text(max_size=8)
 sizes = st.integers(0, 2**63)
@@ -113,8 +113,10 @@ def test_canonical_text_of_walks_and_captures() -> None:
     assert Schedule.from_json(json.loads(KERNEL_OPS_CANONICAL)) == KERNEL_OPS
     assert KERNEL_OPS.digest == hashlib.sha256(KERNEL_OPS_CANONICAL.encode()).hexdigest()
     assert [op.name for op in KERNEL_OPS.ranks[0]] == [
-        "walk tf32_hc_prenorm_gemm:24:2048:8", "load 1 kernels", "graph DECODE 8",
-    ]  # fmt: skip
+        "walk tf32_hc_prenorm_gemm:24:2048:8",
+        "load 1 kernels",
+        "graph DECODE 8",
+    ]
 
 
 def changed(value: object) -> object:

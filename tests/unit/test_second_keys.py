@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from runner.build.compiler import NvccCompiler, keys_for, signature_of
+from runner.cache.keys import FirstKeys, Recipe, SecondKeys
 from runner.errors import UserError
-from runner.jit.compiler import NvccCompiler, keys_for, signature_of
-from runner.jit.keys import FirstKeys, Recipe, SecondKeys
-from runner.jit.library import Library
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 
 KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))

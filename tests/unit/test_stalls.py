@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.backend.m_lists import expand
 from runner.config.parallel import ParallelConfig
+from runner.driver.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
-from runner.m_lists import expand
+from runner.planning.residency import STALLS_AFTER, Stall, kernels_before, stalls_of
 from runner.scenario import Scenario, record
 from runner.schedule import (
     EXCHANGE,
@@ -25,10 +27,8 @@ from runner.schedule import (
     Schedule,
     Walk,
 )
-from runner.stalls import STALLS_AFTER, Stall, kernels_before, stalls_of
-from runner.warmup import WarmupPolicy
-from sim.engine import Engine, Outcome
-from sim.program import compile_program
+from sim.engine.engine import Engine, Outcome
+from sim.engine.rank_program import compile_program
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk
 from tests.unit.tiny_runs import scenario
 
@@ -52,14 +52,29 @@ def stalls(*ranks: list[Op], nodes: int = 1) -> list[tuple[int, str, int, str]]:
 
 
 def test_a_kernel_stalls_the_first_forward_that_needs_it() -> None:
-    ops: list[Op] = [call(1), UP, forward("EXTEND 7"), call(1), call(2), forward("DECODE 7"),
-                     call(2), call(3), call(3)]  # fmt: skip
+    ops: list[Op] = [
+        call(1),
+        UP,
+        forward("EXTEND 7"),
+        call(1),
+        call(2),
+        forward("DECODE 7"),
+        call(2),
+        call(3),
+        call(3),
+    ]
     assert stalls(ops) == [(0, "EXTEND 7", 0, B.identity), (1, "DECODE 7", 0, C.identity)]
 
 
 def test_before_the_server_is_up_nothing_stalls() -> None:
-    ops: list[Op] = [Mark("phase", "warm-up"), forward("DECODE 1"), call(1),
-                     Mark("phase", "first request"), forward("EXTEND 1"), call(2)]  # fmt: skip
+    ops: list[Op] = [
+        Mark("phase", "warm-up"),
+        forward("DECODE 1"),
+        call(1),
+        Mark("phase", "first request"),
+        forward("EXTEND 1"),
+        call(2),
+    ]
     assert stalls(ops) == []
     assert stalls([*ops, UP]) == []
     assert stalls([*ops, UP, forward("EXTEND 9"), call(3)]) == [(0, "EXTEND 9", 0, C.identity)]
@@ -74,17 +89,16 @@ def test_ranks_of_a_node_stall_once_and_nodes_each() -> None:
     ops: list[Op] = [UP, forward("EXTEND 9"), call(1)]
     assert stalls(ops, ops) == [(0, "EXTEND 9", 0, A.identity)]
     assert stalls(ops, ops, nodes=2) == [
-        (0, "EXTEND 9", 0, A.identity), (0, "EXTEND 9", 1, A.identity),
-    ]  # fmt: skip
+        (0, "EXTEND 9", 0, A.identity),
+        (0, "EXTEND 9", 1, A.identity),
+    ]
     # What one rank of the node has used before its requests is on the node's disk.
     assert stalls([call(1), UP, forward("EXTEND 9")], ops) == []
 
 
 def test_a_walk_in_traffic_stalls_with_all_that_it_brings_in() -> None:
     ops: list[Op] = [UP, forward("EXTEND 9"), walk(2), call(1), walk(2)]
-    assert stalls(ops) == sorted(
-        (0, "EXTEND 9", 0, kernel.identity) for kernel in (A, B)
-    )  # fmt: skip
+    assert stalls(ops) == sorted((0, "EXTEND 9", 0, kernel.identity) for kernel in (A, B))
 
 
 def test_what_is_held_before_requests() -> None:
@@ -185,8 +199,11 @@ def test_the_simulator_leaves_the_same(policy: WarmupPolicy) -> None:
     one, made = run(policy, (7, 100, 3, 64))
     outcome = simulated(one, made)
     assert outcome.up == kernels_before(made, RULES, one.parallel.node_of)
-    later = {(node, kernel.identity) for node in outcome.up
-             for kernel in outcome.disks[node] - outcome.up[node]}  # fmt: skip
+    later = {
+        (node, kernel.identity)
+        for node in outcome.up
+        for kernel in outcome.disks[node] - outcome.up[node]
+    }
     assert later == {(s.node, s.kernel) for s in stalls_of(made, RULES, one.parallel.node_of)}
 
 

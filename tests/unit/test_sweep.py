@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.sweep import Axes, Skipped, by_start_up, frontier, frontier_points, reasons
-from runner.warmup import WarmupPolicy
+from runner.driver.warmup import WarmupPolicy
+from sim.sweep.points import Axes, Skipped, by_start_up, frontier, frontier_points, reasons
 from tests.unit.sweeps import point, result
 
 Pair = tuple[float, Fraction]
@@ -88,8 +88,12 @@ def test_fastest_first_then_more_covered_then_as_given() -> None:
 def test_points_are_every_combination_once_layouts_together() -> None:
     axes = Axes(
         policies=[WarmupPolicy.NONE, WarmupPolicy.PLANNED, WarmupPolicy.NONE],
-        pp=[1, 2], tp=[4], ep=[False, True], nodes=[1, 2, 1], cores=[16],
-    )  # fmt: skip
+        pp=[1, 2],
+        tp=[4],
+        ep=[False, True],
+        nodes=[1, 2, 1],
+        cores=[16],
+    )
     assert axes.points() == [
         point(policy, pp=pp, tp=4, ep=ep, nodes=nodes)
         for pp in (1, 2)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.report.point_labels import clusters, place_labels
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_plot import plot_sweep
 from runner.report.sweep_table import print_sweep, shown_results, skipped_lines
-from runner.sweep import Skipped, Sweep
-from runner.warmup import WarmupPolicy
+from sim.sweep.points import Skipped, Sweep
 from tests.unit.sweeps import SETTINGS, point, result
 
 SMALL = Sweep(
@@ -68,8 +68,16 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_longest_row_fits_on_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     longest = max((policy.value for policy in WarmupPolicy), key=len)
     at = point(longest, pp=16, tp=16, nodes=256, cores=192)
-    wide = result(98765.4, 9998, at, planned=9999, kernels_compiled=99999, duplicates=99999,
-                  cpu_seconds=999999.9, timeout_seconds=12345.0)  # fmt: skip
+    wide = result(
+        98765.4,
+        9998,
+        at,
+        planned=9999,
+        kernels_compiled=99999,
+        duplicates=99999,
+        cpu_seconds=999999.9,
+        timeout_seconds=12345.0,
+    )
     out = printed(replace(SMALL, results=(wide,)), capsys)
     assert "…" not in out and max(map(len, out.splitlines())) <= 100
     assert "98765.40 9998/9999   99.9 99999  99999 999999.9 12345" in out
@@ -126,16 +134,32 @@ def test_json_has_every_point() -> None:
     assert (data["version"], data["settings"]) == (1, SETTINGS)
     assert [item["frontier"] for item in data["points"]] == [True, True, False, False]
     assert data["points"][1] == {
-        "policy": "planned", "pp": 4, "tp": 2, "ep": True, "nodes": 4, "cores": 16,
-        "frontier": True, "up_seconds": 2.25, "kernels_present": 100, "kernels_planned": 100,
-        "coverage": 1.0, "kernels_compiled": 8, "duplicates": 0, "compile_cpu_seconds": 12.5,
+        "policy": "planned",
+        "pp": 4,
+        "tp": 2,
+        "ep": True,
+        "nodes": 4,
+        "cores": 16,
+        "frontier": True,
+        "up_seconds": 2.25,
+        "kernels_present": 100,
+        "kernels_planned": 100,
+        "coverage": 1.0,
+        "kernels_compiled": 8,
+        "duplicates": 0,
+        "compile_cpu_seconds": 12.5,
         "timeout_seconds": None,
-    }  # fmt: skip
+    }
     assert data["points"][3]["timeout_seconds"] == 612.3
     assert data["skipped"][0] == {
-        "policy": "none", "pp": 4, "tp": 3, "ep": False, "nodes": 4, "cores": 16,
+        "policy": "none",
+        "pp": 4,
+        "tp": 3,
+        "ep": False,
+        "nodes": 4,
+        "cores": 16,
         "reason": "tp=3 is odd",
-    }  # fmt: skip
+    }
     assert [item["reason"] for item in data["skipped"][1:]] == ["tp=5 is odd"] * 2
     assert data["unfinished"] == [
         {"policy": "none", "pp": 4, "tp": 2, "ep": False, "nodes": 4, "cores": 1}

@@ -11,14 +11,14 @@ import pytest
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.driver.warmup import WarmupOptions
 from runner.scenario import Scenario
-from runner.sweep import Result, Skipped
 from runner.timeline import Span, Timeline
-from runner.warmup import WarmupOptions
-from sim import sweep
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 from sim.simulate import Machine, simulate
-from sim.sweep import Case, Ended, WorkerLostError, cpu_seconds, run_cases, simulate_case
+from sim.sweep import run as sweep
+from sim.sweep.points import Result, Skipped
+from sim.sweep.run import Case, Ended, WorkerLostError, cpu_seconds, run_cases, simulate_case
 from tests.unit.sweeps import point
 
 

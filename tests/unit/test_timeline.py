@@ -18,11 +18,14 @@ def timeline(*spans: Span, world_size: int = 2, **meta: Any) -> Timeline:
 
 
 RUN = timeline(
-    Span(0, 0.0, 1.0, "phase", "warm-up"), Span(0, 1.0, 4.0, "phase", FIRST_REQUEST),
-    Span(0, 1.0, 3.0, "compile", "gemm", "gemm 1"), Span(0, 4.0, 9.0, "phase", "requests"),
-    Span(1, 0.0, 2.0, "phase", "warm-up"), Span(1, 2.0, 5.5, "phase", FIRST_REQUEST),
+    Span(0, 0.0, 1.0, "phase", "warm-up"),
+    Span(0, 1.0, 4.0, "phase", FIRST_REQUEST),
+    Span(0, 1.0, 3.0, "compile", "gemm", "gemm 1"),
+    Span(0, 4.0, 9.0, "phase", "requests"),
+    Span(1, 0.0, 2.0, "phase", "warm-up"),
+    Span(1, 2.0, 5.5, "phase", FIRST_REQUEST),
     Span(1, 5.5, 8.0, "phase", "requests"),
-)  # fmt: skip
+)
 
 
 def test_a_phase_ends_when_its_last_rank_leaves_it() -> None:
@@ -76,7 +79,10 @@ def broken(**changes: Any) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{}", "[]", '{"timelines": [{}]}',
+        "",
+        "{}",
+        "[]",
+        '{"timelines": [{}]}',
         broken(spans=[[2, 0, 1, "phase", "warm-up", ""]]),
         broken(spans=[[-1, 0, 1, "phase", "warm-up", ""]]),
         broken(spans=[[0, 0, 1, "nap", "warm-up", ""]]),
@@ -90,7 +96,7 @@ def broken(**changes: Any) -> str:
         broken(spans=[[0, 0, 1, "compile", "gemm", 3]]),
         broken(world_size="many"),
     ],
-)  # fmt: skip
+)
 def test_other_files_are_told_in_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     path.write_text(text)

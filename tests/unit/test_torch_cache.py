@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
 from runner.backend.math import Tokens  # noqa: E402
 from runner.backend.torch_cache import (  # noqa: E402
     KVCache,
@@ -15,7 +16,6 @@ from runner.backend.torch_cache import (  # noqa: E402
     last_places,
     places_of,
 )
-from runner.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -107,5 +107,6 @@ def test_rows_stay_where_they_were_written() -> None:
     rows = torch.arange(6.0).view(3, 2)
     cache.write(7, "kv", rows, places_of(Tokens(prompt, 0, 3)))
     assert cache.read(7, "kv").tolist() == [
-        [[0, 1], [2, 3], [0, 0]], [[4, 5], [0, 0], [0, 0]],
-    ]  # fmt: skip
+        [[0, 1], [2, 3], [0, 0]],
+        [[4, 5], [0, 0], [0, 0]],
+    ]

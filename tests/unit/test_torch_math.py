@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from runner.backend.base import Backend  # noqa: E402
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors  # noqa: E402
 from runner.backend.math import Routing  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     dequantise_blocks,
@@ -21,6 +22,7 @@ from runner.backend.quantise import (  # noqa: E402
 from runner.backend.reference import ReferenceEntryPoints, pack_pages, unpack_pages  # noqa: E402
 from runner.backend.shapes import NoComm  # noqa: E402
 from runner.backend.sink import ScheduleRecorder  # noqa: E402
+from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
 from runner.backend.torch_moe import (  # noqa: E402
     combine,
@@ -33,9 +35,7 @@ from runner.config.hf import from_hf  # noqa: E402
 from runner.config.model import ModelConfig  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4_TINY  # noqa: E402
-from runner.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors  # noqa: E402
-from runner.gemm_rows import contiguous_rows, hc_num_splits  # noqa: E402
-from runner.model_runner import ModelRunner  # noqa: E402
+from runner.driver.model_runner import ModelRunner  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -46,9 +46,13 @@ def make_runner(model: ModelConfig, **parallel: int) -> ModelRunner:
         TorchMath(CPU, ReferenceEntryPoints()), NoComm(), ScheduleRecorder(), num_sms=132
     )
     return ModelRunner.build(
-        model, ParallelConfig(**parallel), 0, backend=backend,
-        weights=TorchWeights(0, CPU), buffers=TorchBuffers(CPU, model.vocab_size),
-    )  # fmt: skip
+        model,
+        ParallelConfig(**parallel),
+        0,
+        backend=backend,
+        weights=TorchWeights(0, CPU),
+        buffers=TorchBuffers(CPU, model.vocab_size),
+    )
 
 
 LONG_WINDOW = replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
@@ -144,9 +148,13 @@ def test_weights_are_slices_of_one_global_array(parts: int) -> None:
         inner = shard(512, parts, index)
         width = inner[1] - inner[0]
         return WeightRequest(
-            3, "experts", "fp8", (4, 2, 512, 256), ((1, 3), (0, 2), inner, (0, 256)),
+            3,
+            "experts",
+            "fp8",
+            (4, 2, 512, 256),
+            ((1, 3), (0, 2), inner, (0, 256)),
             (2, 2 * width, 256),
-        )  # fmt: skip
+        )
 
     weights = TorchWeights(7, CPU)
     whole = WeightRequest(

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.backend.gemm_walks import HOOKED_TYPES
+from runner.backend.walk_memory import walk_bytes
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
-from runner.walk_memory import walk_bytes
-from runner.walks import HOOKED_TYPES
 
 Buffer = tuple[int, tuple[int, ...]]
 """Bytes of an element, and the shape."""
@@ -32,18 +32,26 @@ def buffers(kind: T, m: int, n: int, k: int, groups: int) -> list[Buffer]:
         T.GEMM_NT_F8F8BF16: [*rows, (1, (n, k)), (4, scales), (2, (m, n))],
         T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: [*rows, *experts, (4, (m,)), (2, (m, n))],
         T.GROUPED_GEMM_NT_F8F8BF16_MASKED: [
-            *((each, (groups, *shape)) for each, shape in rows), *experts,
-            (4, (groups,)), (2, (groups, m, n)),
+            *((each, (groups, *shape)) for each, shape in rows),
+            *experts,
+            (4, (groups,)),
+            (2, (groups, m, n)),
         ],
         T.GEMM_NT_BF16BF16F32: [(2, (m, k)), (2, (n, k)), (4, (m, n))],
         T.GROUPED_GEMM_NT_BF16_CONTIG: [(2, (m, k)), (2, (groups, n, k)), (4, (m,)), (2, (m, n))],
         T.GROUPED_GEMM_NT_BF16_MASKED: [
-            (2, (groups, m, k)), (2, (groups, n, k)), (4, (groups,)), (2, (groups, m, n)),
+            (2, (groups, m, k)),
+            (2, (groups, n, k)),
+            (4, (groups,)),
+            (2, (groups, m, n)),
         ],
         T.TF32_HC_PRENORM_GEMM: [
-            (2, (m, k)), (4, (n, k)), (4, (splits, m, n)), (4, (splits, m)),
+            (2, (m, k)),
+            (4, (n, k)),
+            (4, (splits, m, n)),
+            (4, (splits, m)),
         ],
-    }  # fmt: skip
+    }
     return found[kind]
 
 

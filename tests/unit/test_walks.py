@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.gemm_rows import hc_num_splits
+from runner.backend.gemm_walks import HOOKED_TYPES, ExecutionHook, relaxed_ms
+from runner.backend.m_lists import expand, relax_m_list
+from runner.backend.token_to_m import hc_num_splits
+from runner.backend.walk_memory import GIB, walk_bytes
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.m_lists import expand, relax_m_list
 from runner.schedule import Walk
-from runner.walk_memory import GIB, walk_bytes
-from runner.walks import HOOKED_TYPES, ExecutionHook, relaxed_ms
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 2048, 1, 132)
 CONTIGUOUS = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 2048, 8, 132)
@@ -70,10 +70,16 @@ def test_other_types_are_not_walked(kind: T) -> None:
 
 def test_the_types_that_are_not_walked() -> None:
     assert set(T) - HOOKED_TYPES == {
-        T.GEMM_NT_BF16BF16BF16, T.FP8_EINSUM_BHR_HDR_BHD, T.FP8_MQA_LOGITS,
-        T.PAGED_MQA_LOGITS_METADATA, T.FP8_PAGED_MQA_LOGITS, T.GEMM_NT_F8F8BF16_BLOCK32,
-        T.GEMM_NT_F8F4BF16, T.GROUPED_GEMM_NT_F8F4BF16_CONTIG, T.GROUPED_GEMM_NT_F8F4BF16_MASKED,
-    }  # fmt: skip
+        T.GEMM_NT_BF16BF16BF16,
+        T.FP8_EINSUM_BHR_HDR_BHD,
+        T.FP8_MQA_LOGITS,
+        T.PAGED_MQA_LOGITS_METADATA,
+        T.FP8_PAGED_MQA_LOGITS,
+        T.GEMM_NT_F8F8BF16_BLOCK32,
+        T.GEMM_NT_F8F4BF16,
+        T.GROUPED_GEMM_NT_F8F4BF16_CONTIG,
+        T.GROUPED_GEMM_NT_F8F4BF16_MASKED,
+    }
 
 
 def test_a_contiguous_gemm_is_walked_with_whole_blocks() -> None:

@@ -7,17 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.backend.forward_batch import ForwardMode
+from runner.backend.gemm_walks import relaxed_ms
+from runner.backend.m_lists import fast_m_list, full_m_list, steps_of
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.errors import UserError
-from runner.forward_batch import ForwardMode
-from runner.m_lists import fast_m_list, full_m_list, steps_of
-from runner.scenario import Scenario, record, record_rank
-from runner.schedule import Capture, Mark, Op, Recv, Send, Walk
-from runner.timeline import FIRST_REQUEST
-from runner.walks import relaxed_ms
-from runner.warmup import (
+from runner.driver.warmup import (
     DisaggregationMode,
     WarmupOptions,
     WarmupPolicy,
@@ -27,6 +23,10 @@ from runner.warmup import (
     resolve_batch_sizes,
     walked_ms,
 )
+from runner.errors import UserError
+from runner.scenario import Scenario, record, record_rank
+from runner.schedule import Capture, Mark, Op, Recv, Send, Walk
+from runner.timeline import FIRST_REQUEST
 
 DECODE, EXTEND = ForwardMode.DECODE, ForwardMode.EXTEND
 MODEL = with_layers(DSV4_TINY, 2)
@@ -181,11 +181,16 @@ def test_the_policy_of_sglangs_variables(
 
 
 POLICIES = {
-    "none": ("", False), "full": ("full", False), "fast": ("fast", False),
-    "pp-parallel": ("", True), "pp-parallel+full": ("full", True),
-    "pp-parallel+fast": ("fast", True), "relax": ("", False), "planned": ("", False),
+    "none": ("", False),
+    "full": ("full", False),
+    "fast": ("fast", False),
+    "pp-parallel": ("", True),
+    "pp-parallel+full": ("full", True),
+    "pp-parallel+fast": ("fast", True),
+    "relax": ("", False),
+    "planned": ("", False),
     "prebuilt": ("", False),
-}  # fmt: skip
+}
 
 
 def test_what_the_policies_do() -> None:

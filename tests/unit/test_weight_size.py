@@ -15,8 +15,8 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_TINY
-from runner.model_runner import ModelRunner, NoBuffers
-from runner.weight_size import WeightSize, model_elements, weight_size
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.planning.weight_size import WeightSize, model_elements, weight_size
 from tests.models import DSV3_SMALL
 
 SMALL = from_hf(DSV3_SMALL, "dsv3-small")
@@ -56,8 +56,9 @@ def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) ->
     for rank in range(parallel.world_size):
         sizes = [of_one(request) for request in requests(model, parallel, rank)]
         elements, nbytes = (sum(column) for column in zip(*sizes, strict=True))
-        shapes = {(r.kind, r.view, r.high): prod(r.local_shape)
-                  for r in requests(model, parallel, rank)}  # fmt: skip
+        shapes = {
+            (r.kind, r.view, r.high): prod(r.local_shape) for r in requests(model, parallel, rank)
+        }
         assert weight_size(model, parallel, rank) == WeightSize(
             elements, nbytes, sum(shapes.values())
         )

@@ -24,9 +24,17 @@ def limit_of(link: str, log_dir: Path) -> WaitLimit:
     """That of rank 9 of 16, the second of eight on its host."""
     nothing: Any = None
     run = worker._RankRun(
-        LaunchOptions(nccl_timeout=1.0), nothing, nothing, Place(9, 16, 1, 8), nothing, log_dir,
-        nothing, "nccl", [], link=link,
-    )  # fmt: skip
+        LaunchOptions(nccl_timeout=1.0),
+        nothing,
+        nothing,
+        Place(9, 16, 1, 8),
+        nothing,
+        log_dir,
+        nothing,
+        "nccl",
+        [],
+        link=link,
+    )
     return run._wait_limit(log_dir)
 
 

@@ -8,16 +8,20 @@ from typing import Any
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.scenario import Scenario
-from runner.warmup import WarmupOptions, WarmupPolicy
-from sim.profile import Profile, load_profile
+from sim.costs.profile import Profile, load_profile
 from sim.simulate import Machine
 
 LAYOUT = ("pp", "tp", "ep", "attn_cp", "replicas", "nodes", "stage_layers")
 WARMUP = (
-    "batch_sizes", "disaggregation", "speculative", "graph_batch_sizes", "walk_max_m",
+    "batch_sizes",
+    "disaggregation",
+    "speculative",
+    "graph_batch_sizes",
+    "walk_max_m",
     "compile_lock",
-)  # fmt: skip
+)
 
 
 @cache
@@ -38,8 +42,6 @@ def scenario(
     return Scenario(
         model=with_layers(DSV4_TINY, layers),
         parallel=ParallelConfig(**layout),
-        warmup=WarmupOptions(
-            policy=policy, **{"batch_sizes": (1, 64), "walk_max_m": 64, **warmup}
-        ),
+        warmup=WarmupOptions(policy=policy, **{"batch_sizes": (1, 64), "walk_max_m": 64, **warmup}),
         **{"max_tokens": 64, **values},
-    )  # fmt: skip
+    )

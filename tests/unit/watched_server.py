@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.watch import Watched, watch
+from runner.watch.command import Watched, watch
 from tests.unit.small_cache import small_plan
 
 SERVER = r"""
@@ -108,9 +108,13 @@ def run(
     room: Path, nvcc: Path, command: Sequence[str | bytes], *options: str, **values: str
 ) -> Ran:
     done = subprocess.run(
-        [*RUNNER, *options, "--", *command], cwd=room, env=environment(nvcc, **values),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [*RUNNER, *options, "--", *command],
+        cwd=room,
+        env=environment(nvcc, **values),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return Ran(done)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest
+from runner.kernels.installed import Library
 from tests.unit.build_machine import NVCC, Machine
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import fill, keys_for, small_library
@@ -38,8 +38,11 @@ def machine(tmp_path: Path, fake_library: Library) -> Machine:
     (fake_library.root / "VERSION").write_text("0.1.4.post1\n")
     (fake_library.root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
     headers = fake_library.include_path / "deep_gemm"
-    for name in ("scheduler/sm90_paged_mqa_logits.cuh", "impls/smxx_layout.cuh",
-                 "impls/sm90_fp8_gemm_1d2d.cuh"):  # fmt: skip
+    for name in (
+        "scheduler/sm90_paged_mqa_logits.cuh",
+        "impls/smxx_layout.cuh",
+        "impls/sm90_fp8_gemm_1d2d.cuh",
+    ):
         (headers / name).parent.mkdir(exist_ok=True)
         (headers / name).write_text("#include <deep_gemm/b.cuh>\n")
     made = Machine(tmp_path)

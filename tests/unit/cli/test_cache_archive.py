@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest, read_manifest, sha256, write_manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest, read_manifest, sha256, write_manifest
+from runner.kernels.installed import Library
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, plan_file, refuses, says
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import contents, fill, keys_for, small_plan
@@ -39,9 +39,12 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
 
 
 def test_unpack_beside_other_kernels(
-    archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library,
+    archive: Path,
+    made: tuple[KernelCache, Manifest],
+    tmp_path: Path,
+    here: Library,
     capsys: Capture,
-) -> None:  # fmt: skip
+) -> None:
     target = tmp_path / "target"
     few, _ = fill(target, keys_for(here), small_plan(max_m=16).kernels)
     manifest = read_manifest(target)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest
+from runner.kernels.installed import Library
 from tests.unit.cache_cli import Capture, cache, plan_file, refuses, says
 from tests.unit.small_cache import contents, small_library
 
@@ -74,9 +74,12 @@ def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: 
     data = json.loads(captured.out)
     assert data["version"] == 1
     assert [row["cache_key"] for row in data["kernels"]] == sorted(manifest.entries)
-    planned = {item["cache_key"]: item for item in json.loads(
-        plan_file(tmp_path / "p.json", small_library(tmp_path / "deep_gemm")).read_text()
-    )["kernels"]}  # fmt: skip
+    planned = {
+        item["cache_key"]: item
+        for item in json.loads(
+            plan_file(tmp_path / "p.json", small_library(tmp_path / "deep_gemm")).read_text()
+        )["kernels"]
+    }
     for row in data["kernels"]:
         item = planned[row["cache_key"]]
         assert (row["name"], row["config"]) == (item["name"], item["config"])
@@ -110,15 +113,20 @@ def test_ls_of_an_empty_cache(tmp_path: Path, capsys: Capture) -> None:
 # What is no cache, no plan, no manifest
 
 COMMANDS = [
-    ["ls"], ["verify"], ["relocate", "--target-root", "/x"], ["pack"], ["prune"],
-]  # fmt: skip
+    ["ls"],
+    ["verify"],
+    ["relocate", "--target-root", "/x"],
+    ["pack"],
+    ["prune"],
+]
 
 
 def with_rest(command: list[str], directory: Path, tmp_path: Path, plan: Path) -> list[str | Path]:
     rest: dict[str, list[str | Path]] = {
-        "pack": [tmp_path / "x.tar.gz"], "prune": ["--plan", plan],
+        "pack": [tmp_path / "x.tar.gz"],
+        "prune": ["--plan", plan],
         "relocate": ["--to", tmp_path / "moved"],
-    }  # fmt: skip
+    }
     return [*command, directory, *rest.get(command[0], [])]
 
 

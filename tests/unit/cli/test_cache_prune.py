@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest, read_manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest, read_manifest
+from runner.kernels.installed import Library
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
 from tests.unit.kept_cache import remove
 from tests.unit.small_cache import contents, keys_for, small_plan
@@ -51,8 +51,9 @@ def test_prune_removes(
         "2 kernels removed, 0.0 MB; 2 stay",
     )
     assert {path.name for path in cache_.entries()} == {
-        "notes.txt", *(set(manifest.entries) - set(keys)),
-    }  # fmt: skip
+        "notes.txt",
+        *(set(manifest.entries) - set(keys)),
+    }
     assert read_manifest(cache_.root) == manifest.without(set(keys))
     (cache_.root / "cache" / "notes.txt").unlink()
     assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 0
@@ -72,13 +73,18 @@ def test_prune_keeps_what_any_plan_needs(
 
 @pytest.mark.parametrize("yes", [[], ["--yes"]])
 @pytest.mark.parametrize(
-    "values", [{"include_path": ELSEWHERE / "include"}, {"signature": "NVCC13.1"}],
+    "values",
+    [{"include_path": ELSEWHERE / "include"}, {"signature": "NVCC13.1"}],
     ids=["path", "compiler"],
-)  # fmt: skip
+)
 def test_prune_refuses_a_plan_for_another_machine(
-    values: dict[str, Any], yes: list[str], directory: Path, tmp_path: Path, here: Library,
+    values: dict[str, Any],
+    yes: list[str],
+    directory: Path,
+    tmp_path: Path,
+    here: Library,
     capsys: Capture,
-) -> None:  # fmt: skip
+) -> None:
     before = contents(directory)
     ours = plan_file(tmp_path / "ours.json", here)
     theirs = plan_file(tmp_path / "theirs.json", here, **values)

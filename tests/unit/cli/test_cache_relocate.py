@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.manifest import Manifest, read_manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest, read_manifest
+from runner.kernels.installed import Library
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import remove
@@ -154,11 +154,13 @@ def test_relocate_from_a_root_that_it_was_not(
     assert cache("relocate", cache_.root, *target, *origin) == 1
     says(
         capsys,
-        *(f"wrong key: {key} is not this source's key for this machine"
-          for key in sorted(manifest.entries)),
+        *(
+            f"wrong key: {key} is not this source's key for this machine"
+            for key in sorted(manifest.entries)
+        ),
         placed_line(tmp_path / "target", 0, 0),
         err="error: 4 entries could not be relocated\n",
-    )  # fmt: skip
+    )
 
 
 def test_relocate_into_another_machines_cache_places_nothing(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.cache import KernelCache
-from runner.jit.library import Library
-from runner.jit.store.machine import Device
-from runner.jit.store.manifest import Manifest
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.machine import Device
+from runner.cache.manifest import Manifest
+from runner.kernels.installed import Library
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import change, first_of, remove
@@ -293,12 +293,13 @@ def test_verify_misses_what_a_plan_needs(
     ("arguments", "words"),
     [
         (["--cuda-version", "13"], "--cuda-version '13' must be X.Y, such as 13.0"),
-        (["--target-root", "here"],
-         "--target-root here must be an absolute path: the key holds it"),
-        (["--cuda-version", "11.8"],
-         "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
+        (
+            ["--target-root", "here"],
+            "--target-root here must be an absolute path: the key holds it",
+        ),
+        (["--cuda-version", "11.8"], "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
     ],
-)  # fmt: skip
+)
 def test_bad_targets(
     arguments: list[str], words: str, directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
+from runner.driver.warmup import WarmupPolicy
 from runner.timeline import Timeline, write_timelines
-from runner.warmup import WarmupPolicy
-from sim.calibrate import fit_profile, leave_one_out
-from sim.judge import Judged, summary
-from sim.profile import Profile, load_profile, write_profile
+from sim.calibration.calibrate import fit_profile, leave_one_out
+from sim.calibration.validation import Judged, summary
+from sim.costs.profile import Profile, load_profile, write_profile
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import h200, scenario
 
@@ -68,8 +68,20 @@ def test_the_profile_is_one_that_sim_takes(runs: list[Timeline], tmp_path: Path)
     assert calibrate(*files(tmp_path), "-o", str(output), "--name", "my machine") == 0
     assert load_profile(str(output)).name == "my machine"
     told = tmp_path / "told.json"
-    arguments = ["--model", "dsv4-tiny", "--warmup", "prebuilt", "--batch-sizes", "1",
-                 "--max-tokens", "64", "--hardware", str(output), "--json", str(told)]  # fmt: skip
+    arguments = [
+        "--model",
+        "dsv4-tiny",
+        "--warmup",
+        "prebuilt",
+        "--batch-sizes",
+        "1",
+        "--max-tokens",
+        "64",
+        "--hardware",
+        str(output),
+        "--json",
+        str(told),
+    ]
     assert run_guarded(cli, ["sim", *arguments], program="runner") == 0
     (made,) = json.loads(told.read_text())["predictions"]
     assert made["meta"]["hardware"] == "my machine"
@@ -79,9 +91,9 @@ def test_what_no_run_tells_is_from_the_base(runs: list[Timeline], tmp_path: Path
     base = another()
     write_profile(tmp_path / "base.json", base)
     output = tmp_path / "mine.json"
-    assert calibrate(
-        *files(tmp_path), "-o", str(output), "--base", str(tmp_path / "base.json")
-    ) == 0  # fmt: skip
+    assert (
+        calibrate(*files(tmp_path), "-o", str(output), "--base", str(tmp_path / "base.json")) == 0
+    )
     made = load_profile(str(output))
     assert made == fitted(runs, "mine", base)
     assert (made.host.walk, made.host.walk_call) == (base.host.walk, base.host.walk_call)
@@ -153,8 +165,10 @@ def test_runs_of_an_older_version_are_one_line(tmp_path: Path, capsys: Capture) 
     """Those that say nothing of their machine, too."""
     folder = Path(__file__).parents[3] / "docs" / "measurements"
     for name in ("h200_dsv4_pp4tp2_none.json", "h200_dsv4_pp4tp2_planned.json"):
-        for command in (["calibrate", "-o", str(tmp_path / "x.json")],
-                        ["compare", "--hardware", "h200"]):  # fmt: skip
+        for command in (
+            ["calibrate", "-o", str(tmp_path / "x.json")],
+            ["compare", "--hardware", "h200"],
+        ):
             assert run_guarded(cli, [*command, str(folder / name)], program="runner") == 2
             captured = capsys.readouterr()
             assert "it was written by an older version, measure it again" in captured.err

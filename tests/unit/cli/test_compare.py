@@ -9,11 +9,11 @@ import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
+from runner.driver.warmup import WarmupPolicy
+from runner.report.validation_table import judged_json
 from runner.timeline import Timeline, write_timelines
-from runner.warmup import WarmupPolicy
-from sim.judge import judge, summary
-from sim.judge_table import judged_json
-from sim.profile import write_profile
+from sim.calibration.validation import judge, summary
+from sim.costs.profile import write_profile
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import h200, scenario
 

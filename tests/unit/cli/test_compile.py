@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from runner.build.compiler import NvccCompiler
+from runner.build.cubin import kernels_in
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import first_recipe
+from runner.cache.manifest import read_manifest
 from runner.cli.progress import progress
-from runner.environ import Environ
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler
-from runner.jit.cubin import kernels_in
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library
-from runner.jit.store.manifest import read_manifest
+from runner.config.environ import Environ
+from runner.kernels.installed import Library
 from tests.unit.build_machine import (
     GEMM,
     REPOSITORY,
@@ -284,8 +284,12 @@ def test_progress_elsewhere_than_on_a_terminal(
     monkeypatch.setattr("runner.cli.progress.time.monotonic", lambda: now[0])
     with progress("build") as show:
         for seconds, done, fraction in (
-            (1, 1, 0.1), (6, 2, 0.25), (7, 3, 0.3), (8, 10, 0.9), (8, 10, 1.0),
-        ):  # fmt: skip
+            (1, 1, 0.1),
+            (6, 2, 0.25),
+            (7, 3, 0.3),
+            (8, 10, 0.9),
+            (8, 10, 1.0),
+        ):
             now[0] = 100.0 + seconds
             show(done, 10, fraction)
     assert capsys.readouterr().err.splitlines() == [
@@ -299,9 +303,14 @@ def test_a_build_goes_on_where_nobody_reads_its_progress(machine: Machine) -> No
     os.close(reading)
     try:
         done = subprocess.run(
-            machine.command(*GEMM), stdout=subprocess.PIPE, stderr=writing, text=True, check=False,
-            cwd=REPOSITORY, env=machine.environment,
-        )  # fmt: skip
+            machine.command(*GEMM),
+            stdout=subprocess.PIPE,
+            stderr=writing,
+            text=True,
+            check=False,
+            cwd=REPOSITORY,
+            env=machine.environment,
+        )
     finally:
         os.close(writing)
     assert (done.returncode, summary(done.stdout.splitlines())) == (0, "4 built, 0 were there")

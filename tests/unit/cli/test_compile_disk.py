@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from runner.environ import Environ
+from runner.build import prebuild as prebuild_module
+from runner.build.compiler import NvccCompiler
+from runner.build.cubin import kernels_in
+from runner.build.prebuild import BuildOrder, BuildStoppedError, prebuild
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import first_recipe
+from runner.cache.manifest import Manifest, read_manifest
+from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.jit import prebuild as prebuild_module
-from runner.jit.cache import KernelCache
-from runner.jit.compiler import NvccCompiler
-from runner.jit.cubin import kernels_in
-from runner.jit.keys import first_recipe
-from runner.jit.library import Library
-from runner.jit.prebuild import BuildOrder, BuildStoppedError, prebuild
-from runner.jit.store.manifest import Manifest, read_manifest
+from runner.kernels.installed import Library
 from tests.unit.build_machine import (
     GEMM,
     Machine,

@@ -17,8 +17,14 @@ from runner.model.strategy import STRATEGIES, load_strategy
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--layers", "4", "--tp", "2", "--ep", "--batch", "512"]
 COMPARE = [*TINY, "--no-search"]
-FIGURES = ["step_seconds", "compute_seconds", "communication_seconds", "exposed_seconds",
-           "idle_share", "layers"]  # fmt: skip
+FIGURES = [
+    "step_seconds",
+    "compute_seconds",
+    "communication_seconds",
+    "exposed_seconds",
+    "idle_share",
+    "layers",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +64,16 @@ BAD: list[tuple[list[str], str]] = [
     (["--hardware", "abacus"], "hardware 'abacus' is not known: use one of"),
     (["--overlap", "mine"], "overlap strategy 'mine' is not known: use one of deepseek-decode-"),
     (["--overlap", "dsv4-prefill"], "--overlap dsv4-prefill is for extend, not for --mode decode"),
-    (["--mode", "extend", "--overlap", "deepseek-decode"],
-     "--overlap deepseek-decode is for decode, not for --mode extend"),
+    (
+        ["--mode", "extend", "--overlap", "deepseek-decode"],
+        "--overlap deepseek-decode is for decode, not for --mode extend",
+    ),
     (["--stage", "1"], "--stage 1 must be below --pp 1"),
     (["--pp", "2", "--stage", "2"], "--stage 2 must be below --pp 2"),
-    (["--mode", "extend", "--prompt-len", "512"],
-     "a batch of 1 sequence cannot be cut in two: give more tokens or shorter prompts"),
+    (
+        ["--mode", "extend", "--prompt-len", "512"],
+        "a batch of 1 sequence cannot be cut in two: give more tokens or shorter prompts",
+    ),
     (["--attn-cp", "2"], "--attn-cp 2 must be 1"),
     (["--pp", "0"], "pp=0 must be at least 1"),
     (["--save", "-"], "--save needs a file"),
@@ -76,7 +86,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--plot", "turns.bmp"], "cannot plot to turns.bmp: suffix must be one of"),
     (["--plot", "-"], "need a file"),
     (["--json", "/no/such/folder"], "cannot write /no/such/folder: its folder does not exist"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(one) for one, _ in BAD])
@@ -132,13 +142,37 @@ def test_without_a_search_there_is_no_best(
 
 def test_options_are_told(capsys: Capture) -> None:
     data = compared(
-        capsys, *COMPARE, "--pp", "2", "--stage", "1", "--stage-layers", "1,3", "--hardware",
-        "h20", "--link", "gloo", "--prompt-len", "7", "--batch", "9",
-    )  # fmt: skip
+        capsys,
+        *COMPARE,
+        "--pp",
+        "2",
+        "--stage",
+        "1",
+        "--stage-layers",
+        "1,3",
+        "--hardware",
+        "h20",
+        "--link",
+        "gloo",
+        "--prompt-len",
+        "7",
+        "--batch",
+        "9",
+    )
     assert (data["first_layer"], data["overlapped_layers"]) == (1, 3)
-    expected = {"model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 2, "ep": True, "stage": 1,
-                "mode": "decode", "batch": 9, "prompt_len": 7, "hardware": "h20",
-                "link": "gloo"}  # fmt: skip
+    expected = {
+        "model": "dsv4-tiny",
+        "layers": 4,
+        "pp": 2,
+        "tp": 2,
+        "ep": True,
+        "stage": 1,
+        "mode": "decode",
+        "batch": 9,
+        "prompt_len": 7,
+        "hardware": "h20",
+        "link": "gloo",
+    }
     assert {name: data[name] for name in expected} == expected
 
 

@@ -13,20 +13,34 @@ import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
+from runner.driver.warmup import WarmupPolicy
 from runner.timeline import read_timelines
-from runner.warmup import WarmupPolicy
-from sim.profile import load_profile
+from sim.costs.profile import load_profile
 
 Capture = pytest.CaptureFixture[str]
-TINY = ["--model", "dsv4-tiny", "--layers", "4", "--batch-sizes", "1", "--max-tokens", "64",
-        "--walk-max-m", "16"]  # fmt: skip
+TINY = [
+    "--model",
+    "dsv4-tiny",
+    "--layers",
+    "4",
+    "--batch-sizes",
+    "1",
+    "--max-tokens",
+    "64",
+    "--walk-max-m",
+    "16",
+]
 ALL = [policy.value for policy in WarmupPolicy]
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for rest in ("JIT_DEEPGEMM_PRECOMPILE", "JIT_DEEPGEMM_FAST_WARMUP",
-                 "PP_PARALLEL_DEEPGEMM_WARMUP", "PP_LAYER_PARTITION"):  # fmt: skip
+    for rest in (
+        "JIT_DEEPGEMM_PRECOMPILE",
+        "JIT_DEEPGEMM_FAST_WARMUP",
+        "PP_PARALLEL_DEEPGEMM_WARMUP",
+        "PP_LAYER_PARTITION",
+    ):
         for prefix in ("SGLANG", "SGL"):
             monkeypatch.delenv(f"{prefix}_{rest}", raising=False)
 
@@ -54,8 +68,9 @@ def policies(capsys: Capture, *arguments: str) -> list[str]:
 def test_all_policies_unless_asked(capsys: Capture) -> None:
     assert policies(capsys) == ALL
     assert policies(capsys, "--warmup", "fast", "--warmup", "none", "--warmup", "fast") == [
-        "fast", "none",
-    ]  # fmt: skip
+        "fast",
+        "none",
+    ]
 
 
 PRECOMPILE = "SGLANG_JIT_DEEPGEMM_PRECOMPILE"
@@ -112,8 +127,13 @@ def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> N
     assert made["kernels_compiled"] == timeline.kernels_compiled
     assert made["distinct_kernels"] == timeline.distinct_kernels
     assert made["duplicates"] == timeline.duplicates
-    assert list(made["phases"]) == ["imports", "process group", "weights", "warm-up",
-                                    "first request"]  # fmt: skip
+    assert list(made["phases"]) == [
+        "imports",
+        "process group",
+        "weights",
+        "warm-up",
+        "first request",
+    ]
     assert [rank["rank"] for rank in made["ranks"]] == list(range(8))
     assert made["timeout"] is None
     assert made["meta"] == timeline.meta
@@ -123,8 +143,15 @@ def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> N
 
 def test_a_death_is_told_as_data(capsys: Capture) -> None:
     (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5", "--no-run-ahead")
-    assert set(made["timeout"]) == {"time", "rank", "operation", "waiting_for", "busy_with",
-                                    "needed", "of_hosts"}  # fmt: skip
+    assert set(made["timeout"]) == {
+        "time",
+        "rank",
+        "operation",
+        "waiting_for",
+        "busy_with",
+        "needed",
+        "of_hosts",
+    }
     assert made["timeout"]["of_hosts"] is False
     assert made["timeout"]["needed"] == pytest.approx(made["longest_wait"], abs=1e-3)
 
@@ -134,17 +161,58 @@ def test_options_reach_the_scenario_and_the_machine(
 ) -> None:
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "1,3")
     (made,) = simulated(
-        capsys, "--warmup", "fast", "--pp", "2", "--tp", "2", "--replicas", "2", "--nodes", "8",
-        "--hosts", "4", "--cores", "5", "--stream", "9,3", "--cuda-graphs", "1,2",
-        "--walk-memory", "2", "--compile-lock", "--link", "gloo", "--ranks-per-gpu", "2",
-        "--prompt-len", "3", "--disaggregation-mode", "decode",
-    )  # fmt: skip
+        capsys,
+        "--warmup",
+        "fast",
+        "--pp",
+        "2",
+        "--tp",
+        "2",
+        "--replicas",
+        "2",
+        "--nodes",
+        "8",
+        "--hosts",
+        "4",
+        "--cores",
+        "5",
+        "--stream",
+        "9,3",
+        "--cuda-graphs",
+        "1,2",
+        "--walk-memory",
+        "2",
+        "--compile-lock",
+        "--link",
+        "gloo",
+        "--ranks-per-gpu",
+        "2",
+        "--prompt-len",
+        "3",
+        "--disaggregation-mode",
+        "decode",
+    )
     expected = {
-        "model": "dsv4-tiny", "layers": 4, "pp": 2, "tp": 2, "replicas": 2, "nodes": 8, "hosts": 4,
-        "cores_per_node": 5, "stream": [9, 3], "graph_batch_sizes": [1, 2], "walk_max_m": 16,
-        "walk_memory": 2 * 2**30, "compile_lock": True, "link": "gloo", "ranks_per_gpu": 2,
-        "prompt_len": 3, "disaggregation": "decode", "stage_layers": [1, 3], "max_tokens": 64,
-    }  # fmt: skip
+        "model": "dsv4-tiny",
+        "layers": 4,
+        "pp": 2,
+        "tp": 2,
+        "replicas": 2,
+        "nodes": 8,
+        "hosts": 4,
+        "cores_per_node": 5,
+        "stream": [9, 3],
+        "graph_batch_sizes": [1, 2],
+        "walk_max_m": 16,
+        "walk_memory": 2 * 2**30,
+        "compile_lock": True,
+        "link": "gloo",
+        "ranks_per_gpu": 2,
+        "prompt_len": 3,
+        "disaggregation": "decode",
+        "stage_layers": [1, 3],
+        "max_tokens": 64,
+    }
     assert {name: made["meta"][name] for name in expected} == expected
 
 
@@ -158,12 +226,19 @@ def test_nodes_are_one_a_stage_of_each_replica(capsys: Capture) -> None:
 def test_phases_can_be_left_out(capsys: Capture) -> None:
     def phases(*arguments: str) -> dict[str, float]:
         (made,) = simulated(capsys, "--warmup", "none", *arguments)
-        return {name: seconds for name, seconds in made["phases"].items()
-                if name not in ("warm-up", "first request")}  # fmt: skip
+        return {
+            name: seconds
+            for name, seconds in made["phases"].items()
+            if name not in ("warm-up", "first request")
+        }
 
     assert list(phases("--skip-phase", "imports")) == ["process group", "weights"]
-    assert phases("--skip-phase", "weights", "--skip-phase", "imports",
-                  "--skip-phase", "process-group") == {}  # fmt: skip
+    assert (
+        phases(
+            "--skip-phase", "weights", "--skip-phase", "imports", "--skip-phase", "process-group"
+        )
+        == {}
+    )
     cold, warm = (phases("--weights", kind)["weights"] for kind in ("disk", "page-cache"))
     assert cold > warm
     assert set(phases("--weights", "dummy")) == {"imports", "process group", "weights"}
@@ -188,9 +263,7 @@ def test_timelines_are_written_and_compare(tmp_path: Path, capsys: Capture) -> N
 def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> None:
     assert sim(*TINY, "--nccl-timeout", "5", "--no-run-ahead") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        "dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node"
-    )  # fmt: skip
+    assert lines[0] == ("dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node")
     rows = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
     assert [row for row in rows if row in ALL] == ALL
     assert any(line.startswith("none: the watchdog ends this run at ") for line in lines)
@@ -284,9 +357,7 @@ def test_a_bad_profile_file_is_one_line(text: str | None, tmp_path: Path, capsys
 
 
 def in_a_process(code: str) -> None:
-    start = (
-        "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
-    )  # fmt: skip
+    start = "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
     done = subprocess.run(
         [sys.executable, "-c", start + code], capture_output=True, text=True, check=False
     )

@@ -16,7 +16,7 @@ import pytest
 from runner.cli import cli
 from runner.cli.guard import run_guarded
 from runner.report.picture import SUFFIXES
-from sim.sweep import Case, WorkerLostError, simulate_case
+from sim.sweep.run import Case, WorkerLostError, simulate_case
 
 AT_ONCE = ["--skip-phase", "imports", "--skip-phase", "process-group", "--skip-phase", "weights"]
 Capture = pytest.CaptureFixture[str]
@@ -40,11 +40,23 @@ def axes_of(items: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
 
 def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
     data = swept(
-        capsys, "--pp", "1,2", "--tp", "1,3", "--nodes", "1,2", "--cores", "4",
-        "--warmup", "none,planned",
-    )  # fmt: skip
-    fits = {(policy, pp, 1, False, nodes, 4) for policy in ("none", "planned")
-            for pp, nodes in ((1, 1), (2, 1), (2, 2))}  # fmt: skip
+        capsys,
+        "--pp",
+        "1,2",
+        "--tp",
+        "1,3",
+        "--nodes",
+        "1,2",
+        "--cores",
+        "4",
+        "--warmup",
+        "none,planned",
+    )
+    fits = {
+        (policy, pp, 1, False, nodes, 4)
+        for policy in ("none", "planned")
+        for pp, nodes in ((1, 1), (2, 1), (2, 2))
+    }
     assert axes_of(data["points"]) == fits
     assert len(data["points"]) == len(fits)
     odd = "tp=3 must divide num_attention_heads=4 of dsv4-tiny"
@@ -65,9 +77,20 @@ def test_a_point_is_what_sim_foretells(capsys: Capture) -> None:
     assert run_guarded(cli, arguments, program="runner") == 0
     (foretold,) = json.loads(capsys.readouterr().out)["predictions"]
     (point,) = swept(
-        capsys, "--pp", "2", "--tp", "2", "--cores", "3", "--ep", "on", "--nodes", "2",
-        "--warmup", "pp-parallel",
-    )["points"]  # fmt: skip
+        capsys,
+        "--pp",
+        "2",
+        "--tp",
+        "2",
+        "--cores",
+        "3",
+        "--ep",
+        "on",
+        "--nodes",
+        "2",
+        "--warmup",
+        "pp-parallel",
+    )["points"]
     assert round(point["up_seconds"], 3) == foretold["up_seconds"]
     assert point["kernels_compiled"] == foretold["kernels_compiled"]
     assert point["duplicates"] == foretold["duplicates"]
@@ -81,14 +104,32 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
         (policy, 4, 2, False, 4, 16) for policy in ("none", "pp-parallel", "planned")
     }
     assert data["settings"] == {
-        "model": "dsv4-tiny", "layers": 8, "attn_cp": 1, "stage_layers": None, "prompt_len": 1,
-        "disaggregation": "none", "batch_sizes": [1], "max_tokens": 64, "num_sms": 132,
-        "speculative": False, "hardware": "h200", "link": "nvlink", "ranks_per_gpu": 1,
-        "nccl_timeout": None, "replicas": 1, "stream": None, "graph_batch_sizes": [],
-        "walk_max_m": None, "walk_memory": 0.12 * 150e9, "compile_lock": False,
-        "bf16_fp32_algo": "deep_gemm", "moe_a2a": False, "overlap": [],
-        "library": "sgl-deep-gemm 0.1.4.post1", "gpu": "h200",
-    }  # fmt: skip
+        "model": "dsv4-tiny",
+        "layers": 8,
+        "attn_cp": 1,
+        "stage_layers": None,
+        "prompt_len": 1,
+        "disaggregation": "none",
+        "batch_sizes": [1],
+        "max_tokens": 64,
+        "num_sms": 132,
+        "speculative": False,
+        "hardware": "h200",
+        "link": "nvlink",
+        "ranks_per_gpu": 1,
+        "nccl_timeout": None,
+        "replicas": 1,
+        "stream": None,
+        "graph_batch_sizes": [],
+        "walk_max_m": None,
+        "walk_memory": 0.12 * 150e9,
+        "compile_lock": False,
+        "bf16_fp32_algo": "deep_gemm",
+        "moe_a2a": False,
+        "overlap": [],
+        "library": "sgl-deep-gemm 0.1.4.post1",
+        "gpu": "h200",
+    }
 
 
 def test_lists_may_come_in_several_options(capsys: Capture) -> None:
@@ -188,7 +229,7 @@ def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     code = (
         "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
         f"run_guarded(cli, ['sweep', *{TINY!r}], program='runner')\n"
-        "import sim.sweep\n"
+        "import sim.sweep.run\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -207,9 +248,13 @@ def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     ids=["interrupted", "lost"],
 )
 def test_a_stopped_sweep_shows_what_it_has(
-    stop: BaseException, code: int, line: str, capsys: Capture, tmp_path: Path,
+    stop: BaseException,
+    code: int,
+    line: str,
+    capsys: Capture,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     def one_only(cases: list[Case], *, jobs: int, on_end: Any) -> None:
         on_end(simulate_case(cases[1]))
         raise stop
@@ -228,12 +273,26 @@ def test_a_stopped_sweep_shows_what_it_has(
 
 def test_ctrl_c_ends_every_process_without_a_traceback(tmp_path: Path) -> None:
     """As a terminal sends it: to the command and to its processes."""
-    command = [sys.executable, "-m", "runner", "sweep", "--jobs", "2", "--tp", "1,2,4,8",
-               "--cores", ",".join(map(str, range(1, 100)))]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "runner",
+        "sweep",
+        "--jobs",
+        "2",
+        "--tp",
+        "1,2,4,8",
+        "--cores",
+        ",".join(map(str, range(1, 100))),
+    ]
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
-    )  # fmt: skip
+    )
     assert started.stderr is not None
     first = started.stderr.readline()
     assert first.startswith("sweep: ")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.jit.describe import config_of
-from runner.jit.plan_json import plan_to_json
-from runner.jit.shim import FORBIDDEN_EXIT, CompileRecord
-from runner.watch import Forbid, _flag, _raise_flag
+from runner.cache.describe import config_of
+from runner.planning.plan_json import plan_to_json
+from runner.watch.command import Forbid, _flag, _raise_flag
+from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 from tests.unit.small_cache import keys_for, small_library, small_plan
 from tests.unit.watched_server import (
     ITEMS,
@@ -68,16 +68,34 @@ def test_as_json(room: Path, fake_nvcc: Path) -> None:
     assert set(data) == {"version", "command", "exit_code", "seconds", "compiles"}
     assert (data["version"], data["command"], data["exit_code"]) == (1, command, 0)
     first, second = data["compiles"]
-    assert set(first) == set(second) == {
-        "start", "seconds", "exit_code", "forbidden", "rank", "pid", "command", "name", "config",
-        "uses",
-    }  # fmt: skip
+    assert (
+        set(first)
+        == set(second)
+        == {
+            "start",
+            "seconds",
+            "exit_code",
+            "forbidden",
+            "rank",
+            "pid",
+            "command",
+            "name",
+            "config",
+            "uses",
+        }
+    )
     assert 0 <= first["start"] <= first["start"] + first["seconds"] <= second["start"] + 0.002
     assert second["start"] + second["seconds"] <= data["seconds"] + 0.002
     fields = ("exit_code", "forbidden", "rank", "pid", "name", "config", "uses")
     assert [first[name] for name in fields] == [
-        0, False, -1, ran.pid, "sm90_fp8_gemm_1d2d", config_of(SMALL.kernel), None,
-    ]  # fmt: skip
+        0,
+        False,
+        -1,
+        ran.pid,
+        "sm90_fp8_gemm_1d2d",
+        config_of(SMALL.kernel),
+        None,
+    ]
     assert [second[name] for name in fields] == [97, True, 3, ran.pid, "unknown", {}, None]
 
 
@@ -90,8 +108,13 @@ def test_the_command_that_asked(room: Path, fake_nvcc: Path) -> None:
 
 
 def test_a_rank_that_is_no_number(room: Path, fake_nvcc: Path) -> None:
-    steps = ["compile=../small.cu", "rank=first", "compile=../middle.cu", "rank=-2",
-             "compile=../middle.cu"]  # fmt: skip
+    steps = [
+        "compile=../small.cu",
+        "rank=first",
+        "compile=../middle.cu",
+        "rank=-2",
+        "compile=../middle.cu",
+    ]
     ran = run(room, fake_nvcc, server(room, *steps), "--json", "out.json")
     assert ran.code == 0
     compiles = json.loads((room / "out.json").read_text())["compiles"]
@@ -175,8 +198,9 @@ def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
     done = watched(room, fake_nvcc, *steps, forbid=Forbid(seconds=0.3))
     assert [record.exit_code for record in done.records][-1] == FORBIDDEN_EXIT
     assert [record.source for record in done.records] == [
-        SMALL.kernel.body, MIDDLE.kernel.body,
-    ]  # fmt: skip
+        SMALL.kernel.body,
+        MIDDLE.kernel.body,
+    ]
     assert done.forbidden[-1] == done.records[-1]
 
 
@@ -191,9 +215,13 @@ def test_seconds_that_do_not_pass_forbid_nothing(room: Path, fake_nvcc: Path) ->
 def test_each_compile_is_told_once_with_its_time(room: Path, fake_nvcc: Path) -> None:
     seen: list[tuple[CompileRecord, float]] = []
     done = watched(
-        room, fake_nvcc, "compile=../small.cu", "compile=../broken.cu", "exit=3",
+        room,
+        fake_nvcc,
+        "compile=../small.cu",
+        "compile=../broken.cu",
+        "exit=3",
         on_compile=lambda record, seconds: seen.append((record, seconds)),
-    )  # fmt: skip
+    )
     assert [record for record, _ in seen] == done.records
     assert [seconds for _, seconds in seen] == [
         record.start - done.started for record in done.records
@@ -221,8 +249,12 @@ def test_a_killed_compile_never_ended(room: Path, tmp_path: Path) -> None:
     assert len(ran.err) == 1 and summary(ran.err[0], 0, 0, ", 1 never ended")
     (only,) = json.loads((room / "out.json").read_text())["compiles"]
     assert [only[name] for name in ("seconds", "exit_code", "forbidden", "pid", "name")] == [
-        None, None, False, ran.pid, "sm90_fp8_gemm_1d2d",
-    ]  # fmt: skip
+        None,
+        None,
+        False,
+        ran.pid,
+        "sm90_fp8_gemm_1d2d",
+    ]
     assert only["start"] >= 0
 
 
@@ -249,5 +281,7 @@ def test_the_m_that_a_kernel_serves(room: Path, fake_nvcc: Path, tmp_path: Path)
     )
     compiles = json.loads((room / "out.json").read_text())["compiles"]
     assert [[use["m_ranges"] for use in item["uses"]] for item in compiles] == [
-        [[[17, 20]]], [], [],
-    ]  # fmt: skip
+        [[[17, 20]]],
+        [],
+        [],
+    ]

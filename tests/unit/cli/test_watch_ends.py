@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import UserError
-from runner.jit.shim import CompileRecord
-from runner.watch import watch
+from runner.watch.command import watch
+from runner.watch.shim import CompileRecord
 from tests.unit.watched_server import (
     RUNNER,
     SMALL_WORDS,
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.mark.parametrize(
-    ("step", "code"), [("exit=0", 0), ("exit=3", 3), ("exit=97", 97), ("kill=9", 137),
-                       ("kill=15", 143)],
-)  # fmt: skip
+    ("step", "code"),
+    [("exit=0", 0), ("exit=3", 3), ("exit=97", 97), ("kill=9", 137), ("kill=15", 143)],
+)
 def test_the_commands_exit_code(room: Path, fake_nvcc: Path, step: str, code: int) -> None:
     ran = run(room, fake_nvcc, server(room, step), "--json", "out.json")
     assert ran.code == code
@@ -42,9 +42,13 @@ def test_the_commands_exit_code(room: Path, fake_nvcc: Path, step: str, code: in
 def test_a_signal_reaches_the_command(room: Path, fake_nvcc: Path, number: int) -> None:
     command = [*RUNNER, "--", *server(room, "compile=../small.cu", "wait")]
     with subprocess.Popen(
-        command, cwd=room, env=environment(fake_nvcc), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+        command,
+        cwd=room,
+        env=environment(fake_nvcc),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stderr is not None and process.stdout is not None
         before = [process.stdout.readline() for _ in range(3)]
         assert before[1:] == ["compile 0 \n", "waiting\n"]
@@ -73,9 +77,14 @@ def test_an_interrupt_reaches_the_commands_group_once_and_the_rest_the_command(
     """
     steps = ["child=count=child await=go", "await=child", "count=parent", "await=go"]
     with subprocess.Popen(
-        [*RUNNER, "--", *server(room, *steps)], cwd=room, env=environment(fake_nvcc),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
-    ) as process:  # fmt: skip
+        [*RUNNER, "--", *server(room, *steps)],
+        cwd=room,
+        env=environment(fake_nvcc),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
         assert process.stderr is not None and process.stdout is not None
         try:
             pid = int(process.stdout.readline().removeprefix("pid "))

@@ -9,19 +9,28 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from runner.report.predictions import advice_table, advise, print_predictions
 from runner.timeline import FIRST_REQUEST, Span, Timeline
-from sim.advice import advice_table, advise, print_predictions
-from sim.culprit import CollectiveTimeout
+from sim.costs.start_up import StartPhases
+from sim.engine.timeout_diagnosis import CollectiveTimeout
 from sim.simulate import Prediction
-from sim.start_up import StartPhases
 from tests.unit.tiny_runs import h200, machine
 
 LOST = CollectiveTimeout(120.4, 6, "recv hidden_states", 2, "compile gemm", 700.2)
 META: dict[str, Any] = {
-    "model": "a-model", "layers": 3, "pp": 4, "tp": 2, "replicas": 1, "nodes": 4, "hosts": 4,
-    "cores_per_node": 16, "batch_sizes": [1, 128, 1024], "stream": None, "ranks": [{"node": 0}],
+    "model": "a-model",
+    "layers": 3,
+    "pp": 4,
+    "tp": 2,
+    "replicas": 1,
+    "nodes": 4,
+    "hosts": 4,
+    "cores_per_node": 16,
+    "batch_sizes": [1, 128, 1024],
+    "stream": None,
+    "ranks": [{"node": 0}],
     "coverage_up": [{"present": 10, "planned": 10}, {"present": 3, "planned": 12}],
-}  # fmt: skip
+}
 
 
 def prediction(policy: str, up: float, stalls: int = 0, **changes: Any) -> Prediction:
@@ -33,9 +42,12 @@ def prediction(policy: str, up: float, stalls: int = 0, **changes: Any) -> Predi
         Span(0, up, up + 10, "phase", "requests"),
     )
     made = Prediction(
-        Timeline(policy, "predicted", 1, spans, META), None, longest_wait=17.25, stalls=stalls,
+        Timeline(policy, "predicted", 1, spans, META),
+        None,
+        longest_wait=17.25,
+        stalls=stalls,
         stall_seconds=2.0 * stalls,
-    )  # fmt: skip
+    )
     return replace(made, **changes)
 
 
@@ -49,16 +61,18 @@ NOTHING = "no kernel to compile in traffic"
 
 def test_it_says_when_it_is_up_and_what_it_leaves() -> None:
     assert advised(prediction("none", 90, 40), prediction("planned", 20)) == (
-        "planned", f"up after 20 s; leaves {NOTHING}",
-    )  # fmt: skip
+        "planned",
+        f"up after 20 s; leaves {NOTHING}",
+    )
 
 
 def test_stalls_are_weighed_against_the_start_up() -> None:
     """30 s and 4 s of stalls are less than 35 s, and 30 s and 6 s are more."""
     planned = prediction("planned", 35)
     assert advised(prediction("fast", 30, 2), planned) == (
-        "fast", "up after 30 s; leaves 2 kernels (4 s) to compile in traffic",
-    )  # fmt: skip
+        "fast",
+        "up after 30 s; leaves 2 kernels (4 s) to compile in traffic",
+    )
     assert advised(prediction("fast", 30, 3), planned) == (
         "planned",
         f"up after 35 s; leaves {NOTHING}; "
@@ -69,8 +83,9 @@ def test_stalls_are_weighed_against_the_start_up() -> None:
 def test_it_is_seconds_of_stalls_that_count_and_not_their_number() -> None:
     few = prediction("few", 20, 1, stall_seconds=30.0)
     assert advised(few, prediction("many", 20, 9, stall_seconds=10.0)) == (
-        "many", "up after 20 s; leaves 9 kernels (10 s) to compile in traffic",
-    )  # fmt: skip
+        "many",
+        "up after 20 s; leaves 9 kernels (10 s) to compile in traffic",
+    )
 
 
 def test_a_policy_is_named_once() -> None:
@@ -93,21 +108,24 @@ def test_what_is_up_sooner_and_stalls_more_is_named() -> None:
 
 def test_with_as_many_stalls_the_fastest() -> None:
     assert advised(prediction("full", 30, 4), prediction("fast", 20, 4)) == (
-        "fast", "up after 20 s; leaves 4 kernels (8 s) to compile in traffic",
-    )  # fmt: skip
+        "fast",
+        "up after 20 s; leaves 4 kernels (8 s) to compile in traffic",
+    )
 
 
 def test_of_what_takes_as_long_together_what_is_up_first() -> None:
     """20 s and 10 s of stalls are 30 s."""
     assert advised(prediction("planned", 30), prediction("fast", 20, 5)) == (
-        "fast", "up after 20 s; leaves 5 kernels (10 s) to compile in traffic",
-    )  # fmt: skip
+        "fast",
+        "up after 20 s; leaves 5 kernels (10 s) to compile in traffic",
+    )
 
 
 def test_of_those_that_are_the_same_the_first() -> None:
     assert advised(prediction("full", 20), prediction("relax", 20)) == (
-        "full", f"up after 20 s; leaves {NOTHING}",
-    )  # fmt: skip
+        "full",
+        f"up after 20 s; leaves {NOTHING}",
+    )
 
 
 def test_who_is_up_at_the_same_time_is_not_up_sooner() -> None:
@@ -116,15 +134,17 @@ def test_who_is_up_at_the_same_time_is_not_up_sooner() -> None:
     # Fewer kernels, though they take longer.
     fewer = prediction("fewer", 20, 1, stall_seconds=9.0)
     assert advised(fewer, prediction("more", 20, 2)) == (
-        "more", "up after 20 s; leaves 2 kernels (4 s) to compile in traffic",
-    )  # fmt: skip
+        "more",
+        "up after 20 s; leaves 2 kernels (4 s) to compile in traffic",
+    )
 
 
 def test_who_dies_is_not_taken() -> None:
     dying = prediction("planned", 5, timeout=LOST)
     assert advised(dying, prediction("none", 90, 40)) == (
-        "none", "up after 90 s; leaves 40 kernels (80 s) to compile in traffic",
-    )  # fmt: skip
+        "none",
+        "up after 90 s; leaves 40 kernels (80 s) to compile in traffic",
+    )
 
 
 def test_where_all_die_the_best_of_them() -> None:
@@ -217,9 +237,11 @@ def shown(capsys: pytest.CaptureFixture[str], *predictions: Prediction, **where:
 
 def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(
-        capsys, prediction("none", 90, 40, timeout=LOST), prediction("planned", 20),
+        capsys,
+        prediction("none", 90, 40, timeout=LOST),
+        prediction("planned", 20),
         start=StartPhases(),
-    )  # fmt: skip
+    )
     assert lines[:5] == [
         "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",

@@ -7,7 +7,7 @@ import pytest
 from runner.model.operations import overlapped_order
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
 from runner.timeline import Span
-from sim.engine import SimulationError
+from sim.engine.engine import SimulationError
 from tests.unit.sim_rounds import simulate, work
 
 
@@ -48,8 +48,9 @@ def test_a_collective_waits_for_its_last_member() -> None:
     assert outcome.ends == (14.0, 17.0)
     beside = [span for span in outcome.spans if span.kind == "beside"]
     assert [(span.rank, span.start, span.end, span.name) for span in beside] == [
-        (0, 9, 14, "a"), (1, 2, 14, "a"),
-    ]  # fmt: skip
+        (0, 9, 14, "a"),
+        (1, 2, 14, "a"),
+    ]
     assert Span(1, 3, 14, "wait", "a") in outcome.spans
 
 
@@ -82,8 +83,19 @@ def stages(placement: str, batch: int) -> list[list[Op]]:
     if placement == "before":
         layer = [first, selects, shadow, experts, wait + output]
         return layer + layer
-    return [first, selects, shadow, experts, wait, output + first, selects, shadow, experts, wait,
-            output]  # fmt: skip
+    return [
+        first,
+        selects,
+        shadow,
+        experts,
+        wait,
+        output + first,
+        selects,
+        shadow,
+        experts,
+        wait,
+        output,
+    ]
 
 
 def step(placement: str, delta: int) -> float:

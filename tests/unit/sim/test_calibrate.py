@@ -11,15 +11,15 @@ import pytest
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4
+from runner.driver.warmup import WarmupPolicy
 from runner.timeline import Timeline
-from runner.warmup import WarmupPolicy
-from sim.calibrate import Calibration, fit_profile, leave_one_out
-from sim.compile_time import config_key, template_of
-from sim.drift import Drift
-from sim.judge import judge, scenario_of
-from sim.profile import Builder, Link, Probe, Profile, slowed
-from sim.samples import take_samples
-from sim.start_up import made_elements
+from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out
+from sim.calibration.data import take_samples
+from sim.calibration.drift import Drift
+from sim.calibration.validation import judge, scenario_of
+from sim.costs.compile_time import config_key, template_of
+from sim.costs.profile import Builder, Link, Probe, Profile, slowed
+from sim.costs.start_up import made_elements
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 
@@ -36,9 +36,13 @@ def runs() -> tuple[Timeline, ...]:
     return tuple(
         measured(scenario(policy, tp=2, layers=layers, **VALUES), KNOWN)
         for policy, layers in (
-            (P.NONE, 8), (P.PLANNED, 8), (P.PREBUILT, 8), (P.FAST, 2), (P.RELAX, 4),
+            (P.NONE, 8),
+            (P.PLANNED, 8),
+            (P.PREBUILT, 8),
+            (P.FAST, 2),
+            (P.RELAX, 4),
         )
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -99,10 +103,11 @@ def in_company(speeds: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[Tim
     """Runs in which all ranks compile side by side, and then one or two; and how slow they are."""
     layouts = (({"pp": 4}, 4), ({"pp": 2, "tp": 2}, 4), ({"pp": 4, "tp": 2}, 8))
     return [
-        measured(scenario(P.RELAX, layers=8, **layout, **VALUES), slowed(KNOWN, factor),
-                 cores=cores)
+        measured(
+            scenario(P.RELAX, layers=8, **layout, **VALUES), slowed(KNOWN, factor), cores=cores
+        )
         for (layout, cores), factor in zip(layouts, speeds, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def test_contention_comes_back_within_a_tenth() -> None:
@@ -126,8 +131,9 @@ def test_contention_comes_back_whatever_the_speeds_of_the_runs(
 def test_the_spread_side_by_side_comes_back_roughly(spread: float) -> None:
     """Eight tensor ranks that compile some 30 kernels each."""
     uneven = replace(KNOWN, compile=replace(KNOWN.compile, spread=spread))
-    one = replace(scenario(P.NONE, **VALUES), model=with_layers(DSV4, 4),
-                  parallel=ParallelConfig(tp=8))  # fmt: skip
+    one = replace(
+        scenario(P.NONE, **VALUES), model=with_layers(DSV4, 4), parallel=ParallelConfig(tp=8)
+    )
     run = measured(one, uneven, cores=64)
     for known in (0.0, 0.07):
         before = replace(usual(), compile=replace(usual().compile, spread=known))
@@ -196,8 +202,9 @@ def test_a_link_comes_back_within_a_tenth() -> None:
     """Small and large forwards, and few and many layers: latency and bandwidths apart."""
     many = [
         measured(scenario(P.NONE, tp=2, layers=layers, batch_sizes=sizes, max_tokens=2048), KNOWN)
-        for layers in (2, 8) for sizes in (tuple(range(1, 25)), (512,), (2048,))
-    ]  # fmt: skip
+        for layers in (2, 8)
+        for sizes in (tuple(range(1, 25)), (512,), (2048,))
+    ]
     link, known = (p.links["gloo"] for p in (fit_profile(many, base(), "mine").profile, KNOWN))
     assert link.latency == pytest.approx(known.latency, rel=0.1)
     assert link.bandwidth == pytest.approx(known.bandwidth, rel=0.1)
@@ -207,8 +214,10 @@ def test_a_link_comes_back_within_a_tenth() -> None:
 
 def test_start_up_comes_back_within_a_tenth() -> None:
     """Each layout measured four times."""
-    seen = [measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN)
-            for pp, tp in ((1, 1), (2, 1), (2, 2), (4, 2))]  # fmt: skip
+    seen = [
+        measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN)
+        for pp, tp in ((1, 1), (2, 1), (2, 2), (4, 2))
+    ]
     made = fit_profile(4 * seen, usual(), "mine").profile.start_up
     for ranks in (1, 2, 4, 8):
         for name in ("imports", "process_group"):
@@ -219,8 +228,10 @@ def test_start_up_comes_back_within_a_tenth() -> None:
 def test_weights_that_are_made_up_come_back_within_a_tenth() -> None:
     """Each layout measured four times."""
     layouts = ((1, 1, 1), (1, 2, 2), (2, 2, 4), (4, 2, 8))
-    seen = [measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN, ranks_per_gpu=ranks)
-            for pp, tp, ranks in layouts]  # fmt: skip
+    seen = [
+        measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN, ranks_per_gpu=ranks)
+        for pp, tp, ranks in layouts
+    ]
     made = fit_profile(4 * seen, usual(), "mine").profile.start_up
     assert (usual().start_up.weights_made, KNOWN.start_up.weights_made) == (1e7, 4e6)
     assert made.weights_made == pytest.approx(4e6, rel=0.1)
@@ -234,8 +245,10 @@ def test_weights_that_are_made_up_come_back_within_a_tenth() -> None:
 
 
 def test_imports_follow_a_hosts_ranks() -> None:
-    seen = [measured(scenario(P.PREBUILT, pp=2, tp=2, nodes=hosts), KNOWN, hosts=hosts)
-            for hosts in (1, 2, 4)]  # fmt: skip
+    seen = [
+        measured(scenario(P.PREBUILT, pp=2, tp=2, nodes=hosts), KNOWN, hosts=hosts)
+        for hosts in (1, 2, 4)
+    ]
     made = fit_profile(4 * seen, usual(), "mine").profile.start_up
     for hosts in (1, 2, 4):
         known = KNOWN.start_up.imports.of(4 // hosts)
@@ -339,8 +352,10 @@ def test_a_first_forward_is_the_mean_of_both_kinds_of_gpu() -> None:
     shared = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
     assert shared.meta["ranks_per_gpu"] == 1
     of_two = replace(shared, meta={**shared.meta, "ranks_per_gpu": 2})
-    firsts = [fit_profile(runs, usual(), "one").profile.host.first_forward
-              for runs in ([shared], [of_two], [shared, of_two])]  # fmt: skip
+    firsts = [
+        fit_profile(runs, usual(), "one").profile.host.first_forward
+        for runs in ([shared], [of_two], [shared, of_two])
+    ]
     assert firsts[2] == pytest.approx((firsts[0] + firsts[1]) / 2, abs=1e-3)
 
 

@@ -7,13 +7,13 @@ from statistics import fmean, stdev
 
 import pytest
 
-from runner.jit.builder.costs import plain_seconds
+from runner.build.costs import plain_seconds
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
-from sim.compile_time import compile_seconds, config_key, luck, slowdown, template_of
-from sim.profile import CompileTimes
+from sim.costs.compile_time import compile_seconds, config_key, luck, slowdown, template_of
+from sim.costs.profile import CompileTimes
 
 
 def kernel(kind: T, m: int, n: int, k: int, groups: int = 1) -> Kernel:
@@ -27,8 +27,14 @@ TRANSPOSE = kernels_of(KernelCall(T.GEMM_NT_F8F8BF16, 64, 1536, 4096, 1, 132))[0
 
 
 def times(**changes: object) -> CompileTimes:
-    values = {"by_config": {}, "scale": {}, "default_scale": 1.0, "contention": 0.0,
-              "spread": 0.0, **changes}  # fmt: skip
+    values = {
+        "by_config": {},
+        "scale": {},
+        "default_scale": 1.0,
+        "contention": 0.0,
+        "spread": 0.0,
+        **changes,
+    }
     return CompileTimes(**values)  # type: ignore[arg-type]
 
 
@@ -52,13 +58,17 @@ def test_a_configuration_is_the_same_for_every_shape() -> None:
 @pytest.mark.parametrize(
     ("kind", "k", "blocks"),
     [
-        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 128, 1), (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 4),
-        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1024, 8), (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 512, 4),
-        (T.FP8_EINSUM_BHR_HDR_BHD, 896, 7), (T.GROUPED_GEMM_NT_BF16_MASKED, 256, 4),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 128, 1),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 4),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1024, 8),
+        (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 512, 4),
+        (T.FP8_EINSUM_BHR_HDR_BHD, 896, 7),
+        (T.GROUPED_GEMM_NT_BF16_MASKED, 256, 4),
         # Dense kernels take K as they run.
-        (T.GEMM_NT_F8F8BF16, 512, 8), (T.GEMM_NT_BF16BF16F32, 256, 8),
+        (T.GEMM_NT_F8F8BF16, 512, 8),
+        (T.GEMM_NT_BF16BF16F32, 256, 8),
     ],
-)  # fmt: skip
+)
 def test_a_short_k_that_is_compiled_in_is_another_configuration(
     kind: T, k: int, blocks: int
 ) -> None:
@@ -89,10 +99,17 @@ def test_measured_then_the_templates_scale_then_the_default() -> None:
 @pytest.mark.parametrize(
     ("compilers", "cores", "expected"),
     [
-        (1, 5, 1.0), (2, 5, 1.1), (3, 5, 1.2), (5, 5, 1.4), (10, 5, 2.8),
-        (1, 1, 1.4), (2, 1, 2.8), (1, 2, 1.0), (2, 2, 1.4),
+        (1, 5, 1.0),
+        (2, 5, 1.1),
+        (3, 5, 1.2),
+        (5, 5, 1.4),
+        (10, 5, 2.8),
+        (1, 1, 1.4),
+        (2, 1, 2.8),
+        (1, 2, 1.0),
+        (2, 2, 1.4),
     ],
-)  # fmt: skip
+)
 def test_company_slows_a_compile_linearly_and_beyond_the_cores_it_shares(
     compilers: int, cores: int, expected: float
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sim.cores import Cores
+from sim.engine.cores import Cores
 
 
 def ends_of(cores: Cores, jobs: list[tuple[int, int]]) -> dict[int, float]:

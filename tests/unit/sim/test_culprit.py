@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runner.timeline import Span
-from sim.culprit import CollectiveTimeout, with_culprit
+from sim.engine.timeout_diagnosis import CollectiveTimeout, with_culprit
 
 
 def lost(waiting_for: int, rank: int = 0, time: float = 10.0) -> CollectiveTimeout:
@@ -13,8 +13,11 @@ def lost(waiting_for: int, rank: int = 0, time: float = 10.0) -> CollectiveTimeo
 def blamed(spans: list[Span], timeout: CollectiveTimeout) -> tuple[int, str]:
     found = with_culprit(timeout, spans)
     assert (found.time, found.rank, found.operation, found.needed) == (
-        timeout.time, timeout.rank, timeout.operation, timeout.needed,
-    )  # fmt: skip
+        timeout.time,
+        timeout.rank,
+        timeout.operation,
+        timeout.needed,
+    )
     return found.waiting_for, found.busy_with
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.timeline import Span, Timeline
-from sim.drift import Drift, drifted, undrifted
+from sim.calibration.drift import Drift, drifted, undrifted
+from sim.costs.start_up import PHASES, StartPhases, start_phases
 from sim.simulate import simulate
-from sim.start_up import PHASES, StartPhases, start_phases
 from tests.unit.tiny_runs import h200, machine, scenario
 
 HALVED = 10 * log(2)
@@ -25,8 +25,11 @@ SETTLINGS = st.floats(0.5, 500)
 TIMES = st.floats(0, 2000)
 DRIFTS = st.builds(
     lambda factor, settling, start, length: Drift(factor, settling, (start, start + length)),
-    FACTORS, SETTLINGS, st.floats(0, 200), st.floats(0, 200),
-)  # fmt: skip
+    FACTORS,
+    SETTLINGS,
+    st.floats(0, 200),
+    st.floats(0, 200),
+)
 
 
 # -- clocks ---------------------------------------------------------------------------------------
@@ -131,9 +134,10 @@ def test_without_weights_nothing_pauses() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    FACTORS, SETTLINGS,
+    FACTORS,
+    SETTLINGS,
     st.lists(st.tuples(TIMES, TIMES).map(lambda pair: (min(pair), max(pair))), max_size=5),
-)  # fmt: skip
+)
 def test_a_drifted_run_undrifted_is_the_run(
     factor: float, settling: float, times: list[tuple[float, float]]
 ) -> None:

@@ -18,8 +18,8 @@ from runner.schedule import (
     Send,
 )
 from runner.timeline import Span, Timeline, merge
-from sim.costs import Seconds
-from sim.engine import SimulationError
+from sim.costs.model import Seconds
+from sim.engine.engine import SimulationError
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, work
 
 
@@ -28,12 +28,18 @@ def test_two_stage_pipeline_compiles_in_turn() -> None:
     second: list[Op] = [Recv("hidden_states", 0, 100), call(2)]
     outcome = simulate(first, second, node_of=[0, 1])
     assert rows(outcome, 0) == [
-        ("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13), ("comm", 13, 13),
-    ]  # fmt: skip
+        ("compile", 0, 10),
+        ("load", 10, 11),
+        ("compute", 11, 13),
+        ("comm", 13, 13),
+    ]
     assert rows(outcome, 1) == [
-        ("wait", 0, 13), ("comm", 13, 17), ("compile", 17, 27), ("load", 27, 28),
+        ("wait", 0, 13),
+        ("comm", 13, 17),
+        ("compile", 17, 27),
+        ("load", 27, 28),
         ("compute", 28, 30),
-    ]  # fmt: skip
+    ]
 
 
 def test_message_that_is_already_there_costs_no_wait() -> None:
@@ -48,16 +54,22 @@ def test_collective_waits_for_the_slow_rank() -> None:
     assert rows(outcome, 0) == [("compute", 0, 1), ("wait", 1, 7), ("comm", 7, 10)]
     assert rows(outcome, 1) == [("compute", 0, 7), ("comm", 7, 10)]
     assert rows(outcome, 2) == [
-        ("compute", 0, 2), ("wait", 2, 7), ("comm", 7, 10), ("compute", 10, 15),
-    ]  # fmt: skip
+        ("compute", 0, 2),
+        ("wait", 2, 7),
+        ("comm", 7, 10),
+        ("compute", 10, 15),
+    ]
 
 
 def test_two_ranks_that_miss_at_once_both_compile() -> None:
     outcome = simulate([call(1)], [work(4), call(1)])
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13)]
     assert rows(outcome, 1) == [
-        ("compute", 0, 4), ("compile", 4, 14), ("load", 14, 15), ("compute", 15, 17),
-    ]  # fmt: skip
+        ("compute", 0, 4),
+        ("compile", 4, 14),
+        ("load", 14, 15),
+        ("compute", 15, 17),
+    ]
     timeline = Timeline("none", "predicted", 2, merge(outcome.spans))
     assert (timeline.kernels_compiled, timeline.distinct_kernels, timeline.duplicates) == (2, 1, 1)
 
@@ -86,12 +98,16 @@ def test_a_call_of_two_kernels_compiles_both_in_order() -> None:
     dense = KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 1, 256, 256, 1, 132)
     outcome = simulate([dense])
     assert [s.name for s in outcome.spans if s.kind == "compile"] == [
-        "transpose_fp32", "sm90_fp8_gemm_1d2d",
-    ]  # fmt: skip
+        "transpose_fp32",
+        "sm90_fp8_gemm_1d2d",
+    ]
     assert rows(outcome, 0) == [
-        ("compile", 0, 10), ("load", 10, 11), ("compile", 11, 21), ("load", 21, 22),
+        ("compile", 0, 10),
+        ("load", 10, 11),
+        ("compile", 11, 21),
+        ("load", 21, 22),
         ("compute", 22, 24),
-    ]  # fmt: skip
+    ]
 
 
 def test_exhausted_cores_are_shared() -> None:
@@ -160,13 +176,21 @@ def test_nodes_build_their_shares_exchange_and_load() -> None:
     outcome = simulate(first, second, node_of=[0, 1])
     # Two builds of 5 s, an exchange of 3 s, two loads of 1 s, a call of 2 s.
     assert rows(outcome, 0) == [
-        ("compile", 0, 5), ("compile", 5, 10), ("comm", 10, 13), ("load", 13, 14),
-        ("load", 14, 15), ("compute", 15, 17),
-    ]  # fmt: skip
+        ("compile", 0, 5),
+        ("compile", 5, 10),
+        ("comm", 10, 13),
+        ("load", 13, 14),
+        ("load", 14, 15),
+        ("compute", 15, 17),
+    ]
     assert rows(outcome, 1) == [
-        ("compile", 0, 5), ("wait", 5, 10), ("comm", 10, 13), ("load", 13, 14),
-        ("load", 14, 15), ("compute", 15, 17),
-    ]  # fmt: skip
+        ("compile", 0, 5),
+        ("wait", 5, 10),
+        ("comm", 10, 13),
+        ("load", 13, 14),
+        ("load", 14, 15),
+        ("compute", 15, 17),
+    ]
     assert outcome.disks == {0: {a, b, c}, 1: {a, b, c}}
 
 
@@ -181,8 +205,11 @@ def test_prebuilt_kernels_are_verified_and_loaded() -> None:
     ops: list[Op] = [KernelWork("verify", (a, b)), KernelWork("load", (a, b)), call(1)]
     outcome = simulate(ops, cached=frozenset({a, b}))
     assert rows(outcome, 0) == [
-        ("load", 0, 1), ("load", 1, 2), ("load", 2, 3), ("compute", 3, 5),
-    ]  # fmt: skip
+        ("load", 0, 1),
+        ("load", 1, 2),
+        ("load", 2, 3),
+        ("compute", 3, 5),
+    ]
 
 
 def test_loading_what_no_disk_holds_compiles_it() -> None:
@@ -238,8 +265,11 @@ def test_a_communication_waits_for_the_gpu_and_a_compile_does_not() -> None:
     # Compiled and loaded from 1 to 12 while the GPU works until 7; the call ends at 14.
     outcome = simulate([work(1, 7), call(1)])
     assert rows(outcome, 0) == [
-        ("compute", 0, 1), ("compile", 1, 11), ("load", 11, 12), ("compute", 12, 14),
-    ]  # fmt: skip
+        ("compute", 0, 1),
+        ("compile", 1, 11),
+        ("load", 11, 12),
+        ("compute", 12, 14),
+    ]
     # With 30 s of the GPU the call's 2 s of the host are over long before.
     assert simulate([work(1, 30), call(1)]).ends == (30.0,)
 
@@ -311,11 +341,15 @@ def test_a_builder_and_what_is_on_disk_have_no_luck() -> None:
 
 
 def test_every_ranks_first_forward_takes_longer_once() -> None:
-    outcome = simulate([work(1), call(1), work(2)], [work(4), work(1)],
-                       costs=RoundCosts(first_forward=50.0))  # fmt: skip
+    outcome = simulate(
+        [work(1), call(1), work(2)], [work(4), work(1)], costs=RoundCosts(first_forward=50.0)
+    )
     assert rows(outcome, 0) == [
-        ("compute", 0, 51), ("compile", 51, 61), ("load", 61, 62), ("compute", 62, 66),
-    ]  # fmt: skip
+        ("compute", 0, 51),
+        ("compile", 51, 61),
+        ("load", 61, 62),
+        ("compute", 62, 66),
+    ]
     assert rows(outcome, 1) == [("compute", 0, 55)]
 
 

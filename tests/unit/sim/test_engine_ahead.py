@@ -6,8 +6,8 @@ import pytest
 
 from runner.schedule import BARRIER, EXCHANGE, Collective, KernelWork, Mark, Op, Recv, Send
 from runner.timeline import Span
-from sim.costs import Seconds
-from sim.culprit import CollectiveTimeout
+from sim.costs.model import Seconds
+from sim.engine.timeout_diagnosis import CollectiveTimeout
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, walk, work
 
 BOTH = Collective("all_reduce x", (0, 1), 8)
@@ -19,17 +19,24 @@ def test_a_host_compiles_while_its_gpu_waits() -> None:
     second: list[Op] = [work(20), BOTH]
     blocking = simulate(first, second)
     assert rows(blocking, 0) == [
-        ("wait", 0, 20), ("comm", 20, 23), ("compile", 23, 33), ("load", 33, 34),
+        ("wait", 0, 20),
+        ("comm", 20, 23),
+        ("compile", 23, 33),
+        ("load", 33, 34),
         ("compute", 34, 36),
-    ]  # fmt: skip
+    ]
     ahead = simulate(first, second, run_ahead=True)
     # It waits once it has nothing left to do, until the collective ends at 23.
     assert rows(ahead, 0) == [
-        ("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13), ("wait", 13, 23),
-    ]  # fmt: skip
+        ("compile", 0, 10),
+        ("load", 10, 11),
+        ("compute", 11, 13),
+        ("wait", 13, 23),
+    ]
     assert [s for s in ahead.spans if s.kind in ("wait", "comm")] == [
-        Span(0, 13, 23, "wait", "GPU"), Span(1, 20, 23, "wait", "GPU"),
-    ]  # fmt: skip
+        Span(0, 13, 23, "wait", "GPU"),
+        Span(1, 20, 23, "wait", "GPU"),
+    ]
     assert (blocking.ends, ahead.ends) == ((36.0, 23.0), (23.0, 23.0))
 
 
@@ -59,9 +66,12 @@ def test_a_wait_counts_from_queueing() -> None:
 def test_a_receive_always_waits() -> None:
     outcome = simulate([work(6), Send("x", 1, 1)], [Recv("x", 0, 1), call(1)], run_ahead=True)
     assert rows(outcome, 1) == [
-        ("wait", 0, 6), ("comm", 6, 10), ("compile", 10, 20), ("load", 20, 21),
+        ("wait", 0, 6),
+        ("comm", 6, 10),
+        ("compile", 10, 20),
+        ("load", 20, 21),
         ("compute", 21, 23),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_receive_waits_for_the_queue_first() -> None:
@@ -113,8 +123,9 @@ def test_what_all_hosts_wait_in_has_their_limit(name: str) -> None:
 def test_what_is_needed_is_of_the_limit_that_was_passed() -> None:
     """Rank 1's GPU waits from 0 to 9; its host receives from 12, what is sent at 69."""
     ranks: tuple[list[Op], list[Op]] = (
-        [work(9), BOTH, work(60), Send("x", 1, 1)], [BOTH, Recv("x", 0, 1)],
-    )  # fmt: skip
+        [work(9), BOTH, work(60), Send("x", 1, 1)],
+        [BOTH, Recv("x", 0, 1)],
+    )
     of_gpus = simulate(*ranks, run_ahead=True, timeout=5.0, host_timeout=20.0)
     assert of_gpus.timeout == CollectiveTimeout(5.0, 1, BOTH.name, 0, "compute compute", 9.0)
     of_hosts = simulate(*ranks, run_ahead=True, timeout=9.0, host_timeout=20.0)
@@ -149,8 +160,12 @@ def test_an_exchange_of_kernels_waits() -> None:
     second: list[Op] = [KernelWork("build", (kernel_of(2),)), work(4), exchange, call(1)]
     outcome = simulate(first, second, node_of=[0, 1], run_ahead=True)
     assert rows(outcome, 0) == [
-        ("compile", 0, 5), ("wait", 5, 9), ("comm", 9, 12), ("load", 12, 13), ("compute", 13, 15),
-    ]  # fmt: skip
+        ("compile", 0, 5),
+        ("wait", 5, 9),
+        ("comm", 9, 12),
+        ("load", 12, 13),
+        ("compute", 13, 15),
+    ]
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -159,14 +174,16 @@ def test_a_barrier_waits_and_shares_nothing(ahead: bool) -> None:
     few, many = (tuple(map(kernel_of, range(1, n + 1))) for n in (2, 6))
     first: list[Op] = [KernelWork("verify", few), barrier, KernelWork("load", few[:1])]
     second: list[Op] = [KernelWork("verify", many), barrier, call(9)]
-    outcome = simulate(
-        first, second, node_of=[0, 1], run_ahead=ahead, cached=frozenset(many)
-    )  # fmt: skip
+    outcome = simulate(first, second, node_of=[0, 1], run_ahead=ahead, cached=frozenset(many))
     # Half a second a kernel; then the barrier's 3 s.
     assert rows(outcome, 0) == [("load", 0, 1), ("wait", 1, 3), ("comm", 3, 6), ("load", 6, 7)]
     assert rows(outcome, 1) == [
-        ("load", 0, 3), ("comm", 3, 6), ("compile", 6, 16), ("load", 16, 17), ("compute", 17, 19),
-    ]  # fmt: skip
+        ("load", 0, 3),
+        ("comm", 3, 6),
+        ("compile", 6, 16),
+        ("load", 16, 17),
+        ("compute", 17, 19),
+    ]
     assert outcome.disks == {0: frozenset(many), 1: frozenset(many) | {kernel_of(9)}}
     assert outcome.up == outcome.disks
 
@@ -175,17 +192,24 @@ def test_a_barrier_waits_and_shares_nothing(ahead: bool) -> None:
 def test_a_walk_begins_with_the_gpu_done(ahead: bool) -> None:
     outcome = simulate([work(1, 9), walk(1)], run_ahead=ahead)
     assert rows(outcome, 0) == [
-        ("compute", 0, 9), ("load", 9, 11), ("compile", 11, 21), ("load", 21, 22),
+        ("compute", 0, 9),
+        ("load", 9, 11),
+        ("compile", 11, 21),
+        ("load", 21, 22),
         ("load", 22, 22.5),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_walk_waits_for_what_is_queued() -> None:
     outcome = simulate([BOTH, work(1), walk(1)], [work(20), BOTH], run_ahead=True)
     assert rows(outcome, 0) == [
-        ("compute", 0, 1), ("wait", 1, 23), ("load", 23, 25), ("compile", 25, 35),
-        ("load", 35, 36), ("load", 36, 36.5),
-    ]  # fmt: skip
+        ("compute", 0, 1),
+        ("wait", 1, 23),
+        ("load", 23, 25),
+        ("compile", 25, 35),
+        ("load", 35, 36),
+        ("load", 36, 36.5),
+    ]
 
 
 def test_a_forward_begins_with_the_gpu_done() -> None:

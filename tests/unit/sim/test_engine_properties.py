@@ -13,8 +13,8 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
 from runner.schedule import BARRIER, Collective, Mark, Op, Recv, Send, Walk
 from runner.timeline import Timeline, merge
-from sim.costs import Seconds
-from sim.engine import Outcome
+from sim.costs.model import Seconds
+from sim.engine.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, simulate, walk, work
 
 RANKS = 4
@@ -76,9 +76,7 @@ def compiled(outcome: Outcome, node_of: list[int]) -> Counter[tuple[int, str]]:
 def test_every_schedule_ends_and_every_kernel_is_compiled_where_it_is_needed(
     ranks: list[list[Op]], node_of: list[int], ahead: bool, locked: bool
 ) -> None:
-    outcome = simulate(
-        *ranks, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS
-    )  # fmt: skip
+    outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS)
     by_node: dict[int, set[str]] = {node: set() for node in node_of}
     for rank, ops in enumerate(ranks):
         by_node[node_of[rank]] |= needed(ops)
@@ -142,8 +140,11 @@ def test_a_ranks_spans_never_overlap(
     outcome = simulate(*marked, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS)
     for spans in (outcome.spans, merge(outcome.spans)):
         for rank in range(RANKS):
-            taken = sorted((s.start, s.end) for s in spans
-                           if s.rank == rank and s.kind != "phase" and s.seconds)  # fmt: skip
+            taken = sorted(
+                (s.start, s.end)
+                for s in spans
+                if s.rank == rank and s.kind != "phase" and s.seconds
+            )
             for (_, end), (start, _) in pairwise(taken):
                 assert start >= end - 1e-6
     timeline = Timeline("none", "predicted", RANKS, merge(outcome.spans))

@@ -6,7 +6,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Walk
 from runner.timeline import Span, Timeline, merge
-from sim.engine import Outcome
+from sim.engine.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, walk, work
 
 # A walk takes 2 s, each of its calls 0.5 s, the longer of the host's 0.25 s and the GPU's.
@@ -20,11 +20,17 @@ def counts(outcome: Outcome) -> tuple[int, int]:
 def test_a_walk_brings_its_kernel_in_and_calls_it_with_every_m() -> None:
     outcome = simulate([walk(1, many=6), call(1)])
     assert rows(outcome, 0) == [
-        ("load", 0, 2), ("compile", 2, 12), ("load", 12, 13), ("load", 13, 16), ("compute", 16, 18),
-    ]  # fmt: skip
+        ("load", 0, 2),
+        ("compile", 2, 12),
+        ("load", 12, 13),
+        ("load", 13, 16),
+        ("compute", 16, 18),
+    ]
     assert [s.name for s in outcome.spans if s.kind == "load"] == [
-        walk(1, 6).name, "sm90_tf32_hc_prenorm_gemm", walk(1, 6).name,
-    ]  # fmt: skip
+        walk(1, 6).name,
+        "sm90_tf32_hc_prenorm_gemm",
+        walk(1, 6).name,
+    ]
 
 
 def test_a_walk_of_what_is_loaded_only_calls() -> None:
@@ -63,8 +69,11 @@ def test_who_waits_for_a_lock_finds_the_kernel_on_disk() -> None:
     outcome = simulate([call(1)], [work(4), call(1)], compile_lock=True)
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13)]
     assert rows(outcome, 1) == [
-        ("compute", 0, 4), ("wait", 4, 11), ("load", 11, 12), ("compute", 12, 14),
-    ]  # fmt: skip
+        ("compute", 0, 4),
+        ("wait", 4, 11),
+        ("load", 11, 12),
+        ("compute", 12, 14),
+    ]
     (waited,) = (s for s in outcome.spans if s.kind == "wait")
     assert (waited.rank, waited.name, waited.key) == (1, "compile lock", "")
     assert counts(outcome) == (1, 0)
@@ -91,23 +100,32 @@ def test_calls_of_one_gemm_share_a_lock_whatever_their_m_and_their_kernel() -> N
     outcome = simulate([one], [other], compile_lock=True)
     # The second finds the transpose and compiles its own kernel.
     assert rows(outcome, 1) == [
-        ("wait", 0, 22), ("load", 22, 23), ("compile", 23, 33), ("load", 33, 34),
+        ("wait", 0, 22),
+        ("load", 22, 23),
+        ("compile", 23, 33),
+        ("load", 33, 34),
         ("compute", 34, 36),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_walk_holds_the_lock_to_its_end() -> None:
     outcome = simulate([walk(1, many=6)], [work(1), call(1)], compile_lock=True)
     assert rows(outcome, 1) == [
-        ("compute", 0, 1), ("wait", 1, 16), ("load", 16, 17), ("compute", 17, 19),
-    ]  # fmt: skip
+        ("compute", 0, 1),
+        ("wait", 1, 16),
+        ("load", 16, 17),
+        ("compute", 17, 19),
+    ]
 
 
 def test_a_walk_waits_for_the_lock() -> None:
     outcome = simulate([call(1)], [walk(1)], compile_lock=True)
     assert rows(outcome, 1) == [
-        ("wait", 0, 11), ("load", 11, 13), ("load", 13, 14), ("load", 14, 14.5),
-    ]  # fmt: skip
+        ("wait", 0, 11),
+        ("load", 11, 13),
+        ("load", 13, 14),
+        ("load", 14, 14.5),
+    ]
 
 
 def test_what_is_loaded_takes_no_lock() -> None:
@@ -117,7 +135,10 @@ def test_what_is_loaded_takes_no_lock() -> None:
 
 def test_a_hit_on_disk_takes_its_turn_too() -> None:
     outcome = simulate(
-        [call(1)], [call(1)], compile_lock=True, cached=frozenset({kernel_of(1)}),
+        [call(1)],
+        [call(1)],
+        compile_lock=True,
+        cached=frozenset({kernel_of(1)}),
         costs=RoundCosts(load=4.0),
-    )  # fmt: skip
+    )
     assert rows(outcome, 1) == [("wait", 0, 4), ("load", 4, 8), ("compute", 8, 10)]

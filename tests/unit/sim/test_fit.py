@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sim.fit import minimum, near_known, non_negative
+from sim.calibration.fitting import minimum, near_known, non_negative
 
 
 def error(

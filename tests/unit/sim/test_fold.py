@@ -8,35 +8,46 @@ from typing import Any
 import pytest
 
 from runner.config.parallel import ParallelConfig
+from runner.driver.warmup import WarmupPolicy
 from runner.scenario import Scenario
 from runner.timeline import Span
-from runner.warmup import WarmupPolicy
-from sim.engine import Outcome
-from sim.fold import can_fold, unfold
+from sim.costs.start_up import StartPhases
+from sim.engine.engine import Outcome
+from sim.engine.replica_folding import can_fold, unfold
 from sim.simulate import Prediction, simulate
-from sim.start_up import StartPhases
 from tests.unit.tiny_runs import machine, scenario
 
 
 def comparable(prediction: Prediction) -> list[Any]:
     """Everything of a prediction; of communications the key says only who takes part."""
     spans = sorted(
-        (s.rank, round(s.start, 9), round(s.end, 9), s.kind, s.name,
-         "" if s.kind in ("comm", "wait") else s.key)
+        (
+            s.rank,
+            round(s.start, 9),
+            round(s.end, 9),
+            s.kind,
+            s.name,
+            "" if s.kind in ("comm", "wait") else s.key,
+        )
         for s in prediction.timeline.spans
-    )  # fmt: skip
+    )
     timeline = prediction.timeline
     lost = prediction.timeout
     return [
-        spans, timeline.meta, timeline.wall, timeline.up, timeline.world_size, lost,
-        prediction.longest_wait, prediction.stalls, prediction.stall_seconds,
-    ]  # fmt: skip
+        spans,
+        timeline.meta,
+        timeline.wall,
+        timeline.up,
+        timeline.world_size,
+        lost,
+        prediction.longest_wait,
+        prediction.stalls,
+        prediction.stall_seconds,
+    ]
 
 
 def assert_folds(one: Scenario, **machine_values: Any) -> None:
-    folded, whole = (
-        simulate(one, machine(fold=fold, **machine_values)) for fold in (True, False)
-    )  # fmt: skip
+    folded, whole = (simulate(one, machine(fold=fold, **machine_values)) for fold in (True, False))
     for a, b in zip(comparable(folded), comparable(whole), strict=True):
         assert a == b
 

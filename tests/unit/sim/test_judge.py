@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from runner.driver.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
 from runner.scenario import Scenario, run_meta
 from runner.timeline import Span, Timeline, write_timelines
-from runner.warmup import DisaggregationMode, WarmupPolicy
-from sim.calibrate import fit_profile
-from sim.drift import Drift
-from sim.judge import judge, machine_of, read_measured, scenario_of, summary
-from sim.profile import Link, Phase, Probe, slowed
+from sim.calibration.calibrate import fit_profile
+from sim.calibration.drift import Drift
+from sim.calibration.validation import judge, machine_of, read_measured, scenario_of, summary
+from sim.costs.profile import Link, Phase, Probe, slowed
+from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine
-from sim.start_up import PHASES, StartPhases, Weights
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 
@@ -29,9 +29,17 @@ def run_of(one: Scenario, **facts: Any) -> Timeline:
     """A Timeline with all that launch says of a run, and a moment of work in it."""
     policy = one.warmup.policy.value
     machine = {**MACHINE, **facts.pop("machine", {})}
-    meta = {**run_meta(one), "link": "gloo", "hosts": 1, "ranks_per_gpu": 1, "device": "cuda",
-            "compute": "real", "jit": "deep_gemm, nvcc 13.0", "machine": machine,
-            **facts}  # fmt: skip
+    meta = {
+        **run_meta(one),
+        "link": "gloo",
+        "hosts": 1,
+        "ranks_per_gpu": 1,
+        "device": "cuda",
+        "compute": "real",
+        "jit": "deep_gemm, nvcc 13.0",
+        "machine": machine,
+        **facts,
+    }
     spans = (Span(0, 0.0, 1.0, "compute", "compute"),)
     return Timeline(policy, "measured", one.parallel.world_size, spans, meta)
 
@@ -52,11 +60,20 @@ def without(run: Timeline, name: str) -> Timeline:
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
 def test_a_scenario_comes_back_from_its_timeline(policy: WarmupPolicy) -> None:
     values: dict[str, Any] = {
-        "stage_layers": (1, 3), "batch_sizes": (2, 64), "graph_batch_sizes": (4, 1),
-        "walk_max_m": 32, "compile_lock": True, "prompt_len": 2, "stream": (7, 9),
-        "walk_memory": 1e9, "num_sms": 100, "speculative": True, "ep": True, "max_tokens": 128,
+        "stage_layers": (1, 3),
+        "batch_sizes": (2, 64),
+        "graph_batch_sizes": (4, 1),
+        "walk_max_m": 32,
+        "compile_lock": True,
+        "prompt_len": 2,
+        "stream": (7, 9),
+        "walk_memory": 1e9,
+        "num_sms": 100,
+        "speculative": True,
+        "ep": True,
+        "max_tokens": 128,
         "disaggregation": DisaggregationMode.PREFILL,
-    }  # fmt: skip
+    }
     one = scenario(policy, pp=2, tp=2, nodes=2, **values)
     assert scenario_of(run_of(one)) == one
     plain = scenario(policy, pp=2, tp=2, walk_max_m=None)
@@ -78,9 +95,15 @@ def test_default_batch_sizes_come_back_as_what_they_were() -> None:
 def test_the_machine_is_the_one_that_the_run_was_on() -> None:
     run = run_of(scenario(tp=2), hosts=1, ranks_per_gpu=2, machine={"cores": 6}, link="nccl")
     assert machine_of(run, usual()) == Machine(
-        profile=usual(), cores_per_node=6, hosts=1, link="nvlink", ranks_per_gpu=2,
-        nccl_timeout=float("inf"), run_ahead=False, start=StartPhases(PHASES, Weights.DUMMY),
-    )  # fmt: skip
+        profile=usual(),
+        cores_per_node=6,
+        hosts=1,
+        link="nvlink",
+        ranks_per_gpu=2,
+        nccl_timeout=float("inf"),
+        run_ahead=False,
+        start=StartPhases(PHASES, Weights.DUMMY),
+    )
     assert machine_of(run_of(scenario()), usual()).link == "gloo"
 
 
@@ -93,10 +116,28 @@ def test_a_profile_without_the_runs_link_cannot_tell() -> None:
 
 @pytest.mark.parametrize(
     "lacking",
-    ["replicas", "max_tokens", "stream", "walk_memory", "graph_batch_sizes", "compile_lock",
-     "bf16_fp32_algo", "speculative", "prompt_len", "disaggregation", "stage_layers", "attn_cp",
-     "hosts", "ranks_per_gpu", "machine", "link", "jit", "device", "compute"],
-)  # fmt: skip
+    [
+        "replicas",
+        "max_tokens",
+        "stream",
+        "walk_memory",
+        "graph_batch_sizes",
+        "compile_lock",
+        "bf16_fp32_algo",
+        "speculative",
+        "prompt_len",
+        "disaggregation",
+        "stage_layers",
+        "attn_cp",
+        "hosts",
+        "ranks_per_gpu",
+        "machine",
+        "link",
+        "jit",
+        "device",
+        "compute",
+    ],
+)
 def test_an_older_timeline_is_one_clear_line(lacking: str) -> None:
     with pytest.raises(UserError) as caught:
         judge([without(run_of(scenario()), lacking)], usual())
@@ -123,23 +164,39 @@ COUNT, COUNTS = "not a whole number from 1 on", "not a list of whole numbers fro
 ABOVE_0 = "not a number above 0"
 MUTATED = [
     ("disaggregation", "both", "'both' is not a valid"),
-    ("batch_sizes", 3, COUNTS), ("batch_sizes", [0], COUNTS), ("stage_layers", 3, COUNTS),
-    ("graph_batch_sizes", None, COUNTS), ("stream", ["7"], COUNTS),
-    ("nodes", None, COUNT), ("layers", 4.0, COUNT), ("pp", True, COUNT), ("num_sms", 0, COUNT),
-    ("hosts", 0, COUNT), ("hosts", None, COUNT), ("hosts", 2, "its 1 nodes are not on 2 hosts"),
+    ("batch_sizes", 3, COUNTS),
+    ("batch_sizes", [0], COUNTS),
+    ("stage_layers", 3, COUNTS),
+    ("graph_batch_sizes", None, COUNTS),
+    ("stream", ["7"], COUNTS),
+    ("nodes", None, COUNT),
+    ("layers", 4.0, COUNT),
+    ("pp", True, COUNT),
+    ("num_sms", 0, COUNT),
+    ("hosts", 0, COUNT),
+    ("hosts", None, COUNT),
+    ("hosts", 2, "its 1 nodes are not on 2 hosts"),
     ("ranks_per_gpu", "x", "its 'ranks_per_gpu' is 'x', not a whole number from 1 on"),
     ("tp", 2, "it is of 1 ranks, its layout of another number"),
-    ("ep", 1, "not true or false"), ("compile_lock", None, "not true or false"),
-    ("model", 7, "not a word"), ("jit", None, "not a word"), ("device", 1, "not a word"),
-    ("walk_memory", float("inf"), ABOVE_0), ("walk_memory", "1", ABOVE_0),
+    ("ep", 1, "not true or false"),
+    ("compile_lock", None, "not true or false"),
+    ("model", 7, "not a word"),
+    ("jit", None, "not a word"),
+    ("device", 1, "not a word"),
+    ("walk_memory", float("inf"), ABOVE_0),
+    ("walk_memory", "1", ABOVE_0),
     ("machine", None, "its 'machine' is None, not a machine"),
     ("machine.cores", "16", "its 'cores' is '16', not a whole number from 1 on"),
-    ("machine.cores", None, COUNT), ("machine.date", 2026, "not a word"),
-    ("machine.gpu", 1, "not a word"), ("machine.probe", 0, ABOVE_0),
-    ("machine.probe", -1.5, ABOVE_0), ("machine.probe", float("nan"), ABOVE_0),
-    ("machine.probe", "2", ABOVE_0), ("machine.probe", True, ABOVE_0),
+    ("machine.cores", None, COUNT),
+    ("machine.date", 2026, "not a word"),
+    ("machine.gpu", 1, "not a word"),
+    ("machine.probe", 0, ABOVE_0),
+    ("machine.probe", -1.5, ABOVE_0),
+    ("machine.probe", float("nan"), ABOVE_0),
+    ("machine.probe", "2", ABOVE_0),
+    ("machine.probe", True, ABOVE_0),
     ("prompt_len", list(range(99)), "10, 11..., not a whole"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "value", "words"), MUTATED)
@@ -282,8 +339,9 @@ def test_a_summary() -> None:
     assert summary(judged) == (
         "3 runs: median absolute error 0.0%, worst 0.0%; compiles and duplicates exact in 3"
     )
-    half = replace(run, spans=tuple(replace(s, start=s.start / 2, end=s.end / 2)
-                                    for s in run.spans[:-1]))  # fmt: skip
+    half = replace(
+        run, spans=tuple(replace(s, start=s.start / 2, end=s.end / 2) for s in run.spans[:-1])
+    )
     assert summary(judge([run, run, half], another())).startswith(
         "3 runs: median absolute error 0.0%, worst 100.0%;"
     )

@@ -7,24 +7,27 @@ from io import StringIO
 
 from rich.console import Console
 
+from runner.report.validation_table import judged_json, judged_table
 from runner.timeline import Span, Timeline
-from sim.judge import Judged
-from sim.judge_table import judged_json, judged_table
+from sim.calibration.validation import Judged
 from sim.simulate import Prediction
 
 
 def timeline(source: str, wall: float, kernels: str) -> Timeline:
     """A run whose first request is answered after half its time; a kernel a letter."""
     spans = tuple(Span(0, 0.0, wall / 4, "compile", "gemm", key) for key in kernels)
-    phases = (Span(0, 0.0, wall / 2, "phase", "first request"),
-              Span(0, wall / 2, wall, "phase", "requests"))  # fmt: skip
+    phases = (
+        Span(0, 0.0, wall / 2, "phase", "first request"),
+        Span(0, wall / 2, wall, "phase", "requests"),
+    )
     meta = {"model": "a-model", "layers": 3, "pp": 4, "tp": 2, "nodes": 1, "compile_lock": False}
     return Timeline("none", source, 1, (*spans, *phases), meta)
 
 
 def judged() -> list[Judged]:
-    one = Judged(timeline("measured", 100.0, "abcaa"), Prediction(
-        timeline("predicted", 90.04, "abca"), None))  # fmt: skip
+    one = Judged(
+        timeline("measured", 100.0, "abcaa"), Prediction(timeline("predicted", 90.04, "abca"), None)
+    )
     run = replace(
         timeline("measured", 4.0, "ab"),
         policy="planned",
@@ -56,13 +59,19 @@ def test_the_same_as_plain_data() -> None:
     assert data["runs"][0] == {
         "run": "a-model 3 layers, pp 4 tp 2, none",
         "measured": {
-            "wall_seconds": 100.0, "up_seconds": 50.0, "kernels_compiled": 5, "duplicates": 2,
+            "wall_seconds": 100.0,
+            "up_seconds": 50.0,
+            "kernels_compiled": 5,
+            "duplicates": 2,
             "phases": {"first request": 50.0, "requests": 50.0},
         },
         "predicted": {
-            "wall_seconds": 90.04, "up_seconds": 45.02, "kernels_compiled": 4, "duplicates": 1,
+            "wall_seconds": 90.04,
+            "up_seconds": 45.02,
+            "kernels_compiled": 4,
+            "duplicates": 1,
             "phases": {"first request": 45.02, "requests": 45.02},
         },
         "error": -0.0996,
-    }  # fmt: skip
+    }
     assert data["runs"][1]["error"] == 0.25

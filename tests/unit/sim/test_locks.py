@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sim.locks import Locks
+from sim.engine.locks import Locks
 
 
 class Clock:
@@ -17,9 +17,11 @@ class Clock:
 
     def acquire(self, key: str | None, time: float, name: str) -> None:
         self.locks.acquire(
-            key, time, lambda when: self.told.append(f"{name} has it at {when:g}"),
+            key,
+            time,
+            lambda when: self.told.append(f"{name} has it at {when:g}"),
             lambda since, when: self.told.append(f"{name} waited from {since:g} to {when:g}"),
-        )  # fmt: skip
+        )
 
     def run(self) -> None:
         for time, action in self._scheduled:
@@ -50,8 +52,11 @@ def test_the_first_has_it_and_the_others_get_it_in_order() -> None:
     clock.locks.release("k", 10)
     clock.run()
     assert clock.told[3:] == [
-        "c waited from 3 to 9", "c has it at 9", "d waited from 8 to 10", "d has it at 10",
-    ]  # fmt: skip
+        "c waited from 3 to 9",
+        "c has it at 9",
+        "d waited from 8 to 10",
+        "d has it at 10",
+    ]
 
 
 def test_a_lock_that_nobody_wants_any_more_is_free() -> None:

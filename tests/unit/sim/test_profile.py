@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runner.errors import UserError
-from sim.profile import (
+from sim.costs.profile import (
     Link,
     Phase,
     Probe,
@@ -20,7 +20,7 @@ from sim.profile import (
     slowed,
     write_profile,
 )
-from sim.start_up import Weights
+from sim.costs.start_up import Weights
 
 GOOD: dict[str, Any] = load_profile("h200").to_json()
 
@@ -108,18 +108,41 @@ def test_a_wrong_value_is_named(where: str) -> None:
 
 
 def test_zero_is_a_duration() -> None:
-    for where in ("cache/verify", "host/call", "host/first_forward", "links/gloo/latency",
-                  "start_up/capture", "compile/spread"):  # fmt: skip
+    for where in (
+        "cache/verify",
+        "host/call",
+        "host/first_forward",
+        "links/gloo/latency",
+        "start_up/capture",
+        "compile/spread",
+    ):
         Profile.from_json(changed(where, 0))
 
 
 @pytest.mark.parametrize(
     "where",
-    ["name", "compile", "compile/contention", "builder/scale", "cache/first_use", "host/walk_call",
-     "gpu/memory", "links", "links/nvlink/latency", "start_up", "start_up/imports",
-     "start_up/graph_free", "start_up/weights_made", "num_sms", "compile/spread",
-     "host/first_forward", "probe", "probe/seconds", "probe/settling"],
-)  # fmt: skip
+    [
+        "name",
+        "compile",
+        "compile/contention",
+        "builder/scale",
+        "cache/first_use",
+        "host/walk_call",
+        "gpu/memory",
+        "links",
+        "links/nvlink/latency",
+        "start_up",
+        "start_up/imports",
+        "start_up/graph_free",
+        "start_up/weights_made",
+        "num_sms",
+        "compile/spread",
+        "host/first_forward",
+        "probe",
+        "probe/seconds",
+        "probe/settling",
+    ],
+)
 def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, "drop")))
@@ -140,10 +163,21 @@ def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("where", "value"),
-    [("links", 3), ("links/gloo", 3), ("gpu", []), ("start_up", None), ("compile/by_config", [1]),
-     ("start_up/weight_bandwidth", None), ("start_up/weights_made", {"dummy": 1e10}),
-     ("probe", 2.3), ("probe", None), ("probe", [2.3, 30.0]), ("estimate", "no"), ("num_sms", 1.5)],
-)  # fmt: skip
+    [
+        ("links", 3),
+        ("links/gloo", 3),
+        ("gpu", []),
+        ("start_up", None),
+        ("compile/by_config", [1]),
+        ("start_up/weight_bandwidth", None),
+        ("start_up/weights_made", {"dummy": 1e10}),
+        ("probe", 2.3),
+        ("probe", None),
+        ("probe", [2.3, 30.0]),
+        ("estimate", "no"),
+        ("num_sms", 1.5),
+    ],
+)
 def test_what_has_another_form_is_refused(where: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, value)))

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from runner.jit.builder.cut import cut_units, makespan
-from runner.jit.builder.unit import Job
+from runner.build.cut import cut_units, makespan
+from runner.build.unit import Job
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute
-from sim.compile_time import compile_seconds, luck, slowdown
-from sim.costs import Seconds
-from sim.profile import Builder, Cache, Gpu, Host, Link, Profile
-from sim.profile_costs import ProfileCosts, gemm_work
+from sim.costs.compile_time import compile_seconds, luck, slowdown
+from sim.costs.model import Seconds
+from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Profile
+from sim.costs.profile_costs import ProfileCosts, gemm_work
 from tests.unit.tiny_runs import h200
 
 GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)
@@ -112,15 +112,13 @@ def test_fp8_and_other_gemms_have_rates_of_their_own() -> None:
         (T.GEMM_NT_BF16BF16F32, 256, 1, 2 * 256, 2 * (256 * 4 + 3 * 4) + 4 * 256 * 3),
         # Two blocks of 128 rows read the weights of two experts, not of all eight.
         (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 256, 8, 2 * 256, 256 * 4 + 2 * 3 * 4 + 2 * 256 * 3),
-        (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 8, 2 * 4096,
-         4096 * 4 + 8 * 3 * 4 + 2 * 4096 * 3),
-        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 16, 8, 8 * 2 * 16,
-         8 * (16 * 4 + 3 * 4 + 2 * 16 * 3)),
+        (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 4096, 8, 2 * 4096, 4096 * 4 + 8 * 3 * 4 + 2 * 4096 * 3),
+        (T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 16, 8, 8 * 2 * 16, 8 * (16 * 4 + 3 * 4 + 2 * 16 * 3)),
         (T.FP8_EINSUM_BHR_HDR_BHD, 16, 8, 8 * 2 * 16, 8 * (16 * 4 + 3 * 4 + 2 * 16 * 3)),
         (T.TF32_HC_PRENORM_GEMM, 16, 0, 2 * 16, 2 * 16 * 4 + 4 * 3 * 4 + 4 * 16 * 3),
         (T.TF32_HC_PRENORM_GEMM, 16, 5, 2 * 16, 2 * 16 * 4 + 4 * 3 * 4 + 4 * 5 * 16 * 3),
     ],
-)  # fmt: skip
+)
 def test_work_of_a_gemm(kind: T, m: int, groups: int, flops: int, nbytes: int) -> None:
     """N is 3 and K is 4; operations are told without that factor of 12."""
     assert gemm_work(KernelCall(kind, m, 3, 4, groups, 132)) == (12 * flops, nbytes)
@@ -185,8 +183,11 @@ def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
     profile = replace(shared.profile, gpu=replace(shared.profile.gpu, time_slice=0.5))
     shared, four = replace(shared, profile=profile), (0, 1, 2, 3)
     for kind, steps in (
-        ("all_reduce", 6), ("all_gather", 3), ("reduce_scatter", 3), ("all_to_all", 1),
-    ):  # fmt: skip
+        ("all_reduce", 6),
+        ("all_gather", 3),
+        ("reduce_scatter", 3),
+        ("all_to_all", 1),
+    ):
         op = Collective(f"{kind} x", four, 100)
         alone = replace(shared, ranks_per_gpu=1).collective_seconds(op)
         assert shared.collective_seconds(op) == alone + steps * 2 * 0.5

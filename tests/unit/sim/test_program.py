@@ -10,15 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.backend.m_lists import steps_of
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
-from runner.m_lists import steps_of
 from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
-from sim.costs import Seconds
-from sim.program import FirstUse, Instruction, Run, WalkRun, compile_program, used_before
+from sim.costs.model import Seconds
+from sim.engine.rank_program import (
+    FirstUse,
+    Instruction,
+    Run,
+    WalkRun,
+    compile_program,
+    used_before,
+)
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk, work
 
 COSTS = RoundCosts(kernel=Seconds(2.0, 5.0))
@@ -39,8 +46,12 @@ def test_what_concerns_only_the_rank_is_one_run() -> None:
 
 def test_a_first_use_parts_what_is_before_it_from_the_call() -> None:
     assert compiled(work(1), call(1), call(1), call(2)) == [
-        Run(1.0, 0.0), FirstUse((A,)), Run(4.0, 10.0), FirstUse((B,)), Run(2.0, 5.0),
-    ]  # fmt: skip
+        Run(1.0, 0.0),
+        FirstUse((A,)),
+        Run(4.0, 10.0),
+        FirstUse((B,)),
+        Run(2.0, 5.0),
+    ]
 
 
 def test_a_call_brings_in_only_what_is_new() -> None:
@@ -52,12 +63,17 @@ def test_a_call_brings_in_only_what_is_new() -> None:
 @pytest.mark.parametrize(
     "op",
     [
-        REDUCE, Send("x", 1, 8), Recv("x", 1, 8), Capture("graph DECODE 1", 7),
-        Mark("phase", "requests"), Mark("forward", "EXTEND 1"), KernelWork("build", (A,)),
+        REDUCE,
+        Send("x", 1, 8),
+        Recv("x", 1, 8),
+        Capture("graph DECODE 1", 7),
+        Mark("phase", "requests"),
+        Mark("forward", "EXTEND 1"),
+        KernelWork("build", (A,)),
         KernelWork("verify", (A,)),
     ],
     ids=lambda op: type(op).__name__,
-)  # fmt: skip
+)
 def test_where_ranks_can_meet_runs_are_cut(op: Op) -> None:
     assert compiled(work(1), op, work(2)) == [Run(1.0, 0.0), op, Run(2.0, 0.0)]
     assert compiled(op, op) == [op, op]
@@ -70,11 +86,14 @@ def test_other_marks_cut_nothing(kind: str) -> None:
 
 def test_loads_in_bulk_are_first_uses_of_what_is_new() -> None:
     assert compiled(call(1), KernelWork("load", (A, B)), KernelWork("load", (A, B))) == [
-        FirstUse((A,)), Run(2.0, 5.0), FirstUse((B,), bulk=True),
-    ]  # fmt: skip
+        FirstUse((A,)),
+        Run(2.0, 5.0),
+        FirstUse((B,), bulk=True),
+    ]
     assert compiled(KernelWork("load", (A,)), call(1)) == [
-        FirstUse((A,), bulk=True), Run(2.0, 5.0),
-    ]  # fmt: skip
+        FirstUse((A,), bulk=True),
+        Run(2.0, 5.0),
+    ]
 
 
 def test_what_is_built_is_not_loaded() -> None:
@@ -117,13 +136,15 @@ class Asked(RoundCosts):
 @settings(max_examples=60, deadline=None)
 @given(
     st.sets(st.integers(1, 600), min_size=1, max_size=60),
-    st.sampled_from([
-        GemmShape(T.GEMM_NT_F8F8BF16, 1536, 512, 1, 132),
-        GemmShape(T.GEMM_NT_BF16BF16F32, 256, 512, 1, 132),
-        GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 512, 4, 132),
-        GemmShape(T.TF32_HC_PRENORM_GEMM, 24, 2048, 8, 132),
-    ]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            GemmShape(T.GEMM_NT_F8F8BF16, 1536, 512, 1, 132),
+            GemmShape(T.GEMM_NT_BF16BF16F32, 256, 512, 1, 132),
+            GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 512, 512, 4, 132),
+            GemmShape(T.TF32_HC_PRENORM_GEMM, 24, 2048, 8, 132),
+        ]
+    ),
+)
 def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
     found: set[int], shape: GemmShape
 ) -> None:
@@ -177,8 +198,12 @@ def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() 
     assert compiled(one, one, work(3), costs=READY) == [Run(105.0, 4.0)]
     assert compiled(call(1), call(1), loaded=(A,), costs=READY) == [Run(104.0, 10.0)]
     assert compiled(work(1), call(1), REDUCE, work(3), call(1), costs=READY) == [
-        Run(101.0, 0.0), FirstUse((A,)), Run(2.0, 5.0), REDUCE, Run(5.0, 5.0),
-    ]  # fmt: skip
+        Run(101.0, 0.0),
+        FirstUse((A,)),
+        Run(2.0, 5.0),
+        REDUCE,
+        Run(5.0, 5.0),
+    ]
     # It is the call's, not its kernels'.
     assert compiled(call(1), costs=READY) == [FirstUse((A,)), Run(102.0, 5.0)]
 
@@ -186,12 +211,19 @@ def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() 
 @pytest.mark.parametrize(
     "op",
     [
-        REDUCE, Send("x", 1, 8), Recv("x", 1, 8), Capture("graph DECODE 1", 7),
-        Mark("phase", "requests"), Mark("forward", "EXTEND 1"), Mark("layer", "0"),
-        KernelWork("build", (A,)), KernelWork("load", (A,)), walk(1),
+        REDUCE,
+        Send("x", 1, 8),
+        Recv("x", 1, 8),
+        Capture("graph DECODE 1", 7),
+        Mark("phase", "requests"),
+        Mark("forward", "EXTEND 1"),
+        Mark("layer", "0"),
+        KernelWork("build", (A,)),
+        KernelWork("load", (A,)),
+        walk(1),
     ],
     ids=lambda op: type(op).__name__,
-)  # fmt: skip
+)
 def test_what_is_no_operation_of_a_forward_is_no_first_one(op: Op) -> None:
     assert compiled(op, costs=READY) == compiled(op)
     assert compiled(op, work(1), costs=READY) == [*compiled(op), Run(101.0, 0.0)]
@@ -206,8 +238,12 @@ def test_who_computes_nothing_has_no_first_forward() -> None:
 
 def test_what_comes_in_before_a_phase() -> None:
     program = compiled(
-        KernelWork("build", (A,)), call(2), walk(3), Mark("phase", "requests"), call(4),
-    )  # fmt: skip
+        KernelWork("build", (A,)),
+        call(2),
+        walk(3),
+        Mark("phase", "requests"),
+        call(4),
+    )
     assert list(used_before(program, "requests")) == [A, B, C]
     assert list(used_before(program, "none such")) == [A, B, C, kernel_of(4)]
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import pytest
 
+from runner.driver.warmup import WarmupPolicy
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
 from runner.scenario import record
 from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span
-from runner.warmup import WarmupPolicy
-from sim.calibrate import fit_profile
-from sim.compile_time import compile_seconds
-from sim.drift import Drift
-from sim.samples import Samples, take_samples
+from sim.calibration.calibrate import fit_profile
+from sim.calibration.data import Samples, take_samples
+from sim.calibration.drift import Drift
+from sim.costs.compile_time import compile_seconds
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 
@@ -76,8 +76,11 @@ def test_company_is_how_many_compile_at_a_time() -> None:
     half = replace(first, end=first.start + first.seconds / 2)
     more = replace(found.timeline, spans=(*found.timeline.spans, half))
     again = take_samples(more, usual())
-    (sample,) = (s for s in again.compiles if s.kernel.identity == first.key
-                 and s.seconds == pytest.approx(first.seconds))  # fmt: skip
+    (sample,) = (
+        s
+        for s in again.compiles
+        if s.kernel.identity == first.key and s.seconds == pytest.approx(first.seconds)
+    )
     assert sample.company == pytest.approx(1.5)
 
 
@@ -90,8 +93,9 @@ def test_loads_are_told_by_what_they_were_for() -> None:
     plain = samples()
     # Each kernel that is compiled is brought in once, at its first use.
     assert plain.first_uses == (
-        plain.timeline.kernels_compiled, pytest.approx(0.02 * plain.timeline.kernels_compiled)
-    )  # fmt: skip
+        plain.timeline.kernels_compiled,
+        pytest.approx(0.02 * plain.timeline.kernels_compiled),
+    )
     assert plain.loads == plain.verified == (0, 0.0)
     prebuilt = samples(P.PREBUILT)
     count = len(prebuilt.scenario.plan.kernels)
@@ -133,8 +137,11 @@ def test_without_a_gpus_work_nothing_is_told_of_it(facts: dict[str, str]) -> Non
 
 def test_a_fit_to_runs_without_a_gpu_keeps_what_is_known_of_one() -> None:
     run = measured(scenario(P.FULL, tp=2), another())
-    silent = replace(run, meta={**run.meta, "device": "cpu"},
-                     spans=tuple(s for s in run.spans if s.kind != "load"))  # fmt: skip
+    silent = replace(
+        run,
+        meta={**run.meta, "device": "cpu"},
+        spans=tuple(s for s in run.spans if s.kind != "load"),
+    )
     made = fit_profile([silent], usual(), "x").profile
     assert (made.gpu, made.host) == (usual().gpu, usual().host)
 

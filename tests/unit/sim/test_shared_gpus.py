@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 
 from runner.schedule import Collective
-from sim.judge import judge, read_measured
-from sim.profile import load_profile
-from sim.profile_costs import ProfileCosts
+from sim.calibration.validation import judge, read_measured
+from sim.costs.profile import load_profile
+from sim.costs.profile_costs import ProfileCosts
 
 FOLDER = Path(__file__).parents[3] / "docs" / "measurements"
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
+from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
@@ -15,9 +16,8 @@ from runner.kernels.types import KernelCall
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import Collective, Schedule
 from runner.timeline import FIRST_REQUEST
-from runner.warmup import WarmupPolicy
-from sim.compile_time import compile_seconds
-from sim.engine import Engine
+from sim.costs.compile_time import compile_seconds
+from sim.engine.engine import Engine
 from sim.simulate import simulate
 from tests.unit.tiny_runs import h200, machine, scenario
 
@@ -135,14 +135,20 @@ def test_a_kernel_that_two_nodes_lack_is_one_stall() -> None:
 
 def test_a_timeline_says_where_it_was() -> None:
     meta = simulate(
-        scenario(pp=2, tp=2, nodes=4), machine(hosts=2, cores_per_node=6, link="gloo",
-                                               ranks_per_gpu=2)
-    ).timeline.meta  # fmt: skip
-    assert {name: meta[name] for name in
-            ("hardware", "cores_per_node", "hosts", "link", "ranks_per_gpu", "nodes")} == {
-        "hardware": "h200", "cores_per_node": 6, "hosts": 2, "link": "gloo", "ranks_per_gpu": 2,
+        scenario(pp=2, tp=2, nodes=4),
+        machine(hosts=2, cores_per_node=6, link="gloo", ranks_per_gpu=2),
+    ).timeline.meta
+    assert {
+        name: meta[name]
+        for name in ("hardware", "cores_per_node", "hosts", "link", "ranks_per_gpu", "nodes")
+    } == {
+        "hardware": "h200",
+        "cores_per_node": 6,
+        "hosts": 2,
+        "link": "gloo",
+        "ranks_per_gpu": 2,
         "nodes": 4,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("hosts", [0, 3, -1])
@@ -170,7 +176,7 @@ def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyP
         seen.append(cores)
         return []
 
-    monkeypatch.setattr("sim.profile_costs.ProfileCosts.build_spans", build)
+    monkeypatch.setattr("sim.costs.profile_costs.ProfileCosts.build_spans", build)
     one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
     for hosts, cores in ((4, 12), (2, 12), (1, 3)):
         simulate(one, machine(hosts=hosts, cores_per_node=cores))
@@ -204,15 +210,20 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]
 @pytest.mark.parametrize(
     ("link", "given", "limit"),
     [
-        ("nvlink", None, 600.0), ("gloo", None, 1800.0), ("nvlink", 70.0, 70.0),
+        ("nvlink", None, 600.0),
+        ("gloo", None, 1800.0),
+        ("nvlink", 70.0, 70.0),
         ("gloo", 70.0, 70.0),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("ahead", [None, False, True])
 def test_limits_are_those_of_the_link_unless_given(
-    engines: list[tuple[Any, dict[str, Any]]], link: str, given: float | None, limit: float,
+    engines: list[tuple[Any, dict[str, Any]]],
+    link: str,
+    given: float | None,
+    limit: float,
     ahead: bool | None,
-) -> None:  # fmt: skip
+) -> None:
     """Whatever hosts do: a blocking host's NCCL has NCCL's limit."""
     simulate(scenario(tp=2, pp=1), machine(link=link, nccl_timeout=given, run_ahead=ahead))
     ((_, settings),) = engines

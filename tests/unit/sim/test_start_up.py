@@ -10,10 +10,10 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.weight_size import WeightSize, weight_size
-from sim.profile import Phase, StartUp
+from runner.planning.weight_size import WeightSize, weight_size
+from sim.costs.profile import Phase, StartUp
+from sim.costs.start_up import PHASES, StartPhases, Weights, made_elements, start_phases
 from sim.simulate import simulate
-from sim.start_up import PHASES, StartPhases, Weights, made_elements, start_phases
 from tests.models import DSV3_SMALL
 from tests.unit.tiny_runs import h200, machine, scenario
 
@@ -71,9 +71,12 @@ def test_ranks_of_a_gpu_take_turns_at_making_weights_up() -> None:
     made_up = StartPhases(("weights",), Weights.DUMMY)
     # Two tensor ranks of each stage, and of the other replica again, in a row.
     for ranks_per_gpu, elements in (
-        (1, last), (2, 2 * last), (3, 2 * first + last), (4, 2 * (first + last)),
+        (1, last),
+        (2, 2 * last),
+        (3, 2 * first + last),
+        (4, 2 * (first + last)),
         (8, 4 * (first + last)),
-    ):  # fmt: skip
+    ):
         assert made_elements(DSV4_TINY, UNEVEN, ranks_per_gpu) == elements
         found = seconds(made_up, 1, UNEVEN, ranks_per_gpu)["weights"]
         assert found == pytest.approx(3.0 + elements / 4e6)
@@ -114,7 +117,7 @@ def test_weights_of_a_layout_are_counted_once(
         counted.append(rank)
         return weight_size(model, parallel, rank)
 
-    monkeypatch.setattr("sim.start_up.weight_size", counting)
+    monkeypatch.setattr("sim.costs.start_up.weight_size", counting)
     own = replace(DSV4_TINY, name=f"counted {kind.value}")
     for _ in range(2):
         start_phases(StartPhases(("weights",), kind), COSTS, own, EVEN, 2)
@@ -124,8 +127,9 @@ def test_weights_of_a_layout_are_counted_once(
 
 def test_a_run_begins_when_they_are_over() -> None:
     one = scenario(pp=2, tp=1, nodes=2)
-    bare, begun = (simulate(one, machine(start=start)).timeline
-                   for start in (StartPhases(()), StartPhases()))  # fmt: skip
+    bare, begun = (
+        simulate(one, machine(start=start)).timeline for start in (StartPhases(()), StartPhases())
+    )
     phases = start_phases(StartPhases(), h200().start_up, one.model, one.parallel, 2)
     total = sum(duration for _, duration in phases)
     spans = [s for s in begun.spans if s.kind == "phase" and s.name in PHASES]

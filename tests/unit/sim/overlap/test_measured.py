@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 
+from runner.backend.forward_batch import ForwardBatch
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.model.strategy import STRATEGIES
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Await, Begin, Collective, Mark
-from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.costs.profile import load_profile
+from sim.costs.profile_costs import ProfileCosts, gemm_work
 from sim.overlap.measured import (
     MeasuredStep,
     MeasuredSteps,
@@ -27,8 +29,6 @@ from sim.overlap.measured import (
     read_steps,
 )
 from sim.overlap.turns import run_in_turns
-from sim.profile import load_profile
-from sim.profile_costs import ProfileCosts, gemm_work
 
 FOLDER = Path(__file__).parents[4] / "docs" / "measurements"
 DECODE = FOLDER / "h200x2_steps_decode.json"
@@ -79,8 +79,16 @@ def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps
 def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     """One second an operation; collectives begun run from their start for three."""
     strategy = STRATEGIES["deepseek-decode"]
-    settings = {"model": "dsv4-tiny", "layers": 1, "pp": 1, "tp": 2, "ep": True, "mode": "decode",
-                "batch": 4, "prompt_len": 8}  # fmt: skip
+    settings = {
+        "model": "dsv4-tiny",
+        "layers": 1,
+        "pp": 1,
+        "tp": 2,
+        "ep": True,
+        "mode": "decode",
+        "batch": 4,
+        "prompt_len": 8,
+    }
     scenario, batch = case(settings)
     ops = [
         op
@@ -90,9 +98,11 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     link = [(i, i + 3) for i, op in enumerate(ops) if isinstance(op, Begin | Collective)]
     path = tmp_path / "steps.json"
     run = {
-        "strategy": strategy.to_json(), "step_seconds": 1.5, "ends": [*range(len(ops) + 1)],
+        "strategy": strategy.to_json(),
+        "step_seconds": 1.5,
+        "ends": [*range(len(ops) + 1)],
         "link": link,
-    }  # fmt: skip
+    }
     path.write_text(json.dumps({"settings": settings, "machine": {"gpu": None}, "runs": [run]}))
     (step,) = read_steps(path).steps
     turns = measured_turns(scenario, 0, batch, step)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
-from runner.forward_batch import ForwardMode
 from runner.model.operations import (
     Operation,
     Step,
@@ -113,9 +113,7 @@ def test_named_strategies_are_among_them(name: str) -> None:
         else:
             done += 1
     assert strategy.delta_stages <= len(marks)
-    made = to_strategy(
-        strategy, strategy.operations, one_choice(marks, strategy.delta_stages), 0
-    )  # fmt: skip
+    made = to_strategy(strategy, strategy.operations, one_choice(marks, strategy.delta_stages), 0)
     assert made.steps == strategy.steps and made.to_json() == {
         **strategy.to_json(),
         "name": "best of all",

@@ -15,25 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.forward_batch import ForwardBatch, ForwardMode
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.model.strategy import NEEDS, STRATEGIES, OverlapStrategy
+from runner.report.overlap_table import print_comparison
 from runner.scenario import Scenario
 from runner.schedule import Begin, Collective
-from runner.warmup import WarmupOptions, WarmupPolicy
+from sim.costs.profile import load_profile
+from sim.costs.profile_costs import ProfileCosts
 from sim.overlap import search as searching
 from sim.overlap.compare import Comparison, Run, compare
 from sim.overlap.events import line_up
 from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
 from sim.overlap.reasons import why
 from sim.overlap.search import search, waits_of
-from sim.overlap.table import print_comparison
 from sim.overlap.turns import Piece, Turns
 from sim.overlap.window import Window, find_window
 from sim.overlap.work import LayerSteps, Step, StepKind, Steps, Work, record_work
-from sim.profile import load_profile
-from sim.profile_costs import ProfileCosts
 
 ORDERS = list(legal_orders())
 LIKE = STRATEGIES["deepseek-decode"]
@@ -73,15 +73,19 @@ def layer(
     inside: dict[str, Steps] = {
         "comm_prepare_attn": both(StepKind.BLOCK, "gather", there=traffic.gathers),
         "attn_core": both(StepKind.BLOCK, "scatter", there=traffic.scatters),
-        "dispatch_a": (*both(StepKind.BEGIN, tokens),
-                       *both(StepKind.BEGIN, routing, there=traffic.routes)),
+        "dispatch_a": (
+            *both(StepKind.BEGIN, tokens),
+            *both(StepKind.BEGIN, routing, there=traffic.routes),
+        ),
         "shared_experts": both(StepKind.BLOCK, "shared", there=traffic.shared),
-        "dispatch_b": (Step(StepKind.AWAIT, tokens, 0.0),
-                       *((Step(StepKind.AWAIT, routing, 0.0),) if traffic.routes else ())),
+        "dispatch_b": (
+            Step(StepKind.AWAIT, tokens, 0.0),
+            *((Step(StepKind.AWAIT, routing, 0.0),) if traffic.routes else ()),
+        ),
         "combine_a": both(StepKind.BEGIN, results),
         "combine_b": (Step(StepKind.AWAIT, results, 0.0),),
         "output": both(StepKind.BLOCK, "sum", there=traffic.sums),
-    }  # fmt: skip
+    }
     return {
         name: (
             Step(StepKind.COMPUTE, "", unit * compute[2 * index]),
@@ -253,8 +257,13 @@ def test_windows() -> None:
         )
 
     assert [window([one] * count) for count in (0, 7, 8, 11, 12, 16)] == [
-        None, None, Window(2, 1), Window(2, 1), Window(2, 2), Window(2, 3),
-    ]  # fmt: skip
+        None,
+        None,
+        Window(2, 1),
+        Window(2, 1),
+        Window(2, 2),
+        Window(2, 3),
+    ]
     assert window([one, other] * 8) == Window(2, 3)
     # What is different in front is left out, and so is what is around it.
     assert window([other, *[one] * 15]) == Window(3, 2)
@@ -285,9 +294,11 @@ def forward(name: str, layers: int, hardware: str) -> tuple[Scenario, ProfileCos
 
 
 def of_all(
-    mode: ForwardMode, scenario: Scenario, costs: ProfileCosts,
+    mode: ForwardMode,
+    scenario: Scenario,
+    costs: ProfileCosts,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     return compare(scenario, 0, BATCHES[mode], costs, NAMED[mode], progress)
 
 

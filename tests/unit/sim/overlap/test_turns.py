@@ -6,20 +6,23 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.forward_batch import ForwardBatch, ForwardMode
 from runner.kernels.rules import RULES
 from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Begin, Collective, Compute, Op
-from runner.warmup import WarmupOptions, WarmupPolicy
-from sim.costs import Seconds
-from sim.engine import Engine
+from sim.costs.model import Seconds
+from sim.costs.profile import Link, load_profile
+from sim.costs.profile_costs import ProfileCosts
+from sim.engine.engine import Engine
+from sim.engine.rank_program import compile_program
 from sim.overlap.reasons import Waits, why
 from sim.overlap.turns import LayerTotals, Turns, run_in_turns, run_whole
 from sim.overlap.work import (
@@ -32,9 +35,6 @@ from sim.overlap.work import (
     record_work,
     to_steps,
 )
-from sim.profile import Link, load_profile
-from sim.profile_costs import ProfileCosts
-from sim.program import compile_program
 from tests.models import DSV3_SMALL
 from tests.unit.sim_rounds import RoundCosts
 
@@ -64,8 +64,12 @@ def layer(**steps: Steps) -> LayerSteps:
 def toy(half: int) -> LayerSteps:
     """Attention of 4, a dispatch of 3 with nothing of its own beside it, experts of 2."""
     tokens = f"tokens of {half}"
-    return layer(attn_core=(gpu(4),), dispatch_a=(begin(tokens, 3),), dispatch_b=(wait(tokens),),
-                 experts=(gpu(2),))  # fmt: skip
+    return layer(
+        attn_core=(gpu(4),),
+        dispatch_a=(begin(tokens, 3),),
+        dispatch_b=(wait(tokens),),
+        experts=(gpu(2),),
+    )
 
 
 def work(
@@ -169,9 +173,11 @@ def test_the_link_does_one_thing_at_a_time() -> None:
 
 def test_what_is_begun_together_runs_in_its_order() -> None:
     own = layer(
-        dispatch_a=(begin("tokens of 0", 3), begin("routing of 0", 2)), shared_experts=(gpu(1),),
-        dispatch_b=(wait("tokens of 0"), wait("routing of 0")), experts=(gpu(1),),
-    )  # fmt: skip
+        dispatch_a=(begin("tokens of 0", 3), begin("routing of 0", 2)),
+        shared_experts=(gpu(1),),
+        dispatch_b=(wait("tokens of 0"), wait("routing of 0")),
+        experts=(gpu(1),),
+    )
     turns = run_in_turns(work([own], [layer(experts=(gpu(1),))]), placed(0))
     assert rows(turns) == [
         (0, 3, "link", 0, 0, "tokens"),
@@ -252,10 +258,15 @@ BATCHES = {
     ForwardMode.EXTEND: ForwardBatch.extend((700, 900, 1000, 513, 77)),
 }
 OWN = tuple(
-    OverlapStrategy(f"all marks, {lead} ahead", mode,
-                    tuple(step for name in NEEDS for step in (name, MARK)), lead)
-    for mode in ForwardMode for lead in (0, 3, 14)
-) + tuple(OverlapStrategy("no mark", mode, tuple(NEEDS), 1) for mode in ForwardMode)  # fmt: skip
+    OverlapStrategy(
+        f"all marks, {lead} ahead",
+        mode,
+        tuple(step for name in NEEDS for step in (name, MARK)),
+        lead,
+    )
+    for mode in ForwardMode
+    for lead in (0, 3, 14)
+) + tuple(OverlapStrategy("no mark", mode, tuple(NEEDS), 1) for mode in ForwardMode)
 ALL = (*STRATEGIES.values(), *OWN)
 
 
@@ -334,8 +345,9 @@ def test_dense_layers_are_outside() -> None:
     operations = STRATEGIES["deepseek-decode"].operations
     assert all(tuple(layer) == operations for half in made.halves for layer in half)
     with pytest.raises(UserError, match=r"^this stage has no layer with experts"):
-        record_work(scenario(with_layers(DSV3, 1), ep=True), 0, BATCHES[ForwardMode.DECODE],
-                    COSTS, 0)  # fmt: skip
+        record_work(
+            scenario(with_layers(DSV3, 1), ep=True), 0, BATCHES[ForwardMode.DECODE], COSTS, 0
+        )
 
 
 def test_one_sequence_is_no_two_batches() -> None:
@@ -354,8 +366,17 @@ def test_fewer_sms_compute_longer() -> None:
 
 
 def test_compute_between_communication_is_one_step() -> None:
-    ops: list[Op] = [Compute("a", 1, 2), Compute("b", 3, 4), Collective("c", (0, 1), 5),
-                     Compute("d", 0, 0), Begin("e", (0, 1), 6), Compute("f", 7, 8)]  # fmt: skip
+    ops: list[Op] = [
+        Compute("a", 1, 2),
+        Compute("b", 3, 4),
+        Collective("c", (0, 1), 5),
+        Compute("d", 0, 0),
+        Begin("e", (0, 1), 6),
+        Compute("f", 7, 8),
+    ]
     assert to_steps(ops, RoundCosts(collective=9.0)) == (
-        gpu(6), block("c", 9), begin("e", 6), gpu(8),
-    )  # fmt: skip
+        gpu(6),
+        block("c", 9),
+        begin("e", 6),
+        gpu(8),
+    )

@@ -1,0 +1,1 @@
+"""Kernel caches on disk: keys, entries, and the tools that check, move and pack them."""

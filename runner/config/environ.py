@@ -1,0 +1,169 @@
+"""Every environment variable the project understands: typed, and read once at the entry.
+
+Names, defaults and meanings are SGLang's and DeepGEMM's (docs/environment.md). Nothing else in the
+project reads ``os.environ`` for configuration; an :class:`Environ` value is passed down instead.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.errors import UserError
+
+_TRUE = frozenset({"true", "1", "yes", "y", "t", "on"})
+_FALSE = frozenset({"false", "0", "no", "n", "f", "off"})
+
+
+def _variable(name: str, default: object) -> Any:
+    return field(default=default, metadata={"variable": name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environ:
+    """One immutable reading of the environment.
+
+    Booleans accept true/1/yes/y/t/on and false/0/no/n/f/off in any case. The old name
+    ``SGL_<rest>`` of a variable ``SGLANG_<rest>`` is understood, with a warning.
+    """
+
+    enable_jit_deepgemm: bool = _variable("SGLANG_ENABLE_JIT_DEEPGEMM", True)
+    precompile: bool | None = _variable("SGLANG_JIT_DEEPGEMM_PRECOMPILE", None)
+    fast_warmup: bool | None = _variable("SGLANG_JIT_DEEPGEMM_FAST_WARMUP", None)
+    pp_parallel_warmup: bool | None = _variable("SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP", None)
+    in_precompile_stage: bool = _variable("SGLANG_IN_DEEPGEMM_PRECOMPILE_STAGE", False)
+    is_first_rank_on_node: bool = _variable("SGLANG_IS_FIRST_RANK_ON_NODE", True)
+    sanity_check: bool = _variable("SGLANG_DEEPGEMM_SANITY_CHECK", False)
+    pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", True)
+    use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
+    pp_layer_partition: str = _variable("SGLANG_PP_LAYER_PARTITION", "")
+    bf16_fp32_algo: Bf16Fp32Algo = field(
+        default=DEFAULT_BF16_FP32_ALGO, metadata={"variable": "SGLANG_OPT_BF16_FP32_GEMM_ALGO"}
+    )
+    use_nvrtc: bool = _variable("SGLANG_DG_USE_NVRTC", False)
+    sglang_dg_cache_dir: str = _variable("SGLANG_DG_CACHE_DIR", "")
+    dg_jit_cache_dir: str = _variable("DG_JIT_CACHE_DIR", "")
+    dg_jit_use_nvrtc: int = _variable("DG_JIT_USE_NVRTC", 0)
+    dg_jit_nvcc_compiler: str = _variable("DG_JIT_NVCC_COMPILER", "")
+    dg_jit_cpp_standard: int = _variable("DG_JIT_CPP_STANDARD", 20)
+    dg_jit_debug: int = _variable("DG_JIT_DEBUG", 0)
+    dg_jit_ptxas_verbose: int = _variable("DG_JIT_PTXAS_VERBOSE", 0)
+    dg_jit_ptxas_check: int = _variable("DG_JIT_PTXAS_CHECK", 0)
+    dg_jit_with_lineinfo: int = _variable("DG_JIT_WITH_LINEINFO", 0)
+    dg_jit_check_no_spills: int = _variable("DG_JIT_CHECK_NO_SPILLS", 0)
+    dg_jit_check_no_local_memory: int = _variable("DG_JIT_CHECK_NO_LOCAL_MEMORY", 0)
+    cuda_home: str = _variable("CUDA_HOME", "")
+    cuda_path: str = _variable("CUDA_PATH", "")
+    home: str = _variable("HOME", "")
+    search_path: str = _variable("PATH", "")
+    world_size: int | None = _variable("WORLD_SIZE", None)
+    rank: int | None = _variable("RANK", None)
+    local_rank: int | None = _variable("LOCAL_RANK", None)
+    local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", None)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Environ:
+        """Parse ``environment`` (normally ``os.environ``).
+
+        Raises:
+            UserError: a value that does not parse; the message names the variable.
+        """
+        found = _with_renamed(environment, [item.metadata["variable"] for item in fields(cls)])
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            variable = item.metadata["variable"]
+            if variable in found:
+                values[item.name] = _parse(variable, found[variable], item.type)
+        return cls(**values)
+
+    @property
+    def stage_layers(self) -> tuple[int, ...] | None:
+        """Layers of each pipeline stage from SGLANG_PP_LAYER_PARTITION, None where it is unset.
+
+        Raises:
+            UserError: not a list of integers.
+        """
+        if not self.pp_layer_partition:
+            return None
+        try:
+            return tuple(int(word) for word in self.pp_layer_partition.split(","))
+        except ValueError:
+            raise UserError(
+                f"SGLANG_PP_LAYER_PARTITION={self.pp_layer_partition!r} is not a list of integers "
+                "such as 10,11,11,11"
+            ) from None
+
+    @property
+    def jit_cache_dirs(self) -> str:
+        """Where kernels are cached: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else ~/.deep_gemm.
+
+        ``WRITABLE:READONLY:...``, as the second JIT generation reads it.
+        """
+        chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir
+        return chosen or str(Path(self.home or "~").expanduser() / ".deep_gemm")
+
+    @property
+    def jit_cache_dir(self) -> Path:
+        """The first of :attr:`jit_cache_dirs`, which is written."""
+        return Path(self.jit_cache_dirs.partition(":")[0])
+
+
+def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[str, str]:
+    found = dict(environment)
+    for new in variables:
+        old = new.replace("SGLANG_", "SGL_", 1)
+        if old == new or old not in found:
+            continue
+        if new in found:
+            warnings.warn(f"{old} is ignored: {new} is set as well", stacklevel=3)
+            continue
+        warnings.warn(f"{old} is deprecated: use {new}", stacklevel=3)
+        found[new] = found[old]
+    return found
+
+
+def _parse(variable: str, text: str, annotation: object) -> object:
+    kind = str(annotation)
+    if kind.startswith("bool"):
+        return _parse_bool(variable, text)
+    if kind.startswith("int"):
+        try:
+            return int(text)
+        except ValueError:
+            raise UserError(f"{variable}={text!r} is not an integer") from None
+    if kind == Bf16Fp32Algo.__name__:
+        return _parse_algo(variable, text)
+    return text
+
+
+def _parse_bool(variable: str, text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in _TRUE:
+        return True
+    if lowered in _FALSE:
+        return False
+    raise UserError(f"{variable}={text!r} is not a boolean: use one of true, 1, false, 0")
+
+
+def _parse_algo(variable: str, text: str) -> Bf16Fp32Algo:
+    """The algorithm of that name; an empty name is as good as none."""
+    if not text:
+        return DEFAULT_BF16_FP32_ALGO
+    try:
+        return Bf16Fp32Algo(text)
+    except ValueError:
+        allowed = ", ".join(algo.value for algo in Bf16Fp32Algo)
+        raise UserError(
+            f"{variable}={text!r} is not known: use one of {allowed}, or leave it unset"
+        ) from None
+
+
+def cache_folder(environment: Mapping[str, str]) -> Path:
+    """Where this project keeps what it can make again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    base = environment.get("XDG_CACHE_HOME")
+    home = Path(environment.get("HOME") or "~").expanduser()
+    return (Path(base) if base else home / ".cache") / "deepgemm-coldstart"

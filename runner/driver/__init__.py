@@ -1,0 +1,1 @@
+"""The driver: one rank's warm-up and requests, run or recorded."""

@@ -1,0 +1,145 @@
+"""``ModelRunner``: one rank of the model, its dummy runs and its kernel warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.backend.tensor import TensorSpec
+from runner.backend.weights import WeightSource
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.errors import UserError
+from runner.model.context import RankContext
+from runner.model.stage import PipelineStage
+from runner.model.strategy import OverlapStrategy
+
+
+class BufferSource(Protocol):
+    """Makes what a dummy forward works on; shapes alone or real tensors."""
+
+    def proxy(self, tokens: int, width: int) -> Any:
+        """[tokens, width] bf16."""
+
+    def cache(self, sequences: int, max_len: int) -> Any:
+        """A key-value cache for that many sequences of at most ``max_len`` tokens."""
+
+    def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
+        """Token ids for a dummy batch, None where the backend needs none."""
+
+    def read_ids(self, ids: Any) -> tuple[int, ...] | None:
+        """Token ids of a tensor [sequences] int64, None where there are no numbers."""
+
+
+class NoBuffers:
+    """Buffers of a backend that works on shapes alone."""
+
+    def proxy(self, tokens: int, width: int) -> TensorSpec:
+        """A shape."""
+        return TensorSpec((tokens, width))
+
+    def cache(self, sequences: int, max_len: int) -> None:
+        """Nothing to keep."""
+
+    def dummy_ids(self, tokens: int) -> None:
+        """No ids."""
+
+    def read_ids(self, ids: Any) -> None:
+        """No ids."""
+
+
+@dataclass(frozen=True)
+class ModelRunner:
+    """One rank of the model.
+
+    Attributes:
+        is_generation: whether the model generates; decides a dummy run's mode where none is forced.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    rank: int
+    backend: Backend
+    buffers: BufferSource
+    stage: PipelineStage
+    is_generation: bool = True
+
+    @classmethod
+    def build(
+        cls,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        rank: int,
+        *,
+        backend: Backend,
+        weights: WeightSource,
+        buffers: BufferSource,
+        overlap: Sequence[OverlapStrategy] = (),
+    ) -> ModelRunner:
+        """Make the rank's stage with its weights; ``overlap``: see :class:`PipelineStage`.
+
+        Raises:
+            UserError: the model does not fit the layout.
+        """
+        parallel.check_fits(model)
+        stage = PipelineStage(RankContext(backend, weights, parallel, rank), model, overlap)
+        return cls(model, parallel, rank, backend, buffers, stage)
+
+    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None = None) -> Any:
+        """Run this rank's stage; see :meth:`PipelineStage.forward`."""
+        return self.stage.forward(batch, proxy)
+
+    def _dummy_run(self, batch_size: int, forward_mode_override: ForwardMode | None = None) -> Any:
+        """Run this rank's stage alone on made-up input.
+
+        The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
+        Everything after that follows the resulting mode. As in SGLang the batch has
+        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens.
+
+        Returns:
+            Proxy tensors on inner stages, logits on the last.
+
+        Raises:
+            UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
+        """
+        return self.prepared_dummy(batch_size, forward_mode_override)()
+
+    def prepared_dummy(
+        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    ) -> Callable[[], Any]:
+        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
+        if batch_size < 1 or batch_size % self.parallel.attn_cp:
+            raise UserError(
+                f"dummy batch size {batch_size} must be a positive multiple of "
+                f"attn_cp={self.parallel.attn_cp}"
+            )
+        mode = forward_mode_override or (
+            ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
+        )
+        make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
+        batch = make(
+            (1,) * batch_size,
+            input_ids=self.buffers.dummy_ids(batch_size),
+            cache=self.buffers.cache(batch_size, 1),
+        )
+        proxy = self.dummy_proxy(batch)
+        return lambda: self.forward(batch, proxy)
+
+    def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
+        """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
+        if self.stage.is_first:
+            return None
+        tokens = self.proxy_tokens(batch)
+        widths = proxy_widths(self.model.hidden_size, self.model.hc_mult)
+        return PPProxyTensors(
+            {name: self.buffers.proxy(tokens, width) for name, width in widths.items()}
+        )
+
+    def proxy_tokens(self, batch: ForwardBatch) -> int:
+        """Rows of the proxy tensors: stage 0 has already split EXTEND tokens over attn_cp."""
+        if batch.mode.is_extend and self.parallel.attn_cp > 1:
+            return batch.num_tokens // self.parallel.attn_cp
+        return batch.num_tokens

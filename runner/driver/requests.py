@@ -1,0 +1,127 @@
+"""Requests that flow through the pipeline, stage by stage, as a server's first ones do.
+
+A request of ``tokens`` tokens is one EXTEND of that many prompt tokens and then one DECODE step a
+sequence. The DECODE waits for the token that the last stage sampled, so without a warm-up the
+stages compile a request's kernels in turn, on arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.driver.model_runner import ModelRunner
+from runner.errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the driver.
+
+    Attributes:
+        tokens: prompt tokens over all sequences.
+        prompt_len: prompt length of a sequence; the last one may be shorter. With 1, the default,
+            EXTEND and DECODE both see ``tokens`` tokens, as a dummy run of that batch size does.
+        modes: forwards to run; a prefill node stops after EXTEND, a decode node starts at DECODE.
+    """
+
+    tokens: int
+    prompt_len: int = 1
+    modes: tuple[ForwardMode, ...] = (ForwardMode.EXTEND, ForwardMode.DECODE)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.prompt_len < 1:
+            raise UserError(
+                f"a request needs at least one token and one token per prompt, "
+                f"not tokens={self.tokens}, prompt_len={self.prompt_len}"
+            )
+
+    @property
+    def prompt_lens(self) -> tuple[int, ...]:
+        """Prompt length of each sequence."""
+        full, rest = divmod(self.tokens, self.prompt_len)
+        return (self.prompt_len,) * full + ((rest,) if rest else ())
+
+
+def serve(
+    runner: ModelRunner, request: Request, keep: Callable[[Any], None] = lambda logits: None
+) -> None:
+    """Run one request on this rank; every rank of the replica must call it.
+
+    Args:
+        runner: this rank.
+        request: what to run.
+        keep: on the last stage called with the logits [sequences, vocab] of each forward; nothing
+            else holds on to them, since those of a large batch are gigabytes.
+    """
+    lens = request.prompt_lens
+    cache = runner.buffers.cache(len(lens), max(lens) + 1)
+    extends = ForwardMode.EXTEND in request.modes
+    logits = None
+    if extends:
+        ids = runner.buffers.dummy_ids(request.tokens)
+        logits = _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
+        keep(logits)
+    if ForwardMode.DECODE in request.modes:
+        many = len(lens)
+        ids = _next_ids(runner, logits, many) if extends else runner.buffers.dummy_ids(many)
+        grown = tuple(length + 1 for length in lens)
+        keep(_forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache)))
+
+
+def serve_all(
+    runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Any], None]
+) -> None:
+    """Run requests in order, as a queue of waiting ones: each starts once stage 0 is free."""
+    for request in requests:
+        serve(runner, request, keep)
+
+
+def _forward(runner: ModelRunner, batch: ForwardBatch) -> Any:
+    """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
+    proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
+    result = runner.forward(batch, proxy)
+    if runner.stage.is_last:
+        return result
+    for name, tensor in result.tensors.items():
+        runner.backend.send(name, tensor, _neighbour(runner, 1))
+    return None
+
+
+def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
+    rows = runner.proxy_tokens(batch)
+    widths = proxy_widths(runner.model.hidden_size, runner.model.hc_mult)
+    peer = _neighbour(runner, -1)
+    return PPProxyTensors(
+        {
+            name: runner.backend.recv(name, (rows, width), "bf16", 2 * rows * width, peer)
+            for name, width in widths.items()
+        }
+    )
+
+
+def _next_ids(runner: ModelRunner, logits: Any, sequences: int) -> tuple[int, ...] | None:
+    """Sampled tokens: from the last stage to the first, and on from stage to stage."""
+    backend, last = runner.backend, runner.parallel.pp - 1
+    at = runner.parallel.coordinates(runner.rank)
+    if runner.stage.is_last:
+        ids = backend.argmax(logits)
+        if last > 0:
+            backend.send("next_ids", ids, _stage_peer(runner, 0))
+        return runner.buffers.read_ids(ids)
+    peer = _stage_peer(runner, last if runner.stage.is_first else at.pp_rank - 1)
+    ids = backend.recv("next_ids", (sequences,), "int64", 8 * sequences, peer)
+    if at.pp_rank + 1 < last:
+        backend.send("next_ids", ids, _stage_peer(runner, at.pp_rank + 1))
+    return runner.buffers.read_ids(ids)
+
+
+def _neighbour(runner: ModelRunner, step: int) -> int:
+    return _stage_peer(runner, runner.parallel.coordinates(runner.rank).pp_rank + step)
+
+
+def _stage_peer(runner: ModelRunner, pp_rank: int) -> int:
+    at = runner.parallel.coordinates(runner.rank)
+    return runner.parallel.rank_of(pp_rank, at.tp_rank, at.replica)

@@ -1,0 +1,69 @@
+"""How much a rank's weights take, counted without making them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from runner.backend.base import Backend
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import ScheduleRecorder
+from runner.backend.weights import WeightRequest
+from runner.config.model import FP8_BLOCK, ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.kernels.heuristics_sm90 import ceil_div
+
+_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}
+
+
+@dataclass(frozen=True)
+class WeightSize:
+    """Weights of one rank.
+
+    Attributes:
+        elements: their number.
+        nbytes: their bytes, FP8 with its scales.
+        shapes: the number of elements where weights of one kind and shape are one buffer, as
+            ``launch`` makes them up for a model too large for real math.
+    """
+
+    elements: int
+    nbytes: int
+    shapes: int
+
+
+def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
+    """Weights of a rank."""
+    counter = _CountingWeights()
+    backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
+    ModelRunner.build(model, parallel, rank, backend=backend, weights=counter, buffers=NoBuffers())
+    return WeightSize(counter.elements, counter.nbytes, sum(counter.shapes.values()))
+
+
+def model_elements(model: ModelConfig) -> int:
+    """Weights of a whole model, each counted once however it is laid out."""
+    return weight_size(model, ParallelConfig(), 0).elements
+
+
+class _CountingWeights(ShapeWeights):
+    def __init__(self) -> None:
+        self.elements = 0
+        self.nbytes = 0
+        self.shapes: dict[tuple[Any, ...], int] = {}
+
+    def make(self, request: WeightRequest) -> Any:
+        size = prod(request.view)
+        self.elements += size
+        self.shapes[request.kind, request.view, request.high] = size
+        self.nbytes += size * _BYTES[request.kind] + _scale_bytes(request)
+        return super().make(request)
+
+
+def _scale_bytes(request: WeightRequest) -> int:
+    """An fp32 a block of an FP8 weight, those at the edges included."""
+    if request.kind != "fp8":
+        return 0
+    *groups, n, k = request.view
+    return 4 * prod(groups) * ceil_div(n, FP8_BLOCK) * ceil_div(k, FP8_BLOCK)

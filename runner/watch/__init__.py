@@ -1,0 +1,1 @@
+"""See every DeepGEMM compile of any command."""

@@ -1,0 +1,1 @@
+"""What things cost: profiles of machines and the cost model made of one."""

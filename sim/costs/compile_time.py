@@ -1,0 +1,59 @@
+"""How long one kernel's compile takes."""
+
+from __future__ import annotations
+
+from math import exp
+from statistics import NormalDist
+from zlib import crc32
+
+from runner.build.costs import plain_seconds, unrolled_k_blocks
+from runner.kernels.kernel import Kernel
+from sim.costs.profile import CompileTimes
+
+_TILED = ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm")
+_SHAPE = (1, 2)
+"""Template arguments of dimensions and of the number of groups."""
+
+_SMS = 8
+"""The argument that begins with, or is, the number of SMs."""
+
+
+def template_of(kernel: Kernel) -> str:
+    """Dense, contiguous and masked GEMMs of a family instantiate one template."""
+    return kernel.entry.rsplit("::", 1)[-1].removesuffix("_impl")
+
+
+def config_key(kernel: Kernel) -> str:
+    """Template and configuration (tile, stages, threads, ...), not what it is for.
+
+    Of shape, number of groups and SMs only a short K changes the size of the code: its loop is
+    unrolled as a whole.
+    """
+    template = template_of(kernel)
+    if template not in _TILED:
+        return template
+    words = [word for i, word in enumerate(kernel.arguments) if i not in (*_SHAPE, _SMS)]
+    words += kernel.arguments[_SMS].split(", ")[1:]
+    words.append(f"{unrolled_k_blocks(kernel)} K-blocks")
+    return f"{template} {' | '.join(words)}"
+
+
+def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
+    """Seconds of a compile alone on a node: measured, else what its size lets expect."""
+    measured = times.by_config.get(config_key(kernel))
+    if measured is not None:
+        return measured
+    return times.scale.get(template_of(kernel), times.default_scale) * plain_seconds(kernel)
+
+
+def luck(times: CompileTimes, rank: int, kernel: Kernel) -> float:
+    """How many times as long as expected a rank takes for a kernel: always the same for the two."""
+    share = (crc32(f"{rank}/{kernel.identity}".encode()) + 0.5) / 2**32
+    return exp(times.spread * NormalDist().inv_cdf(share))
+
+
+def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
+    """How much longer each of ``compilers`` compiles at a time takes on ``cores`` cores."""
+    if compilers >= cores:
+        return (1.0 + times.contention) * compilers / cores
+    return 1.0 + times.contention * (compilers - 1) / max(cores - 1, 1)

@@ -1,0 +1,1 @@
+"""The event engine: programs of ranks in virtual time."""

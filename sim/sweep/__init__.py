@@ -1,0 +1,1 @@
+"""Many simulations, their figures and their frontier."""

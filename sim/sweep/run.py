@@ -1,0 +1,144 @@
+"""Many scenarios simulated, each reduced to a few figures, spread over processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from multiprocessing import active_children, get_context, parent_process
+
+from runner.errors import UserError
+from runner.scenario import Scenario
+from runner.timeline import Timeline
+from sim.simulate import Machine, simulate
+from sim.sweep.points import Point, Result, Skipped
+
+Ended = Result | Skipped
+
+
+class WorkerLostError(Exception):
+    """A process of the sweep died, most likely for want of memory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A point as it is simulated."""
+
+    point: Point
+    scenario: Scenario
+    machine: Machine
+
+
+def simulate_case(case: Case) -> Ended:
+    """Simulate one point; what the model does not allow is skipped."""
+    try:
+        prediction = simulate(case.scenario, case.machine)
+    except UserError as error:
+        return Skipped(case.point, str(error))
+    timeline, timeout = prediction.timeline, prediction.timeout
+    nodes = timeline.meta["coverage_up"]
+    worst = min(nodes, key=lambda node: Fraction(node["present"], node["planned"]))
+    return Result(
+        point=case.point,
+        up_seconds=round(timeline.up, 6),
+        kernels_compiled=timeline.kernels_compiled,
+        duplicates=timeline.duplicates,
+        cpu_seconds=round(cpu_seconds(timeline, case.point.cores), 6),
+        present=worst["present"],
+        planned=worst["planned"],
+        timeout_seconds=None if timeout is None else round(timeout.time, 6),
+    )
+
+
+def cpu_seconds(timeline: Timeline, cores: int) -> float:
+    """Seconds of CPU cores that compiles used: on each machine as many at a time as run, or all.
+
+    Nodes that share a machine share its cores. It is less than the sum of the compiles' spans
+    where more of them run than there are cores.
+    """
+    edges: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    meta = timeline.meta
+    shared = meta["nodes"] // meta["hosts"]
+    hosts = [rank["node"] // shared for rank in meta["ranks"]]
+    for span in timeline.spans:
+        if span.kind == "compile":
+            edges[hosts[span.rank]] += [(span.start, 1), (span.end, -1)]
+    return sum(_busy(sorted(of_host), cores) for of_host in edges.values())
+
+
+def _busy(edges: Sequence[tuple[float, int]], cores: int) -> float:
+    running, total = 0, 0.0
+    for (time, step), (until, _) in pairwise(edges):
+        running += step
+        total += min(running, cores) * (until - time)
+    return total
+
+
+def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], None]) -> None:
+    """Simulate all cases on ``jobs`` processes; ``on_end`` is told each as it ends, in any order.
+
+    Raises:
+        WorkerLostError: a process died.
+        KeyboardInterrupt: as it comes; the processes have then been ended.
+    """
+    if min(jobs, len(cases)) <= 1:
+        for case in cases:
+            on_end(simulate_case(case))
+        return
+    with _processes(min(jobs, len(cases))) as pool:
+        with _interrupt_held_back():
+            # One by one: what is done is known at once. A plan that neighbours share is then made
+            # by several processes, which takes less than waiting for one of them would.
+            futures = [pool.submit(simulate_case, case) for case in cases]
+        for future in as_completed(futures):
+            on_end(future.result())
+
+
+@contextmanager
+def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool; where its block is left by an exception, the processes are ended at once."""
+    others = set(active_children())
+    # Not by fork: a thread of ours that draws the progress could hold a lock right then.
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker)
+    try:
+        yield pool
+    except BaseException as error:
+        for process in set(active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            line = "a process of the sweep died, for want of memory perhaps"
+            raise WorkerLostError(line) from None
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal; those started here never hear of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed leaves no processes behind."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,149 @@
+"""What nvcc is asked, and the stages that it tells."""
+
+from pathlib import Path
+
+import pytest
+
+from runner.build.stages import StageError, Stages, UnusualError, ask_stages
+from tests.unit.builder_jobs import NO_COMMAND
+
+FLAGS = ("-std=c++20", "-Iwhere")
+
+
+def dry_nvcc(tmp_path: Path, to_ptx: str, to_cubin: str) -> Path:
+    """A script that tells these dry runs, with $T for its folder of temporary files."""
+    path = tmp_path / "dry-nvcc"
+    path.write_text(
+        f'#!/bin/sh\necho "$*" >>"{tmp_path}/asked"\nT=$TMPDIR O=$4\n'
+        f'if [ "$2" = -ptx ]; then cat >&2 <<END\n{to_ptx}\nEND\nelse cat >&2 <<END\n{to_cubin}\n'
+        "END\nfi\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+PREPROCESS = '#\\$ gcc -E -DA="a b" "kernel.cu" -o "$T/t-7.ii"'
+FRONT_END = '#\\$ "\\$TOP/cicc" --c++20 "$T/t-7.ii" -o "$O"'
+ASSEMBLE = '#\\$ ptxas -arch=sm_90a "$T/t-6.ptx" -o "$O"'
+TO_PTX = f"nvcc says hello\n#\\$ _SPACE_= \n#\\$ TOP=/opt/cuda/bin\n{PREPROCESS}\n{FRONT_END}"
+TO_CUBIN = f"#\\$ TOP=/elsewhere\n{PREPROCESS}\n{ASSEMBLE}"
+
+
+def test_the_stages_are_what_nvcc_tells(tmp_path: Path) -> None:
+    nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
+    stages = ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin", "A": "1"})
+    folder = str(tmp_path / "scratch" / "stages")
+    assert stages == Stages(
+        folder=folder,
+        preprocess=("gcc", "-E", "-DA=a b", "kernel.cu", "-o", f"{folder}/t-7.ii"),
+        front_end=(
+            "/opt/cuda/bin/cicc",
+            "--c++20",
+            f"{folder}/t-7.ii",
+            "-o",
+            f"{folder}/kernel.ptx",
+        ),
+        assemble=(
+            "ptxas",
+            "-arch=sm_90a",
+            f"{folder}/kernel.ptx",
+            "-o",
+            f"{folder}/kernel.cubin",
+        ),
+        preprocessed="t-7.ii",
+        environment={"PATH": "/bin:/usr/bin", "A": "1", "_SPACE_": " ", "TOP": "/opt/cuda/bin"},
+    )
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"{folder}/kernel.cu -{kind} -o {folder}/kernel.{kind} -std=c++20 -Iwhere --dryrun"
+        for kind in ("ptx", "cubin")
+    ]
+
+
+@pytest.mark.parametrize("flag", ["-lineinfo", "-G", "-g"])
+def test_line_numbers_go_the_plain_way(tmp_path: Path, flag: str) -> None:
+    nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
+    with pytest.raises(UnusualError, match=r"^the flags keep line numbers$"):
+        ask_stages(nvcc, ("-std=c++20", flag), tmp_path / "scratch", {})
+    assert not (tmp_path / "asked").exists()
+
+
+OTHER_FRONT_END = "cicc does not read what was preprocessed, or writes elsewhere"
+OTHER_ASSEMBLER = "ptxas does not read PTX, or writes elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("to_ptx", "to_cubin", "message"),
+    [
+        ("", "", NO_COMMAND),
+        (TO_PTX.replace("#", "%"), TO_CUBIN, NO_COMMAND),
+        (TO_PTX.replace(FRONT_END, ""), TO_CUBIN, NO_COMMAND),
+        (TO_PTX.replace("cicc", "clang"), TO_CUBIN, NO_COMMAND),
+        (TO_PTX.replace("-E", "-c"), TO_CUBIN, NO_COMMAND),
+        (TO_PTX, TO_CUBIN.replace("ptxas", "as"), NO_COMMAND),
+        (f"{TO_PTX}\n{FRONT_END}", TO_CUBIN, "nvcc has 2 commands where one was expected"),
+        (TO_PTX.replace('-7.ii" -o "$O', '-8.ii" -o "$O'), TO_CUBIN, OTHER_FRONT_END),
+        (TO_PTX.replace('-o "$O"', '-o "$T/else.ptx"'), TO_CUBIN, OTHER_FRONT_END),
+        (TO_PTX.replace('-o "$O"', '-o "$O" -v'), TO_CUBIN, OTHER_FRONT_END),
+        (TO_PTX, TO_CUBIN.replace(".ptx", ".ltoir"), OTHER_ASSEMBLER),
+        (TO_PTX, TO_CUBIN.replace('-o "$O"', "-o a.cubin"), OTHER_ASSEMBLER),
+    ],
+)
+def test_an_nvcc_that_works_in_another_way(
+    tmp_path: Path, to_ptx: str, to_cubin: str, message: str
+) -> None:
+    nvcc = dry_nvcc(tmp_path, to_ptx, to_cubin)
+    with pytest.raises(UnusualError) as caught:
+        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "to_ptx",
+    [TO_PTX.replace('-o "$T/t-7.ii"', ""), TO_PTX.replace('"$T/t-7.ii" -o', '"$T/t-7.ii -o')],
+    ids=["no output", "a quote that does not end"],
+)
+def test_an_nvcc_whose_commands_cannot_be_read(tmp_path: Path, to_ptx: str) -> None:
+    nvcc = dry_nvcc(tmp_path, to_ptx, TO_CUBIN)
+    with pytest.raises(UnusualError, match=r"^nvcc --dryrun cannot be read: "):
+        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo 'unknown option --dryrun' >&2; exit 1", "unknown option --dryrun"),
+        ("exit 4", "exit 4"),
+    ],
+)
+def test_an_nvcc_without_dry_runs(tmp_path: Path, script: str, words: str) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(UnusualError, match=rf"^nvcc --dryrun: {words}$"):
+        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {})
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo out; echo err >&2; exit 3", "tool: err"),
+        ("echo out; exit 3", "tool: out"),
+        ("exit 3", "tool: exit 3"),
+    ],
+)
+def test_a_stage_runs_in_its_folder_and_tells_its_words(
+    tmp_path: Path, script: str, words: str
+) -> None:
+    tool, here = tmp_path / "tool", tmp_path / "here"
+    here.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\npwd -P >"$1"; echo "$WHO" >>"$1"\n[ "$2" = ok ] && exit 0\n{script}\n'
+    )
+    tool.chmod(0o755)
+    command = (str(tool), "/made/for/out", "ok")
+    stages = Stages("/made/for", command, (), (), "", {"WHO": "me"})
+    stages.run(command, here)
+    assert (here / "out").read_text() == f"{here.resolve()}\nme\n"
+    with pytest.raises(StageError) as caught:
+        stages.run(command[:2], here)
+    assert str(caught.value) == words

@@ -1,0 +1,262 @@
+"""A machine against the one that a cache was built for: each thing that can differ, in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner.cache.keys import CacheKeys, Recipe, first_recipe
+from runner.cache.machine import Device, Machine, compiler_words
+from runner.cache.manifest import Entry, Manifest
+from runner.config.environ import Environ
+from runner.kernels.installed import Library
+from tests.unit.small_cache import (
+    INCLUDE,
+    NVCC_TEXT,
+    manifest_for,
+    second_keys_for,
+    second_library,
+)
+
+ROOT = INCLUDE.parent
+H200 = Device((9, 0), 132)
+FLAGS = (
+    "-std=c++20 --diag-suppress=39,161 --ptxas-options=--register-usage-level=10 "
+    "--gpu-architecture=sm_90a -O3"
+)
+VARIABLES_DIFFER = (
+    "DG_JIT_* variables differ; set them as they were when it was built, or build it with them set"
+)
+
+
+@pytest.fixture
+def built(keys: CacheKeys) -> Manifest:
+    return replace(manifest_for(keys), gpu="h200", num_sms=132)
+
+
+@pytest.fixture
+def there(here: Library) -> Machine:
+    """The machine that it was built for."""
+    return Machine(here, ROOT, "NVCC13.0", Environ(), H200)
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Library:
+    return second_library(tmp_path / "newer_gemm")
+
+
+@pytest.fixture
+def second(newer: Library) -> Manifest:
+    return replace(manifest_for(second_keys_for(newer)), gpu="h200", num_sms=132)
+
+
+@pytest.fixture
+def second_there(newer: Library) -> Machine:
+    return Machine(newer, newer.root, NVCC_TEXT, Environ(), H200)
+
+
+def told(machine: Machine, built: Manifest) -> list[str]:
+    return list(machine.differences(built))
+
+
+def test_the_machine_that_a_cache_was_built_for(
+    built: Manifest, there: Machine, second: Manifest, second_there: Machine
+) -> None:
+    assert told(there, built) == []
+    assert told(second_there, second) == []
+    assert told(replace(there, device=None), built) == []
+    assert told(replace(there, version_text=NVCC_TEXT), built) == [], "a release is all there is"
+
+
+def test_another_library_is_all_that_is_told(built: Manifest, there: Machine) -> None:
+    other = replace(
+        there,
+        library=Library(there.library.root, "vllm", "0.33.0"),
+        version_text="NVCC13.1",
+        root=Path("/x"),
+        device=Device((10, 0), 148),
+    )
+    assert told(other, built) == [
+        "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
+        "kernels: build with that one (runner compile --library)"
+    ]
+
+
+def test_another_release(built: Manifest, there: Machine) -> None:
+    assert told(replace(there, version_text="NVCC13.1"), built) == [
+        "other compiler: built for nvcc 13.0, here it is nvcc 13.1: runner cache relocate, or "
+        "build with what nvcc --version prints there (runner compile --compiler-text)"
+    ]
+
+
+def test_another_build_of_a_release(second: Manifest, second_there: Machine) -> None:
+    text = NVCC_TEXT.replace("Built on Wed_Aug_20_01:58:59_PM_PDT_2025\n", "")
+    assert told(replace(second_there, version_text=text), second) == [
+        "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
+        "is nvcc 13.0: runner cache relocate, or build with what nvcc --version prints there "
+        "(runner compile --compiler-text)"
+    ]
+
+
+def test_another_install_path(
+    built: Manifest, there: Machine, second: Manifest, second_there: Machine
+) -> None:
+    assert told(replace(there, root=Path("/opt/dg")), built) == [
+        f"other install path: built for {INCLUDE}, here it is /opt/dg/include: runner cache "
+        "relocate --target-root"
+    ]
+    assert told(replace(second_there, root=Path("/opt/dg")), second) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "changed"),
+    [
+        ({"dg_jit_cpp_standard": 17}, "-std=c++17, -std=c++20"),
+        ({"dg_jit_ptxas_check": 1}, "--ptxas-options=--verbose,--warn-on-local-memory-usage"),
+        ({"dg_jit_with_lineinfo": 1}, "-Xcompiler, -lineinfo, -rdynamic"),
+    ],
+)
+def test_other_flags_of_the_first_generation(
+    variables: dict[str, int], changed: str, built: Manifest, there: Machine
+) -> None:
+    line = f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
+    assert told(replace(there, environ=Environ(**variables)), built) == [line]  # type: ignore[arg-type]
+    flags = " ".join(first_recipe(Environ(**variables)).arguments(INCLUDE))  # type: ignore[arg-type]
+    other_way = replace(built, flags=flags)
+    assert told(there, other_way) == [line]
+    assert told(replace(there, environ=Environ(**variables)), other_way) == []  # type: ignore[arg-type]
+
+
+P = "--ptxas-options="
+LEVEL = f"{P}--register-usage-level=10"
+
+
+@pytest.mark.parametrize(
+    ("variables", "standard", "around", "changed"),
+    [
+        ({}, 20, LEVEL, None),
+        ({"dg_jit_cpp_standard": 17}, 17, LEVEL, "-std=c++17, -std=c++20"),
+        ({"dg_jit_ptxas_verbose": 1}, 20, f"{P}--verbose {LEVEL}", f"{P}--verbose"),
+        ({"dg_jit_check_no_spills": 1}, 20, f"{LEVEL} {P}--warn-on-spills", f"{P}--warn-on-spills"),
+        (
+            {"dg_jit_check_no_local_memory": 1},
+            20,
+            f"{LEVEL} {P}--warn-on-local-memory-usage",
+            f"{P}--warn-on-local-memory-usage",
+        ),
+        ({"dg_jit_with_lineinfo": 1}, 20, f"{LEVEL} --generate-line-info", "--generate-line-info"),
+        (
+            {"dg_jit_debug": 1},
+            20,
+            f"{P}--verbose {LEVEL} --generate-line-info",
+            f"--generate-line-info, {P}--verbose",
+        ),
+        (
+            {"dg_jit_debug": 1, "dg_jit_check_no_spills": 1, "dg_jit_check_no_local_memory": 1},
+            20,
+            f"{P}--verbose {LEVEL} {P}--warn-on-spills {P}--warn-on-local-memory-usage "
+            "--generate-line-info",
+            f"--generate-line-info, {P}--verbose, {P}--warn-on-local-memory-usage, "
+            f"{P}--warn-on-spills",
+        ),
+    ],
+)
+def test_other_flags_of_the_second_generation(
+    variables: dict[str, Any],
+    standard: int,
+    around: str,
+    changed: str | None,
+    second: Manifest,
+    second_there: Machine,
+) -> None:
+    """What one machine's variables made of the flags, another's take away again."""
+    environ = Environ(**variables)
+    assert second.flags == FLAGS
+    flags = FLAGS.replace(LEVEL, around).replace("c++20", f"c++{standard}")
+    machine = replace(second_there, environ=environ)
+    assert machine.recipe(second) == Recipe(2, tuple(flags.split(" ")), "deep-gemm")
+    line = f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
+    expected = [] if changed is None else [line]
+    other_way = replace(second, flags=flags)
+    assert told(machine, second) == expected
+    assert told(second_there, other_way) == expected
+    assert told(machine, other_way) == []
+    assert second_there.recipe(other_way).flags == tuple(FLAGS.split(" "))
+
+
+def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: Machine) -> None:
+    """Of the first generation our own account of the flags is for SM90 alone."""
+    flags = f"-std=c++20 {LEVEL} -I{INCLUDE} --gpu-architecture=sm_100f"
+    blackwell = replace(built, arch="sm_100f", flags=flags, gpu="b200", num_sms=148)
+    machine = replace(there, device=Device((10, 0), 148))
+    assert machine.recipe(blackwell) == Recipe(
+        1, ("-std=c++20", LEVEL, "-I{include}", "--gpu-architecture=sm_100f")
+    )
+    assert told(machine, blackwell) == []
+    assert told(replace(machine, root=Path("/opt/dg")), blackwell) == [
+        f"other install path: built for {INCLUDE}, here it is /opt/dg/include: runner cache "
+        "relocate --target-root"
+    ]
+    changed = "-Xcompiler, -lineinfo, -rdynamic"
+    assert told(replace(machine, environ=Environ(dg_jit_with_lineinfo=1)), blackwell) == [
+        f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
+    ]
+
+
+def test_another_kind_of_gpu(built: Manifest, there: Machine) -> None:
+    assert told(replace(there, device=Device((10, 0), 148)), built) == [
+        "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile "
+        "--gpu"
+    ]
+
+
+def test_another_number_of_sms(built: Manifest, there: Machine) -> None:
+    h20 = replace(there, device=Device((9, 0), 78))
+    line = "other GPU: built for 132 SMs, this one has 78: runner compile --gpu or --num-sms"
+    assert told(h20, built) == [line]
+    assert told(h20, replace(built, gpu="")) == [line]
+    assert told(h20, replace(built, gpu="", num_sms=0)) == [], "an older manifest"
+    use = {"num_sms": 78}
+    both = replace(built, entries={"a": Entry("a", [use], "", "", 0)})
+    assert told(h20, both) == []
+    assert told(there, both) == []
+
+
+@pytest.mark.parametrize("variable", ["use_nvrtc", "dg_jit_use_nvrtc"])
+def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: Machine) -> None:
+    environ = Environ(**{variable: True})  # type: ignore[arg-type]
+    assert told(replace(there, environ=environ), built) == [
+        "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it where "
+        "the server runs"
+    ]
+
+
+def test_every_difference_is_told(built: Manifest, there: Machine) -> None:
+    other = replace(
+        there,
+        root=Path("/opt/dg"),
+        version_text="NVCC12.9",
+        device=Device((9, 0), 78),
+        environ=Environ(dg_jit_cpp_standard=17),
+    )
+    assert [line.partition(":")[0].partition(" (")[0] for line in told(other, built)] == [
+        "other compiler",
+        "other install path",
+        "other compiler flags",
+        "other GPU",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("signature", "words"),
+    [
+        ("NVCC13.0", "nvcc 13.0"),
+        ("NVCC12.10", "nvcc 12.10"),
+        (NVCC_TEXT, "nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025)"),
+    ],
+)
+def test_a_compiler_in_words(signature: str, words: str) -> None:
+    assert compiler_words(signature) == words

@@ -1,0 +1,189 @@
+"""Relocate: entries and keys of another machine, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest, write_manifest
+from runner.cache.relocate import relocate
+from runner.cache.verify import Problem, verify
+from runner.errors import UserError
+from runner.kernels.installed import Library
+from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
+from tests.unit.small_cache import (
+    NVCC_TEXT,
+    contents,
+    cubin_for,
+    fill,
+    keys_for,
+    second_keys_for,
+    second_library,
+    small_library,
+    small_plan,
+)
+
+OTHER_ROOT = Path("/opt/other/deep_gemm/include")
+
+
+def cubins(cache: KernelCache) -> dict[str, bytes]:
+    return {path.name: (path / "kernel.cubin").read_bytes() for path in cache.entries()}
+
+
+@pytest.mark.parametrize("signature", ["NVCC13.0", "NVCC13.1", "NVCC14.0"])
+def test_a_relocated_cache_is_the_other_machines(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, signature: str
+) -> None:
+    cache, manifest = made
+    before = contents(cache.root)
+    there = keys_for(here, OTHER_ROOT, signature)
+    target = KernelCache(tmp_path / "target")
+    progress: list[tuple[int, int]] = []
+    done = relocate(
+        cache, manifest, there, here, target, progress=lambda *numbers: progress.append(numbers)
+    )
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert cubins(target) == {
+        there.cache_key(item.kernel): cubin_for(there.source(item.kernel))
+        for item in small_plan().kernels
+    }
+    assert sorted(cubins(target).values()) == sorted(cubins(cache).values())
+    assert contents(cache.root) == before
+    moved = done.manifest
+    assert (moved.signature, moved.flags) == (signature, there.flags)
+    assert (moved.built_with, moved.plans, moved.library) == (
+        "NVCC13.0",
+        manifest.plans,
+        manifest.library,
+    )
+    assert verify(target, expected(moved, here)) == []
+    uses = {name: entry.uses for name, entry in manifest.entries.items()}
+    for item in small_plan().kernels:
+        at_target = moved.entries[there.cache_key(item.kernel)]
+        assert at_target.uses == uses[keys_for(here).cache_key(item.kernel)]
+        assert at_target.name == item.kernel.name
+
+
+def test_relocated_again_all_are_there(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
+) -> None:
+    there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
+    first = relocate(*made, there, here, target)
+    before = contents(target.root)
+    again = relocate(*made, there, here, target)
+    assert (again.placed, again.present, again.refused) == (0, 4, [])
+    assert again.manifest == first.manifest
+    assert contents(target.root) == before
+
+
+def test_for_the_same_machine_it_is_a_copy(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
+) -> None:
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(here), here, target)
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert done.manifest == made[1]
+    write_manifest(target.root, done.manifest)
+    assert contents(target.root) == contents(made[0].root)
+
+
+def cut(path: Path) -> None:
+    (path / "kernel.cubin").write_bytes((path / "kernel.cubin").read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem", "words"),
+    [
+        (cut, Problem.TRUNCATED, "kernel.cubin is cut short: "),
+        (change, Problem.CHANGED, "kernel.cubin is not what was built"),
+        (halve, Problem.TRUNCATED, "kernel.cubin is missing: the library aborts on this entry"),
+        (remove, Problem.MISSING, "is not in the cache"),
+    ],
+    ids=["cut", "changed", "halved", "missing"],
+)
+def test_unsound_entries_are_refused(
+    made: tuple[KernelCache, Manifest],
+    here: Library,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    problem: Problem,
+    words: str,
+) -> None:
+    key, path = first_of(made)
+    damage(path)
+    there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
+    done = relocate(*made, there, here, target)
+    (refused,) = done.refused
+    assert (refused.problem, refused.key) == (problem, key)
+    assert refused.words.startswith(words)
+    assert (done.placed, len(done.manifest.entries), target.count()) == (3, 3, 3)
+    assert verify(target, expected(done.manifest, here)) == []
+
+
+def test_sources_of_other_headers_are_refused(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    other = small_library(tmp_path / "newer", "int b;\n")
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(other, OTHER_ROOT), other, target)
+    assert [each.problem for each in done.refused] == [Problem.WRONG_VERSION] * 4
+    assert (done.placed, target.count(), done.manifest.entries) == (0, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("built", "wanted"), [("13.1", "13.0"), ("13.0", "12.9"), ("13.10", "13.9")]
+)
+def test_an_older_release_is_refused(
+    made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, built: str, wanted: str
+) -> None:
+    target = KernelCache(tmp_path / "target")
+    manifest = replace(made[1], built_with=f"NVCC{built}")
+    with pytest.raises(UserError) as caught:
+        relocate(made[0], manifest, keys_for(here, OTHER_ROOT, f"NVCC{wanted}"), here, target)
+    assert one_line(caught) == (
+        f"the cache was built with CUDA {built} and cannot go to CUDA {wanted}: a driver need not "
+        f"load what a newer compiler made; build it with nvcc {wanted}"
+    )
+    assert target.count() == 0
+
+
+def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    with pytest.raises(UserError) as caught:
+        relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), here, made[0])
+    assert one_line(caught) == (
+        "the compiler's text 'clang' names no CUDA release, such as NVCC13.0 or 'release 13.0'"
+    )
+
+
+def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Path) -> None:
+    here = second_library(tmp_path / "deep_gemm")
+    cache, manifest = fill(tmp_path / "made", second_keys_for(here))
+    there = second_keys_for(here, NVCC_TEXT.replace("01:58:59", "02:00:00"))
+    target = KernelCache(tmp_path / "target")
+    done = relocate(cache, manifest, there, here, target)
+    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert done.manifest.signature == there.signature
+    assert done.manifest.built_with == NVCC_TEXT
+    assert set(done.manifest.entries) == {
+        there.cache_key(item.kernel) for item in small_plan().kernels
+    }
+    assert set(done.manifest.entries).isdisjoint(manifest.entries)
+    for path in target.entries():
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+            "kernel.cu": (path / "kernel.cu").read_bytes(),
+            "kernel.cubin": cubin_for((path / "kernel.cu").read_text()),
+            **there.extra_files,
+        }
+    assert verify(target, expected(done.manifest, here)) == []
+
+
+def test_sources_of_other_headers_are_refused_by_a_newer_library_too(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    newer = second_library(tmp_path / "newer", "int b;\n")
+    target = KernelCache(tmp_path / "target")
+    done = relocate(*made, keys_for(newer, OTHER_ROOT), newer, target)
+    assert (done.placed, len(done.refused)) == (0, 4)

@@ -1,0 +1,229 @@
+"""Verify: each problem that an entry of a kept cache can have."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.manifest import Manifest
+from runner.cache.verify import Expectation, Finding, Problem, verify
+from runner.kernels.installed import Library
+from tests.unit.elf import tiny_cubin
+from tests.unit.kept_cache import expected, first_of, remove
+from tests.unit.small_cache import fill, second_keys_for, second_library, small_library
+
+ANYTHING = Expectation((), None, None, None, None)
+
+
+def test_a_whole_cache_has_no_problem(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    cache, manifest = made
+    assert len(manifest.entries) == 4
+    assert verify(cache, expected(manifest, here)) == []
+    assert verify(cache, ANYTHING) == []
+    assert verify(KernelCache(cache.root / "nowhere"), ANYTHING) == []
+
+
+def test_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    key, path = first_of(made)
+    remove(path)
+    found = verify(made[0], expected(made[1], here))
+    assert found == [Finding(Problem.MISSING, key, "is not in the cache")]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "kernel.gemm.12", "kernel..".ljust(41, "0"), "a/b"])
+def test_what_has_no_kernels_name_is_foreign(made: tuple[KernelCache, Manifest], name: str) -> None:
+    path = made[0].entry(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    finding = Finding(Problem.FOREIGN, name.removesuffix("/b"), "is not a kernel's folder")
+    assert verify(made[0], expected(made[1])) == [finding]
+    assert verify(made[0], ANYTHING) == [finding]
+
+
+def test_a_file_of_a_kernels_name_is_foreign(made: tuple[KernelCache, Manifest]) -> None:
+    key, path = first_of(made)
+    remove(path)
+    path.write_text("")
+    found = verify(made[0], expected(made[1]))
+    assert found == [Finding(Problem.FOREIGN, key, "is not a kernel's folder")]
+
+
+def test_an_entry_that_nobody_named_is_foreign(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
+    cache, manifest = made
+    key, _ = first_of(made)
+    rest = manifest.without({key})
+    found = verify(cache, expected(rest, here))
+    assert found == [Finding(Problem.FOREIGN, key, "is not in the manifest or the plan")]
+    assert verify(cache, expected(rest, here, known=None)) == []
+    assert verify(cache, expected(rest, here, known=set(manifest.entries))) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shorter_cubin_is_truncated(data: st.DataObject) -> None:
+    whole = tiny_cubin(b"machine code")
+    length = data.draw(st.integers(0, len(whole) - 1))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "cache" / f"kernel.gemm.{'0' * 32}"
+        folder.mkdir(parents=True)
+        (folder / "kernel.cu").write_text("")
+        (folder / "kernel.cubin").write_bytes(whole)
+        assert verify(KernelCache(Path(name)), ANYTHING) == []
+        (folder / "kernel.cubin").write_bytes(whole[:length])
+        (found,) = verify(KernelCache(Path(name)), ANYTHING)
+    assert (found.problem, found.key) == (Problem.TRUNCATED, folder.name)
+    if length == 0:
+        assert found.words == "kernel.cubin is empty"
+    elif length < 6:
+        assert found.words == "kernel.cubin is not an ELF64 file"
+    else:
+        assert found.words.startswith(f"kernel.cubin is cut short: {length} bytes")
+
+
+@pytest.mark.parametrize("file", ["kernel.cu", "kernel.cubin"])
+def test_half_an_entry(made: tuple[KernelCache, Manifest], here: Library, file: str) -> None:
+    key, path = first_of(made)
+    (path / file).unlink()
+    words = f"{file} is missing: the library aborts on this entry"
+    found = verify(made[0], expected(made[1], here))
+    assert found == [Finding(Problem.TRUNCATED, key, words)]
+
+
+def test_a_cubin_without_a_kernel(made: tuple[KernelCache, Manifest]) -> None:
+    key, path = first_of(made)
+    cubin = (path / "kernel.cubin").read_bytes().replace(b".text.", b".data.")
+    (path / "kernel.cubin").write_bytes(cubin)
+    words = "kernel.cubin holds 0 kernels instead of one"
+    found = verify(made[0], expected(made[1]))
+    assert found == [Finding(Problem.TRUNCATED, key, words)]
+
+
+@pytest.mark.parametrize(
+    "cubin",
+    [
+        tiny_cubin(b"code")[:6] + bytes(len(tiny_cubin(b"code")) - 6),
+        tiny_cubin(b"code").replace(b".text", b"\xfftext"),
+        tiny_cubin(b"code")[:0x3E] + b"\xff\xff" + tiny_cubin(b"code")[0x40:],
+    ],
+    ids=["zeros", "name", "index"],
+)
+def test_a_garbled_cubin_is_a_finding(made: tuple[KernelCache, Manifest], cubin: bytes) -> None:
+    key, path = first_of(made)
+    (path / "kernel.cubin").write_bytes(cubin)
+    found = verify(made[0], expected(made[1]))
+    assert [(each.problem, each.key) for each in found] == [(Problem.TRUNCATED, key)]
+
+
+def test_another_cubin_is_a_change(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    key, path = first_of(made)
+    (path / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
+    found = verify(made[0], expected(made[1], here))
+    assert found == [Finding(Problem.CHANGED, key, "kernel.cubin is not what was built")]
+    assert verify(made[0], expected(made[1], here, manifest=None)) == []
+
+
+def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    key, path = first_of(made)
+    with (path / "kernel.cu").open("a") as file:
+        file.write("// more\n")
+    assert verify(made[0], expected(made[1], here)) == [
+        Finding(Problem.WRONG_KEY, key, "is not this source's key for this machine"),
+        Finding(Problem.CHANGED, key, "kernel.cu is not what was built"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "values", [{"signature": "NVCC13.1"}, {"flags": "-O3"}], ids=["signature", "flags"]
+)
+def test_keys_of_another_machine(
+    made: tuple[KernelCache, Manifest], here: Library, values: dict[str, str]
+) -> None:
+    found = verify(made[0], expected(made[1], keys=replace(made[1], **values).keys(here)))
+    assert [(each.problem, each.key) for each in found] == [
+        (Problem.WRONG_KEY, key) for key in sorted(made[1].entries)
+    ]
+
+
+def test_a_renamed_entry_has_the_wrong_key(made: tuple[KernelCache, Manifest]) -> None:
+    _, path = first_of(made)
+    name = path.name[:-32] + "0" * 32
+    path.rename(path.with_name(name))
+    words = "is not this source's key for this machine"
+    found = verify(made[0], expected(made[1], wanted=(), known=None))
+    assert found == [Finding(Problem.WRONG_KEY, name, words)]
+
+
+def test_headers_of_another_version(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
+    words = "was generated from headers of another version"
+    other = small_library(tmp_path / "newer", "int b;\n")
+    everything = [Finding(Problem.WRONG_VERSION, key, words) for key in sorted(made[1].entries)]
+    assert verify(made[0], expected(made[1], other)) == everything
+    assert verify(made[0], expected(made[1], Library(tmp_path / "nowhere"))) == everything
+
+
+def test_a_source_without_the_hash_line(made: tuple[KernelCache, Manifest], here: Library) -> None:
+    key, path = first_of(made)
+    text = (path / "kernel.cu").read_text()
+    (path / "kernel.cu").write_text(text.partition("\n")[2])
+    found = verify(made[0], expected(made[1], here, keys=None, manifest=None))
+    words = "was generated from headers of another version"
+    assert found == [Finding(Problem.WRONG_VERSION, key, words)]
+
+
+def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
+    cache, manifest = made
+    first, last = min(manifest.entries), max(manifest.entries)
+    (cache.entry(first) / "kernel.cubin").unlink()
+    remove(cache.entry(last))
+    found = [(each.problem, each.key) for each in verify(cache, expected(manifest))]
+    assert found == [(Problem.MISSING, last), (Problem.TRUNCATED, first)]
+
+
+# Entries of the second generation
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> Library:
+    return second_library(tmp_path / "newer_gemm")
+
+
+@pytest.fixture
+def second(tmp_path: Path, newer: Library) -> tuple[KernelCache, Manifest]:
+    return fill(tmp_path / "second", second_keys_for(newer))
+
+
+def test_a_whole_cache_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], newer: Library
+) -> None:
+    assert verify(second[0], expected(second[1], newer)) == []
+    assert all(not key.startswith("kernel.") for key in second[1].entries)
+
+
+@pytest.mark.parametrize("file", ["kernel.cu", "kernel.cubin", "meta.json", ".committed"])
+def test_half_an_entry_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], newer: Library, file: str
+) -> None:
+    key, path = first_of(second)
+    (path / file).unlink()
+    words = f"{file} is missing: the library compiles it again, or fails on it"
+    found = verify(second[0], expected(second[1], newer))
+    assert found == [Finding(Problem.TRUNCATED, key, words)]
+
+
+def test_headers_are_in_the_keys_of_the_second_generation(
+    second: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    words = "is not this source's key for this machine"
+    everything = [Finding(Problem.WRONG_KEY, key, words) for key in sorted(second[1].entries)]
+    other = second_library(tmp_path / "other_gemm", "int b;\n")
+    assert verify(second[0], expected(second[1], other)) == everything
+    gone = second_library(tmp_path / "gone_gemm")
+    for header in gone.include_path.rglob("*.cuh"):
+        header.unlink()
+    assert verify(second[0], expected(second[1], gone)) == everything
