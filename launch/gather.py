@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import runner
+from runner.config.environ import available_cores
 from runner.planning.residency import STALLS_AFTER
 from runner.scenario import Scenario, run_meta
 from runner.schedule import Op, Schedule
@@ -121,7 +121,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "gpu": gpu,
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "deepgemm_coldstart": runner.__version__,

@@ -43,7 +43,7 @@ from runner.backend.shapes import ShapeMath, ShapeWeights
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.backend.weights import WeightSource
-from runner.config.environ import Environ
+from runner.config.environ import Environ, available_cores
 from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.driver.warmup import WarmupPolicy
 from runner.planning.weight_size import model_elements
@@ -117,7 +117,7 @@ class _RankRun:
     graphs: GraphCapture | None = None
 
     def run(self, say: Callable[[str], None]) -> RunResult | None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.place.local_world_size))
+        torch.set_num_threads(max(1, available_cores() // self.place.local_world_size))
         compute, reason = compute_mode(self.options, self.device.type, self.scenario.model)
         on_gpu = self.device.type == "cuda" and compute == "real"
         check_graphs(self.scenario, on_gpu=on_gpu, backend=self.backend)
@@ -243,7 +243,7 @@ class _RankRun:
             note=sink.spans.append,
             everyone=groups.everyone,
             leaders=leaders,
-            workers=max(1, (os.cpu_count() or 1) // here),
+            workers=max(1, available_cores() // here),
             environment=os.environ,
         )
 

@@ -31,7 +31,7 @@ from runner.cache.verify import verify as verify_cache
 from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.target import check_release, machine_options, take_machine
-from runner.config.environ import Environ
+from runner.config.environ import Environ, available_cores
 from runner.errors import UserError
 from runner.standin.gpus import gpu_named
 
@@ -127,7 +127,7 @@ def _call(
         nvcc,
         machine.version_text,
         os.environ,
-        jobs or os.cpu_count() or 1,
+        jobs or available_cores(),
     )
     with progress("call the library") as shown:
         proof = prover.prove(found, demands_of(manifest), counting(shown))

@@ -19,7 +19,7 @@ from runner.cli.deployment import deployment_options, planned
 from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.target import kernel_options, machine_options, take_target
-from runner.config.environ import Environ
+from runner.config.environ import Environ, available_cores
 from runner.errors import UserError
 
 _SHOWN_FAILURES = 5
@@ -77,7 +77,7 @@ def compile(  # noqa: A001  # the command's name
         keys=keys,
         compiler=NvccCompiler(nvcc, target.library, table.recipe),
         cache=cache,
-        jobs=jobs or os.cpu_count() or 1,
+        jobs=jobs or available_cores(),
         environment=os.environ,
         fast=not plain,
     )

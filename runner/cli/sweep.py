@@ -16,7 +16,7 @@ from runner.cli.progress import counting, progress
 from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.cli.target import Target, take_target
-from runner.config.environ import Environ
+from runner.config.environ import Environ, available_cores
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.outputs import check_outputs
@@ -79,7 +79,7 @@ def sweep(
     ended: list[Ended] = []
     stopped: KeyboardInterrupt | WorkFailedError | None = None
     try:
-        _run(cases, jobs or os.cpu_count() or 1, ended)
+        _run(cases, jobs or available_cores(), ended)
     except KeyboardInterrupt as interrupt:
         stopped = interrupt
     except WorkerLostError as error:

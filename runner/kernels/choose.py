@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from runner.cache.keys import first_recipe, with_variables
-from runner.config.environ import Environ, cache_folder
+from runner.config.environ import Environ, available_cores, cache_folder
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
@@ -53,7 +52,7 @@ def choose_source(
         # Only where it is needed: the stand-in GPU is no part of a quick command.
         from runner.kernels.library import LibrarySource
 
-        memo, jobs = cache_folder(environment) / "tables", os.cpu_count() or 1
+        memo, jobs = cache_folder(environment) / "tables", available_cores()
         text = version_text or _NO_TEXT
         return LibrarySource(library, gpu, text, environment, memo, jobs, progress)
 

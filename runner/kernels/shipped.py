@@ -16,6 +16,7 @@ from importlib import resources
 from itertools import product
 from pathlib import Path
 
+from runner.config.environ import available_cores
 from runner.kernels.recorded import read_table, write_table
 from runner.kernels.source import KernelSource
 from runner.kernels.table import Demand, KernelTable, Origin, RecordedTable, by_shape
@@ -127,7 +128,7 @@ def main(libraries: Sequence[str]) -> None:
                 nvcc_version(nvcc),
                 os.environ,
                 memo,
-                os.cpu_count() or 1,
+                available_cores(),
                 counting(shown),
             )
             table = source.table(partial(preset_demands, gpu.sms))

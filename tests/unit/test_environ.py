@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.environ import Environ
+from runner.config.environ import Environ, available_cores
 from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.errors import UserError
 
@@ -202,3 +202,24 @@ def test_cache_directory() -> None:
 def test_a_reading_is_a_value() -> None:
     with pytest.raises(FrozenInstanceError):
         Environ().rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
+        ({}, 64),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_cores(tmp_path) == cores
