@@ -32,7 +32,7 @@ def check_graphs(scenario: Scenario, *, on_gpu: bool, backend: str) -> None:
     Raises:
         UserError: a forward that is to be captured goes through the host.
     """
-    sizes = scenario.warmup.graph_batch_sizes
+    sizes = scenario.graph_batch_sizes
     if sizes and on_gpu and backend == "gloo" and scenario.parallel.tp > 1:
         raise UserError(
             "--cuda-graphs with --tp above 1 needs NCCL: over gloo the collectives of a "

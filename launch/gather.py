@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 import runner
 from runner.config.environ import available_cores
-from runner.planning.residency import STALLS_AFTER
-from runner.scenario import Scenario, run_meta
+from runner.planning.residency import SERVING
+from runner.scenario import Scenario
 from runner.schedule import Op, Schedule
 from runner.timeline import Span, Timeline, merge
 from runner.watch.shim import CompileRecord
@@ -64,7 +64,7 @@ def find_stalls(
         names: identity of each record's kernel.
         rank: world rank.
     """
-    served = [(start, name) for start, phase, name in forwards if phase == STALLS_AFTER]
+    served = [(start, name) for start, phase, name in forwards if phase == SERVING]
     starts = [start for start, _ in served]
     found = []
     for record, identity in zip(records, names, strict=True):
@@ -100,12 +100,12 @@ def assemble(
     ]
     walks = [record.walk_memory for record in everyone if record.walk_memory is not None]
     timeline = Timeline(
-        policy=scenario.warmup.policy.value,
+        policy=scenario.policy.value,
         source="measured",
         world_size=scenario.parallel.world_size,
         spans=merge(spans),
         meta={
-            **run_meta(scenario),
+            **scenario.timeline_meta(),
             **facts,
             "walk_memory": min(walks, default=scenario.walk_memory),
             "coverage": [record.coverage for record in everyone if record.coverage],

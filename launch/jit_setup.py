@@ -17,11 +17,12 @@ from runner.build.probe import probe_seconds
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import body_of, first_recipe
 from runner.config.environ import Environ
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import Library, find_library
 from runner.kernels.kernel import identity_of
 from runner.kernels.rules import RULES
+from runner.planning.plan import plan_of, table_of
 from runner.scenario import Scenario
 from runner.watch.shim import CompileRecord, write_shim
 
@@ -82,7 +83,7 @@ def set_up_jit(
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
     cache = given or KernelCache(work_dir / "cache")
-    prebuilt = scenario.warmup.policy is WarmupPolicy.PREBUILT
+    prebuilt = scenario.policy is WarmupPolicy.PREBUILT
     if options.virtual_nodes > 1 and not prebuilt:
         cache = replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank)}")
     tools, missing = find_tools(options, environ)
@@ -92,14 +93,14 @@ def set_up_jit(
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {missing}")
         return RankJit(
-            OwnJit(None, scenario.table),
+            OwnJit(None, table_of(scenario)),
             reference,
             False,
             log_dir,
             _nameless,
             f"off, kernels are not compiled: {missing}",
         )
-    compiler = NvccCompiler(*tools, scenario.table.recipe)
+    compiler = NvccCompiler(*tools, table_of(scenario).recipe)
     if not prebuilt:  # A cache that is complete need not be one that can be written.
         cache.prepare()
     shim = work_dir / f"nvcc-{rank}"
@@ -113,7 +114,7 @@ def set_up_jit(
     else:
         jit = LazyJit(recorded, cache)
         made = RankJit(
-            OwnJit(jit, scenario.table), reference, False, log_dir, _identity, f"own, {where}"
+            OwnJit(jit, table_of(scenario)), reference, False, log_dir, _identity, f"own, {where}"
         )
     return replace(made, compiler=compiler, cache=cache)
 
@@ -137,9 +138,9 @@ def _library_jit(
     lib = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
     wrapper = DeepGemmWrapper(lib, sanity_check=environ.sanity_check)
     loader = LibraryJit(
-        lambda kernels: call_each(wrapper, scenario.plan, kernels),
+        lambda kernels: call_each(wrapper, plan_of(scenario), kernels),
         lambda op: walk_list(wrapper, op, lib),
-        scenario.table,
+        table_of(scenario),
     )
     return RankJit(loader, wrapper, True, log_dir, _identity, f"deep_gemm, {where}")
 
@@ -176,7 +177,7 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         UserError: it does not, or there is no such cache.
     """
     tools, _ = find_tools(options, environ)
-    if tools is None or scenario.warmup.policy is not WarmupPolicy.PREBUILT:
+    if tools is None or scenario.policy is not WarmupPolicy.PREBUILT:
         return
     given = _given_cache(options, environ)
     if given is None:
@@ -185,8 +186,8 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         )
     if _on_gpu(options):
         return  # The plan is for the GPU's own number of SMs, which its rank will know.
-    compiler = NvccCompiler(*tools, scenario.table.recipe)
-    planned = [item.kernel for item in scenario.plan.kernels]
+    compiler = NvccCompiler(*tools, table_of(scenario).recipe)
+    planned = [item.kernel for item in plan_of(scenario).kernels]
     check_holds(given, compiler.keys, planned)
 
 
@@ -214,7 +215,7 @@ def find_tools(options: LaunchOptions, environ: Environ) -> tuple[tuple[Path, Li
         return None, "SGLANG_ENABLE_JIT_DEEPGEMM is off"
     if not options.jit:
         return None, "--no-jit was given"
-    library = find_library(options.library)
+    library = find_library(options.kernels.library)
     if library is None:
         return None, "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
     nvcc = find_nvcc(environ)

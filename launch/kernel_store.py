@@ -21,10 +21,11 @@ from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
 from runner.cache.manifest import locked
 from runner.cli.progress import Show, progress
+from runner.driver.warmup import planned_kernels
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
-from runner.planning.plan import Plan
+from runner.planning.plan import Plan, plan_of
 from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
@@ -138,13 +139,13 @@ class NodeKernels:
         parallel = self.scenario.parallel
         keys_of = self.compiler.keys.cache_key
         lacking: list[list[str]] = [[] for _ in range(parallel.nodes)]
-        planned = (item.kernel for item in self.scenario.plan.kernels)
+        planned = (item.kernel for item in plan_of(self.scenario).kernels)
         mine = [keys_of(kernel) for kernel in planned if not self._holds(kernel)]
         dist.all_gather_object(lacking, mine, group=group)
         wanted = {key for keys in lacking for key in keys}
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
-            share = self.scenario.kernel_set(leader).share
+            share = planned_kernels(self.scenario, leader).share
             keys = [key for key in map(keys_of, share) if key in wanted]
             box: list[Any] = [[self._entry(key) for key in keys] if leader == self.rank else None]
             dist.broadcast_object_list(box, src=leader, group=group)
@@ -183,7 +184,7 @@ class NodeKernels:
             return None
         present = {item.kernel for item in plan.kernels if self._holds(item.kernel)}
         parallel = self.scenario.parallel
-        return node_coverage(parallel.node_of(self.rank), parallel, plan, present)
+        return node_coverage(self.scenario, parallel.node_of(self.rank), present)
 
 
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:

@@ -2,73 +2,104 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.backend.walk_memory import GIB
-from runner.build.compiler import find_nvcc, nvcc_version
 from runner.config.environ import Environ
-from runner.config.hf import load_model, with_layers
-from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from runner.config.fields import OptionDetails, option
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
-from runner.kernels.installed import find_library
-from runner.kernels.source import KernelSource
-from runner.model.strategy import load_strategies
+from runner.options import ReportOptions, ScenarioOptions, to_argv
 from runner.scenario import Scenario
-from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
+from runner.standin.gpus import Gpu
+from runner.target import LibraryOptions, target_of
 
 REAL_MATH_LIMIT = 2 << 30
 """Weights of the model, in elements, above which a CPU is not asked for real math, and a GPU run
-gives equal shapes one buffer. It does not hang on the layout, so that all layouts of a model
+gives equal shapes one buffer. It does not depend on the layout, so that all layouts of a model
 compute the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchOptions:
-    """One launch, as the command line gave it. Sizes in tokens and seconds."""
+class RunOptions:
+    """How the scenario is run here. Times in seconds."""
 
-    model: str = "dsv4"
-    layers: int | None = None
-    pp: int = 1
-    tp: int = 1
-    ep: bool = False
-    moe_a2a: bool = False
-    attn_cp: int = 1
-    stage_layers: tuple[int, ...] | None = None
-    policies: tuple[WarmupPolicy, ...] = (WarmupPolicy.PP_PARALLEL,)
-    batch_sizes: tuple[int, ...] | None = None
-    prompt_len: int = 1
-    max_tokens: int = 16384
-    disaggregation: DisaggregationMode = DisaggregationMode.NONE
-    speculative: bool = False
-    overlap: tuple[str, ...] = ()
-    compute: str | None = None
-    jit: bool = True
-    device: str = "auto"
-    backend: str = "auto"
-    gpu: str = DEFAULT_GPU
-    num_sms: int | None = None
-    library: str | None = None
-    virtual_nodes: int = 1
-    stream: tuple[int, ...] | None = None
-    cuda_graphs: tuple[int, ...] | None = None
-    walk_max_m: int | None = None
-    walk_memory: float | None = None
-    compile_lock: bool = False
-    nccl_timeout: float | None = None
-    probe: bool = False
-    probed: float | None = None
-    cache_dir: Path | None = None
-    seed: int = 0
-    timeout: float = 1800.0
-    timeline: Path | None = None
-    trace: Path | None = None
-    plot: Path | None = None
-    logits: Path | None = None
-    schedule: Path | None = None
+    virtual_nodes: int = option(
+        1,
+        OptionDetails(
+            "Give each of N groups of ranks a cache directory of its own.", metavar="N", least=1
+        ),
+    )
+    compute: str | None = option(
+        None,
+        OptionDetails(
+            "Do the math, or only shapes, communication and JIT.  [default: by size]",
+            choices=("real", "skip"),
+        ),
+    )
+    jit: bool = option(True, OptionDetails("Compile kernels."))
+    device: str = option(
+        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
+    )
+    backend: str = option(
+        "auto",
+        OptionDetails(
+            "What ranks on GPUs meet over; auto is NCCL where each has its own. With "
+            "--virtual-nodes, nccl lets nodes share GPUs.",
+            choices=("auto", "nccl", "gloo"),
+        ),
+    )
+    num_sms: int | None = option(
+        None,
+        OptionDetails(
+            "Without a GPU: SMs of the GPU that kernels are compiled for.  [default: --gpu's]"
+        ),
+    )
+    cache_dir: Path | None = option(
+        None,
+        OptionDetails("Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]"),
+    )
+    seed: int = option(0, OptionDetails("Seed of the weights."))
+    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
+    nccl_timeout: float | None = option(
+        None,
+        OptionDetails(
+            "Longest wait of a communication.  [default: torch's: 600 over NCCL, 1800 over gloo]",
+            unit="SECONDS",
+        ),
+    )
+    probe: bool = option(
+        False,
+        OptionDetails(
+            "First time a reference compile here, so that runs at other times can be compared."
+        ),
+    )
+    probed: float | None = option(
+        None, OptionDetails("What --probe measured.", unit="SECONDS", hidden=True)
+    )
+    logits: Path | None = option(
+        None, OptionDetails("Write the requests' logits (torch.save, from the last stage).")
+    )
+    schedule: Path | None = option(
+        None, OptionDetails("Write the operations that really ran, as JSON.")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions(RunOptions):
+    """One launch, as the command line gave it.
+
+    Attributes:
+        given: the scenario's options.
+        kernels: the library, and the GPU that kernels are for where there is none.
+        policies: run one after the other.
+        files: what is written of the Timelines.
+    """
+
+    given: ScenarioOptions
+    kernels: LibraryOptions
+    policies: tuple[WarmupPolicy, ...]
+    files: ReportOptions = ReportOptions()
 
     def scenario(
         self, environ: Environ, *, policy: WarmupPolicy, gpu: Gpu | None = None
@@ -81,34 +112,18 @@ class LaunchOptions:
             gpu: the GPU that kernels are for; None is :attr:`meant_gpu`.
 
         Raises:
-            UserError: an unknown model, or a model that the layout does not fit.
+            UserError: an unknown model, a model that the layout does not fit, or a library that is
+                not there or cannot be asked here.
         """
         gpu = gpu or self.meant_gpu
-        model = load_model(self.model)
-        if self.layers is not None:
-            model = with_layers(model, self.layers)
-        parallel = self.parallel(environ)
-        parallel.check_fits(model)
-        return Scenario(
-            model=model,
-            parallel=parallel,
-            warmup=WarmupOptions(
-                policy=policy,
-                batch_sizes=self.batch_sizes,
-                disaggregation=self.disaggregation,
-                speculative=self.speculative,
-                graph_batch_sizes=self.cuda_graphs or (),
-                walk_max_m=self.walk_max_m,
-                compile_lock=self.compile_lock,
-            ),
+        kernels = self.kernels if self.jit else LibraryOptions()
+        target = target_of(kernels, gpu, environ, ignore_installed=not self.jit)
+        return self.given.scenario(
+            environ,
+            policy=policy,
             num_sms=gpu.sms,
-            prompt_len=self.prompt_len,
-            bf16_fp32_algo=environ.bf16_fp32_algo,
-            max_tokens=self.max_tokens,
-            stream=self.stream,
-            overlap=load_strategies(self.overlap),
-            source=self.source(environ, gpu),
-            walk_memory=None if self.walk_memory is None else self.walk_memory * GIB,
+            source=target.source,
+            nodes=max(self.virtual_nodes, environ.nodes),
         )
 
     @property
@@ -118,40 +133,34 @@ class LaunchOptions:
         Raises:
             UserError: no such GPU.
         """
-        return gpu_named(self.gpu, self.num_sms)
+        return self.kernels.chosen_gpu(num_sms=self.num_sms)
 
-    def source(self, environ: Environ, gpu: Gpu) -> KernelSource:
-        """What says which kernels GEMMs run.
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the layout."""
+        pp, tp = self.given.given["pp"], self.given.given["tp"]
+        assert isinstance(pp, int) and isinstance(tp, int)
+        return pp * tp
 
-        Raises:
-            UserError: a library that is not there, or that cannot be asked here.
-        """
-        nvcc = find_nvcc(environ)
-        return choose_source(
-            gpu,
-            find_library(self.library) if self.jit else None,
-            wanted=self.library if self.jit else None,
-            environ=environ,
-            environment=os.environ,
-            version_text=None if nvcc is None else nvcc_version(nvcc),
+    def to_argv(self) -> list[str]:
+        """The command line of a launch with these options, but for the files it writes."""
+        policies = [word for policy in self.policies for word in ("--warmup", policy.value)]
+        return [*self.given.to_argv(), *to_argv(self.kernels), *policies, *to_argv(self)]
+
+
+def check_options(options: LaunchOptions) -> None:
+    """Raise UserError where options contradict each other."""
+    if options.num_sms is not None and (options.num_sms < 2 or options.num_sms % 2):
+        raise UserError(f"--num-sms {options.num_sms} must be a positive even number")
+    if options.nccl_timeout is not None and options.nccl_timeout < 1:
+        raise UserError(
+            f"--nccl-timeout {options.nccl_timeout:g} must be at least 1: ranks need some time to "
+            "connect"
         )
-
-    def parallel(self, environ: Environ) -> ParallelConfig:
-        """The layout; nodes are those that torchrun uses, or the virtual ones if they are more.
-
-        Raises:
-            UserError: degrees that contradict each other, or no node.
-        """
-        if self.virtual_nodes < 1:
-            raise UserError(f"--virtual-nodes {self.virtual_nodes} must be at least 1")
-        world_size = environ.world_size or 1
-        real_nodes = world_size // (environ.local_world_size or world_size)
-        return ParallelConfig(
-            pp=self.pp,
-            tp=self.tp,
-            ep=self.ep,
-            moe_a2a=self.moe_a2a,
-            attn_cp=self.attn_cp,
-            nodes=max(self.virtual_nodes, real_nodes),
-            stage_layers=self.stage_layers,
-        )
+    if options.backend == "nccl" and options.compute == "skip":
+        raise UserError("--backend nccl with --compute skip: without math nothing is on a GPU")
+    if str(options.files.timeline) == "-":
+        raise UserError("--timeline needs a file: a launch prints its progress")
+    for flag, path in (("--logits", options.logits), ("--schedule", options.schedule)):
+        if path is not None and len(options.policies) > 1:
+            raise UserError(f"{flag} {path} holds one run: give one --warmup with it")

@@ -25,6 +25,4 @@ def finish(options: LaunchOptions, outcome: RunResult, result: Path | None) -> N
         write_timelines(result, [outcome.timeline])
         return
     print_timelines([outcome.timeline])
-    write_reports(
-        [outcome.timeline], timeline=options.timeline, trace=options.trace, plot=options.plot
-    )
+    write_reports([outcome.timeline], **vars(options.files))

@@ -21,6 +21,7 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
+from runner.cli.common import SECONDS, layout_options, model_options
 
 from launch.comm import TorchComm, make_groups
 from launch.comm_stream import CommStream
@@ -36,12 +37,11 @@ from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
-from runner.cli.common import SECONDS, layout_options, model_options
 from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
+from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
-from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.files import write_json
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy

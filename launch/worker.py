@@ -44,10 +44,13 @@ from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.backend.weights import WeightSource
 from runner.config.environ import Environ, available_cores
+from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
-from runner.driver.warmup import WarmupPolicy
+from runner.driver.run import run_rank
+from runner.driver.warmup import execution_hook
+from runner.planning.plan import plan_of, table_of
 from runner.planning.weight_size import model_elements
-from runner.scenario import Scenario, run_rank
+from runner.scenario import Scenario
 from runner.timeline import Span
 from runner.watch.shim import read_records
 
@@ -166,7 +169,7 @@ class _RankRun:
     def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
         self.graphs = GraphCapture(self.device if compute == "real" else torch.device("cpu"))
         extra: dict[str, Any] = {}
-        if self.options.compile_lock and jit.cache is not None:
+        if self.scenario.compile_lock and jit.cache is not None:
             extra["lock"] = CompileLocks(jit.cache.root).held
         if self.link == "nccl":
             extra["arrive"] = lambda: wait_for_device(self.device)
@@ -174,7 +177,7 @@ class _RankRun:
         return RankSink(
             self.place.rank,
             jit.loader,
-            self.scenario.table,
+            table_of(self.scenario),
             synchronise=self._synchronise,
             inside=jit.inside,
             limit=self._wait_limit(jit.log_dir),
@@ -275,7 +278,7 @@ class _RankRun:
             scenario.num_sms,
             bf16_fp32_algo=scenario.bf16_fp32_algo,
             kernels=store or NoKernels(),
-            hook=scenario.hook(self.place.rank, self._free_memory, self._warn),
+            hook=execution_hook(scenario, self.place.rank, self._free_memory, self._warn),
         )
         return ModelRunner.build(
             scenario.model,
@@ -289,13 +292,12 @@ class _RankRun:
 
     def _introduction(self, compute: str, reason: str, jit: RankJit) -> list[str]:
         scenario, parallel, link = self.scenario, self.scenario.parallel, self.link
-        sizes = ",".join(map(str, scenario.batch_sizes))
+        sizes = ",".join(map(str, scenario.resolved_batch_sizes))
         return [
             f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
             f"pp {parallel.pp} x tp {parallel.tp} = {parallel.world_size} ranks over {link} on "
             f"{self.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs",
-            f"policy {scenario.warmup.policy.value}, batch sizes {sizes}, "
-            f"math: {compute} ({reason})",
+            f"policy {scenario.policy.value}, batch sizes {sizes}, math: {compute} ({reason})",
             f"JIT: {jit.description}",
         ]
 
@@ -311,7 +313,7 @@ class _RankRun:
             started=self.phases[0][1],
             spans=cut_compiles(sink.spans, records, jit.key_of),
             ops=sink.ops,
-            coverage=store.proof(self.scenario.plan) if store else None,
+            coverage=store.proof(plan_of(self.scenario)) if store else None,
             stalls=find_stalls(records, sink.forwards, names, self.place.rank),
             walk_memory=self.walk_memory,
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from runner.backend.m_lists import MSteps
@@ -143,6 +145,34 @@ Op = (
     | Walk
     | Capture
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """Operations of one forward of a stage, one object for all runs that contain it."""
+
+    ops: tuple[Op, ...]
+
+    @cached_property
+    def calls(self) -> tuple[tuple[int, KernelCall], ...]:
+        """Index and call of each distinct kernel call, where it comes first."""
+        first: dict[KernelCall, int] = {}
+        for index, op in enumerate(self.ops):
+            if isinstance(op, KernelCall):
+                first.setdefault(op, index)
+        return tuple((index, call) for call, index in first.items())
+
+
+Part = Op | Forward
+"""A rank's run is a sequence of parts: whole forwards, and operations between them."""
+
+
+def flatten(parts: Iterable[Part]) -> tuple[Op, ...]:
+    """The operations of all parts, in order."""
+    return tuple(
+        op for part in parts for op in (part.ops if isinstance(part, Forward) else (part,))
+    )
+
 
 _TAGS: dict[str, type] = {
     "kernel": KernelCall,

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record_parts
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.planning.coverage import node_coverage, node_stages
-from runner.scenario import Role, Scenario, moved, record_roles, run_meta
+from runner.planning.coverage import missing_kernels, node_coverage, node_stages
+from runner.planning.plan import table_of
+from runner.planning.residency import kernels_at_start
+from runner.scenario import Scenario
+from runner.schedule import flatten
 from runner.timeline import Span, Timeline, merge
 from sim.calibration.drift import Drift, drifted
 from sim.costs.profile import Link, Profile, slowed
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import StartPhases, start_phases
-from sim.engine.engine import Engine, Outcome
+from sim.engine.engine import Engine
 from sim.engine.rank_program import Instruction, compile_program
 from sim.engine.replica_folding import can_fold, unfold
 from sim.engine.timeout_diagnosis import CollectiveTimeout
@@ -98,12 +101,12 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         outcome = unfold(outcome, parallel)
     spans = (*_phase_spans(before, parallel.world_size), *outcome.spans)
     timeline = Timeline(
-        policy=scenario.warmup.policy.value,
+        policy=scenario.policy.value,
         source="predicted",
         world_size=parallel.world_size,
         spans=tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
         meta={
-            **run_meta(scenario),
+            **scenario.timeline_meta(),
             "hardware": machine.profile.name,
             "cores_per_node": cores,
             "hosts": hosts,
@@ -116,7 +119,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     )
     if machine.drift is not None:
         timeline = drifted(timeline, machine.drift, before)
-    missing = _missing(scenario, outcome)
+    missing = missing_kernels(scenario, outcome.up)
     costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
     return Prediction(
         timeline,
@@ -125,17 +128,6 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         stalls=len(missing),
         stall_seconds=sum(map(costs.compile_seconds, missing)),
     )
-
-
-def _missing(scenario: Scenario, outcome: Outcome) -> set[Kernel]:
-    """Planned kernels that some node which can need them lacks once the server is up."""
-    parallel, plan = scenario.parallel, scenario.plan
-    return {
-        item.kernel
-        for stages, disk in {(node_stages(parallel, node), outcome.up[node]) for node in outcome.up}
-        for item in plan.needed_by(stages)
-        if item.kernel not in disk
-    }
 
 
 def _hosts(machine: Machine, nodes: int) -> int:
@@ -151,7 +143,7 @@ def _engine(
     parallel, profile = scenario.parallel, machine.profile
     link = profile.links[machine.link]
     nodes_per_host = parallel.nodes // hosts
-    every = scenario.warmup.policy is WarmupPolicy.RELAX
+    every = scenario.policy is WarmupPolicy.RELAX
     costs = ProfileCosts(
         profile,
         link,
@@ -168,7 +160,7 @@ def _engine(
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
         timeout=_limit(machine, link),
         host_timeout=_HOST_LIMIT,
-        cached=_cached(scenario),
+        cached=kernels_at_start(scenario),
         run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
     )
@@ -189,14 +181,11 @@ def _programs(
     scenario: Scenario, costs: ProfileCosts, *, folds: bool
 ) -> list[Sequence[Instruction]]:
     """Programs of all ranks; those of one role are compiled once."""
-    compiled: dict[Role, list[Instruction]] = {}
-    programs = []
-    for rank, role in enumerate(record_roles(scenario, folded=folds)):
-        if role not in compiled:
-            lock = scenario.warmup.compile_lock
-            compiled[role] = compile_program(role.ops, costs, scenario.table, locked=lock)
-        programs.append(moved(role.first, compiled[role], scenario, rank))
-    return programs
+    table = table_of(scenario)
+    return [
+        compile_program(flatten(parts), costs, table, locked=scenario.compile_lock)
+        for parts in record_parts(scenario, folded=folds)
+    ]
 
 
 def _total(phases: list[tuple[str, float]]) -> float:
@@ -213,21 +202,14 @@ def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
     return spans
 
 
-def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, Any]]:
+def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, object]]:
     """Every node's proof; nodes of the same stages whose disks hold the same share one look."""
     parallel = scenario.parallel
-    proofs: dict[Any, dict[str, Any]] = {}
+    proofs: dict[object, dict[str, object]] = {}
     found = []
     for node, disk in sorted(disks.items()):
         key = (node_stages(parallel, node), disk)
         if key not in proofs:
-            proofs[key] = node_coverage(node, parallel, scenario.plan, disk)
+            proofs[key] = node_coverage(scenario, node, disk)
         found.append({**proofs[key], "node": node})
     return found
-
-
-def _cached(scenario: Scenario) -> frozenset[Kernel]:
-    """What every node's disk holds before the run: a cold cache, or the prebuilt one."""
-    if scenario.warmup.policy is not WarmupPolicy.PREBUILT:
-        return frozenset()
-    return frozenset(item.kernel for item in scenario.plan.kernels)

@@ -25,8 +25,7 @@ from runner.cache.manifest import (
     read_manifest,
 )
 from runner.errors import UserError
-from runner.planning.plan import Plan, PlannedKernel
-from runner.planning.plan_json import use_to_json
+from runner.planning.plan import Plan, PlannedKernel, use_to_json
 
 _TAG = "build-"
 

@@ -30,7 +30,7 @@ class Entry:
 
     Attributes:
         name: the library's kernel name.
-        uses: GEMMs that run it, as :func:`runner.planning.plan_json.use_to_json` writes them.
+        uses: GEMMs that run it, as :func:`runner.planning.plan.use_to_json` writes them.
         source_sha256: digest of ``kernel.cu``.
         cubin_sha256: digest of ``kernel.cubin``.
         cubin_bytes: size of ``kernel.cubin``.

@@ -18,7 +18,6 @@ from runner.cli.progress import counting, progress
 from runner.cli.simulated import link_of, model_of
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.files import write_json, write_text
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
@@ -202,7 +201,6 @@ def _case(
     scenario = Scenario(
         model=model_of(values),
         parallel=_parallel(values, environ),
-        warmup=WarmupOptions(policy=WarmupPolicy.NONE),
         num_sms=profile.num_sms,
         bf16_fp32_algo=environ.bf16_fp32_algo,
     )

@@ -4,95 +4,84 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from runner.cli.common import (
-    asked_policies,
-    layout_options,
-    model_options,
-    policy_option,
-    report_options,
-)
 from runner.cli.progress import counting, progress
-from runner.cli.simulated import (
-    machine_of,
-    model_of,
-    scenario_of,
-    simulation_options,
-    with_environ,
-)
-from runner.cli.target import take_target
+from runner.cli.simulated import MachineOptions, with_walk_memory
 from runner.config.environ import Environ
-from runner.driver.warmup import WarmupPolicy
+from runner.config.fields import OptionDetails, option
+from runner.config.warmup import WarmupPolicy
 from runner.files import write_json
-from runner.kernels.table import Origin
+from runner.options import (
+    PolicyOptions,
+    ReportOptions,
+    ScenarioOptions,
+    scenario_options,
+    with_options,
+)
+from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs, write_reports
 from runner.report.predictions import print_predictions
-from runner.scenario import with_one_table
+from runner.target import LibraryOptions, target_of
 from sim.costs.profile import load_profile
-from sim.simulate import Machine, Prediction, simulate
+from sim.simulate import Prediction, simulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimOptions:
+    """Where the figures go."""
+
+    json: Path | None = option(
+        None,
+        OptionDetails("Write the prediction's figures as JSON (- for stdout, and nothing else)."),
+    )
 
 
 @click.command()
-@model_options
-@layout_options(pp=4, tp=2)
-@click.option(
-    "--nodes",
-    type=int,
-    help="Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
+@with_options(
+    scenario_options("model", "deployment", "run", "placement", pp=4, tp=2),
+    LibraryOptions,
+    PolicyOptions,
+    MachineOptions,
+    SimOptions,
+    ReportOptions,
 )
-@click.option("--cores", type=int, help="CPU cores of a node.  [default: the profile's]")
-@policy_option
-@simulation_options
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path),
-    help="Write the prediction's figures as JSON (- for stdout, and nothing else).",
-)
-@report_options
 def sim(
-    policies: Sequence[str],
-    json_path: Path | None,
-    timeline: Path | None,
-    trace: Path | None,
-    plot: Path | None,
-    **values: Any,
+    given: ScenarioOptions,
+    library: LibraryOptions,
+    policies: PolicyOptions,
+    machine: MachineOptions,
+    options: SimOptions,
+    files: ReportOptions,
 ) -> None:
     """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
-    check_outputs(timeline=timeline, trace=trace, plot=plot, others=(json_path,))
-    machine, predictions, origin = predictions_of(policies, values, Environ.read(os.environ))
-    timelines = [prediction.timeline for prediction in predictions]
-    to_stdout = json_path is not None and str(json_path) == "-"
-    if json_path is not None:
-        _write_json(json_path, predictions)
-    if not to_stdout and str(timeline) != "-":
-        print_predictions(predictions, machine, origin.describe(), bars=bool(policies))
-    write_reports(timelines, timeline=timeline, trace=trace, plot=plot, quiet=to_stdout)
-
-
-def predictions_of(
-    policies: Sequence[str], values: dict[str, Any], environ: Environ
-) -> tuple[Machine, list[Prediction], Origin]:
-    """The machine that the options ask for, a prediction for each policy, and whose kernels.
-
-    Raises:
-        UserError: options that contradict each other, the model or the profile.
-    """
-    profile = load_profile(values["hardware"])
-    values = with_environ(values, environ)
-    machine, model = machine_of(profile, values), model_of(values)
+    check_outputs(**vars(files), others=(options.json,))
+    environ, profile = Environ.read(os.environ), load_profile(machine.hardware)
+    simulated = machine.machine(profile)
     with progress("ask the library") as shown:
-        target = take_target(values, environ, progress=counting(shown))
-        scenarios = with_one_table(
-            scenario_of(policy, model, profile, values, target)
-            for policy in asked_policies(policies, environ, tuple(WarmupPolicy))
+        target = target_of(
+            library, library.chosen_gpu(machine.hardware), environ, progress=counting(shown)
         )
-    predictions = [simulate(scenario, machine) for scenario in scenarios]
-    return machine, predictions, scenarios[0].table.origin
+        scenarios = with_one_table(
+            with_walk_memory(
+                given.scenario(
+                    environ, policy=policy, num_sms=target.gpu.sms, source=target.source
+                ),
+                profile,
+            )
+            for policy in policies.policies(environ, tuple(WarmupPolicy))
+        )
+    predictions = [simulate(scenario, simulated) for scenario in scenarios]
+    to_stdout = str(options.json) == "-"
+    if options.json is not None:
+        _write_json(options.json, predictions)
+    if not to_stdout and str(files.timeline) != "-":
+        origin = scenarios[0].source.origin.describe()
+        print_predictions(predictions, simulated, origin, bars=bool(policies.warmup))
+    write_reports([item.timeline for item in predictions], **vars(files), quiet=to_stdout)
 
 
 def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
@@ -100,7 +89,7 @@ def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
     write_json(path, data, indent=1)
 
 
-def _figures(prediction: Prediction) -> dict[str, Any]:
+def _figures(prediction: Prediction) -> dict[str, object]:
     timeline, timeout = prediction.timeline, prediction.timeout
     return {
         "policy": timeline.policy,

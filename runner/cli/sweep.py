@@ -19,10 +19,10 @@ from runner.cli.target import Target, take_target
 from runner.config.environ import Environ, available_cores
 from runner.errors import UserError
 from runner.files import write_json
+from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_table import print_sweep
-from runner.scenario import run_meta, with_one_table
 from sim.costs.profile import Profile, load_profile
 from sim.sweep.points import AXES, Axes, Result, Skipped, Sweep, by_start_up, reasons
 from sim.sweep.run import Case, Ended, WorkerLostError, run_cases
@@ -147,10 +147,10 @@ def _gathered(cases: Sequence[Case], skipped: Sequence[Skipped], ended: Sequence
 
 def _settings(case: Case) -> dict[str, Any]:
     """What a run's Timeline would say of the scenario, but for the axes, and of the machine."""
-    meta, machine = run_meta(case.scenario), case.machine
+    meta, machine = case.scenario.timeline_meta(), case.machine
     return {
         **{name: value for name, value in meta.items() if name not in (*AXES, "ranks")},
-        "speculative": case.scenario.warmup.speculative,
+        "speculative": case.scenario.speculative,
         "hardware": machine.profile.name,
         "link": machine.link,
         "ranks_per_gpu": machine.ranks_per_gpu,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from runner.cli.common import F, IntList
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from sim.sweep.points import Axes
 

@@ -83,6 +83,12 @@ class Environ:
         return cls(**values)
 
     @property
+    def nodes(self) -> int:
+        """Machines that torchrun uses; 1 without it."""
+        ranks = self.world_size or 1
+        return ranks // (self.local_world_size or ranks)
+
+    @property
     def stage_layers(self) -> tuple[int, ...] | None:
         """Layers of each pipeline stage from SGLANG_PP_LAYER_PARTITION, None where it is unset.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runner.config.fields import OptionDetails, option
 from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.errors import UserError
 
@@ -33,14 +34,43 @@ class ParallelConfig:
     ``stage_layers`` gives the number of layers of each stage; None splits evenly.
     """
 
-    pp: int = 1
-    tp: int = 1
-    ep: bool = False
-    moe_a2a: bool = False
-    attn_cp: int = 1
-    replicas: int = 1
-    nodes: int = 1
-    stage_layers: tuple[int, ...] | None = None
+    pp: int = option(1, OptionDetails("Pipeline stages.", group="deployment"))
+    tp: int = option(1, OptionDetails("Tensor-parallel ranks.", group="deployment"))
+    ep: bool = option(
+        False, OptionDetails("Whole experts per rank instead of slices.", group="deployment")
+    )
+    moe_a2a: bool = option(
+        False,
+        OptionDetails(
+            "Each rank has a block of the tokens; around the experts all-to-all (with --ep), or "
+            "gather and scatter.",
+            group="deployment",
+        ),
+    )
+    attn_cp: int = option(
+        1,
+        OptionDetails(
+            "Split EXTEND tokens of the attention over so many ranks.", group="deployment"
+        ),
+    )
+    stage_layers: tuple[int, ...] | None = option(
+        None, OptionDetails("Layers of each stage.  [default: even]", group="deployment")
+    )
+    replicas: int = option(
+        1,
+        OptionDetails(
+            "Whole copies of the pipeline that start at once, on nodes of their own.",
+            group="placement",
+            metavar="R",
+        ),
+    )
+    nodes: int = option(
+        1,
+        OptionDetails(
+            "Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
+            group="placement",
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name in ("pp", "tp", "attn_cp", "replicas", "nodes"):

@@ -89,8 +89,9 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
     """GEMMs of every preset at tp 1, 2, 4 and 8, with and without ep, and what warm-ups walk."""
     from runner.config.parallel import ParallelConfig
     from runner.config.presets import DSV3, DSV4, DSV4_PRO
-    from runner.driver.warmup import WarmupOptions, WarmupPolicy
-    from runner.scenario import Scenario, run_demands
+    from runner.config.warmup import WarmupPolicy
+    from runner.planning.plan import run_demands
+    from runner.scenario import Scenario
 
     policies = (WarmupPolicy.FULL, WarmupPolicy.RELAX)
     for model, tp, ep, policy in product(
@@ -101,7 +102,7 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
         scenario = Scenario(
             model=model,
             parallel=ParallelConfig(tp=tp, ep=ep),
-            warmup=WarmupOptions(policy=policy),
+            policy=policy,
             num_sms=num_sms,
         )
         yield from run_demands(scenario)

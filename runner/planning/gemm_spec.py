@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from runner.errors import UserError
-from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.table import Demand
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.planning.demands import MAX_SMS
+from runner.planning.demands import ms_by_splits
+from runner.scenario import MAX_SMS
 
-_HC_BLOCK_M = 64
 _GROUPED = CONTIGUOUS_TYPES | MASKED_TYPES | {T.FP8_EINSUM_BHR_HDR_BHD}
 _LARGEST = 2**31 - 1
 
@@ -18,8 +18,8 @@ def gemm_demands(spec: str, *, max_m: int, num_sms: int) -> list[Demand]:
     """The GEMM with every M up to ``max_m``; contiguous types with multiples of 128 only.
 
     The hyper-connection GEMM has one demand a number of splits: with no GROUPS, or 1, the number
-    follows M as ``max(1, num_sms // ceil(M / 64))``; 0 stands for no splits, any other number for
-    itself.
+    follows M as ``hc_num_splits`` of ``runner.backend.token_to_m`` says; 0 stands for no splits,
+    any other number for itself.
 
     Raises:
         UserError: not such a text, or sizes out of range.
@@ -61,10 +61,7 @@ def _split_demands(n: int, k: int, groups: int | None, max_m: int, num_sms: int)
     kind = T.TF32_HC_PRENORM_GEMM
     if groups is not None and groups != 1:
         return [Demand(GemmShape(kind, n, k, groups, num_sms), range(1, max_m + 1))]
-    by_splits: dict[int, list[int]] = {}
-    for m in range(1, max_m + 1):
-        splits = max(1, num_sms // ceil_div(m, _HC_BLOCK_M))
-        by_splits.setdefault(splits, []).append(m)
+    by_splits = ms_by_splits(k, range(1, max_m + 1), num_sms)
     return [
         Demand(GemmShape(kind, n, k, splits, num_sms), tuple(ms))
         for splits, ms in by_splits.items()

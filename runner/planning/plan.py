@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from runner.backend.gemm_walks import ExecutionHook, relaxed_ms
+from runner.backend.m_lists import expand, fast_m_list, full_m_list, steps_of
+from runner.cache.describe import config_of
+from runner.cache.keys import CacheKeys
+from runner.config.warmup import WarmupPolicy
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Demand, KernelTable, MRanges, union
-from runner.kernels.types import GemmShape
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape
+from runner.planning.demands import demands
+from runner.scenario import Scenario
+from runner.schedule import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +92,129 @@ def make_plan(demands: Iterable[Demand], table: KernelTable) -> Plan:
             uses.setdefault(kernel, []).append(KernelUse(demand.shape, m_ranges, demand.stages))
     kernels = tuple(PlannedKernel(kernel, tuple(found)) for kernel, found in uses.items())
     return Plan(kernels, given, table)
+
+
+def plan_to_json(plan: Plan, keys: CacheKeys | None) -> dict[str, object]:
+    """The plan; keys are null where ``keys`` is None.
+
+    ``kernels`` holds one item a distinct kernel: ``name``, ``cache_key``, ``config`` (template
+    arguments by name), ``m_ranges`` (M of any of its GEMMs, [[first, last], ...]) and ``uses``
+    (the same for each GEMM, with the stages that run it).
+    """
+    origin = plan.table.origin
+    return {
+        "version": 1,
+        "library": origin.library,
+        "generation": origin.generation,
+        "gpu": origin.gpu,
+        "arch": plan.table.recipe.arch,
+        "source": origin.source.value,
+        "num_sms": sorted({demand.shape.num_sms for demand in plan.demands}),
+        "signature": keys.signature if keys else None,
+        "flags": keys.flags if keys else None,
+        "extra_signature": keys.recipe.extra_signature if keys else "",
+        "kernels": [_kernel(item, keys) for item in plan.kernels],
+    }
+
+
+def _kernel(item: PlannedKernel, keys: CacheKeys | None) -> dict[str, object]:
+    return {
+        "name": item.kernel.name,
+        "cache_key": keys.cache_key(item.kernel) if keys else None,
+        "config": config_of(item.kernel),
+        "m_ranges": [list(pair) for pair in item.m_ranges],
+        "uses": [use_to_json(use) for use in item.uses],
+    }
+
+
+def use_to_json(use: KernelUse) -> dict[str, object]:
+    """One GEMM with its M."""
+    shape = use.shape
+    return {
+        "type": shape.type.name.lower(),
+        "n": shape.n,
+        "k": shape.k,
+        "num_groups": shape.num_groups,
+        "num_sms": shape.num_sms,
+        "m_step": CONTIGUOUS_M_ALIGNMENT if shape.type in CONTIGUOUS_TYPES else 1,
+        "m_ranges": [list(pair) for pair in use.m_ranges],
+        "stages": list(use.stages),
+    }
+
+
+# -- of a scenario
+
+
+def plan_of(scenario: Scenario) -> Plan:
+    """Every kernel that a forward of up to ``max_tokens`` can need, on any rank.
+
+    Raises:
+        UserError: the source does not know all of its GEMMs.
+    """
+    return _plan_of(scenario.deployment)
+
+
+@lru_cache(maxsize=32)
+def _plan_of(deployment: Scenario) -> Plan:
+    needed = demands(deployment)
+    return make_plan(needed, deployment.source.table(lambda: needed))
+
+
+def with_one_table(scenarios: Iterable[Scenario]) -> list[Scenario]:
+    """Scenarios of one source with a table of all that they call, which is asked for at once.
+
+    Raises:
+        UserError: the source does not know all of it.
+    """
+    given = list(scenarios)
+    if not given:
+        return []
+    called = [demand for scenario in given for demand in run_demands(scenario)]
+    table = given[0].source.table(lambda: called)
+    return [replace(scenario, source=table) for scenario in given]
+
+
+@lru_cache(maxsize=32)
+def table_of(scenario: Scenario) -> KernelTable:
+    """Kernels of every call that a run of the scenario makes, its walks included."""
+    return scenario.source.table(lambda: run_demands(scenario))
+
+
+def run_demands(scenario: Scenario) -> list[Demand]:
+    """Every GEMM that a run calls, with every M, whatever it serves and walks."""
+    tokens = max(
+        scenario.max_tokens,
+        *scenario.resolved_batch_sizes,
+        *scenario.graph_batch_sizes,
+        *scenario.request_tokens,
+    )
+    served = demands(replace(scenario, max_tokens=tokens))
+    hook = ExecutionHook(m_list=hook_m_list(scenario))
+    walks = [walk for demand in served for walk in hook.before(demand.shape.call(1))]
+    if scenario.policy is WarmupPolicy.RELAX:
+        for stage in range(scenario.parallel.pp):
+            walks += relax_walks(scenario, stage)
+    return [*served, *(Demand(walk.shape, expand(walk.steps)) for walk in walks)]
+
+
+def hook_m_list(scenario: Scenario) -> Sequence[int] | None:
+    """M that the execution hook walks under the policy; None where it walks nothing."""
+    if not scenario.policy.walked:
+        return None
+    make = full_m_list if scenario.policy.walked == "full" else fast_m_list
+    return _up_to(make(scenario.max_tokens), scenario.walk_max_m)
+
+
+def relax_walks(scenario: Scenario, stage: int) -> tuple[Walk, ...]:
+    """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
+    walks = []
+    for demand in demands(scenario):
+        if stage in demand.stages:
+            ms = relaxed_ms(demand.shape, demand.ms, scenario.max_tokens)
+            steps = steps_of(_up_to(ms, scenario.walk_max_m))
+            walks += [Walk(demand.shape, steps)] if steps else []
+    return tuple(walks)
+
+
+def _up_to(ms: Sequence[int], limit: int | None) -> Sequence[int]:
+    return ms if limit is None else ms[: bisect_right(ms, limit)]

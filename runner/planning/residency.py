@@ -1,4 +1,4 @@
-"""Which kernels a schedule leaves on each node's disk, and which of its requests stall.
+"""What is on each node's disk at a moment of a run, and which requests stall because of it.
 
 Both follow from the operations alone: what a rank uses it compiles or finds, so afterwards its
 node has it. No clock is needed.
@@ -6,17 +6,56 @@ node has it. No clock is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 from runner.backend.m_lists import expand
+from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.kernels.types import KernelCall
-from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Schedule, Walk
+from runner.planning.plan import plan_of, table_of
+from runner.scenario import Scenario
+from runner.schedule import EXCHANGE, Collective, Forward, KernelWork, Mark, Part, Walk
 
-STALLS_AFTER = "requests"
-"""Phase from which on a compile holds up traffic: the server is up."""
+SERVING = "requests"
+"""Phase that begins once the server is up: from then on a compile holds up traffic."""
+
+
+def kernels_at_start(scenario: Scenario) -> frozenset[Kernel]:
+    """What every node's disk holds before the run: nothing, or the prebuilt cache."""
+    if scenario.policy is not WarmupPolicy.PREBUILT:
+        return frozenset()
+    return frozenset(item.kernel for item in plan_of(scenario).kernels)
+
+
+def kernels_once_up(
+    scenario: Scenario, ranks: Sequence[Sequence[Part]]
+) -> dict[int, frozenset[Kernel]]:
+    """Kernels on each node's disk once the server is up: warmed up, first request answered.
+
+    Args:
+        scenario: what was run.
+        ranks: what each rank ran.
+    """
+    table = table_of(scenario)
+    nodes = range(scenario.parallel.nodes)
+    disks = {node: set(kernels_at_start(scenario)) for node in nodes}
+    exchanging: set[int] = set()
+    for rank, parts in enumerate(ranks):
+        node = scenario.parallel.node_of(rank)
+        for part in parts:
+            if part == Mark("phase", SERVING):
+                break
+            disks[node].update(_used(part, table))
+            if isinstance(part, Collective) and part.name == EXCHANGE:
+                exchanging.add(node)
+    everything = set[Kernel]().union(*(disks[node] for node in exchanging))
+    return {
+        node: frozenset(disks[node] | everything if node in exchanging else disks[node])
+        for node in nodes
+    }
 
 
 @dataclass(frozen=True, order=True)
@@ -36,61 +75,44 @@ class Stall:
     kernel: str
 
 
-def kernels_before(
-    schedule: Schedule, table: KernelTable, node_of: Callable[[int], int], phase: str = STALLS_AFTER
-) -> dict[int, set[Kernel]]:
-    """Kernels on each node's disk when the phase begins, from a cold cache."""
-    held: dict[int, set[Kernel]] = {}
-    exchanging: set[int] = set()
-    for rank, ops in enumerate(schedule.ranks):
-        disk = held.setdefault(node_of(rank), set())
-        for op in ops:
-            if op == Mark("phase", phase):
-                break
-            disk.update(_used(op, table))
-            if isinstance(op, Collective) and op.name == EXCHANGE:
-                exchanging.add(node_of(rank))
-    everything = set().union(*(held[node] for node in exchanging))
-    for node in exchanging:
-        held[node] |= everything
-    return held
-
-
-def stalls_of(schedule: Schedule, table: KernelTable, node_of: Callable[[int], int]) -> list[Stall]:
+def stalls_of(scenario: Scenario, ranks: Sequence[Sequence[Part]]) -> list[Stall]:
     """Stalls of the requests after the first one, a kernel once on each node."""
-    held = kernels_before(schedule, table, node_of)
+    table = table_of(scenario)
+    disks = {node: set(held) for node, held in kernels_once_up(scenario, ranks).items()}
     found = []
-    forwards = [list(_forwards(ops)) for ops in schedule.ranks]
-    for index in range(max(map(len, forwards), default=0)):
-        for rank, served in enumerate(forwards):
-            name, ops = served[index]
-            disk = held[node_of(rank)]
-            for kernel in (kernel for op in ops for kernel in _used(op, table)):
-                if kernel not in disk:
-                    disk.add(kernel)
-                    found.append(Stall(index, name, node_of(rank), kernel.identity))
+    # Ranks may serve unequal numbers of forwards: stages that nothing reaches serve none.
+    served = zip_longest(*map(_served_forwards, ranks), fillvalue=("", ()))
+    for index, forwards in enumerate(served):
+        for rank, (name, parts) in enumerate(forwards):
+            node = scenario.parallel.node_of(rank)
+            for kernel in (kernel for part in parts for kernel in _used(part, table)):
+                if kernel not in disks[node]:
+                    disks[node].add(kernel)
+                    found.append(Stall(index, name, node, kernel.identity))
     return sorted(found)
 
 
-def _forwards(ops: Sequence[Op]) -> Iterator[tuple[str, list[Op]]]:
-    """Name and operations of each forward of the phase in which stalls count."""
-    name, own, inside = "", list[Op](), False
-    for op in ops:
-        if isinstance(op, Mark) and op.kind == "phase":
-            inside = op.name == STALLS_AFTER
-        if isinstance(op, Mark) and op.kind in ("phase", "forward"):
-            if name:
-                yield name, own
-            name, own = (op.name if inside and op.kind == "forward" else ""), []
-        elif name:
-            own.append(op)
-    if name:
-        yield name, own
+def _served_forwards(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
+    """Name and parts of each forward that serves a request after the first."""
+    found: list[tuple[str, list[Part]]] = []
+    serving = False
+    for part in parts:
+        mark = part.ops[0] if isinstance(part, Forward) else part
+        if isinstance(mark, Mark) and mark.kind == "phase":
+            serving = mark.name == SERVING
+        elif serving and isinstance(mark, Mark) and mark.kind == "forward":
+            found.append((mark.name, []))
+        if serving and found:
+            found[-1][1].append(part)
+    return found
 
 
-def _used(op: Op, table: KernelTable) -> Iterable[Kernel]:
-    if isinstance(op, KernelCall):
-        return table.kernels_of(op)
-    if isinstance(op, Walk):
-        return table.kernel_ranges(op.shape, expand(op.steps))
-    return op.kernels if isinstance(op, KernelWork) else ()
+def _used(part: Part, table: KernelTable) -> Iterable[Kernel]:
+    """Kernels that a part brings to the node's disk, in order of first use."""
+    if isinstance(part, Forward):
+        return chain.from_iterable(table.kernels_of(call) for _, call in part.calls)
+    if isinstance(part, KernelCall):
+        return table.kernels_of(part)
+    if isinstance(part, Walk):
+        return table.kernel_ranges(part.shape, expand(part.steps))
+    return part.kernels if isinstance(part, KernelWork) else ()

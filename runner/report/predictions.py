@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.report.console import make_console
 from runner.report.outputs import print_bars
 from runner.report.table import make_table, phase_summary

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
+from runner.driver.warmup import planned_kernels
 from runner.kernels.kernel import Kernel
-from runner.scenario import Scenario, record
+from runner.planning.plan import table_of
+from runner.scenario import Scenario
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
 from sim.calibration.drift import undrifted
@@ -112,7 +115,9 @@ def take_samples(
     # Operations are counted by what they cost, so that nothing else may be among it.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
     costs = ProfileCosts(counting, profile.links[machine.link], cores, machine.ranks_per_gpu)
-    programs = [compile_program(ops, costs, scenario.table, locked=False) for ops in schedule.ranks]
+    programs = [
+        compile_program(ops, costs, table_of(scenario), locked=False) for ops in schedule.ranks
+    ]
     samples = Samples(
         timeline,
         scenario,
@@ -120,7 +125,7 @@ def take_samples(
         made_elements=made_elements(scenario.model, scenario.parallel, machine.ranks_per_gpu),
     )
     kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
-    if scenario.warmup.policy is WarmupPolicy.PLANNED:
+    if scenario.policy is WarmupPolicy.PLANNED:
         samples.build = _build(timeline, scenario, cores)
     else:
         samples.compiles = _compiles(timeline, kernels, cores)
@@ -172,7 +177,8 @@ def _build(
     parallel = scenario.parallel
     workers = max(1, cores * timeline.meta["hosts"] // parallel.nodes)
     shares = [
-        scenario.kernel_set(node * parallel.ranks_per_node).share for node in range(parallel.nodes)
+        planned_kernels(scenario, node * parallel.ranks_per_node).share
+        for node in range(parallel.nodes)
     ]
     first, last = min(s.start for s in spans), max(s.end for s in spans)
     return max(shares, key=len), first - max(begun), last - first, workers

@@ -9,17 +9,12 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from runner.config.environ import Environ
-from runner.config.gemm_algo import Bf16Fp32Algo
-from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
-from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
 from runner.kernels.rules import RULES
 from runner.kernels.source import KernelSource
-from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
 from runner.timeline import Timeline
@@ -94,7 +89,9 @@ def told_by(timeline: Timeline, models: Mapping[str, ModelConfig]) -> Told:
 
 def _read(timeline: Timeline, models: Mapping[str, ModelConfig]) -> Told:
     meta = timeline.meta
-    scenario = _scenario(WarmupPolicy(timeline.policy), meta, models)
+    scenario = Scenario.from_json(
+        {**meta, "policy": timeline.policy}, source=_source(meta), models=models
+    )
     if scenario.parallel.world_size != timeline.world_size:
         raise ValueError(f"it is of {timeline.world_size} ranks, its layout of another number")
     if timeline.wall <= 0:
@@ -123,45 +120,6 @@ def _source(meta: Mapping[str, Any]) -> KernelSource:
         environment=os.environ,
         version_text=None,
         wanted=library.replace(" ", "=="),
-    )
-
-
-def _scenario(
-    policy: WarmupPolicy, meta: Mapping[str, Any], models: Mapping[str, ModelConfig]
-) -> Scenario:
-    name = _text(meta, "model")
-    return Scenario(
-        parallel=ParallelConfig(
-            pp=_count(meta, "pp"),
-            tp=_count(meta, "tp"),
-            ep=_flag(meta, "ep"),
-            attn_cp=_count(meta, "attn_cp"),
-            replicas=_count(meta, "replicas"),
-            # Timelines before these were known have neither.
-            moe_a2a="moe_a2a" in meta and _flag(meta, "moe_a2a"),
-            nodes=_count(meta, "nodes"),
-            stage_layers=_or_none(_counts, meta, "stage_layers"),
-        ),
-        warmup=WarmupOptions(
-            policy=policy,
-            batch_sizes=_counts(meta, "batch_sizes"),
-            disaggregation=DisaggregationMode(meta["disaggregation"]),
-            speculative=_flag(meta, "speculative"),
-            graph_batch_sizes=_counts(meta, "graph_batch_sizes"),
-            walk_max_m=_or_none(_count, meta, "walk_max_m"),
-            compile_lock=_flag(meta, "compile_lock"),
-        ),
-        num_sms=_count(meta, "num_sms"),
-        prompt_len=_count(meta, "prompt_len"),
-        bf16_fp32_algo=Bf16Fp32Algo(meta["bf16_fp32_algo"]),
-        max_tokens=_count(meta, "max_tokens"),
-        stream=_or_none(_counts, meta, "stream"),
-        walk_memory=_or_none(_positive, meta, "walk_memory"),
-        overlap=tuple(map(OverlapStrategy.from_json, meta.get("overlap", ()))),
-        source=_source(meta),
-        model=with_layers(
-            models[name] if name in models else load_model(name), _count(meta, "layers")
-        ),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from runner.kernels.kernel import Kernel
-from runner.planning.residency import STALLS_AFTER
+from runner.planning.residency import SERVING
 from sim.costs.model import CostModel
 from sim.engine.cores import Cores
 from sim.engine.rank import Rank
@@ -101,7 +101,7 @@ class Nodes:
         """What each node has once its ranks have done what comes before further requests."""
         held = {node: set(self._cached) for node in self.disks}
         for rank in ranks:
-            held[rank.node].update(used_before(rank.program, STALLS_AFTER))
+            held[rank.node].update(used_before(rank.program, SERVING))
         if self._exchanged:
             everything = set().union(*(held[node] for node in self._exchanged))
             for node in self._exchanged:

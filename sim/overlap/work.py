@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
+from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, PLAIN, OverlapStrategy
-from runner.scenario import Scenario, record_forward
+from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
 from sim.costs.model import CostModel
 
@@ -109,7 +110,7 @@ def cut_forward(scenario: Scenario, rank: int, batch: ForwardBatch, comm_sms: in
         )
     marked = tuple(step for name in PLAIN[batch.mode].operations for step in (name, MARK))
     finest = OverlapStrategy("every operation", batch.mode, marked, 0, comm_sms)
-    ops = record_forward(replace(scenario, overlap=(finest,)), rank, batch)
+    ops = record_forward(replace(scenario, overlap=(finest,)), rank, batch).ops
     before, stages, after = _cut(ops)
     if not stages["0"]:
         raise UserError("this stage has no layer with experts: there is nothing to overlap")
@@ -143,7 +144,7 @@ def cut_plain(
     after: list[Op] = []
     inside: dict[str, list[Op]] = {str(layer): [] for layer in layers}
     current = before
-    for op in record_forward(replace(scenario, overlap=()), rank, batch):
+    for op in record_forward(replace(scenario, overlap=()), rank, batch).ops:
         if isinstance(op, Mark) and op.kind == "layer":
             current = after if op.name == "end" else inside.get(op.name, current)
         elif not isinstance(op, Mark):

@@ -19,7 +19,7 @@ from runner.build.compiler import NvccCompiler
 from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.scenario import Scenario, record
 from runner.timeline import Timeline, read_timelines
 from tests.distributed.launching import FEW_KERNELS, launch, run_launch, schedule_in

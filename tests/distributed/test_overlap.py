@@ -9,7 +9,7 @@ import pytest
 
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.model.strategy import STRATEGIES
 from runner.scenario import Scenario, record
 from runner.schedule import Await, Begin

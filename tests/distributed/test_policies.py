@@ -9,7 +9,7 @@ import pytest
 
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.scenario import Scenario, record
 from runner.schedule import Capture, Walk
 from tests.distributed.launching import run_launch, schedule_in
@@ -68,7 +68,7 @@ def assert_as_foretold(path: Path, scenario: Scenario) -> None:
     said, really = record(scenario), schedule_in(path)
     for rank, (ours, theirs) in enumerate(zip(said.ranks, really.ranks, strict=True)):
         assert ours == theirs, f"rank {rank}"
-    walks = scenario.warmup.policy.walked or scenario.warmup.policy is WarmupPolicy.RELAX
+    walks = scenario.policy.walked or scenario.policy is WarmupPolicy.RELAX
     for ops in really.ranks:
         assert any(isinstance(op, Walk) for op in ops) == bool(walks)
         assert sum(isinstance(op, Capture) for op in ops) == 2

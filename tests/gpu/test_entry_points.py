@@ -14,7 +14,7 @@ from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
 from runner.kernels.table import Demand, KernelTable

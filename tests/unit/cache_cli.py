@@ -8,7 +8,7 @@ import pytest
 
 from runner.cli import main
 from runner.kernels.installed import Library
-from runner.planning.plan_json import plan_to_json
+from runner.planning.plan import plan_to_json
 from tests.unit.small_cache import INCLUDE, keys_for, small_plan
 
 Capture = pytest.CaptureFixture[str]

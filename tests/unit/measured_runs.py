@@ -7,8 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from runner.driver.warmup import PLANNING_POLICIES
-from runner.scenario import Scenario, run_meta
+from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.calibration.drift import Drift
 from sim.costs.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Probe, Profile
@@ -62,14 +61,14 @@ def measured(
     }
     if drift is not None:
         facts["machine"]["probe"] = drift.factor * profile.probe.seconds
-    meta = {**run_meta(scenario), **facts}
+    meta = {**scenario.timeline_meta(), **facts}
     spans = tuple(_as_launch_names(predicted.spans, scenario))
     return replace(predicted, source="measured", spans=spans, meta=meta)
 
 
 def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
     """Loads of a bulk load and of a walk bear their operation's name, as a rank's sink has it."""
-    planning = scenario.warmup.policy in PLANNING_POLICIES
+    planning = scenario.policy in PLANNING_POLICIES
     name = f"load {len(scenario.plan.kernels)} kernels"
     walk = ""
     for span in spans:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from sim.sweep.points import Point, Result
 
 

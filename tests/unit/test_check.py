@@ -26,7 +26,7 @@ from runner.kernels.types import GemmShape
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.library_check import differences
 from runner.planning.plan import make_plan
-from runner.planning.plan_json import use_to_json
+from runner.planning.plan import use_to_json
 from runner.standin.gpus import Gpu
 from tests.unit.small_cache import GEMM, NVCC_TEXT, keys_for, small_library, small_plan
 

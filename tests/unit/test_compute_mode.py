@@ -13,7 +13,7 @@ from launch.options import LaunchOptions
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.scenario import Scenario
 

@@ -12,7 +12,7 @@ from runner.backend.walk_memory import GIB
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
@@ -21,7 +21,7 @@ from runner.kernels.types import KernelCall
 from runner.planning.coverage import Coverage, coverage, node_coverage, node_stages
 from runner.planning.demands import Deployment, plan_of
 from runner.planning.plan import Plan
-from runner.planning.residency import STALLS_AFTER, kernels_before
+from runner.planning.residency import SERVING, kernels_before
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import KernelWork, Mark, Op, Walk
 
@@ -50,7 +50,7 @@ def held_up(policy: WarmupPolicy, made: Deployment, nodes: int) -> dict[int, set
     )
     held: dict[int, set[Kernel]] = {node: set() for node in range(nodes)}
     for rank, ops in enumerate(record(one).ranks):
-        for op in ops[: ops.index(Mark("phase", STALLS_AFTER))]:
+        for op in ops[: ops.index(Mark("phase", SERVING))]:
             held[parallel.node_of(rank)].update(used(op))
     return held
 

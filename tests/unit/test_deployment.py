@@ -23,7 +23,7 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.driver.model_runner import ModelRunner, NoBuffers
-from runner.driver.warmup import DisaggregationMode
+from runner.config.warmup import DisaggregationMode
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES

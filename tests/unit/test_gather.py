@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 from launch.gather import RankRecord, assemble, find_stalls
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
-from runner.scenario import Scenario, run_meta
+from runner.config.warmup import WarmupPolicy
+from runner.scenario import Scenario
 from runner.schedule import Compute, Mark
 from runner.timeline import Span
 from runner.watch.shim import CompileRecord
@@ -90,7 +90,7 @@ def test_the_origin_is_where_the_first_process_began() -> None:
 def test_what_the_timeline_tells() -> None:
     meta = assemble(made(), SCENARIO, {"device": "cpu"}).timeline.meta
     assert meta == {
-        **run_meta(SCENARIO),
+        **SCENARIO.timeline_meta(),
         "device": "cpu",
         "walk_memory": None,
         "coverage": PROOFS,

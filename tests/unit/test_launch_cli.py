@@ -10,7 +10,7 @@ import pytest
 
 from launch.cli import _arguments, launch, main
 from launch.options import LaunchOptions
-from runner.driver.warmup import DisaggregationMode, WarmupPolicy
+from runner.config.warmup import DisaggregationMode, WarmupPolicy
 
 EVERYTHING: dict[str, Any] = {
     "model": "dsv4-tiny",

@@ -14,7 +14,7 @@ from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
-from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RulesTable

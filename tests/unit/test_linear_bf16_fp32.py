@@ -34,7 +34,7 @@ from runner.config.hf import from_hf, with_layers  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
 from runner.driver.model_runner import ModelRunner  # noqa: E402
-from runner.driver.warmup import WarmupOptions, WarmupPolicy  # noqa: E402
+from runner.driver.warmup import WarmupPolicy  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.kernels.types import KernelCall  # noqa: E402
 from runner.planning.demands import Deployment, demands  # noqa: E402

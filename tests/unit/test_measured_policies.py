@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.planning.residency import stalls_of
 from runner.scenario import record
 from runner.timeline import Timeline, read_timelines
@@ -41,7 +41,7 @@ def test_the_stalls_that_were_recorded_are_those_foretold(timeline: Timeline) ->
     recorded = {(i, name, node_of(rank), key) for i, name, rank, key in timeline.meta["stalls"]}
     stalls = stalls_of(record(scenario), scenario.table, node_of)
     foretold = {(stall.forward, stall.name, stall.node, stall.kernel) for stall in stalls}
-    if scenario.warmup.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
+    if scenario.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
         assert recorded == set()
     else:
         assert recorded == foretold and recorded

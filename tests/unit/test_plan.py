@@ -18,7 +18,7 @@ from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import make_plan
-from runner.planning.plan_json import plan_to_json
+from runner.planning.plan import plan_to_json
 from tests.measured import MEASURED, TYPES
 
 

@@ -16,9 +16,9 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.driver.model_runner import ModelRunner, NoBuffers
-from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
+from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
-from runner.scenario import Scenario, common_end, record, record_rank, run_meta, run_rank
+from runner.scenario import Scenario, common_end, record, record_rank, run_rank
 from runner.schedule import BARRIER, EXCHANGE, OF_HOSTS, Collective, KernelWork, Mark, Op, Walk
 from tests.models import DSV3_SMALL
 
@@ -274,7 +274,7 @@ def test_what_a_timeline_says_survives_json() -> None:
         graph_batch_sizes=(2, 1),
         stage_layers=(1, 2),
     )
-    meta = run_meta(made)
+    meta = made.timeline_meta()
     assert json.loads(json.dumps(meta)) == meta
     assert meta["ranks"] == [
         {"pp_rank": rank // 2, "tp_rank": rank % 2, "node": rank // 2} for rank in range(4)

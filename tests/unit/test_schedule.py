@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall

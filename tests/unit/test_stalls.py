@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from runner.backend.m_lists import expand
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
-from runner.planning.residency import STALLS_AFTER, Stall, kernels_before, stalls_of
+from runner.planning.residency import SERVING, Stall, kernels_before, stalls_of
 from runner.scenario import Scenario, record
 from runner.schedule import (
     EXCHANGE,
@@ -33,7 +33,7 @@ from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk
 from tests.unit.tiny_runs import scenario
 
 A, B, C, D = (kernel_of(k) for k in (1, 2, 3, 4))
-UP = Mark("phase", STALLS_AFTER)
+UP = Mark("phase", SERVING)
 POLICIES = pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
 
 
@@ -182,7 +182,7 @@ def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
 
 def simulated(one: Scenario, made: Schedule) -> Outcome:
     cached = frozenset(item.kernel for item in one.plan.kernels)
-    prebuilt = one.warmup.policy is WarmupPolicy.PREBUILT
+    prebuilt = one.policy is WarmupPolicy.PREBUILT
     costs = RoundCosts()
     return Engine(
         [compile_program(ops, costs, RULES, locked=False) for ops in made.ranks],

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from sim.sweep.points import Axes, Skipped, by_start_up, frontier, frontier_points, reasons
 from tests.unit.sweeps import point, result
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.report.point_labels import clusters, place_labels
 from runner.report.sweep_json import sweep_json

@@ -11,7 +11,6 @@ import pytest
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import WarmupOptions
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.costs.profile import load_profile

@@ -13,16 +13,8 @@ from runner.backend.m_lists import fast_m_list, full_m_list, steps_of
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import (
-    DisaggregationMode,
-    WarmupOptions,
-    WarmupPolicy,
-    dummy_modes,
-    policy_of_flags,
-    pp_parallel_batch_sizes,
-    resolve_batch_sizes,
-    walked_ms,
-)
+from runner.config.warmup import DisaggregationMode, WarmupPolicy, policy_of_flags
+from runner.driver.warmup import dummy_modes, pp_parallel_batch_sizes
 from runner.errors import UserError
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import Capture, Mark, Op, Recv, Send, Walk

@@ -8,7 +8,7 @@ from typing import Any
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.scenario import Scenario
 from sim.costs.profile import Profile, load_profile
 from sim.simulate import Machine

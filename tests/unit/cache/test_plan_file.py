@@ -11,7 +11,7 @@ from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.errors import UserError
-from runner.planning.plan_json import plan_to_json
+from runner.planning.plan import plan_to_json
 from tests.unit.kept_cache import one_line
 from tests.unit.small_cache import NVCC_TEXT, second_keys_for, second_library, small_plan
 

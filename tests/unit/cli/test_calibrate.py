@@ -11,7 +11,7 @@ import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.timeline import Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile, leave_one_out
 from sim.calibration.validation import Judged, summary

@@ -13,7 +13,7 @@ import pytest
 
 from runner.cli import cli
 from runner.cli.guard import run_guarded
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.timeline import read_timelines
 from sim.costs.profile import load_profile
 

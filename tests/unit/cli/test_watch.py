@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.cache.describe import config_of
-from runner.planning.plan_json import plan_to_json
+from runner.planning.plan import plan_to_json
 from runner.watch.command import Forbid, _flag, _raise_flag
 from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 from tests.unit.small_cache import keys_for, small_library, small_plan

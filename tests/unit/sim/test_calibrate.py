@@ -11,7 +11,7 @@ import pytest
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.timeline import Timeline
 from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out
 from sim.calibration.data import take_samples

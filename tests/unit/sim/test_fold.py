@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.scenario import Scenario
 from runner.timeline import Span
 from sim.costs.start_up import StartPhases

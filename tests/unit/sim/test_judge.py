@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from runner.driver.warmup import DisaggregationMode, WarmupPolicy
+from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
-from runner.scenario import Scenario, run_meta
+from runner.scenario import Scenario
 from runner.timeline import Span, Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile
 from sim.calibration.drift import Drift
@@ -27,10 +27,10 @@ MACHINE = {"cores": 16, "gpu": "a GPU", "date": "2026-11-22"}
 
 def run_of(one: Scenario, **facts: Any) -> Timeline:
     """A Timeline with all that launch says of a run, and a moment of work in it."""
-    policy = one.warmup.policy.value
+    policy = one.policy.value
     machine = {**MACHINE, **facts.pop("machine", {})}
     meta = {
-        **run_meta(one),
+        **one.timeline_meta(),
         "link": "gloo",
         "hosts": 1,
         "ranks_per_gpu": 1,

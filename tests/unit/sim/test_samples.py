@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
 from runner.scenario import record

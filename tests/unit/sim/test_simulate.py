@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
-from runner.driver.warmup import WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T

@@ -13,7 +13,7 @@ from runner.backend.forward_batch import ForwardBatch
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.model.strategy import STRATEGIES

@@ -18,7 +18,7 @@ from rich.console import Console
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.model.strategy import NEEDS, STRATEGIES, OverlapStrategy
 from runner.report.overlap_table import print_comparison
 from runner.scenario import Scenario

@@ -11,7 +11,7 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.driver.warmup import WarmupOptions, WarmupPolicy
+from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.rules import RULES
 from runner.kernels.types import KernelCall

@@ -6,16 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import click
 
 from runner.build.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.cache.keys import CacheKeys
 from runner.cache.machine import Device, Machine, device_here
 from runner.cache.manifest import Manifest
-from runner.cli.common import F
 from runner.config.environ import Environ
+from runner.config.fields import OptionDetails, option
 from runner.errors import UserError
 from runner.kernels.choose import choose_source
 from runner.kernels.installed import LIBRARIES, Library, find_library
@@ -23,57 +20,101 @@ from runner.kernels.recorded import RecordedHeaders
 from runner.kernels.source import KernelSource
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
-from sim.costs.profile import load_profile
 
 _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
 
-def kernel_options(function: F) -> F:
-    """``--library`` and ``--gpu``."""
-    for option in (
-        click.option(
-            "--gpu",
-            metavar="NAME",
-            help=f"GPU that kernels are chosen for: {_GPU_NAMES}.  [default: --hardware's, else "
-            "h200]",
-        ),
-        click.option(
-            "--library",
-            "library_name",
-            metavar="NAME|PATH",
-            help=f"Whose kernels: {', '.join(LIBRARIES)}, or a deep_gemm folder.  [default: the "
+@dataclass(frozen=True, kw_only=True)
+class LibraryOptions:
+    """Whose kernels are meant, and on which GPU."""
+
+    library: str | None = option(
+        None,
+        OptionDetails(
+            f"Whose kernels: {', '.join(LIBRARIES)}, or a deep_gemm folder.  [default: the "
             "installed one]",
+            metavar="NAME|PATH",
         ),
-    ):
-        function = option(function)
-    return function
+    )
+    gpu: str | None = option(
+        None,
+        OptionDetails(
+            f"GPU that kernels are chosen for: {_GPU_NAMES}.  [default: --hardware's, else h200]",
+            metavar="NAME",
+        ),
+    )
+
+    def chosen_gpu(self, hardware: str | None = None, num_sms: int | None = None) -> Gpu:
+        """The GPU of ``--gpu``, else the one of a profile, with another number of SMs if given.
+
+        Raises:
+            UserError: no such GPU, or a profile that is for none of those known.
+        """
+        return gpu_named(self.gpu or _gpu_of_profile(hardware), num_sms)
 
 
-def machine_options(function: F) -> F:
-    """``--target-root``, ``--cuda-version`` and ``--compiler-text``: the machine that will run."""
-    for option in (
-        click.option(
-            "--compiler-text",
-            type=click.Path(path_type=Path, dir_okay=False, exists=True),
-            metavar="FILE",
-            help="What nvcc --version prints on that machine.  [default: what it prints here]",
-        ),
-        click.option(
-            "--cuda-version",
-            metavar="X.Y",
-            help="CUDA release of that machine's nvcc; enough up to sgl-deep-gemm 0.1.x.  "
-            "[default: this nvcc's]",
-        ),
-        click.option(
-            "--target-root",
-            type=click.Path(path_type=Path),
-            metavar="PATH",
-            help="The deep_gemm folder of the machine that will run; keys hold it up to "
+@dataclass(frozen=True, kw_only=True)
+class CompilerOptions:
+    """The library's folder and the compiler of the machine that will run."""
+
+    target_root: Path | None = option(
+        None,
+        OptionDetails(
+            "The deep_gemm folder of the machine that will run; keys hold it up to "
             "sgl-deep-gemm 0.1.x.  [default: this machine's]",
+            metavar="PATH",
         ),
-    ):
-        function = option(function)
-    return function
+    )
+    cuda_version: str | None = option(
+        None,
+        OptionDetails(
+            "CUDA release of that machine's nvcc; enough up to sgl-deep-gemm 0.1.x.  [default: "
+            "this nvcc's]",
+            metavar="X.Y",
+        ),
+    )
+    compiler_text: Path | None = option(
+        None,
+        OptionDetails(
+            "What nvcc --version prints on that machine.  [default: what it prints here]",
+            metavar="FILE",
+        ),
+    )
+
+    def root(self) -> Path | None:
+        """The folder, if one was given.
+
+        Raises:
+            UserError: it is not absolute.
+        """
+        if self.target_root is not None and not self.target_root.is_absolute():
+            raise UserError(
+                f"--target-root {self.target_root} must be an absolute path: the key holds it"
+            )
+        return self.target_root
+
+    def version_text(self, generation: int, environ: Environ) -> str | None:
+        """What ``nvcc --version`` prints there; None where nobody knows.
+
+        Raises:
+            UserError: options that contradict each other, an old release, or a release where the
+                keys of this JIT generation need the whole text.
+        """
+        if self.compiler_text is not None and self.cuda_version is not None:
+            raise UserError("--compiler-text and --cuda-version both name the compiler: give one")
+        if self.compiler_text is not None:
+            return _read_compiler_text(self.compiler_text)
+        release = None if self.cuda_version is None else check_release(self.cuda_version)
+        if release is not None and generation == 1:
+            return "NVCC{}.{}".format(*release)
+        nvcc = find_nvcc(environ)
+        here = None if nvcc is None else nvcc_version(nvcc)
+        if release is not None and (here is None or release_of(here) != release):
+            raise UserError(
+                f"--cuda-version {self.cuda_version} is not enough: this library's keys hold all "
+                "that nvcc --version prints there; give that with --compiler-text FILE"
+            )
+        return here
 
 
 @dataclass(frozen=True)
@@ -127,65 +168,69 @@ class Target:
         return f"{table.origin.describe()}\ncompiler: {compiler}"
 
 
-def take_target(
-    values: dict[str, Any],
+def target_of(
+    wanted: LibraryOptions,
+    gpu: Gpu,
     environ: Environ,
     *,
+    compiler: CompilerOptions | None = None,
+    ignore_installed: bool = False,
     ask: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Target:
-    """Take the options of this module, and the first of ``--num-sms``, out of ``values``.
+    """The library, GPU and machine that options mean.
+
+    Args:
+        wanted: names the library.
+        gpu: what kernels are chosen for.
+        environ: the variables that change the compiler's flags.
+        compiler: of the machine that will run.
+        ignore_installed: do as if there were no library here.
+        ask: ask the library even where its answer is known already.
+        progress: told how far asking is.
 
     Raises:
         UserError: options that contradict each other, a library that is not there, or kernels
             that nobody knows.
     """
-    gpu = _gpu(values)
-    wanted = values.pop("library_name")
-    library = find_library(wanted)
-    root, release = values.pop("target_root", None), values.pop("cuda_version", None)
-    if root is not None and not root.is_absolute():
-        raise UserError(f"--target-root {root} must be an absolute path: the key holds it")
+    library = None if ignore_installed else find_library(wanted.library)
+    compiler = compiler or CompilerOptions()
     # Without a library the rules have no keys, and tables that ship are of the second generation.
     generation = 2 if library is None else library.generation
-    text = _version_text(values.pop("compiler_text", None), release, generation, environ)
+    root, text = compiler.root(), compiler.version_text(generation, environ)
     source = choose_source(
         gpu,
         library,
         environ=environ,
         environment=os.environ,
         version_text=text,
-        wanted=wanted,
+        wanted=wanted.library,
         ask=ask,
         progress=progress,
     )
     return Target(gpu, library, root, text, source)
 
 
-def take_machine(
-    values: dict[str, Any], environ: Environ, built: Manifest | None
+def cache_machine(
+    compiler: CompilerOptions, wanted: LibraryOptions, environ: Environ, built: Manifest | None
 ) -> tuple[Machine | None, str]:
-    """Take :func:`machine_options` out of ``values``: the machine, or None and why it is not known.
+    """The machine that will look a cache up, or None and why it is not known.
 
     What is not said is this machine's. A library of the manifest's name is looked for first.
 
     Raises:
         UserError: a bad path or release.
     """
-    root, release = values.pop("target_root"), values.pop("cuda_version")
-    if root is not None and not root.is_absolute():
-        raise UserError(f"--target-root {root} must be an absolute path: the key holds it")
-    wanted = values.pop("library_name", None)
-    library = _servers_library(wanted, built)
+    root = compiler.root()
+    library = _servers_library(wanted.library, built)
     generation = library.generation if built is None and library else 1
     generation = built.generation if built is not None else generation
-    text = _version_text(values.pop("compiler_text"), release, generation, environ)
+    text = compiler.version_text(generation, environ)
     if library is None:
-        return None, f"there is no {wanted or 'deep_gemm'} here"
+        return None, f"there is no {wanted.library or 'deep_gemm'} here"
     if text is None:
         return None, "there is no nvcc here"
-    gpu = values.pop("gpu", None)
-    device = device_here() if gpu is None else _device_of(gpu_named(gpu))
+    device = device_here() if wanted.gpu is None else _device_of(gpu_named(wanted.gpu))
     return Machine(library, root or library.root, text, environ, device), ""
 
 
@@ -203,14 +248,7 @@ def _servers_library(wanted: str | None, built: Manifest | None) -> Library | No
     return find_library(wanted)
 
 
-def _gpu(values: dict[str, Any]) -> Gpu:
-    """``--gpu``, else the one of ``--hardware`` where that names one, with ``--num-sms``."""
-    counts = values.get("num_sms")
-    name = values.pop("gpu") or _implied(values.get("hardware"))
-    return gpu_named(name, max(counts) if counts else None)
-
-
-def _implied(hardware: str | None) -> str:
+def _gpu_of_profile(hardware: str | None) -> str:
     """The GPU of a profile: the one that it is named after, else h200 where its SMs agree.
 
     Raises:
@@ -219,6 +257,8 @@ def _implied(hardware: str | None) -> str:
     names = {gpu.name for gpu in GPUS}
     if hardware is None or hardware in names:
         return hardware or DEFAULT_GPU
+    from sim.costs.profile import load_profile
+
     profile = load_profile(hardware)
     if profile.name in names:
         return profile.name
@@ -231,30 +271,14 @@ def _implied(hardware: str | None) -> str:
     return DEFAULT_GPU
 
 
-def _version_text(
-    file: Path | None, release: str | None, generation: int, environ: Environ
-) -> str | None:
-    if file is not None and release is not None:
-        raise UserError("--compiler-text and --cuda-version both name the compiler: give one")
-    if file is not None:
-        try:
-            text = file.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--compiler-text {file} cannot be read: {error}") from None
-        named = release_of(text)
-        _check_age(named, "release {}.{} of ".format(*named) + f"--compiler-text {file}")
-        return text
-    wanted = None if release is None else check_release(release)
-    if wanted is not None and generation == 1:
-        return "NVCC{}.{}".format(*wanted)
-    nvcc = find_nvcc(environ)
-    here = None if nvcc is None else nvcc_version(nvcc)
-    if wanted is not None and (here is None or release_of(here) != wanted):
-        raise UserError(
-            f"--cuda-version {release} is not enough: this library's keys hold all that nvcc "
-            "--version prints there; give that with --compiler-text FILE"
-        )
-    return here
+def _read_compiler_text(file: Path) -> str:
+    try:
+        text = file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--compiler-text {file} cannot be read: {error}") from None
+    named = release_of(text)
+    _check_age(named, "release {}.{} of ".format(*named) + f"--compiler-text {file}")
+    return text
 
 
 def check_release(text: str) -> tuple[int, int]:

@@ -1,0 +1,106 @@
+"""Fields of dataclasses: how each is given on a command line, and how it stands in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum, IntEnum
+from math import isfinite
+from types import NoneType
+from typing import TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptionDetails:
+    """How a field is given on a command line.
+
+    Attributes:
+        help: shown by ``--help``.
+        group: name of the options that commands take together.
+        flag: the option's name; empty is the field's with dashes.
+        metavar: how its value is called in ``--help``.
+        unit: of a number: ``SECONDS``, ``GIB`` (the field holds bytes) or ``X`` (a factor).
+        least: smallest whole number that is allowed.
+        choices: texts that are allowed; empty allows any.
+        hidden: whether ``--help`` leaves it out.
+    """
+
+    help: str
+    group: str = ""
+    flag: str = ""
+    metavar: str = ""
+    unit: str = ""
+    least: int | None = None
+    choices: tuple[str, ...] = ()
+    hidden: bool = False
+
+
+def option(default: T, details: OptionDetails) -> T:
+    """A field of a dataclass that is an option of commands; ``runner.options`` makes them."""
+    return field(default=default, metadata={"option": details})
+
+
+def to_plain(value: object) -> object:
+    """JSON data of a value: enums by value (integers by lower-case name), tuples as lists."""
+    if isinstance(value, IntEnum):
+        return value.name.lower()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    to_json: Callable[[], object] | None = getattr(value, "to_json", None)
+    return value if to_json is None else to_json()
+
+
+def from_plain(kind: object, value: object) -> object:
+    """The value of a type that :func:`to_plain` gave: whole numbers from 1 on, numbers above 0.
+
+    Raises:
+        ValueError: other data; the message goes on after "its 'name' is".
+    """
+    if NoneType in get_args(kind):
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+        return None if value is None else from_plain(kind, value)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{_short(value)}, not a list")
+        return tuple(from_plain(get_args(kind)[0], item) for item in value)
+    assert isinstance(kind, type)
+    if issubclass(kind, Enum):
+        return _member(kind, value)
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if isfinite(value) and value > 0:
+            return float(value)
+    elif type(value) is kind and (not isinstance(value, int) or value >= 1 or kind is bool):
+        return value
+    raise ValueError(f"{_short(value)}, not {_EXPECTED[kind]}")
+
+
+_EXPECTED: dict[type, str] = {
+    int: "a whole number from 1 on",
+    float: "a number above 0",
+    bool: "true or false",
+    str: "a word",
+}
+
+
+def _member(kind: type[Enum], value: object) -> Enum:
+    for member in kind:
+        if to_plain(member) == value:
+            return member
+    raise ValueError(f"{_short(value)}, not one of {', '.join(str(to_plain(m)) for m in kind)}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def field_types(cls: type) -> dict[str, object]:
+    """Types of a dataclass's fields by name."""
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls)}

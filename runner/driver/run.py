@@ -1,0 +1,204 @@
+"""A rank's whole run, warm-up and requests: by a backend for real, or recorded from shapes.
+
+Recording runs :func:`run_rank` itself, on every rank. Only single forwards are shared: one that was
+recorded before is not run again, but stands in the recording as the same :class:`Forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from runner.backend.base import Backend
+from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
+from runner.backend.gemm_walks import ExecutionHook
+from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
+from runner.backend.sink import R, ScheduleRecorder
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.requests import Request, serve, serve_all
+from runner.driver.warmup import capture_graphs, dummy_modes, execution_hook, warm_up
+from runner.scenario import MAX_TOKENS, Scenario
+from runner.schedule import OF_HOSTS, Capture, Collective, Forward, Op, Part, Schedule, flatten
+from runner.timeline import FIRST_REQUEST
+
+
+def run_rank(
+    runner: ModelRunner, scenario: Scenario, keep: Callable[[object], None] = lambda logits: None
+) -> None:
+    """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage.
+
+    A server is up once its first request is answered.
+    """
+    backend = runner.backend
+    backend.mark("phase", "warm-up")
+    warm_up(runner, scenario)
+    if scenario.graph_batch_sizes:
+        backend.mark("phase", "graph capture")
+        capture_graphs(runner, scenario)
+    first, *others = requests_of(scenario)
+    backend.mark("phase", FIRST_REQUEST)
+    serve(runner, first, keep)
+    if others:
+        backend.mark("phase", "requests")
+        serve_all(runner, others, keep)
+    backend.mark("phase", "end")
+
+
+def requests_of(scenario: Scenario) -> tuple[Request, ...]:
+    """Requests sent after the warm-up."""
+    modes = dummy_modes(scenario)
+    return tuple(Request(size, scenario.prompt_len, modes) for size in scenario.request_tokens)
+
+
+def record(scenario: Scenario, *, folded: bool = False) -> Schedule:
+    """Operations of every rank; see :func:`record_parts`."""
+    return Schedule(tuple(map(flatten, record_parts(scenario, folded=folded))))
+
+
+def record_parts(scenario: Scenario, *, folded: bool = False) -> list[list[Part]]:
+    """What every rank runs, forward by forward, recorded from shapes.
+
+    Args:
+        scenario: what is run.
+        folded: cut the replicas after the first one off behind the last operation that all of
+            them take part in; from there on each does what the first does.
+
+    Raises:
+        UserError: the model does not fit the layout.
+    """
+    parts: list[list[Part]] = []
+    shared: int | None = None
+    for rank in range(scenario.parallel.world_size):
+        if folded and shared is None and scenario.parallel.coordinates(rank).replica:
+            shared = sum(map(_is_of_all, parts[0]))
+        parts.append(record_rank(scenario, rank, host_collectives=shared))
+    return parts
+
+
+def record_rank(
+    scenario: Scenario, rank: int, *, host_collectives: int | None = None
+) -> list[Part]:
+    """What one rank runs; ``host_collectives`` ends it behind the last of so many."""
+    recorder = _PartRecorder(execution_hook(scenario, rank), host_collectives)
+    forwards = _forwards_of(scenario, rank)
+    backend = Backend(ShapeMath(), NoComm(), recorder, num_sms=scenario.num_sms)
+    plain = forwards.runner
+    runner = _RecordingRunner(
+        scenario.model,
+        scenario.parallel,
+        rank,
+        backend,
+        plain.buffers,
+        plain.stage,
+        forwards=forwards,
+        recorder=recorder,
+    )
+    if host_collectives != 0:
+        with suppress(_EndOfRecordingError):
+            run_rank(runner, scenario)
+    return recorder.parts
+
+
+def record_forward(scenario: Scenario, rank: int, batch: ForwardBatch) -> Forward:
+    """One forward of a rank's stage, recorded from shapes."""
+    return _forwards_of(scenario, rank).of(batch)[0]
+
+
+class _StageForwards:
+    """Forwards of one rank's stage, each recorded once."""
+
+    def __init__(self, scenario: Scenario, rank: int) -> None:
+        self._recorder = ScheduleRecorder()
+        backend = Backend(
+            ShapeMath(),
+            NoComm(),
+            self._recorder,
+            num_sms=scenario.num_sms,
+            bf16_fp32_algo=scenario.bf16_fp32_algo,
+        )
+        self.runner = ModelRunner.build(
+            scenario.model,
+            scenario.parallel,
+            rank,
+            backend=backend,
+            weights=ShapeWeights(),
+            buffers=NoBuffers(),
+            overlap=scenario.overlap,
+        )
+        self._known: dict[tuple[object, ...], tuple[Forward, object]] = {}
+
+    def of(self, batch: ForwardBatch) -> tuple[Forward, object]:
+        """A forward's operations and its result, a shape."""
+        key = (batch.mode, batch.seq_lens, batch.extend_seq_lens)
+        if key not in self._known:
+            self._recorder.ops.clear()
+            result = self.runner.forward(batch, self.runner.dummy_proxy(batch))
+            self._known[key] = Forward(tuple(self._recorder.ops)), result
+        return self._known[key]
+
+
+def _forwards_of(scenario: Scenario, rank: int) -> _StageForwards:
+    """Tensor ranks of a stage run the same forwards, unless attention splits tokens over them."""
+    parallel = scenario.parallel
+    at = parallel.coordinates(rank)
+    like = rank if parallel.attn_cp > 1 else parallel.rank_of(at.pp_rank, 0, at.replica)
+    same = replace(scenario.deployment, parallel=replace(parallel, nodes=1), max_tokens=MAX_TOKENS)
+    return _recorded_forwards(same, like)
+
+
+_recorded_forwards = lru_cache(maxsize=512)(_StageForwards)
+
+
+class _EndOfRecordingError(Exception):
+    """All that was asked for is recorded."""
+
+
+class _PartRecorder:
+    """Records parts; implements :class:`runner.backend.sink.OpSink`."""
+
+    def __init__(self, hook: ExecutionHook, host_collectives: int | None) -> None:
+        self.parts: list[Part] = []
+        self._hook, self._left = hook, host_collectives
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        self.parts.append(op)
+        if self._left is not None and _is_of_all(op):
+            self._left -= 1
+            if not self._left:
+                raise _EndOfRecordingError
+        return action()
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        before, self.parts = self.parts, []
+        forward()
+        before.append(Capture(name, len(flatten(self.parts))))
+        self.parts = before
+
+    def forward(self, forward: Forward) -> None:
+        """Add a forward, cut where the hook walks before one of its calls."""
+        done = 0
+        for index, call in forward.calls if self._hook.m_list is not None else ():
+            walks = self._hook.before(call)
+            if walks:
+                self.parts += [Forward(forward.ops[done:index]), *walks]
+                done = index
+        self.parts.append(Forward(forward.ops[done:]) if done else forward)
+
+
+@dataclass(frozen=True)
+class _RecordingRunner(ModelRunner):
+    """A rank whose forwards are taken from those recorded before."""
+
+    forwards: _StageForwards = field(kw_only=True)
+    recorder: _PartRecorder = field(kw_only=True)
+
+    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None = None) -> object:
+        forward, result = self.forwards.of(batch)
+        self.recorder.forward(forward)
+        return result
+
+
+def _is_of_all(part: Part) -> bool:
+    return isinstance(part, Collective) and part.name in OF_HOSTS

@@ -1,0 +1,362 @@
+"""Command-line options made from dataclasses, and values back into a command line.
+
+A field that :func:`runner.config.fields.option` describes is an option: its type says what the text
+must be, its default stands once. Commands get typed values, never a dictionary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from functools import wraps
+from math import isfinite
+from pathlib import Path
+from types import NoneType
+from typing import Protocol, TypeVar, get_args, get_origin
+
+import click
+
+from runner.config.environ import Environ
+from runner.config.fields import OptionDetails, field_types, from_plain, option, to_plain
+from runner.config.hf import load_model, with_layers
+from runner.config.model import ModelConfig
+from runner.config.parallel import ParallelConfig
+from runner.config.presets import PRESETS
+from runner.config.warmup import WarmupPolicy, policy_of_flags
+from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategies
+from runner.scenario import Scenario
+
+F = TypeVar("F", bound=Callable[..., object])
+GIB = 1 << 30
+
+
+class IntList(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """Comma-separated whole numbers from 1 on."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = str(value).split(",")
+        if not all(
+            word.strip().isascii() and word.strip().isdecimal() and int(word) for word in words
+        ):
+            self.fail(f"{value!r} must be whole numbers from 1 on, such as 1,128,1024", param, ctx)
+        return tuple(map(int, words))
+
+
+class Positive(click.FloatRange):
+    """A finite number above 0; click's own range would let NaN through."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(min=0, min_open=True, max=most)
+
+    def convert(
+        self, value: float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+_UNITS = {"SECONDS": Positive(1e7), "GIB": Positive(1e6), "X": Positive(100)}
+_SCALES = {"GIB": GIB}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field as an option of commands."""
+
+    name: str
+    kind: object
+    default: object
+    details: OptionDetails
+
+    @property
+    def flag(self) -> str:
+        """The option's name on the command line."""
+        return self.details.flag or f"--{self.name.replace('_', '-')}"
+
+    @property
+    def _off(self) -> str:
+        """The flag that switches off what is on by default; empty where there is none."""
+        return f"--no-{self.flag[2:]}" if self.kind is bool and self.default is not False else ""
+
+    @property
+    def _repeats(self) -> bool:
+        return get_origin(self.kind) is tuple and get_args(self.kind)[0] is not int
+
+    def decorate(self, function: F) -> F:
+        """Add the option to a command's function."""
+        explained = self.details.help
+        default = None if self.default == () else to_plain(self.default)
+        flag = f"{self.flag}/{self._off}" if self._off else self.flag
+        kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
+        return click.option(
+            flag,
+            self.name,
+            default=default,
+            metavar=self.details.metavar or self.details.unit or None,
+            hidden=self.details.hidden,
+            help=explained,
+            show_default=default not in (None, False) and "[default" not in explained,
+            **({"is_flag": True} if self.kind is bool else kind),
+        )(function)
+
+    def _click_type(self) -> object:
+        kind = get_args(self.kind)[0] if get_origin(self.kind) is tuple else self.kind
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return click.Choice([str(to_plain(member)) for member in kind])
+        if get_origin(self.kind) is tuple and kind is int:
+            return IntList()
+        if self.details.choices:
+            return click.Choice(self.details.choices)
+        if kind is int and self.details.least is not None:
+            return click.IntRange(min=self.details.least)
+        if kind is float:
+            return _UNITS[self.details.unit]
+        return click.Path(path_type=Path) if kind is Path else kind
+
+    def value(self, given: object) -> object:
+        """The field's value for what click gives."""
+        if given is None or given == ():
+            return self.default
+        if self._repeats and get_args(self.kind)[0] is not str:
+            assert isinstance(given, tuple)
+            return from_plain(self.kind, list(given))
+        if isinstance(self.kind, type) and issubclass(self.kind, Enum):
+            return from_plain(self.kind, given)
+        if isinstance(given, float):
+            return given * _SCALES.get(self.details.unit, 1)
+        return given
+
+    def argv(self, value: object) -> list[str]:
+        """Words that give the field this value; none where that is its default."""
+        if value == self.default:
+            return []
+        if isinstance(value, bool):
+            return [self.flag if value else self._off]
+        if isinstance(value, tuple) and self._repeats:
+            return [word for item in value for word in (self.flag, str(to_plain(item)))]
+        if isinstance(value, tuple):
+            return [self.flag, ",".join(map(str, value))]
+        if isinstance(value, float):
+            value = value / _SCALES.get(self.details.unit, 1)
+        return [self.flag, str(to_plain(value))]
+
+
+def _options_of(cls: type, groups: Iterable[str] = ()) -> list[Option]:
+    """Options of a dataclass's fields, of all or of some groups."""
+    kinds = field_types(cls)
+    return [
+        Option(item.name, _without_none(kinds[item.name]), item.default, item.metadata["option"])
+        for item in fields(cls)
+        if "option" in item.metadata and (not groups or item.metadata["option"].group in groups)
+    ]
+
+
+def _without_none(kind: object) -> object:
+    args = get_args(kind)
+    return next(each for each in args if each is not NoneType) if NoneType in args else kind
+
+
+def to_argv(value: object) -> list[str]:
+    """The options that give a dataclass of options this value."""
+    return [
+        word for item in _options_of(type(value)) for word in item.argv(getattr(value, item.name))
+    ]
+
+
+class OptionGroup(Protocol):
+    """Options that together make one argument of a command."""
+
+    def decorate(self, function: F) -> F:
+        """Add the options."""
+
+    def take(self, values: dict[str, object]) -> object:
+        """Take the options' values out of click's and make the argument."""
+
+
+@dataclass(frozen=True)
+class _DataclassGroup:
+    cls: Callable[..., object]
+    options: Sequence[Option]
+
+    def decorate(self, function: F) -> F:
+        for item in reversed(self.options):
+            function = item.decorate(function)
+        return function
+
+    def take(self, values: dict[str, object]) -> object:
+        return self.cls(**{item.name: item.value(values.pop(item.name)) for item in self.options})
+
+
+def with_options(
+    *groups: type | OptionGroup,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of dataclasses (or groups); it gets a value of each, in order."""
+    made = [
+        _DataclassGroup(each, _options_of(each)) if isinstance(each, type) else each
+        for each in groups
+    ]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: object) -> None:
+            taken = [each.take(values) for each in made]
+            function(*taken, **values)
+
+        for each in reversed(made):
+            command = each.decorate(command)
+        return command
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class ScenarioOptions:
+    """What a command line said of its scenario, by field; the model and strategies as texts."""
+
+    options: Sequence[Option]
+    given: Mapping[str, object]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of ``--model`` and ``--layers``.
+
+        Raises:
+            UserError: no such model, or not so many layers.
+        """
+        model, layers = load_model(str(self.given["model"])), self.given["layers"]
+        return with_layers(model, layers) if isinstance(layers, int) else model
+
+    def scenario(self, environ: Environ, **fixed: object) -> Scenario:
+        """The scenario, with what the environment says where no option does.
+
+        Args:
+            environ: the environment.
+            fixed: fields of Scenario or ParallelConfig instead of options.
+
+        Raises:
+            UserError: values that contradict each other or the model.
+        """
+        given = {**self.given, **fixed}
+        # What click has checked option by option needs no types of its own here.
+        make_layout: Callable[..., ParallelConfig] = ParallelConfig
+        make: Callable[..., Scenario] = Scenario
+        strategies: Callable[..., tuple[OverlapStrategy, ...]] = load_strategies
+        layout = {name: given[name] for name in field_types(ParallelConfig) if name in given}
+        layout["stage_layers"] = layout.get("stage_layers") or environ.stage_layers
+        if layout.get("nodes") is None:
+            alone = make_layout(**{**layout, "nodes": 1})
+            layout["nodes"] = alone.replicas * alone.pp
+        own = {name: given[name] for name in field_types(Scenario) if name in given}
+        own |= {"model": self.model, "overlap": strategies(given.get("overlap", ()))}
+        own |= {"parallel": make_layout(**layout)}
+        return make(**{"bf16_fp32_algo": environ.bf16_fp32_algo, **own})
+
+    def changed(self, *groups: str) -> list[Option]:
+        """Options of some groups that do not have their defaults."""
+        return [
+            item
+            for item in self.options
+            if item.details.group in groups and self.given[item.name] != item.default
+        ]
+
+    def to_argv(self) -> list[str]:
+        """The command line that gives the same options."""
+        return [word for item in self.options for word in item.argv(self.given[item.name])]
+
+
+@dataclass(frozen=True)
+class _ModelOptions:
+    """Fields of a scenario that a command line gives as texts."""
+
+    model: str = option(
+        "dsv4",
+        OptionDetails(
+            f"{', '.join(PRESETS)}, or a path to a Hugging Face config.json.", group="model"
+        ),
+    )
+    layers: int | None = option(
+        None, OptionDetails("Only the model's first N layers.", group="model", metavar="N")
+    )
+    overlap: tuple[str, ...] = option(
+        (),
+        OptionDetails(
+            f"Overlap two halves of each batch: {', '.join(STRATEGIES)}, or a file.",
+            group="deployment",
+            metavar="STRATEGY",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _ScenarioGroup:
+    options: Sequence[Option]
+
+    def decorate(self, function: F) -> F:
+        for item in reversed(self.options):
+            function = item.decorate(function)
+        return function
+
+    def take(self, values: dict[str, object]) -> ScenarioOptions:
+        given = {item.name: item.value(values.pop(item.name)) for item in self.options}
+        return ScenarioOptions(self.options, given)
+
+
+def scenario_options(*groups: str, without: Sequence[str] = (), **defaults: object) -> OptionGroup:
+    """Groups of a scenario's options, which make one :class:`ScenarioOptions`.
+
+    Args:
+        groups: ``model``, ``deployment``, ``plan``, ``run``, ``placement``: see the fields of
+            Scenario and ParallelConfig.
+        without: fields that the command sets itself.
+        defaults: of single fields, where a command has its own.
+    """
+    defaults = {"nodes": None, **defaults}
+    found = [
+        replace(item, default=defaults.get(item.name, item.default))
+        for cls in (_ModelOptions, ParallelConfig, Scenario)
+        for item in _options_of(cls, groups)
+        if item.name not in without
+    ]
+    return _ScenarioGroup(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """Which warm-up policies are run."""
+
+    warmup: tuple[WarmupPolicy, ...] = option(
+        (), OptionDetails("Warm-up policy; give it again for several.")
+    )
+
+    def policies(
+        self, environ: Environ, default: Sequence[WarmupPolicy]
+    ) -> tuple[WarmupPolicy, ...]:
+        """Those of the command line, else the one of SGLang's variables, else the default."""
+        if self.warmup:
+            return tuple(dict.fromkeys(self.warmup))
+        of_flags = policy_of_flags(
+            precompile=environ.precompile,
+            fast=environ.fast_warmup,
+            pp_parallel=environ.pp_parallel_warmup,
+        )
+        return tuple(default) if of_flags is None else (of_flags,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Files that Timelines are written to."""
+
+    timeline: Path | None = option(
+        None, OptionDetails("Write the Timelines as JSON (- for stdout).")
+    )
+    trace: Path | None = option(None, OptionDetails("Write a Chrome trace; open it in Perfetto."))
+    plot: Path | None = option(None, OptionDetails("Draw a Gantt picture (.png or .svg)."))
