@@ -11,8 +11,8 @@ from runner.driver.run import record_parts
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import union
 from runner.kernels.types import GemmShape
-from runner.planning.plan import KernelUse, Plan, plan_of, use_to_json
-from runner.planning.residency import Stall, kernels_once_up, stalls_of
+from runner.planning.plan import KernelUse, Plan, plan_of, table_of, use_to_json
+from runner.planning.residency import Stall, kernels_at_start, kernels_once_up, stalls_of
 from runner.scenario import Scenario
 
 
@@ -44,7 +44,9 @@ def coverage(scenario: Scenario) -> Coverage:
         UserError: the source does not know all kernels.
     """
     plan, ranks = plan_of(scenario), record_parts(scenario)
-    disks = kernels_once_up(scenario, ranks)
+    table, node_of = table_of(scenario), scenario.parallel.node_of
+    at_start = kernels_at_start(scenario)
+    disks = kernels_once_up(ranks, table, node_of, at_start)
     planned = {item.kernel for item in plan.kernels}
     compiled = frozenset[Kernel]().union(*disks.values())
     names = {kernel.identity for kernel in planned}
@@ -54,7 +56,9 @@ def coverage(scenario: Scenario) -> Coverage:
         uncovered=_uncovered(plan, scenario.parallel, disks),
         missing=len(missing_kernels(scenario, disks)),
         superfluous=0 if scenario.without else len(compiled - planned),
-        stalls=tuple(stall for stall in stalls_of(scenario, ranks) if stall.kernel in names),
+        stalls=tuple(
+            stall for stall in stalls_of(ranks, table, node_of, at_start) if stall.kernel in names
+        ),
     )
 
 

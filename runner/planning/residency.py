@@ -6,7 +6,7 @@ node has it. No clock is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
@@ -15,7 +15,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.kernels.types import KernelCall
-from runner.planning.plan import plan_of, table_of
+from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.schedule import EXCHANGE, Collective, Forward, KernelWork, Mark, Part, Walk
 
@@ -31,30 +31,33 @@ def kernels_at_start(scenario: Scenario) -> frozenset[Kernel]:
 
 
 def kernels_once_up(
-    scenario: Scenario, ranks: Sequence[Sequence[Part]]
+    ranks: Sequence[Sequence[Part]],
+    table: KernelTable,
+    node_of: Callable[[int], int],
+    at_start: frozenset[Kernel] = frozenset(),
 ) -> dict[int, frozenset[Kernel]]:
     """Kernels on each node's disk once the server is up: warmed up, first request answered.
 
     Args:
-        scenario: what was run.
-        ranks: what each rank ran.
+        ranks: what each rank runs.
+        table: which kernels that needs.
+        node_of: node of a rank.
+        at_start: what every disk holds before the run.
     """
-    table = table_of(scenario)
-    nodes = range(scenario.parallel.nodes)
-    disks = {node: set(kernels_at_start(scenario)) for node in nodes}
+    disks: dict[int, set[Kernel]] = {}
     exchanging: set[int] = set()
     for rank, parts in enumerate(ranks):
-        node = scenario.parallel.node_of(rank)
+        disk = disks.setdefault(node_of(rank), set(at_start))
         for part in parts:
             if part == Mark("phase", SERVING):
                 break
-            disks[node].update(_used(part, table))
+            disk.update(_used(part, table))
             if isinstance(part, Collective) and part.name == EXCHANGE:
-                exchanging.add(node)
+                exchanging.add(node_of(rank))
     everything = set[Kernel]().union(*(disks[node] for node in exchanging))
     return {
-        node: frozenset(disks[node] | everything if node in exchanging else disks[node])
-        for node in nodes
+        node: frozenset(disk | everything if node in exchanging else disk)
+        for node, disk in disks.items()
     }
 
 
@@ -75,16 +78,24 @@ class Stall:
     kernel: str
 
 
-def stalls_of(scenario: Scenario, ranks: Sequence[Sequence[Part]]) -> list[Stall]:
-    """Stalls of the requests after the first one, a kernel once on each node."""
-    table = table_of(scenario)
-    disks = {node: set(held) for node, held in kernels_once_up(scenario, ranks).items()}
+def stalls_of(
+    ranks: Sequence[Sequence[Part]],
+    table: KernelTable,
+    node_of: Callable[[int], int],
+    at_start: frozenset[Kernel] = frozenset(),
+) -> list[Stall]:
+    """Stalls of the requests after the first one, a kernel once on each node.
+
+    See :func:`kernels_once_up` for the arguments.
+    """
+    up = kernels_once_up(ranks, table, node_of, at_start)
+    disks = {node: set(held) for node, held in up.items()}
     found = []
-    # Ranks may serve unequal numbers of forwards: stages that nothing reaches serve none.
+    # Ranks may serve unequal numbers of forwards.
     served = zip_longest(*map(_served_forwards, ranks), fillvalue=("", ()))
     for index, forwards in enumerate(served):
         for rank, (name, parts) in enumerate(forwards):
-            node = scenario.parallel.node_of(rank)
+            node = node_of(rank)
             for kernel in (kernel for part in parts for kernel in _used(part, table)):
                 if kernel not in disks[node]:
                     disks[node].add(kernel)

@@ -9,8 +9,9 @@ import pytest
 
 from runner.build.compiler import NvccCompiler
 from runner.config.hf import load_model
+from runner.driver.run import record
+from runner.planning.plan import table_of
 from runner.planning.residency import stalls_of
-from runner.scenario import record
 from runner.timeline import Timeline, read_timelines
 from sim.calibration.calibrate import fit_profile
 from sim.calibration.validation import judge, scenario_of
@@ -64,7 +65,7 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
     for timeline in (none, parallel, full, planned):
         scenario = scenario_of(timeline, models)
         # Every node is one rank.
-        said = stalls_of(record(scenario), scenario.table, scenario.parallel.node_of)
+        said = stalls_of(record(scenario), table_of(scenario), scenario.parallel.node_of)
         assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
         assert bool(said) == (timeline is not planned)
     assert locked.kernels_compiled > locked.duplicates == 0

@@ -20,7 +20,9 @@ from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
-from runner.scenario import Scenario, record
+from runner.driver.run import record
+from runner.planning.plan import plan_of
+from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
 from tests.distributed.launching import FEW_KERNELS, launch, run_launch, schedule_in
 from tests.models import DSV3_SMALL
@@ -175,7 +177,8 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
     scenario = Scenario(
         model=model,
         parallel=parallel,
-        warmup=WarmupOptions(policy=policy, batch_sizes=sizes),
+        policy=policy,
+        batch_sizes=sizes,
         prompt_len=int(words.get("--prompt-len", "1")),
     )
     really = schedule_in(path)
@@ -205,7 +208,8 @@ def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_p
         model=load_model("dsv4-tiny"),
         parallel=ParallelConfig(pp=2),
         prompt_len=12,
-        warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(2, 24)),
+        policy=WarmupPolicy.NONE,
+        batch_sizes=(2, 24),
         bf16_fp32_algo=algo,
     )
     really = schedule_in(path)
@@ -299,7 +303,7 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
     )
     (planned,) = read_timelines(built)
     scenario = _planned_scenario(config)
-    everything = len(scenario.plan.kernels)
+    everything = len(plan_of(scenario).kernels)
     assert planned.kernels_compiled == planned.distinct_kernels == everything > 2
     assert {span.rank for span in planned.spans if span.kind == "compile"} == {0, 2}
     assert [node["present"] for node in planned.meta["coverage"]] == [everything] * 2
@@ -323,11 +327,9 @@ def _planned_scenario(config: Path) -> Scenario:
     return Scenario(
         model=load_model(str(config)),
         parallel=ParallelConfig(pp=2, tp=2, nodes=2),
-        warmup=WarmupOptions(
-            policy=WarmupPolicy.PLANNED,
-            batch_sizes=(1,),
-            disaggregation=DisaggregationMode.PREFILL,
-        ),
+        policy=WarmupPolicy.PLANNED,
+        batch_sizes=(1,),
+        disaggregation=DisaggregationMode.PREFILL,
         max_tokens=16,
     )
 

@@ -10,8 +10,9 @@ import pytest
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
 from runner.model.strategy import STRATEGIES
-from runner.scenario import Scenario, record
+from runner.scenario import Scenario
 from runner.schedule import Await, Begin
 from runner.timeline import read_timelines
 from tests.distributed.launching import launch, schedule_in
@@ -127,7 +128,8 @@ def test_what_runs_is_what_was_recorded_and_goes_on_beside(tmp_path: Path) -> No
     scenario = Scenario(
         model=load_model("dsv4-tiny"),
         parallel=ParallelConfig(tp=2, ep=True, moe_a2a=True),
-        warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(3, 25)),
+        policy=WarmupPolicy.NONE,
+        batch_sizes=(3, 25),
         prompt_len=5,
         max_tokens=64,
         overlap=(STRATEGIES["deepseek-decode"], STRATEGIES["deepseek-prefill"]),

@@ -10,7 +10,8 @@ import pytest
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
-from runner.scenario import Scenario, record
+from runner.driver.run import record
+from runner.scenario import Scenario
 from runner.schedule import Capture, Walk
 from tests.distributed.launching import run_launch, schedule_in
 
@@ -50,7 +51,10 @@ def foretold(policy: WarmupPolicy, **warmup: Any) -> Scenario:
     return Scenario(
         model=with_layers(load_model("dsv4-tiny"), 3),
         parallel=ParallelConfig(pp=2, nodes=2),
-        warmup=WarmupOptions(policy=policy, batch_sizes=(1, 8), graph_batch_sizes=(2, 4), **warmup),
+        policy=policy,
+        batch_sizes=(1, 8),
+        graph_batch_sizes=(2, 4),
+        **warmup,
         stream=(5, 130),
         walk_memory=0.002 * 2**30,
         max_tokens=256,

@@ -14,13 +14,13 @@ from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
-from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
 from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
-from runner.scenario import Scenario, record
+from runner.scenario import Scenario
 from tests.gpu.library import real_wrapper
 
 torch = pytest.importorskip("torch")
@@ -38,8 +38,7 @@ def _calls() -> list[KernelCall]:
     found: dict[KernelCall, None] = {}
     for model, degrees in ((with_layers(DSV4, 4), (1, 2, 4, 8)), (with_layers(DSV3, 4), (2, 8))):
         for tp in degrees:
-            warmup = WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(1, 129))
-            scenario = Scenario(model=model, parallel=ParallelConfig(tp=tp), warmup=warmup)
+            scenario = Scenario(model=model, parallel=ParallelConfig(tp=tp), batch_sizes=(1, 129))
             for op in record(scenario).ranks[0]:
                 if isinstance(op, KernelCall):
                     found[op] = None

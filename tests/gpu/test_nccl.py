@@ -13,8 +13,9 @@ import pytest
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.model.strategy import STRATEGIES
-from runner.planning.demands import Deployment, plan_of
+from runner.planning.plan import plan_of
 from runner.report.segments import busy_segments
+from runner.scenario import Scenario
 from tests.gpu.runs import Gpus, differences
 
 torch = pytest.importorskip("torch")
@@ -88,7 +89,7 @@ def test_kernels_of_fewer_sms_are_compiled_as_planned(gpus: Gpus, tmp_path: Path
     cache = tmp_path / "kernels"
     gpus.build(cache, EP, *FOUR)
     timeline, _ = gpus.launch(EP, *FOUR, *OVERLAP, cache=cache)
-    deployment = Deployment(
+    deployment = Scenario(
         model=load_model(str(gpus.config)),
         parallel=ParallelConfig(tp=2, ep=True, moe_a2a=True),
         max_tokens=512,

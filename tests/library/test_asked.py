@@ -14,7 +14,8 @@ import pytest
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
-from runner.scenario import Scenario, record
+from runner.driver.run import record
+from runner.scenario import Scenario
 from runner.schedule import Schedule
 
 PYTHON = os.environ.get("DEEPGEMM_COLDSTART_LIBRARY_PYTHON", "")
@@ -186,7 +187,8 @@ def test_a_launch_on_the_stand_in_runs_the_recorded_operations(
     scenario = Scenario(
         model=load_model("dsv4-tiny"),
         parallel=ParallelConfig(pp=pp, tp=tp),
-        warmup=WarmupOptions(policy=WarmupPolicy.PP_PARALLEL, batch_sizes=(1, 130)),
+        policy=WarmupPolicy.PP_PARALLEL,
+        batch_sizes=(1, 130),
     )
     ran = Schedule.from_json(json.loads(schedule.read_text()))
     expected = record(scenario)

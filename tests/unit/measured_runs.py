@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.calibration.drift import Drift
@@ -68,8 +69,8 @@ def measured(
 
 def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
     """Loads of a bulk load and of a walk bear their operation's name, as a rank's sink has it."""
-    planning = scenario.policy in PLANNING_POLICIES
-    name = f"load {len(scenario.plan.kernels)} kernels"
+    planning = scenario.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT)
+    name = f"load {len(plan_of(scenario).kernels)} kernels"
     walk = ""
     for span in spans:
         if span.kind == "load" and span.name.startswith("walk "):

@@ -11,8 +11,7 @@ from runner.config.environ import Environ
 from runner.kernels.installed import Library
 from runner.kernels.rules import RULES
 from runner.planning.gemm_spec import gemm_demands
-from runner.planning.plan import Plan, PlannedKernel, make_plan
-from runner.planning.plan import use_to_json
+from runner.planning.plan import Plan, PlannedKernel, make_plan, use_to_json
 from tests.unit.elf import tiny_cubin
 
 GEMM = "gemm_nt_f8f8bf16:4096:1024"

@@ -25,8 +25,7 @@ from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.library_check import differences
-from runner.planning.plan import make_plan
-from runner.planning.plan import use_to_json
+from runner.planning.plan import make_plan, use_to_json
 from runner.standin.gpus import Gpu
 from tests.unit.small_cache import GEMM, NVCC_TEXT, keys_for, small_library, small_plan
 
@@ -145,7 +144,7 @@ def test_there_is_one_line_for_each_kernel_that_differs(
 def here(tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """A small library and an nvcc of release 13.0 in place of what is installed."""
     library = small_library(tmp_path / "deep_gemm")
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     return library
@@ -250,7 +249,7 @@ def test_without_headers_there_are_no_keys(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     whole = json_of(capsys, *SMALL)
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     data = json_of(capsys, *SMALL, err=LACKING)
     assert [item["cache_key"] for item in data["kernels"]] == [None] * 4
     for item in [*data["kernels"], *whole["kernels"]]:
@@ -262,7 +261,7 @@ def test_without_headers_there_are_no_keys(
 def test_without_an_nvcc_there_are_no_keys(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     words = (
         "there is no nvcc here: give --compiler-text FILE, with what nvcc --version prints on the "
         "machine that will run"
@@ -365,7 +364,7 @@ def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
 def test_a_streams_stalls_as_json(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     arguments = [*TINY, "--policy", "full", "--stream", "20,40"]
     stalls = json_of(capsys, *arguments, err=LACKING)["policy"]["stalls"]
     assert [(at, name, node) for at, name, node, _ in stalls] == [
@@ -385,7 +384,7 @@ def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) 
 
 
 def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     data = json_of(capsys, *TINY, "--policy", "full", err=LACKING)
     told = data["policy"]
     # The first request, one token, brings the rest of the kernels that one token needs.
@@ -550,7 +549,7 @@ def test_check_tells_every_difference(
 def test_check_needs_a_library(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     line = (
         "kernels for h200 (sm_90a) are only known to the library itself, and none is installed "
         "here: pip install 'deepgemm-coldstart[library]', or give one with --library (our rules "
@@ -583,7 +582,7 @@ def test_a_bad_target_is_refused_before_anything_is_printed(
     """With JSON or without, and whether there are headers or not."""
     monkeypatch.chdir(tmp_path)
     if not headers:
-        monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+        monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     refuses(capsys, line, *SMALL, *option, *(["--json", json_path] if json_path else []))
     assert not (tmp_path / "x.json").exists()
 

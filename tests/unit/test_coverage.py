@@ -13,17 +13,18 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record, record_rank
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
+from runner.model.strategy import COMM_SMS, STRATEGIES
 from runner.planning.coverage import Coverage, coverage, node_coverage, node_stages
-from runner.planning.demands import Deployment, plan_of
-from runner.planning.plan import Plan
-from runner.planning.residency import SERVING, kernels_before
-from runner.scenario import Scenario, record, record_rank
-from runner.schedule import KernelWork, Mark, Op, Walk
+from runner.planning.plan import Plan, plan_of, table_of
+from runner.planning.residency import SERVING, kernels_once_up
+from runner.scenario import Scenario
+from runner.schedule import KernelWork, Mark, Op, Walk, flatten
 
 P = WarmupPolicy
 POLICIES = pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
@@ -31,27 +32,22 @@ LIMIT = 48
 
 
 @cache
-def tiny(**values: Any) -> Deployment:
-    return Deployment(
-        model=DSV4_TINY, parallel=ParallelConfig(pp=2, tp=2), max_tokens=LIMIT, **values
-    )
-
-
-def held_up(policy: WarmupPolicy, made: Deployment, nodes: int) -> dict[int, set[Kernel]]:
-    """Kernels of each node before its further requests, from every operation on its own."""
-    if policy in (P.PLANNED, P.PREBUILT):
-        return {node: {item.kernel for item in plan_of(made).kernels} for node in range(nodes)}
+def tiny(nodes: int = 2, **values: Any) -> Scenario:
     parallel = ParallelConfig(pp=2, tp=2, nodes=nodes)
-    one = Scenario(
-        model=made.model,
-        parallel=parallel,
-        max_tokens=LIMIT,
-        warmup=WarmupOptions(policy=policy, walk_max_m=LIMIT),
+    return Scenario(
+        model=DSV4_TINY, parallel=parallel, **{"max_tokens": LIMIT, "stream": (), **values}
     )
-    held: dict[int, set[Kernel]] = {node: set() for node in range(nodes)}
-    for rank, ops in enumerate(record(one).ranks):
+
+
+def held_up(one: Scenario) -> dict[int, set[Kernel]]:
+    """Kernels of each node before its further requests, from every operation on its own."""
+    nodes = range(one.parallel.nodes)
+    if one.policy in (P.PLANNED, P.PREBUILT):
+        return {node: {item.kernel for item in plan_of(one).kernels} for node in nodes}
+    held: dict[int, set[Kernel]] = {node: set() for node in nodes}
+    for rank, ops in enumerate(record(replace(one, stream=None)).ranks):
         for op in ops[: ops.index(Mark("phase", SERVING))]:
-            held[parallel.node_of(rank)].update(used(op))
+            held[one.parallel.node_of(rank)].update(used(op))
     return held
 
 
@@ -67,10 +63,9 @@ def used(op: Op) -> list[Kernel]:
 
 
 def brute_force(
-    made: Deployment, plan: Plan, held: dict[int, set[Kernel]], nodes: int
+    parallel: ParallelConfig, plan: Plan, held: dict[int, set[Kernel]]
 ) -> tuple[dict[Any, set[int]], set[Kernel]]:
     """M of each GEMM that would compile on some node, and the kernels."""
-    parallel = ParallelConfig(pp=2, tp=2, nodes=nodes)
     stalling: dict[Any, set[int]] = {}
     lacking: set[Kernel] = set()
     for node, kernels in held.items():
@@ -89,11 +84,10 @@ def brute_force(
 @POLICIES
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, nodes: int) -> None:
-    made = tiny()
-    plan = plan_of(made)
-    found = coverage(policy, made, plan, nodes=nodes, walk_max_m=LIMIT)
-    held = held_up(policy, made, nodes)
-    stalling, lacking = brute_force(made, plan, held, nodes)
+    one = tiny(nodes=nodes, policy=policy, walk_max_m=LIMIT)
+    plan, found = plan_of(one), coverage(one)
+    held = held_up(one)
+    stalling, lacking = brute_force(one.parallel, plan, held)
     planned = {item.kernel for item in plan.kernels}
     compiled = set().union(*held.values())
     assert (found.policy, found.compiled) == (policy, compiled)
@@ -106,31 +100,19 @@ def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, no
         for use in found.uncovered
     }
     assert told == stalling
-    assert (
-        found.stalls
-        == coverage(policy, made, plan, nodes=nodes, stream=(), walk_max_m=LIMIT).stalls
-        == ()
-    )
+    assert found.stalls == ()
 
 
-def test_by_default_each_stage_has_a_node() -> None:
-    made = tiny()
-    plan = plan_of(made)
-
-    def stalled(nodes: int | None) -> set[int]:
-        found = coverage(P.NONE, made, plan, nodes=nodes, stream=(LIMIT,))
-        return {stall.node for stall in found.stalls}
-
-    assert stalled(None) == stalled(2) == {0, 1}
-    assert stalled(1) == {0}
-    assert coverage(P.NONE, made, plan) == coverage(P.NONE, made, plan, nodes=2)
+def test_nodes_stall_each_on_their_own() -> None:
+    for nodes, expected in ((1, {0}), (2, {0, 1})):
+        found = coverage(tiny(nodes=nodes, stream=(LIMIT,)))
+        assert {stall.node for stall in found.stalls} == expected
 
 
 @POLICIES
 def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) -> None:
-    made = tiny()
-    plan = plan_of(made)
-    found = coverage(policy, made, plan, stream=(7, LIMIT, 3, 7))
+    made = tiny(policy=policy, stream=(7, LIMIT, 3, 7))
+    plan, found = plan_of(made), coverage(made)
     assert {stall.forward for stall in found.stalls} <= set(range(8))
     planned = {item.kernel.identity for item in plan.kernels}
     if not policy.walked:
@@ -138,70 +120,77 @@ def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) 
     assert (found.stalls == ()) == (policy in (P.PLANNED, P.PREBUILT))
     # Sooner or later every M: then all that was missing has stalled someone.
     if policy is P.NONE:
-        every = coverage(policy, made, plan, stream=tuple(range(1, LIMIT + 1)))
+        every = coverage(replace(made, stream=tuple(range(1, LIMIT + 1))))
         pairs = {(stall.node, stall.kernel) for stall in every.stalls}
         assert len({kernel for _, kernel in pairs}) == found.missing
 
 
 def test_graphs_cover_what_their_decode_steps_use() -> None:
-    made = tiny()
-    plan = plan_of(made)
-    plain, captured = (
-        coverage(P.NONE, made, plan, graph_batch_sizes=sizes) for sizes in ((), (1, LIMIT))
-    )
+    one = tiny(graph_batch_sizes=(1, LIMIT))
+    plain, captured = coverage(tiny()), coverage(one)
     assert plain.compiled < captured.compiled
-    parallel = made.parallel
-    one = Scenario(
-        model=made.model,
-        parallel=replace(parallel, nodes=2),
-        max_tokens=LIMIT,
-        warmup=WarmupOptions(policy=P.NONE, graph_batch_sizes=(1, LIMIT)),
+    before = kernels_once_up(record(one).ranks, table_of(one), one.parallel.node_of)
+    assert captured.compiled == frozenset[Kernel]().union(*before.values())
+
+
+def test_overlapped_halves_are_what_the_policy_runs() -> None:
+    """What a warm-up compiles of a plan with two-batch overlap it compiles in halves."""
+    made = Scenario(
+        model=with_layers(DSV4, 3),
+        parallel=ParallelConfig(pp=3, tp=2, ep=True, moe_a2a=True, nodes=3),
+        overlap=(STRATEGIES["deepseek-prefill"],),
+        max_tokens=8448,
+        policy=P.PP_PARALLEL,
+        stream=(),
     )
-    before = kernels_before(record(one), one.table, one.parallel.node_of)
-    found = set[Kernel]().union(*before.values())
-    assert captured.compiled == found
+    found = coverage(made)
+    called = {
+        kernel
+        for ops in record(made).ranks
+        for op in ops
+        if isinstance(op, KernelCall) and op.num_sms == 132 - COMM_SMS
+        for kernel in kernels_of(op)
+    }
+    assert called and called <= found.compiled
+    assert not called <= coverage(replace(made, overlap=())).compiled
 
 
 def test_memory_cuts_walks_short() -> None:
     """256 experts of a grouped GEMM: a walk of M rows takes memory for M x 256."""
-    made = few_layers(pp=5, tp=2, max_tokens=4096)
-    plan = plan_of(made)
-    much, little = (coverage(P.FULL, made, plan, walk_memory=gib * GIB) for gib in (100.0, 1.0))
+    made = few_layers(pp=5, tp=2, max_tokens=4096, policy=P.FULL)
+    much, little = (coverage(replace(made, walk_memory=gib * GIB)) for gib in (100.0, 1.0))
     assert much.missing < little.missing
     assert little.compiled < much.compiled
 
 
 def test_more_tokens_than_are_planned_for() -> None:
-    made = tiny()
     with pytest.raises(UserError, match=f"token count {LIMIT + 1} is above --max-tokens {LIMIT}"):
-        coverage(P.PLANNED, made, plan_of(made), stream=(LIMIT + 1,))
-
-
-def test_nodes_that_do_not_fit() -> None:
-    made = tiny()
-    with pytest.raises(UserError, match="nodes=3 must divide the 4 ranks"):
-        coverage(P.NONE, made, plan_of(made), nodes=3)
+        tiny(policy=P.PLANNED, stream=(LIMIT + 1,))
 
 
 def test_a_plan_that_leaves_gemms_out_calls_nothing_superfluous() -> None:
-    whole = coverage(P.FULL, tiny(), plan_of(tiny()))
-    made = tiny(without=frozenset({T.PAGED_MQA_LOGITS_METADATA}))
-    assert whole.superfluous > 0
-    assert coverage(P.FULL, made, plan_of(made)).superfluous == 0
+    made = tiny(policy=P.FULL)
+    assert coverage(made).superfluous > 0
+    assert coverage(replace(made, without=(T.PAGED_MQA_LOGITS_METADATA,))).superfluous == 0
 
 
 # -- dsv4 -----------------------------------------------------------------------------------------
 
 
-def few_layers(max_tokens: int, **layout: int) -> Deployment:
-    parallel = ParallelConfig(**layout)
-    return Deployment(model=with_layers(DSV4, 5), parallel=parallel, max_tokens=max_tokens)
+def few_layers(max_tokens: int, policy: WarmupPolicy = P.NONE, **layout: int) -> Scenario:
+    return Scenario(
+        model=with_layers(DSV4, 5),
+        parallel=ParallelConfig(nodes=layout["pp"], **layout),
+        max_tokens=max_tokens,
+        policy=policy,
+        stream=(),
+    )
 
 
 def test_what_policies_leave_uncovered() -> None:
     made = few_layers(pp=5, tp=2, max_tokens=4096)
     plan = plan_of(made)
-    found: dict[WarmupPolicy, Coverage] = {p: coverage(p, made, plan) for p in WarmupPolicy}
+    found: dict[WarmupPolicy, Coverage] = {p: coverage(replace(made, policy=p)) for p in P}
     everything = len(plan.kernels)
     none = found[P.NONE]
     # All that the first request leaves on its way: five stages, five nodes, a token.
@@ -226,25 +215,19 @@ def test_what_policies_leave_uncovered() -> None:
     assert none.compiled < parallel.compiled
 
 
-def first_request_kernels(made: Deployment) -> set[Kernel]:
-    one = Scenario(
-        model=made.model,
-        parallel=made.parallel,
-        max_tokens=made.max_tokens,
-        warmup=WarmupOptions(policy=P.NONE, batch_sizes=(1,)),
-    )
+def first_request_kernels(made: Scenario) -> set[Kernel]:
+    one = replace(made, batch_sizes=(1,))
     return {
         kernel
         for rank in range(made.parallel.world_size)
-        for op in record_rank(one, rank)
+        for op in flatten(record_rank(one, rank))
         for kernel in used(op)
     }
 
 
 def test_with_one_stage_pp_parallel_is_none() -> None:
     made = few_layers(pp=1, tp=2, max_tokens=256)
-    plan = plan_of(made)
-    none, parallel = (coverage(policy, made, plan) for policy in (P.NONE, P.PP_PARALLEL))
+    none, parallel = (coverage(replace(made, policy=each)) for each in (P.NONE, P.PP_PARALLEL))
     assert parallel.compiled == none.compiled == first_request_kernels(made)
     assert parallel.uncovered == none.uncovered
 
@@ -267,12 +250,11 @@ def test_stages_of_nodes() -> None:
 def test_a_nodes_proof() -> None:
     made = tiny()
     plan = plan_of(made)
-    parallel = ParallelConfig(pp=2, tp=2, nodes=2)
     needed = [item for item in plan.kernels if 1 in item.stages]
     gone = needed[0]
     present = {item.kernel for item in plan.kernels} - {gone.kernel}
-    proof = node_coverage(1, parallel, plan, present)
+    proof = node_coverage(made, 1, present)
     assert (proof["node"], proof["planned"], proof["present"]) == (1, len(needed), len(needed) - 1)
     assert len(proof["stalls"]) == len([use for use in gone.uses if 1 in use.stages]) > 0
-    whole = node_coverage(1, parallel, plan, {item.kernel for item in needed})
+    whole = node_coverage(made, 1, {item.kernel for item in needed})
     assert whole == {"node": 1, "planned": len(needed), "present": len(needed), "stalls": []}

@@ -22,8 +22,9 @@ from runner.backend.token_to_m import (
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
-from runner.driver.model_runner import ModelRunner, NoBuffers
 from runner.config.warmup import DisaggregationMode
+from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
@@ -31,19 +32,20 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.strategy import COMM_SMS, STRATEGIES
-from runner.planning.demands import Deployment, demands, recorded_calls
+from runner.planning.demands import demands
 from runner.planning.plan import make_plan
+from runner.scenario import Scenario
 
 FEW = {"dsv4": with_layers(DSV4, 5), "dsv3": with_layers(DSV3, 5)}
 
 
-def deployment(model: str = "dsv4", max_tokens: int = 2048, **values: Any) -> Deployment:
+def deployment(model: str = "dsv4", max_tokens: int = 2048, **values: Any) -> Scenario:
     layout = {
         name: values.pop(name)
         for name in ("pp", "tp", "ep", "moe_a2a", "attn_cp")
         if name in values
     }
-    return Deployment(
+    return Scenario(
         model=FEW[model], parallel=ParallelConfig(**layout), max_tokens=max_tokens, **values
     )
 
@@ -64,7 +66,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @cache
-def planned(index: int) -> tuple[Deployment, frozenset[Kernel]]:
+def planned(index: int) -> tuple[Scenario, frozenset[Kernel]]:
     model, layout = LAYOUTS[index]
     made = deployment(model, max_tokens=12000, **layout)
     return made, frozenset(item.kernel for item in make_plan(demands(made), RULES).kernels)
@@ -82,11 +84,17 @@ def test_a_forward_of_any_size_runs_planned_kernels_only(
     made, kernels = planned(index)
     step = made.parallel.attn_cp
     size = -(-tokens // step) * step
-    for call in recorded_calls(made, [(size, mode)]):
+    batch = (ForwardBatch.extend if mode.is_extend else ForwardBatch.decode)((1,) * size)
+    calls = {
+        call
+        for stage in range(made.parallel.pp)
+        for _, call in record_forward(made, made.parallel.rank_of(stage, 0), batch).calls
+    }
+    for call in calls:
         assert set(kernels_of(call)) <= kernels, call.describe()
 
 
-def by_type(made: Deployment) -> dict[T, list[tuple[int, int]]]:
+def by_type(made: Scenario) -> dict[T, list[tuple[int, int]]]:
     """(first, last) M of each demand, by type."""
     found: dict[T, list[tuple[int, int]]] = {}
     for demand in demands(made):
@@ -231,7 +239,7 @@ def test_a_decode_node_that_overlaps_is_planned_exactly(
     assert {pair for pair in called if pair[0].type in CONTIGUOUS_TYPES} <= contiguous
 
 
-def calls_of_every_forward(made: Deployment, limit: int) -> set[KernelCall]:
+def calls_of_every_forward(made: Scenario, limit: int) -> set[KernelCall]:
     """DECODE of any size, EXTEND of one prompt and of two of any lengths."""
     recorder = ScheduleRecorder()
     runner = ModelRunner.build(
@@ -298,7 +306,7 @@ def test_the_masked_limit_is_the_last_that_fits(experts: int, hidden: int, width
 
 
 def test_dsv4_at_tp_2_whole() -> None:
-    made = Deployment(model=PRESETS["dsv4"], parallel=ParallelConfig(pp=4, tp=2))
+    made = Scenario(model=PRESETS["dsv4"], parallel=ParallelConfig(pp=4, tp=2))
     plan = make_plan(demands(made), RULES)
     counts: dict[str, int] = {}
     for item in plan.kernels:

@@ -52,7 +52,8 @@ SCENARIO = Scenario(
     model=DSV4_TINY,
     parallel=ParallelConfig(pp=2, nodes=2),
     max_tokens=64,
-    warmup=WarmupOptions(policy=WarmupPolicy.FAST, batch_sizes=(1,)),
+    policy=WarmupPolicy.FAST,
+    batch_sizes=(1,),
 )
 PROOFS = [{"node": 0, "planned": 4}, {"node": 1, "planned": 5}]
 

@@ -1,16 +1,17 @@
-"""From a launch's options to its scenario."""
+"""A launch's command line: its scenario, what its ranks are given, and what is refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from launch.options import LaunchOptions
+from launch.cli import RankFiles, main
+from launch.options import LaunchOptions, RunOptions, check_options
 from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
-from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
@@ -18,8 +19,16 @@ from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RulesTable
+from runner.options import (
+    PolicyOptions,
+    ReportOptions,
+    ScenarioOptions,
+    scenario_options,
+    with_options,
+)
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
+from runner.target import LibraryOptions
 
 
 @pytest.fixture(autouse=True)
@@ -31,68 +40,112 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
         found.append(wanted)
         return (wanted and Library(Path("/dg"), "sgl-deep-gemm", "0.1.4.post1")) or None
 
-    monkeypatch.setattr("launch.options.find_library", find)
-    monkeypatch.setattr("launch.options.find_nvcc", lambda environ: None)
+    monkeypatch.setattr("runner.target.find_library", find)
+    monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
     return found
 
 
-def scenario(environ: Environ | None = None, **values: Any) -> Scenario:
-    options = LaunchOptions(**{"num_sms": 78, **values})
+def parsed(*arguments: str) -> LaunchOptions:
+    """The options as the command gets them."""
+    found: list[LaunchOptions] = []
+
+    @click.command()
+    @with_options(
+        scenario_options("model", "deployment", "run"),
+        LibraryOptions,
+        PolicyOptions,
+        RunOptions,
+        ReportOptions,
+        RankFiles,
+    )
+    def command(
+        given: ScenarioOptions,
+        kernels: LibraryOptions,
+        policies: PolicyOptions,
+        run: RunOptions,
+        files: ReportOptions,
+        rank_files: RankFiles,
+    ) -> None:
+        found.append(
+            LaunchOptions(
+                **vars(run), given=given, kernels=kernels, policies=policies.warmup, files=files
+            )
+        )
+
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    if result.exit_code:
+        raise UserError(result.output.splitlines()[-1])
+    return found[0]
+
+
+def scenario(*arguments: str, environ: Environ | None = None) -> Scenario:
+    options = parsed("--num-sms", "78", *arguments)
     return options.scenario(environ or Environ(), policy=WarmupPolicy.FAST)
 
 
-def rules_on(gpu: str, num_sms: int, **variables: Any) -> RulesTable:
-    return RULES.on(gpu, num_sms, first_recipe(Environ(**variables)))
+def rules_on(gpu: str, num_sms: int, cpp_standard: int = 20) -> RulesTable:
+    return RULES.on(gpu, num_sms, first_recipe(Environ(dg_jit_cpp_standard=cpp_standard)))
 
 
 def test_defaults() -> None:
     assert scenario() == Scenario(
-        model=DSV4,
-        parallel=ParallelConfig(),
-        num_sms=78,
-        warmup=WarmupOptions(policy=WarmupPolicy.FAST),
-        source=rules_on("h200", 78),
+        model=DSV4, num_sms=78, policy=WarmupPolicy.FAST, source=rules_on("h200", 78)
     )
+
+
+EVERYTHING = [
+    "--model",
+    "dsv4-tiny",
+    "--layers",
+    "4",
+    "--pp",
+    "2",
+    "--tp",
+    "2",
+    "--ep",
+    "--attn-cp",
+    "2",
+    "--stage-layers",
+    "1,3",
+    "--batch-sizes",
+    "2,4",
+    "--prompt-len",
+    "3",
+    "--max-tokens",
+    "64",
+    "--speculative",
+    "--disaggregation-mode",
+    "decode",
+    "--stream",
+    "5,6",
+    "--cuda-graphs",
+    "8",
+    "--walk-max-m",
+    "32",
+    "--walk-memory",
+    "1.5",
+    "--compile-lock",
+    "--virtual-nodes",
+    "4",
+    "--num-sms",
+    "78",
+]
 
 
 def test_everything() -> None:
-    found = scenario(
-        Environ(bf16_fp32_algo=Bf16Fp32Algo.TORCH),
-        model="dsv4-tiny",
-        layers=4,
-        pp=2,
-        tp=2,
-        ep=True,
-        attn_cp=2,
-        stage_layers=(1, 3),
-        batch_sizes=(2, 4),
-        prompt_len=3,
-        max_tokens=64,
-        speculative=True,
-        disaggregation=DisaggregationMode.DECODE,
-        virtual_nodes=4,
-        stream=(5, 6),
-        cuda_graphs=(8,),
-        walk_max_m=32,
-        walk_memory=1.5,
-        compile_lock=True,
-    )
-    assert found == Scenario(
+    assert scenario(*EVERYTHING) == Scenario(
         model=with_layers(DSV4_TINY, 4),
         parallel=ParallelConfig(pp=2, tp=2, ep=True, attn_cp=2, nodes=4, stage_layers=(1, 3)),
-        warmup=WarmupOptions(
-            policy=WarmupPolicy.FAST,
-            batch_sizes=(2, 4),
-            disaggregation=DisaggregationMode.DECODE,
-            speculative=True,
-            graph_batch_sizes=(8,),
-            walk_max_m=32,
-            compile_lock=True,
-        ),
+        policy=WarmupPolicy.FAST,
+        batch_sizes=(2, 4),
+        disaggregation=DisaggregationMode.DECODE,
+        speculative=True,
+        graph_batch_sizes=(8,),
+        walk_max_m=32,
+        compile_lock=True,
         num_sms=78,
         prompt_len=3,
-        bf16_fp32_algo=Bf16Fp32Algo.TORCH,
         max_tokens=64,
         stream=(5, 6),
         walk_memory=1.5 * 2**30,
@@ -100,11 +153,47 @@ def test_everything() -> None:
     )
 
 
+def test_ranks_get_the_same_options() -> None:
+    rest = [
+        "--warmup",
+        "fast",
+        "--warmup",
+        "planned",
+        "--library",
+        "vllm",
+        "--gpu",
+        "h20",
+        "--compute",
+        "skip",
+        "--no-jit",
+        "--device",
+        "cpu",
+        "--backend",
+        "gloo",
+        "--cache-dir",
+        "/a/b",
+        "--seed",
+        "7",
+        "--timeout",
+        "60",
+        "--nccl-timeout",
+        "5.5",
+        "--logits",
+        "x.pt",
+        "--schedule",
+        "y.json",
+    ]
+    options = parsed(*EVERYTHING, *rest)
+    assert parsed(*options.to_argv()) == options
+    # The files of Timelines are the parent's to write.
+    assert parsed(*parsed("--timeline", "t.json").to_argv()).files == ReportOptions()
+
+
 def test_kernels_are_those_of_the_gpu() -> None:
-    options = LaunchOptions(num_sms=78)
+    options = parsed("--num-sms", "78")
     made = options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("h100"))
     assert (made.num_sms, made.source) == (132, rules_on("h100", 132))
-    h20 = LaunchOptions(gpu="h20").scenario(Environ(), policy=WarmupPolicy.NONE)
+    h20 = parsed("--gpu", "h20").scenario(Environ(), policy=WarmupPolicy.NONE)
     assert (h20.num_sms, h20.source) == (78, rules_on("h20", 78))
     with pytest.raises(UserError) as caught:
         options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("b200"))
@@ -116,19 +205,19 @@ def test_kernels_are_those_of_the_gpu() -> None:
 
 
 def test_the_environment_changes_how_kernels_are_compiled() -> None:
-    made = scenario(Environ(dg_jit_cpp_standard=17))
-    assert made.source == rules_on("h200", 78, dg_jit_cpp_standard=17)
+    made = scenario(environ=Environ(dg_jit_cpp_standard=17))
+    assert made.source == rules_on("h200", 78, cpp_standard=17)
     assert made.source != rules_on("h200", 78)
 
 
 @pytest.mark.parametrize(
-    ("values", "names"),
-    [({}, [None]), ({"library": "vllm"}, ["vllm"]), ({"jit": False}, [])],
+    ("arguments", "names"),
+    [([], [None]), (["--library", "vllm"], ["vllm"]), (["--no-jit"], [])],
 )
 def test_the_library_that_is_asked_for(
-    values: dict[str, Any], names: list[str | None], asked: list[str | None]
+    arguments: list[str], names: list[str | None], asked: list[str | None]
 ) -> None:
-    scenario(**values)
+    scenario(*arguments)
     assert asked == names
 
 
@@ -149,32 +238,82 @@ def test_nodes_are_torchruns_or_the_virtual_ones(
     world: int | None, local: int | None, virtual: int, nodes: int
 ) -> None:
     environ = Environ(world_size=world, local_world_size=local)
-    options = LaunchOptions(pp=4, tp=2, virtual_nodes=virtual)
-    assert options.parallel(environ) == ParallelConfig(pp=4, tp=2, nodes=nodes)
+    arguments = ["--pp", "4", "--tp", "2", "--virtual-nodes", str(virtual)]
+    assert scenario(*arguments, environ=environ).parallel == ParallelConfig(pp=4, tp=2, nodes=nodes)
 
 
 @pytest.mark.parametrize(
-    ("values", "line"),
+    ("arguments", "line"),
     [
-        ({"model": "dsv4-tiny", "layers": 99}, "99 layers"),
-        ({"model": "dsv4-tiny", "tp": 3}, "tp=3 must divide num_attention_heads=4 of dsv4-tiny"),
-        ({"model": "dsv4-tiny", "pp": 2, "virtual_nodes": 3}, "nodes=3 must divide the 2 ranks"),
-        ({"model": "dsv4-tiny", "virtual_nodes": 0}, "--virtual-nodes 0 must be at least 1"),
-        ({"model": "dsv4-tiny", "virtual_nodes": -1}, "--virtual-nodes -1 must be at least 1"),
+        ("--layers 99", "99 layers"),
+        ("--tp 3", "tp=3 must divide num_attention_heads=4 of dsv4-tiny"),
+        ("--pp 2 --virtual-nodes 3", "nodes=3 must divide the 2 ranks"),
+        ("--virtual-nodes 0", "0 is not in the range x>=1"),
         (
-            {"model": "dsv4-tiny", "tp": 2, "attn_cp": 2, "cuda_graphs": (4, 3)},
+            "--tp 2 --attn-cp 2 --cuda-graphs 4,3",
             "graph batch sizes 4,3 must all be multiples of attn_cp=2",
         ),
-        ({"model": "dsv4-tiny", "stream": (0,)}, "token counts 0 must all be at least 1"),
+        ("--stream 0", "'0' must be whole numbers from 1 on"),
     ],
 )
-def test_bad_options_are_one_line(values: dict[str, Any], line: str) -> None:
+def test_bad_options_are_one_line(arguments: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        scenario(**values)
+        scenario("--model", "dsv4-tiny", *arguments.split())
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--num-sms 7", "--num-sms 7 must be a positive even number"),
+        ("--nccl-timeout 0.5", "--nccl-timeout 0.5 must be at least 1"),
+        ("--backend nccl --compute skip", "without math nothing is on a GPU"),
+        ("--timeline -", "--timeline needs a file"),
+        (
+            "--warmup none --warmup fast --logits x",
+            "--logits x holds one run: give one --warmup with it",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_options(parsed(*arguments.split()))
+    assert line in str(caught.value)
+
+
 def test_a_model_may_be_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
-        scenario(model=str(tmp_path / "config.json"))
+        scenario("--model", str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        ("--warmup none", False),
+        ("--warmup none --warmup full", True),
+        ("--warmup none --probe", True),
+        ("--warmup none --pp 2", True),
+    ],
+)
+def test_one_rank_runs_here_unless_there_is_more_to_do(
+    words: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several policies, or a probe before the run, take a process that starts the ranks."""
+    called: list[str] = []
+    for name in ("_be_a_rank", "_start_ranks"):
+        monkeypatch.setattr(f"launch.cli.{name}", lambda *_, name=name: called.append(name))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["--model", "dsv4-tiny", "--no-jit", *words.split()]) == 0
+    assert called == ["_start_ranks" if starts else "_be_a_rank"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("flag", ["--timeout", "--nccl-timeout", "--walk-memory", "--probed"])
+def test_numbers_are_finite_and_above_0(
+    flag: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "dsv4-tiny", "--no-jit", flag, value]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: Invalid value for '{flag}'") and err.count("\n") == 1

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from launch.cli import main as launch  # noqa: E402
-from launch.options import LaunchOptions  # noqa: E402
 from runner.backend.base import Backend  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.linear_bf16_fp32 import linear_bf16_fp32  # noqa: E402
@@ -33,14 +32,17 @@ from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
 from runner.config.hf import from_hf, with_layers  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
+from runner.config.warmup import WarmupPolicy  # noqa: E402
 from runner.driver.model_runner import ModelRunner  # noqa: E402
-from runner.driver.warmup import WarmupPolicy  # noqa: E402
+from runner.driver.run import record  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.kernels.types import KernelCall  # noqa: E402
-from runner.planning.demands import Deployment, demands  # noqa: E402
-from runner.scenario import Scenario, record  # noqa: E402
+from runner.planning.demands import demands  # noqa: E402
+from runner.planning.plan import plan_of  # noqa: E402
+from runner.scenario import Scenario  # noqa: E402
 from runner.schedule import Compute  # noqa: E402
 from tests.models import DSV3_SMALL  # noqa: E402
+from tests.unit.test_launch_options import parsed  # noqa: E402
 
 CPU = torch.device("cpu")
 VARIABLE = "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
@@ -200,7 +202,8 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
             model=MODELS[name],
             parallel=ParallelConfig(tp=2),
             bf16_fp32_algo=chosen,
-            warmup=WarmupOptions(policy=WarmupPolicy.NONE, batch_sizes=(1, 24)),
+            policy=WarmupPolicy.NONE,
+            batch_sizes=(1, 24),
         )
         return list(record(scenario).ranks[0])
 
@@ -219,7 +222,7 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
 
 @each_algo
 def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
-    deployment = Deployment(
+    deployment = Scenario(
         model=with_layers(DSV4, 4),
         parallel=ParallelConfig(tp=2),
         max_tokens=64,
@@ -236,10 +239,10 @@ def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
 @each_algo
 def test_a_launch_takes_it_from_the_environment(algo: Bf16Fp32Algo) -> None:
     environ = Environ.read({VARIABLE: algo.value})
-    options = LaunchOptions(model="dsv4-tiny", max_tokens=64, batch_sizes=(1,))
+    options = parsed("--model", "dsv4-tiny", "--max-tokens", "64", "--batch-sizes", "1")
     scenario = options.scenario(environ, policy=WarmupPolicy.PLANNED)
     assert scenario.bf16_fp32_algo is scenario.deployment.bf16_fp32_algo is algo
-    types = {demand.shape.type for demand in scenario.plan.demands}
+    types = {demand.shape.type for demand in plan_of(scenario).demands}
     assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)
 
 

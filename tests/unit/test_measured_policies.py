@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
+from runner.planning.plan import table_of
 from runner.planning.residency import stalls_of
-from runner.scenario import record
 from runner.timeline import Timeline, read_timelines
 from sim.calibration.validation import judge, scenario_of
 from sim.costs.profile import load_profile
@@ -39,7 +40,7 @@ def test_the_stalls_that_were_recorded_are_those_foretold(timeline: Timeline) ->
     scenario = scenario_of(timeline)
     node_of = scenario.parallel.node_of
     recorded = {(i, name, node_of(rank), key) for i, name, rank, key in timeline.meta["stalls"]}
-    stalls = stalls_of(record(scenario), scenario.table, node_of)
+    stalls = stalls_of(record(scenario), table_of(scenario), node_of)
     foretold = {(stall.forward, stall.name, stall.node, stall.kernel) for stall in stalls}
     if scenario.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
         assert recorded == set()

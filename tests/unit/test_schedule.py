@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
-from runner.scenario import Scenario, record
+from runner.planning.plan import plan_of
+from runner.scenario import Scenario
 from runner.schedule import (
     Capture,
     Collective,
@@ -148,20 +150,22 @@ def test_a_recorded_scenario_is_stable_and_survives_json() -> None:
     scenario = Scenario(
         model=DSV4_TINY,
         parallel=ParallelConfig(pp=2, tp=2),
-        warmup=WarmupOptions(policy=WarmupPolicy.PP_PARALLEL, batch_sizes=(1, 64)),
+        policy=WarmupPolicy.PP_PARALLEL,
+        batch_sizes=(1, 64),
     )
     schedule = record(scenario)
     assert len(schedule.ranks) == 4
     assert record(scenario).digest == schedule.digest
     assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
-    assert record(scenario.with_policy(WarmupPolicy.NONE)).digest != schedule.digest
+    assert record(replace(scenario, policy=WarmupPolicy.NONE)).digest != schedule.digest
 
 
 def planned_scenario(**values: int) -> Scenario:
     return Scenario(
         model=DSV4_TINY,
         parallel=ParallelConfig(**values),
-        warmup=WarmupOptions(policy=WarmupPolicy.PLANNED, batch_sizes=(1,)),
+        policy=WarmupPolicy.PLANNED,
+        batch_sizes=(1,),
         max_tokens=64,
     )
 
@@ -177,14 +181,14 @@ def test_a_planned_schedule_builds_every_kernel_on_one_node_only() -> None:
     scenario = planned_scenario(pp=2, tp=2, nodes=2)
     schedule = record(scenario)
     built = [kernel_work(schedule, rank, "build").kernels for rank in range(4)]
-    everything = {item.kernel for item in scenario.plan.kernels}
+    everything = {item.kernel for item in plan_of(scenario).kernels}
     assert built[1] == built[3] == ()
     assert set(built[0]) | set(built[2]) == everything
     assert not set(built[0]) & set(built[2])
     assert len(built[0]) + len(built[2]) == len(everything)
     for rank in range(4):
         stage = rank // 2
-        own = {item.kernel for item in scenario.plan.kernels if stage in item.stages}
+        own = {item.kernel for item in plan_of(scenario).kernels if stage in item.stages}
         assert set(kernel_work(schedule, rank, "load").kernels) == own
     assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 
@@ -199,7 +203,8 @@ def test_a_batch_beyond_what_is_planned_for_is_refused() -> None:
         Scenario(
             model=DSV4_TINY,
             parallel=ParallelConfig(),
-            warmup=WarmupOptions(policy=WarmupPolicy.PREBUILT, batch_sizes=(1, 65)),
+            policy=WarmupPolicy.PREBUILT,
+            batch_sizes=(1, 65),
             max_tokens=64,
         )
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""Which requests stall, foretold from a Schedule, against a replay of every call."""
+"""Which requests stall, predicted from a Schedule, against a replay of every call."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from hypothesis import strategies as st
 from runner.backend.m_lists import expand
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
-from runner.planning.residency import SERVING, Stall, kernels_before, stalls_of
-from runner.scenario import Scenario, record
+from runner.planning.residency import (
+    SERVING,
+    Stall,
+    kernels_at_start,
+    kernels_once_up,
+    stalls_of,
+)
+from runner.scenario import Scenario
 from runner.schedule import (
     EXCHANGE,
     Collective,
@@ -41,13 +48,9 @@ def forward(name: str) -> Mark:
     return Mark("forward", name)
 
 
-def schedule(*ranks: list[Op]) -> Schedule:
-    return Schedule(tuple(tuple(ops) for ops in ranks))
-
-
 def stalls(*ranks: list[Op], nodes: int = 1) -> list[tuple[int, str, int, str]]:
     each = len(ranks) // nodes
-    found = stalls_of(schedule(*ranks), RULES, lambda rank: rank // each)
+    found = stalls_of(ranks, RULES, lambda rank: rank // each)
     return [(s.forward, s.name, s.node, s.kernel) for s in found]
 
 
@@ -105,18 +108,24 @@ def test_what_is_held_before_requests() -> None:
     exchange = Collective(EXCHANGE, (0, 1), 0)
     first: list[Op] = [KernelWork("build", (A,)), exchange, call(2), UP, call(4)]
     second: list[Op] = [KernelWork("build", (C,)), exchange, UP, call(4)]
-    made = schedule(first, second, [walk(4), UP])
-    assert kernels_before(made, RULES, lambda rank: rank) == {0: {A, B, C}, 1: {A, B, C}, 2: {D}}
-    one_node = kernels_before(made, RULES, lambda rank: 0)
+    made = [first, second, [walk(4), UP]]
+    assert kernels_once_up(made, RULES, lambda rank: rank) == {0: {A, B, C}, 1: {A, B, C}, 2: {D}}
+    one_node = kernels_once_up(made, RULES, lambda rank: 0)
     assert one_node == {0: {A, B, C, D}}
 
 
-def test_another_phase_may_be_asked_for() -> None:
-    ops: list[Op] = [call(1), Mark("phase", "graph capture"), call(2), UP, call(3)]
-    made = schedule(ops)
-    assert kernels_before(made, RULES, int, "graph capture") == {0: {A}}
-    assert kernels_before(made, RULES, int) == {0: {A, B}}
-    assert kernels_before(made, RULES, int, "no such phase") == {0: {A, B, C}}
+def test_ranks_that_serve_unequal_numbers_of_forwards() -> None:
+    one: list[Op] = [UP, forward("EXTEND 9"), call(1), forward("DECODE 9"), call(2)]
+    assert stalls(one, [UP, forward("EXTEND 9"), call(1)], []) == [
+        (0, "EXTEND 9", 0, A.identity),
+        (1, "DECODE 9", 0, B.identity),
+    ]
+
+
+def test_what_is_there_from_the_start_stalls_nobody() -> None:
+    ranks = [[UP, forward("EXTEND 9"), call(1), call(2)]]
+    found = stalls_of(ranks, RULES, int, frozenset({A}))
+    assert [stall.kernel for stall in found] == [B.identity]
 
 
 # -- whole runs -----------------------------------------------------------------------------------
@@ -174,37 +183,42 @@ def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
     for nodes in (1, 2, 4):
         one, made = run(policy, (7, 100, 3, 64), nodes)
         held, expected = replayed(made, one.parallel)
-        assert kernels_before(made, RULES, one.parallel.node_of) == held
-        assert stalls_of(made, RULES, one.parallel.node_of) == expected
+        assert (
+            kernels_once_up(made.ranks, RULES, one.parallel.node_of, kernels_at_start(one)) == held
+        )
+        assert stalls_of(made.ranks, RULES, one.parallel.node_of, kernels_at_start(one)) == expected
         planning = policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT)
         assert (expected == []) == planning
 
 
 def simulated(one: Scenario, made: Schedule) -> Outcome:
-    cached = frozenset(item.kernel for item in one.plan.kernels)
-    prebuilt = one.policy is WarmupPolicy.PREBUILT
     costs = RoundCosts()
     return Engine(
         [compile_program(ops, costs, RULES, locked=False) for ops in made.ranks],
         costs,
         node_of=[one.parallel.node_of(rank) for rank in range(4)],
         cores_per_node=4,
-        cached=cached if prebuilt else frozenset(),
+        cached=kernels_at_start(one),
     ).run()
 
 
 @POLICIES
 def test_the_simulator_leaves_the_same(policy: WarmupPolicy) -> None:
-    """What it compiles once its server is up is what was foretold without a clock."""
+    """What it compiles once its server is up is what was predicted without a clock."""
     one, made = run(policy, (7, 100, 3, 64))
     outcome = simulated(one, made)
-    assert outcome.up == kernels_before(made, RULES, one.parallel.node_of)
+    assert outcome.up == kernels_once_up(
+        made.ranks, RULES, one.parallel.node_of, kernels_at_start(one)
+    )
     later = {
         (node, kernel.identity)
         for node in outcome.up
         for kernel in outcome.disks[node] - outcome.up[node]
     }
-    assert later == {(s.node, s.kernel) for s in stalls_of(made, RULES, one.parallel.node_of)}
+    assert later == {
+        (s.node, s.kernel)
+        for s in stalls_of(made.ranks, RULES, one.parallel.node_of, kernels_at_start(one))
+    }
 
 
 @settings(max_examples=25, deadline=None)
@@ -219,9 +233,9 @@ def test_what_was_there_and_the_stalls_cover_the_stream_exactly(
     node_of = one.parallel.node_of
     covered = {
         node: {kernel.identity for kernel in kernels}
-        for node, kernels in kernels_before(made, RULES, node_of).items()
+        for node, kernels in kernels_once_up(made.ranks, RULES, node_of).items()
     }
-    found = stalls_of(made, RULES, node_of)
+    found = stalls_of(made.ranks, RULES, node_of)
     pairs = [(stall.node, stall.kernel) for stall in found]
     assert len(pairs) == len(set(pairs)), "a kernel stalls a node once"
     assert all(kernel not in covered[node] for node, kernel in pairs)

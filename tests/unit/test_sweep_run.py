@@ -27,7 +27,8 @@ def case(policy: str = "none", *, cores: int = 2, timeout: float = 600.0, **layo
     scenario = Scenario(
         model=DSV4_TINY,
         parallel=ParallelConfig(**layout),
-        warmup=WarmupOptions(policy=at.policy, batch_sizes=(1,)),
+        policy=at.policy,
+        batch_sizes=(1,),
         max_tokens=64,
     )
     profile = load_profile("h200")
@@ -48,7 +49,7 @@ def test_a_results_figures_are_the_predictions() -> None:
         # Two ranks on two cores: no more compiles than cores, so spans are CPU time.
         cpu_seconds=round(timeline.compile_seconds, 6),
         present=min(node["present"] for node in nodes),
-        planned=len(one.scenario.plan.kernels),
+        planned=len(plan_of(one.scenario).kernels),
         timeout_seconds=None,
     )
 

@@ -14,10 +14,12 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.config.warmup import DisaggregationMode, WarmupPolicy, policy_of_flags
-from runner.driver.warmup import dummy_modes, pp_parallel_batch_sizes
+from runner.driver.run import record, record_rank
+from runner.driver.warmup import dummy_modes
 from runner.errors import UserError
-from runner.scenario import Scenario, record, record_rank
-from runner.schedule import Capture, Mark, Op, Recv, Send, Walk
+from runner.planning.plan import hook_m_list, plan_of
+from runner.scenario import Scenario
+from runner.schedule import Capture, Mark, Op, Recv, Send, Walk, flatten
 from runner.timeline import FIRST_REQUEST
 
 DECODE, EXTEND = ForwardMode.DECODE, ForwardMode.EXTEND
@@ -29,8 +31,7 @@ MODEL = with_layers(DSV4_TINY, 2)
     [
         (132, 1, (1, 128, 1024, 2112, 8448)),
         (132, 2, (2, 128, 1024, 2112, 8448)),
-        (132, 5, (5, 130, 1025, 2115, 8450)),
-        (132, 256, (256, 1024, 2304, 8448)),
+        (134, 2, (2, 128, 1024, 2112, 8576)),
         (78, 1, (1, 128, 576, 1216, 4992)),
         # Few SMs: the lower bounds hold, and equal sizes collapse.
         (8, 1, (1, 128, 256, 512)),
@@ -38,29 +39,33 @@ MODEL = with_layers(DSV4_TINY, 2)
     ],
 )
 def test_the_five_batch_sizes(num_sms: int, alignment: int, expected: tuple[int, ...]) -> None:
-    assert pp_parallel_batch_sizes(num_sms, alignment) == expected
-    assert resolve_batch_sizes(None, num_sms, alignment) == expected
+    assert resolved(None, num_sms, alignment) == expected
+
+
+def resolved(
+    sizes: tuple[int, ...] | None, num_sms: int = 132, attn_cp: int = 1
+) -> tuple[int, ...]:
+    parallel = ParallelConfig(tp=attn_cp, attn_cp=attn_cp)
+    return scenario(parallel, batch_sizes=sizes, num_sms=num_sms).resolved_batch_sizes
 
 
 @given(
     st.lists(st.integers(1, 10_000), min_size=1, max_size=8).map(tuple),
-    st.integers(1, 200),
-    st.integers(1, 16),
+    st.sampled_from([1, 2]),
 )
-def test_given_batch_sizes_are_rounded_up(
-    sizes: tuple[int, ...], num_sms: int, alignment: int
-) -> None:
-    resolved = resolve_batch_sizes(sizes, num_sms, alignment)
-    assert list(resolved) == sorted(set(resolved))
-    assert all(size % alignment == 0 for size in resolved)
-    assert all(any(0 <= after - size < alignment for after in resolved) for size in sizes)
-    assert len(resolved) <= len(set(sizes))
+def test_given_batch_sizes_are_rounded_up(sizes: tuple[int, ...], alignment: int) -> None:
+    found = resolved(sizes, attn_cp=alignment)
+    assert list(found) == sorted(set(found))
+    assert all(size % alignment == 0 for size in found)
+    assert all(any(0 <= after - size < alignment for after in found) for size in sizes)
+    assert len(found) <= len(set(sizes))
 
 
-def test_given_batch_sizes_below_one() -> None:
+@pytest.mark.parametrize(("sizes", "shown"), [((4, 0), "4,0"), ((), "(none)")])
+def test_batch_sizes_below_one(sizes: tuple[int, ...], shown: str) -> None:
     with pytest.raises(UserError) as caught:
-        resolve_batch_sizes((4, 0), 132, 1)
-    assert str(caught.value) == "batch sizes 4,0 must all be at least 1"
+        scenario(ParallelConfig(), batch_sizes=sizes)
+    assert str(caught.value) == f"batch sizes {shown} must all be at least 1"
 
 
 @pytest.mark.parametrize(
@@ -77,13 +82,17 @@ def test_given_batch_sizes_below_one() -> None:
 def test_modes_of_a_disaggregated_server(
     disaggregation: DisaggregationMode, is_generation: bool, expected: tuple[ForwardMode, ...]
 ) -> None:
-    options = WarmupOptions(policy=WarmupPolicy.PP_PARALLEL, disaggregation=disaggregation)
+    options = scenario(ParallelConfig(), disaggregation=disaggregation)
     assert dummy_modes(options, is_generation=is_generation) == expected
 
 
 def scenario(parallel: ParallelConfig, **options: Any) -> Scenario:
     values = {"policy": WarmupPolicy.PP_PARALLEL, "batch_sizes": (1, 128), **options}
-    return Scenario(model=MODEL, parallel=parallel, warmup=WarmupOptions(**values))
+    return Scenario(model=MODEL, parallel=parallel, **values)
+
+
+def recorded_rank(made: Scenario, rank: int) -> tuple[Op, ...]:
+    return flatten(record_rank(made, rank))
 
 
 def phase(ops: tuple[Op, ...], name: str) -> list[Op]:
@@ -99,7 +108,7 @@ def forwards(ops: list[Op]) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_stage_runs_decode_then_extend_at_each_size(rank: int) -> None:
-    ops = record_rank(scenario(ParallelConfig(pp=2)), rank)
+    ops = recorded_rank(scenario(ParallelConfig(pp=2)), rank)
     assert forwards(phase(ops, "warm-up")) == ["DECODE 1", "EXTEND 1", "DECODE 128", "EXTEND 128"]
     assert forwards(phase(ops, FIRST_REQUEST)) == ["EXTEND 1", "DECODE 1"]
     assert forwards(phase(ops, "requests")) == ["EXTEND 128", "DECODE 128"]
@@ -122,7 +131,7 @@ def test_the_warm_up_waits_for_no_other_stage() -> None:
     ids=["one stage", "policy none", "speculative"],
 )
 def test_no_warm_up(parallel: ParallelConfig, options: dict[str, Any]) -> None:
-    ops = record_rank(scenario(parallel, **options), 1)
+    ops = recorded_rank(scenario(parallel, **options), 1)
     assert phase(ops, "warm-up") == []
     assert len(forwards(phase(ops, FIRST_REQUEST))) == len(forwards(phase(ops, "requests"))) == 2
 
@@ -134,7 +143,7 @@ def test_no_warm_up(parallel: ParallelConfig, options: dict[str, Any]) -> None:
 def test_a_split_server_runs_its_own_mode_only(
     disaggregation: DisaggregationMode, mode: str
 ) -> None:
-    ops = record_rank(scenario(ParallelConfig(pp=2), disaggregation=disaggregation), 1)
+    ops = recorded_rank(scenario(ParallelConfig(pp=2), disaggregation=disaggregation), 1)
     assert forwards(phase(ops, "warm-up")) == [f"{mode} 1", f"{mode} 128"]
     assert forwards(phase(ops, FIRST_REQUEST)) == [f"{mode} 1"]
     assert forwards(phase(ops, "requests")) == [f"{mode} 128"]
@@ -142,7 +151,7 @@ def test_a_split_server_runs_its_own_mode_only(
 
 def test_batch_sizes_follow_context_parallelism() -> None:
     parallel = ParallelConfig(pp=2, tp=2, attn_cp=2)
-    ops = record_rank(scenario(parallel, batch_sizes=(1, 3)), 3)
+    ops = recorded_rank(scenario(parallel, batch_sizes=(1, 3)), 3)
     assert forwards(phase(ops, "warm-up")) == ["DECODE 2", "EXTEND 2", "DECODE 4", "EXTEND 4"]
 
 
@@ -193,7 +202,8 @@ def test_what_the_policies_do() -> None:
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
 def test_the_list_that_is_walked(policy: WarmupPolicy) -> None:
     lists = {"": None, "full": full_m_list(8192), "fast": fast_m_list(8192)}
-    assert walked_ms(policy, 8192) == lists[POLICIES[policy.value][0]]
+    made = scenario(ParallelConfig(), policy=policy, max_tokens=8192)
+    assert hook_m_list(made) == lists[POLICIES[policy.value][0]]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +218,9 @@ def test_the_list_that_is_walked(policy: WarmupPolicy) -> None:
     ],
 )
 def test_a_limit_ends_the_list(name: str, limit: int, steps: Any) -> None:
-    found = walked_ms(WarmupPolicy(name), 8192, limit)
+    found = hook_m_list(
+        scenario(ParallelConfig(), policy=WarmupPolicy(name), max_tokens=8192, walk_max_m=limit)
+    )
     assert found is not None
     assert steps_of(found) == steps
 
@@ -226,7 +238,7 @@ def captures(ops: list[Op]) -> list[list[Op]]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_graphs_are_captured_after_two_eager_forwards_largest_first(rank: int) -> None:
     made = scenario(ParallelConfig(pp=2), graph_batch_sizes=(2, 16, 8))
-    ops = record_rank(made, rank)
+    ops = recorded_rank(made, rank)
     order = [op.name for op in ops if isinstance(op, Mark) and op.kind == "phase"]
     assert order == ["warm-up", "graph capture", FIRST_REQUEST, "requests", "end"]
     found = captures(phase(ops, "graph capture"))
@@ -241,18 +253,18 @@ def test_a_prefill_node_captures_nothing() -> None:
     made = scenario(
         ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.PREFILL
     )
-    assert phase(record_rank(made, 0), "graph capture") == []
+    assert phase(recorded_rank(made, 0), "graph capture") == []
 
 
 def test_a_decode_node_captures() -> None:
     made = scenario(
         ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.DECODE
     )
-    assert forwards(phase(record_rank(made, 0), "graph capture")) == ["DECODE 2"] * 2
+    assert forwards(phase(recorded_rank(made, 0), "graph capture")) == ["DECODE 2"] * 2
 
 
 def test_without_graphs_there_is_no_such_phase() -> None:
-    ops = record_rank(scenario(ParallelConfig(pp=2)), 0)
+    ops = recorded_rank(scenario(ParallelConfig(pp=2)), 0)
     assert Mark("phase", "graph capture") not in ops
 
 
@@ -264,7 +276,7 @@ def test_relax_walks_the_stages_gemms_on_every_rank() -> None:
     ranks = [phase(ops, "warm-up") for ops in record(made).ranks]
     for stage in (0, 1):
         expected = []
-        for demand in made.plan.demands:
+        for demand in plan_of(made).demands:
             steps = steps_of(relaxed_ms(demand.shape, demand.ms, made.max_tokens))
             if stage in demand.stages and steps:
                 expected.append(Walk(demand.shape, steps))
@@ -275,7 +287,7 @@ def test_relax_walks_the_stages_gemms_on_every_rank() -> None:
 
 def test_a_limit_ends_the_walks_of_relax() -> None:
     made = scenario(ParallelConfig(), policy=WarmupPolicy.RELAX, walk_max_m=64)
-    walks = phase(record_rank(made, 0), "warm-up")
+    walks = phase(recorded_rank(made, 0), "warm-up")
     # No whole block of rows is left of the contiguous ones.
     assert {walk.shape.type.name for walk in walks if isinstance(walk, Walk)} == {
         "GEMM_NT_F8F8BF16"

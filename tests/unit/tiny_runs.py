@@ -42,6 +42,7 @@ def scenario(
     return Scenario(
         model=with_layers(DSV4_TINY, layers),
         parallel=ParallelConfig(**layout),
-        warmup=WarmupOptions(policy=policy, **{"batch_sizes": (1, 64), "walk_max_m": 64, **warmup}),
+        policy=policy,
+        **{"batch_sizes": (1, 64), "walk_max_m": 64, **warmup},
         **{"max_tokens": 64, **values},
     )

@@ -18,7 +18,7 @@ from tests.unit.watched_server import MIDDLE, SERVER, SMALL
 def here(tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """A small library and an nvcc of release 13.0 in place of what is installed."""
     library = small_library(tmp_path / "deep_gemm")
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     return library
 
@@ -71,4 +71,4 @@ def room(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever machine the tests run on."""
-    monkeypatch.setattr("runner.cli.target.device_here", lambda: None)
+    monkeypatch.setattr("runner.target.device_here", lambda: None)

@@ -177,7 +177,7 @@ def test_relocate_into_another_machines_cache_places_nothing(
 def test_relocate_without_headers(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
     refuses(capsys, "there is no deep_gemm here")
@@ -188,7 +188,7 @@ def test_relocate_without_an_nvcc(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Whose release is not said is this machine's; one that is said is enough."""
-    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
     refuses(capsys, "there is no nvcc here")
@@ -202,7 +202,7 @@ def test_relocate_of_the_second_generation(
 ) -> None:
     """Its keys hold no path, so that only the compiler can be another."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     root = fill(tmp_path / "second", second_keys_for(library))[0].root
     text, target = tmp_path / "nvcc.txt", tmp_path / "target"
     text.write_text(NVCC_TEXT.replace("Aug_20", "Aug_21"))

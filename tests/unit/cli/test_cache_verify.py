@@ -81,7 +81,7 @@ def test_a_cache_of_which_nothing_is_known(
 def test_verify_where_nobody_knows_the_machine(
     missing: str, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(f"runner.cli.target.{missing}", lambda _: None)
+    monkeypatch.setattr(f"runner.target.{missing}", lambda _: None)
     assert cache("verify", directory, "--target-root", ROOT) == 1
     says(
         capsys,
@@ -93,7 +93,7 @@ def test_verify_where_nobody_knows_the_machine(
 def test_problems_are_told_where_nobody_knows_the_machine(
     made: tuple[KernelCache, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: None)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     key, path = first_of(made)
     change(path)
     assert cache("verify", made[0].root) == 1
@@ -107,7 +107,7 @@ def test_problems_are_told_where_nobody_knows_the_machine(
 def test_a_release_that_is_said_needs_no_nvcc(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr("runner.cli.target.find_nvcc", lambda environ: None)
+    monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     right = ["--target-root", ROOT, "--cuda-version", "13.0"]
     assert cache("verify", directory, *right) == 0
     says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
@@ -162,7 +162,7 @@ def test_a_cache_for_another_library(
     directory: Path, here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     other = Library(here.root, "vllm", "0.33.0")
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: other)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: other)
     assert cache("verify", directory, "--target-root", ROOT) == 1
     says(
         capsys,
@@ -176,7 +176,7 @@ def test_a_cache_for_another_library(
 def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """A library of the second generation in place of what is installed."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
-    monkeypatch.setattr("runner.cli.target.find_library", lambda wanted: library)
+    monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     return library
 
 
@@ -352,7 +352,7 @@ def test_the_gpu_that_is_meant(
     other = "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile"
     assert cache("verify", *right, "--gpu", "b200") == 1
     says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
-    monkeypatch.setattr("runner.cli.target.device_here", lambda: Device((10, 0), 148))
+    monkeypatch.setattr("runner.target.device_here", lambda: Device((10, 0), 148))
     assert cache("verify", *right) == 1
     says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
 

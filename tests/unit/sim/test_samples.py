@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
+from runner.driver.warmup import planned_kernels
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
-from runner.scenario import record
 from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span
 from sim.calibration.calibrate import fit_profile
@@ -98,7 +99,7 @@ def test_loads_are_told_by_what_they_were_for() -> None:
     )
     assert plain.loads == plain.verified == (0, 0.0)
     prebuilt = samples(P.PREBUILT)
-    count = len(prebuilt.scenario.plan.kernels)
+    count = len(prebuilt.plan_of(scenario).kernels)
     assert prebuilt.loads == (count, pytest.approx(0.004 * count))
     assert prebuilt.verified == (count, pytest.approx(0.0009 * count))
     assert prebuilt.first_uses == (0, 0.0)
@@ -106,7 +107,7 @@ def test_loads_are_told_by_what_they_were_for() -> None:
 
 def test_verifying_is_the_first_rank_of_a_nodes() -> None:
     found = samples(P.PREBUILT, tp=2)
-    count = len(found.scenario.plan.kernels)
+    count = len(found.plan_of(scenario).kernels)
     assert found.verified[0] == count and found.loads[0] == 2 * count
 
 
@@ -150,7 +151,7 @@ def test_a_build_is_the_largest_share_from_the_warm_ups_begin() -> None:
     found = samples(P.PLANNED)
     assert found.build is not None
     kernels, start, seconds, workers = found.build
-    assert set(kernels) == {item.kernel for item in found.scenario.plan.kernels}
+    assert set(kernels) == {item.kernel for item in found.plan_of(scenario).kernels}
     assert workers == 16
     spans = [s for s in found.timeline.spans if s.kind == "compile"]
     assert start == pytest.approx(2.5)
@@ -160,7 +161,7 @@ def test_a_build_is_the_largest_share_from_the_warm_ups_begin() -> None:
     )
     assert shared.build is not None and shared.build[3] == 8
     assert len(shared.build[0]) == max(
-        len(shared.scenario.kernel_set(rank).share) for rank in range(4)
+        len(planned_kernels(shared.scenario, rank).share) for rank in range(4)
     )
     assert samples(P.NONE).build is samples(P.PREBUILT).build is None
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record
 from runner.errors import UserError
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
-from runner.scenario import Scenario, record, record_rank
-from runner.schedule import Collective, Schedule
+from runner.planning.plan import plan_of
+from runner.scenario import Scenario
+from runner.schedule import Collective
 from runner.timeline import FIRST_REQUEST
 from sim.costs.compile_time import compile_seconds
 from sim.engine.engine import Engine
@@ -22,18 +23,6 @@ from sim.simulate import simulate
 from tests.unit.tiny_runs import h200, machine, scenario
 
 ALL = {"layers": 8, "batch_sizes": (64,)}
-
-
-@pytest.mark.parametrize("model", [DSV4_TINY, DSV4, DSV4_PRO, DSV3], ids=lambda model: model.name)
-@pytest.mark.parametrize("ep", [False, True])
-def test_tensor_ranks_recorded_once_equal_those_recorded_each(model, ep: bool) -> None:  # type: ignore[no-untyped-def]
-    one = scenario(
-        WarmupPolicy.PP_PARALLEL, pp=2, tp=2, ep=ep, batch_sizes=(1, 128), max_tokens=128
-    )
-    one = replace(one, model=model)
-    each = Schedule(tuple(record_rank(one, rank) for rank in range(4)))
-    assert record(one) == each
-    assert record(one).digest == each.digest
 
 
 def test_context_parallel_ranks_hold_their_part_of_the_tokens() -> None:
@@ -47,7 +36,7 @@ def test_context_parallel_ranks_hold_their_part_of_the_tokens() -> None:
 def test_serial_start_up_is_the_sum_of_the_stages_and_parallel_the_longest() -> None:
     one = scenario(pp=4, tp=1, nodes=4, **ALL)
     serial = simulate(one, machine()).timeline
-    parallel = simulate(one.with_policy(WarmupPolicy.PP_PARALLEL), machine()).timeline
+    parallel = simulate(replace(one, policy=WarmupPolicy.PP_PARALLEL), machine()).timeline
     assert serial.kernels_compiled == parallel.kernels_compiled
     assert serial.compile_seconds == pytest.approx(parallel.compile_seconds)
     assert serial.wall > serial.compile_seconds
@@ -88,7 +77,7 @@ def test_a_short_limit_is_a_timeout() -> None:
 
 
 def planned_identities(one: Scenario) -> set[str]:
-    return {item.kernel.identity for item in one.plan.kernels}
+    return {item.kernel.identity for item in plan_of(one).kernels}
 
 
 @pytest.mark.parametrize("policy", [WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT])
@@ -114,7 +103,7 @@ def test_stalls_are_the_planned_kernels_that_are_missing_when_it_is_up() -> None
     before = {s.key for s in made.timeline.spans if s.is_kernel and s.end <= up}
     after = {s.key for s in made.timeline.spans if s.is_kernel} - before
     assert after, "64 tokens need what 1 token did not"
-    lacking = [i.kernel for i in one.plan.kernels if i.kernel.identity not in before]
+    lacking = [i.kernel for i in plan_of(one).kernels if i.kernel.identity not in before]
     assert made.stalls == len(lacking)
     assert made.stall_seconds == pytest.approx(
         sum(compile_seconds(h200().compile, kernel) for kernel in lacking)

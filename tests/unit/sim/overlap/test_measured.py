@@ -14,10 +14,11 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.model.strategy import STRATEGIES
-from runner.scenario import Scenario, record_forward
+from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Mark
 from sim.costs.profile import load_profile
 from sim.costs.profile_costs import ProfileCosts, gemm_work
@@ -38,9 +39,7 @@ BEGUN = {"all_to_all tokens", "all_gather routing", "all_to_all results"}
 def case(settings: dict[str, Any]) -> tuple[Scenario, ForwardBatch]:
     parallel = ParallelConfig(tp=settings["tp"], ep=settings["ep"], moe_a2a=True)
     model = with_layers(PRESETS[settings["model"]], settings["layers"])
-    scenario = Scenario(
-        model=model, parallel=parallel, warmup=WarmupOptions(policy=WarmupPolicy.NONE)
-    )
+    scenario = Scenario(model=model, parallel=parallel, policy=WarmupPolicy.NONE)
     return scenario, ForwardBatch.decode((settings["prompt_len"] + 1,) * settings["batch"])
 
 
@@ -92,7 +91,7 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     scenario, batch = case(settings)
     ops = [
         op
-        for op in record_forward(replace(scenario, overlap=(strategy,)), 0, batch)
+        for op in record_forward(replace(scenario, overlap=(strategy,)), 0, batch).ops
         if not isinstance(op, Mark)
     ]
     link = [(i, i + 3) for i, op in enumerate(ops) if isinstance(op, Begin | Collective)]

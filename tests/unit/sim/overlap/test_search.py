@@ -287,7 +287,7 @@ def forward(name: str, layers: int, hardware: str) -> tuple[Scenario, ProfileCos
     scenario = Scenario(
         model=with_layers(load_model(name), layers),
         parallel=ParallelConfig(pp=1, tp=8 if name == "dsv4" else 2, ep=True, moe_a2a=True),
-        warmup=WarmupOptions(policy=WarmupPolicy.NONE),
+        policy=WarmupPolicy.NONE,
         num_sms=profile.num_sms,
     )
     return scenario, ProfileCosts(profile, profile.links["nvlink"], profile.cores_per_node)

@@ -12,11 +12,12 @@ from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.rules import RULES
 from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy
-from runner.scenario import Scenario, record_forward
+from runner.scenario import Scenario
 from runner.schedule import Begin, Collective, Compute, Op
 from sim.costs.model import Seconds
 from sim.costs.profile import Link, load_profile
@@ -274,7 +275,7 @@ def scenario(model: ModelConfig, *, ep: bool) -> Scenario:
     return Scenario(
         model=model,
         parallel=ParallelConfig(pp=1, tp=2, ep=ep, moe_a2a=True),
-        warmup=WarmupOptions(policy=WarmupPolicy.NONE),
+        policy=WarmupPolicy.NONE,
     )
 
 
@@ -319,7 +320,7 @@ def test_turns_end_when_the_engine_ends(
     its, batch = scenario(MODELS[model], ep=ep), BATCHES[strategy.mode]
     turns = run_in_turns(record_work(its, 0, batch, COSTS, strategy.comm_sms), strategy)
     overlapped = replace(its, overlap=(strategy,))
-    ops = [record_forward(overlapped, rank, batch) for rank in (0, 1)]
+    ops = [record_forward(overlapped, rank, batch).ops for rank in (0, 1)]
     ends = engine_ends(ops, run_ahead=run_ahead)
     assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
     assert turns.compute + turns.exposed == pytest.approx(turns.seconds, rel=1e-9)
@@ -333,7 +334,7 @@ def test_one_batch_ends_when_the_engine_ends(mode: ForwardMode, model: str) -> N
     layers = record_work(its, 0, batch, COSTS, 0).layers
     before, inside, after = record_plain(its, 0, batch, COSTS, layers)
     turns = run_whole(before, inside, after)
-    ends = engine_ends([record_forward(its, rank, batch) for rank in (0, 1)], run_ahead=False)
+    ends = engine_ends([record_forward(its, rank, batch).ops for rank in (0, 1)], run_ahead=False)
     assert len(inside) == len(layers)
     assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
 
