@@ -356,13 +356,13 @@ BAD_INPUT = {
     "--model dsv4-tiny --timeout 0": "0.0 is not in the range",
     "--model dsv4-tiny --timeout nan": "'nan' is not a finite number",
     "--model dsv4-tiny --nccl-timeout 0": "'--nccl-timeout': 0.0 is not in the range",
-    "--model dsv4-tiny --prompt-len 0": "prompt_len=0",
-    "--model dsv4-tiny --stream 0": "--stream 0 must all be at least 1",
-    "--model dsv4-tiny --stream 4,-1": "--stream 4,-1 must all be at least 1",
+    "--model dsv4-tiny --prompt-len 0": "0 is not in the range x>=1",
+    "--model dsv4-tiny --stream 0": "'0' must be whole numbers from 1 on",
+    "--model dsv4-tiny --stream 4,-1": "'4,-1' must be whole numbers from 1 on",
     "--model dsv4-tiny --stream 99 --warmup planned --batch-sizes 1 --max-tokens 64": (
         "token count 99 is above --max-tokens 64, for which planned prepares"
     ),
-    "--model dsv4-tiny --cuda-graphs 0": "--cuda-graphs 0 must all be at least 1",
+    "--model dsv4-tiny --cuda-graphs 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --walk-max-m 0": "'--walk-max-m': 0 is not in the range",
     "--model dsv4-tiny --walk-memory 0": "'--walk-memory': 0.0 is not in the range",
     "--model dsv4-tiny --num-sms 7": "--num-sms 7 must be a positive even number",
