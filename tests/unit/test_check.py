@@ -436,9 +436,14 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
         (
             [*TINY, "--policy", "full", "--cuda-graphs", "0"],
-            "'0' must be whole numbers from 1 on",
+            "Invalid value for '--cuda-graphs': '0' must be whole numbers from 1 on, such as "
+            "1,128,1024",
         ),
-        ([*TINY, "--policy", "full", "--stream", "4,0"], "'4,0' must be whole numbers from 1 on"),
+        (
+            [*TINY, "--policy", "full", "--stream", "4,0"],
+            "Invalid value for '--stream': '4,0' must be whole numbers from 1 on, such as "
+            "1,128,1024",
+        ),
         (
             [*TINY, "--policy", "full", "--walk-max-m", "0"],
             "Invalid value for '--walk-max-m': 0 is not in the range x>=1.",
@@ -448,8 +453,16 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
             "GPU 'a100' is not known: use one of h100, h200, h20, b200, gb200, b300, gb300, "
             "rtx-pro-6000",
         ),
-        ([*SMALL, "--num-sms", "0"], "'0' must be whole numbers from 1 on"),
-        ([*SMALL, "--num-sms", "132,0"], "'132,0' must be whole numbers from 1 on"),
+        (
+            [*SMALL, "--num-sms", "0"],
+            "Invalid value for '--num-sms': '0' must be whole numbers from 1 on, such as "
+            "1,128,1024",
+        ),
+        (
+            [*SMALL, "--num-sms", "132,0"],
+            "Invalid value for '--num-sms': '132,0' must be whole numbers from 1 on, such as "
+            "1,128,1024",
+        ),
         (
             [*SMALL, "--json", "/no/plan.json"],
             "cannot write /no/plan.json: its folder does not exist",
