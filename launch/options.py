@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
-from runner.kernels.source import KernelSource
+from runner.kernels.source import KernelSource, choose_source
 from runner.model.strategy import load_strategies
 from runner.scenario import Scenario
 from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
@@ -101,7 +99,7 @@ class LaunchOptions:
                 walk_max_m=self.walk_max_m,
                 compile_lock=self.compile_lock,
             ),
-            num_sms=gpu.sms,
+            num_sms=gpu.num_sms,
             prompt_len=self.prompt_len,
             bf16_fp32_algo=environ.bf16_fp32_algo,
             max_tokens=self.max_tokens,
@@ -129,10 +127,8 @@ class LaunchOptions:
         nvcc = find_nvcc(environ)
         return choose_source(
             gpu,
-            find_library(self.library) if self.jit else None,
-            wanted=self.library if self.jit else None,
-            environ=environ,
-            environment=os.environ,
+            (find_library(self.library) or self.library) if self.jit else None,
+            environ,
             version_text=None if nvcc is None else nvcc_version(nvcc),
         )
 

@@ -109,7 +109,7 @@ def planned(values: dict[str, Any], environ: Environ, target: Target) -> Planned
         UserError: options that contradict each other or the model.
     """
     gemms, max_m = values.pop("gemms"), values.pop("max_m")
-    num_sms: tuple[int, ...] = values["num_sms"] or (target.gpu.sms,)
+    num_sms: tuple[int, ...] = values["num_sms"] or (target.gpu.num_sms,)
     if gemms:
         _refuse_with_gemm()
         wanted: dict[Demand, None] = {}

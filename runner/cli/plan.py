@@ -10,13 +10,12 @@ import click
 
 from runner.cli.common import GIBIBYTES, IntList, check_sizes
 from runner.cli.deployment import Planned, deployment_options, planned
-from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import walk_memory_of
 from runner.cli.target import kernel_options, machine_options, take_target
 from runner.config.environ import Environ
 from runner.driver.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.rules import RULES, RULES_ARCH
 from runner.planning.coverage import Coverage, coverage

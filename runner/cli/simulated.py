@@ -209,7 +209,7 @@ def scenario_of(
             walk_max_m=values["walk_max_m"],
             compile_lock=values["compile_lock"],
         ),
-        num_sms=target.gpu.sms,
+        num_sms=target.gpu.num_sms,
         prompt_len=values["prompt_len"],
         bf16_fp32_algo=values["bf16_fp32_algo"],
         max_tokens=values["max_tokens"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from runner.cache.manifest import Manifest
 from runner.cli.common import F
 from runner.config.environ import Environ
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import LIBRARIES, Library, find_library
-from runner.kernels.recorded import RecordedHeaders
-from runner.kernels.source import KernelSource
+from runner.kernels.source import KernelSource, choose_source
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
 from sim.costs.profile import load_profile
@@ -118,8 +115,7 @@ class Target:
             root = self.root or self.library.root
             return keys_for(self.library, table.recipe, self.version_text, root)
         assert isinstance(table, RecordedTable), "rules need the library's headers"
-        headers = RecordedHeaders(table.headers)
-        return keys_for(headers, table.recipe, self.version_text, self.root or Path())
+        return keys_for(table, table.recipe, self.version_text, self.root or Path())
 
     def describe(self, table: KernelTable) -> str:
         """Whose kernels and keys these are, in two lines."""
@@ -150,14 +146,7 @@ def take_target(
     generation = 2 if library is None else library.generation
     text = _version_text(values.pop("compiler_text", None), release, generation, environ)
     source = choose_source(
-        gpu,
-        library,
-        environ=environ,
-        environment=os.environ,
-        version_text=text,
-        wanted=wanted,
-        ask=ask,
-        progress=progress,
+        gpu, library or wanted, environ, version_text=text, ask=ask, progress=progress
     )
     return Target(gpu, library, root, text, source)
 
@@ -190,7 +179,7 @@ def take_machine(
 
 
 def _device_of(gpu: Gpu) -> Device:
-    return Device((gpu.major, gpu.minor), gpu.sms)
+    return Device((gpu.major, gpu.minor), gpu.num_sms)
 
 
 def _servers_library(wanted: str | None, built: Manifest | None) -> Library | None:
@@ -222,7 +211,7 @@ def _implied(hardware: str | None) -> str:
     profile = load_profile(hardware)
     if profile.name in names:
         return profile.name
-    sms = gpu_named(DEFAULT_GPU).sms
+    sms = gpu_named(DEFAULT_GPU).num_sms
     if profile.num_sms != sms:
         raise UserError(
             f"--hardware {hardware} has {profile.num_sms} SMs, and a {DEFAULT_GPU} has {sms}: say "

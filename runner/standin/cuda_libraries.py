@@ -6,8 +6,8 @@ import json
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runner.errors import UserError
 
@@ -16,7 +16,7 @@ CUDA_MAJOR = 13
 
 _TOOLKIT = Path("/usr/local/cuda")
 
-_LOOK = """
+_FIND_PACKAGES = """
 import importlib.util, json, sys
 def folders(name):
     spec = importlib.util.find_spec(name)
@@ -25,13 +25,12 @@ print(json.dumps({"torch": folders("torch"), "nvidia": folders("nvidia"), "prefi
 """
 
 
-@dataclass(frozen=True)
-class CudaLibraries:
-    """What torch of one environment would call.
+class CudaLibraries(NamedTuple):
+    """What torch of one environment calls.
 
     Attributes:
-        version: 13000 for CUDA 13.0, the version that torch was built with.
-        paths: libcudart, and libcublas and libcublasLt where they are found.
+        version: the version that torch was built with; 13000 is CUDA 13.0.
+        paths: libcudart, and libcublas and libcublasLt if they are there.
     """
 
     version: int
@@ -44,41 +43,39 @@ def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> CudaLib
     Raises:
         UserError: no torch there, one without CUDA, one for another CUDA, or no libcudart.
     """
-    found = _look(python, environment)
-    if not found["torch"]:
+    packages = _find_packages(python, environment)
+    if not packages["torch"]:
         raise UserError(f"{python} has no torch: install one with CUDA {CUDA_MAJOR}")
-    torch = Path(found["torch"][0])
-    version = _cuda_version(torch, python)
-    folders = _folders(torch, found, environment)
-    runtime = _first(folders, f"libcudart.so.{CUDA_MAJOR}")
-    if runtime is None:
-        raise UserError(
-            f"{python} has torch, and no libcudart.so.{CUDA_MAJOR}: install nvidia-cuda-runtime"
-        )
-    blas = (_first(folders, f"{name}.so.{CUDA_MAJOR}") for name in ("libcublas", "libcublasLt"))
-    return CudaLibraries(version, (runtime, *(path for path in blas if path is not None)))
+    version = _cuda_version(packages["torch"][0], python)
+    folders = _library_folders(packages, environment)
+    paths = []
+    for name in ("libcudart", "libcublas", "libcublasLt"):
+        candidates = (folder / f"{name}.so.{CUDA_MAJOR}" for folder in folders)
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is not None:
+            paths.append(path)
+        elif name == "libcudart":
+            raise UserError(
+                f"{python} has torch, but no libcudart.so.{CUDA_MAJOR}: install nvidia-cuda-runtime"
+            )
+    return CudaLibraries(version, tuple(paths))
 
 
-def _look(python: Path, environment: Mapping[str, str]) -> dict[str, list[str]]:
+def _find_packages(python: Path, environment: Mapping[str, str]) -> dict[str, list[Path]]:
+    command = [str(python), "-c", _FIND_PACKAGES]
     try:
-        done = subprocess.run(
-            [str(python), "-c", _LOOK],
-            capture_output=True,
-            text=True,
-            env=dict(environment),
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
         raise UserError(f"{python} cannot be run: {error.strerror}") from None
     try:
         found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise UserError(f"{python} is no working Python: it ended with {done.returncode}") from None
-    return found
+    return {name: [Path(folder) for folder in folders] for name, folders in found.items()}
 
 
 def _cuda_version(torch: Path, python: Path) -> int:
-    """CUDA's version as torch's own version file has it."""
+    """CUDA's version in torch's own version file."""
     path = torch / "version.py"
     text = path.read_text() if path.is_file() else ""
     match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
@@ -89,25 +86,20 @@ def _cuda_version(torch: Path, python: Path) -> int:
         )
     if int(match[1]) != CUDA_MAJOR:
         raise UserError(
-            f"torch of {python} is built for CUDA {match[1]}.{match[2]}: the stand-in GPU knows "
-            f"CUDA {CUDA_MAJOR} alone"
+            f"torch of {python} is built for CUDA {match[1]}.{match[2]}: the stand-in GPU supports "
+            f"only CUDA {CUDA_MAJOR}"
         )
     return 1000 * int(match[1]) + 10 * int(match[2])
 
 
-def _folders(
-    torch: Path, found: Mapping[str, list[str]], environment: Mapping[str, str]
+def _library_folders(
+    packages: Mapping[str, list[Path]], environment: Mapping[str, str]
 ) -> list[Path]:
-    """Where the libraries may be: wheels of their own, torch's, conda's, a toolkit's."""
-    wheels = [Path(root) / f"cu{CUDA_MAJOR}" / "lib" for root in found["nvidia"]]
-    for root in found["nvidia"]:
-        wheels += [Path(root) / part / "lib" for part in ("cuda_runtime", "cublas")]
+    """Where the libraries may be: their own wheels, torch's, conda's, a toolkit's."""
+    parts = (f"cu{CUDA_MAJOR}", "cuda_runtime", "cublas")
+    wheels = [root / part / "lib" for part in parts for root in packages["nvidia"]]
     searched = [Path(text) for text in environment.get("LD_LIBRARY_PATH", "").split(":") if text]
-    named = [environment.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes = [*(Path(home) for home in named if home), _TOOLKIT]
-    toolkits = [home / "lib64" for home in homes]
-    return [*wheels, torch / "lib", Path(found["prefix"][0]) / "lib", *searched, *toolkits]
-
-
-def _first(folders: list[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    homes = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    toolkits = [Path(home) / "lib64" for home in homes if home] + [_TOOLKIT / "lib64"]
+    own = [packages["torch"][0] / "lib", packages["prefix"][0] / "lib"]
+    return [*wheels, *own, *searched, *toolkits]

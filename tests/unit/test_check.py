@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runner.kernels.recorded import merged
 
 from runner.cache.describe import config_of
 from runner.cli import main
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
-from runner.kernels.recorded import merged
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runner.kernels.choose import choose_source
+from runner.kernels.recorded import write_table
 
 from runner.cache.keys import first_recipe
 from runner.config.environ import Environ, cache_folder
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import Library
 from runner.kernels.library import LibrarySource
-from runner.kernels.recorded import write_table
 from runner.kernels.rules import RULES
 from runner.kernels.shipped import ShippedFirst, shipped_libraries, shipped_table
 from runner.kernels.source import KernelSource

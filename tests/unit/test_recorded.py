@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runner.kernels.recorded import RecordedHeaders, merged, read_table, step_of, write_table
 
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.kernels.recorded import RecordedHeaders, merged, read_table, step_of, write_table
 from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape
 from runner.kernels.types import DeepGemmKernelType as T

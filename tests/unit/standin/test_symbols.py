@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from runner.standin.symbols import exported_functions
 
 from runner.errors import UserError
 from runner.standin.stubs import driver_names, names_of, stub_source
-from runner.standin.symbols import exported_functions
 from tests.unit.standin.fake_torch import LIBRARIES, needs_compiler, shared_library
 
 
