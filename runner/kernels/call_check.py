@@ -21,6 +21,8 @@ from runner.standin.build import read_compiles, standin_environment
 from runner.standin.gpus import gpu_named
 from runner.watch.shim import read_records, write_shim
 
+_GPU_DRIVER = Path("/dev/nvidiactl")
+
 
 @dataclass(frozen=True)
 class CallReport:
@@ -59,7 +61,7 @@ def call_on_cache(
         WorkFailedError: the library crashed.
     """
     demands = _demands(manifest)
-    has_gpu = Path("/dev/nvidiactl").exists()
+    has_gpu = _GPU_DRIVER.exists()
     with tempfile.TemporaryDirectory(prefix="deepgemm-verify-") as folder:
         work = Path(folder)
         entries = work / "cache" / "cache"

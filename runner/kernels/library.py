@@ -36,7 +36,6 @@ from runner.kernels.table import (
     Source,
     by_shape,
     join_runs,
-    m_step,
     merge_tables,
 )
 from runner.kernels.table_file import read_table, write_table
@@ -69,9 +68,8 @@ class LibrarySource:
 
     @property
     def origin(self) -> Origin:
-        library, gpu = self.library, self.gpu
-        named = (library.title, library.generation, gpu.name, gpu.num_sms)
-        return Origin(*named, self._table.recipe.arch if self._table else gpu.arch, Source.LIBRARY)
+        gpu, title, generation = self.gpu, self.library.title, self.library.generation
+        return Origin(title, generation, gpu.name, gpu.num_sms, gpu.arch, Source.LIBRARY)
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
         """See :class:`runner.kernels.source.KernelSource`; asks only what is not known yet."""
@@ -89,8 +87,9 @@ class LibrarySource:
                     with suppress(OSError):  # Without a memo only the next run takes longer.
                         write_table(self._memo, self._table)
         assert self._table is not None
+        origin = replace(self.origin, arch=self._table.recipe.arch)
         recipe = with_variables(self._table.recipe, self.environ)
-        return replace(self._table, origin=self.origin, recipe=recipe)
+        return replace(self._table, origin=origin, recipe=recipe)
 
     @property
     def _memo(self) -> Path:
@@ -132,10 +131,8 @@ class LibrarySource:
             kernels = {name: self._read_kernel(entries / name, recipe) for name in names}
         runs = {}
         for demand, found in results:
-            ran = (
-                Run(first, last, tuple(kernels[k] for k in names)) for first, last, names in found
-            )
-            runs[demand.shape] = join_runs(ran, m_step(demand.shape))
+            each = (Run(a, b, tuple(kernels[name] for name in ran)) for a, b, ran in found)
+            runs[demand.shape] = join_runs(demand.shape, each)
         included = {name for kernel in kernels.values() for name in own_headers(kernel.body)}
         headers = {name: self.library.header_hash(name) for name in included}
         return RecordedTable(self.origin, recipe, runs, headers)

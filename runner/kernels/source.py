@@ -84,11 +84,11 @@ def choose_source(
     Raises:
         UserError: nothing knows the kernels, and there is no library to ask.
     """
-    # Imported late: it starts processes on a stand-in GPU, which most commands never need.
-    from runner.kernels.library import LibrarySource
-
     asked = None
     if isinstance(library, Library):
+        # Imported late: most commands never ask a library.
+        from runner.kernels.library import LibrarySource
+
         asked = LibrarySource(library, gpu, version_text or _ANY_NVCC, environ, progress)
     if ask:
         return _known(asked, gpu)

@@ -181,21 +181,18 @@ def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
     """One table of all that two tables of one origin know; they agree where they overlap."""
     runs = dict(one.runs)
     for shape, more in other.runs.items():
-        runs[shape] = join_runs([*runs.get(shape, ()), *more], m_step(shape))
+        runs[shape] = join_runs(shape, [*runs.get(shape, ()), *more])
     return RecordedTable(one.origin, one.recipe, runs, {**one.headers, **other.headers})
 
 
-def join_runs(runs: Iterable[Run], step: int) -> tuple[Run, ...]:
-    """Runs in order, each M once; neighbours ``step`` apart that run the same kernels are joined.
-
-    Runs that overlap agree, since they are one library's.
-    """
+def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs of one GEMM in order, as few as there can be; runs that overlap agree."""
     joined: list[Run] = []
     for run in sorted(runs, key=lambda run: run.first):
         before = joined[-1] if joined else None
         if before is not None and (
             run.first <= before.last
-            or (run.kernels == before.kernels and run.first == before.last + step)
+            or (run.kernels == before.kernels and run.first == before.last + m_step(shape))
         ):
             joined[-1] = Run(before.first, max(before.last, run.last), before.kernels)
         else:

@@ -56,7 +56,8 @@ def exported_functions(path: Path) -> list[str]:
     except OSError:
         raise UserError("the stand-in GPU needs nm: apt-get install binutils") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"{path} is not a shared library: {error.stderr.strip()}") from None
+        why = error.stderr.strip() or f"nm ended with {error.returncode}"
+        raise UserError(f"{path} is not a shared library: {why}") from None
     return _NM_FUNCTION.findall(done.stdout)
 
 

@@ -61,11 +61,11 @@ def test_other_places(tmp_path: Path, place: str) -> None:
         ),
         (
             "12.8",
-            "torch of {python} is built for CUDA 12.8: the stand-in GPU knows CUDA 13 alone",
+            "torch of {python} is built for CUDA 12.8: the stand-in GPU supports only CUDA 13",
         ),
         (
             "13.0",
-            "{python} has torch, and no libcudart.so.13: install nvidia-cuda-runtime",
+            "{python} has torch, but no libcudart.so.13: install nvidia-cuda-runtime",
         ),
     ],
 )
@@ -80,14 +80,11 @@ def test_what_cannot_be_stood_in_for(
     assert str(caught.value) == message.format(python=python)
 
 
-def test_no_torch(tmp_path: Path) -> None:
+def test_no_torch_and_no_python(tmp_path: Path) -> None:
     python = interpreter(tmp_path, torch=None)
     with pytest.raises(UserError) as caught:
         find_cuda_libraries(python, {})
     assert str(caught.value) == f"{python} has no torch: install one with CUDA 13"
-
-
-def test_no_python(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none cannot be run: No such file or directory"):
         find_cuda_libraries(tmp_path / "none", {})
     broken = tmp_path / "python"
