@@ -26,14 +26,7 @@ _GPU_DRIVER = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True)
 class CallReport:
-    """What a library did when it was called on a cache.
-
-    Attributes:
-        where: the GPU, in words.
-        calls: number of calls.
-        compiled: names of the entries that it asked its compiler for.
-        added: names of the entries that it added to the cache.
-    """
+    """What a library did on a cache: names of the entries that it compiled, and that it added."""
 
     where: str
     calls: int
@@ -51,14 +44,8 @@ def call_on_cache(
 ) -> CallReport:
     """Call the library with every M of the manifest's GEMMs; the cache itself is not written.
 
-    Args:
-        machine: this machine; a stand-in takes the place of the manifest's GPU if it has none.
-        jobs: processes at a time.
-        progress: called with (GEMMs done, of how many).
-
-    Raises:
-        UserError: the library cannot be called here, or the manifest does not say with what.
-        WorkFailedError: the library crashed.
+    Without a GPU here, a stand-in takes the place of the manifest's; see ``call_library`` for the
+    other arguments and the errors.
     """
     demands = _demands(manifest)
     has_gpu = _GPU_DRIVER.exists()

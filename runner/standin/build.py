@@ -56,8 +56,8 @@ def standin_environment(
     """
     if not 1 <= devices <= MOST_DEVICES:
         raise UserError(f"{devices} devices: a stand-in has 1 to {MOST_DEVICES}")
-    cuda = find_cuda_libraries(python, environment)
-    root = build_standin(cuda.paths, environment)
+    cuda_version, libraries = find_cuda_libraries(python, environment)
+    root = build_standin(libraries, environment)
     version_file = work_dir / "nvcc-version.txt"
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def standin_environment(
         "MEMORY": gpu.memory,
         "THREADS_PER_SM": gpu.threads_per_sm,
         "DEVICES": devices,
-        "CUDA_VERSION": cuda.version,
+        "CUDA_VERSION": cuda_version,
         "VERSION_FILE": version_file.absolute(),
     }
     return {
