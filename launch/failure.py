@@ -11,8 +11,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from launch.deadline import OutOfTimeError
 from runner.build.compiler import CompileError
-from runner.cli.guard import WorkFailedError, say_error
-from runner.errors import UserError
+from runner.cli.guard import say_error
+from runner.errors import UserError, WorkFailedError
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")
 

@@ -121,7 +121,7 @@ class LaunchOptions(RunOptions):
         return self.given.scenario(
             environ,
             policy=policy,
-            num_sms=gpu.sms,
+            num_sms=gpu.num_sms,
             source=target.source,
             nodes=max(self.virtual_nodes, environ.nodes),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,8 @@ from runner.cache.manifest import Manifest
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import LIBRARIES, Library, find_library
-from runner.kernels.recorded import RecordedHeaders
-from runner.kernels.source import KernelSource
+from runner.kernels.source import KernelSource, choose_source
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
 
@@ -159,8 +156,7 @@ class Target:
             root = self.root or self.library.root
             return keys_for(self.library, table.recipe, self.version_text, root)
         assert isinstance(table, RecordedTable), "rules need the library's headers"
-        headers = RecordedHeaders(table.headers)
-        return keys_for(headers, table.recipe, self.version_text, self.root or Path())
+        return keys_for(table, table.recipe, self.version_text, self.root or Path())
 
     def describe(self, table: KernelTable) -> str:
         """Whose kernels and keys these are, in two lines."""
@@ -193,20 +189,14 @@ def target_of(
         UserError: options that contradict each other, a library that is not there, or kernels
             that nobody knows.
     """
-    library = None if ignore_installed else find_library(wanted.library)
+    name = None if ignore_installed else wanted.library
+    library = None if ignore_installed else find_library(name)
     compiler = compiler or CompilerOptions()
     # Without a library the rules have no keys, and tables that ship are of the second generation.
     generation = 2 if library is None else library.generation
     root, text = compiler.root(), compiler.version_text(generation, environ)
     source = choose_source(
-        gpu,
-        library,
-        environ=environ,
-        environment=os.environ,
-        version_text=text,
-        wanted=wanted.library,
-        ask=ask,
-        progress=progress,
+        gpu, library or name, environ, version_text=text, ask=ask, progress=progress
     )
     return Target(gpu, library, root, text, source)
 
@@ -235,7 +225,7 @@ def cache_machine(
 
 
 def _device_of(gpu: Gpu) -> Device:
-    return Device((gpu.major, gpu.minor), gpu.sms)
+    return Device((gpu.major, gpu.minor), gpu.num_sms)
 
 
 def _servers_library(wanted: str | None, built: Manifest | None) -> Library | None:
@@ -262,7 +252,7 @@ def _gpu_of_profile(hardware: str | None) -> str:
     profile = load_profile(hardware)
     if profile.name in names:
         return profile.name
-    sms = gpu_named(DEFAULT_GPU).sms
+    sms = gpu_named(DEFAULT_GPU).num_sms
     if profile.num_sms != sms:
         raise UserError(
             f"--hardware {hardware} has {profile.num_sms} SMs, and a {DEFAULT_GPU} has {sms}: say "

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from runner.build.compiler import find_nvcc, keys_for
+from runner.build.compiler import keys_for
 from runner.cache.entry import format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys, first_recipe
@@ -28,12 +28,10 @@ from runner.cache.plan_file import PlanFile, read_plan_file
 from runner.cache.relocate import relocate as relocate_cache
 from runner.cache.verify import Expectation, Finding
 from runner.cache.verify import verify as verify_cache
-from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.target import check_release, machine_options, take_machine
 from runner.config.environ import Environ, available_cores
-from runner.errors import UserError
-from runner.standin.gpus import gpu_named
+from runner.errors import UserError, WorkFailedError
 
 _SHOWN = 20
 _NAMED = 3
@@ -113,31 +111,19 @@ def _call(
     found: KernelCache, manifest: Manifest | None, machine: Machine | None, jobs: int | None
 ) -> None:
     """Prove by the library itself that nothing of what the manifest names is compiled again."""
-    from runner.kernels.prove import Prover, demands_of
+    from runner.kernels.call_check import call_on_cache
 
-    environ = Environ.read(os.environ)
-    nvcc = find_nvcc(environ)
-    if manifest is None or machine is None or nvcc is None:
+    if manifest is None or machine is None:
         raise UserError("--call needs a manifest, the library and nvcc here")
-    real = Path("/dev/nvidiactl").exists()
-    gpu = None if real else gpu_named(manifest.gpu, manifest.num_sms)
-    prover = Prover(
-        machine.library,
-        gpu,
-        nvcc,
-        machine.version_text,
-        os.environ,
-        jobs or available_cores(),
-    )
     with progress("call the library") as shown:
-        proof = prover.prove(found, demands_of(manifest), counting(shown))
-    where = "the GPU here" if real else f"a stand-in {manifest.gpu}"
+        jobs = jobs or available_cores()
+        report = call_on_cache(found, manifest, machine, jobs=jobs, progress=counting(shown))
     print(
-        f"{proof.calls} calls of {machine.library.title} on {where}: {len(proof.asked)} compiles "
-        f"asked for, {len(proof.added)} new entries"
+        f"{report.calls} calls of {machine.library.title} on {report.where}: "
+        f"{len(report.compiled)} compiles asked for, {len(report.added)} new entries"
     )
-    if proof.asked or proof.added:
-        names = ", ".join(sorted(set(proof.added or proof.asked))[:_NAMED])
+    if report.compiled or report.added:
+        names = ", ".join(sorted(set(report.added or report.compiled))[:_NAMED])
         raise WorkFailedError(f"{found.root} lacks kernels that the library asks for: {names}")
 
 

@@ -69,7 +69,7 @@ def planned(
     Raises:
         UserError: options that contradict each other or the model.
     """
-    counts = options.num_sms or (target.gpu.sms,)
+    counts = options.num_sms or (target.gpu.num_sms,)
     if options.gemm:
         return _planned_gemms(options, given, counts, target)
     scenario = given.scenario(

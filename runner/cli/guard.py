@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 
 
 def run_guarded(command: click.Command, arguments: Sequence[str] | None, *, program: str) -> int:
@@ -29,14 +29,6 @@ def run_guarded(command: click.Command, arguments: Sequence[str] | None, *, prog
     except WorkFailedError as error:
         return _fail(str(error), error.exit_code)
     return 0
-
-
-class WorkFailedError(Exception):
-    """The work failed in a way that one line tells; ``exit_code`` is what the program ends with."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def say_error(message: str) -> None:

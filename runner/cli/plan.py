@@ -9,13 +9,12 @@ from pathlib import Path
 import click
 
 from runner.cli.deployment import Planned, PlannedOptions, planned
-from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import with_walk_memory
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.rules import RULES, RULES_ARCH
 from runner.options import ScenarioOptions, scenario_options, with_options

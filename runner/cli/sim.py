@@ -68,7 +68,7 @@ def sim(
         scenarios = with_one_table(
             with_walk_memory(
                 given.scenario(
-                    environ, policy=policy, num_sms=target.gpu.sms, source=target.source
+                    environ, policy=policy, num_sms=target.gpu.num_sms, source=target.source
                 ),
                 profile,
             )

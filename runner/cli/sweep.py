@@ -11,13 +11,12 @@ from typing import Any
 import click
 
 from runner.cli.common import IntList, model_options
-from runner.cli.guard import WorkFailedError
 from runner.cli.progress import counting, progress
 from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.cli.target import Target, take_target
 from runner.config.environ import Environ, available_cores
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs

@@ -1,7 +1,8 @@
-"""Which kernels a GEMM needs: types and shapes, kernels, tables of them and their sources.
+"""Which kernels a GEMM needs.
 
 A :class:`~runner.kernels.table.KernelTable` says for every GEMM and M which kernels the library
-runs. Its answers are the library's own, asked on a stand-in GPU (:mod:`runner.kernels.library`) or
-recorded earlier (:mod:`runner.kernels.recorded`), or those of our rules for one version of it
-(:mod:`runner.kernels.rules_sm90`). Everything else works from tables and knows no versions.
+runs: as the library itself answers on a stand-in GPU (:mod:`~runner.kernels.library`), as it once
+answered (:mod:`~runner.kernels.table_file`), or by our rules for one version of it
+(:mod:`~runner.kernels.rules`). :func:`~runner.kernels.source.choose_source` takes the best of them;
+everything else works from tables and knows no versions.
 """

@@ -1,8 +1,8 @@
 """Configuration choice of DeepGEMM 0.1.4.post1 on SM90 (``get_best_config<SM90ArchSpec>``).
 
 Source: csrc/jit_kernels/heuristics/{common,config,sm90,utils}.hpp of DeepGEMM 2.6. The arithmetic
-is repeated as written there, single-precision steps included, because ties and roundings decide
-which kernel is built.
+follows the C++ code, single-precision steps included, because ties and roundings decide which
+kernel is built.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import struct
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from itertools import product
 from math import inf
 
 from runner.errors import UserError
 
 SMEM_CAPACITY = 232448
+CONTIGUOUS_M_ALIGNMENT = 128
+"""Rows to which each expert's tokens are padded in the contiguous grouped layout."""
+M_GRANULE = 64
+"""Above M = 32 the choice can change only after a multiple of this many rows: M enters the cycle
+model as ``ceil(M / block_m)`` alone, and every candidate's ``block_m`` is a multiple of 64."""
+
 _MAX_STAGES = 16
 _WGMMA_M = 64
 _INT64_MAX = 2**63 - 1
-CONTIGUOUS_M_ALIGNMENT = 128
-"""Rows to which each expert's tokens are padded in the contiguous grouped layout."""
 
 
 class GemmType(Enum):
@@ -32,42 +37,36 @@ class GemmType(Enum):
     BATCHED = "GemmType::Batched"
 
 
-class KernelFamily(Enum):
-    """DeepGEMM's ``KernelType``: with 1D2D block scales, or without scales."""
-
-    FP8_1D2D = "1d2d"
-    NO_SF = "no_sf"
-
-
 @dataclass(frozen=True, slots=True)
 class GemmDesc:
-    """What a GEMM is asked to do. Sizes in elements; both operands K-major, no accumulation."""
+    """A GEMM as the heuristics see it: both operands K-major, no accumulation.
+
+    Attributes:
+        is_fp8: FP8 operands with 1D2D block scales; otherwise BF16 operands without scales.
+        m: rows; for the masked layout the expected rows of each group.
+    """
 
     gemm_type: GemmType
-    family: KernelFamily
+    is_fp8: bool
     m: int
     n: int
     k: int
     num_groups: int
     num_sms: int
     fp32_output: bool = False
-    expected_m: int = 0
-    expected_num_groups: int = 0
 
     @property
     def ab_bytes(self) -> int:
-        """Bytes of an input element."""
-        return 1 if self.family is KernelFamily.FP8_1D2D else 2
+        return 1 if self.is_fp8 else 2
 
     @property
     def cd_bytes(self) -> int:
-        """Bytes of an output element."""
         return 4 if self.fp32_output else 2
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Tile and cluster sizes."""
+    """Tile sizes, and the shape of the clusters of thread blocks that share loads."""
 
     block_m: int
     block_n: int
@@ -77,22 +76,7 @@ class Layout:
 
     @property
     def cluster_size(self) -> int:
-        """Thread blocks that share loads."""
         return self.cluster_m * self.cluster_n
-
-
-@dataclass(frozen=True, slots=True)
-class GemmConfig:
-    """How a GEMM is done: everything that the kernel's template arguments need."""
-
-    layout: Layout
-    swizzle_a_mode: int
-    swizzle_b_mode: int
-    swizzle_cd_mode: int
-    num_stages: int
-    num_tma_threads: int
-    num_math_threads: int
-    num_sms: int
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -110,189 +94,125 @@ def swizzle_mode(block_size: int, element_bytes: int) -> int:
     return next(mode for mode in (128, 64, 32, 16) if block_size * element_bytes % mode == 0)
 
 
-def get_best_config(desc: GemmDesc) -> GemmConfig:
-    """The configuration that the library picks for ``desc``; the first of equals wins."""
-    return _chooser(replace(desc, m=_bracket(desc.m), expected_m=0)).choose(
-        desc.expected_m or desc.m
-    )
+def best_layout(desc: GemmDesc) -> Layout:
+    """The layout that the library picks: the first one with the fewest modelled cycles.
+
+    Raises:
+        UserError: no layout fits the GEMM.
+    """
+    m, num_sms = desc.m, desc.num_sms
+    # The candidates depend on M only as far as it decides whether tiles of 16 or 32 rows are legal.
+    candidates = _candidates(replace(desc, m=16 if m <= 16 else 32 if m <= 32 else 64))
+    # A fast estimate rules out all but the closest candidates. The library cuts cycles to whole
+    # ones before it divides by the efficiency (at least 1 / num_sms) and rounds to 24 bits, so its
+    # result differs from the estimate by less than this bound allows.
+    estimates = [candidate.estimated_cycles(m, num_sms) for candidate in candidates]
+    bound = min(estimates) * (1 + 1e-6) + 2 * num_sms
+    close = [c for c, cycles in zip(candidates, estimates, strict=True) if cycles <= bound]
+    if len(close) == 1:
+        return close[0].layout
+    return min(close, key=lambda candidate: candidate.library_cycles(m, num_sms)).layout
 
 
-def _bracket(m: int) -> int:
-    """M as far as the candidates depend on it."""
-    return 16 if m <= 16 else 32 if m <= 32 else 64
-
-
-M_GRANULE = 64
-"""Above M = 32 the choice can change only after a multiple of this many rows: M enters the model
-as ``ceil(M / block_m)`` alone, and every candidate's ``block_m`` is a multiple of 64 there."""
-
-
-@lru_cache(maxsize=4096)
-def _chooser(desc: GemmDesc) -> _Chooser:
-    return _Chooser(desc)
-
-
-@dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A layout with everything of the cycle model that does not depend on M."""
+    """A legal layout, with everything of the cycle model that does not depend on M.
 
-    layout: Layout
-    blocks_per_row: int
-    l1_bytes: int
-    l2_bytes: int
-    cycles: float
+    The model counts the bytes of a block through L1 and L2 and divides them by what all SMs
+    together move in a cycle.
+    """
 
-
-class _Chooser:
-    """Picks the layout for any M of one bracket; all else of the GEMM is fixed."""
-
-    def __init__(self, desc: GemmDesc) -> None:
-        self._desc = desc
-        self._l1 = 128 * desc.num_sms
-        self._l2 = int(min(64.0 * desc.num_sms, 8e6 / 1.3e3))
-        self._candidates = [self._candidate(layout) for layout in _layout_candidates(desc)]
-        if not self._candidates:
-            raise UserError(
-                f"no {desc.family.value} kernel of {desc.gemm_type.value} exists for n={desc.n}, "
-                f"k={desc.k}: its tiles do not fit shared memory"
-            )
-        self._configs: dict[Layout, GemmConfig] = {}
-
-    def choose(self, m: int) -> GemmConfig:
-        """The configuration for ``m`` rows (the expected ones where the library is told)."""
-        layout = self._best(m)
-        if layout not in self._configs:
-            self._configs[layout] = _config(self._desc, layout)
-        return self._configs[layout]
-
-    def _best(self, m: int) -> Layout:
-        """The first candidate with the fewest modelled cycles.
-
-        An estimate sorts out all but the closest; those are compared in the library's own
-        arithmetic. The library cuts cycles to whole ones before it divides by the efficiency
-        (at least 1 / num_sms) and rounds to 24 bits, so it is off by less than the bound allows.
-        """
-        num_sms = self._desc.num_sms
-        rough = []
-        for candidate in self._candidates:
-            blocks = -(-m // candidate.layout.block_m) * candidate.blocks_per_row
-            waves = -(-blocks // num_sms)
-            multicast_of_one_wave = waves <= 1 and candidate.layout.cluster_size > 1
-            rough.append(inf if multicast_of_one_wave else candidate.cycles * waves * num_sms)
-        bound = min(rough) * (1 + 1e-6) + 2 * num_sms
-        close = [c for c, cycles in zip(self._candidates, rough, strict=True) if cycles <= bound]
-        if len(close) == 1:
-            return close[0].layout
-        return min(close, key=lambda candidate: self._cycles(candidate, m)).layout
-
-    def _candidate(self, layout: Layout) -> _Candidate:
-        desc, ab = self._desc, self._desc.ab_bytes
+    def __init__(self, desc: GemmDesc, layout: Layout) -> None:
         block_m, block_n = layout.block_m, layout.block_n
+        # The rows of the contiguous layout are one sequence of tiles, whatever the groups.
+        contiguous = desc.gemm_type is GemmType.M_GROUPED_CONTIGUOUS
+        row_bytes = desc.k * desc.ab_bytes
         output = block_m * block_n * desc.cd_bytes
-        l2_in = desc.k * (block_m // layout.cluster_n + block_n // layout.cluster_m) * ab
-        l1_in = desc.k * (block_m + block_n) * ab
-        l1_tensor_core = desc.k * (max(_WGMMA_M, block_m) + block_n) * ab + output
-        l1, l2 = l1_in + l1_tensor_core + output, l2_in + output
-        groups = desc.expected_num_groups or desc.num_groups
-        rate = max(l1 / self._l1, l2 / self._l2)
-        return _Candidate(layout, ceil_div(desc.n, block_n) * groups, l1, l2, rate)
+        tensor_core = row_bytes * (max(_WGMMA_M, block_m) + block_n) + output
+        multicast = block_m // layout.cluster_n + block_n // layout.cluster_m
+        self.layout, self.block_m = layout, block_m
+        self.blocks_per_row = ceil_div(desc.n, block_n) * (1 if contiguous else desc.num_groups)
+        self.l1_bytes = row_bytes * (block_m + block_n) + tensor_core + output
+        self.l2_bytes = row_bytes * multicast + output
+        self.l1_rate = 128 * desc.num_sms
+        self.l2_rate = int(min(64.0 * desc.num_sms, 8e6 / 1.3e3))
+        self.cycles_per_block = max(self.l1_bytes / self.l1_rate, self.l2_bytes / self.l2_rate)
+        self.is_cluster = layout.cluster_size > 1
 
-    def _cycles(self, candidate: _Candidate, m: int) -> int:
-        """Modelled L1/L2 cycles, the only quantity that the library compares."""
-        blocks = ceil_div(m, candidate.layout.block_m) * candidate.blocks_per_row
-        waves = ceil_div(blocks, self._desc.num_sms)
-        if candidate.layout.cluster_size > 1 and waves <= 1:
+    def estimated_cycles(self, m: int, num_sms: int) -> float:
+        waves = -(-(-(-m // self.block_m) * self.blocks_per_row) // num_sms)
+        return inf if self.is_cluster and waves <= 1 else self.cycles_per_block * waves * num_sms
+
+    def library_cycles(self, m: int, num_sms: int) -> int:
+        """Cycles in the library's own arithmetic."""
+        blocks = ceil_div(m, self.block_m) * self.blocks_per_row
+        waves = ceil_div(blocks, num_sms)
+        if self.is_cluster and waves <= 1:
             return _INT64_MAX
-        l1_cycles = candidate.l1_bytes * blocks // self._l1
-        l2_cycles = candidate.l2_bytes * blocks // self._l2
-        efficiency = _f32(_f32(blocks) / _f32(waves * self._desc.num_sms))
-        return int(_f32(_f32(max(l1_cycles, l2_cycles)) / efficiency))
-
-
-def _config(desc: GemmDesc, layout: Layout) -> GemmConfig:
-    swizzles = _swizzles(desc, layout)
-    return GemmConfig(
-        layout=layout,
-        swizzle_a_mode=swizzles[0],
-        swizzle_b_mode=swizzles[1],
-        swizzle_cd_mode=swizzles[2],
-        num_stages=_num_stages(desc, layout),
-        num_tma_threads=128,
-        num_math_threads=128 if layout.block_m <= 64 else 256,
-        num_sms=desc.num_sms,
-    )
-
-
-def _layout_candidates(desc: GemmDesc) -> list[Layout]:
-    candidates = []
-    for cluster_m, cluster_n in _clusters(desc):
-        for block_m in _block_m_candidates(desc):
-            for block_n in range(16, (192 if _has_scales(desc) else 256) + 1, 16):
-                layout = Layout(block_m, block_n, 128 // desc.ab_bytes, cluster_m, cluster_n)
-                if _is_legal(desc, layout):
-                    candidates.append(layout)
-    return candidates
-
-
-def _clusters(desc: GemmDesc) -> list[tuple[int, int]]:
-    pairs = [(1, 1)] if desc.gemm_type is GemmType.BATCHED else [(1, 1), (1, 2), (2, 1)]
-    return [pair for pair in pairs if desc.num_sms % (pair[0] * pair[1]) == 0]
-
-
-def _block_m_candidates(desc: GemmDesc) -> list[int]:
-    if desc.gemm_type is GemmType.M_GROUPED_CONTIGUOUS:
-        return [CONTIGUOUS_M_ALIGNMENT]
-    if desc.gemm_type is GemmType.M_GROUPED_MASKED:
-        return [64, 128]
-    sizes = [64, 128]
-    if desc.m <= 16:
-        sizes.append(16)
-    if desc.m <= 32:
-        sizes.append(32)
-    if not desc.fp32_output:
-        sizes.append(256)
-    return sizes
-
-
-def _is_legal(desc: GemmDesc, layout: Layout) -> bool:
-    block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
-    excess = block_n - block_k
-    if _has_scales(desc) and excess > 0 and block_n % excess and block_k % excess:
-        return False
-    masked = desc.gemm_type is GemmType.M_GROUPED_MASKED
-    if masked and ceil_div(desc.n, block_n) % layout.cluster_size:
-        return False
-    if block_m > 128 and block_n > 128:
-        return False
-    swizzle_a, swizzle_b, _ = _swizzles(desc, layout)
-    if swizzle_a % 64 or swizzle_b % 64:
-        return False
-    num_stages = _num_stages(desc, layout)
-    return num_stages >= 4 or (num_stages == 3 and block_m * block_n >= 128 * 192)
-
-
-def _has_scales(desc: GemmDesc) -> bool:
-    return desc.family is KernelFamily.FP8_1D2D
-
-
-def _swizzles(desc: GemmDesc, layout: Layout) -> tuple[int, int, int]:
-    operand = swizzle_mode(layout.block_k, desc.ab_bytes)
-    output = 0 if desc.fp32_output else swizzle_mode(layout.block_n, desc.cd_bytes)
-    return operand, operand, output
-
-
-def _num_stages(desc: GemmDesc, layout: Layout) -> int:
-    block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
-    extra = align(block_m * block_n * desc.cd_bytes, 1024) + _MAX_STAGES * 8 * 2
-    per_stage = (block_m + block_n) * block_k * desc.ab_bytes
-    if _has_scales(desc):
-        scales_per_k_block = 1 if block_k % block_n == 0 else 2
-        extra += align(ceil_div(desc.k, block_k) * 4 * scales_per_k_block, 8)
-        per_stage += align(block_m * 4, 128)
-    return min((SMEM_CAPACITY - extra) // per_stage, _MAX_STAGES)
+        cycles = max(self.l1_bytes * blocks // self.l1_rate, self.l2_bytes * blocks // self.l2_rate)
+        efficiency = _f32(_f32(blocks) / _f32(waves * num_sms))
+        return int(_f32(_f32(cycles) / efficiency))
 
 
 def _f32(value: float) -> float:
     """``value`` rounded to single precision, as the C++ code's ``float`` holds it."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
+
+
+@lru_cache(maxsize=4096)
+def _candidates(desc: GemmDesc) -> list[_Candidate]:
+    layouts = legal_layouts(desc)
+    if not layouts:
+        operands = "FP8" if desc.is_fp8 else "BF16"
+        raise UserError(
+            f"no {operands} kernel of {desc.gemm_type.value} exists for n={desc.n}, k={desc.k}: "
+            "its tiles do not fit in shared memory"
+        )
+    return [_Candidate(desc, layout) for layout in layouts]
+
+
+def legal_layouts(desc: GemmDesc) -> list[Layout]:
+    """Layouts that the library considers, in its order."""
+    clusters = [(1, 1)] if desc.gemm_type is GemmType.BATCHED else [(1, 1), (1, 2), (2, 1)]
+    block_ns = range(16, (192 if desc.is_fp8 else 256) + 1, 16)
+    layouts = (
+        Layout(block_m, block_n, 128 // desc.ab_bytes, cluster_m, cluster_n)
+        for (cluster_m, cluster_n), block_m, block_n in product(clusters, _block_ms(desc), block_ns)
+        if desc.num_sms % (cluster_m * cluster_n) == 0
+    )
+    return [layout for layout in layouts if _is_legal(desc, layout)]
+
+
+def _block_ms(desc: GemmDesc) -> list[int]:
+    if desc.gemm_type is GemmType.M_GROUPED_CONTIGUOUS:
+        return [CONTIGUOUS_M_ALIGNMENT]
+    if desc.gemm_type is GemmType.M_GROUPED_MASKED:
+        return [64, 128]
+    small = [16] * (desc.m <= 16) + [32] * (desc.m <= 32)
+    return [64, 128, *small, *[256] * (not desc.fp32_output)]
+
+
+def _is_legal(desc: GemmDesc, layout: Layout) -> bool:
+    block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
+    excess = block_n - block_k
+    if desc.is_fp8 and excess > 0 and block_n % excess and block_k % excess:
+        return False
+    masked = desc.gemm_type is GemmType.M_GROUPED_MASKED
+    if masked and ceil_div(desc.n, block_n) % layout.cluster_size:
+        return False
+    if block_m > 128 and block_n > 128:
+        return False
+    stages = num_stages(desc, layout)
+    return stages >= 4 or (stages == 3 and block_m * block_n >= 128 * 192)
+
+
+def num_stages(desc: GemmDesc, layout: Layout) -> int:
+    """Pipeline stages that fit in shared memory."""
+    block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
+    extra = align(block_m * block_n * desc.cd_bytes, 1024) + _MAX_STAGES * 8 * 2
+    per_stage = (block_m + block_n) * block_k * desc.ab_bytes
+    if desc.is_fp8:
+        scales_per_k_block = 1 if block_k % block_n == 0 else 2
+        extra += align(ceil_div(desc.k, block_k) * 4 * scales_per_k_block, 8)
+        per_stage += align(block_m * 4, 128)
+    return min((SMEM_CAPACITY - extra) // per_stage, _MAX_STAGES)

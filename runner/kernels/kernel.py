@@ -9,7 +9,7 @@ from functools import lru_cache
 from runner.cache.digest import hex_digest
 
 HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
-"""First line of a source of the first JIT generation; what follows is the kernel's body."""
+"""First line of a source of the first JIT generation; the kernel's body follows."""
 
 _BODY = re.compile(
     r"\n#include <([^>\n]+)>\n\nusing namespace deep_gemm;\n\n"
@@ -30,8 +30,8 @@ class Kernel:
         entry: the instantiated template.
         arguments: its lines of template arguments.
         prelude: what a source has between its include and its instantiation, such as a
-            ``static_assert``; most have nothing. A source of another form is here as a whole, and
-            the other fields but the name are empty.
+            ``static_assert``; usually empty. For a source of any other form this is the whole
+            source, and ``header``, ``entry`` and ``arguments`` are empty.
     """
 
     name: str
@@ -44,13 +44,14 @@ class Kernel:
     def of_source(cls, name: str, source: str) -> Kernel:
         """The kernel with that generated source (text of ``kernel.cu``)."""
         body = source[match.end() :] if (match := HASH_LINE.match(source)) else source
+        whole = cls(name, "", "", (), body)
         parts = _BODY.fullmatch(body)
         if parts is None:
-            return cls(name, "", "", (), body)
+            return whole
         header, prelude, entry, arguments = parts.groups()
         lines = arguments.removeprefix(_INDENT[1:]).split("," + _INDENT)
         kernel = cls(name, header, entry, tuple(lines), prelude)
-        return kernel if kernel.body == body else cls(name, "", "", (), body)
+        return kernel if kernel.body == body else whole
 
     @property
     def identity(self) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from runner.cache.keys import Recipe, first_recipe
 from runner.config.environ import Environ
 from runner.kernels.rules_sm90 import kernels_of, m_class_starts
-from runner.kernels.table import Kernels, KernelTable, Origin, Source, cut_at
+from runner.kernels.table import Kernels, KernelTable, Origin, Part, Source, append_part
 from runner.kernels.types import GemmShape, KernelCall
 
 RULES_VERSION = "0.1.4.post1"
-"""The version of sgl-deep-gemm that the rules were written for and held against, on SM90."""
+"""The version of sgl-deep-gemm that the rules were written for and checked against, on SM90."""
 
 RULES_ARCH = "sm_90a"
 
@@ -25,19 +27,15 @@ class RulesTable(KernelTable):
     recipe: Recipe
 
     def kernels_of(self, call: KernelCall) -> Kernels:
-        """See :meth:`KernelTable.kernels_of`."""
         return kernels_of(call)
 
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[tuple[Kernels, int, int]]:
-        """One look for each class of M: within it every M runs the same kernels."""
-        found: list[tuple[Kernels, int, int]] = []
+    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+        found: list[Part] = []
         starts = m_class_starts(shape.type, ms[-1]) if ms else ()
-        for low, high in cut_at(starts, ms):
-            kernels = kernels_of(shape.call(ms[low]))
-            if found and found[-1][0] == kernels:
-                found[-1] = (kernels, found[-1][1], high)
-            else:
-                found.append((kernels, low, high))
+        edges = [*(bisect_left(ms, start) for start in starts), len(ms)]
+        for low, high in pairwise(edges):
+            if low < high:
+                append_part(found, kernels_of(shape.call(ms[low])), low, high)
         return found
 
     def on(self, gpu: str, num_sms: int, recipe: Recipe) -> RulesTable:

@@ -1,26 +1,35 @@
-"""Where tables come from, as everything that needs one sees it."""
+"""Where kernel tables come from: our rules, tables that ship, or the library itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from runner.kernels.table import Demand, KernelTable, Origin
+from runner.cache.keys import first_recipe, with_variables
+from runner.config.environ import Environ
+from runner.errors import UserError
+from runner.kernels.installed import Library
+from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
+from runner.kernels.table import Demand, KernelTable, Origin, RecordedTable, by_shape
+from runner.kernels.table_file import shipped_gpu, shipped_libraries, shipped_table
+from runner.standin.gpus import Gpu
+
+_ANY_NVCC = (
+    "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\n"
+)
+"""What the stand-in compiler prints if nobody needs cache keys: kernels do not depend on it."""
 
 
 class KernelSource(Protocol):
-    """Gives tables of one library on one GPU.
-
-    Attributes:
-        origin: whose answers they are.
-    """
+    """Gives kernel tables of one library on one GPU."""
 
     def __hash__(self) -> int:
-        """Sources are asked once for each deployment."""
+        """Callers cache one table for each source."""
 
     @property
     def origin(self) -> Origin:
-        """See the class."""
+        """Whose kernels the tables list; known before any table is made."""
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
         """A table that knows at least what ``demands()`` names.
@@ -28,5 +37,111 @@ class KernelSource(Protocol):
         Sources that know everything never call ``demands``.
 
         Raises:
-            UserError: the source cannot tell; the message says what can.
+            UserError: the source does not know; the message says what does.
+            WorkFailedError: the library crashed.
         """
+
+
+@dataclass(frozen=True)
+class ShippedFirst:
+    """A table that ships, if it covers all demands; otherwise another source, if there is one."""
+
+    shipped: RecordedTable
+    gpu: Gpu
+    fallback: KernelSource | None
+
+    @property
+    def origin(self) -> Origin:
+        return self.shipped.origin
+
+    def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
+        merged = by_shape(demands())
+        if not any(self.shipped.lacking(demand) for demand in merged):
+            return self.shipped
+        # One source answers everything, so that the kernels are one library's.
+        return _known(self.fallback, self.gpu).table(lambda: merged)
+
+
+def choose_source(
+    gpu: Gpu,
+    library: Library | str | None,
+    environ: Environ,
+    *,
+    version_text: str | None = None,
+    ask: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> KernelSource:
+    """The best source for a library on a GPU.
+
+    Args:
+        library: the installed library; or the name, or ``NAME==VERSION``, of one that is not
+            installed; None takes any.
+        environ: the variables that change the compiler's flags.
+        version_text: what ``nvcc --version`` prints on the machine that will run, if known.
+        ask: ask the library even if rules or a table that ships know the answer.
+        progress: called with (GEMMs asked, of how many).
+
+    Raises:
+        UserError: nothing knows the kernels, and there is no library to ask.
+    """
+    asked = None
+    if isinstance(library, Library):
+        # Imported late: most commands never ask a library.
+        from runner.kernels.library import LibrarySource
+
+        asked = LibrarySource(library, gpu, version_text or _ANY_NVCC, environ, progress)
+    if ask:
+        return _known(asked, gpu)
+    title = _choose_title(gpu, library)
+    fallback: KernelSource | None = asked
+    if gpu.arch == RULES_ARCH and (library is None or title == RULES.origin.library):
+        fallback = RULES.on(gpu.name, gpu.num_sms, first_recipe(environ))
+    table = shipped_table(title, shipped_gpu(gpu))
+    if table is None or table.origin.num_sms != gpu.num_sms:
+        return _known(fallback, gpu)
+    if isinstance(library, Library) and not _same_headers(library, table):
+        return _known(fallback, gpu)  # A patched build that kept its version number.
+    origin = replace(table.origin, gpu=gpu.name)
+    recipe = with_variables(table.recipe, environ)
+    return ShippedFirst(replace(table, origin=origin, recipe=recipe), gpu, fallback)
+
+
+def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
+    """Name and version of the library; of several that fit, the newest with a table.
+
+    Raises:
+        UserError: no library of that name is known here.
+    """
+    if isinstance(library, Library):
+        return library.title
+    titles = shipped_libraries(shipped_gpu(gpu))
+    if gpu.arch == RULES_ARCH:
+        titles.append(RULES.origin.library)
+    if library is None:
+        return titles[0] if titles else ""
+    name, _, version = library.partition("==")
+    for title in titles:
+        if title == f"{name} {version}" or (not version and title.startswith(name)):
+            return title
+    known = ", ".join(title.replace(" ", "==") for title in titles)
+    raise UserError(
+        f"--library {library} is not installed, and no table of it ships for this GPU: install it, "
+        f"give the path of its deep_gemm folder, or use one that does ({known or 'none'})"
+    )
+
+
+def _same_headers(library: Library, table: RecordedTable) -> bool:
+    try:
+        return all(library.header_hash(name) == known for name, known in table.headers.items())
+    except FileNotFoundError:
+        return False
+
+
+def _known(source: KernelSource | None, gpu: Gpu) -> KernelSource:
+    if source is None:
+        raise UserError(
+            f"only the library itself knows its kernels for {gpu.name} ({gpu.arch}), and none is "
+            "installed here: pip install 'deepgemm-coldstart[library]', or name one with --library "
+            f"(our rules cover sgl-deep-gemm {RULES_VERSION} on Hopper GPUs only)"
+        )
+    return source

@@ -1,35 +1,32 @@
-"""Tables: for each GEMM, which kernels run at which M, and whose word that is."""
+"""Kernel tables: which kernels each GEMM runs at which M, and where that is known from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import pairwise
 
 from runner.cache.keys import Recipe
 from runner.errors import UserError
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import GemmShape, KernelCall
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 
 MRanges = tuple[tuple[int, int], ...]
 """Ascending, disjoint (first, last) pairs. For contiguous types only multiples of 128 count."""
 
 Kernels = tuple[Kernel, ...]
-"""What one call runs, in order; empty where it runs no kernel of DeepGEMM's."""
+"""What one call runs, in order; empty if it runs no kernel of DeepGEMM's."""
+
+Part = tuple[Kernels, int, int]
+"""Kernels that all of ``ms[low:high]`` run: (kernels, low, high)."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A GEMM that a deployment runs.
-
-    Attributes:
-        shape: the GEMM.
-        ms: every M it can be run with, ascending.
-        stages: pipeline stages that run it.
-    """
+    """A GEMM that a deployment runs: with which M, ascending, and on which pipeline stages."""
 
     shape: GemmShape
     ms: Sequence[int]
@@ -37,7 +34,7 @@ class Demand:
 
 
 class Source(Enum):
-    """Where a table's answers come from."""
+    """How a table's answers were found."""
 
     RULES = "by our rules"
     LIBRARY = "asked on a stand-in GPU"
@@ -46,15 +43,13 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose answers a table holds.
+    """Whose kernels a table lists.
 
     Attributes:
         library: name and version, such as ``sgl-deep-gemm 0.2.5``.
         generation: of the library's JIT: 1 up to sgl-deep-gemm 0.1.x, 2 from 0.2.0 on.
         gpu: name of the GPU.
-        num_sms: its SMs.
         arch: nvcc's name of the target, such as ``sm_100f``.
-        source: how the answers were had.
     """
 
     library: str
@@ -73,23 +68,18 @@ class Origin:
 
 
 class KernelTable(ABC):
-    """Which kernels a library runs on a GPU, by GEMM and M.
-
-    Attributes:
-        origin: whose answers these are.
-        recipe: how the library compiles the kernels.
-    """
+    """Which kernels a library runs on a GPU, by GEMM and M; compiled as ``recipe`` says."""
 
     origin: Origin
     recipe: Recipe
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
-        """The table itself: it is a source of what it knows, and of nothing else."""
+        """The table itself: every table is a :class:`runner.kernels.source.KernelSource`."""
         return self
 
     @abstractmethod
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[tuple[Kernels, int, int]]:
-        """Ascending ``ms`` cut where other kernels run: (kernels, low, high) for ms[low:high].
+    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+        """Ascending ``ms`` cut where the kernels change.
 
         Raises:
             UserError: an M that the table does not know.
@@ -97,7 +87,7 @@ class KernelTable(ABC):
 
     @abstractmethod
     def kernels_of(self, call: KernelCall) -> Kernels:
-        """Kernels that the library runs for one call; none where ``m`` is 0.
+        """Kernels that the library runs for one call; none if ``m`` is 0.
 
         Raises:
             UserError: a call that the table does not know.
@@ -118,6 +108,13 @@ class KernelTable(ABC):
         return {kernel: tuple(ranges) for kernel, ranges in found.items()}
 
 
+def append_part(parts: list[Part], kernels: Kernels, low: int, high: int) -> None:
+    """Add ``ms[low:high]``, to the last part if that runs the same kernels."""
+    if parts and parts[-1][0] == kernels:
+        low = parts.pop()[1]
+    parts.append((kernels, low, high))
+
+
 @dataclass(frozen=True)
 class Run:
     """Consecutive M of one GEMM that run the same kernels, from ``first`` to ``last``."""
@@ -129,78 +126,73 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class RecordedTable(KernelTable):
-    """A table as data.
-
-    Attributes:
-        runs: for each GEMM what is known, ascending and disjoint.
-        headers: digests of the library's headers that the kernels include.
-    """
+    """A table as data: what is known of each GEMM, and hashes of the headers of its kernels."""
 
     origin: Origin
     recipe: Recipe
     runs: Mapping[GemmShape, tuple[Run, ...]]
     headers: Mapping[str, str] = field(default_factory=dict)
-    _known: dict[KernelCall, Kernels] = field(default_factory=dict, repr=False)
+    _by_call: dict[KernelCall, Kernels] = field(default_factory=dict, repr=False)
 
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[tuple[Kernels, int, int]]:
-        """See :meth:`KernelTable.parts`."""
-        found: list[tuple[Kernels, int, int]] = []
+    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+        found: list[Part] = []
         at = 0
         for run in self.runs.get(shape, ()):
             low, high = bisect_left(ms, run.first, at), bisect_right(ms, run.last, at)
-            if low >= high:
-                continue
             if low > at:
                 break
-            if found and found[-1][0] == run.kernels:
-                found[-1] = (run.kernels, found[-1][1], high)
-            else:
-                found.append((run.kernels, low, high))
-            at = high
+            if low < high:
+                append_part(found, run.kernels, low, high)
+                at = high
         if at < len(ms):
-            raise self._unknown(shape, ms[at])
+            raise UserError(
+                f"no table of {self.origin.library} on {self.origin.gpu} has {shape.describe()} "
+                f"with M {ms[at]} on {shape.num_sms} SMs: ask the library itself (--library, where "
+                "it is installed with a CUDA build of torch)"
+            )
         return found
 
     def kernels_of(self, call: KernelCall) -> Kernels:
-        """See :meth:`KernelTable.kernels_of`."""
         if call.m < 1:
             return ()
-        if call not in self._known:
+        if call not in self._by_call:
             shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-            ((kernels, _, _),) = self.parts(shape, (call.m,))
-            self._known[call] = kernels
-        return self._known[call]
+            self._by_call[call] = self.parts(shape, (call.m,))[0][0]
+        return self._by_call[call]
+
+    def header_hash(self, header: str) -> str:
+        """Hash of a header: a table stands in for the headers of a library that is not here."""
+        return self.headers[header]
 
     def lacking(self, demand: Demand) -> list[int]:
         """The M of a demand that the table does not know."""
         runs = self.runs.get(demand.shape, ())
         firsts = [run.first for run in runs]
-        known = (bisect_right(firsts, m) - 1 for m in demand.ms)
-        return [
-            m
-            for m, index in zip(demand.ms, known, strict=True)
-            if index < 0 or m > runs[index].last
-        ]
-
-    def _unknown(self, shape: GemmShape, m: int) -> UserError:
-        return UserError(
-            f"no table of {self.origin.library} on {self.origin.gpu} has {shape.describe()} with "
-            f"M {m} on {shape.num_sms} SMs: ask the library itself (--library, where it is "
-            "installed with a CUDA build of torch)"
-        )
+        lasts = [-1, *(run.last for run in runs)]
+        return [m for m in demand.ms if m > lasts[bisect_right(firsts, m)]]
 
 
-def join_runs(runs: Iterable[Run], step: int) -> tuple[Run, ...]:
-    """Runs in order, each M once; runs of the same kernels that meet are one.
+def m_step(shape: GemmShape) -> int:
+    """How far apart the M are that a GEMM can be called with."""
+    return CONTIGUOUS_M_ALIGNMENT if shape.type in CONTIGUOUS_TYPES else 1
 
-    Neighbours are ``step`` apart. Runs that overlap agree, since they are of one library.
-    """
+
+def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
+    """One table of all that two tables of one origin know; they agree where they overlap."""
+    runs = dict(one.runs)
+    for shape, more in other.runs.items():
+        runs[shape] = join_runs(shape, [*runs.get(shape, ()), *more])
+    return RecordedTable(one.origin, one.recipe, runs, {**one.headers, **other.headers})
+
+
+def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Runs of one GEMM in order, as few as there can be; runs that overlap agree."""
     joined: list[Run] = []
     for run in sorted(runs, key=lambda run: run.first):
         before = joined[-1] if joined else None
         if before is not None and (
             run.first <= before.last
-            or (run.kernels == before.kernels and run.first == before.last + step)
+            or (run.kernels == before.kernels and run.first == before.last + m_step(shape))
         ):
             joined[-1] = Run(before.first, max(before.last, run.last), before.kernels)
         else:
@@ -209,7 +201,7 @@ def join_runs(runs: Iterable[Run], step: int) -> tuple[Run, ...]:
 
 
 def by_shape(demands: Iterable[Demand]) -> list[Demand]:
-    """One demand for each GEMM, with every M that any of the given ones has."""
+    """One demand for each GEMM, with every M of all its demands."""
     found: dict[GemmShape, set[int]] = {}
     for demand in demands:
         found.setdefault(demand.shape, set()).update(demand.ms)
@@ -225,9 +217,3 @@ def union(many: Iterable[MRanges]) -> MRanges:
         else:
             merged.append((first, last))
     return tuple(merged)
-
-
-def cut_at(starts: Iterable[int], ms: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Index ranges (low, high) of ascending ``ms`` between ``starts``; empty ones are left out."""
-    edges = [bisect_left(ms, start) for start in starts] + [len(ms)]
-    return ((low, high) for low, high in pairwise(edges) if low < high)

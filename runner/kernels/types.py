@@ -9,9 +9,9 @@ from enum import IntEnum, auto
 class DeepGemmKernelType(IntEnum):
     """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions.
 
-    ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with bf16 output, which SGLang leaves to
+    ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with BF16 output, which SGLang leaves to
     cuBLAS. The last four are entry points of newer libraries: weights in blocks of 32 x 32 (recipe
-    (1, 32, 32)), and FP4 weights with a scale for 32 values, which Blackwell alone has.
+    (1, 32, 32)), and, on Blackwell only, FP4 weights with a scale for every 32 values.
     """
 
     GEMM_NT_F8F8BF16 = auto()
@@ -53,10 +53,10 @@ class KernelCall:
     """One call of a wrapper entry point, by shape.
 
     ``m``, ``n``, ``k`` follow ``D[m, n] = A[m, k] @ B[n, k].T``; ``num_groups`` is the number of
-    expert groups (grouped types), of heads groups (einsum) or of splits (``TF32_HC_PRENORM_GEMM``;
-    0 means none). For the masked types ``m`` is the expected M per group. For
-    the MQA-logits types ``m`` counts queries, ``n`` heads and ``k`` is the head dimension.
-    ``num_sms`` is the number of SMs that the kernel may use.
+    expert groups (grouped types), of head groups (einsum) or of splits (``TF32_HC_PRENORM_GEMM``;
+    0 means none). For the masked types ``m`` is the expected M per group. For the MQA-logits types
+    ``m`` counts queries, ``n`` heads, and ``k`` is the head dimension. ``num_sms`` is the number
+    of SMs that the kernel may use.
     """
 
     type: DeepGemmKernelType
@@ -74,7 +74,7 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True, order=True)
 class GemmShape:
-    """A wrapper entry point with everything but its M; fields as in :class:`KernelCall`."""
+    """A wrapper entry point and its sizes, without M; fields as in :class:`KernelCall`."""
 
     type: DeepGemmKernelType
     n: int

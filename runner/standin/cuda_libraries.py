@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import UserError
@@ -16,98 +14,67 @@ CUDA_MAJOR = 13
 
 _TOOLKIT = Path("/usr/local/cuda")
 
-_LOOK = """
-import importlib.util, json, sys
+_INSPECT = """
+import importlib.util, json, pathlib, runpy, sys
 def folders(name):
     spec = importlib.util.find_spec(name)
     return list(spec.submodule_search_locations or ()) if spec else []
-print(json.dumps({"torch": folders("torch"), "nvidia": folders("nvidia"), "prefix": [sys.prefix]}))
+torch = folders("torch")
+version = [pathlib.Path(folder, "version.py") for folder in torch]
+cuda = runpy.run_path(version[0]).get("cuda") if version and version[0].is_file() else None
+print(json.dumps([cuda, torch, folders("nvidia"), sys.prefix]))
 """
 
 
-@dataclass(frozen=True)
-class CudaLibraries:
-    """What torch of one environment would call.
-
-    Attributes:
-        version: 13000 for CUDA 13.0, the version that torch was built with.
-        paths: libcudart, and libcublas and libcublasLt where they are found.
-    """
-
-    version: int
-    paths: tuple[Path, ...]
-
-
-def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> CudaLibraries:
+def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[int, list[Path]]:
     """The CUDA libraries that torch of ``python`` calls.
+
+    Returns:
+        The version that torch was built with (13000 is CUDA 13.0), and the paths of libcudart and,
+        if they are there, of libcublas and libcublasLt.
 
     Raises:
         UserError: no torch there, one without CUDA, one for another CUDA, or no libcudart.
     """
-    found = _look(python, environment)
-    if not found["torch"]:
-        raise UserError(f"{python} has no torch: install one with CUDA {CUDA_MAJOR}")
-    torch = Path(found["torch"][0])
-    version = _cuda_version(torch, python)
-    folders = _folders(torch, found, environment)
-    runtime = _first(folders, f"libcudart.so.{CUDA_MAJOR}")
-    if runtime is None:
-        raise UserError(
-            f"{python} has torch, and no libcudart.so.{CUDA_MAJOR}: install nvidia-cuda-runtime"
-        )
-    blas = (_first(folders, f"{name}.so.{CUDA_MAJOR}") for name in ("libcublas", "libcublasLt"))
-    return CudaLibraries(version, (runtime, *(path for path in blas if path is not None)))
-
-
-def _look(python: Path, environment: Mapping[str, str]) -> dict[str, list[str]]:
+    command = [str(python), "-c", _INSPECT]
     try:
-        done = subprocess.run(
-            [str(python), "-c", _LOOK],
-            capture_output=True,
-            text=True,
-            env=dict(environment),
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
         raise UserError(f"{python} cannot be run: {error.strerror}") from None
     try:
-        found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+        cuda, torch, nvidia, prefix = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
         raise UserError(f"{python} is no working Python: it ended with {done.returncode}") from None
-    return found
-
-
-def _cuda_version(torch: Path, python: Path) -> int:
-    """CUDA's version as torch's own version file has it."""
-    path = torch / "version.py"
-    text = path.read_text() if path.is_file() else ""
-    match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
-    if match is None:
+    if not torch:
+        raise UserError(f"{python} has no torch: install one with CUDA {CUDA_MAJOR}")
+    if not cuda:
         raise UserError(
             f"torch of {python} is built without CUDA: install a build with it, or name a library "
             "whose tables ship (--library sgl-deep-gemm==0.2.5)"
         )
-    if int(match[1]) != CUDA_MAJOR:
+    major, minor = map(int, cuda.split(".")[:2])
+    if major != CUDA_MAJOR:
         raise UserError(
-            f"torch of {python} is built for CUDA {match[1]}.{match[2]}: the stand-in GPU knows "
-            f"CUDA {CUDA_MAJOR} alone"
+            f"torch of {python} is built for CUDA {cuda}: the stand-in GPU supports only CUDA "
+            f"{CUDA_MAJOR}"
         )
-    return 1000 * int(match[1]) + 10 * int(match[2])
+    folders = _library_folders(torch[0], nvidia, prefix, environment)
+    names = [f"{name}.so.{major}" for name in ("libcudart", "libcublas", "libcublasLt")]
+    paths = ([folder / name for folder in folders] for name in names)
+    candidates = (next((path for path in each if path.is_file()), None) for each in paths)
+    found = [path for path in candidates if path is not None]
+    if not found or found[0].name != names[0]:
+        raise UserError(f"{python} has torch, but no {names[0]}: install nvidia-cuda-runtime")
+    return 1000 * major + 10 * minor, found
 
 
-def _folders(
-    torch: Path, found: Mapping[str, list[str]], environment: Mapping[str, str]
+def _library_folders(
+    torch: str, nvidia: list[str], prefix: str, environment: Mapping[str, str]
 ) -> list[Path]:
-    """Where the libraries may be: wheels of their own, torch's, conda's, a toolkit's."""
-    wheels = [Path(root) / f"cu{CUDA_MAJOR}" / "lib" for root in found["nvidia"]]
-    for root in found["nvidia"]:
-        wheels += [Path(root) / part / "lib" for part in ("cuda_runtime", "cublas")]
+    """Where the libraries may be: their own wheels, torch's, conda's, a toolkit's."""
+    parts = (f"cu{CUDA_MAJOR}", "cuda_runtime", "cublas")
+    wheels = [Path(root, part, "lib") for part in parts for root in nvidia]
     searched = [Path(text) for text in environment.get("LD_LIBRARY_PATH", "").split(":") if text]
-    named = [environment.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    homes = [*(Path(home) for home in named if home), _TOOLKIT]
-    toolkits = [home / "lib64" for home in homes]
-    return [*wheels, torch / "lib", Path(found["prefix"][0]) / "lib", *searched, *toolkits]
-
-
-def _first(folders: list[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+    homes = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    toolkits = [Path(home, "lib64") for home in homes if home] + [_TOOLKIT / "lib64"]
+    return [*wheels, Path(torch, "lib"), Path(prefix, "lib"), *searched, *toolkits]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from runner.standin.symbols import exported_functions
+from runner.errors import UserError
 
-_NATIVE = Path(__file__).parent / "native"
+_DRIVER_NAMES = Path(__file__).parent / "native" / "driver_names.txt"
+"""Every function of CUDA 13's driver, whose library exists only on machines with a GPU."""
 
-# Functions of cuBLAS that work on plain structures of the host, or say what version it is.
+# Functions of cuBLAS that work on plain structures of the host, or return its version.
 _LEFT_REAL = re.compile(
     r"cublasLt(Matmul|MatrixTransform|Emulation)Desc"
     r"|cublasLtMatrixLayout|cublasLtMatmulPreference|cublasLtMatmulAlgo(Config|Cap)"
     r"|cublas(Lt)?(Logger|SetLoggerCallback|GetLoggerCallback)"
     r"|cublas(Lt)?Get(Version$|Property|CudartVersion|StatusName|StatusString)"
 )
-_STOOD_IN_FOR = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*")
+_STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*")
+_NM_FUNCTION = re.compile(r"^(\w+)\S* [TWi] ", re.MULTILINE)
 
 _HEAD = """\
 // Generated: one function for each name, which fails, unless the stand-in defines it.
@@ -30,30 +33,40 @@ _HEAD = """\
 """
 
 
-def driver_names() -> tuple[str, ...]:
-    """Every function of CUDA 13's driver, which no machine without a GPU has as a library."""
-    return tuple((_NATIVE / "driver_names.txt").read_text().split())
-
-
-def names_of(libraries: Iterable[Path]) -> tuple[str, ...]:
-    """The functions of these libraries, and of the driver, that must not be reached.
+def names_to_stub(libraries: Iterable[Path]) -> list[str]:
+    """Functions of these libraries, and of the driver, that must not be reached.
 
     Raises:
         UserError: a library cannot be read.
     """
     found = {name for path in libraries for name in exported_functions(path)}
-    kept = {name for name in found if _STOOD_IN_FOR.fullmatch(name) and not _LEFT_REAL.match(name)}
-    return tuple(sorted(kept | set(driver_names())))
+    kept = {name for name in found if _STUBBED.fullmatch(name) and not _LEFT_REAL.match(name)}
+    return sorted(kept.union(_DRIVER_NAMES.read_text().split()))
+
+
+def exported_functions(path: Path) -> list[str]:
+    """Names of the functions that a shared library defines for others.
+
+    Raises:
+        UserError: not a readable library, or no ``nm`` to read it with.
+    """
+    command = ["nm", "--dynamic", "--defined-only", "--format=posix", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except OSError:
+        raise UserError("the stand-in GPU needs nm: apt-get install binutils") from None
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip() or f"nm ended with {error.returncode}"
+        raise UserError(f"{path} is not a shared library: {why}") from None
+    return _NM_FUNCTION.findall(done.stdout)
 
 
 def stub_source(names: Iterable[str]) -> str:
-    """C that defines each name weakly, so that a definition of the stand-in's own wins."""
-    ordered = sorted(names)
-    lines = [f"MISSING({name}, {_status(name)})" for name in ordered]
-    rows = [f'    {{"{name}", missing_{name}}},' for name in ordered]
+    """C that defines each name weakly, so that the stand-in's own definitions win."""
+    lines, rows = [], []
+    for name in sorted(names):
+        status = "BLAS_NOT_SUPPORTED" if name.startswith("cublas") else "NOT_SUPPORTED"
+        lines.append(f"MISSING({name}, {status})")
+        rows.append(f'    {{"{name}", missing_{name}}},')
     table = ["", "const Stub standin_stubs[] = {", *rows, "};"]
     return _HEAD + "\n".join([*lines, *table, f"const int standin_stub_count = {len(rows)};", ""])
-
-
-def _status(name: str) -> str:
-    return "BLAS_NOT_SUPPORTED" if name.startswith("cublas") else "NOT_SUPPORTED"

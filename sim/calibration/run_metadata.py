@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -11,10 +10,9 @@ from typing import Any, TypeVar
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
 from runner.errors import UserError
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
 from runner.kernels.rules import RULES
-from runner.kernels.source import KernelSource
+from runner.kernels.source import KernelSource, choose_source
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
 from runner.timeline import Timeline
@@ -112,15 +110,9 @@ def _source(meta: Mapping[str, Any]) -> KernelSource:
     """
     if meta.get("library", RULES.origin.library) == RULES.origin.library:
         return RULES
-    gpu, library = gpu_named(_text(meta, "gpu"), _count(meta, "num_sms")), _text(meta, "library")
-    return choose_source(
-        gpu,
-        find_library(library.replace(" ", "==")),
-        environ=Environ(),
-        environment=os.environ,
-        version_text=None,
-        wanted=library.replace(" ", "=="),
-    )
+    gpu = gpu_named(_text(meta, "gpu"), _count(meta, "num_sms"))
+    library = _text(meta, "library").replace(" ", "==")
+    return choose_source(gpu, find_library(library) or library, Environ())
 
 
 def _machine(meta: Mapping[str, Any]) -> RunMachine:

@@ -15,8 +15,8 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
 from runner.driver.run import record
-from runner.kernels.choose import choose_source
 from runner.kernels.installed import find_library
+from runner.kernels.source import choose_source
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
@@ -61,8 +61,7 @@ def _asked() -> tuple[KernelTable, CacheKeys]:
     source = choose_source(
         gpu_of(torch.device("cuda")),
         library,
-        environ=Environ.read(os.environ),
-        environment=os.environ,
+        Environ.read(os.environ),
         version_text=nvcc_version(nvcc),
         ask=True,
     )

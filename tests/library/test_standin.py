@@ -62,7 +62,7 @@ found = [p.name, p.major, p.minor, p.multi_processor_count, p.total_memory, p.L2
         gpu.device_name,
         gpu.major,
         gpu.minor,
-        gpu.sms,
+        gpu.num_sms,
         gpu.memory,
         gpu.l2,
         gpu.threads_per_sm,

@@ -17,3 +17,8 @@ Runs = list[tuple[int, int, tuple[Kernel, ...]]]
 
 def table(runs: Runs, shape: GemmShape = DENSE) -> RecordedTable:
     return RecordedTable(ORIGIN, RECIPE, {shape: tuple(Run(*run) for run in runs)})
+
+
+def values(made: RecordedTable) -> tuple[object, ...]:
+    """What a table holds, for comparison: tables themselves are equal only to themselves."""
+    return made.origin, made.recipe, dict(made.runs), dict(made.headers)

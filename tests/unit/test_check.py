@@ -17,10 +17,9 @@ from runner.cli import main
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
-from runner.kernels.recorded import merged
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
-from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source
+from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source, merge_tables
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 from runner.planning.gemm_spec import gemm_demands
@@ -97,8 +96,8 @@ def test_differences(theirs: list[tuple[int, int, tuple[Kernel, ...]]], lines: l
 
 def test_each_gemm_has_its_own_lines() -> None:
     demands = [Demand(DENSE, (1,)), Demand(GROUPED, (1, 2))]
-    ours = merged([table((1, 1, (A,))), table((1, 2, (A,)), shape=GROUPED)])
-    theirs = merged([table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED)])
+    ours = merge_tables(table((1, 1, (A,))), table((1, 2, (A,)), shape=GROUPED))
+    theirs = merge_tables(table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED))
     grouped = "grouped_gemm_nt_f8f8bf16_masked:64:128:4 on 132 SMs"
     assert differences(demands, ours, theirs) == [
         f"{DENSE_WORDS}: M 1 would run {A_WORDS}, which none does",
@@ -145,7 +144,7 @@ def here(tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> Li
     """A small library and an nvcc of release 13.0 in place of what is installed."""
     library = small_library(tmp_path / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
-    monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
+    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", tmp_path / "tables")
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     return library
 
@@ -561,9 +560,9 @@ def test_check_needs_a_library(
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     line = (
-        "kernels for h200 (sm_90a) are only known to the library itself, and none is installed "
-        "here: pip install 'deepgemm-coldstart[library]', or give one with --library (our rules "
-        "hold for sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
+        "only the library itself knows its kernels for h200 (sm_90a), and none is installed here: "
+        "pip install 'deepgemm-coldstart[library]', or name one with --library (our rules cover "
+        "sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
     )
     refuses(capsys, line, *SMALL, "--check")
 

@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
 
     monkeypatch.setattr("runner.target.find_library", find)
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
-    monkeypatch.setattr("runner.kernels.shipped._FOLDER", tmp_path / "tables")
+    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", tmp_path / "tables")
     return found
 
 
@@ -198,9 +198,9 @@ def test_kernels_are_those_of_the_gpu() -> None:
     with pytest.raises(UserError) as caught:
         options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("b200"))
     assert str(caught.value) == (
-        "kernels for b200 (sm_100f) are only known to the library itself, and none is installed "
-        "here: pip install 'deepgemm-coldstart[library]', or give one with --library (our rules "
-        "hold for sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
+        "only the library itself knows its kernels for b200 (sm_100f), and none is installed here: "
+        "pip install 'deepgemm-coldstart[library]', or name one with --library (our rules cover "
+        "sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
     )
 
 

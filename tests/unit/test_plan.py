@@ -101,9 +101,8 @@ def f32(value: float) -> float:
 
 def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout) -> int:
     """``get_layout_info`` of csrc/jit_kernels/heuristics/sm90.hpp, line by line."""
-    m = desc.expected_m or desc.m
-    groups = desc.expected_num_groups or desc.num_groups
-    blocks = sm90.ceil_div(m, layout.block_m) * sm90.ceil_div(desc.n, layout.block_n) * groups
+    groups = 1 if desc.gemm_type is sm90.GemmType.M_GROUPED_CONTIGUOUS else desc.num_groups
+    blocks = sm90.ceil_div(desc.m, layout.block_m) * sm90.ceil_div(desc.n, layout.block_n) * groups
     waves = sm90.ceil_div(blocks, desc.num_sms)
     ab, cd = desc.ab_bytes, desc.cd_bytes
     l2_ab = desc.k * (layout.block_m // layout.cluster_n + layout.block_n // layout.cluster_m) * ab
@@ -120,7 +119,7 @@ def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout) -> in
 @settings(max_examples=400, deadline=None)
 @given(
     gemm_type=st.sampled_from(list(sm90.GemmType)),
-    family=st.sampled_from(list(sm90.KernelFamily)),
+    is_fp8=st.booleans(),
     m=st.integers(1, 70) | st.integers(1, 16384) | st.integers(1, 131072),
     n=st.integers(1, 512).map(lambda x: 64 * x),
     k=st.integers(1, 128).map(lambda x: 128 * x),
@@ -129,7 +128,7 @@ def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout) -> in
 )
 def test_the_choice_is_the_first_of_the_librarys_cheapest(
     gemm_type: sm90.GemmType,
-    family: sm90.KernelFamily,
+    is_fp8: bool,
     m: int,
     n: int,
     k: int,
@@ -137,21 +136,10 @@ def test_the_choice_is_the_first_of_the_librarys_cheapest(
     num_sms: int,
 ) -> None:
     groups = 1 if gemm_type is sm90.GemmType.NORMAL else groups
-    expected = {sm90.GemmType.M_GROUPED_CONTIGUOUS: 1, sm90.GemmType.M_GROUPED_MASKED: groups}
-    desc = sm90.GemmDesc(
-        gemm_type,
-        family,
-        m,
-        n,
-        k,
-        groups,
-        num_sms,
-        expected_m=m if gemm_type in expected else 0,
-        expected_num_groups=expected.get(gemm_type, 0),
-    )
-    candidates = sm90._layout_candidates(desc)
+    desc = sm90.GemmDesc(gemm_type, is_fp8, m, n, k, groups, num_sms)
+    candidates = sm90.legal_layouts(desc)
     best = min(candidates, key=lambda layout: cycles_as_the_library_counts(desc, layout))
-    assert sm90.get_best_config(desc).layout == best
+    assert sm90.best_layout(desc) == best
 
 
 @pytest.mark.parametrize(
@@ -215,7 +203,7 @@ def test_limits_out_of_range(values: dict[str, int]) -> None:
         ("tf32_hc_prenorm_gemm:1024:4096", "n must be a multiple of 8 up to 32"),
         ("paged_mqa_logits_metadata:1:1", "at most 58112 fit"),
         ("fp8_mqa_logits:16:128", "heads must be one of (32, 64)"),
-        ("gemm_nt_f8f8bf16:64:33554432", "its tiles do not fit shared memory"),
+        ("gemm_nt_f8f8bf16:64:33554432", "its tiles do not fit in shared memory"),
     ],
 )
 def test_a_shape_without_a_kernel_is_one_line(spec: str, message: str) -> None:

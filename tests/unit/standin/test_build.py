@@ -10,7 +10,7 @@ import pytest
 
 from runner.errors import UserError
 from runner.standin import build
-from runner.standin.build import PREFIX, build_standin
+from runner.standin.build import LIBRARY, NVCC, PREFIX, build_standin
 from runner.standin.gpus import gpu_named
 from tests.unit.standin.fake_torch import COMPILER, LIBRARIES, VERSION, Child, needs_compiler
 
@@ -24,7 +24,7 @@ def libraries(packages: Path) -> list[Path]:
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Callable[[str], str]:
-    """A C compiler of one's own: $CC for a shell script that does something first."""
+    """A C compiler that first runs some lines of shell."""
 
     def make(script: str) -> str:
         path = tmp_path / "compiler"
@@ -39,18 +39,20 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), **more}
 
 
-def test_built_once(libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]) -> None:
+def test_it_is_built_once(
+    libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]
+) -> None:
     calls = tmp_path / "calls"
     variables = environment(tmp_path, CC=compiler(f'echo "$*" >> {calls}'))
-    first = build_standin(libraries, variables)
-    assert first.root.parent == tmp_path / "deepgemm-coldstart" / "standin"
-    assert first.library.is_file() and os.access(first.nvcc, os.X_OK)
-    assert (first.library.parent / "libnvidia-ml.so.1").resolve() == first.library
-    times = [line for line in calls.read_text().splitlines() if line != "--version"]
-    assert len(times) == 2
-    assert build_standin(libraries, variables) == first
-    assert [line for line in calls.read_text().splitlines() if line != "--version"] == times
-    assert [path.name for path in first.root.parent.iterdir()] == [first.root.name]
+    root = build_standin(libraries, variables)
+    assert root.parent == tmp_path / "deepgemm-coldstart" / "standin"
+    assert (root / LIBRARY).is_file() and os.access(root / NVCC, os.X_OK)
+    assert (root / "lib" / "libnvidia-ml.so.1").resolve() == root / LIBRARY
+    compiles = [line for line in calls.read_text().splitlines() if line != "--version"]
+    assert len(compiles) == 2
+    assert build_standin(libraries, variables) == root
+    assert [line for line in calls.read_text().splitlines() if line != "--version"] == compiles
+    assert list(root.parent.iterdir()) == [root]
 
 
 def test_another_content_is_another_build(
@@ -62,7 +64,6 @@ def test_another_content_is_another_build(
     copied = tmp_path / "native"
     shutil.copytree(build._NATIVE, copied)
     monkeypatch.setattr(build, "_NATIVE", copied)
-    monkeypatch.setattr(build, "_NVCC", copied / "nvcc.c")
     assert build_standin(libraries, variables) == first
     with (copied / "blas.c").open("a") as file:
         file.write("// more\n")
@@ -71,24 +72,24 @@ def test_another_content_is_another_build(
 
 def test_many_builders_at_a_time(libraries: list[Path], tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        built = set(pool.map(lambda _: build_standin(libraries, environment(tmp_path)), range(4)))
-    assert len(built) == 1
-    (root,) = (each.root for each in built)
-    assert [path.name for path in root.parent.iterdir()] == [root.name]
+        roots = set(pool.map(lambda _: build_standin(libraries, environment(tmp_path)), range(4)))
+    (root,) = roots
+    assert list(root.parent.iterdir()) == [root]
 
 
-def test_no_warnings(libraries: list[Path], tmp_path: Path) -> None:
+def test_it_builds_without_warnings(libraries: list[Path], tmp_path: Path) -> None:
     assert build_standin(libraries, environment(tmp_path, CC=f"{COMPILER} -Wall -Werror"))
 
 
-def test_no_compiler(libraries: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        build_standin(libraries, environment(tmp_path, PATH=str(tmp_path)))
-    assert str(caught.value) == "the stand-in GPU needs a C compiler: apt-get install gcc"
-    with pytest.raises(UserError, match="CC=nocc is no program: unset CC or name a C compiler"):
-        build_standin(libraries, environment(tmp_path, CC="nocc"))
-    with pytest.raises(UserError, match=r"CC='gcc is no command \(No closing quotation\): unset"):
-        build_standin(libraries, environment(tmp_path, CC="'gcc"))
+def test_a_missing_compiler(libraries: list[Path], tmp_path: Path) -> None:
+    for variables, words in (
+        ({"PATH": str(tmp_path)}, "the stand-in GPU needs a C compiler: apt-get install gcc"),
+        ({"CC": "nocc"}, "CC=nocc is no program: unset CC or name a C compiler"),
+        ({"CC": "'gcc"}, "CC='gcc is no command (No closing quotation): unset CC"),
+    ):
+        with pytest.raises(UserError) as caught:
+            build_standin(libraries, environment(tmp_path, **variables))
+        assert str(caught.value) == words
 
 
 def test_a_compiler_that_fails(
@@ -100,18 +101,12 @@ def test_a_compiler_that_fails(
     assert list((tmp_path / "deepgemm-coldstart" / "standin").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be(libraries: list[Path], tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_used(libraries: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/deepgemm-coldstart/standin: Not a"):
         build_standin(libraries, environment(tmp_path / "file"))
     with pytest.raises(UserError, match=r"has a space or colon.*: set XDG_CACHE_HOME"):
         build_standin(libraries, environment(tmp_path / "two words"))
-
-
-def test_the_home_folder_keeps_it(tmp_path: Path) -> None:
-    variables = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    kept = tmp_path / ".cache" / "deepgemm-coldstart" / "standin"
-    assert build._standin_folder(variables) == kept
 
 
 def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
@@ -124,23 +119,15 @@ def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
         DG_JIT_USE_NVRTC="1",
         CUDA_HOME=str(tmp_path / "none"),
     )
-    library = Path(found["LD_PRELOAD"].removesuffix(":/a.so"))
-    root = library.parent.parent
-    assert library == root / "lib" / "libcuda.so.1"
-    assert found["LD_LIBRARY_PATH"] == f"{library.parent}:/b"
-    assert found["DG_JIT_NVCC_COMPILER"] == str(root / "bin" / "nvcc")
-    assert (found["DG_JIT_USE_NVRTC"], found["CUDA_HOME"]) == ("0", str(root))
-    assert found["KEPT"] == "yes"
+    root = Path(found["CUDA_HOME"])
+    assert found["LD_PRELOAD"] == f"{root / LIBRARY}:/a.so"
+    assert found["LD_LIBRARY_PATH"] == f"{root / 'lib'}:/b"
+    assert found["DG_JIT_NVCC_COMPILER"] == str(root / NVCC)
+    assert (found["DG_JIT_USE_NVRTC"], found["KEPT"]) == ("0", "yes")
     assert Path(found[PREFIX + "VERSION_FILE"]).read_text() == VERSION
-    numbers = {name: found[PREFIX + name] for name in ("NAME", "MAJOR", "MINOR", "SMS", "DEVICES")}
-    assert numbers == {
-        "NAME": "NVIDIA H20",
-        "MAJOR": "9",
-        "MINOR": "0",
-        "SMS": "60",
-        "DEVICES": "3",
-    }
-    assert found[PREFIX + "CUDA_VERSION"] == "13000"
+    names = ("NAME", "MAJOR", "MINOR", "SMS", "DEVICES", "CUDA_VERSION")
+    values = ("NVIDIA H20", "9", "0", "60", "3", "13000")
+    assert tuple(found[PREFIX + name] for name in names) == values
 
 
 def test_a_toolkit_that_is_there_stays(child: Child, tmp_path: Path) -> None:

@@ -13,42 +13,45 @@ from runner.standin.cuda_libraries import find_cuda_libraries
 from tests.unit.standin.fake_torch import make_packages
 
 
-def interpreter(folder: Path, *, torch: Path | None, nvidia: Path | None = None) -> Path:
+def interpreter(
+    folder: Path, *, torch: Path | None, cuda: str | None = "13.0", nvidia: Path | None = None
+) -> Path:
     """A program that answers as Python does."""
-    said = {
-        "torch": [str(torch)] if torch else [],
-        "nvidia": [str(nvidia)] if nvidia else [],
-        "prefix": [str(folder)],
-    }
+    packages = [[str(path)] if path else [] for path in (torch, nvidia)]
     path = folder / "python"
-    path.write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\n")
+    path.write_text(f"#!/bin/sh\necho '{json.dumps([cuda, *packages, str(folder)])}'\n")
     path.chmod(0o755)
     return path
 
 
 def test_wheels(packages: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(packages)}
-    found = find_cuda_libraries(Path(sys.executable), environment)
-    assert found.version == 13000
     folder = packages / "nvidia" / "cu13" / "lib"
     names = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13")
-    assert found.paths == tuple(folder / name for name in names)
+    found = find_cuda_libraries(Path(sys.executable), environment)
+    assert found == (13000, [folder / name for name in names])
+
+
+@pytest.mark.parametrize("cuda", [None, "12.8"])
+def test_the_version_is_read_without_an_import(tmp_path: Path, cuda: str | None) -> None:
+    packages = make_packages(tmp_path / "site", cuda=cuda, libraries=False)
+    words = f"is built for CUDA {cuda}: " if cuda else "is built without CUDA: "
+    with pytest.raises(UserError, match=words):
+        find_cuda_libraries(Path(sys.executable), {**os.environ, "PYTHONPATH": str(packages)})
 
 
 @pytest.mark.parametrize("place", ["torch/lib", "lib", "searched", "home/lib64"])
 def test_other_places(tmp_path: Path, place: str) -> None:
-    packages = make_packages(tmp_path / "site", cuda="13.2", libraries=False)
-    (packages / "torch").rename(tmp_path / "torch")
     folder = tmp_path / place
     folder.mkdir(parents=True)
     (folder / "libcudart.so.13").touch()
-    python = interpreter(tmp_path, torch=tmp_path / "torch")
+    python = interpreter(tmp_path, torch=tmp_path / "torch", cuda="13.2")
     environment = {
         "LD_LIBRARY_PATH": f":{tmp_path / 'searched'}",
         "CUDA_HOME": str(tmp_path / "home"),
     }
-    found = find_cuda_libraries(python, environment)
-    assert (found.version, found.paths[0]) == (13020, folder / "libcudart.so.13")
+    version, paths = find_cuda_libraries(python, environment)
+    assert (version, paths[0]) == (13020, folder / "libcudart.so.13")
 
 
 @pytest.mark.parametrize(
@@ -61,33 +64,29 @@ def test_other_places(tmp_path: Path, place: str) -> None:
         ),
         (
             "12.8",
-            "torch of {python} is built for CUDA 12.8: the stand-in GPU knows CUDA 13 alone",
+            "torch of {python} is built for CUDA 12.8: the stand-in GPU supports only CUDA 13",
         ),
         (
             "13.0",
-            "{python} has torch, and no libcudart.so.13: install nvidia-cuda-runtime",
+            "{python} has torch, but no libcudart.so.13: install nvidia-cuda-runtime",
         ),
     ],
 )
 def test_what_cannot_be_stood_in_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
 ) -> None:
-    packages = make_packages(tmp_path / "site", cuda=cuda, libraries=False)
-    python = interpreter(tmp_path, torch=packages / "torch", nvidia=packages / "nvidia")
+    python = interpreter(tmp_path, torch=tmp_path / "torch", cuda=cuda, nvidia=tmp_path)
     monkeypatch.setattr(cuda_libraries, "_TOOLKIT", tmp_path / "none")
     with pytest.raises(UserError) as caught:
         find_cuda_libraries(python, {})
     assert str(caught.value) == message.format(python=python)
 
 
-def test_no_torch(tmp_path: Path) -> None:
+def test_no_torch_and_no_python(tmp_path: Path) -> None:
     python = interpreter(tmp_path, torch=None)
     with pytest.raises(UserError) as caught:
         find_cuda_libraries(python, {})
     assert str(caught.value) == f"{python} has no torch: install one with CUDA 13"
-
-
-def test_no_python(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none cannot be run: No such file or directory"):
         find_cuda_libraries(tmp_path / "none", {})
     broken = tmp_path / "python"

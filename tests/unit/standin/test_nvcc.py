@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.standin.build import COMPILES
+from runner.standin.build import read_compiles
 from tests.unit.standin.fake_torch import VERSION, Child
 
 
@@ -22,14 +22,16 @@ def nvcc(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPr
     )
 
 
-def test_version(environment: dict[str, str]) -> None:
+def test_version(child: Child, environment: dict[str, str]) -> None:
     done = nvcc(environment, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, VERSION, "")
-    assert not Path(environment[COMPILES]).exists()
+    assert read_compiles(child.work) == []
 
 
 @pytest.mark.parametrize("flags", [["-cubin", "-o"], ["--cubin", "--output-file"]])
-def test_compile(environment: dict[str, str], tmp_path: Path, flags: list[str]) -> None:
+def test_compile(
+    child: Child, environment: dict[str, str], tmp_path: Path, flags: list[str]
+) -> None:
     out = tmp_path / "kernel.cubin"
     arguments = [
         "kernel.cu",
@@ -42,12 +44,10 @@ def test_compile(environment: dict[str, str], tmp_path: Path, flags: list[str]) 
     done = nvcc(environment, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert out.read_bytes()
-    line = Path(environment[COMPILES]).read_text()
-    assert line.endswith("\n") and line.count("\n") == 1
-    assert line[:-1].split("\x1f") == [environment["DG_JIT_NVCC_COMPILER"], *arguments]
+    assert read_compiles(child.work) == [arguments]
 
 
-def test_many_at_a_time(environment: dict[str, str], tmp_path: Path) -> None:
+def test_many_at_a_time(child: Child, environment: dict[str, str], tmp_path: Path) -> None:
     long = "-I" + "x" * 9000
 
     def compile_one(index: int) -> int:
@@ -57,12 +57,12 @@ def test_many_at_a_time(environment: dict[str, str], tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(compile_one, range(60))) == {0}
-    lines = Path(environment[COMPILES]).read_text().splitlines()
-    assert sorted(line.split("\x1f")[2] for line in lines) == sorted(f"{i}.cu" for i in range(60))
-    assert {line.split("\x1f")[5] for line in lines} == {long}
+    compiles = read_compiles(child.work)
+    assert sorted(source for _, source, *_ in compiles) == sorted(f"{i}.cu" for i in range(60))
+    assert {last for *_, last in compiles} == {long}
 
 
-def test_what_it_refuses(environment: dict[str, str], tmp_path: Path) -> None:
+def test_what_it_refuses(child: Child, environment: dict[str, str], tmp_path: Path) -> None:
     done = nvcc(environment, "kernel.cu", "-cubin")
     missing = "stand-in nvcc: compiles to a file: missing -o or --output-file\n"
     assert (done.returncode, done.stderr) == (1, missing)
@@ -71,4 +71,4 @@ def test_what_it_refuses(environment: dict[str, str], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     done = nvcc(environment, "kernel.cu", "-o", str(tmp_path / "none" / "out"))
     assert done.returncode == 1 and "cannot write" in done.stderr
-    assert not Path(environment[COMPILES]).exists()
+    assert read_compiles(child.work) == []

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.cache.describe import name_of_source
+from runner.errors import UserError
 from runner.kernels.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
@@ -36,18 +37,6 @@ def candidates(shape: dict[str, Any]) -> list[int]:
     return sorted({*range(1, 71), *edges, *recorded, *(m - 1 for m in recorded if m > 1), last})
 
 
-def test_all_seven_shapes_are_there() -> None:
-    assert [shape["tag"] for shape in MEASURED] == [
-        "gate",
-        "hc_prenorm",
-        "moe_w13_c",
-        "moe_w2_m",
-        "sh_down",
-        "wq_b",
-        "wqkv_a",
-    ]
-
-
 @pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
 def test_kernels_appear_at_the_measured_m(shape: dict[str, Any]) -> None:
     seen: set[Kernel] = set()
@@ -66,118 +55,89 @@ def call(kind: T, **values: int) -> KernelCall:
     return KernelCall(kind, **{**defaults, **values})
 
 
-FAMILIES = {
-    "dense": (
-        call(T.GEMM_NT_F8F8BF16),
-        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
-    ),
-    "contiguous": (
+GEMM = "sm90_fp8_gemm_1d2d"
+EXAMPLES = [
+    (call(T.GEMM_NT_F8F8BF16), ["transpose_fp32", GEMM]),
+    (
         call(T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, m=256, num_groups=256),
         ["transpose_fp32", "sm90_m_grouped_fp8_gemm_contiguous_1d2d"],
     ),
-    "masked": (
+    (
         call(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, num_groups=256),
         ["transpose_fp32", "sm90_fp8_m_grouped_gemm_masked_1d2d"],
     ),
-    "bf16": (call(T.GEMM_NT_BF16BF16F32, n=256, k=4096), ["sm90_bf16_gemm"]),
-    "bf16 out": (call(T.GEMM_NT_BF16BF16BF16), ["sm90_bf16_gemm"]),
-    "bf16 contiguous": (
+    (call(T.GEMM_NT_BF16BF16F32, n=256, k=4096), ["sm90_bf16_gemm"]),
+    (call(T.GEMM_NT_BF16BF16BF16), ["sm90_bf16_gemm"]),
+    (
         call(T.GROUPED_GEMM_NT_BF16_CONTIG, m=256, num_groups=32),
         ["sm90_m_grouped_bf16_gemm_contiguous"],
     ),
-    "bf16 masked": (
-        call(T.GROUPED_GEMM_NT_BF16_MASKED, num_groups=32),
-        ["sm90_bf16_m_grouped_gemm_masked"],
-    ),
-    "hc": (
-        call(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66),
-        ["sm90_tf32_hc_prenorm_gemm"],
-    ),
-    "einsum": (
-        call(T.FP8_EINSUM_BHR_HDR_BHD, n=1024, k=4096, num_groups=4),
-        ["sm90_fp8_gemm_1d2d"],
-    ),
-    "einsum of one token": (
-        call(T.FP8_EINSUM_BHR_HDR_BHD, m=1, n=1024, k=4096, num_groups=4),
-        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
-    ),
-    "einsum of one group": (
-        call(T.FP8_EINSUM_BHR_HDR_BHD, n=1024, k=4096, num_groups=1),
-        ["transpose_fp32", "sm90_fp8_gemm_1d2d"],
-    ),
-    "mqa logits": (call(T.FP8_MQA_LOGITS, n=64, k=128), ["sm90_fp8_mqa_logits"]),
-    "metadata": (
-        call(T.PAGED_MQA_LOGITS_METADATA, n=64, k=128),
-        ["sm90_paged_mqa_logits_metadata"],
-    ),
-    "paged mqa logits": (
-        call(T.FP8_PAGED_MQA_LOGITS, n=64, k=128),
-        ["sm90_fp8_paged_mqa_logits"],
-    ),
-}
+    (call(T.GROUPED_GEMM_NT_BF16_MASKED, num_groups=32), ["sm90_bf16_m_grouped_gemm_masked"]),
+    (call(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66), ["sm90_tf32_hc_prenorm_gemm"]),
+    (call(T.FP8_EINSUM_BHR_HDR_BHD, n=1024, k=4096, num_groups=4), [GEMM]),
+    (call(T.FP8_EINSUM_BHR_HDR_BHD, m=1, num_groups=4), ["transpose_fp32", GEMM]),
+    (call(T.FP8_EINSUM_BHR_HDR_BHD, num_groups=1), ["transpose_fp32", GEMM]),
+    (call(T.FP8_MQA_LOGITS, n=64, k=128), ["sm90_fp8_mqa_logits"]),
+    (call(T.PAGED_MQA_LOGITS_METADATA, n=64, k=128), ["sm90_paged_mqa_logits_metadata"]),
+    (call(T.FP8_PAGED_MQA_LOGITS, n=64, k=128), ["sm90_fp8_paged_mqa_logits"]),
+]
+every_example = pytest.mark.parametrize(
+    ("example", "names"), EXAMPLES, ids=[each.describe() for each, _ in EXAMPLES]
+)
 
 
-def test_every_type_has_its_example() -> None:
-    assert {example.type for example, _ in FAMILIES.values()} == RULED_TYPES
+def test_every_type_has_an_example() -> None:
+    assert {example.type for example, _ in EXAMPLES} == RULED_TYPES
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_names_of_a_calls_kernels(family: str) -> None:
-    example, names = FAMILIES[family]
-    assert [kernel.name for kernel in kernels_of(example)] == names
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_shim_reads_the_name_off_the_source(family: str) -> None:
-    for kernel in kernels_of(FAMILIES[family][0]):
+@every_example
+def test_the_kernels_of_a_call(example: KernelCall, names: list[str]) -> None:
+    kernels = kernels_of(example)
+    assert [kernel.name for kernel in kernels] == names
+    assert kernels_of(replace(example, m=0)) == ()
+    for kernel in kernels:
         assert name_of_source(kernel.body) == kernel.name
         assert name_of_source(f"// Includes' hash value: 00\n{kernel.body}") == kernel.name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_rows_no_kernels(family: str) -> None:
-    assert kernels_of(replace(FAMILIES[family][0], m=0)) == ()
+@every_example
+def test_headers_exist_in_the_library(
+    example: KernelCall, names: list[str], library: Library
+) -> None:
+    for kernel in kernels_of(example):
+        header = library.include_path / kernel.header
+        assert kernel.entry.rpartition("::")[2] in header.read_text()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_headers_exist_in_the_library(family: str, library: Library) -> None:
-    for kernel in kernels_of(FAMILIES[family][0]):
-        assert (library.include_path / kernel.header).is_file()
-        name = kernel.entry.rpartition("::")[2]
-        assert name in (library.include_path / kernel.header).read_text()
+def test_a_type_without_rules_is_refused() -> None:
+    with pytest.raises(UserError, match="our rules do not know gemm_nt_f8f4bf16: ask a library"):
+        kernels_of(call(T.GEMM_NT_F8F4BF16))
 
 
-def arguments(family: str) -> tuple[str, ...]:
-    return kernels_of(FAMILIES[family][0])[-1].arguments
+def arguments(kind: T, **values: int) -> tuple[str, ...]:
+    return kernels_of(call(kind, **values))[-1].arguments
 
 
-def test_dense_kernels_hold_neither_n_nor_k_and_grouped_ones_both() -> None:
-    assert arguments("dense")[1] == arguments("bf16")[1] == "0, 0, 0"
-    assert arguments("contiguous")[1] == arguments("masked")[1] == "0, 4096, 1024"
-    assert arguments("einsum")[1] == "0, 1024, 4096"
+def test_dense_kernels_hold_neither_n_nor_k_and_all_others_both() -> None:
+    for kind in (T.GEMM_NT_F8F8BF16, T.GEMM_NT_BF16BF16F32):
+        assert arguments(kind)[1] == "0, 0, 0"
+    for kind in (
+        T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
+        T.GROUPED_GEMM_NT_BF16_MASKED,
+        T.FP8_EINSUM_BHR_HDR_BHD,
+    ):
+        assert arguments(kind)[1] == "0, 4096, 1024"
 
 
 def test_arguments_without_heuristics() -> None:
-    assert arguments("hc") == ("24, 16384", "64, 32, 64", "66", "128", "12", "128, 128")
-    assert arguments("mqa logits") == (
-        "64, 128",
-        "true",
-        "2, 256",
-        "3, 3",
-        "132",
-        "128, 512",
-        "float",
-    )
-    assert arguments("metadata") == ("128, 256, 132, false",)
-    assert arguments("paged mqa logits") == (
-        "1, 64",
-        "128, 64",
-        "true, false",
-        "3, 3",
-        "256",
-        "128, 512",
-        "float",
-    )
+    hc = arguments(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66)
+    assert hc == ("24, 16384", "64, 32, 64", "66", "128", "12", "128, 128")
+    heads = {"n": 64, "k": 128}
+    logits = ("64, 128", "true", "2, 256", "3, 3", "132", "128, 512", "float")
+    assert arguments(T.FP8_MQA_LOGITS, **heads) == logits
+    assert arguments(T.PAGED_MQA_LOGITS_METADATA, **heads) == ("128, 256, 132, false",)
+    paged = ("1, 64", "128, 64", "true, false", "3, 3", "256", "128, 512", "float")
+    assert arguments(T.FP8_PAGED_MQA_LOGITS, **heads) == paged
     assert transpose_fp32(4096).arguments == ("512, 64, 32",)
     assert transpose_fp32(4097).arguments == ("512, 64, 33",)
 
@@ -185,18 +145,6 @@ def test_arguments_without_heuristics() -> None:
 def test_no_splits_are_one_split() -> None:
     none, one = (kernels_of(call(T.TF32_HC_PRENORM_GEMM, n=24, num_groups=g)) for g in (0, 1))
     assert none == one
-
-
-def test_source_of_a_transpose() -> None:
-    assert transpose_fp32(1024).body == (
-        "\n#include <deep_gemm/impls/smxx_layout.cuh>\n"
-        "\nusing namespace deep_gemm;\n"
-        "\nstatic void __instantiate_kernel() {\n"
-        "    auto ptr = reinterpret_cast<void*>(&transpose_fp32<\n"
-        "        512, 64, 8\n"
-        "    >);\n"
-        "};\n"
-    )
 
 
 def test_source_of_a_dense_gemm() -> None:

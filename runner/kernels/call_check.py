@@ -1,0 +1,106 @@
+"""A check that a cache is complete: the library, called with every M, compiles nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.build.compiler import find_nvcc
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.machine import Machine
+from runner.cache.manifest import Manifest
+from runner.errors import UserError, WorkFailedError
+from runner.kernels.library_calls import call_library
+from runner.kernels.table import Demand, by_shape
+from runner.kernels.types import DeepGemmKernelType, GemmShape
+from runner.standin.build import read_compiles, standin_environment
+from runner.standin.gpus import gpu_named
+from runner.watch.shim import read_records, write_shim
+
+_GPU_DRIVER = Path("/dev/nvidiactl")
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """What a library did on a cache: names of the entries that it compiled, and that it added."""
+
+    where: str
+    calls: int
+    compiled: list[str]
+    added: list[str]
+
+
+def call_on_cache(
+    cache: KernelCache,
+    manifest: Manifest,
+    machine: Machine,
+    *,
+    jobs: int,
+    progress: Callable[[int, int], None],
+) -> CallReport:
+    """Call the library with every M of the manifest's GEMMs; the cache itself is not written.
+
+    Without a GPU here, a stand-in takes the place of the manifest's; see ``call_library`` for the
+    other arguments and the errors.
+    """
+    demands = _demands(manifest)
+    has_gpu = _GPU_DRIVER.exists()
+    with tempfile.TemporaryDirectory(prefix="deepgemm-verify-") as folder:
+        work = Path(folder)
+        entries = work / "cache" / "cache"
+        entries.mkdir(parents=True)
+        for entry in cache.entries():
+            (entries / entry.name).symlink_to(entry.resolve())
+        if has_gpu:
+            nvcc = find_nvcc(machine.environ)
+            if nvcc is None:
+                raise UserError("--call on a GPU needs nvcc: the library asks it for its version")
+            shim = write_shim(work / "nvcc", nvcc=nvcc, log_dir=work / "log", forbid=work)
+            compiler = {"DG_JIT_NVCC_COMPILER": str(shim), "DG_JIT_USE_NVRTC": "0"}
+            environment = {**os.environ, **compiler}
+        else:
+            environment = standin_environment(
+                gpu_named(manifest.gpu, manifest.num_sms),
+                python=Path(sys.executable),
+                environment=os.environ,
+                version_text=machine.version_text,
+                work_dir=work,
+            )
+        environment["DG_JIT_CACHE_DIR"] = str(work / "cache")
+        failure = None
+        try:
+            call_library(machine.library, demands, environment, jobs=jobs, progress=progress)
+        except (UserError, WorkFailedError) as error:
+            failure = error
+        compiled = [Path(source).parent.name for source, *_ in read_compiles(work)]
+        compiled += [record.kernel_name for record in read_records(work / "log")]
+        if failure is not None and not compiled:
+            raise failure
+        added = sorted(path.name for path in entries.iterdir() if not path.is_symlink())
+    where = "the GPU here" if has_gpu else f"a stand-in {manifest.gpu}"
+    return CallReport(where, sum(len(demand.ms) for demand in demands), compiled, added)
+
+
+def _demands(manifest: Manifest) -> list[Demand]:
+    """The GEMMs that a cache was built for, with every M that its manifest lists."""
+    uses = [use for entry in manifest.entries.values() for use in entry.uses]
+    if not uses or not manifest.gpu:
+        raise UserError("the manifest names no GEMM, or not the GPU: build the cache again")
+    demands = []
+    for use in uses:
+        try:
+            kind = DeepGemmKernelType[use["type"].upper()]
+        except KeyError:
+            raise UserError(
+                f"the manifest has a GEMM of unknown type {use['type']!r}: verify it with the "
+                "version that built it"
+            ) from None
+        shape = GemmShape(kind, use["n"], use["k"], use["num_groups"], use.get("num_sms", 132))
+        step = use.get("m_step", 1)
+        ms = [m for first, last in use["m_ranges"] for m in range(first, last + 1, step)]
+        demands.append(Demand(shape, ms))
+    return by_shape(demands)

@@ -1,0 +1,122 @@
+"""Worker processes that call an installed library with every M of GEMMs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count, groupby
+from pathlib import Path
+
+from runner.errors import UserError, WorkFailedError
+from runner.kernels.installed import Library
+from runner.kernels.table import Demand, m_step
+
+_FIRST_CALLS = 200
+"""What a GEMM's buffers and first compiles cost, in calls."""
+
+
+EntryRuns = list[tuple[int, int, list[str]]]
+"""What a library ran for one GEMM: first M, last M, and names of the cache entries they ran."""
+
+
+def call_library(
+    library: Library,
+    demands: Sequence[Demand],
+    environment: Mapping[str, str],
+    *,
+    jobs: int,
+    progress: Callable[[int, int], None],
+) -> list[tuple[Demand, EntryRuns]]:
+    """Call the library with every M of the demands, in up to ``jobs`` processes at a time.
+
+    Args:
+        environment: of the processes: their GPU, their cache, their compiler.
+        progress: called with (GEMMs done, of how many).
+
+    Returns:
+        Each demand with what it ran, in any order; launches on a real GPU are not seen.
+
+    Raises:
+        UserError: the library cannot be imported here, or refuses such a GEMM.
+        WorkFailedError: it crashed.
+    """
+    done = count(1)
+
+    def call_share(share: Sequence[Demand]) -> list[tuple[Demand, EntryRuns]]:
+        worker = _run_worker(library, share, environment, lambda: progress(next(done), total))
+        return list(zip(share, worker, strict=True))
+
+    total = len(demands)
+    progress(0, total)
+    shares = _split_evenly(demands, jobs)
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return [result for results in pool.map(call_share, shares) for result in results]
+
+
+def _split_evenly(demands: Sequence[Demand], jobs: int) -> list[list[Demand]]:
+    """Shares of about the same number of calls."""
+    shares: list[list[Demand]] = [[] for _ in range(max(1, min(jobs, len(demands))))]
+    loads = [0] * len(shares)
+    for demand in sorted(demands, key=lambda demand: -len(demand.ms)):
+        least = loads.index(min(loads))
+        shares[least].append(demand)
+        loads[least] += len(demand.ms) + _FIRST_CALLS
+    return shares
+
+
+def _run_worker(
+    library: Library,
+    demands: Sequence[Demand],
+    environment: Mapping[str, str],
+    report_done: Callable[[], None],
+) -> list[EntryRuns]:
+    orders = {"library": str(library.root), "demands": [_order(demand) for demand in demands]}
+    here, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH")
+    lines = []
+    with tempfile.TemporaryFile() as errors:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "runner.deep_gemm_wrapper.walk_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**environment, "PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here},
+        )
+        assert worker.stdin is not None and worker.stdout is not None
+        with worker, suppress(BrokenPipeError):
+            worker.stdin.write(json.dumps(orders).encode())
+            worker.stdin.close()
+            for line in worker.stdout:
+                lines.append(line)
+                report_done()
+        errors.seek(0)
+        printed = errors.read().decode(errors="replace").strip().splitlines()
+    code, failed = worker.returncode, f"{library.title} could not be called"
+    if code == 1 and printed:  # The library refused, and the worker says why.
+        raise UserError(f"{failed}: {printed[-1]}")
+    if code or len(lines) != len(demands):
+        how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
+        last = f": {printed[-1]}" if printed else ""
+        raise WorkFailedError(f"{failed}: its process died with {how}{last}")
+    return [_entry_runs(**json.loads(line)) for line in lines]
+
+
+def _order(demand: Demand) -> tuple[str, int, int, int, int, list[tuple[int, int, int]]]:
+    shape, step, ranges = demand.shape, m_step(demand.shape), []
+    # M that are one step apart have the same difference to their position.
+    for _, run in groupby(enumerate(demand.ms), key=lambda pair: pair[1] - step * pair[0]):
+        ms = [m for _, m in run]
+        ranges.append((ms[0], ms[-1], step))
+    return shape.type.name, shape.n, shape.k, shape.num_groups, shape.num_sms, ranges
+
+
+def _entry_runs(runs: list[tuple[int, int, list[int]]], kernels: list[str]) -> EntryRuns:
+    """A worker's answer, in which numbers stand for paths of cubins."""
+    entries = [Path(path).parent.name for path in kernels]
+    return [(first, last, [entries[number] for number in numbers]) for first, last, numbers in runs]

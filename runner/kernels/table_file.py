@@ -1,0 +1,128 @@
+"""Kernel tables as files, gzipped JSON, and those that ship with the package."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import zlib
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+from runner.cache.keys import Recipe
+from runner.errors import UserError
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import Origin, RecordedTable, Run, Source
+from runner.kernels.types import DeepGemmKernelType, GemmShape
+from runner.standin.gpus import Gpu, gpu_named
+
+SHIPPED_GPUS = ("h200", "h20", "b200", "gb300", "rtx-pro-6000")
+SHIPPED_FOLDER = Path(str(resources.files("runner.kernels"))) / "tables"
+
+_VERSION = 1
+
+
+def shipped_gpu(gpu: Gpu) -> str:
+    """The GPU whose tables also hold for ``gpu``: architecture and SMs alone decide kernels."""
+    for name in SHIPPED_GPUS:
+        other = gpu_named(name)
+        if (other.major, other.minor, other.num_sms) == (gpu.major, gpu.minor, gpu.num_sms):
+            return name
+    return gpu.name
+
+
+def shipped_libraries(gpu: str) -> list[str]:
+    """Names and versions of the libraries with a table for a GPU, the newest first.
+
+    SGLang's library comes before all others, because more than one server ships it.
+    """
+
+    def rank(title: str) -> tuple[bool, list[int]]:
+        return title.startswith("sgl-deep-gemm "), [int(x) for x in re.findall(r"\d+", title)]
+
+    suffix = f"-{gpu}.json.gz"
+    stems = (path.name.removesuffix(suffix) for path in SHIPPED_FOLDER.glob(f"*{suffix}"))
+    return sorted((" ".join(stem.rsplit("-", 1)) for stem in stems), key=rank, reverse=True)
+
+
+@lru_cache(maxsize=8)
+def shipped_table(title: str, gpu: str) -> RecordedTable | None:
+    """The table of a library (name and version) on a GPU, None if none ships."""
+    path = SHIPPED_FOLDER / f"{title.replace(' ', '-')}-{gpu}.json.gz"
+    return read_table(path) if path.is_file() else None
+
+
+def write_table(path: Path, table: RecordedTable) -> None:
+    """Write a table atomically; equal tables give equal bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    indices: dict[Kernel, int] = {}
+    gemms = []
+    for shape, runs in sorted(table.runs.items()):
+        numbered = [
+            (run.first, run.last, [indices.setdefault(k, len(indices)) for k in run.kernels])
+            for run in runs
+        ]
+        sizes = (shape.n, shape.k, shape.num_groups, shape.num_sms)
+        gemms.append((shape.type.name, *sizes, numbered))
+    data = {
+        "version": _VERSION,
+        "library": table.origin.library,
+        "generation": table.origin.generation,
+        "gpu": table.origin.gpu,
+        "num_sms": table.origin.num_sms,
+        "flags": table.recipe.flags,
+        "extra_signature": table.recipe.extra_signature,
+        "options": table.recipe.options,
+        "headers": dict(sorted(table.headers.items())),
+        "kernels": [(k.name, k.header, k.entry, k.arguments, k.prelude) for k in indices],
+        "gemms": gemms,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
+            packed.write(json.dumps(data, separators=(",", ":")).encode())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> RecordedTable:
+    """Read a table.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        with gzip.open(path) as file:
+            return _parse(file.read())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, IndexError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a kernel table: {error!r}") from None
+
+
+def _parse(text: bytes) -> RecordedTable:
+    data = json.loads(text)
+    if data["version"] != _VERSION:
+        raise ValueError(f"version {data['version']!r} is not known")
+    kernels = [
+        Kernel(name, header, entry, tuple(arguments), prelude)
+        for name, header, entry, arguments, prelude in data["kernels"]
+    ]
+    runs = {
+        GemmShape(DeepGemmKernelType[kind], *sizes): tuple(
+            Run(first, last, tuple(kernels[index] for index in indices))
+            for first, last, indices in found
+        )
+        for kind, *sizes, found in data["gemms"]
+    }
+    generation = data["generation"]
+    recipe = Recipe(generation, tuple(data["flags"]), data["extra_signature"], data["options"])
+    gpu, num_sms = data["gpu"], data["num_sms"]
+    origin = Origin(data["library"], generation, gpu, num_sms, recipe.arch, Source.RECORDED)
+    return RecordedTable(origin, recipe, runs, data["headers"])

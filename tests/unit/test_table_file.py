@@ -1,0 +1,163 @@
+"""Kernel tables as files: written, read back, refused; and the files that ship."""
+
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.errors import UserError
+from runner.kernels.kernel import Kernel
+from runner.kernels.table import Origin, RecordedTable, Run, Source
+from runner.kernels.table_file import (
+    SHIPPED_FOLDER,
+    SHIPPED_GPUS,
+    read_table,
+    shipped_gpu,
+    shipped_libraries,
+    shipped_table,
+    write_table,
+)
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
+from runner.standin.gpus import gpu_named
+from tests.unit.kernel_tables import DENSE, GROUPED, ORIGIN, RECIPE, A, B, values
+
+SMALL = RecordedTable(
+    ORIGIN,
+    RECIPE,
+    {DENSE: (Run(1, 16, (A,)), Run(17, 32, (B, A))), GROUPED: (Run(128, 256, ()),)},
+    {"deep_gemm/a.cuh": "0" * 32, "deep_gemm/b.cuh": "f" * 32},
+)
+Key, Value = TypeVar("Key"), TypeVar("Value")
+
+
+def test_a_table_is_read_back(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.json.gz", SMALL)
+    again = read_table(tmp_path / "t.json.gz")
+    recorded = replace(SMALL, origin=replace(ORIGIN, source=Source.RECORDED))
+    assert values(again) == values(recorded)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json.gz"]
+
+
+def run_lists() -> st.SearchStrategy[tuple[Run, ...]]:
+    words = st.text()
+    kernel = st.builds(Kernel, words, words, words, st.lists(words).map(tuple), words)
+    kernels = st.lists(kernel, max_size=2).map(tuple)
+    gaps = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), kernels), max_size=4)
+
+    def lay_out(found: list[tuple[int, int, tuple[Kernel, ...]]]) -> tuple[Run, ...]:
+        runs, m = [], 0
+        for gap, more, ran in found:
+            runs.append(Run(m + gap, m + gap + more, ran))
+            m += gap + more
+        return tuple(runs)
+
+    return gaps.map(lay_out)
+
+
+def tables() -> st.SearchStrategy[RecordedTable]:
+    sizes = st.integers(0, 1 << 30)
+    shapes = st.builds(GemmShape, st.sampled_from(list(T)), sizes, sizes, sizes, sizes)
+    recorded, arch = st.just(Source.RECORDED), st.just("sm_100f")
+    origins = st.builds(Origin, st.text(), st.just(2), st.text(), sizes, arch, recorded)
+    recipes = st.builds(replace, st.just(RECIPE), extra_signature=st.text(), options=st.text())
+    runs = st.dictionaries(shapes, run_lists(), max_size=3)
+    headers = st.dictionaries(st.text(), st.text(), max_size=3)
+    return st.builds(RecordedTable, origins, recipes, runs, headers)
+
+
+@given(tables(), st.randoms())
+def test_any_table_is_read_back_and_equal_ones_are_equal_files(
+    tmp_path_factory: pytest.TempPathFactory, made: RecordedTable, random: Random
+) -> None:
+    def shuffled(mapping: Mapping[Key, Value]) -> dict[Key, Value]:
+        keys = list(mapping)
+        random.shuffle(keys)
+        return {key: mapping[key] for key in keys}
+
+    one, two = (tmp_path_factory.getbasetemp() / name for name in ("one", "two"))
+    write_table(one, made)
+    write_table(two, replace(made, runs=shuffled(made.runs), headers=shuffled(made.headers)))
+    assert one.read_bytes() == two.read_bytes()
+    assert values(read_table(one)) == values(made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"kernels": [["a"]]},
+        {"kernels": []},
+        {"gemms": [["NO_TYPE", 1, 1, 1, 1, []]]},
+        {"gemms": [["GEMM_NT_F8F8BF16", 1, 1, []]]},
+    ],
+    ids=str,
+)
+def test_a_table_with_bad_values_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "t.json.gz"
+    write_table(path, SMALL)
+    data = {**json.loads(gzip.decompress(path.read_bytes())), **change}
+    refuses(path, gzip.compress(json.dumps(data).encode()), "is not a kernel table: ")
+
+
+def refuses(path: Path, content: bytes, words: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_table(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"[]", b"3", b"{}", b'{"version": 1}', b"{", b"\xff"], ids=str)
+def test_other_json_is_no_table(tmp_path: Path, text: bytes) -> None:
+    refuses(tmp_path / "t.json.gz", gzip.compress(text), "is not a kernel table: ")
+
+
+def test_a_file_that_is_cut_short_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.json.gz"
+    write_table(path, SMALL)
+    refuses(path, path.read_bytes()[:-30], "is not a kernel table: ")
+
+
+def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
+    refuses(tmp_path / "t.json.gz", b"no gzip", "^cannot read ")
+    with pytest.raises(UserError, match=r"^cannot read .*none: No such file"):
+        read_table(tmp_path / "none")
+
+
+def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        write_table(tmp_path / "t", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_FOLDER.iterdir()), ids=lambda path: path.name)
+def test_a_table_that_ships_is_written_as_it_is(path: Path, tmp_path: Path) -> None:
+    table = read_table(path)
+    write_table(tmp_path / "t", table)
+    assert gzip.decompress((tmp_path / "t").read_bytes()) == gzip.decompress(path.read_bytes())
+    gpu = gpu_named(table.origin.gpu)
+    assert table.origin.num_sms == gpu.num_sms
+    assert path.name == f"{table.origin.library.replace(' ', '-')}-{gpu.name}.json.gz"
+
+
+def test_what_ships() -> None:
+    for gpu in SHIPPED_GPUS:
+        assert shipped_libraries(gpu) == ["sgl-deep-gemm 0.2.5", "vllm 0.33.0"]
+        table = shipped_table("vllm 0.33.0", gpu)
+        assert table is not None and table.origin.library == "vllm 0.33.0"
+    assert shipped_table("vllm 0.32.0", "h200") is None
+
+
+def test_a_gpu_shares_the_tables_of_one_with_the_same_architecture_and_sms() -> None:
+    assert shipped_gpu(gpu_named("h100")) == "h200"
+    assert shipped_gpu(gpu_named("b300")) == "b300"
+    assert shipped_gpu(gpu_named("h200", 78)) == "h20"
+    assert shipped_gpu(gpu_named("h200", 100)) == "h200"
