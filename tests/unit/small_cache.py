@@ -83,13 +83,9 @@ def cubin_for(source: str) -> bytes:
 
 
 def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
-    """Place a kernel and tell its key."""
+    """Place a kernel; returns its key."""
     key, source = keys.cache_key(item.kernel), keys.source(item.kernel)
-
-    def build(_source: Path, cubin: Path, _work_dir: Path) -> None:
-        cubin.write_bytes(cubin_for(source))
-
-    assert cache.add(key, source, build, extra=keys.extra_files)
+    assert cache.put(key, source, cubin_for(source), keys.extra_files)
     return key
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runner.cache.kernel_cache import KernelCache
+from runner.cache.machine import relocate
 from runner.cache.manifest import Manifest, write_manifest
-from runner.cache.relocate import relocate
 from runner.cache.verify import Problem, verify
 from runner.errors import UserError
 from runner.kernels.installed import Library

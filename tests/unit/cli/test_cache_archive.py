@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
     path = tmp_path / "x.tar.gz"
     assert cache("pack", directory, path) == 0
-    says(capsys, f"{path}: 4 kernels, 0.0 MB")
+    says(capsys, f"{path}: 4 kernels, 0.0 MiB")
     return path
 
 

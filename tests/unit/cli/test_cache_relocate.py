@@ -100,7 +100,7 @@ def test_relocate_tells_of_missing_entries(
 
 def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
-    refuses(capsys, "--target-root PATH is needed: where deep_gemm lies on that machine")
+    refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
 
 
 def test_relocate_to_an_older_release(directory: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -86,7 +86,7 @@ def test_verify_where_nobody_knows_the_machine(
     says(
         capsys,
         f"{directory} is whole: checked 4 entries, manifest",
-        err=f"error: whether a server here would hit it cannot be told: {words}\n",
+        err=f"error: nobody can say whether a server here would hit it: {words}\n",
     )
 
 
@@ -333,7 +333,7 @@ def test_without_a_manifest_nobody_knows_the_keys_of_the_second_generation(
     says(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
-        err="error: whether a server here would hit it cannot be told: there is no manifest, and "
+        err="error: nobody can say whether a server here would hit it: there is no manifest, and "
         "only one says what the keys of this library hold\n",
     )
 
