@@ -65,16 +65,14 @@ class BuildResult:
 
 @dataclass
 class KernelBuilder:
-    """Builds jobs on a number of compiler processes at a time.
+    """Builds jobs with up to ``workers`` compiler processes at a time.
 
     Attributes:
-        scratch: an empty folder for temporary files.
-        workers: processes at a time.
-        environment: of the compiler's stages.
-        on_result: called with each result from a worker thread; what it raises ends the build.
+        scratch: an empty folder.
+        on_result: called from worker threads; what it raises ends the build.
         fast: False compiles every kernel alone.
-        on_shared: called with (name, start, end) of each step for several kernels, from a worker
-            thread.
+        on_shared: called with (name, start, end) of each step for several kernels, from worker
+            threads.
     """
 
     compiler: NvccCompiler
@@ -93,8 +91,13 @@ class KernelBuilder:
             return
         self._pool = TaskPool(self.workers)
         self._jobs = {job.kernel: job for job in jobs}
+        compiler, environment = self.compiler, self.environment
         try:
-            stages = self._find_stages()
+            if not self.fast:
+                raise UnusualError("as asked")
+            if WATCHED in environment:
+                raise UnusualError("runner watch sees each kernel's own compile only")
+            stages = find_stages(compiler.nvcc, compiler.arguments, self.scratch, environment)
         except UnusualError as error:
             self._add_plain(self._jobs, str(error))
         else:
@@ -103,14 +106,6 @@ class KernelBuilder:
             self._add_plain(alone, "a source of a form of its own")
             self._add_headers(stages, split_into_units(kernels, self.workers))
         self._pool.run()
-
-    def _find_stages(self) -> Stages:
-        if not self.fast:
-            raise UnusualError("as asked")
-        if WATCHED in self.environment:
-            raise UnusualError("runner watch sees each kernel's own compile only")
-        compiler = self.compiler
-        return find_stages(compiler.nvcc, compiler.arguments, self.scratch, self.environment)
 
     def _add_headers(self, stages: Stages, units: Iterable[Unit]) -> None:
         by_header: dict[str, list[Unit]] = defaultdict(list)
@@ -198,26 +193,20 @@ class KernelBuilder:
             self.on_result(BuildResult(job, cubin, started, reason))
 
 
-_PREFIX = "deepgemm-build-"
-_NEW_PREFIX = "deepgemm-new-"
-_LOCK = ".lock"
-
-
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A new empty folder in the system's temporary directory, gone after the block.
 
     Folders of builds that were killed are removed first.
     """
-    for abandoned in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with suppress(OSError), (abandoned / _LOCK).open("r+") as lock:
+    for abandoned in Path(tempfile.gettempdir()).glob("deepgemm-build-*"):
+        with suppress(OSError), (abandoned / ".lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(abandoned, ignore_errors=True)
     # It takes the name by which abandoned ones are found only once it is locked.
-    new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX)).resolve()
-    folder = new.with_name(new.name.replace(_NEW_PREFIX, _PREFIX))
-    # The lock is held as long as this process lives, in whatever container.
-    with (new / _LOCK).open("w") as lock:
+    new = Path(tempfile.mkdtemp(prefix="deepgemm-new-")).resolve()
+    folder = new.with_name(new.name.replace("-new-", "-build-"))
+    with (new / ".lock").open("w") as lock:
         take_lock(lock, new.parent)
         new.rename(folder)
         try:

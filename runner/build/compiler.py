@@ -15,7 +15,7 @@ from statistics import median
 
 from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, FirstKeys, Recipe, SecondKeys
+from runner.cache.keys import CacheKeys, Recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Headers, Library
@@ -36,13 +36,7 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class NvccCompiler:
-    """Compiles kernels of one library for one GPU with one nvcc.
-
-    Attributes:
-        nvcc: the program that is run (may be a recording shim around the real one).
-        library: where the headers come from.
-        recipe: how the library compiles for that GPU.
-    """
+    """Compiles kernels of one library for one GPU with one nvcc, or a recording shim around it."""
 
     nvcc: Path
     library: Library
@@ -105,9 +99,9 @@ class NvccCompiler:
 
 
 class LazyJit:
-    """Kernels of one rank without a GPU: memory, else disk, else nvcc, as in the library.
+    """Kernels of one rank without a GPU: memory, else disk, else nvcc.
 
-    Two processes that miss the same kernel at the same time both compile it, as with the library.
+    As with the library, two processes that miss a kernel at the same time both compile it.
     """
 
     def __init__(self, compiler: NvccCompiler, cache: KernelCache) -> None:
@@ -142,10 +136,10 @@ def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) ->
     """Keys of a library for a machine.
 
     Args:
-        library: the headers, on this machine.
-        recipe: how the library compiles there.
-        version_text: what that machine's ``nvcc --version`` prints.
-        root: that machine's ``deep_gemm`` folder; only the first generation's keys hold it.
+        library: its headers, on this machine.
+        recipe: how it compiles there.
+        version_text: what ``nvcc --version`` prints there.
+        root: the ``deep_gemm`` folder there; only the first generation's keys hold it.
 
     Raises:
         UserError: the library's JIT is of another generation than the recipe.
@@ -156,9 +150,7 @@ def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) ->
             "missing or another version's; install it again"
         )
     signature = signature_of(version_text, recipe.generation)
-    if recipe.generation == 1:
-        return FirstKeys(library, recipe, signature, root / "include")
-    return SecondKeys(library, recipe, signature)
+    return CacheKeys(library, recipe, signature, root / "include")
 
 
 def nvcc_version(nvcc: Path) -> str:

@@ -35,15 +35,13 @@ class BuildStoppedError(Exception):
 
 @dataclass
 class BuildReport:
-    """What a build did.
+    """What a build did, in numbers of kernels.
 
     Attributes:
-        planned: kernels of the plan.
-        present: of them, those that were there before.
-        replaced: of those built, those that replace a broken entry.
-        plain: of those built, how many nvcc compiled alone, by reason.
+        present: there before.
+        replaced: of those built, in place of a broken entry.
+        plain: of those built, compiled alone by nvcc, by reason.
         failed: kernel names with the compiler's text.
-        cpu_seconds: of this process and all compilers.
     """
 
     planned: int
@@ -62,10 +60,9 @@ class BuildRequest:
 
     Attributes:
         title: what the plan is for.
-        keys: names of the entries, for the machine that will run.
+        keys: for the machine that will run.
         compiler: this machine's.
         jobs: compiler processes at a time.
-        environment: of the compiler's stages.
         fast: False compiles every kernel alone.
     """
 
@@ -119,8 +116,7 @@ def prebuild(
     Args:
         request: what to build.
         on_wait: called when another builder is at work and this one waits.
-        progress: called with (kernels done, of how many, fraction of the work), from worker
-            threads.
+        progress: called with (kernels done, of how many, fraction of the work).
 
     Raises:
         UserError: a cache that cannot be written or is another machine's, or an nvcc of another
@@ -154,9 +150,9 @@ def _is_complete(request: BuildRequest) -> bool:
         digests = _cubin_digests(request.cache)
     except UserError:
         return False
-    sources = {key: request.keys.source(item.kernel) for key, item in request.by_key().items()}
     return all(
-        request.cache.holds(key, source, digests.get(key, "")) for key, source in sources.items()
+        request.cache.holds(key, request.keys.source(item.kernel), digests.get(key, ""))
+        for key, item in request.by_key().items()
     )
 
 
@@ -197,6 +193,12 @@ def _build(request: BuildRequest, progress: Progress, *, alone: bool) -> BuildRe
     return report
 
 
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(who)[:2]) for who in both)
+
+
 def _build_jobs(
     request: BuildRequest, jobs: list[Job], report: BuildReport, progress: Progress
 ) -> None:
@@ -222,9 +224,3 @@ def _build_jobs(
         KernelBuilder(
             request.compiler, scratch, request.jobs, request.environment, take, request.fast
         ).build(jobs)
-
-
-def _cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
-    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return sum(sum(resource.getrusage(who)[:2]) for who in both)

@@ -183,11 +183,9 @@ def split_ptx(ptx: str) -> dict[str, str]:
 
 
 def _uses(body: str, name: str) -> bool:
-    """Whether the text names the variable, and not only one that begins or ends with its name.
-
-    Most texts do not have the word at all, and a plain search finds that out a hundred times as
-    fast as the expression: PTX is megabytes, and all workers wait for one interpreter.
-    """
+    """Whether the text names the variable, and not only one that begins or ends with its name."""
+    # Most texts do not have the word at all, which a plain search finds a hundred times as fast:
+    # PTX is megabytes, and all workers wait for one interpreter.
     return name in body and re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", body) is not None
 
 

@@ -162,10 +162,10 @@ class KernelCache:
         """Write an entry to a temporary directory and move it into place.
 
         Args:
-            key: the entry's name.
+            key: its name.
             source: text of ``kernel.cu``.
             cubin: content of ``kernel.cubin``.
-            extra: the entry's other files.
+            extra: its other files.
             prefix: of the temporary directory; :meth:`remove_leftovers` knows the default.
 
         Returns:

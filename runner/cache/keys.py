@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -56,7 +55,7 @@ class Recipe:
 
 _REGISTERS = "--ptxas-options=--register-usage-level="
 _STANDARD = "-std=c++"
-_FIRST = Recipe(
+FIRST_RECIPE = Recipe(
     1,
     (
         f"{_STANDARD}20",
@@ -81,7 +80,7 @@ _BY_VARIABLES = {_VERBOSE, _SPILLS, _LOCAL_MEMORY, _LINES, _FIRST_VERBOSE, *_FIR
 
 def first_recipe(environ: Environ) -> Recipe:
     """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
-    return with_variables(_FIRST, environ)
+    return with_variables(FIRST_RECIPE, environ)
 
 
 def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
@@ -111,50 +110,14 @@ def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
     return replace(recipe, flags=tuple(flags))
 
 
-class CacheKeys(ABC):
-    """Makes sources and keys for one machine.
-
-    Attributes:
-        signature: what the keys hold of the compiler.
-    """
-
-    headers: Headers
-    recipe: Recipe
-    signature: str
-
-    @property
-    @abstractmethod
-    def flags(self) -> str:
-        """The compiler's flags as the keys hold them."""
-
-    @abstractmethod
-    def source(self, kernel: Kernel) -> str:
-        """The generated source of a kernel, byte for byte what the library generates."""
-
-    @abstractmethod
-    def key_of(self, name: str, source: str) -> str:
-        """Cache key of a generated source: the name of its folder.
-
-        Raises:
-            OSError: the source includes a header that the library lacks.
-        """
-
-    def cache_key(self, kernel: Kernel) -> str:
-        return self.key_of(kernel.name, self.source(kernel))
-
-    @property
-    def extra_files(self) -> Mapping[str, bytes]:
-        """What an entry holds besides source and cubin."""
-        return {}
-
-
 @dataclass(frozen=True)
-class FirstKeys(CacheKeys):
-    """Keys of the first generation: ``kernel.<name>.<hex>``.
+class CacheKeys:
+    """Makes sources and keys for one machine, as the recipe's JIT generation does.
 
     Attributes:
-        signature: ``NVCC<major>.<minor>`` of the compiler on the machine that will run.
-        include_path: the include folder on that machine.
+        signature: what the keys hold of the compiler on the machine that will run; see
+            :func:`runner.build.compiler.signature_of`.
+        include_path: the include folder on that machine; only the first generation's keys hold it.
     """
 
     headers: Headers
@@ -164,61 +127,60 @@ class FirstKeys(CacheKeys):
 
     @cached_property
     def flags(self) -> str:
-        return " ".join(self.recipe.arguments(self.include_path))
+        """The compiler's flags as the keys hold them."""
+        flags = self.recipe.flags
+        if self.recipe.generation == 1:
+            return " ".join(self.recipe.arguments(self.include_path))
+        return " ".join(flag for flag in flags if flag not in ("--include-path", INCLUDE))
 
     def source(self, kernel: Kernel) -> str:
+        """The generated source of a kernel, byte for byte what the library generates."""
         body = kernel.body
-        return f"// Includes' hash value: {include_hash(self.headers, body)}\n{body}"
+        if self.recipe.generation == 1:
+            return f"// Includes' hash value: {include_hash(self.headers, body)}\n{body}"
+        return body
+
+    def cache_key(self, kernel: Kernel) -> str:
+        return self.key_of(kernel.name, self.source(kernel))
 
     def key_of(self, name: str, source: str) -> str:
-        if name not in self._prefixes:
-            self._prefixes[name] = Digest().update(f"{name}$${self.signature}$${self.flags}$$")
-        return f"kernel.{name}.{self._prefixes[name].update(source).hex}"
+        """Cache key of a generated source: the name of its folder.
 
-    @cached_property
-    def _prefixes(self) -> dict[str, Digest]:
-        """By kernel name: the digest of everything before the source."""
-        return {}
+        ``kernel.<name>.<hex>`` in the first generation, ``<name>.<hex>`` in the second.
 
-
-@dataclass(frozen=True)
-class SecondKeys(CacheKeys):
-    """Keys of the second generation, DeepJIT: ``<name>.<hex>``.
-
-    Attributes:
-        signature: all that ``nvcc --version`` prints on the machine that will run.
-    """
-
-    headers: Headers
-    recipe: Recipe
-    signature: str
-
-    @cached_property
-    def flags(self) -> str:
-        """The flags without the include path."""
-        return " ".join(
-            each for each in self.recipe.flags if each not in ("--include-path", INCLUDE)
-        )
-
-    def source(self, kernel: Kernel) -> str:
-        return kernel.body
-
-    def key_of(self, name: str, source: str) -> str:
+        Raises:
+            OSError: the source includes a header that the library lacks.
+        """
+        if self.recipe.generation == 1:
+            if name not in self._prefixes:
+                self._prefixes[name] = Digest().update(f"{name}$${self.signature}$${self.flags}$$")
+            return f"kernel.{name}.{self._prefixes[name].update(source).hex}"
         digest = DeepJitDigest().update(source)
         for header in own_headers(source):
             digest = digest.update(self.headers.header_hash(header))
-        return f"{name}.{self._prefix.update(digest.hex).hex}"
+        return f"{name}.{self._second_prefix.update(digest.hex).hex}"
 
     @cached_property
-    def _prefix(self) -> DeepJitDigest:
-        """Digest of the signatures, the flags and an empty post-hook."""
+    def _prefixes(self) -> dict[str, Digest]:
+        """By kernel name: the first generation's digest of everything before the source."""
+        return {}
+
+    @cached_property
+    def _second_prefix(self) -> DeepJitDigest:
+        """The second generation's: signatures, flags and an empty post-hook."""
         compiler = DeepJitDigest().update(self.signature).hex
         prefix = DeepJitDigest().update(self.recipe.extra_signature).update(compiler)
         return prefix.update(self.flags).update("")
 
     @cached_property
     def extra_files(self) -> Mapping[str, bytes]:
-        """``meta.json``, which the library writes for people and never reads; ``.committed``."""
+        """What an entry holds besides source and cubin.
+
+        In the second generation ``meta.json``, which the library writes for people and never
+        reads, and ``.committed``.
+        """
+        if self.recipe.generation == 1:
+            return {}
         recipe = {
             "command": f"nvcc {SOURCE} --cubin --output-file {CUBIN} {self.flags}",
             "config": {"extra_signature": self.recipe.extra_signature},

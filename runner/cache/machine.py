@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.build.compiler import release_of, signature_of
+from runner.build.compiler import keys_for, release_of, signature_of
 from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, Recipe, with_variables
+from runner.cache.keys import FIRST_RECIPE, CacheKeys, Recipe, with_variables
 from runner.cache.manifest import Manifest, describe_entry
 from runner.cache.verify import Expectation, Finding, verify
 from runner.config.environ import Environ
@@ -71,9 +71,16 @@ class TargetMachine:
     environ: Environ
     device: Device | None = None
 
-    def recipe(self, built: Manifest) -> Recipe:
-        """How the library compiles there, given how it did where the cache was built for."""
-        return with_variables(built.recipe, self.environ)
+    def recipe(self, built: Manifest | None) -> Recipe:
+        """How the library compiles there, given how it did where a cache was built for.
+
+        Without that, only the first generation's recipe is known.
+        """
+        return with_variables(built.recipe if built else FIRST_RECIPE, self.environ)
+
+    def keys(self, built: Manifest | None) -> CacheKeys:
+        """Keys as the server's library makes them."""
+        return keys_for(self.library, self.recipe(built), self.version_text, self.root)
 
     def changed_flags(self, built: Manifest) -> list[str]:
         """Flags that the server's variables add or take away."""
@@ -141,16 +148,6 @@ def compiler_words(signature: str) -> str:
     return f"{release} ({when[0]})" if when else release
 
 
-@dataclass(frozen=True)
-class Relocation:
-    """What a relocation did: entries placed, entries that were there, entries refused."""
-
-    manifest: Manifest
-    placed: int
-    present: int
-    refused: list[Finding]
-
-
 def relocate(
     source: KernelCache,
     manifest: Manifest,
@@ -158,7 +155,7 @@ def relocate(
     library: Library,
     target: KernelCache,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Relocation:
+) -> tuple[Manifest, int, list[Finding]]:
     """Copy every sound entry of ``source`` to ``target`` under the keys of another machine.
 
     Args:
@@ -168,6 +165,10 @@ def relocate(
         library: the headers of its library, to compare with.
         target: where they go; another directory than ``source``.
         progress: called with (entries done, of how many).
+
+    Returns:
+        The manifest of these entries as they now are in ``target``, how many of them were placed,
+        and why others were refused.
 
     Raises:
         UserError: the target's compiler is older than the one that built the cache.
@@ -193,4 +194,4 @@ def relocate(
         entries[new] = describe_entry(target.entry(new), entry.name, entry.uses)
         progress(number, len(sound))
     moved = replace(manifest, signature=keys.signature, flags=keys.flags, entries=entries)
-    return Relocation(moved, placed, len(sound) - placed, refused)
+    return moved, placed, refused

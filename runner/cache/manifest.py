@@ -17,7 +17,7 @@ from typing import Any
 from runner.build.compiler import release_of
 from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache, size_of
-from runner.cache.keys import INCLUDE, CacheKeys, FirstKeys, Recipe, SecondKeys
+from runner.cache.keys import INCLUDE, CacheKeys, Recipe
 from runner.errors import UserError
 from runner.kernels.installed import Headers
 from runner.kernels.table import union
@@ -94,9 +94,7 @@ class Manifest:
 
     def keys(self, headers: Headers) -> CacheKeys:
         """Keys as the manifest's machine makes them, from a library's headers."""
-        if self.generation == 1:
-            return FirstKeys(headers, self.recipe, self.signature, Path(self.include_path))
-        return SecondKeys(headers, self.recipe, self.signature)
+        return CacheKeys(headers, self.recipe, self.signature, Path(self.include_path))
 
     def merged(self, newer: Manifest) -> Manifest:
         """Both manifests' entries and plans; if both have an entry, the newer one's."""

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import click
 
-from runner.build.compiler import find_nvcc, keys_for
+from runner.build.compiler import find_nvcc
 from runner.cache.entry import format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, first_recipe
 from runner.cache.lock import locked
 from runner.cache.machine import TargetMachine, compiler_words
 from runner.cache.machine import relocate as relocate_cache
@@ -121,11 +120,11 @@ def _expectation(
     wanted = plan.keys if plan else named
     built = manifest or (plan.target if plan is not None else None)
     keys = None
-    if machine is not None and differ and built is not None:
+    if machine is not None and built is not None and differ:
         same_library = built.library == machine.library.title
         keys = built.keys(machine.library) if same_library else None
-    elif machine is not None:
-        keys = _keys_there(machine, built)
+    elif machine is not None and (built is not None or machine.library.generation == 1):
+        keys = machine.keys(built)
     return Expectation(
         wanted=wanted,
         known={*wanted, *named} if manifest or plan else None,
@@ -133,14 +132,6 @@ def _expectation(
         library=None if machine is None or differ else machine.library,
         manifest=manifest,
     )
-
-
-def _keys_there(machine: TargetMachine, built: Manifest | None) -> CacheKeys | None:
-    """Keys as a server's library makes them; None if only the library itself knows its flags."""
-    if built is None and machine.library.generation == 2:
-        return None
-    recipe = first_recipe(machine.environ) if built is None else machine.recipe(built)
-    return keys_for(machine.library, recipe, machine.version_text, machine.root)
 
 
 def _print_findings(findings: list[Finding]) -> None:
@@ -211,25 +202,24 @@ def relocate(
             f"{directory} was built with other flags than DG_JIT_* variables ask for here "
             f"({', '.join(changed)}): unset them, or build the cache anew"
         )
-    keys = _keys_there(machine, manifest)
-    assert keys is not None, "a manifest says what it was built for"
+    keys = machine.keys(manifest)
     if to.resolve() == directory.resolve():
         raise UserError(f"--to {to} must be another directory: a cache is for one machine")
     target = KernelCache(to)
     target.prepare()
     with locked(to), progress("relocate") as shown:
         check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
-        result = relocate_cache(
+        moved, placed, refused = relocate_cache(
             source, manifest, keys, machine.library, target, progress=counting(shown)
         )
-        merge_manifest(to, result.manifest)
-    _print_findings(result.refused)
+        merge_manifest(to, moved)
+    _print_findings(refused)
     print(
-        f"{result.placed} kernels placed in {target.root} for {machine.root} and "
-        f"{compiler_words(keys.signature)}, {result.present} were there"
+        f"{placed} kernels placed in {target.root} for {machine.root} and "
+        f"{compiler_words(keys.signature)}, {len(moved.entries) - placed} were there"
     )
-    if result.refused:
-        raise WorkFailedError(f"{len(result.refused)} entries could not be relocated")
+    if refused:
+        raise WorkFailedError(f"{len(refused)} entries could not be relocated")
 
 
 def _manifest_of(
@@ -241,9 +231,8 @@ def _manifest_of(
             f"{source.root} has no manifest: say what it was built for with --from-root PATH and "
             "--from-cuda X.Y"
         )
-    recipe = first_recipe(machine.environ)
     text = "NVCC{}.{}".format(*check_release(from_cuda))
-    keys = keys_for(machine.library, recipe, text, from_root)
+    keys = replace(machine, root=from_root, version_text=text).keys(None)
     entries = {
         path.name: describe_entry(path, kernel_name(path.name), [])
         for path in source.entries()
@@ -251,7 +240,7 @@ def _manifest_of(
     }
     return Manifest(
         library=machine.library.title,
-        arch=recipe.arch,
+        arch=keys.recipe.arch,
         signature=keys.signature,
         flags=keys.flags,
         built_with=keys.signature,

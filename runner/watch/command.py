@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def watch(
     Args:
         command: program and arguments.
         nvcc: the real compiler.
-        environment: the command's environment; the shim is added.
+        environment: the command's; the shim is added.
         work_dir: for the shim and its records.
         forbid_after: compiles fail after so many seconds, or once this file exists.
         on_compile: called for each compile soon after its end, with its start in seconds since
@@ -101,7 +101,9 @@ def watch(
 
     look()
     with running(command, environment) as child:
-        while (code := _exit_code(child)) is None:
+        while (code := child.poll()) is None:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_SECONDS)
             look()
     look()
     return Watched(
@@ -111,14 +113,6 @@ def watch(
         records=read_records(log),
         unfinished=read_unfinished(log),
     )
-
-
-def _exit_code(child: subprocess.Popen[bytes]) -> int | None:
-    """The exit code of a child that ends soon, else None."""
-    try:
-        return child.wait(_POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 @contextmanager

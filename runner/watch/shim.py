@@ -68,10 +68,8 @@ class CompileRecord:
         start: seconds since the epoch.
         end: the same; 0 if it never ended.
         rank: world rank, -1 if the environment names none.
-        pid: process that asked for the kernel.
-        exit_code: the compiler's; -1 if it never ended.
-        source: the generated source.
-        command: command line of the process that asked.
+        pid: the process that asked for the kernel; ``command`` is its command line.
+        exit_code: -1 if it never ended.
     """
 
     start: float
@@ -91,11 +89,7 @@ class CompileRecord:
 def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = None) -> Path:
     """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``, which is made.
 
-    Args:
-        path: where the script goes.
-        nvcc: the real compiler.
-        log_dir: where records go.
-        forbid: compiles fail once this file exists.
+    Once the file ``forbid`` exists, compiles fail.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(

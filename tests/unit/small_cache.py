@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, FirstKeys, Recipe, SecondKeys, first_recipe
+from runner.cache.keys import CacheKeys, Recipe, first_recipe
 from runner.cache.manifest import Manifest, describe_entry, write_manifest
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
@@ -60,7 +60,7 @@ def keys_for(
     library: Library, include_path: Path = INCLUDE, signature: str = "NVCC13.0"
 ) -> CacheKeys:
     """Keys of a machine whose environment sets nothing."""
-    return FirstKeys(library, first_recipe(Environ()), signature, include_path)
+    return CacheKeys(library, first_recipe(Environ()), signature, include_path)
 
 
 def second_library(root: Path, text: str = "int a;\n") -> Library:
@@ -73,7 +73,7 @@ def second_library(root: Path, text: str = "int a;\n") -> Library:
 
 def second_keys_for(library: Library, signature: str = NVCC_TEXT) -> CacheKeys:
     """Keys of the second generation."""
-    return SecondKeys(library, SECOND_RECIPE, signature)
+    return CacheKeys(library, SECOND_RECIPE, signature, Path())
 
 
 def cubin_for(source: str) -> bytes:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runner.build.compiler import NvccCompiler, keys_for, signature_of
 from runner.cache.digest import DeepJitDigest, Digest, hex_digest
-from runner.cache.keys import FirstKeys, Recipe, SecondKeys
+from runner.cache.keys import CacheKeys, Recipe
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
@@ -57,7 +57,7 @@ def newer(fake_library: Library) -> Library:
 
 
 def test_the_key_of_a_kernel(newer: Library) -> None:
-    keys = SecondKeys(newer, RECIPE, NVCC)
+    keys = CacheKeys(newer, RECIPE, NVCC, Path())
     assert keys.cache_key(KERNEL) == key(newer)
     assert re.fullmatch(r"gemm\.[0-9a-f]{32}", keys.cache_key(KERNEL))
     assert keys.source(KERNEL) == KERNEL.body
@@ -65,12 +65,12 @@ def test_the_key_of_a_kernel(newer: Library) -> None:
 
 def test_a_key_written_down() -> None:
     """A source without headers: nothing of it can change unseen."""
-    keys = SecondKeys(Library(Path("nowhere")), RECIPE, NVCC)
+    keys = CacheKeys(Library(Path("nowhere")), RECIPE, NVCC, Path())
     assert keys.key_of("gemm", "int x;\n") == "gemm.ce4ce55f05c92bd1c5e55a3c3b0b8943"
 
 
 def test_what_else_is_in_a_key(newer: Library) -> None:
-    plain = SecondKeys(newer, RECIPE, NVCC)
+    plain = CacheKeys(newer, RECIPE, NVCC, Path())
     for changed, expected in (
         (replace(plain, signature=NVCC + " "), key(newer, nvcc=NVCC + " ")),
         (replace(plain, recipe=replace(RECIPE, extra_signature="x")), key(newer, extra="x")),
@@ -82,18 +82,18 @@ def test_what_else_is_in_a_key(newer: Library) -> None:
 
 
 def test_headers_are_in_a_key_and_the_path_is_not(newer: Library, tmp_path: Path) -> None:
-    before = SecondKeys(newer, RECIPE, NVCC).cache_key(KERNEL)
+    before = CacheKeys(newer, RECIPE, NVCC, Path()).cache_key(KERNEL)
     moved = newer.root.rename(tmp_path / "moved")
-    assert SecondKeys(Library(moved), RECIPE, NVCC).cache_key(KERNEL) == before
+    assert CacheKeys(Library(moved), RECIPE, NVCC, Path()).cache_key(KERNEL) == before
     (moved / "include" / "deep_gemm" / "c.cuh").write_text("int unrelated;\n")
-    assert SecondKeys(Library(moved), RECIPE, NVCC).cache_key(KERNEL) == before
+    assert CacheKeys(Library(moved), RECIPE, NVCC, Path()).cache_key(KERNEL) == before
     (moved / "include" / "deep_gemm" / "b.cuh").write_text("int changed;\n")
     changed = Library(moved)
-    assert SecondKeys(changed, RECIPE, NVCC).cache_key(KERNEL) == key(changed) != before
+    assert CacheKeys(changed, RECIPE, NVCC, Path()).cache_key(KERNEL) == key(changed) != before
 
 
 def test_flags_are_told_without_the_include_path(newer: Library) -> None:
-    assert SecondKeys(newer, RECIPE, NVCC).flags == FLAGS
+    assert CacheKeys(newer, RECIPE, NVCC, Path()).flags == FLAGS
     compiler = NvccCompiler(Path("nvcc"), newer, RECIPE)
     assert compiler.arguments == [
         "-std=c++20",
@@ -106,7 +106,7 @@ def test_flags_are_told_without_the_include_path(newer: Library) -> None:
 
 
 def test_what_an_entry_holds_besides(newer: Library) -> None:
-    extra = SecondKeys(newer, RECIPE, NVCC).extra_files
+    extra = CacheKeys(newer, RECIPE, NVCC, Path()).extra_files
     assert list(extra) == ["meta.json", ".committed"]
     assert extra[".committed"] == b""
     assert json.loads(extra["meta.json"]) == {
@@ -115,16 +115,18 @@ def test_what_an_entry_holds_besides(newer: Library) -> None:
         "compiler_info": {"version": NVCC},
         "compiler_options": {"arch": "100f"},
     }
-    bare = SecondKeys(newer, replace(RECIPE, options=""), NVCC).extra_files
+    bare = CacheKeys(newer, replace(RECIPE, options=""), NVCC, Path()).extra_files
     assert json.loads(bare["meta.json"])["compiler_options"] == {}
-    assert FirstKeys(newer, RECIPE, "NVCC13.0", Path("/x")).extra_files == {}
+    assert CacheKeys(newer, replace(RECIPE, generation=1), "NVCC13.0", Path("/x")).extra_files == {}
 
 
 def test_the_recipe_says_which_keys(newer: Library) -> None:
-    assert keys_for(newer, RECIPE, NVCC, Path("/there")) == SecondKeys(newer, RECIPE, NVCC)
+    assert keys_for(newer, RECIPE, NVCC, Path("/there")) == CacheKeys(
+        newer, RECIPE, NVCC, Path("/there/include")
+    )
     first = replace(RECIPE, generation=1)
     older = Library(newer.root / "older")
-    assert keys_for(older, first, NVCC, Path("/there")) == FirstKeys(
+    assert keys_for(older, first, NVCC, Path("/there")) == CacheKeys(
         older, first, "NVCC13.0", Path("/there/include")
     )
     with pytest.raises(UserError, match=r"its compiled part \(_C\*\.so\) is missing or another"):
