@@ -109,7 +109,7 @@ def verify(
     if call:
         _call(found, manifest, machine, jobs or available_cores())
     if unknown:
-        raise WorkFailedError(f"nobody can say whether a server here would hit it: {unknown}")
+        raise WorkFailedError(f"cannot tell whether a server here would hit this cache: {unknown}")
 
 
 def _expectation(

@@ -124,7 +124,7 @@ TIME = r"\d+\.\d s"
 def reports(
     line: str, kernel: str, *, rank: str = "", outcome: str = TIME, serves: str = ""
 ) -> bool:
-    """Whether a line tells of this compile."""
+    """Whether a line reports this compile."""
     who = rf"{rank}pid \d+ \([^)]*\)"
     pattern = rf"\[runner watch\] +{TIME}  {who}  {re.escape(kernel)}  {outcome}{re.escape(serves)}"
     return re.fullmatch(pattern, line) is not None

@@ -218,7 +218,7 @@ def test_shares_are_even(kernels: list[Kernel], nodes: int) -> None:
 # Text and entries
 
 
-def test_the_text_of_a_unit() -> None:
+def test_a_unit_numbers_its_instantiations() -> None:
     first, second = gemm("1, 2", "true"), gemm("3, 4", "float", entry="sched::other")
     assert unit_text([first, second]) == (
         "\n\nusing namespace deep_gemm;\n\n"
@@ -273,7 +273,7 @@ def test_signatures_of_mangled_names(mangled: str, expected: tuple[str, tuple[in
 
 
 @pytest.mark.parametrize("mangled", ["main", "_Z4initv", "_ZN9deep_gemm4initEv", "_Z", ""])
-def test_entries_that_are_no_templates(mangled: str) -> None:
+def test_entries_that_are_not_templates(mangled: str) -> None:
     with pytest.raises(UnusualError) as caught:
         entry_signature(mangled)
     assert str(caught.value) == f"entry {mangled} is not an instance of a template"

@@ -302,7 +302,7 @@ def assert_whole(target: KernelCache, manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no archive", b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(30)])
-def test_what_is_no_archive(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(data)
     target = KernelCache(tmp_path / "target")
@@ -415,7 +415,7 @@ def test_entries_of_four_files_are_packed_whole(
     ("dropped", "found"),
     [(4, "cache/{next}/kernel.cu"), (3, "cache/{key}/.committed"), (-1, "nothing")],
 )
-def test_a_file_less_is_one_line(
+def test_an_archive_that_lacks_a_file_is_refused(
     second: tuple[KernelCache, Manifest], tmp_path: Path, dropped: int, found: str
 ) -> None:
     pack(*second, tmp_path / "x.tar.gz")

@@ -211,6 +211,6 @@ def test_an_entrys_name(key: str, generation: int, name: str) -> None:
         f"kernel.gemm.x.{HEX}",
     ],
 )
-def test_what_is_no_entrys_name(key: str) -> None:
+def test_names_that_are_not_an_entrys(key: str) -> None:
     assert format_of(key) is None
     assert kernel_name(key) == key

@@ -92,7 +92,7 @@ def test_headers_are_in_a_key_and_the_path_is_not(newer: Library, tmp_path: Path
     assert CacheKeys(changed, RECIPE, NVCC, Path()).cache_key(KERNEL) == key(changed) != before
 
 
-def test_flags_are_told_without_the_include_path(newer: Library) -> None:
+def test_flags_leave_the_include_path_out(newer: Library) -> None:
     assert CacheKeys(newer, RECIPE, NVCC, Path()).flags == FLAGS
     compiler = NvccCompiler(Path("nvcc"), newer, RECIPE)
     assert compiler.arguments == [

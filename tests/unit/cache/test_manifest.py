@@ -200,7 +200,7 @@ def broken(**values: Any) -> str:
         broken(entries={"k": asdict(entry("x", {"n": 1}))}),
     ],
 )
-def test_what_is_no_manifest_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)

@@ -90,7 +90,7 @@ def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: 
     assert capsys.readouterr().out.endswith("built for small\n")
 
 
-def test_ls_of_what_is_no_kernel(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_folders_that_are_not_kernels(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "odd" / "cache"
     (folder / "kernel.gemm.12").mkdir(parents=True)
     (folder / "kernel.gemm.12" / "kernel.cu").write_bytes(b"\xff" * 2048)
@@ -132,7 +132,7 @@ def with_rest(command: list[str], directory: Path, tmp_path: Path, plan: Path) -
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
 @pytest.mark.parametrize("name", ["nowhere", "deep_gemm"])
-def test_what_is_no_cache(
+def test_commands_refuse_a_folder_that_is_not_a_cache(
     command: list[str], name: str, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here)
@@ -144,7 +144,7 @@ def test_what_is_no_cache(
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
-def test_a_file_is_no_cache(
+def test_commands_refuse_a_file_as_a_cache(
     command: list[str], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here)
@@ -181,7 +181,7 @@ def test_a_manifest_of_wrong_types(
 
 
 @pytest.mark.parametrize("command", [["ls"], ["verify"], ["prune"], ["prune", "--yes"]])
-def test_what_is_no_plan(
+def test_commands_refuse_a_file_that_is_not_a_plan(
     command: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     before = contents(directory)

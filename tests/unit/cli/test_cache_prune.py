@@ -23,7 +23,7 @@ def going(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list
     return plan, sorted(set(manifest.entries) - kept)
 
 
-def test_prune_only_tells(
+def test_prune_without_yes_only_shows_what_would_go(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made

@@ -86,6 +86,17 @@ def test_a_lock_that_cannot_be_opened(machine: BuildMachine) -> None:
         prebuild(request_for(machine))
 
 
+def test_without_file_locks_a_build_goes_on_and_leaves_what_may_be_anothers(
+    machine: BuildMachine, no_locks: None
+) -> None:
+    other = machine.cache.root / "tmp" / "build-4711"
+    other.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="has no file locks"):
+        assert prebuild(request_for(machine)).built == 4
+    assert_whole(machine, 4)
+    assert other.exists()
+
+
 def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(
     machine: BuildMachine,
 ) -> None:
