@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from launch.kernel_store import check_holds
 from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from runner.build.compiler import NvccCompiler, find_nvcc, nvcc_version, release_of
-from runner.build.lazy import LazyJit
-from runner.build.probe import probe_seconds
+from runner.build.compiler import LazyJit, NvccCompiler, find_nvcc, nvcc_version, release_of
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import body_of, first_recipe
 from runner.config.environ import Environ
@@ -167,7 +165,7 @@ def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
     tools, _ = find_tools(options, environ)
     if tools is None or tools[1].title != RULES.origin.library:
         return None  # Profiles are of that library's reference kernel.
-    return round(probe_seconds(NvccCompiler(*tools, first_recipe(environ))), 4)
+    return round(NvccCompiler(*tools, first_recipe(environ)).reference_seconds(), 4)
 
 
 def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,14 +13,12 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.loaders import KernelLoader
-from runner.build.build import Builder, Built
+from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
 from runner.build.compiler import CompileError, NvccCompiler
-from runner.build.scratch import scratch_folder
-from runner.build.unit import Job
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
-from runner.cache.manifest import locked
-from runner.cli.progress import Show, progress
+from runner.cache.lock import locked
+from runner.cli.progress import counting, progress
 from runner.driver.warmup import planned_kernels
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
@@ -30,7 +28,6 @@ from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
 
-_TAG = "build-"
 Entry = tuple[str, bytes]
 """Source and cubin."""
 
@@ -74,31 +71,40 @@ class NodeKernels:
         """
         if not kernels:
             return
-        # Nodes that share a directory build their shares side by side; a ``runner compile`` in it
-        # would clear away what they are writing.
-        with locked(self.cache.root, shared=True):
-            self._build_missing([kernel for kernel in kernels if not self._holds(kernel)])
-
-    def _build_missing(self, kernels: list[Kernel]) -> None:
         keys = self.compiler.keys
-        jobs = [Job(keys.cache_key(kernel), kernel, keys.source(kernel)) for kernel in kernels]
-        for job in jobs:
-            self.cache.discard(job.key)
-        with scratch_folder() as folder, self._progress() as show:
-            builder = Builder(
+        by_key = {keys.cache_key(kernel): kernel for kernel in kernels}
+        sources = {key: keys.source(kernel) for key, kernel in by_key.items()}
+        # Nodes that share a directory build their shares side by side; a ``runner compile`` in it
+        # would remove what they are writing.
+        with locked(self.cache.root, shared=True):
+            missing = self.cache.keys_to_build(sources)
+            self._build([Job(key, by_key[key], sources[key]) for key in missing])
+
+    def _build(self, jobs: Sequence[Job]) -> None:
+        # Rank 0 alone shows progress: nodes build shares of about the same size.
+        shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
+        with scratch_folder() as folder, shown as show:
+            before, tell = self.built, counting(show)
+
+            def take(result: BuildResult) -> None:
+                job = result.job
+                if result.cubin is None:
+                    raise CompileError(f"{job.kernel.name}: {result.error}")
+                self._put(job.key, job.source, result.cubin)
+                span = (result.started, time.time(), "compile", job.kernel.name, job.key)
+                self.note(Span(self.rank, *span))
+                with self._guard:
+                    self.built += 1
+                    tell(self.built - before, len(jobs))
+
+            KernelBuilder(
                 self.compiler,
                 folder,
                 self.workers,
                 self.environment,
-                self._take,
+                take,
                 on_shared=self._note_shared,
-                on_step=lambda done, all_: show(self.built, len(jobs), done / max(done, all_)),
-            )
-            builder.build(jobs)
-
-    def _progress(self) -> AbstractContextManager[Show]:
-        """Told on rank 0 alone: nodes build shares of about the same size."""
-        return progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
+            ).build(jobs)
 
     def _holds(self, kernel: Kernel) -> bool:
         keys = self.compiler.keys
@@ -107,18 +113,8 @@ class NodeKernels:
     def _note_shared(self, name: str, start: float, end: float) -> None:
         self.note(Span(self.rank, start, end, "compile", name))
 
-    def _take(self, built: Built) -> None:
-        if built.cubin is None:
-            raise CompileError(f"{built.job.kernel.name}: {built.words}")
-        self._put(built.job.key, built.job.source, built.cubin)
-        name = built.job.kernel.name
-        self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
-        with self._guard:
-            self.built += 1
-
     def _put(self, key: str, source: str, cubin: bytes) -> None:
-        extra = self.compiler.keys.extra_files
-        self.cache.put(key, source, cubin, extra=extra, tag=_TAG)
+        self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
     def exchange(self) -> None:
         """Wait for everyone; then leaders hand each other what their caches lack.
@@ -150,8 +146,7 @@ class NodeKernels:
             box: list[Any] = [[self._entry(key) for key in keys] if leader == self.rank else None]
             dist.broadcast_object_list(box, src=leader, group=group)
             for key, entry in zip(keys, box[0], strict=True):
-                if key in mine:
-                    self.cache.discard(key)
+                if key in mine and self.cache.keys_to_build({key: entry[0]}):
                     self._put(key, *entry)
 
     def _entry(self, key: str) -> Entry:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from runner.backend.m_lists import expand
-from runner.build.lazy import LazyJit
+from runner.build.compiler import LazyJit
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.schedule import Walk

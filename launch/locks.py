@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from runner.cache.lock import take_lock
 from runner.errors import UserError
 from runner.kernels.types import GemmShape
 
@@ -26,5 +26,5 @@ class CompileLocks:
         """Hold the lock of a GEMM, whatever its M."""
         name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
         with (self._folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, self._folder)
             yield

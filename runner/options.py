@@ -94,7 +94,9 @@ class Option:
     def decorate(self, function: F) -> F:
         """Add the option to a command's function."""
         explained = self.details.help
-        default = None if self.default == () else to_plain(self.default)
+        default = to_plain(self.default)
+        if self.default == () or self.details.required:
+            default = None
         flag = f"{self.flag}/{self._off}" if self._off else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
         return click.option(
@@ -103,6 +105,7 @@ class Option:
             default=default,
             metavar=self.details.metavar or self.details.unit or None,
             hidden=self.details.hidden,
+            required=self.details.required,
             help=explained,
             show_default=default not in (None, False) and "[default" not in explained,
             **({"is_flag": True} if self.kind is bool else kind),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runner.build.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.cache.keys import CacheKeys
-from runner.cache.machine import Device, Machine, device_here
+from runner.cache.machine import Device, TargetMachine, device_here
 from runner.cache.manifest import Manifest
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
@@ -202,8 +202,13 @@ def target_of(
 
 
 def cache_machine(
-    compiler: CompilerOptions, wanted: LibraryOptions, environ: Environ, built: Manifest | None
-) -> tuple[Machine | None, str]:
+    compiler: CompilerOptions,
+    environ: Environ,
+    built: Manifest | None,
+    *,
+    library: str | None = None,
+    gpu: str | None = None,
+) -> tuple[TargetMachine | None, str]:
     """The machine that will look a cache up, or None and why it is not known.
 
     What is not said is this machine's. A library of the manifest's name is looked for first.
@@ -211,17 +216,16 @@ def cache_machine(
     Raises:
         UserError: a bad path or release.
     """
-    root = compiler.root()
-    library = _servers_library(wanted.library, built)
-    generation = library.generation if built is None and library else 1
+    root, found = compiler.root(), _servers_library(library, built)
+    generation = found.generation if built is None and found else 1
     generation = built.generation if built is not None else generation
     text = compiler.version_text(generation, environ)
-    if library is None:
-        return None, f"there is no {wanted.library or 'deep_gemm'} here"
+    if found is None:
+        return None, f"there is no {library or 'deep_gemm'} here"
     if text is None:
         return None, "there is no nvcc here"
-    device = device_here() if wanted.gpu is None else _device_of(gpu_named(wanted.gpu))
-    return Machine(library, root or library.root, text, environ, device), ""
+    device = device_here() if gpu is None else _device_of(gpu_named(gpu))
+    return TargetMachine(found, root or found.root, text, environ, device), ""
 
 
 def _device_of(gpu: Gpu) -> Device:

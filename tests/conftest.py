@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import errno
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -85,3 +87,13 @@ def fake_nvcc(tmp_path: Path) -> Path:
     )
     path.chmod(0o755)
     return path
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system on which ``flock`` does not work."""
+
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)

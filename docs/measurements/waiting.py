@@ -20,7 +20,6 @@ import torch.distributed as dist
 from launch.gather import machine_facts
 from launch.watchdog import wait_for_device
 from runner.build.compiler import NvccCompiler, find_nvcc
-from runner.build.probe import probe_seconds
 from runner.config.environ import Environ
 from runner.kernels.installed import find_library
 
@@ -60,7 +59,7 @@ def main() -> None:
     for way in WAYS * TURNS:
         dist.barrier(group=everyone)
         if rank == 0:
-            found[way].append(round(probe_seconds(compiler, COMPILES), 4))
+            found[way].append(round(compiler.reference_seconds(COMPILES), 4))
         wait(way, x)
         dist.barrier(group=everyone)
     if rank == 0:

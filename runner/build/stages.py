@@ -1,4 +1,4 @@
-"""nvcc's own stages: which programs it runs, with which arguments, as ``--dryrun`` tells."""
+"""nvcc's own stages, as ``--dryrun`` shows them, and PTX split by entry between two of them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import re
 import shlex
 import string
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _Argv = tuple[str, ...]
 
 
 class UnusualError(Exception):
-    """Something that the fast way does not know: the kernel goes the plain way."""
+    """Something that the fast way cannot do: nvcc compiles the kernel alone."""
 
 
 class StageError(UnusualError):
-    """A stage refused its input; the text holds its words."""
+    """A stage refused its input; the text is its own."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Arguments of the three stages, made for one folder; another takes its place when they run.
+    """Command lines of the three stages, made for one folder; they run in any other.
 
     Attributes:
-        folder: the folder that stands in the arguments.
+        folder: the folder that stands in the command lines.
         preprocess: ``kernel.cu`` to preprocessed text.
         front_end: preprocessed text to ``kernel.ptx``.
         assemble: ``kernel.ptx`` to ``kernel.cubin``.
@@ -61,10 +62,10 @@ class Stages:
             raise StageError(f"{program}: {words}")
 
 
-def ask_stages(
+def find_stages(
     nvcc: Path, flags: Sequence[str], scratch: Path, environment: Mapping[str, str]
 ) -> Stages:
-    """Ask nvcc for its stages.
+    """Ask nvcc which programs it runs, with which arguments.
 
     Raises:
         UnusualError: this nvcc works in another way, or the flags keep line numbers, which would
@@ -72,32 +73,28 @@ def ask_stages(
     """
     if {"-lineinfo", "-G", "-g"} & set(flags):
         raise UnusualError("the flags keep line numbers")
-    try:
-        return _ask(nvcc.absolute(), flags, scratch, environment)
-    except ValueError as error:
-        raise UnusualError(f"nvcc --dryrun cannot be read: {error}") from None
-
-
-def _ask(nvcc: Path, flags: Sequence[str], scratch: Path, environment: Mapping[str, str]) -> Stages:
     folder = scratch / "stages"
     folder.mkdir(parents=True)
     (folder / "kernel.cu").touch()
-    to_ptx, variables = _dry_run(nvcc, flags, folder, "ptx", environment)
-    to_cubin, _ = _dry_run(nvcc, flags, folder, "cubin", environment)
-    preprocess = _only(to_ptx, lambda argv: "-E" in argv)
-    front_end = _only(to_ptx, lambda argv: Path(argv[0]).name == "cicc")
-    assemble = _only(to_cubin, lambda argv: Path(argv[0]).name == "ptxas")
-    text = preprocess[preprocess.index("-o") + 1]
+    try:
+        to_ptx, variables = _dry_run(nvcc, flags, folder, "ptx", environment)
+        to_cubin, _ = _dry_run(nvcc, flags, folder, "cubin", environment)
+        preprocess = _only([argv for argv in to_ptx if "-E" in argv])
+        front_end = _only([argv for argv in to_ptx if Path(argv[0]).name == "cicc"])
+        assemble = _only([argv for argv in to_cubin if Path(argv[0]).name == "ptxas"])
+        text = preprocess[preprocess.index("-o") + 1]
+    except ValueError as error:
+        raise UnusualError(f"nvcc --dryrun cannot be read: {error}") from None
     if front_end.count(text) != 1 or front_end[-2:] != ("-o", f"{folder}/kernel.ptx"):
         raise UnusualError("cicc does not read what was preprocessed, or writes elsewhere")
-    between = next((word for word in assemble if word.endswith(".ptx")), "")
-    if not between or assemble[-2:] != ("-o", f"{folder}/kernel.cubin"):
+    ptx = next((word for word in assemble if word.endswith(".ptx")), "")
+    if not ptx or assemble[-2:] != ("-o", f"{folder}/kernel.cubin"):
         raise UnusualError("ptxas does not read PTX, or writes elsewhere")
     return Stages(
         folder=str(folder),
         preprocess=preprocess,
         front_end=front_end,
-        assemble=tuple(f"{folder}/kernel.ptx" if word == between else word for word in assemble),
+        assemble=tuple(f"{folder}/kernel.ptx" if word == ptx else word for word in assemble),
         preprocessed=Path(text).name,
         environment={**environment, **variables},
     )
@@ -106,11 +103,16 @@ def _ask(nvcc: Path, flags: Sequence[str], scratch: Path, environment: Mapping[s
 def _dry_run(
     nvcc: Path, flags: Sequence[str], folder: Path, kind: str, environment: Mapping[str, str]
 ) -> tuple[list[_Argv], dict[str, str]]:
-    """Commands and variables that nvcc would use; its temporary files would lie in ``folder``."""
-    output = folder / f"kernel.{kind}"
-    argv = [str(nvcc), str(folder / "kernel.cu"), f"-{kind}", "-o", str(output), *flags, "--dryrun"]
+    """Commands and variables that nvcc would use, with its temporary files in ``folder``."""
+    command = [
+        str(nvcc.absolute()),
+        f"{folder}/kernel.cu",
+        f"-{kind}",
+        "-o",
+        f"{folder}/kernel.{kind}",
+    ]
     done = subprocess.run(
-        argv,
+        [*command, *flags, "--dryrun"],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -118,24 +120,80 @@ def _dry_run(
         env={**environment, "TMPDIR": str(folder)},
     )
     if done.returncode:
-        words = done.stderr.strip() or f"exit {done.returncode}"
-        raise UnusualError(f"nvcc --dryrun: {words}")
+        raise UnusualError(f"nvcc --dryrun: {done.stderr.strip() or f'exit {done.returncode}'}")
     commands: list[_Argv] = []
     variables: dict[str, str] = {}
-    for line in done.stderr.splitlines():
-        if not line.startswith("#$ "):
-            continue
-        text = line.removeprefix("#$ ")
-        assigned = re.match(r"(\w+)=(.*)$", text)
-        if assigned:
+    for line in re.findall(r"^#\$ (.*)$", done.stderr, re.MULTILINE):
+        if assigned := re.match(r"(\w+)=(.*)$", line):
             variables[assigned[1]] = assigned[2]
         else:
-            commands.append(tuple(shlex.split(string.Template(text).safe_substitute(variables))))
+            commands.append(tuple(shlex.split(string.Template(line).safe_substitute(variables))))
     return commands, variables
 
 
-def _only(commands: list[_Argv], wanted: Callable[[_Argv], bool]) -> _Argv:
-    found = [argv for argv in commands if wanted(argv)]
-    if len(found) != 1:
-        raise UnusualError(f"nvcc has {len(found)} commands where one was expected")
-    return found[0]
+def _only(commands: list[_Argv]) -> _Argv:
+    if len(commands) != 1:
+        raise UnusualError(f"nvcc has {len(commands)} commands where one was expected")
+    return commands[0]
+
+
+_ENTRY = re.compile(r"^(?:\.(?:visible|weak) )*\.entry ([\w$]+)\(", re.MULTILINE)
+_OUTSIDE_ENTRIES = re.compile(
+    r"\n\s*(?:\.(?:visible|weak|extern) )*"
+    r"(?:\.(?:func|entry|alias|section|file|loc|global|const|common|callprototype)\b|call\b)"
+)
+_DECLARATION = re.compile(
+    r"^(?:\.(?:extern|visible|weak) )?\.(?:global|shared) [^=]*? ([\w$]+)(?:\[\d*\])?;$"
+)
+_DIRECTIVES = ("//", ".version ", ".target ", ".address_size ")
+
+
+def split_ptx(ptx: str) -> dict[str, str]:
+    """Modules by entry: the declarations that concern it, then the entry.
+
+    A declaration that some entries name goes with those; one that none names goes with all, as
+    in the PTX of each kernel alone.
+
+    Raises:
+        UnusualError: anything besides declarations and entries, such as functions or strings.
+    """
+    starts = list(_ENTRY.finditer(ptx))
+    if not starts:
+        raise UnusualError("PTX without an entry")
+    bounds = [*(match.start() for match in starts), len(ptx)]
+    bodies = {match[1]: ptx[a:b] for match, (a, b) in zip(starts, pairwise(bounds), strict=True)}
+    for body in bodies.values():
+        if _OUTSIDE_ENTRIES.search(body) or not body.rstrip().endswith("\n}"):
+            raise UnusualError("PTX with more than entries")
+    if len(bodies) != len(starts):
+        raise UnusualError("PTX with two entries of one name")
+    head = [(line, _declared(line)) for line in ptx[: bounds[0]].splitlines()]
+    names = {name for _, name in head if name}
+    used = {entry: {name for name in names if _uses(body, name)} for entry, body in bodies.items()}
+    used_by_any = set().union(*used.values())
+    return {
+        entry: "\n".join(
+            line
+            for line, name in head
+            if not name or name in used[entry] or name not in used_by_any
+        )
+        + f"\n\n{body}"
+        for entry, body in bodies.items()
+    }
+
+
+def _uses(body: str, name: str) -> bool:
+    """Whether the text names the variable, and not only one that begins or ends with its name."""
+    # Most texts do not have the word at all, which a plain search finds a hundred times as fast:
+    # PTX is megabytes, and all workers wait for one interpreter.
+    return name in body and re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", body) is not None
+
+
+def _declared(line: str) -> str:
+    """The variable that a line before the first entry declares; empty for a plain directive."""
+    if not line.strip() or line.startswith(_DIRECTIVES):
+        return ""
+    match = _DECLARATION.match(line)
+    if not match:
+        raise UnusualError(f"PTX with {line[:60]!r} before its first entry")
+    return match[1]

@@ -1,11 +1,13 @@
-"""One reproducible archive of a cache: equal caches give equal bytes."""
+"""One reproducible archive of a cache: equal caches give equal bytes.
+
+A tar.gz of ``manifest.json``, then for each of its keys in order ``cache/<key>/<file>``.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
 import os
-import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,14 +28,11 @@ from runner.cache.manifest import (
 )
 from runner.errors import UserError
 
-_MEMBER = re.compile(r"cache/([\w.]+)/([\w.]+)")
 _LARGEST_FILE = 256 << 20
 
 
 def pack(cache: KernelCache, manifest: Manifest, archive: Path) -> int:
-    """Write the manifest and its entries to ``archive`` (tar.gz); returns its size in bytes.
-
-    Names are sorted; times, owners and modes are constants; the file appears whole.
+    """Write the manifest and its entries to ``archive``, which appears whole; returns its bytes.
 
     Raises:
         UserError: an entry of the manifest is missing or not what was built, or the archive cannot
@@ -48,8 +47,9 @@ def pack(cache: KernelCache, manifest: Manifest, archive: Path) -> int:
                 gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
                 tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
             ):
-                for name, data in _members(cache, manifest):
-                    tar.addfile(_info(name, len(data)), io.BytesIO(data))
+                _add(tar, "manifest.json", manifest_text(manifest).encode())
+                for key, file in _files(manifest):
+                    _add(tar, f"cache/{key}/{file}", (cache.entry(key) / file).read_bytes())
             temporary.rename(archive)
         finally:
             temporary.unlink(missing_ok=True)
@@ -66,36 +66,34 @@ def _check_complete(cache: KernelCache, manifest: Manifest) -> None:
             f"{cache.root}, {missing[0]} among them: build them first (runner compile)"
         )
     for key, entry in manifest.entries.items():
-        now = describe_entry(cache.entry(key), entry.name, entry.uses)
-        if now != entry:
+        if describe_entry(cache.entry(key), entry.name, entry.uses) != entry:
             raise UserError(
                 f"{cache.entry(key)} is not what was built: runner cache verify {cache.root}"
             )
 
 
-def _members(cache: KernelCache, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
-    yield "manifest.json", manifest_text(manifest).encode()
+def _files(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """(key, file) of all files of the manifest's entries, in the order of an archive."""
     for key in sorted(manifest.entries):
-        for file in _files(key):
-            yield f"cache/{key}/{file}", (cache.entry(key) / file).read_bytes()
+        form = format_of(key)
+        yield from ((key, file) for file in (form.files if form else ()))
 
 
-def _info(name: str, size: int) -> tarfile.TarInfo:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o644, 0
-    return info
+    info.size, info.mode, info.mtime = len(data), 0o644, 0
+    tar.addfile(info, io.BytesIO(data))
 
 
 def unpack(
     archive: Path,
     cache: KernelCache,
-    *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Manifest, int]:
-    """Place the archive's entries in a cache.
+    """Place the archive's entries in a cache; the caller holds its lock.
 
-    An entry that is there stays where it is the archive's or what the cache's own manifest names;
-    one that is neither is replaced.
+    An entry that is there stays if it is the archive's, or what the cache's own manifest names;
+    any other one is replaced.
 
     Returns:
         The manifest of the archive's entries as they now are in the cache, and how many of them
@@ -107,94 +105,66 @@ def unpack(
     """
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            return _unpack(tar, archive, cache, progress)
+            manifest = parse_manifest(
+                _read(tar, "manifest.json", archive), f"manifest.json of {archive}"
+            )
+            return _place(tar, archive, manifest, cache, progress)
     except (OSError, tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {archive}: {error}") from None
 
 
-def _unpack(
-    tar: tarfile.TarFile, archive: Path, cache: KernelCache, progress: Callable[[int, int], None]
+def _place(
+    tar: tarfile.TarFile,
+    archive: Path,
+    manifest: Manifest,
+    cache: KernelCache,
+    progress: Callable[[int, int], None],
 ) -> tuple[Manifest, int]:
-    first = tar.next()
-    if first is None or first.name != "manifest.json":
-        raise UserError(f"{archive} is not a packed cache: manifest.json must come first")
-    manifest = parse_manifest(_read(tar, first, archive), f"manifest.json of {archive}")
     check_target(cache.root, manifest)
-    known = read_manifest(cache.root)
-    placed = 0
-    seen: set[str] = set()
-    for key, files in _entries(tar, archive, manifest):
-        seen.add(key)
-        if not _stays(cache, key, manifest.entries[key], known):
+    before = read_manifest(cache.root)
+    placed, entries = 0, {}
+    for key in sorted(manifest.entries):
+        entry, form = manifest.entries[key], format_of(key)
+        if form is None:  # It might even be a path to somewhere else.
+            raise UserError(f"{archive}: its manifest names {key!r}, which is not a kernel's key")
+        files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in form.files}
+        for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
+            if sha256(files[file]) != digest:
+                raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
+        known = before.entries.get(key) if before else None
+        if not _stays(cache, key, entry, known):
             cache.discard(key)
             source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
-            placed += cache.put(key, source, cubin, extra=files)
-        progress(len(seen), len(manifest.entries))
-    lacking = len(manifest.entries) - len(seen)
-    if lacking:
-        raise UserError(f"{archive} lacks {lacking} kernels that its manifest names")
-    entries = {
-        key: describe_entry(cache.entry(key), entry.name, entry.uses)
-        for key, entry in manifest.entries.items()
-    }
+            placed += cache.put(key, source, cubin, files)
+        entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
+        progress(len(entries), len(manifest.entries))
+    if (more := tar.next()) is not None:
+        raise UserError(f"{archive} holds {more.name}, which its manifest does not name")
     return replace(manifest, entries=entries), placed
 
 
-def _stays(cache: KernelCache, key: str, packed: Entry, known: Manifest | None) -> bool:
-    """Whether an entry is there already: the archive's, or another build of the cache's own."""
-    if not cache.entry(key).is_dir():
-        return False
+def _stays(cache: KernelCache, key: str, packed: Entry, known: Entry | None) -> bool:
+    """Whether the archive's entry is in the cache, or another build that its manifest names."""
     try:
         there = describe_entry(cache.entry(key), packed.name, packed.uses)
     except OSError:
         return False
-    trusted = [packed] + ([known.entries[key]] if known and key in known.entries else [])
     return any(
         (there.source_sha256, there.cubin_sha256) == (entry.source_sha256, entry.cubin_sha256)
-        for entry in trusted
+        for entry in (packed, known)
+        if entry is not None
     )
 
 
-def _entries(
-    tar: tarfile.TarFile, archive: Path, manifest: Manifest
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Each key with its entry's files, which follow each other."""
-    while member := tar.next():
-        key = _key_of(member, archive, manifest)
-        files: dict[str, bytes] = {}
-        for file in _files(key):
-            if member is None or member.name != f"cache/{key}/{file}":
-                there = "nothing" if member is None else member.name
-                raise UserError(f"{archive}: {there} where {file} of {key} was expected")
-            files[file] = _read(tar, member, archive)
-            member = tar.next() if len(files) < len(_files(key)) else member
-        _check_digests(archive, key, files, manifest.entries[key])
-        yield key, files
-
-
-def _files(key: str) -> tuple[str, ...]:
-    """The files of an entry; none where the name is no entry's."""
-    form = format_of(key)
-    return form.files if form else ()
-
-
-def _key_of(member: tarfile.TarInfo, archive: Path, manifest: Manifest) -> str:
-    match = _MEMBER.fullmatch(member.name)
-    if not match or match[1] not in manifest.entries or not _files(match[1]):
-        raise UserError(f"{archive} holds {member.name}, which its manifest does not name")
-    return match[1]
-
-
-def _check_digests(archive: Path, key: str, files: dict[str, bytes], entry: Entry) -> None:
-    for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
-        if sha256(files[file]) != digest:
-            raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
-
-
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, archive: Path) -> bytes:
+def _read(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
+    """The archive's next member, which must be a plain file of this name."""
+    member = tar.next()
+    if member is None or member.name != name:
+        found = "nothing" if member is None else member.name
+        raise UserError(f"{archive} is not a packed cache: {found} where {name} was expected")
     if member.size > _LARGEST_FILE:
-        raise UserError(f"{archive}: {member.name} is larger than {_LARGEST_FILE >> 20} MiB")
+        raise UserError(f"{archive}: {name} is larger than {_LARGEST_FILE >> 20} MiB")
     file = tar.extractfile(member) if member.isreg() else None
     if file is None:
-        raise UserError(f"{archive}: {member.name} is not a plain file")
+        raise UserError(f"{archive}: {name} is not a plain file")
     return file.read()

@@ -11,76 +11,39 @@ Config = dict[str, int | str | bool]
 _INSTANTIATION = re.compile(r"&(?:sched::)?(\w+)<(.*?)>\s*\)", re.DOTALL)
 
 _TILED = (
-    "compiled_m",
-    "compiled_n",
-    "compiled_k",
-    "num_groups",
-    "block_m",
-    "block_n",
-    "block_k",
-    "swizzle_a",
-    "swizzle_b",
-    "swizzle_cd",
-    "num_stages",
-    "num_tma_threads",
-    "num_math_threads",
-    "cluster_size",
-    "multicast_on_a",
-    "num_sms",
-    "gemm_type",
+    "compiled_m compiled_n compiled_k num_groups block_m block_n block_k swizzle_a swizzle_b "
+    "swizzle_cd num_stages num_tma_threads num_math_threads cluster_size multicast_on_a num_sms "
+    "gemm_type "
 )
 _HC = (
-    "n",
-    "k",
-    "block_m",
-    "block_n",
-    "block_k",
-    "num_splits",
-    "swizzle_cd",
-    "num_stages",
-    "num_math_threads",
-    "num_tma_threads",
+    "n k block_m block_n block_k num_splits swizzle_cd num_stages num_math_threads num_tma_threads"
 )
-# By template and number of arguments, which differs between versions of the library.
-_FP8_TILED = ("major_sfb", *_TILED, "cd_type", "epilogue", "scale_columns")
-_PARAMETERS: dict[str, tuple[str, ...]] = {
-    "sm90_fp8_gemm_1d2d_impl": _FP8_TILED[:20],
-    "sm90_fp8_gemm_1d2d_impl/19": _FP8_TILED[:19],
-    "sm90_fp8_gemm_1d2d_impl/21": _FP8_TILED,
-    "sm90_bf16_gemm_impl": ("major_a", "major_b", *_TILED, "with_accumulation", "cd_type"),
-    "sm90_tf32_hc_prenorm_gemm_impl": _HC,
-    "sm100_tf32_hc_prenorm_gemm_impl": _HC,
-    "sm90_fp8_mqa_logits": (
-        "num_heads",
-        "head_dim",
-        "compressed_logits",
-        "block_q",
-        "block_kv",
-        "num_q_stages",
-        "num_kv_stages",
-        "num_sms",
-        "num_specialized_threads",
-        "num_math_threads",
-        "logits_type",
-    ),
-    "sm90_fp8_paged_mqa_logits": (
-        "next_n",
-        "num_heads",
-        "head_dim",
-        "block_kv",
-        "context_lens_2d",
-        "varlen",
-        "num_q_stages",
-        "num_kv_stages",
-        "split_kv",
-        "num_specialized_threads",
-        "num_math_threads",
-        "logits_type",
-    ),
-    "sm90_paged_mqa_logits_metadata": ("aligned_batch_size", "split_kv", "num_sms", "varlen"),
-    "transpose_fp32": ("num_threads", "block_mn", "sf_k"),
-    "transpose_fp32/4": ("num_threads", "block_mn", "sf_k", "scale_columns"),
+_PARAMETERS: dict[tuple[str, int], list[str]] = {
+    (template, len(names.split())): names.split()
+    for template, names in (
+        # The number of arguments differs between versions of the library.
+        ("sm90_fp8_gemm_1d2d_impl", f"major_sfb {_TILED} cd_type"),
+        ("sm90_fp8_gemm_1d2d_impl", f"major_sfb {_TILED} cd_type epilogue"),
+        ("sm90_fp8_gemm_1d2d_impl", f"major_sfb {_TILED} cd_type epilogue scale_columns"),
+        ("sm90_bf16_gemm_impl", f"major_a major_b {_TILED} with_accumulation cd_type"),
+        ("sm90_tf32_hc_prenorm_gemm_impl", _HC),
+        ("sm100_tf32_hc_prenorm_gemm_impl", _HC),
+        (
+            "sm90_fp8_mqa_logits",
+            "num_heads head_dim compressed_logits block_q block_kv num_q_stages num_kv_stages "
+            "num_sms num_specialized_threads num_math_threads logits_type",
+        ),
+        (
+            "sm90_fp8_paged_mqa_logits",
+            "next_n num_heads head_dim block_kv context_lens_2d varlen num_q_stages num_kv_stages "
+            "split_kv num_specialized_threads num_math_threads logits_type",
+        ),
+        ("sm90_paged_mqa_logits_metadata", "aligned_batch_size split_kv num_sms varlen"),
+        ("transpose_fp32", "num_threads block_mn sf_k"),
+        ("transpose_fp32", "num_threads block_mn sf_k scale_columns"),
+    )
 }
+"""Names of template arguments, by template and number of arguments."""
 
 _NAMES_BY_GEMM_TYPE = {
     ("sm90_fp8_gemm_1d2d_impl", "MGroupedContiguous"): "sm90_m_grouped_fp8_gemm_contiguous_1d2d",
@@ -91,18 +54,18 @@ _NAMES_BY_GEMM_TYPE = {
 
 
 def config_of(kernel: Kernel) -> Config:
-    """Template arguments of a kernel by name."""
+    """Template arguments of a kernel by name; empty if the template is not known."""
     return _named(kernel.entry.removeprefix("sched::"), ", ".join(kernel.arguments))
 
 
 def config_of_source(source: str) -> Config:
-    """Template arguments of a generated source by name; empty where the template is not known."""
+    """Template arguments of a generated source by name; empty if the template is not known."""
     match = _INSTANTIATION.search(source)
     return _named(match[1], match[2]) if match else {}
 
 
 def name_of_source(source: str) -> str:
-    """Kernel name of a generated source: its template, told apart by the GEMM type."""
+    """The library's kernel name of a generated source; ``unknown`` if it is not a kernel's."""
     match = _INSTANTIATION.search(source)
     if not match:
         return "unknown"
@@ -112,7 +75,7 @@ def name_of_source(source: str) -> str:
 
 
 def in_words(config: Config) -> str:
-    """The part of a configuration that tells kernels of one name apart, on one line."""
+    """The part of a configuration that distinguishes kernels of one name, on one line."""
     if "sf_k" in config:
         return f"{config['sf_k']} scales a row"
     if "aligned_batch_size" in config:
@@ -121,27 +84,20 @@ def in_words(config: Config) -> str:
         return f"n {config['n']} k {config['k']}, {config['num_splits']} splits"
     if "num_heads" in config:
         return f"{config['num_heads']} heads of {config['head_dim']}"
-    return _tile_in_words(config) if "block_m" in config else ""
+    if "block_m" not in config:
+        return ""
+    words = "tile {block_m}x{block_n}x{block_k}, {num_stages} stages"
+    words += ", cluster {cluster_size}" if config["cluster_size"] != 1 else ""
+    words += ", {num_groups} groups" if config["num_groups"] != 1 else ""
+    words += ", n {compiled_n} k {compiled_k}" if config["compiled_n"] else ""
+    words += ", fp32 out" if config["cd_type"] == "float" else ""
+    return (words + ", {num_sms} SMs").format_map(config)
 
 
-def _tile_in_words(config: Config) -> str:
-    cluster = f", cluster {config['cluster_size']}" if config["cluster_size"] != 1 else ""
-    groups = f", {config['num_groups']} groups" if config["num_groups"] != 1 else ""
-    fixed = f", n {config['compiled_n']} k {config['compiled_k']}" if config["compiled_n"] else ""
-    output = ", fp32 out" if config["cd_type"] == "float" else ""
-    tile = f"{config['block_m']}x{config['block_n']}x{config['block_k']}"
-    return (
-        f"tile {tile}, {config['num_stages']} stages{cluster}{groups}{fixed}{output}, "
-        f"{config['num_sms']} SMs"
-    )
-
-
-def _named(entry: str, arguments: str) -> Config:
+def _named(template: str, arguments: str) -> Config:
     values = [word.strip() for word in arguments.split(",")]
-    names = _PARAMETERS.get(f"{entry}/{len(values)}") or _PARAMETERS.get(entry, ())
-    if len(names) != len(values):
-        return {}
-    return {name: _value(word) for name, word in zip(names, values, strict=True)}
+    names = _PARAMETERS.get((template, len(values)), [])
+    return {name: _value(word) for name, word in zip(names, values, strict=False)}
 
 
 def _value(word: str) -> int | str | bool:

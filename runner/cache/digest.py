@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 _MASK = 2**64 - 1
 _FNV_PRIME = 0x100000001B3
@@ -13,45 +13,42 @@ _FNV_PRIME = 0x100000001B3
 class Digest:
     """DeepGEMM's first digest (csrc/utils/hash.hpp): two FNV-1a runs with different seeds.
 
-    Updates are immutable values, so that many digests may go on after a common beginning.
+    An update returns a new value, so many digests can continue from one common beginning.
     """
 
     states: tuple[int, int] = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
+    second_factor: ClassVar[int] = _FNV_PRIME
 
     def update(self, text: str | bytes) -> Self:
-        """The digest of what came before and ``text``."""
-        data = text.encode() if isinstance(text, str) else text
-        return type(self)(self._after(data))
-
-    def _after(self, data: bytes) -> tuple[int, int]:
         first, second = self.states
-        for byte in data:
+        factor = self.second_factor
+        for byte in self._framed(text.encode() if isinstance(text, str) else text):
             first = ((first ^ byte) * _FNV_PRIME) & _MASK
-            second = ((second ^ byte) * _FNV_PRIME) & _MASK
-        return first, second
+            second = ((second ^ byte) * factor) & _MASK
+        return type(self)((first, second))
+
+    def _framed(self, data: bytes) -> bytes:
+        return data
 
     @property
     def hex(self) -> str:
-        """32 hex digits: both runs, each through a split-mix finaliser."""
+        """32 hex digits: both runs, each through the finaliser of SplitMix64."""
         return "".join(f"{_split_mix(state):016x}" for state in self.states)
 
 
 @dataclass(frozen=True, slots=True)
 class DeepJitDigest(Digest):
-    """DeepJIT's digest (deep_jit/utils/hash.hpp): each update begins with its length."""
+    """DeepJIT's digest (deep_jit/utils/hash.hpp): every update begins with its length."""
 
     states: tuple[int, int] = (0xC6A4A7935BD1E995, 0xFF51AFD7ED558CCD)
+    second_factor: ClassVar[int] = 0x9E3779B97F4A7C15
 
-    def _after(self, data: bytes) -> tuple[int, int]:
-        first, second = self.states
-        for byte in len(data).to_bytes(8, "little") + data:
-            first = ((first ^ byte) * _FNV_PRIME) & _MASK
-            second = ((second ^ byte) * 0x9E3779B97F4A7C15) & _MASK
-        return first, second
+    def _framed(self, data: bytes) -> bytes:
+        return len(data).to_bytes(8, "little") + data
 
 
 def hex_digest(text: str | bytes) -> str:
-    """32 hex digits of a text, as the first generation makes them."""
+    """32 hex digits of a text, as the first JIT generation computes them."""
     return Digest().update(text).hex
 
 

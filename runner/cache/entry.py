@@ -1,11 +1,17 @@
-"""The two forms of a cache entry: its name, and what makes it whole."""
+"""What makes a cache entry whole: its name, its files, and its cubin, an ELF file."""
 
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 SOURCE, CUBIN = "kernel.cu", "kernel.cubin"
+
+_HEADER_BYTES = 64
+_NOBITS = 8
+_CODE = ".text."
 
 
 @dataclass(frozen=True)
@@ -13,10 +19,9 @@ class EntryFormat:
     """How one JIT generation lays an entry out.
 
     Attributes:
-        generation: of the JIT.
         pattern: of an entry's folder name; its group is the kernel's name.
         files: what a whole entry holds, in the order in which they are packed.
-        on_damage: what the library does where one of them is missing.
+        on_damage: what the library does when one of them is missing.
     """
 
     generation: int
@@ -42,12 +47,67 @@ FORMATS = (
 
 
 def format_of(key: str) -> EntryFormat | None:
-    """The format that an entry of this name has; None where it is no entry's name."""
+    """The format of an entry with this name; None if no entry is named like that."""
     return next((form for form in FORMATS if form.pattern.fullmatch(key)), None)
 
 
 def kernel_name(key: str) -> str:
-    """The kernel's name in an entry's name; the name itself where it is no entry's."""
+    """The kernel's name in an entry's name; any other name is returned unchanged."""
     form = format_of(key)
     match = form.pattern.fullmatch(key) if form else None
     return match[1] if match else key
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files that the entry in this folder lacks; none if the folder has no entry's name."""
+    form = format_of(folder.name)
+    return [name for name in form.files if not (folder / name).is_file()] if form else []
+
+
+def cubin_damage(cubin: bytes) -> str:
+    """What is wrong with the cubin of an entry; empty if it holds exactly one kernel."""
+    try:
+        count = len(kernels_in(cubin))
+    except NotACubinError as error:
+        return f"is {error}"
+    return "" if count == 1 else f"holds {count} kernels instead of one"
+
+
+class NotACubinError(Exception):
+    """The bytes are not a complete ELF64 file; the text says why."""
+
+
+def kernels_in(cubin: bytes) -> dict[str, bytes]:
+    """Machine code by mangled kernel name.
+
+    Raises:
+        NotACubinError: not ELF64, cut short, or garbled.
+    """
+    try:
+        found = _sections(cubin)
+    except (ValueError, IndexError, struct.error):
+        raise NotACubinError("garbled") from None
+    return {name[len(_CODE) :]: code for name, code in found.items() if name.startswith(_CODE)}
+
+
+def _sections(cubin: bytes) -> dict[str, bytes]:
+    """Content of each section by name."""
+    if cubin[:6] != b"\x7fELF\x02\x01":
+        raise NotACubinError("not an ELF64 file" if cubin else "empty")
+    if len(cubin) < _HEADER_BYTES:
+        raise NotACubinError(f"cut short: {len(cubin)} bytes")
+    programs, offset = struct.unpack_from("<QQ", cubin, 0x20)
+    program_size, program_count, size, count, names = struct.unpack_from("<HHHHH", cubin, 0x36)
+    if max(offset + size * count, programs + program_size * program_count) > len(cubin):
+        raise NotACubinError(f"cut short: {len(cubin)} bytes, its tables end later")
+    headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * size) for i in range(count)]
+    name_table = headers[names][4]
+    found = {}
+    for name_at, kind, _, _, start, length in headers:
+        if kind == _NOBITS:
+            continue
+        if start + length > len(cubin):
+            raise NotACubinError(f"cut short: {len(cubin)} bytes, a section ends later")
+        name = cubin[name_table + name_at : cubin.index(b"\0", name_table + name_at)]
+        found[name.decode()] = cubin[start : start + length]
+    return found

@@ -1,28 +1,29 @@
-"""The disk cache, laid out as DeepGEMM lays it out, so that the library hits what we build.
-
-Entries lie in ``<cache_dir>/cache/`` and appear whole; :mod:`runner.cache.entry` has their forms.
-"""
+"""The disk cache, laid out as DeepGEMM lays it out, so that the library hits what we build."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from runner.build.cubin import NotACubinError, kernels_in
-from runner.cache.entry import CUBIN, SOURCE, format_of
+from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, missing_files
+from runner.cache.lock import folder_lock
 from runner.errors import UserError
 
-_NOTHING: Mapping[str, bytes] = MappingProxyType({})
+_NONE: Mapping[str, str] = MappingProxyType({})
+_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
+_TEMPORARY = ("build-", "discarded-")
+"""How the names of our own temporary folders begin."""
 
 
 @dataclass(frozen=True)
 class KernelCache:
-    """One cache (``DG_JIT_CACHE_DIR``).
+    """One cache (``DG_JIT_CACHE_DIR``); its entries are the folders in ``<root>/cache``.
 
     Attributes:
         root: the directory that is written.
@@ -50,7 +51,7 @@ class KernelCache:
         return cls(root, tuple(below))
 
     def check_generation(self, generation: int) -> None:
-        """Raise UserError for a list of directories where a JIT reads but one."""
+        """Raise UserError for a list of directories if the JIT reads only one."""
         if self.below and generation == 1:
             raise UserError(
                 f"cache directory {self.text!r} is a list, which sgl-deep-gemm reads since 0.2.0: "
@@ -59,7 +60,7 @@ class KernelCache:
 
     @property
     def text(self) -> str:
-        """The value of ``DG_JIT_CACHE_DIR`` that names it, whatever the working directory."""
+        """The value of ``DG_JIT_CACHE_DIR`` that names it in any working directory."""
         return ":".join(str(path.absolute()) for path in (self.root, *self.below))
 
     def prepare(self) -> None:
@@ -68,7 +69,7 @@ class KernelCache:
         Raises:
             UserError: it cannot be created or written.
         """
-        probe = self.root / "tmp" / f"probe-{os.getpid()}-{uuid.uuid4().hex}"
+        probe = self._temporary("probe-")
         try:
             probe.mkdir(parents=True)
             probe.rmdir()
@@ -80,7 +81,7 @@ class KernelCache:
             ) from None
 
     def entries(self) -> list[Path]:
-        """Everything that lies where entries lie, whole or not, ordered by name."""
+        """Everything in the place of an entry, whole or not, ordered by name."""
         found: dict[str, Path] = {}
         for root in (self.root, *self.below):
             folder = root / "cache"
@@ -89,11 +90,10 @@ class KernelCache:
         return [found[name] for name in sorted(found)]
 
     def count(self) -> int:
-        """Number of entries."""
         return len(self.entries())
 
     def entry(self, key: str) -> Path:
-        """Directory of a kernel; where no place has it, the one where it would be written."""
+        """Directory of a kernel; if no place has it, the one where it would be written."""
         places = [root / "cache" / key for root in (self.root, *self.below)]
         return next((place for place in places if place.exists()), places[0])
 
@@ -106,91 +106,116 @@ class KernelCache:
         entry = self.entry(key)
         if not entry.exists():
             return False
-        form = format_of(key)
-        lacking = [name for name in form.files if not (entry / name).is_file()] if form else []
-        if lacking:
+        if missing := missing_files(entry):
             raise UserError(
-                f"corrupted cache entry {entry}: {' and '.join(lacking)} missing; remove it"
+                f"corrupted cache entry {entry}: {' and '.join(missing)} missing; remove it"
             )
         return True
 
-    def holds(self, key: str, source: str) -> bool:
-        """Whether the entry is there, whole, and of exactly this source."""
+    def holds(self, key: str, source: str, cubin_sha256: str = "") -> bool:
+        """Whether the entry is there and whole, with this source and, if given, this cubin."""
         entry = self.entry(key)
-        form = format_of(key)
+        if format_of(key) is None or missing_files(entry):
+            return False
         try:
             same = (entry / SOURCE).read_bytes() == source.encode()
-            whole = form is not None and all((entry / name).is_file() for name in form.files)
-            return same and whole and len(kernels_in((entry / CUBIN).read_bytes())) == 1
-        except (OSError, NotACubinError):
+            cubin = (entry / CUBIN).read_bytes()
+        except OSError:  # Another process has just discarded it.
             return False
+        digest = cubin_sha256 and hashlib.sha256(cubin).hexdigest()
+        return same and digest == cubin_sha256 and not cubin_damage(cubin)
 
-    def add(
-        self,
-        key: str,
-        source: str,
-        build: Callable[[Path, Path, Path], None],
-        *,
-        extra: Mapping[str, bytes] = _NOTHING,
-        tag: str = "",
-    ) -> bool:
-        """Build an entry in a temporary directory and move it into place.
+    def keys_to_build(
+        self, sources: Mapping[str, str], cubin_sha256: Mapping[str, str] = _NONE
+    ) -> list[str]:
+        """Keys without an entry, or with a broken one, which is discarded.
+
+        Several processes may ask at once: an entry that another one has completed meanwhile
+        stays, because only what is still broken under a lock is discarded.
 
         Args:
-            key: the entry's name.
-            source: text of ``kernel.cu``.
-            build: called with (source path, cubin path to write, working directory).
-            extra: the entry's other files.
-            tag: begins the temporary directory's name.
-
-        Returns:
-            True where this call's entry was taken, False where another process was first.
+            sources: text of ``kernel.cu`` by key.
+            cubin_sha256: digests of cubins by key; a cubin without one only has to be whole.
         """
-        work_dir = self.root.absolute() / "tmp"  # the compiler runs elsewhere
-        temporary = work_dir / f"{tag}{os.getpid()}-{uuid.uuid4().hex}"
-        temporary.mkdir(parents=True)
-        try:
-            source_path, cubin_path = temporary / SOURCE, temporary / CUBIN
-            source_path.write_bytes(source.encode())
-            build(source_path, cubin_path, work_dir)
-            for name, data in extra.items():
-                (temporary / name).write_bytes(data)
-            for path in (source_path, cubin_path, *map(temporary.joinpath, extra), temporary):
-                _fsync(path)
-            final = self.root / "cache" / key
-            final.parent.mkdir(parents=True, exist_ok=True)
-            return _rename(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        missing = []
+        for key, source in sources.items():
+            wanted = (key, source, cubin_sha256.get(key, ""))
+            if self.holds(*wanted):
+                continue
+            if (self.root / "cache" / key).exists():
+                with folder_lock(self.root / "cache", self.root):
+                    if self.holds(*wanted):
+                        continue
+                    self.discard(key)
+            missing.append(key)
+        return missing
 
     def put(
         self,
         key: str,
         source: str,
         cubin: bytes,
+        extra: Mapping[str, bytes] = _NO_FILES,
         *,
-        extra: Mapping[str, bytes] = _NOTHING,
-        tag: str = "",
+        prefix: str = "build-",
     ) -> bool:
-        """Add an entry that was built elsewhere; see :meth:`add`."""
+        """Write an entry to a temporary directory and move it into place.
 
-        def write(source_path: Path, cubin_path: Path, work_dir: Path) -> None:
-            cubin_path.write_bytes(cubin)
+        Args:
+            key: its name.
+            source: text of ``kernel.cu``.
+            cubin: content of ``kernel.cubin``.
+            extra: its other files.
+            prefix: of the temporary directory; :meth:`remove_leftovers` knows the default.
 
-        return self.add(key, source, write, extra=extra, tag=tag)
+        Returns:
+            False if another process was first; its entry stays.
+        """
+        temporary = self._temporary(prefix)
+        temporary.mkdir(parents=True)
+        try:
+            for name, data in {SOURCE: source.encode(), CUBIN: cubin, **extra}.items():
+                (temporary / name).write_bytes(data)
+                _fsync(temporary / name)
+            _fsync(temporary)
+            final = self.root / "cache" / key
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.rename(final)
+            except OSError:
+                if final.is_dir():
+                    return False
+                raise
+            return True
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def discard(self, key: str) -> None:
-        """Take an entry away in one step, whole or not; nothing happens where there is none."""
-        away = self.root / "tmp" / f"discarded-{os.getpid()}-{uuid.uuid4().hex}"
+        """Remove an entry in one step, whole or not; do nothing if there is none."""
+        away = self._temporary("discarded-")
         away.parent.mkdir(parents=True, exist_ok=True)
         try:
             (self.root / "cache" / key).rename(away)
         except FileNotFoundError:
             return
         if away.is_dir() and not away.is_symlink():
-            shutil.rmtree(away)
+            shutil.rmtree(away, ignore_errors=True)
         else:
             away.unlink()
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary folders of processes that were killed; nobody else may be building."""
+        for prefix in _TEMPORARY:
+            for path in (self.root / "tmp").glob(f"{prefix}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _temporary(self, prefix: str) -> Path:
+        return self.root / "tmp" / f"{prefix}{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def size_of(entry: Path) -> int:
+    """Bytes of an entry's files."""
+    return sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
 
 
 def _fsync(path: Path) -> None:
@@ -199,13 +224,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _rename(temporary: Path, final: Path) -> bool:
-    try:
-        temporary.rename(final)
-    except OSError:
-        if final.is_dir():
-            return False
-        raise
-    return True

@@ -1,35 +1,43 @@
-"""The machine that will run against the one that a cache was built for: what differs."""
+"""The machine that will run a cache: what differs from the one that it was built for, and moving.
+
+The first generation's key digests the include path, so a cache built for one path misses at
+another although the kernels are the same. An entry may take another key if the headers' digest in
+its source is the target's, and the target's CUDA release is not older than the one that built it:
+a driver loads what older compilers made, not what newer ones did.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.build.compiler import release_of, signature_of
-from runner.cache.keys import INCLUDE, Recipe, with_variables
-from runner.cache.manifest import Manifest
+from runner.build.compiler import keys_for, release_of, signature_of
+from runner.cache.entry import CUBIN, SOURCE
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import FIRST_RECIPE, CacheKeys, Recipe, with_variables
+from runner.cache.manifest import Manifest, describe_entry
+from runner.cache.verify import Expectation, Finding, verify
 from runner.config.environ import Environ
+from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.standin.gpus import GPUS
+
+_MAJOR, _MINOR, _SM_COUNT = 75, 76, 16
+"""``CUdevice_attribute`` of cuda.h."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by what chooses its kernels.
-
-    Attributes:
-        capability: its compute capability.
-        num_sms: its SMs.
-    """
+    """The properties of a GPU that decide its kernels."""
 
     capability: tuple[int, int]
     num_sms: int
 
 
 def device_here() -> Device | None:
-    """The first GPU of this machine, as its driver has it; None where there is none."""
+    """The first GPU of this machine, from its driver; None if there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -37,28 +45,24 @@ def device_here() -> Device | None:
     device, value = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    told = []
+    values = []
     for attribute in (_MAJOR, _MINOR, _SM_COUNT):
         if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None
-        told.append(value.value)
-    return Device((told[0], told[1]), told[2])
-
-
-_SM_COUNT, _MAJOR, _MINOR = 16, 75, 76
-"""``CUdevice_attribute`` of cuda.h."""
+        values.append(value.value)
+    return Device((values[0], values[1]), values[2])
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where a server will look its kernels up.
+class TargetMachine:
+    """The machine on which a server will look for a cache's kernels.
 
     Attributes:
-        library: its DeepGEMM.
+        library: its DeepGEMM, as installed here.
         root: the folder of that library there.
         version_text: what ``nvcc --version`` prints there.
-        environ: the variables that the server has.
-        device: its GPU, None where it is not known.
+        environ: the server's variables.
+        device: its GPU, None if it is not known.
     """
 
     library: Library
@@ -67,12 +71,20 @@ class Machine:
     environ: Environ
     device: Device | None = None
 
-    def recipe(self, built: Manifest) -> Recipe:
-        """How the library compiles there, given how it compiled where the cache was built for."""
-        flags = built.flags.split(" ")
-        flags = [f"-I{INCLUDE}" if flag.startswith("-I") else flag for flag in flags]
-        there = Recipe(built.generation, tuple(flags), built.extra_signature)
-        return with_variables(there, self.environ)
+    def recipe(self, built: Manifest | None) -> Recipe:
+        """How the library compiles there, given how it did where a cache was built for.
+
+        Without that, only the first generation's recipe is known.
+        """
+        return with_variables(built.recipe if built else FIRST_RECIPE, self.environ)
+
+    def keys(self, built: Manifest | None) -> CacheKeys:
+        """Keys as the server's library makes them."""
+        return keys_for(self.library, self.recipe(built), self.version_text, self.root)
+
+    def changed_flags(self, built: Manifest) -> list[str]:
+        """Flags that the server's variables add or take away."""
+        return sorted(set(built.recipe.flags) ^ set(self.recipe(built).flags))
 
     def differences(self, built: Manifest) -> Iterator[str]:
         """What keeps a server there from hitting a cache, each with what to do, in one line."""
@@ -94,29 +106,20 @@ class Machine:
                 f"{compiler_words(signature)}: runner cache relocate, or build with what nvcc "
                 "--version prints there (runner compile --compiler-text)"
             )
-        yield from self._path(built)
+        here = str(self.root / "include")
+        if built.generation == 1 and built.include_path != here:
+            yield (
+                f"other install path: built for {built.include_path}, here it is {here}: runner "
+                "cache relocate --target-root"
+            )
         if changed := self.changed_flags(built):
             yield (
                 f"other compiler flags ({', '.join(changed)}): DG_JIT_* variables differ; set them "
                 "as they were when it was built, or build it with them set"
             )
-        yield from self._device(built)
+        yield from self._other_gpu(built)
 
-    def _path(self, built: Manifest) -> Iterator[str]:
-        theirs, here = _include_of(built.flags.split(" ")), str(self.root / "include")
-        if built.generation == 1 and theirs != here:
-            yield (
-                f"other install path: built for {theirs}, here it is {here}: runner cache relocate "
-                "--target-root"
-            )
-
-    def changed_flags(self, built: Manifest) -> list[str]:
-        """Flags that the server's variables add or take away."""
-        theirs = [flag for flag in built.flags.split(" ") if not flag.startswith("-I")]
-        ours = [flag for flag in self.recipe(built).flags if not flag.startswith("-I")]
-        return sorted(set(theirs) ^ set(ours))
-
-    def _device(self, built: Manifest) -> Iterator[str]:
+    def _other_gpu(self, built: Manifest) -> Iterator[str]:
         if self.device is None:
             return
         named = next((gpu for gpu in GPUS if gpu.name == built.gpu), None)
@@ -134,12 +137,57 @@ class Machine:
             )
 
 
-def _include_of(flags: list[str]) -> str:
-    return next((flag.removeprefix("-I") for flag in flags if flag.startswith("-I")), "")
-
-
 def compiler_words(signature: str) -> str:
     """A compiler's signature in a few words: the second generation's has several lines."""
     release = "nvcc {}.{}".format(*release_of(signature))
     when = [line for line in signature.splitlines() if line.startswith("Built on")]
     return f"{release} ({when[0]})" if when else release
+
+
+def relocate(
+    source: KernelCache,
+    manifest: Manifest,
+    keys: CacheKeys,
+    library: Library,
+    target: KernelCache,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Manifest, int, list[Finding]]:
+    """Copy every sound entry of ``source`` to ``target`` under the keys of another machine.
+
+    Args:
+        source: where the entries are; left as it is.
+        manifest: what ``source`` was built for.
+        keys: of the machine that will run.
+        library: the headers of its library, to compare with.
+        target: where they go; another directory than ``source``.
+        progress: called with (entries done, of how many).
+
+    Returns:
+        The manifest of these entries as they now are in ``target``, how many of them were placed,
+        and why others were refused.
+
+    Raises:
+        UserError: the target's compiler is older than the one that built the cache.
+    """
+    built, wanted = release_of(manifest.built_with), release_of(keys.signature)
+    if wanted < built:
+        raise UserError(
+            f"the cache was built with CUDA {built[0]}.{built[1]} and cannot go to CUDA "
+            f"{wanted[0]}.{wanted[1]}: a driver need not load what a newer compiler made; build "
+            f"it with nvcc {wanted[0]}.{wanted[1]}"
+        )
+    named = manifest.entries
+    refused = verify(source, Expectation(named, named, manifest.keys(library), library, manifest))
+    unsound = {finding.key for finding in refused}
+    sound = [key for key in named if key not in unsound]
+    entries, placed = {}, 0
+    for number, key in enumerate(sound, start=1):
+        entry, folder = named[key], source.entry(key)
+        text = (folder / SOURCE).read_bytes().decode()
+        new = keys.key_of(entry.name, text)
+        if target.keys_to_build({new: text}):
+            placed += target.put(new, text, (folder / CUBIN).read_bytes(), keys.extra_files)
+        entries[new] = describe_entry(target.entry(new), entry.name, entry.uses)
+        progress(number, len(sound))
+    moved = replace(manifest, signature=keys.signature, flags=keys.flags, entries=entries)
+    return moved, placed, refused

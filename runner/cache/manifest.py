@@ -1,27 +1,32 @@
-"""The manifest: what was built into a cache, for whom, with what.
+"""The manifest of a cache: what was built into it, for which machine, with what.
 
-It lies beside the entries, in ``<cache_dir>/manifest.json``; the library never looks at it.
+It is ``<cache_dir>/manifest.json``, next to the entries; the library never looks at it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from runner.build.compiler import release_of
-from runner.cache.keys import CacheKeys, FirstKeys, Recipe, SecondKeys
+from runner.cache.entry import CUBIN, SOURCE
+from runner.cache.kernel_cache import KernelCache, size_of
+from runner.cache.keys import INCLUDE, CacheKeys, Recipe
 from runner.errors import UserError
 from runner.kernels.installed import Headers
 from runner.kernels.table import union
 
 _NAME = "manifest.json"
+_INCLUDE_FLAG = re.compile(r"(?<!\S)-I(.*?/include)(?= -|$)")
+
+Use = dict[str, Any]
+"""A GEMM that runs a kernel, as :func:`runner.planning.plan_json.use_to_json` writes it."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,11 @@ class Entry:
 
     Attributes:
         name: the library's kernel name.
-        uses: GEMMs that run it, as :func:`runner.planning.plan.use_to_json` writes them.
-        source_sha256: digest of ``kernel.cu``.
-        cubin_sha256: digest of ``kernel.cubin``.
         cubin_bytes: size of ``kernel.cubin``.
     """
 
     name: str
-    uses: list[dict[str, Any]]
+    uses: list[Use]
     source_sha256: str
     cubin_sha256: str
     cubin_bytes: int
@@ -45,19 +47,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """What a cache holds, and the machine that it is for.
 
     Attributes:
         library: name and version of the library whose kernels these are.
-        arch: architecture.
         signature: what the keys hold of the running machine's compiler.
-        flags: what they hold of its flags, with the running machine's include path if any.
+        flags: what they hold of its flags, including that machine's include path if any.
         built_with: signature of the compiler that built them.
         generation: of the JIT whose entries they are.
         extra_signature: see :class:`runner.cache.keys.Recipe`.
-        gpu: name of the GPU, of several the one with the most SMs; empty in manifests that are
-            older than this field.
-        num_sms: its SMs; 0 in such manifests.
+        gpu: name of the GPU, of several the one with the most SMs; empty in old manifests.
+        num_sms: its SMs; 0 in old manifests.
         plans: titles of the plans that were built.
         entries: kernels by cache key.
     """
@@ -76,40 +76,39 @@ class Manifest:
 
     def same_target(self, other: Manifest) -> bool:
         """Whether both are for machines that look for the same keys."""
-        return self._target == other._target
+        names = ("library", "arch", "signature", "flags", "extra_signature")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
-    def _target(self) -> tuple[str, ...]:
-        return (
-            self.library,
-            self.arch,
-            self.signature,
-            self.flags,
-            self.extra_signature,
-        )
+    def include_path(self) -> str:
+        """The include path among the flags; empty if they have none."""
+        match = _INCLUDE_FLAG.search(self.flags)
+        return match[1] if match else ""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the library compiles on the machine that the cache is for."""
+        path = self.include_path  # which may hold blanks
+        flags = self.flags.replace(f"-I{path}", f"-I{INCLUDE}", 1) if path else self.flags
+        return Recipe(self.generation, tuple(flags.split(" ")), self.extra_signature)
 
     def keys(self, headers: Headers) -> CacheKeys:
         """Keys as the manifest's machine makes them, from a library's headers."""
-        recipe = Recipe(self.generation, tuple(self.flags.split(" ")), self.extra_signature)
-        if self.generation == 1:
-            return FirstKeys(headers, recipe, self.signature, Path())
-        return SecondKeys(headers, recipe, self.signature)
+        return CacheKeys(headers, self.recipe, self.signature, Path(self.include_path))
 
     def merged(self, newer: Manifest) -> Manifest:
-        """Both manifests' entries and plans; where both have an entry, the newer one's."""
-        plans = list(dict.fromkeys([*self.plans, *newer.plans]))
+        """Both manifests' entries and plans; if both have an entry, the newer one's."""
         entries = dict(self.entries)
         for key, entry in newer.entries.items():
             uses = entries[key].uses if key in entries else []
             entries[key] = replace(entry, uses=_merged_uses([*uses, *entry.uses]))
-        # What a newer compiler built must not pass for an older one's.
-        built_with = max(self.built_with, newer.built_with, key=release_of)
         largest = max(newer, self, key=lambda manifest: manifest.num_sms)
         return replace(
             newer,
-            plans=plans,
+            plans=list(dict.fromkeys([*self.plans, *newer.plans])),
             entries=entries,
-            built_with=built_with,
+            # What a newer compiler built must not pass for an older one's.
+            built_with=max(self.built_with, newer.built_with, key=release_of),
             gpu=largest.gpu,
             num_sms=largest.num_sms,
         )
@@ -120,28 +119,26 @@ class Manifest:
         uses = (use for entry in self.entries.values() for use in entry.uses)
         return {self.num_sms, *(use["num_sms"] for use in uses if "num_sms" in use)} - {0}
 
-    def without(self, keys: set[str]) -> Manifest:
-        """The manifest less some entries."""
+    def without(self, keys: Collection[str]) -> Manifest:
         kept = {key: entry for key, entry in self.entries.items() if key not in keys}
         return replace(self, entries=kept)
 
 
-def _merged_uses(uses: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One use a GEMM, with every M and every stage."""
-    found: dict[str, dict[str, Any]] = {}
+def _merged_uses(uses: list[Use]) -> list[Use]:
+    """One use for each GEMM, with every M and every stage."""
+    found: dict[str, Use] = {}
     for use in uses:
-        what = {name: use[name] for name in use if name not in ("m_ranges", "stages")}
-        same = found.setdefault(json.dumps(what, sort_keys=True), {**use, "m_ranges": []})
-        pairs = [tuple(pair) for pair in [*same["m_ranges"], *use["m_ranges"]]]
-        same["m_ranges"] = [list(pair) for pair in union([tuple(pairs)])]
-        stages = {*same.get("stages", ()), *use.get("stages", ())}
-        same["stages"] = sorted(stages)
+        gemm = {name: use[name] for name in use if name not in ("m_ranges", "stages")}
+        same = found.setdefault(json.dumps(gemm, sort_keys=True), {**use, "m_ranges": []})
+        pairs = tuple((first, last) for first, last in [*same["m_ranges"], *use["m_ranges"]])
+        same["m_ranges"] = [list(pair) for pair in union([pairs])]
+        same["stages"] = sorted({*same.get("stages", ()), *use.get("stages", ())})
     return list(found.values())
 
 
-def describe_entry(folder: Path, name: str, uses: list[dict[str, Any]]) -> Entry:
+def describe_entry(folder: Path, name: str, uses: list[Use]) -> Entry:
     """The manifest's line for an entry on disk."""
-    source, cubin = (folder / "kernel.cu").read_bytes(), (folder / "kernel.cubin").read_bytes()
+    source, cubin = (folder / SOURCE).read_bytes(), (folder / CUBIN).read_bytes()
     return Entry(name, uses, sha256(source), sha256(cubin), len(cubin))
 
 
@@ -151,10 +148,10 @@ def sha256(data: bytes) -> str:
 
 
 def read_manifest(cache_dir: Path) -> Manifest | None:
-    """The manifest of a cache, None where it has none.
+    """The manifest of a cache, None if it has none.
 
     Raises:
-        UserError: a file that is no manifest.
+        UserError: a file that is not a manifest.
     """
     path = cache_dir / _NAME
     try:
@@ -178,30 +175,31 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             raise ValueError("unknown version")
         manifest = Manifest(**data, entries=entries)
         _check_types(manifest)
+        for entry in entries.values():
+            _check_types(entry)
+        if manifest.generation not in (1, 2):
+            raise ValueError(f"generation {manifest.generation} must be 1 or 2")
         return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} is not a manifest: {error!r}") from None
 
 
-def _check_types(manifest: Manifest) -> None:
-    """Raise TypeError where a field is of another type than it says."""
-    words = [*manifest._target, manifest.built_with, *manifest.plans]
-    words.append(manifest.gpu)
-    if not isinstance(manifest.num_sms, int):
-        raise TypeError("num_sms must be a number")
-    if manifest.generation not in (1, 2):
-        raise ValueError(f"generation {manifest.generation!r} must be 1 or 2")
-    for entry in manifest.entries.values():
-        words += [entry.name, entry.source_sha256, entry.cubin_sha256]
-        if not isinstance(entry.cubin_bytes, int):
-            raise TypeError("cubin_bytes must be a number")
-        check_uses(entry.uses)
-    if not all(isinstance(word, str) for word in words):
-        raise TypeError("text expected")
+def _check_types(value: Manifest | Entry) -> None:
+    """Raise TypeError or KeyError if a field has another type than its annotation."""
+    types = {"str": str, "int": int}
+    for each in fields(value):
+        found = getattr(value, each.name)
+        if each.name == "uses":
+            check_uses(found)
+        elif each.name == "plans":
+            if not all(isinstance(plan, str) for plan in found):
+                raise TypeError("plans must be text")
+        elif each.name != "entries" and not isinstance(found, types[str(each.type)]):
+            raise TypeError(f"{each.name} must be of type {each.type}")
 
 
 def check_uses(uses: object) -> None:
-    """Raise TypeError or KeyError where ``uses`` is not what ``use_to_json`` writes."""
+    """Raise TypeError or KeyError if ``uses`` is not what ``use_to_json`` writes."""
     if not isinstance(uses, list):
         raise TypeError("uses must be a list")
     for use in uses:
@@ -260,25 +258,16 @@ def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
     return merged
 
 
-@contextmanager
-def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool]:
-    """Hold the cache's lock among builders; gives False where ``wait`` is off and it is taken.
+def remove_entries(cache: KernelCache, entries: Collection[Path]) -> int:
+    """Remove entries, from the manifest first; the caller holds the lock.
 
-    ``shared`` holders, each with a share of its own to build, do not exclude each other.
-    The lock goes with its holder, however that ends. The library itself does not take it.
-
-    Raises:
-        UserError: the directory cannot be written.
+    Returns:
+        The bytes that they held.
     """
-    try:
-        file = (cache_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot lock {cache_dir}: {error.strerror}") from None
-    with file:
-        try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    manifest = read_manifest(cache.root)
+    if manifest is not None:
+        write_manifest(cache.root, manifest.without({path.name for path in entries}))
+    freed = sum(map(size_of, entries))
+    for path in entries:
+        cache.discard(path.name)
+    return freed

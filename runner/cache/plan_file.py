@@ -6,13 +6,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.cache.describe import Config
-from runner.cache.manifest import Manifest, check_uses
+from runner.cache.manifest import Manifest, Use, check_uses
 from runner.errors import UserError
 
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class PlannedEntry:
+    """One kernel of a plan; without the library's headers it has no key."""
+
+    name: str
+    cache_key: str | None
+    config: Config
+    uses: list[Use]
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,11 @@ class PlanFile:
 
     Attributes:
         title: what was planned.
-        kernels: the plan's items.
-        target: what the keys are for, as a manifest without entries; None where there are none.
+        target: what the keys are for, as a manifest without entries; None if there are no keys.
     """
 
     title: str
-    kernels: list[dict[str, Any]]
+    kernels: list[PlannedEntry]
     target: Manifest | None
 
     @property
@@ -36,20 +44,17 @@ class PlanFile:
         Raises:
             UserError: the plan was made without the library's headers.
         """
-        keys = [item["cache_key"] for item in self.kernels]
-        if None in keys:
+        keys = [item.cache_key for item in self.kernels if item.cache_key is not None]
+        if len(keys) < len(self.kernels):
             raise UserError(
                 "the plan has no cache keys: make it where deep_gemm's headers are installed"
             )
         return keys
 
-    def uses_of(self, name: str, config: Config) -> list[dict[str, Any]]:
-        """GEMMs that run a kernel; empty where it is not planned."""
-        for item in self.kernels:
-            if item["name"] == name and item["config"] == config:
-                uses: list[dict[str, Any]] = item["uses"]
-                return uses
-        return []
+    def uses_of(self, name: str, config: Config) -> list[Use]:
+        """GEMMs that run a kernel; empty if it is not planned."""
+        found = (item.uses for item in self.kernels if (item.name, item.config) == (name, config))
+        return next(found, [])
 
 
 def read_plan_file(path: Path) -> PlanFile:
@@ -61,42 +66,38 @@ def read_plan_file(path: Path) -> PlanFile:
     try:
         data = json.loads(path.read_text())
         kernels = [
-            {name: item[name] for name in ("name", "cache_key", "config", "uses")}
+            PlannedEntry(item["name"], item["cache_key"], item["config"], item["uses"])
             for item in data["kernels"]
         ]
         for item in kernels:
-            check_uses(item["uses"])
-        return PlanFile(data["for"], kernels, _target(data))
+            check_uses(item.uses)
+        target = None
+        if data.get("signature") is not None and data.get("flags") is not None:
+            target = Manifest(
+                library=data["library"],
+                arch=data["arch"],
+                signature=data["signature"],
+                flags=data["flags"],
+                generation=data.get("generation", 1),
+                extra_signature=data.get("extra_signature", ""),
+                built_with=data["signature"],
+            )
+        return PlanFile(data["for"], kernels, target)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a plan of runner plan --json: {error!r}") from None
 
 
-def _target(data: dict[str, Any]) -> Manifest | None:
-    if data.get("signature") is None or data.get("flags") is None:
-        return None
-    return Manifest(
-        library=data["library"],
-        arch=data["arch"],
-        signature=data["signature"],
-        flags=data["flags"],
-        generation=data.get("generation", 1),
-        extra_signature=data.get("extra_signature", ""),
-        built_with=data["signature"],
-    )
-
-
-def uses_in_words(uses: Sequence[dict[str, Any]]) -> str:
+def uses_in_words(uses: Sequence[Use]) -> str:
     """``gemm_nt_f8f8bf16:4096:1024 M 1..16; ...``, a few of them."""
-    words = [_use_in_words(use) for use in uses[:_SHOWN]]
+    words = []
+    for use in uses[:_SHOWN]:
+        groups = f":{use['num_groups']}" if use["num_groups"] > 1 else ""
+        pairs = [f"{a}" if a == b else f"{a}..{b}" for a, b in use["m_ranges"]]
+        shown = pairs if len(pairs) <= _SHOWN else [*pairs[:_SHOWN], "..."]
+        words.append(f"{use['type']}:{use['n']}:{use['k']}{groups} M {', '.join(shown)}")
     more = len(uses) - _SHOWN
-    noun = "GEMM" if more == 1 else "GEMMs"
-    return "; ".join([*words, f"and {more} more {noun}"] if more > 0 else words)
-
-
-def _use_in_words(use: dict[str, Any]) -> str:
-    groups = f":{use['num_groups']}" if use["num_groups"] > 1 else ""
-    pairs = [f"{a}" if a == b else f"{a}..{b}" for a, b in use["m_ranges"]]
-    shown = pairs if len(pairs) <= _SHOWN else [*pairs[:_SHOWN], "..."]
-    return f"{use['type']}:{use['n']}:{use['k']}{groups} M {', '.join(shown)}"
+    if more > 0:
+        words.append(f"and {more} more {'GEMM' if more == 1 else 'GEMMs'}")
+    return "; ".join(words)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from runner.build.cubin import NotACubinError, kernels_in
-from runner.cache.entry import SOURCE, EntryFormat, format_of, kernel_name
+from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, kernel_name, missing_files
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest, sha256
@@ -29,7 +28,7 @@ class Problem(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem; ``key`` names the entry, ``words`` say what is wrong."""
+    """One problem; ``key`` names the entry, ``words`` say what is wrong with it."""
 
     problem: Problem
     key: str
@@ -38,14 +37,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a cache is held against.
+    """What a cache is compared with.
 
     Attributes:
         wanted: keys that must be there.
-        known: keys that may be there, or None where any may.
+        known: keys that may be there; None allows any.
         keys: of the machine that will run; None leaves keys unchecked.
         library: headers that sources must name; None leaves them unchecked.
-        manifest: digests; None leaves contents unchecked but for being whole.
+        manifest: digests; None leaves contents unchecked, except for being whole.
     """
 
     wanted: Collection[str]
@@ -63,70 +62,52 @@ def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
         for key in expected.wanted
         if key not in present
     ]
-    for name in sorted(present):
-        findings += _entry_problems(present[name], expected)
+    for key, path in present.items():
+        findings += (Finding(problem, key, words) for problem, words in _problems(path, expected))
     return findings
 
 
-def _entry_problems(path: Path, expected: Expectation) -> Iterator[Finding]:
-    form = format_of(path.name)
-    if form is None or not path.is_dir():
-        yield Finding(Problem.FOREIGN, path.name, "is not a kernel's folder")
-        return
-    if expected.known is not None and path.name not in expected.known:
-        yield Finding(Problem.FOREIGN, path.name, "is not in the manifest or the plan")
-    whole = _incomplete(path, form)
-    if whole:
-        yield Finding(Problem.TRUNCATED, path.name, whole)
-        return
-    source = (path / SOURCE).read_bytes().decode(errors="replace")
-    yield from _identity_problems(path.name, source, expected)
-    if expected.manifest is not None and path.name in expected.manifest.entries:
-        entry = expected.manifest.entries[path.name]
-        for file, digest in (
-            ("kernel.cu", entry.source_sha256),
-            ("kernel.cubin", entry.cubin_sha256),
-        ):
-            if sha256((path / file).read_bytes()) != digest:
-                yield Finding(Problem.CHANGED, path.name, f"{file} is not what was built")
-
-
-def _incomplete(path: Path, form: EntryFormat) -> str:
-    """What an entry lacks to be whole; empty where it is."""
-    for name in form.files:
-        if not (path / name).is_file():
-            return f"{name} is missing: {form.on_damage}"
-    try:
-        count = len(kernels_in((path / "kernel.cubin").read_bytes()))
-    except NotACubinError as error:
-        return f"kernel.cubin is {error}"
-    return "" if count == 1 else f"kernel.cubin holds {count} kernels instead of one"
-
-
-def _identity_problems(key: str, source: str, expected: Expectation) -> Iterator[Finding]:
-    library, name = expected.library, kernel_name(key)
-    line = HASH_LINE.match(source)
-    body = source[line.end() :] if line else source
-    if expected.keys is not None and key != _key_of(expected.keys, name, source):
-        yield Finding(Problem.WRONG_KEY, key, "is not this source's key for this machine")
+def _problems(path: Path, expected: Expectation) -> Iterator[tuple[Problem, str]]:
+    key = path.name
     form = format_of(key)
-    if library is None or form is None or form.generation == 2:  # there the key holds the headers
+    if form is None or not path.is_dir():
+        yield Problem.FOREIGN, "is not a kernel's folder"
         return
-    if not line or line[1] != _include_hash(library, body):
-        yield Finding(Problem.WRONG_VERSION, key, "was generated from headers of another version")
+    if expected.known is not None and key not in expected.known:
+        yield Problem.FOREIGN, "is not in the manifest or the plan"
+    if missing := missing_files(path):
+        yield Problem.TRUNCATED, f"{missing[0]} is missing: {form.on_damage}"
+        return
+    source, cubin = (path / SOURCE).read_bytes(), (path / CUBIN).read_bytes()
+    if damage := cubin_damage(cubin):
+        yield Problem.TRUNCATED, f"{CUBIN} {damage}"
+        return
+    text = source.decode(errors="replace")
+    if expected.keys is not None and key != _key(expected.keys, kernel_name(key), text):
+        yield Problem.WRONG_KEY, "is not this source's key for this machine"
+    # In the second generation the key itself digests the headers.
+    library = expected.library if form.generation == 1 else None
+    if library is not None and not _names_headers_of(library, text):
+        yield Problem.WRONG_VERSION, "was generated from headers of another version"
+    entry = expected.manifest.entries.get(key) if expected.manifest is not None else None
+    if entry is not None and sha256(source) != entry.source_sha256:
+        yield Problem.CHANGED, f"{SOURCE} is not what was built"
+    if entry is not None and sha256(cubin) != entry.cubin_sha256:
+        yield Problem.CHANGED, f"{CUBIN} is not what was built"
 
 
-def _key_of(keys: CacheKeys, name: str, source: str) -> str:
-    """The key; empty where the source names a header that the library lacks."""
+def _key(keys: CacheKeys, name: str, source: str) -> str:
+    """The key; empty if the source names a header that the library lacks."""
     try:
         return keys.key_of(name, source)
     except OSError:
         return ""
 
 
-def _include_hash(library: Library, body: str) -> str:
-    """Digest over the headers that a source names; empty where the library lacks one."""
+def _names_headers_of(library: Library, source: str) -> bool:
+    """Whether the digest in a source's first line is that of the library's headers."""
+    line = HASH_LINE.match(source)
     try:
-        return include_hash(library, body)
+        return line is not None and line[1] == include_hash(library, source[line.end() :])
     except OSError:
-        return ""
+        return False

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
-from runner.build.compiler import keys_for
 from runner.cache.entry import format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, first_recipe
-from runner.cache.machine import Machine, compiler_words
+from runner.cache.lock import locked
+from runner.cache.machine import TargetMachine, compiler_words
+from runner.cache.machine import relocate as relocate_cache
 from runner.cache.manifest import (
-    Entry,
     Manifest,
     check_target,
     describe_entry,
-    locked,
     merge_manifest,
     read_manifest,
 )
 from runner.cache.plan_file import PlanFile, read_plan_file
-from runner.cache.relocate import relocate as relocate_cache
 from runner.cache.verify import Expectation, Finding
 from runner.cache.verify import verify as verify_cache
 from runner.cli.progress import counting, progress
-from runner.cli.target import check_release, machine_options, take_machine
 from runner.config.environ import Environ, available_cores
+from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
+from runner.options import with_options
+from runner.target import CompilerOptions, cache_machine, check_release
 
 _SHOWN = 20
 _NAMED = 3
@@ -44,71 +42,111 @@ plan_option = click.option(
     help="JSON of runner plan.",
 )
 
-_library_option = click.option(
-    "--library",
-    "library_name",
-    metavar="NAME|PATH",
-    help="The server's library.  [default: the one that the cache was built for]",
+
+_LIBRARY = OptionDetails(
+    "The server's library.  [default: the one that the cache was built for]", metavar="NAME|PATH"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What a cache is compared with."""
+
+    plan: Path | None = option(None, OptionDetails("JSON of runner plan."))
+    library: str | None = option(None, _LIBRARY)
+    gpu: str | None = option(
+        None,
+        OptionDetails(
+            "The server's GPU.  [default: the one here, if there is one]", metavar="NAME"
+        ),
+    )
+    call: bool = option(
+        False,
+        OptionDetails(
+            "Also call the library with every M that the manifest names, on the GPU here or on a "
+            "stand-in: it must compile nothing."
+        ),
+    )
+    jobs: int | None = option(None, OptionDetails("Walks of --call at a time.", least=1))
 
 
 @click.command()
 @click.argument("directory", type=directory_type)
-@plan_option
-@machine_options
-@_library_option
-@click.option(
-    "--gpu", metavar="NAME", help="The server's GPU.  [default: the one here, if there is one]"
-)
-@click.option(
-    "--call",
-    is_flag=True,
-    help="Also call the library with every M that the manifest names, on the GPU here or on a "
-    "stand-in: it must compile nothing.",
-)
-@click.option("--jobs", type=click.IntRange(min=1), help="Walks of --call at a time.")
-def verify(
-    directory: Path, plan_path: Path | None, call: bool, jobs: int | None, **values: Any
-) -> None:
+@with_options(VerifyOptions, CompilerOptions)
+def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -> None:
     """Will a server here hit these entries? Exit code 0 only if so; else say what differs.
 
-    Entries are held against the manifest and a plan, and what they were built for against this
+    Entries are compared with the manifest and a plan, and what they were built for with this
     machine, or the one that the options describe.
     """
     found = existing(directory)
     manifest = read_manifest(found.root)
-    plan = read_plan_file(plan_path) if plan_path else None
-    machine, unknown = take_machine(values, Environ.read(os.environ), manifest)
+    plan = read_plan_file(options.plan) if options.plan else None
+    machine, unknown = cache_machine(
+        compiler, Environ.read(os.environ), manifest, library=options.library, gpu=options.gpu
+    )
     built = manifest or (plan.target if plan is not None else None)
     if machine is not None and built is None and machine.library.generation == 2:
         unknown = "there is no manifest, and only one says what the keys of this library hold"
-    differing = list(machine.differences(built)) if machine is not None and built else []
-    expected = _expectation(manifest, plan, machine, other=bool(differing))
-    findings = verify_cache(found, expected)
-    for line in differing:
+    differences = list(machine.differences(built)) if machine is not None and built else []
+    findings = verify_cache(found, _expectation(manifest, plan, machine, differ=bool(differences)))
+    for line in differences:
         print(line)
-    _show(findings)
-    if differing or findings:
+    _print_findings(findings)
+    if differences or findings:
         kinds = Counter(finding.problem.value for finding in findings)
         words = [f"{count} {kind}" for kind, count in kinds.items()]
-        words += ["a server here would compile all of it again"] if differing else []
+        words += ["a server here would compile all of it again"] if differences else []
         raise WorkFailedError(f"{directory}: {', '.join(words)}")
-    checked = [f"{found.count()} entries"]
-    checked += ["manifest"] * (manifest is not None) + ["plan"] * (plan is not None)
-    checked += ["this machine"] * (machine is not None)
-    checked += ["GPU"] * (machine is not None and machine.device is not None)
     if built is None and not found.count():
         raise WorkFailedError(f"{directory} holds no entries")
+    checked = {
+        f"{found.count()} entries": True,
+        "manifest": manifest is not None,
+        "plan": plan is not None,
+        "this machine": machine is not None,
+        "GPU": machine is not None and machine.device is not None,
+    }
     where = f" for {built.gpu} ({built.num_sms} SMs)" if built is not None and built.gpu else ""
-    print(f"{directory} is whole{where}: checked {', '.join(checked)}")
-    if call:
-        _call(found, manifest, machine, jobs)
+    names = ", ".join(name for name, was_checked in checked.items() if was_checked)
+    print(f"{directory} is whole{where}: checked {names}")
+    if options.call:
+        _call(found, manifest, machine, options.jobs or available_cores())
     if unknown:
-        raise WorkFailedError(f"whether a server here would hit it cannot be told: {unknown}")
+        raise WorkFailedError(f"cannot tell whether a server here would hit this cache: {unknown}")
+
+
+def _expectation(
+    manifest: Manifest | None, plan: PlanFile | None, machine: TargetMachine | None, *, differ: bool
+) -> Expectation:
+    """What entries must be; on a machine that differs, what they were built for is enough."""
+    named = list(manifest.entries) if manifest else []
+    wanted = plan.keys if plan else named
+    built = manifest or (plan.target if plan is not None else None)
+    keys = None
+    if machine is not None and built is not None and differ:
+        same_library = built.library == machine.library.title
+        keys = built.keys(machine.library) if same_library else None
+    elif machine is not None and (built is not None or machine.library.generation == 1):
+        keys = machine.keys(built)
+    return Expectation(
+        wanted=wanted,
+        known={*wanted, *named} if manifest or plan else None,
+        keys=keys,
+        library=None if machine is None or differ else machine.library,
+        manifest=manifest,
+    )
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    for finding in findings[:_SHOWN]:
+        print(f"{finding.problem.value}: {finding.key} {finding.words}")
+    if len(findings) > _SHOWN:
+        print(f"... and {len(findings) - _SHOWN} more")
 
 
 def _call(
-    found: KernelCache, manifest: Manifest | None, machine: Machine | None, jobs: int | None
+    found: KernelCache, manifest: Manifest | None, machine: TargetMachine | None, jobs: int
 ) -> None:
     """Prove by the library itself that nothing of what the manifest names is compiled again."""
     from runner.kernels.call_check import call_on_cache
@@ -116,7 +154,6 @@ def _call(
     if manifest is None or machine is None:
         raise UserError("--call needs a manifest, the library and nvcc here")
     with progress("call the library") as shown:
-        jobs = jobs or available_cores()
         report = call_on_cache(found, manifest, machine, jobs=jobs, progress=counting(shown))
     print(
         f"{report.calls} calls of {machine.library.title} on {report.where}: "
@@ -127,72 +164,44 @@ def _call(
         raise WorkFailedError(f"{found.root} lacks kernels that the library asks for: {names}")
 
 
-def _expectation(
-    manifest: Manifest | None, plan: PlanFile | None, machine: Machine | None, *, other: bool
-) -> Expectation:
-    """What entries must be; where they are for another machine, what they are for is enough."""
-    wanted = plan.keys if plan else list(manifest.entries if manifest else ())
-    known = {*wanted, *(manifest.entries if manifest else ())}
-    keys = None
-    if machine is not None:
-        built = manifest or (plan.target if plan is not None else None)
-        if other and built is not None:
-            same = built.library == machine.library.title
-            keys = built.keys(machine.library) if same else None
-        else:
-            keys = _keys_there(machine, built)
-    return Expectation(
-        wanted=wanted,
-        known=known if manifest or plan else None,
-        keys=keys,
-        library=None if machine is None or other else machine.library,
-        manifest=manifest,
+@dataclass(frozen=True, kw_only=True)
+class RelocateOptions:
+    """Where a cache goes, and what one without a manifest was built for."""
+
+    to: Path = option(
+        Path(), OptionDetails("Where the new entries go.", metavar="DIRECTORY", required=True)
     )
-
-
-def _keys_there(machine: Machine, built: Manifest | None) -> CacheKeys | None:
-    """Keys as a server's library makes them; None where only the library itself knows its flags."""
-    if built is None and machine.library.generation == 2:
-        return None
-    recipe = first_recipe(machine.environ) if built is None else machine.recipe(built)
-    return keys_for(machine.library, recipe, machine.version_text, machine.root)
-
-
-def _show(findings: list[Finding]) -> None:
-    for finding in findings[:_SHOWN]:
-        print(f"{finding.problem.value}: {finding.key} {finding.words}")
-    if len(findings) > _SHOWN:
-        print(f"... and {len(findings) - _SHOWN} more")
+    library: str | None = option(None, _LIBRARY)
+    from_root: Path | None = option(
+        None,
+        OptionDetails(
+            "Without a manifest: the deep_gemm folder that the cache was built for.",
+            metavar="PATH",
+        ),
+    )
+    from_cuda: str | None = option(
+        None,
+        OptionDetails("Without a manifest: the CUDA release that built it.", metavar="X.Y"),
+    )
 
 
 @click.command()
 @click.argument("directory", type=directory_type)
-@machine_options
-@_library_option
-@click.option("--to", type=directory_type, required=True, help="Where the new entries go.")
-@click.option(
-    "--from-root",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="Without a manifest: the deep_gemm folder that the cache was built for.",
-)
-@click.option(
-    "--from-cuda", metavar="X.Y", help="Without a manifest: the CUDA release that built it."
-)
-def relocate(
-    directory: Path, to: Path, from_root: Path | None, from_cuda: str | None, **values: Any
-) -> None:
+@with_options(RelocateOptions, CompilerOptions)
+def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Path) -> None:
     """Copy a cache so that it hits at another install path or with another compiler."""
     source = existing(directory)
     manifest = read_manifest(source.root)
-    if values["target_root"] is None and (manifest is None or manifest.generation == 1):
-        raise UserError("--target-root PATH is needed: where deep_gemm lies on that machine")
-    machine, unknown = take_machine(values, Environ.read(os.environ), manifest)
+    if compiler.target_root is None and (manifest is None or manifest.generation == 1):
+        raise UserError("--target-root PATH is needed: where deep_gemm is on that machine")
+    machine, unknown = cache_machine(
+        compiler, Environ.read(os.environ), manifest, library=options.library
+    )
     if machine is None:
         raise UserError(unknown)
     if manifest is None and machine.library.generation == 2:
         raise UserError(f"{directory} has no manifest, and only one says what its keys hold")
-    manifest = manifest or _origin(source, machine, from_root, from_cuda)
+    manifest = manifest or _manifest_of(source, machine, options.from_root, options.from_cuda)
     if manifest.library != machine.library.title:
         raise UserError(
             f"{directory} was built for {manifest.library}, and the library here is "
@@ -203,46 +212,46 @@ def relocate(
             f"{directory} was built with other flags than DG_JIT_* variables ask for here "
             f"({', '.join(changed)}): unset them, or build the cache anew"
         )
-    keys = _keys_there(machine, manifest)
-    assert keys is not None, "a manifest says what it was built for"
+    keys = machine.keys(manifest)
+    to = options.to
     if to.resolve() == directory.resolve():
         raise UserError(f"--to {to} must be another directory: a cache is for one machine")
     target = KernelCache(to)
     target.prepare()
     with locked(to), progress("relocate") as shown:
         check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
-        result = relocate_cache(
+        moved, placed, refused = relocate_cache(
             source, manifest, keys, machine.library, target, progress=counting(shown)
         )
-        merge_manifest(to, result.manifest)
-    _show(result.refused)
+        merge_manifest(to, moved)
+    _print_findings(refused)
     print(
-        f"{result.placed} kernels placed in {target.root} for {machine.root} and "
-        f"{compiler_words(keys.signature)}, {result.present} were there"
+        f"{placed} kernels placed in {target.root} for {machine.root} and "
+        f"{compiler_words(keys.signature)}, {len(moved.entries) - placed} were there"
     )
-    if result.refused:
-        raise WorkFailedError(f"{len(result.refused)} entries could not be relocated")
+    if refused:
+        raise WorkFailedError(f"{len(refused)} entries could not be relocated")
 
 
-def _origin(
-    source: KernelCache, machine: Machine, from_root: Path | None, from_cuda: str | None
+def _manifest_of(
+    source: KernelCache, machine: TargetMachine, from_root: Path | None, from_cuda: str | None
 ) -> Manifest:
-    """A manifest made from what the user says of a cache that the library made."""
+    """A manifest for a cache that the library made, from what the user says of it."""
     if from_root is None or from_cuda is None:
         raise UserError(
             f"{source.root} has no manifest: say what it was built for with --from-root PATH and "
             "--from-cuda X.Y"
         )
-    recipe = first_recipe(machine.environ)
     text = "NVCC{}.{}".format(*check_release(from_cuda))
-    keys = keys_for(machine.library, recipe, text, from_root)
-    entries: dict[str, Entry] = {}
-    for path in source.entries():
-        if path.is_dir() and format_of(path.name) and source.has(path.name):
-            entries[path.name] = describe_entry(path, kernel_name(path.name), [])
+    keys = replace(machine, root=from_root, version_text=text).keys(None)
+    entries = {
+        path.name: describe_entry(path, kernel_name(path.name), [])
+        for path in source.entries()
+        if path.is_dir() and format_of(path.name) and source.has(path.name)
+    }
     return Manifest(
         library=machine.library.title,
-        arch=recipe.arch,
+        arch=keys.recipe.arch,
         signature=keys.signature,
         flags=keys.flags,
         built_with=keys.signature,

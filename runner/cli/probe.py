@@ -1,4 +1,4 @@
-"""``runner probe``: how fast this machine compiles, against a profile's."""
+"""``runner probe``: how fast this machine compiles, compared with a hardware profile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import click
 
 from runner.build.compiler import NvccCompiler, find_nvcc
-from runner.build.probe import probe_seconds
 from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
@@ -26,7 +25,7 @@ from sim.costs.profile import load_profile
     help="Compiles of the reference kernel; their median counts.",
 )
 def probe(hardware: str, repeats: int) -> None:
-    """Compile a reference kernel here and tell the --host-factor for runner sim."""
+    """Compile a reference kernel here and print the --host-factor for runner sim."""
     profile = load_profile(hardware)
     environ = Environ.read(os.environ)
     nvcc, library = find_nvcc(environ), find_library()
@@ -37,8 +36,7 @@ def probe(hardware: str, repeats: int) -> None:
             "the reference kernel needs the headers of the version that profiles were measured "
             f"with: pip install --no-deps sgl-deep-gemm=={RULES_VERSION}"
         )
-    seconds = probe_seconds(NvccCompiler(nvcc, library, first_recipe(environ)), repeats)
-    print(
-        f"reference kernel: {seconds:.2f} s here, {profile.probe.seconds:.2f} s for {profile.name}"
-    )
-    print(f"--host-factor {seconds / profile.probe.seconds:.2f}")
+    here = NvccCompiler(nvcc, library, first_recipe(environ)).reference_seconds(repeats)
+    there = profile.probe.seconds
+    print(f"reference kernel: {here:.2f} s here, {there:.2f} s for {profile.name}")
+    print(f"--host-factor {here / there:.2f}")

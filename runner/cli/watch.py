@@ -6,9 +6,9 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -19,11 +19,12 @@ from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.report.outputs import check_outputs
-from runner.watch.command import Forbid, Watched
+from runner.watch.command import Watched
 from runner.watch.command import watch as run_watched
 from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 
 _PROGRAM_LENGTH = 40
+_SHOWN_PROCESSES = 8
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -36,7 +37,7 @@ _PROGRAM_LENGTH = 40
     "--plan",
     "plan_path",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="JSON of runner plan: tells which M a compiled kernel serves.",
+    help="JSON of runner plan: shows which M a compiled kernel serves.",
 )
 @click.option(
     "--json",
@@ -56,46 +57,47 @@ def watch(
         raise UserError("--json needs a file: the command has standard output")
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     plan = read_plan_file(plan_path) if plan_path else None
-    nvcc = _nvcc()
+    environ = Environ.read(os.environ)
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        name = "SGLANG_DG_USE_NVRTC" if environ.use_nvrtc else "DG_JIT_USE_NVRTC"
+        raise UserError(f"{name} is set: compiles inside the process cannot be seen; unset it")
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        raise UserError("there is no nvcc to record: install one or set CUDA_HOME")
     with tempfile.TemporaryDirectory(prefix="deepgemm-watch-") as folder:
         watched = run_watched(
             command,
             nvcc=nvcc,
             environment=os.environ,
             work_dir=Path(folder),
-            forbid=_forbid(forbid_after),
-            on_compile=lambda record, seconds: _say(_line(record, seconds, plan)),
+            forbid_after=_seconds_or_file(forbid_after),
+            on_compile=lambda record, seconds: _report(_line(record, seconds, plan)),
         )
-    _say(_summary(watched))
+    _report(_summary(watched))
     if json_path is not None:
         write_json(json_path, _as_json(watched, command, plan), indent=1)
-    _end(watched)
+    if watched.forbidden:
+        raise WorkFailedError(
+            f"{len(watched.forbidden)} compiles after they were forbidden; the command ended with "
+            f"{watched.exit_code}"
+        )
+    if watched.exit_code:
+        raise WorkFailedError(f"the command ended with {watched.exit_code}", watched.exit_code)
 
 
-def _nvcc() -> Path:
-    environ = Environ.read(os.environ)
-    name = "SGLANG_DG_USE_NVRTC" if environ.use_nvrtc else "DG_JIT_USE_NVRTC"
-    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
-        raise UserError(f"{name} is set: compiles inside the process cannot be seen; unset it")
-    nvcc = find_nvcc(environ)
-    if nvcc is None:
-        raise UserError("there is no nvcc to stand before: install one or set CUDA_HOME")
-    return nvcc
-
-
-def _forbid(text: str | None) -> Forbid | None:
+def _seconds_or_file(text: str | None) -> float | Path | None:
     if text is None:
         return None
     try:
         seconds = float(text)
     except ValueError:
-        return Forbid(file=Path(text).absolute())
-    if not 0 <= seconds < float("inf"):
+        return Path(text).absolute()
+    if not (isfinite(seconds) and seconds >= 0):
         raise UserError(f"--forbid-after {text} must be at least 0 seconds, or a file")
-    return Forbid(seconds=seconds)
+    return seconds
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(f"[runner watch] {line}", file=sys.stderr, flush=True)
 
 
@@ -106,14 +108,11 @@ def _line(record: CompileRecord, seconds: float, plan: PlanFile | None) -> str:
         outcome = "FORBIDDEN"
     elif record.exit_code:
         outcome += f", failed with {record.exit_code}"
-    serves = ""
     if plan is not None:
         uses = plan.uses_of(record.kernel_name, config)
-        serves = f"; {uses_in_words(uses) if uses else 'not in the plan'}"
-    return (
-        f"{seconds:8.1f} s  {_who(record)}  {record.kernel_name} ({in_words(config)})  "
-        f"{outcome}{serves}"
-    )
+        outcome += f"; {uses_in_words(uses) if uses else 'not in the plan'}"
+    kernel = f"{record.kernel_name} ({in_words(config)})"
+    return f"{seconds:8.1f} s  {_who(record)}  {kernel}  {outcome}"
 
 
 def _who(record: CompileRecord) -> str:
@@ -133,45 +132,35 @@ def _summary(watched: Watched) -> str:
         words.append(f"{len(watched.unfinished)} never ended")
     if watched.forbidden:
         words.append(f"{len(watched.forbidden)} forbidden")
-    processes = Counter(_who(record) for record in watched.records)
+    processes = Counter(map(_who, watched.records)).most_common(_SHOWN_PROCESSES)
     if processes:
-        words.append("; ".join(f"{who}: {count}" for who, count in processes.most_common(8)))
+        words.append("; ".join(f"{who}: {count}" for who, count in processes))
     return ", ".join(words)
 
 
-def _as_json(watched: Watched, command: Sequence[str], plan: PlanFile | None) -> Mapping[str, Any]:
-    def plain(record: CompileRecord, *, finished: bool) -> dict[str, Any]:
+def _as_json(watched: Watched, command: Sequence[str], plan: PlanFile | None) -> dict[str, object]:
+    compiles = []
+    for record in [*watched.records, *watched.unfinished]:
         config = config_of_source(record.source)
-        return {
-            "start": round(record.start - watched.started, 3),
-            "seconds": round(record.end - record.start, 3) if finished else None,
-            "exit_code": record.exit_code if finished else None,
-            "forbidden": record.exit_code == FORBIDDEN_EXIT,
-            "rank": record.rank,
-            "pid": record.pid,
-            "command": record.command,
-            "name": record.kernel_name,
-            "config": config,
-            "uses": plan.uses_of(record.kernel_name, config) if plan else None,
-        }
-
+        finished = record.end > 0
+        compiles.append(
+            {
+                "start": round(record.start - watched.started, 3),
+                "seconds": round(record.end - record.start, 3) if finished else None,
+                "exit_code": record.exit_code if finished else None,
+                "forbidden": record.exit_code == FORBIDDEN_EXIT,
+                "rank": record.rank,
+                "pid": record.pid,
+                "command": record.command,
+                "name": record.kernel_name,
+                "config": config,
+                "uses": plan.uses_of(record.kernel_name, config) if plan else None,
+            }
+        )
     return {
         "version": 1,
         "command": list(command),
         "exit_code": watched.exit_code,
         "seconds": round(watched.seconds, 3),
-        "compiles": [
-            *(plain(record, finished=True) for record in watched.records),
-            *(plain(record, finished=False) for record in watched.unfinished),
-        ],
+        "compiles": compiles,
     }
-
-
-def _end(watched: Watched) -> None:
-    if watched.forbidden:
-        raise WorkFailedError(
-            f"{len(watched.forbidden)} compiles after they were forbidden; the command ended with "
-            f"{watched.exit_code}"
-        )
-    if watched.exit_code:
-        raise WorkFailedError(f"the command ended with {watched.exit_code}", watched.exit_code)

@@ -25,6 +25,7 @@ class OptionDetails:
         least: smallest whole number that is allowed.
         choices: texts that are allowed; empty allows any.
         hidden: whether ``--help`` leaves it out.
+        required: whether it must be given; the default only says what type it has.
     """
 
     help: str
@@ -35,6 +36,7 @@ class OptionDetails:
     least: int | None = None
     choices: tuple[str, ...] = ()
     hidden: bool = False
+    required: bool = False
 
 
 def option(default: T, details: OptionDetails) -> T:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runner.build.compiler import find_nvcc
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.machine import Machine
+from runner.cache.machine import TargetMachine
 from runner.cache.manifest import Manifest
 from runner.errors import UserError, WorkFailedError
 from runner.kernels.library_calls import call_library
@@ -37,7 +37,7 @@ class CallReport:
 def call_on_cache(
     cache: KernelCache,
     manifest: Manifest,
-    machine: Machine,
+    machine: TargetMachine,
     *,
     jobs: int,
     progress: Callable[[int, int], None],

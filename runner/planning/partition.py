@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runner.build.costs import expected_assemble_seconds, front_end_seconds
+from runner.build.estimates import expected_assemble_seconds, front_end_seconds
 from runner.kernels.kernel import Kernel
 
 

@@ -1,7 +1,7 @@
 """Run any server unchanged and see every DeepGEMM compile that happens while it runs.
 
 The only means is ``DG_JIT_NVCC_COMPILER``: a shim in nvcc's place records what it passes on, and
-refuses it once a compile is forbidden.
+refuses it once compiles are forbidden.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,22 +33,14 @@ _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
-class Forbid:
-    """When compiles begin to fail: after so many seconds, or once a file exists."""
-
-    seconds: float | None = None
-    file: Path | None = None
-
-
-@dataclass(frozen=True)
 class Watched:
     """What a watched run did.
 
     Attributes:
-        exit_code: the command's; 128 + n where signal n ended it.
+        exit_code: the command's; 128 + n if signal n ended it.
         started: seconds since the epoch.
         seconds: how long it ran.
-        records: finished compiles, forbidden ones among them.
+        records: finished compiles, including forbidden ones.
         unfinished: compiles that had begun and never ended.
     """
 
@@ -75,7 +67,7 @@ def watch(
     nvcc: Path,
     environment: Mapping[str, str],
     work_dir: Path,
-    forbid: Forbid | None = None,
+    forbid_after: float | Path | None = None,
     on_compile: Callable[[CompileRecord, float], None] = lambda record, seconds: None,
 ) -> Watched:
     """Run ``command`` to its end.
@@ -83,26 +75,37 @@ def watch(
     Args:
         command: program and arguments.
         nvcc: the real compiler.
-        environment: the command's environment; the shim is added.
+        environment: the command's; the shim is added.
         work_dir: for the shim and its records.
-        forbid: when compiles begin to fail.
-        on_compile: told each compile soon after its end, with its seconds since the start.
+        forbid_after: compiles fail after so many seconds, or once this file exists.
+        on_compile: called for each compile soon after its end, with its start in seconds since
+            the command's.
 
     Raises:
         UserError: the command cannot be started.
     """
-    flag = _flag(forbid, work_dir)
+    forbid = forbid_after if isinstance(forbid_after, Path) else work_dir / "forbidden"
     log = work_dir / "compiles"
-    shim = write_shim(work_dir / "nvcc", nvcc=nvcc, log_dir=log, forbid=flag)
+    shim = write_shim(work_dir / "nvcc", nvcc=nvcc, log_dir=log, forbid=forbid)
+    environment = {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute()), WATCHED: "1"}
     started = time.time()
-    told: set[Path] = set()
-    watched = {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute()), WATCHED: "1"}
-    with running(command, watched) as child:
-        while (code := _wait(child)) is None:
-            if forbid is not None and forbid.seconds is not None and flag is not None:
-                _raise_flag(flag, due=time.time() - started >= forbid.seconds)
-            _tell(log, told, started, on_compile)
-    _tell(log, told, started, on_compile)
+    seen: set[Path] = set()
+
+    def look() -> None:
+        if isinstance(forbid_after, float) and time.time() - started >= forbid_after:
+            forbid.touch()
+        for path in sorted(set(log.glob(FINISHED)) - seen):
+            seen.add(path)
+            record = read_record(path)
+            on_compile(record, record.start - started)
+
+    look()
+    with running(command, environment) as child:
+        while (code := child.poll()) is None:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_SECONDS)
+            look()
+    look()
     return Watched(
         exit_code=code if code >= 0 else 128 - code,
         started=started,
@@ -112,85 +115,48 @@ def watch(
     )
 
 
-def _flag(forbid: Forbid | None, work_dir: Path) -> Path | None:
-    """The file whose existence forbids; where nothing is to be waited for it is there at once."""
-    if forbid is None:
-        return None
-    flag = forbid.file or work_dir / "forbidden"
-    if forbid.seconds is not None:
-        _raise_flag(flag, due=forbid.seconds <= 0)
-    return flag
-
-
-def _raise_flag(flag: Path, *, due: bool) -> None:
-    if due and not flag.exists():
-        flag.touch()
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return child.wait(_POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _tell(
-    log: Path,
-    told: set[Path],
-    started: float,
-    on_compile: Callable[[CompileRecord, float], None],
-) -> None:
-    for path in sorted(set(log.glob(FINISHED)) - told):
-        told.add(path)
-        record = read_record(path)
-        on_compile(record, record.start - started)
-
-
 @contextmanager
 def running(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command; it ends when the block is left early.
+    """Start a command, pass signals on to it, and end it if the block is left early.
 
-    A terminal's Ctrl-C reaches a shared group by itself. So with a terminal, which the command may
-    read, the group is shared and an interrupt not passed on; else the group is the command's own
-    and an interrupt goes to all of it. What else ends us goes to the command alone.
+    A terminal's Ctrl-C reaches a whole process group by itself. So with a terminal, which the
+    command may read, the group is shared and an interrupt is not passed on; without one the
+    command has a group of its own, and an interrupt goes to all of it. Other signals go to the
+    command alone.
+
+    Raises:
+        UserError: the command cannot be started.
     """
     shared = sys.stdin is not None and sys.stdin.isatty()
-    running: list[subprocess.Popen[bytes]] = []
+    child: subprocess.Popen[bytes] | None = None
     pending: list[int] = []
 
     def pass_on(got: int, frame: object) -> None:
-        if not running:
+        if child is None:
             pending.append(got)
-        elif got == signal.SIGINT:
-            if not shared:
-                os.killpg(running[0].pid, got)
-        else:
-            running[0].send_signal(got)
+        elif got != signal.SIGINT:
+            child.send_signal(got)
+        elif not shared:
+            os.killpg(child.pid, got)
 
     # What is ignored (a hang-up under nohup) stays ignored, here and in the command.
     heard = [each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, pass_on) for each in heard}
     try:
-        running.append(_start(command, environment, own_group=not shared))
+        try:
+            child = subprocess.Popen(
+                list(command), env=dict(environment), process_group=None if shared else 0
+            )
+        except OSError as error:
+            raise UserError(f"cannot run {command[0]}: {error.strerror}") from None
         for got in pending:
             pass_on(got, None)
-        yield running[0]
+        yield child
     finally:
-        for child in running:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
+        if child is not None and child.poll() is None:
+            child.terminate()
+            child.wait()
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def _start(
-    command: Sequence[str], environment: Mapping[str, str], *, own_group: bool
-) -> subprocess.Popen[bytes]:
-    group = 0 if own_group else None
-    try:
-        return subprocess.Popen(list(command), env=dict(environment), process_group=group)
-    except OSError as error:
-        raise UserError(f"cannot run {command[0]}: {error.strerror}") from None

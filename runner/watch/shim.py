@@ -1,9 +1,9 @@
 """A compiler shim: an nvcc that records each compile it passes on.
 
 DeepGEMM runs whatever ``DG_JIT_NVCC_COMPILER`` names. The shim is a small POSIX shell script that
-runs the real nvcc and writes one record a compile, so that compiles of any process are seen
-rather than guessed from slow calls. One record is one file, renamed into place: records of
-parallel compiles never mix.
+runs the real nvcc and writes one record for each compile, so compiles of any process are seen
+instead of guessed from slow calls. A record is one file, renamed into place: those of parallel
+compiles never mix.
 """
 
 from __future__ import annotations
@@ -20,14 +20,9 @@ _SCRIPT = r"""#!/bin/sh
 real={nvcc}
 log={log}
 forbid={forbid}
-blank={blank}
 source=
-output=
-previous=
 for argument in "$@"; do
     case "$argument" in *.cu) source=$argument ;; --dryrun) exec "$real" "$@" ;; esac
-    case "$previous" in -o|--output-file) output=$argument ;; esac
-    previous=$argument
 done
 [ -n "$source" ] || exec "$real" "$@"
 # The library starts us through a shell, other shims directly; who asked is above them.
@@ -39,17 +34,13 @@ start=$(date +%s.%N)
 record="$log/$start-$$"
 describe() {{
     printf '%s\n' "start $start" "end $1" "rank ${{RANK:--1}}" "pid $asker" "exit $2"
-    printf '%s\n' "command $(tr '\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
-    printf '%s\n\n' "output $output"
+    printf '%s\n\n' "command $(tr '\0\n' '  ' </proc/$asker/cmdline 2>/dev/null)"
     cat "$source"
 }}
 describe 0 -1 >"$record.tmp" && mv "$record.tmp" "$record.running"
 if [ -n "$forbid" ] && [ -e "$forbid" ]; then
     echo "a DeepGEMM compile is forbidden by now: $source" >&2
     code={forbidden}
-elif [ -n "$blank" ]; then
-    cp "$blank" "$output"
-    code=$?
 else
     "$real" "$@"
     code=$?
@@ -65,6 +56,9 @@ WATCHED = "DEEPGEMM_COLDSTART_WATCHED"
 FORBIDDEN_EXIT = 97
 """Exit code of a compile that was not allowed."""
 
+FINISHED = "*.compile"
+"""Pattern of the records of finished compiles; their names sort by start."""
+
 
 @dataclass(frozen=True)
 class CompileRecord:
@@ -72,13 +66,10 @@ class CompileRecord:
 
     Attributes:
         start: seconds since the epoch.
-        end: the same; 0 where it never ended.
-        rank: world rank, -1 where the environment names none.
-        pid: process that asked for the kernel.
-        exit_code: the compiler's; -1 where it never ended.
-        source: the generated source.
-        output: path of the cubin that was asked for.
-        command: command line of the process that asked.
+        end: the same; 0 if it never ended.
+        rank: world rank, -1 if the environment names none.
+        pid: the process that asked for the kernel; ``command`` is its command line.
+        exit_code: -1 if it never ended.
     """
 
     start: float
@@ -87,31 +78,18 @@ class CompileRecord:
     pid: int
     exit_code: int
     source: str
-    output: str = ""
     command: str = ""
 
     @property
     def kernel_name(self) -> str:
-        """The library's kernel name, read off the source."""
+        """The library's kernel name, read from the source."""
         return name_of_source(self.source)
 
 
-def write_shim(
-    path: Path,
-    *,
-    nvcc: Path,
-    log_dir: Path,
-    forbid: Path | None = None,
-    blank: Path | None = None,
-) -> Path:
-    """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``.
+def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = None) -> Path:
+    """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``, which is made.
 
-    Args:
-        path: where the script goes.
-        nvcc: the real compiler.
-        log_dir: made where it does not exist.
-        forbid: compiles fail once this file exists.
-        blank: a cubin that every compile yields, so that nothing is compiled.
+    Once the file ``forbid`` exists, compiles fail.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -119,16 +97,11 @@ def write_shim(
             nvcc=shlex.quote(str(nvcc.absolute())),
             log=shlex.quote(str(log_dir.resolve())),
             forbid=shlex.quote(str(forbid.absolute())) if forbid else "",
-            blank=shlex.quote(str(blank.absolute())) if blank else "",
             forbidden=FORBIDDEN_EXIT,
         )
     )
     path.chmod(0o755)
     return path
-
-
-FINISHED = "*.compile"
-"""Pattern of the records of finished compiles; their names sort by start."""
 
 
 def read_records(log_dir: Path) -> list[CompileRecord]:
@@ -144,14 +117,14 @@ def read_unfinished(log_dir: Path) -> list[CompileRecord]:
 def _read(log_dir: Path, pattern: str) -> list[CompileRecord]:
     records = []
     for path in log_dir.glob(pattern):
-        # One that ends just now has another name by the time that it is read.
+        # One that has ended since the listing has another name now.
         with suppress(FileNotFoundError):
             records.append(read_record(path))
     return sorted(records, key=lambda record: (record.start, record.pid))
 
 
 def read_record(path: Path) -> CompileRecord:
-    """One record."""
+    """One record, as the shim wrote it."""
     head, _, source = path.read_text(errors="replace").partition("\n\n")
     values = dict(line.partition(" ")[::2] for line in head.splitlines())
     return CompileRecord(
@@ -161,6 +134,5 @@ def read_record(path: Path) -> CompileRecord:
         pid=int(values["pid"]),
         exit_code=int(values["exit"]),
         source=source,
-        output=values["output"],
         command=values["command"].strip(),
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
 
-from runner.build.cut import cut_units, makespan
-from runner.build.unit import Job
+from runner.build.estimates import makespan
+from runner.build.units import split_into_units
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
 from runner.timeline import Timeline
@@ -113,7 +113,7 @@ def _builder(samples: Sequence[Samples], base: Builder, fitted: list[Fitted]) ->
     start = fmean(build[1] for build in builds)
     scales = []
     for kernels, _, seconds, workers in builds:
-        units = cut_units([Job("", kernel, "") for kernel in kernels], workers)
+        units = split_into_units(kernels, workers)
         scales.append(seconds / makespan(units, workers))
     # One build tells little of others': what was known counts as one more.
     scale = exp(fmean(map(log, [*scales, base.scale])))

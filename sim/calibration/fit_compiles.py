@@ -9,7 +9,7 @@ from itertools import chain
 from math import exp, log, sqrt
 from statistics import fmean
 
-from runner.build.costs import plain_seconds
+from runner.build.estimates import plain_seconds
 from runner.config.model import ModelConfig
 from runner.kernels.kernel import Kernel
 from runner.timeline import Timeline
@@ -85,7 +85,7 @@ class _CompileFit:
 
     Attributes:
         contention: see :class:`sim.costs.profile.CompileTimes`.
-        scale: by template, against :func:`runner.build.costs.plain_seconds`.
+        scale: by template, against :func:`runner.build.estimates.plain_seconds`.
         residuals: logarithms of what is left, of each run's compiles.
     """
 

@@ -6,7 +6,7 @@ from math import exp
 from statistics import NormalDist
 from zlib import crc32
 
-from runner.build.costs import plain_seconds, unrolled_k_blocks
+from runner.build.estimates import plain_seconds, unrolled_k_blocks
 from runner.kernels.kernel import Kernel
 from sim.costs.profile import CompileTimes
 

@@ -43,7 +43,7 @@ class CompileTimes:
 
     Attributes:
         by_config: seconds by :func:`sim.costs.compile_time.config_key`, where measured.
-        scale: by template, against :func:`runner.build.costs.plain_seconds`, which follows
+        scale: by template, against :func:`runner.build.estimates.plain_seconds`, which follows
             from the size of a kernel's code.
         default_scale: the same for templates that are not listed.
         contention: with all cores of a node compiling, each compile takes 1 + this many times as
@@ -61,7 +61,7 @@ class CompileTimes:
 
 @dataclass(frozen=True)
 class Builder:
-    """Our builder against the expectation of :mod:`runner.build.costs`, all cores at work.
+    """Our builder against the expectation of :mod:`runner.build.estimates`, all cores at work.
 
     Attributes:
         start: seconds before the first front end.
@@ -171,7 +171,7 @@ class Probe:
     """What a look at a machine just before a run tells of the run.
 
     Attributes:
-        seconds: :func:`runner.build.probe.probe_seconds` when the profile was measured.
+        seconds: :meth:`runner.build.compiler.NvccCompiler.reference_seconds` when it was measured.
         settling: see :class:`sim.calibration.drift.Drift`.
     """
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from runner.build.cut import cut_units, expected_schedule
-from runner.build.unit import Job
+from runner.build.estimates import expected_schedule
+from runner.build.units import split_into_units
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
@@ -90,7 +90,7 @@ class ProfileCosts:
         if not kernels:
             return []
         builder = self.profile.builder
-        units = cut_units([Job("", kernel, "") for kernel in kernels], cores)
+        units = split_into_units(kernels, cores)
         return [
             (
                 item.kernel,

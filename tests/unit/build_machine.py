@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.cubin import kernels_in
+from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import read_manifest, sha256
 from runner.kernels.rules import RULES
@@ -41,7 +41,7 @@ cp "$here/kernel.cubin" "$4"
 
 
 @dataclass(frozen=True)
-class Machine:
+class BuildMachine:
     """A build machine: a fake nvcc in ``nvcc``, a fake library, an empty folder for scratch."""
 
     root: Path
@@ -143,13 +143,13 @@ def rows_of(entry: Path) -> int:
     return int(source.partition("metadata<\n")[2].partition(",")[0])
 
 
-def keys_of(machine: Machine, *rows: int) -> list[str]:
+def keys_of(machine: BuildMachine, *rows: int) -> list[str]:
     """Keys of the planned kernels with these numbers of rows."""
     found = {rows_of(entry): entry.name for entry in machine.cache.entries()}
     return [found[row] for row in rows]
 
 
-def assert_whole(machine: Machine, count: int) -> None:
+def assert_whole(machine: BuildMachine, count: int) -> None:
     entries = machine.cache.entries()
     assert len(entries) == count
     for entry in entries:
@@ -158,12 +158,12 @@ def assert_whole(machine: Machine, count: int) -> None:
         assert "__instantiate_kernel" in (entry / "kernel.cu").read_text()
 
 
-def assert_tidy(machine: Machine) -> None:
+def assert_tidy(machine: BuildMachine) -> None:
     assert list((machine.cache.root / "tmp").iterdir()) == []
     assert list(machine.tmp.iterdir()) == []
 
 
-def assert_manifest_names_all(machine: Machine) -> None:
+def assert_manifest_names_all(machine: BuildMachine) -> None:
     manifest = read_manifest(machine.cache.root)
     assert manifest is not None
     assert sorted(manifest.entries) == [entry.name for entry in machine.cache.entries()]

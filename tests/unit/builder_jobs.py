@@ -1,6 +1,6 @@
 """Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
 
-from runner.build.unit import Job
+from runner.build.builder import Job
 from runner.cache.keys import CacheKeys
 from runner.kernels.kernel import Kernel
 

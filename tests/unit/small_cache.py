@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, FirstKeys, Recipe, SecondKeys, first_recipe
+from runner.cache.keys import CacheKeys, Recipe, first_recipe
 from runner.cache.manifest import Manifest, describe_entry, write_manifest
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
@@ -59,7 +59,7 @@ def keys_for(
     library: Library, include_path: Path = INCLUDE, signature: str = "NVCC13.0"
 ) -> CacheKeys:
     """Keys of a machine whose environment sets nothing."""
-    return FirstKeys(library, first_recipe(Environ()), signature, include_path)
+    return CacheKeys(library, first_recipe(Environ()), signature, include_path)
 
 
 def second_library(root: Path, text: str = "int a;\n") -> Library:
@@ -72,7 +72,7 @@ def second_library(root: Path, text: str = "int a;\n") -> Library:
 
 def second_keys_for(library: Library, signature: str = NVCC_TEXT) -> CacheKeys:
     """Keys of the second generation."""
-    return SecondKeys(library, SECOND_RECIPE, signature)
+    return CacheKeys(library, SECOND_RECIPE, signature, Path())
 
 
 def cubin_for(source: str) -> bytes:
@@ -82,13 +82,9 @@ def cubin_for(source: str) -> bytes:
 
 
 def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
-    """Place a kernel and tell its key."""
+    """Place a kernel; returns its key."""
     key, source = keys.cache_key(item.kernel), keys.source(item.kernel)
-
-    def build(_source: Path, cubin: Path, _work_dir: Path) -> None:
-        cubin.write_bytes(cubin_for(source))
-
-    assert cache.add(key, source, build, extra=keys.extra_files)
+    assert cache.put(key, source, cubin_for(source), keys.extra_files)
     return key
 
 

@@ -13,7 +13,7 @@ from runner.cli import cli
 from runner.cli.guard import run_guarded
 from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, TRANSCRIPT, tidy
 
-MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KiB|[0-9a-f]{32}")
+MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MiB)\b|\d+ KiB|[0-9a-f]{32}")
 
 
 def blocks() -> list[tuple[str, str, str]]:

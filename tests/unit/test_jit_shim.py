@@ -112,7 +112,7 @@ def test_one_that_ends_while_it_is_read_is_not_running(
     log_dir.mkdir(parents=True)
     for name in ("1.5-77", "2.5-78"):
         (log_dir / f"{name}.running").write_text(
-            f"start {name[:3]}\nend 0\nrank 1\npid 7\nexit -1\ncommand x\noutput y\n\n"
+            f"start {name[:3]}\nend 0\nrank 1\npid 7\nexit -1\ncommand x\n\n"
         )
     read_text = Path.read_text
 

@@ -121,8 +121,10 @@ def run(
 TIME = r"\d+\.\d s"
 
 
-def told(line: str, kernel: str, *, rank: str = "", outcome: str = TIME, serves: str = "") -> bool:
-    """Whether a line tells of this compile."""
+def reports(
+    line: str, kernel: str, *, rank: str = "", outcome: str = TIME, serves: str = ""
+) -> bool:
+    """Whether a line reports this compile."""
     who = rf"{rank}pid \d+ \([^)]*\)"
     pattern = rf"\[runner watch\] +{TIME}  {who}  {re.escape(kernel)}  {outcome}{re.escape(serves)}"
     return re.fullmatch(pattern, line) is not None

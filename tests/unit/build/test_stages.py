@@ -1,17 +1,17 @@
-"""What nvcc is asked, and the stages that it tells."""
+"""nvcc's stages, found by a dry run, and PTX split by entry."""
 
 from pathlib import Path
 
 import pytest
 
-from runner.build.stages import StageError, Stages, UnusualError, ask_stages
+from runner.build.stages import StageError, Stages, UnusualError, find_stages, split_ptx
 from tests.unit.builder_jobs import NO_COMMAND
 
 FLAGS = ("-std=c++20", "-Iwhere")
 
 
 def dry_nvcc(tmp_path: Path, to_ptx: str, to_cubin: str) -> Path:
-    """A script that tells these dry runs, with $T for its folder of temporary files."""
+    """A script that prints these dry runs, with $T for its folder of temporary files."""
     path = tmp_path / "dry-nvcc"
     path.write_text(
         f'#!/bin/sh\necho "$*" >>"{tmp_path}/asked"\nT=$TMPDIR O=$4\n'
@@ -29,9 +29,9 @@ TO_PTX = f"nvcc says hello\n#\\$ _SPACE_= \n#\\$ TOP=/opt/cuda/bin\n{PREPROCESS}
 TO_CUBIN = f"#\\$ TOP=/elsewhere\n{PREPROCESS}\n{ASSEMBLE}"
 
 
-def test_the_stages_are_what_nvcc_tells(tmp_path: Path) -> None:
+def test_the_stages_are_those_of_nvccs_dry_run(tmp_path: Path) -> None:
     nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
-    stages = ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin", "A": "1"})
+    stages = find_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin", "A": "1"})
     folder = str(tmp_path / "scratch" / "stages")
     assert stages == Stages(
         folder=folder,
@@ -60,10 +60,10 @@ def test_the_stages_are_what_nvcc_tells(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-lineinfo", "-G", "-g"])
-def test_line_numbers_go_the_plain_way(tmp_path: Path, flag: str) -> None:
+def test_flags_that_keep_line_numbers_are_refused(tmp_path: Path, flag: str) -> None:
     nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
     with pytest.raises(UnusualError, match=r"^the flags keep line numbers$"):
-        ask_stages(nvcc, ("-std=c++20", flag), tmp_path / "scratch", {})
+        find_stages(nvcc, ("-std=c++20", flag), tmp_path / "scratch", {})
     assert not (tmp_path / "asked").exists()
 
 
@@ -93,7 +93,7 @@ def test_an_nvcc_that_works_in_another_way(
 ) -> None:
     nvcc = dry_nvcc(tmp_path, to_ptx, to_cubin)
     with pytest.raises(UnusualError) as caught:
-        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
+        find_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
     assert str(caught.value) == message
 
 
@@ -105,7 +105,7 @@ def test_an_nvcc_that_works_in_another_way(
 def test_an_nvcc_whose_commands_cannot_be_read(tmp_path: Path, to_ptx: str) -> None:
     nvcc = dry_nvcc(tmp_path, to_ptx, TO_CUBIN)
     with pytest.raises(UnusualError, match=r"^nvcc --dryrun cannot be read: "):
-        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
+        find_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_nvcc_without_dry_runs(tmp_path: Path, script: str, words: str) -> No
     nvcc.write_text(f"#!/bin/sh\n{script}\n")
     nvcc.chmod(0o755)
     with pytest.raises(UnusualError, match=rf"^nvcc --dryrun: {words}$"):
-        ask_stages(nvcc, FLAGS, tmp_path / "scratch", {})
+        find_stages(nvcc, FLAGS, tmp_path / "scratch", {})
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_nvcc_without_dry_runs(tmp_path: Path, script: str, words: str) -> No
         ("exit 3", "tool: exit 3"),
     ],
 )
-def test_a_stage_runs_in_its_folder_and_tells_its_words(
+def test_a_stage_runs_in_its_folder_and_reports_its_own_error(
     tmp_path: Path, script: str, words: str
 ) -> None:
     tool, here = tmp_path / "tool", tmp_path / "here"
@@ -147,3 +147,85 @@ def test_a_stage_runs_in_its_folder_and_tells_its_words(
     with pytest.raises(StageError) as caught:
         stages.run(command[:2], here)
     assert str(caught.value) == words
+
+
+# PTX
+
+PTX_HEAD = "//\n// Generated\n//\n\n.version 9.0\n.target sm_90a\n.address_size 64\n"
+
+
+def entry_text(name: str, *body: str) -> str:
+    lines = "".join(f"\t{line}\n" for line in body)
+    return f".visible .entry {name}(\n\t.param .u64 {name}_param_0\n)\n{{\n{lines}\tret;\n\n}}\n"
+
+
+def test_ptx_is_split_by_entry() -> None:
+    shared = ".extern .shared .align 1024 .b8 smem[];\n"
+    first, second = entry_text("one", "mov %r, smem;"), entry_text("two", "mov %r, own;")
+    text = (
+        f"{PTX_HEAD}{shared}.shared .align 8 .b8 own[16];\n.global .align 1 .b8 unused[4];\n\n"
+        f"{first}\n{second.replace('.visible', '.weak')}"
+    )
+    assert split_ptx(text) == {
+        "one": (f"{PTX_HEAD}{shared}.global .align 1 .b8 unused[4];\n\n\n{first}\n"),
+        "two": (
+            f"{PTX_HEAD}.shared .align 8 .b8 own[16];\n.global .align 1 .b8 unused[4];\n"
+            f"\n\n{second.replace('.visible', '.weak')}"
+        ),
+    }
+
+
+def test_a_single_entry_is_the_whole_text() -> None:
+    text = (
+        f"{PTX_HEAD}.extern .shared .align 16 .b8 smem[];\n\n{entry_text('one', 'mov %r, smem;')}"
+    )
+    (module,) = split_ptx(text).values()
+    assert module.split() == text.split()
+
+
+def test_a_declaration_whose_name_begins_anothers() -> None:
+    head = f"{PTX_HEAD}.shared .b8 s[4];\n.shared .b8 s2[4];\n"
+    modules = split_ptx(
+        f"{head}{entry_text('one', 'mov %r, s;')}{entry_text('two', 'mov %r, s2;')}"
+    )
+    assert ".b8 s[4]" not in modules["two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PTX_HEAD, "PTX without an entry"),
+        (f"{PTX_HEAD}.func f()\n{{\n\tret;\n}}\n", "PTX without an entry"),
+        (
+            f"{PTX_HEAD}{entry_text('one')}.func f()\n{{\n\tret;\n}}\n",
+            "PTX with more than entries",
+        ),
+        (
+            f"{PTX_HEAD}{entry_text('one')}.visible .func f()\n{{\n\tret;\n}}\n{entry_text('two')}",
+            "PTX with more than entries",
+        ),
+        (f"{PTX_HEAD}{entry_text('one', 'call f;')}", "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one', '.loc 1 2 3')}", "PTX with more than entries"),
+        (f'{PTX_HEAD}{entry_text("one")}.file 1 "k.cu"\n', "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one')}.section .debug\n{{\n}}\n", "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one')}// the end\n", "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one')[:-3]}", "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one')}{entry_text('one')}", "PTX with two entries of one name"),
+        (
+            f"{PTX_HEAD}.global .align 1 .b8 str[3] = {{72, 105, 0}};\n{entry_text('one')}",
+            "PTX with '.global .align 1 .b8 str[3] = {72, 105, 0};' before its first entry",
+        ),
+        (
+            f"{PTX_HEAD}.const .b8 c[3];\n{entry_text('one')}",
+            "PTX with '.const .b8 c[3];' before its first entry",
+        ),
+        (
+            f"{PTX_HEAD}.extern .func vprintf\n{entry_text('one')}",
+            "PTX with '.extern .func vprintf' before its first entry",
+        ),
+    ],
+)
+def test_ptx_with_anything_else_is_refused(text: str, message: str) -> None:
+    with pytest.raises(UnusualError) as caught:
+        split_ptx(text)
+    assert str(caught.value) == message

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from runner.cache.keys import CacheKeys, Recipe, first_recipe
-from runner.cache.machine import Device, Machine, compiler_words
+from runner.cache.machine import Device, TargetMachine, compiler_words
 from runner.cache.manifest import Entry, Manifest
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
 from tests.unit.small_cache import (
     INCLUDE,
     NVCC_TEXT,
+    keys_for,
     manifest_for,
     second_keys_for,
     second_library,
@@ -38,9 +39,9 @@ def built(keys: CacheKeys) -> Manifest:
 
 
 @pytest.fixture
-def there(here: Library) -> Machine:
+def there(here: Library) -> TargetMachine:
     """The machine that it was built for."""
-    return Machine(here, ROOT, "NVCC13.0", Environ(), H200)
+    return TargetMachine(here, ROOT, "NVCC13.0", Environ(), H200)
 
 
 @pytest.fixture
@@ -54,24 +55,26 @@ def second(newer: Library) -> Manifest:
 
 
 @pytest.fixture
-def second_there(newer: Library) -> Machine:
-    return Machine(newer, newer.root, NVCC_TEXT, Environ(), H200)
+def second_there(newer: Library) -> TargetMachine:
+    return TargetMachine(newer, newer.root, NVCC_TEXT, Environ(), H200)
 
 
-def told(machine: Machine, built: Manifest) -> list[str]:
+def differences(machine: TargetMachine, built: Manifest) -> list[str]:
     return list(machine.differences(built))
 
 
 def test_the_machine_that_a_cache_was_built_for(
-    built: Manifest, there: Machine, second: Manifest, second_there: Machine
+    built: Manifest, there: TargetMachine, second: Manifest, second_there: TargetMachine
 ) -> None:
-    assert told(there, built) == []
-    assert told(second_there, second) == []
-    assert told(replace(there, device=None), built) == []
-    assert told(replace(there, version_text=NVCC_TEXT), built) == [], "a release is all there is"
+    assert differences(there, built) == []
+    assert differences(second_there, second) == []
+    assert differences(replace(there, device=None), built) == []
+    assert differences(replace(there, version_text=NVCC_TEXT), built) == [], (
+        "a release is all there is"
+    )
 
 
-def test_another_library_is_all_that_is_told(built: Manifest, there: Machine) -> None:
+def test_another_library_is_the_only_difference(built: Manifest, there: TargetMachine) -> None:
     other = replace(
         there,
         library=Library(there.library.root, "vllm", "0.33.0"),
@@ -79,22 +82,22 @@ def test_another_library_is_all_that_is_told(built: Manifest, there: Machine) ->
         root=Path("/x"),
         device=Device((10, 0), 148),
     )
-    assert told(other, built) == [
+    assert differences(other, built) == [
         "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
         "kernels: build with that one (runner compile --library)"
     ]
 
 
-def test_another_release(built: Manifest, there: Machine) -> None:
-    assert told(replace(there, version_text="NVCC13.1"), built) == [
+def test_another_release(built: Manifest, there: TargetMachine) -> None:
+    assert differences(replace(there, version_text="NVCC13.1"), built) == [
         "other compiler: built for nvcc 13.0, here it is nvcc 13.1: runner cache relocate, or "
         "build with what nvcc --version prints there (runner compile --compiler-text)"
     ]
 
 
-def test_another_build_of_a_release(second: Manifest, second_there: Machine) -> None:
+def test_another_build_of_a_release(second: Manifest, second_there: TargetMachine) -> None:
     text = NVCC_TEXT.replace("Built on Wed_Aug_20_01:58:59_PM_PDT_2025\n", "")
-    assert told(replace(second_there, version_text=text), second) == [
+    assert differences(replace(second_there, version_text=text), second) == [
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
         "is nvcc 13.0: runner cache relocate, or build with what nvcc --version prints there "
         "(runner compile --compiler-text)"
@@ -102,13 +105,13 @@ def test_another_build_of_a_release(second: Manifest, second_there: Machine) -> 
 
 
 def test_another_install_path(
-    built: Manifest, there: Machine, second: Manifest, second_there: Machine
+    built: Manifest, there: TargetMachine, second: Manifest, second_there: TargetMachine
 ) -> None:
-    assert told(replace(there, root=Path("/opt/dg")), built) == [
+    assert differences(replace(there, root=Path("/opt/dg")), built) == [
         f"other install path: built for {INCLUDE}, here it is /opt/dg/include: runner cache "
         "relocate --target-root"
     ]
-    assert told(replace(second_there, root=Path("/opt/dg")), second) == []
+    assert differences(replace(second_there, root=Path("/opt/dg")), second) == []
 
 
 @pytest.mark.parametrize(
@@ -120,14 +123,14 @@ def test_another_install_path(
     ],
 )
 def test_other_flags_of_the_first_generation(
-    variables: dict[str, int], changed: str, built: Manifest, there: Machine
+    variables: dict[str, int], changed: str, built: Manifest, there: TargetMachine
 ) -> None:
     line = f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
-    assert told(replace(there, environ=Environ(**variables)), built) == [line]  # type: ignore[arg-type]
+    assert differences(replace(there, environ=Environ(**variables)), built) == [line]  # type: ignore[arg-type]
     flags = " ".join(first_recipe(Environ(**variables)).arguments(INCLUDE))  # type: ignore[arg-type]
     other_way = replace(built, flags=flags)
-    assert told(there, other_way) == [line]
-    assert told(replace(there, environ=Environ(**variables)), other_way) == []  # type: ignore[arg-type]
+    assert differences(there, other_way) == [line]
+    assert differences(replace(there, environ=Environ(**variables)), other_way) == []  # type: ignore[arg-type]
 
 
 P = "--ptxas-options="
@@ -170,7 +173,7 @@ def test_other_flags_of_the_second_generation(
     around: str,
     changed: str | None,
     second: Manifest,
-    second_there: Machine,
+    second_there: TargetMachine,
 ) -> None:
     """What one machine's variables made of the flags, another's take away again."""
     environ = Environ(**variables)
@@ -181,13 +184,13 @@ def test_other_flags_of_the_second_generation(
     line = f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
     expected = [] if changed is None else [line]
     other_way = replace(second, flags=flags)
-    assert told(machine, second) == expected
-    assert told(second_there, other_way) == expected
-    assert told(machine, other_way) == []
+    assert differences(machine, second) == expected
+    assert differences(second_there, other_way) == expected
+    assert differences(machine, other_way) == []
     assert second_there.recipe(other_way).flags == tuple(FLAGS.split(" "))
 
 
-def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: Machine) -> None:
+def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: TargetMachine) -> None:
     """Of the first generation our own account of the flags is for SM90 alone."""
     flags = f"-std=c++20 {LEVEL} -I{INCLUDE} --gpu-architecture=sm_100f"
     blackwell = replace(built, arch="sm_100f", flags=flags, gpu="b200", num_sms=148)
@@ -195,46 +198,59 @@ def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: Mach
     assert machine.recipe(blackwell) == Recipe(
         1, ("-std=c++20", LEVEL, "-I{include}", "--gpu-architecture=sm_100f")
     )
-    assert told(machine, blackwell) == []
-    assert told(replace(machine, root=Path("/opt/dg")), blackwell) == [
+    assert differences(machine, blackwell) == []
+    assert differences(replace(machine, root=Path("/opt/dg")), blackwell) == [
         f"other install path: built for {INCLUDE}, here it is /opt/dg/include: runner cache "
         "relocate --target-root"
     ]
     changed = "-Xcompiler, -lineinfo, -rdynamic"
-    assert told(replace(machine, environ=Environ(dg_jit_with_lineinfo=1)), blackwell) == [
+    assert differences(replace(machine, environ=Environ(dg_jit_with_lineinfo=1)), blackwell) == [
         f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
     ]
 
 
-def test_another_kind_of_gpu(built: Manifest, there: Machine) -> None:
-    assert told(replace(there, device=Device((10, 0), 148)), built) == [
+def test_an_install_path_with_blanks(here: Library) -> None:
+    """Of the manifest's flags the path is one, whatever it holds."""
+    root = Path("/my libs/deep_gemm")
+    built = manifest_for(keys_for(here, root / "include"))
+    assert differences(TargetMachine(here, root, "NVCC13.0", Environ()), built) == []
+    elsewhere = TargetMachine(here, ROOT, "NVCC13.0", Environ())
+    assert elsewhere.changed_flags(built) == []
+    assert differences(elsewhere, built) == [
+        f"other install path: built for /my libs/deep_gemm/include, here it is {INCLUDE}: runner "
+        "cache relocate --target-root"
+    ]
+
+
+def test_another_kind_of_gpu(built: Manifest, there: TargetMachine) -> None:
+    assert differences(replace(there, device=Device((10, 0), 148)), built) == [
         "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile "
         "--gpu"
     ]
 
 
-def test_another_number_of_sms(built: Manifest, there: Machine) -> None:
+def test_another_number_of_sms(built: Manifest, there: TargetMachine) -> None:
     h20 = replace(there, device=Device((9, 0), 78))
     line = "other GPU: built for 132 SMs, this one has 78: runner compile --gpu or --num-sms"
-    assert told(h20, built) == [line]
-    assert told(h20, replace(built, gpu="")) == [line]
-    assert told(h20, replace(built, gpu="", num_sms=0)) == [], "an older manifest"
+    assert differences(h20, built) == [line]
+    assert differences(h20, replace(built, gpu="")) == [line]
+    assert differences(h20, replace(built, gpu="", num_sms=0)) == [], "an older manifest"
     use = {"num_sms": 78}
     both = replace(built, entries={"a": Entry("a", [use], "", "", 0)})
-    assert told(h20, both) == []
-    assert told(there, both) == []
+    assert differences(h20, both) == []
+    assert differences(there, both) == []
 
 
 @pytest.mark.parametrize("variable", ["use_nvrtc", "dg_jit_use_nvrtc"])
-def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: Machine) -> None:
+def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: TargetMachine) -> None:
     environ = Environ(**{variable: True})  # type: ignore[arg-type]
-    assert told(replace(there, environ=environ), built) == [
+    assert differences(replace(there, environ=environ), built) == [
         "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it where "
         "the server runs"
     ]
 
 
-def test_every_difference_is_told(built: Manifest, there: Machine) -> None:
+def test_every_difference_is_named(built: Manifest, there: TargetMachine) -> None:
     other = replace(
         there,
         root=Path("/opt/dg"),
@@ -242,7 +258,7 @@ def test_every_difference_is_told(built: Manifest, there: Machine) -> None:
         device=Device((9, 0), 78),
         environ=Environ(dg_jit_cpp_standard=17),
     )
-    assert [line.partition(":")[0].partition(" (")[0] for line in told(other, built)] == [
+    assert [line.partition(":")[0].partition(" (")[0] for line in differences(other, built)] == [
         "other compiler",
         "other install path",
         "other compiler flags",

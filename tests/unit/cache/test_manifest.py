@@ -1,35 +1,34 @@
-"""Manifests: their text, what is none, locks, merges and targets."""
+"""Manifests: their text, what is none, merges, targets, and entries that are removed."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache.kernel_cache import KernelCache
+from runner.cache.kernel_cache import KernelCache, size_of
 from runner.cache.manifest import (
     Entry,
     Manifest,
     check_target,
-    locked,
     manifest_text,
     merge_manifest,
     parse_manifest,
     read_manifest,
+    remove_entries,
     write_manifest,
 )
 from runner.errors import UserError
 from runner.kernels.installed import Library
-from tests.unit.kept_cache import first_of, one_line
+from tests.unit.kept_cache import first_of, halve, one_line
 from tests.unit.small_cache import (
+    ENTRY_BYTES,
+    contents,
     keys_for,
     manifest_for,
     second_keys_for,
@@ -65,6 +64,7 @@ def manifests() -> st.SearchStrategy[Manifest]:
     )
 
 
+@settings(deadline=None)
 @given(manifests())
 def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -73,6 +73,7 @@ def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
         assert os.listdir(name) == ["manifest.json"]  # noqa: PTH208
 
 
+@settings(deadline=None)
 @given(manifests(), st.randoms())
 def test_equal_manifests_have_equal_text(manifest: Manifest, random: Any) -> None:
     order = list(manifest.entries)
@@ -123,20 +124,6 @@ def test_merged_takes_the_newer_entry_and_all_uses() -> None:
     assert list(older.entries) == ["k1", "k2"]
 
 
-def test_shared_holders_exclude_only_a_lone_builder(tmp_path: Path) -> None:
-    with (
-        locked(tmp_path, shared=True) as first,
-        locked(tmp_path, shared=True, wait=False) as second,
-    ):
-        assert first and second
-        with locked(tmp_path, wait=False) as alone:
-            assert not alone
-    with locked(tmp_path, wait=False) as alone:
-        assert alone
-        with locked(tmp_path, shared=True, wait=False) as late:
-            assert not late
-
-
 def test_what_a_newer_compiler_built_stays_known_as_such() -> None:
     newest = replace(BASE, built_with="NVCC13.10")
     assert newest.merged(BASE).built_with == BASE.merged(newest).built_with == "NVCC13.10"
@@ -162,6 +149,16 @@ def test_without_forgets_entries() -> None:
 )
 def test_same_target(field: str, same: bool) -> None:
     assert BASE.same_target(replace(BASE, **{field: "other"})) is same
+
+
+@pytest.mark.parametrize("path", ["/srv/deep_gemm/include", "/my libs/a -b/deep_gemm/include"])
+def test_the_include_path_among_the_flags_may_hold_blanks(tmp_path: Path, path: str) -> None:
+    keys = keys_for(small_library(tmp_path), Path(path))
+    manifest = manifest_for(keys)
+    assert manifest.include_path == path
+    assert manifest.recipe == keys.recipe
+    assert manifest.keys(keys.headers) == keys
+    assert (BASE.include_path, BASE.recipe.flags) == ("", ("-O3",))
 
 
 def test_no_manifest(tmp_path: Path) -> None:
@@ -203,7 +200,7 @@ def broken(**values: Any) -> str:
         broken(entries={"k": asdict(entry("x", {"n": 1}))}),
     ],
 )
-def test_what_is_no_manifest_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
@@ -249,41 +246,6 @@ def test_a_folder_in_place_of_the_manifest(tmp_path: Path) -> None:
     assert one_line(caught) == f"cannot read {tmp_path}/manifest.json: Is a directory"
 
 
-def test_the_second_holder_of_a_lock_is_told(tmp_path: Path) -> None:
-    with locked(tmp_path) as first:
-        with locked(tmp_path, wait=False) as second:
-            assert (first, second) == (True, False)
-        with locked(tmp_path, wait=False) as third:
-            assert third is False
-    with locked(tmp_path, wait=False) as after:
-        assert after is True
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from runner.cache.manifest import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.timeout(60)
-def test_a_lock_goes_with_its_killed_holder(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    with holder:
-        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with locked(tmp_path, wait=False) as got:
-            assert got is False
-        holder.kill()
-        assert holder.wait() == -signal.SIGKILL
-    with locked(tmp_path) as got:
-        assert got is True
-
-
 def test_merge_manifest(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
     _, manifest = made
     key, _ = first_of(made)
@@ -313,3 +275,27 @@ def test_manifests_of_two_machines_do_not_merge(
     write_manifest(cache.root, manifest.without(set(manifest.entries)))
     check_target(cache.root, other)
     assert merge_manifest(cache.root, other) == other
+
+
+def test_removed_entries_are_no_longer_named(made: tuple[KernelCache, Manifest]) -> None:
+    cache, manifest = made
+    half, gone, *kept = sorted(manifest.entries)
+    halve(cache.entry(half))
+    freed = sum(size_of(cache.entry(key)) for key in (half, gone))
+    assert remove_entries(cache, [cache.entry(half), cache.entry(gone)]) == freed
+    assert [path.name for path in cache.entries()] == kept
+    assert read_manifest(cache.root) == manifest.without({half, gone})
+    assert list((cache.root / "tmp").iterdir()) == []
+
+
+def test_a_link_is_removed_and_what_it_names_stays(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
+    cache, _ = made
+    (cache.root / "manifest.json").unlink()
+    _, path = first_of(made)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert remove_entries(cache, cache.entries()) == 4 * ENTRY_BYTES
+    assert contents(cache.root) == {}
+    assert sorted(contents(tmp_path / "elsewhere")) == ["kernel.cu", "kernel.cubin"]

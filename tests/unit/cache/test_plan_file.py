@@ -44,7 +44,7 @@ def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
         assert plan.uses_of(item.kernel.name, {}) == []
 
 
-def test_a_plan_for_the_second_generation_tells_so(tmp_path: Path) -> None:
+def test_a_plan_for_the_second_generation(tmp_path: Path) -> None:
     keys = second_keys_for(second_library(tmp_path / "deep_gemm"))
     data = {**plan_json(keys), "generation": 2}
     plan = read_plan_file(write_json(tmp_path / "plan.json", data))
@@ -91,7 +91,7 @@ def test_a_plan_of_nothing(tmp_path: Path) -> None:
         '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": [{}]}]}',
     ],
 )
-def test_what_is_no_plan_is_one_line(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_plan_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runner.cache.kernel_cache import KernelCache
+from runner.cache.machine import relocate
 from runner.cache.manifest import Manifest, write_manifest
-from runner.cache.relocate import relocate
 from runner.cache.verify import Problem, verify
 from runner.errors import UserError
 from runner.kernels.installed import Library
@@ -41,10 +41,10 @@ def test_a_relocated_cache_is_the_other_machines(
     there = keys_for(here, OTHER_ROOT, signature)
     target = KernelCache(tmp_path / "target")
     progress: list[tuple[int, int]] = []
-    done = relocate(
+    moved, placed, refused = relocate(
         cache, manifest, there, here, target, progress=lambda *numbers: progress.append(numbers)
     )
-    assert (done.placed, done.present, done.refused) == (4, 0, [])
+    assert (placed, refused) == (4, [])
     assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert cubins(target) == {
         there.cache_key(item.kernel): cubin_for(there.source(item.kernel))
@@ -52,7 +52,6 @@ def test_a_relocated_cache_is_the_other_machines(
     }
     assert sorted(cubins(target).values()) == sorted(cubins(cache).values())
     assert contents(cache.root) == before
-    moved = done.manifest
     assert (moved.signature, moved.flags) == (signature, there.flags)
     assert (moved.built_with, moved.plans, moved.library) == (
         "NVCC13.0",
@@ -71,11 +70,9 @@ def test_relocated_again_all_are_there(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
-    first = relocate(*made, there, here, target)
+    first, _, _ = relocate(*made, there, here, target)
     before = contents(target.root)
-    again = relocate(*made, there, here, target)
-    assert (again.placed, again.present, again.refused) == (0, 4, [])
-    assert again.manifest == first.manifest
+    assert relocate(*made, there, here, target) == (first, 0, [])
     assert contents(target.root) == before
 
 
@@ -83,10 +80,8 @@ def test_for_the_same_machine_it_is_a_copy(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     target = KernelCache(tmp_path / "target")
-    done = relocate(*made, keys_for(here), here, target)
-    assert (done.placed, done.present, done.refused) == (4, 0, [])
-    assert done.manifest == made[1]
-    write_manifest(target.root, done.manifest)
+    assert relocate(*made, keys_for(here), here, target) == (made[1], 4, [])
+    write_manifest(target.root, made[1])
     assert contents(target.root) == contents(made[0].root)
 
 
@@ -115,12 +110,11 @@ def test_unsound_entries_are_refused(
     key, path = first_of(made)
     damage(path)
     there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
-    done = relocate(*made, there, here, target)
-    (refused,) = done.refused
+    moved, placed, (refused,) = relocate(*made, there, here, target)
     assert (refused.problem, refused.key) == (problem, key)
     assert refused.words.startswith(words)
-    assert (done.placed, len(done.manifest.entries), target.count()) == (3, 3, 3)
-    assert verify(target, expected(done.manifest, here)) == []
+    assert (placed, len(moved.entries), target.count()) == (3, 3, 3)
+    assert verify(target, expected(moved, here)) == []
 
 
 def test_sources_of_other_headers_are_refused(
@@ -128,9 +122,9 @@ def test_sources_of_other_headers_are_refused(
 ) -> None:
     other = small_library(tmp_path / "newer", "int b;\n")
     target = KernelCache(tmp_path / "target")
-    done = relocate(*made, keys_for(other, OTHER_ROOT), other, target)
-    assert [each.problem for each in done.refused] == [Problem.WRONG_VERSION] * 4
-    assert (done.placed, target.count(), done.manifest.entries) == (0, 0, {})
+    moved, placed, refused = relocate(*made, keys_for(other, OTHER_ROOT), other, target)
+    assert [each.problem for each in refused] == [Problem.WRONG_VERSION] * 4
+    assert (placed, target.count(), moved.entries) == (0, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -163,21 +157,19 @@ def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Pat
     cache, manifest = fill(tmp_path / "made", second_keys_for(here))
     there = second_keys_for(here, NVCC_TEXT.replace("01:58:59", "02:00:00"))
     target = KernelCache(tmp_path / "target")
-    done = relocate(cache, manifest, there, here, target)
-    assert (done.placed, done.present, done.refused) == (4, 0, [])
-    assert done.manifest.signature == there.signature
-    assert done.manifest.built_with == NVCC_TEXT
-    assert set(done.manifest.entries) == {
-        there.cache_key(item.kernel) for item in small_plan().kernels
-    }
-    assert set(done.manifest.entries).isdisjoint(manifest.entries)
+    moved, placed, refused = relocate(cache, manifest, there, here, target)
+    assert (placed, refused) == (4, [])
+    assert moved.signature == there.signature
+    assert moved.built_with == NVCC_TEXT
+    assert set(moved.entries) == {there.cache_key(item.kernel) for item in small_plan().kernels}
+    assert set(moved.entries).isdisjoint(manifest.entries)
     for path in target.entries():
         assert {file.name: file.read_bytes() for file in path.iterdir()} == {
             "kernel.cu": (path / "kernel.cu").read_bytes(),
             "kernel.cubin": cubin_for((path / "kernel.cu").read_text()),
             **there.extra_files,
         }
-    assert verify(target, expected(done.manifest, here)) == []
+    assert verify(target, expected(moved, here)) == []
 
 
 def test_sources_of_other_headers_are_refused_by_a_newer_library_too(
@@ -185,5 +177,5 @@ def test_sources_of_other_headers_are_refused_by_a_newer_library_too(
 ) -> None:
     newer = second_library(tmp_path / "newer", "int b;\n")
     target = KernelCache(tmp_path / "target")
-    done = relocate(*made, keys_for(newer, OTHER_ROOT), newer, target)
-    assert (done.placed, len(done.refused)) == (0, 4)
+    _, placed, refused = relocate(*made, keys_for(newer, OTHER_ROOT), newer, target)
+    assert (placed, len(refused)) == (0, 4)

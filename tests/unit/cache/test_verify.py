@@ -35,7 +35,9 @@ def test_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "kernel.gemm.12", "kernel..".ljust(41, "0"), "a/b"])
-def test_what_has_no_kernels_name_is_foreign(made: tuple[KernelCache, Manifest], name: str) -> None:
+def test_a_file_without_a_kernels_name_is_foreign(
+    made: tuple[KernelCache, Manifest], name: str
+) -> None:
     path = made[0].entry(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
@@ -52,7 +54,7 @@ def test_a_file_of_a_kernels_name_is_foreign(made: tuple[KernelCache, Manifest])
     assert found == [Finding(Problem.FOREIGN, key, "is not a kernel's folder")]
 
 
-def test_an_entry_that_nobody_named_is_foreign(
+def test_an_entry_that_is_not_named_is_foreign(
     made: tuple[KernelCache, Manifest], here: Library
 ) -> None:
     cache, manifest = made

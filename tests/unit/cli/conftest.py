@@ -8,7 +8,7 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest
 from runner.kernels.installed import Library
-from tests.unit.build_machine import NVCC, Machine
+from tests.unit.build_machine import NVCC, BuildMachine
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import fill, keys_for, small_library
 from tests.unit.watched_server import MIDDLE, SERVER, SMALL
@@ -34,7 +34,7 @@ def directory(made: tuple[KernelCache, Manifest]) -> Path:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, fake_library: Library) -> Machine:
+def machine(tmp_path: Path, fake_library: Library) -> BuildMachine:
     (fake_library.root / "VERSION").write_text("0.1.4.post1\n")
     (fake_library.root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
     headers = fake_library.include_path / "deep_gemm"
@@ -45,7 +45,7 @@ def machine(tmp_path: Path, fake_library: Library) -> Machine:
     ):
         (headers / name).parent.mkdir(exist_ok=True)
         (headers / name).write_text("#include <deep_gemm/b.cuh>\n")
-    made = Machine(tmp_path)
+    made = BuildMachine(tmp_path)
     made.tmp.mkdir()
     folder = tmp_path / "nvcc"
     folder.mkdir()

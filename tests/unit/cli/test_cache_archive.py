@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
     path = tmp_path / "x.tar.gz"
     assert cache("pack", directory, path) == 0
-    says(capsys, f"{path}: 4 kernels, 0.0 MB")
+    says(capsys, f"{path}: 4 kernels, 0.0 MiB")
     return path
 
 
@@ -38,7 +38,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 were there\n"
 
 
-def test_unpack_beside_other_kernels(
+def test_unpack_into_a_cache_with_other_kernels(
     archive: Path,
     made: tuple[KernelCache, Manifest],
     tmp_path: Path,
@@ -58,7 +58,7 @@ def test_unpack_beside_other_kernels(
     assert cache("verify", few.root, "--target-root", ROOT) == 0
 
 
-def test_unpacked_beside_another_build_the_cache_is_whole(
+def test_another_build_of_an_entry_stays_when_unpacking(
     archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library
 ) -> None:
     """The same key, another nvcc build: its entry stays, and the manifest must say so."""
@@ -87,7 +87,9 @@ def test_unpack_into_another_machines_cache_places_nothing(
     assert contents(target) == before
 
 
-def test_unpack_what_is_no_archive(tmp_path: Path, directory: Path, capsys: Capture) -> None:
+def test_unpack_refuses_a_file_that_is_not_an_archive(
+    tmp_path: Path, directory: Path, capsys: Capture
+) -> None:
     before = contents(directory)
     gone = tmp_path / "gone.tar.gz"
     assert cache("unpack", gone, tmp_path / "target") == 2

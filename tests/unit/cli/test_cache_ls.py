@@ -41,7 +41,7 @@ def test_ls(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
     says(
         capsys,
         *listed(manifest, uses_at),
-        "4 kernels, 0.1 MB; for sgl-deep-gemm 0.1.4.post1, nvcc 13.0, built for small",
+        "4 kernels, 0.1 MiB; for sgl-deep-gemm 0.1.4.post1, nvcc 13.0, built for small",
     )
 
 
@@ -52,7 +52,7 @@ def test_ls_without_a_manifest(made: tuple[KernelCache, Manifest], capsys: Captu
     says(
         capsys,
         *listed(manifest, lambda m_range: "serves: not known"),
-        "4 kernels, 0.1 MB; no manifest",
+        "4 kernels, 0.1 MiB; no manifest",
     )
 
 
@@ -63,7 +63,7 @@ def test_ls_takes_the_m_of_a_plan(
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("ls", cache_.root, "--plan", plan_file(tmp_path / "p.json", None)) == 0
-    says(capsys, *listed(manifest, uses_at), "4 kernels, 0.1 MB; no manifest")
+    says(capsys, *listed(manifest, uses_at), "4 kernels, 0.1 MiB; no manifest")
 
 
 def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture) -> None:
@@ -90,7 +90,7 @@ def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: 
     assert capsys.readouterr().out.endswith("built for small\n")
 
 
-def test_ls_of_what_is_no_kernel(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_folders_that_are_not_kernels(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "odd" / "cache"
     (folder / "kernel.gemm.12").mkdir(parents=True)
     (folder / "kernel.gemm.12" / "kernel.cu").write_bytes(b"\xff" * 2048)
@@ -100,14 +100,14 @@ def test_ls_of_what_is_no_kernel(tmp_path: Path, capsys: Capture) -> None:
         capsys,
         "kernel.gemm.12  not a generated kernel  2 KiB  serves: not known",
         "notes  not a generated kernel  0 KiB  serves: not known",
-        "2 kernels, 0.0 MB; no manifest",
+        "2 kernels, 0.0 MiB; no manifest",
     )
 
 
 def test_ls_of_an_empty_cache(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "cache").mkdir()
     assert cache("ls", tmp_path) == 0
-    says(capsys, "0 kernels, 0.0 MB; no manifest")
+    says(capsys, "0 kernels, 0.0 MiB; no manifest")
 
 
 # What is no cache, no plan, no manifest
@@ -132,7 +132,7 @@ def with_rest(command: list[str], directory: Path, tmp_path: Path, plan: Path) -
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
 @pytest.mark.parametrize("name", ["nowhere", "deep_gemm"])
-def test_what_is_no_cache(
+def test_commands_refuse_a_folder_that_is_not_a_cache(
     command: list[str], name: str, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here)
@@ -144,7 +144,7 @@ def test_what_is_no_cache(
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
-def test_a_file_is_no_cache(
+def test_commands_refuse_a_file_as_a_cache(
     command: list[str], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here)
@@ -181,7 +181,7 @@ def test_a_manifest_of_wrong_types(
 
 
 @pytest.mark.parametrize("command", [["ls"], ["verify"], ["prune"], ["prune", "--yes"]])
-def test_what_is_no_plan(
+def test_commands_refuse_a_file_that_is_not_a_plan(
     command: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     before = contents(directory)

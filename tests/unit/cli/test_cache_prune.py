@@ -23,7 +23,7 @@ def going(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list
     return plan, sorted(set(manifest.entries) - kept)
 
 
-def test_prune_only_tells(
+def test_prune_without_yes_only_shows_what_would_go(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -33,7 +33,7 @@ def test_prune_only_tells(
     says(
         capsys,
         *(f"would remove {key}" for key in keys),
-        "2 kernels would go, 0.0 MB; 2 stay (--yes removes them)",
+        "2 kernels would go, 0.0 MiB; 2 stay (--yes removes them)",
     )
     assert contents(cache_.root) == before
 
@@ -48,7 +48,7 @@ def test_prune_removes(
     says(
         capsys,
         *(f"remove {key}" for key in keys),
-        "2 kernels removed, 0.0 MB; 2 stay",
+        "2 kernels removed, 0.0 MiB; 2 stay",
     )
     assert {path.name for path in cache_.entries()} == {
         "notes.txt",
@@ -67,7 +67,7 @@ def test_prune_keeps_what_any_plan_needs(
     whole = plan_file(tmp_path / "all.json", here)
     before = contents(cache_.root)
     assert cache("prune", cache_.root, "--plan", plan, "--plan", whole, "--yes") == 0
-    says(capsys, "0 kernels removed, 0.0 MB; 4 stay")
+    says(capsys, "0 kernels removed, 0.0 MiB; 4 stay")
     assert contents(cache_.root) == before
 
 
@@ -106,7 +106,7 @@ def test_prune_counts_only_wanted_kernels_as_staying(
     cache_.entry("folder").mkdir()
     assert cache("prune", cache_.root, "--plan", plan) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "2 kernels would go, 0.0 MB; 1 stay (--yes removes them)"
+        "2 kernels would go, 0.0 MiB; 1 stay (--yes removes them)"
     )
 
 

@@ -89,7 +89,7 @@ def test_relocate_refuses_unsound_entries(
     assert captured.err.splitlines()[-1] == "error: 1 entries could not be relocated"
 
 
-def test_relocate_tells_of_missing_entries(
+def test_relocate_fails_for_missing_entries(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     cache_, manifest = made
@@ -100,7 +100,7 @@ def test_relocate_tells_of_missing_entries(
 
 def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
-    refuses(capsys, "--target-root PATH is needed: where deep_gemm lies on that machine")
+    refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
 
 
 def test_relocate_to_an_older_release(directory: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -116,7 +116,7 @@ def test_relocate_to_an_older_release(directory: Path, tmp_path: Path, capsys: C
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
-def test_relocate_without_a_manifest_needs_to_be_told(
+def test_relocate_without_a_manifest_needs_both_origin_options(
     given: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (directory / "manifest.json").unlink()

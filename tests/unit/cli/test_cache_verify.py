@@ -47,7 +47,7 @@ def test_verify(directory: Path, tmp_path: Path, here: Library, capsys: Capture)
 def test_a_cache_for_another_install_path(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
-    """Of all that is told of a machine, this one's is taken where nothing is said."""
+    """Whatever the options do not say is this machine's."""
     plan = plan_file(tmp_path / "plan.json", here)
     for words in ([], ["--plan", plan]):
         assert cache("verify", directory, *words) == 1
@@ -57,7 +57,7 @@ def test_a_cache_for_another_install_path(
     says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_a_cache_of_which_nothing_is_known(
+def test_without_manifest_and_plan_only_the_keys_show_another_machine(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
     """Without a manifest or a plan only the keys tell."""
@@ -78,7 +78,7 @@ def test_a_cache_of_which_nothing_is_known(
     ("missing", "words"),
     [("find_library", "there is no deep_gemm here"), ("find_nvcc", "there is no nvcc here")],
 )
-def test_verify_where_nobody_knows_the_machine(
+def test_verify_fails_if_the_machine_is_not_known(
     missing: str, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(f"runner.target.{missing}", lambda _: None)
@@ -86,11 +86,11 @@ def test_verify_where_nobody_knows_the_machine(
     says(
         capsys,
         f"{directory} is whole: checked 4 entries, manifest",
-        err=f"error: whether a server here would hit it cannot be told: {words}\n",
+        err=f"error: cannot tell whether a server here would hit this cache: {words}\n",
     )
 
 
-def test_problems_are_told_where_nobody_knows_the_machine(
+def test_problems_are_named_even_if_the_machine_is_not_known(
     made: tuple[KernelCache, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -211,7 +211,7 @@ def test_a_cache_of_the_second_generation(
     )
 
 
-def test_verify_tells_every_problem(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
+def test_verify_names_every_problem(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
     cache_, manifest = made
     missing, half, changed, _ = sorted(manifest.entries)
     remove(cache_.entry(missing))
@@ -256,12 +256,12 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
 def test_verify_for_another_machine(
     target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:
-    """Entries are held against what they were built for, so that damage is told all the same."""
+    """Entries are compared with what they were built for, so damage is named all the same."""
     assert cache("verify", directory, *target) == 1
     says(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_damage_is_told_for_another_machine_too(
+def test_damage_is_named_for_another_machine_too(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
     key, path = first_of(made)
@@ -324,7 +324,7 @@ def test_a_directory_without_entries(tmp_path: Path, capsys: Capture) -> None:
     says(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
 
 
-def test_without_a_manifest_nobody_knows_the_keys_of_the_second_generation(
+def test_without_a_manifest_second_generation_keys_are_not_known(
     newer: Library, tmp_path: Path, capsys: Capture
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
@@ -333,8 +333,8 @@ def test_without_a_manifest_nobody_knows_the_keys_of_the_second_generation(
     says(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
-        err="error: whether a server here would hit it cannot be told: there is no manifest, and "
-        "only one says what the keys of this library hold\n",
+        err="error: cannot tell whether a server here would hit this cache: there is no manifest, "
+        "and only one says what the keys of this library hold\n",
     )
 
 

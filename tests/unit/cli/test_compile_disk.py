@@ -3,7 +3,7 @@
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import pytest
 
 from runner.build import prebuild as prebuild_module
 from runner.build.compiler import NvccCompiler
-from runner.build.cubin import kernels_in
-from runner.build.prebuild import BuildOrder, BuildStoppedError, prebuild
+from runner.build.prebuild import BuildRequest, BuildStoppedError, prebuild
+from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
 from runner.cache.manifest import Manifest, read_manifest
@@ -22,7 +22,7 @@ from runner.errors import UserError
 from runner.kernels.installed import Library
 from tests.unit.build_machine import (
     GEMM,
-    Machine,
+    BuildMachine,
     assert_manifest_names_all,
     assert_whole,
     error_line,
@@ -31,48 +31,45 @@ from tests.unit.build_machine import (
 from tests.unit.elf import tiny_cubin
 
 
-def order_for(machine: Machine) -> BuildOrder:
+def request_for(machine: BuildMachine) -> BuildRequest:
     library = Library(machine.root / "deep_gemm")
     compiler = NvccCompiler(machine.root / "nvcc" / "nvcc", library, first_recipe(Environ()))
-    return BuildOrder(plan(), "four", compiler.keys, compiler, machine.cache, 1, dict(os.environ))
-
-
-Add = Callable[..., bool]
+    return BuildRequest(plan(), "four", compiler.keys, compiler, machine.cache, 1, dict(os.environ))
 
 
 def fill_disk_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    add: Add = KernelCache.add
+    put = KernelCache.put
     added: list[str] = []
 
     def limited(self: KernelCache, key: str, *arguments: Any, **options: Any) -> bool:
         if len(added) == count:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         added.append(key)
-        return add(self, key, *arguments, **options)
+        return put(self, key, *arguments, **options)
 
-    monkeypatch.setattr(KernelCache, "add", limited)
+    monkeypatch.setattr(KernelCache, "put", limited)
 
 
 def test_a_full_disk_keeps_what_was_built(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: BuildMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as limited:
         fill_disk_after(limited, 2)
         with pytest.raises(BuildStoppedError) as caught:
-            prebuild(order_for(machine))
+            prebuild(request_for(machine))
     assert str(caught.value) == (
         "the build stopped after 2 of 4 kernels: No space left on device; "
         "what was built is kept, run it again to go on"
     )
     assert_whole(machine, 2)
     assert_manifest_names_all(machine)
-    report = prebuild(order_for(machine))
+    report = prebuild(request_for(machine))
     assert (report.planned, report.present, report.built, report.failed) == (4, 2, 2, [])
     assert_whole(machine, 4)
 
 
 def test_a_disk_too_full_for_the_manifest(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: BuildMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -80,21 +77,34 @@ def test_a_disk_too_full_for_the_manifest(
     fill_disk_after(monkeypatch, 2)
     monkeypatch.setattr(prebuild_module, "merge_manifest", full)
     with pytest.raises(BuildStoppedError, match="No space left on device"):
-        prebuild(order_for(machine))
+        prebuild(request_for(machine))
 
 
-def test_a_lock_that_cannot_be_opened(machine: Machine) -> None:
+def test_a_lock_that_cannot_be_opened(machine: BuildMachine) -> None:
     (machine.cache.root / ".lock").mkdir(parents=True)
     with pytest.raises(UserError, match=r"/dg: Is a directory$"):
-        prebuild(order_for(machine))
+        prebuild(request_for(machine))
 
 
-def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(machine: Machine) -> None:
+def test_without_file_locks_a_build_goes_on_and_leaves_what_may_be_anothers(
+    machine: BuildMachine, no_locks: None
+) -> None:
+    other = machine.cache.root / "tmp" / "build-4711"
+    other.mkdir(parents=True)
+    with pytest.warns(UserWarning, match="has no file locks"):
+        assert prebuild(request_for(machine)).built == 4
+    assert_whole(machine, 4)
+    assert other.exists()
+
+
+def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(
+    machine: BuildMachine,
+) -> None:
     def broken(done: int, total: int, fraction: float) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     with pytest.raises(BuildStoppedError, match=r" of 4 kernels: Broken pipe; "):
-        prebuild(order_for(machine), progress=broken)
+        prebuild(request_for(machine), progress=broken)
 
 
 @contextmanager
@@ -110,7 +120,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def build_on_small_disk(machine: Machine, disk: Path) -> Manifest | None:
+def build_on_small_disk(machine: BuildMachine, disk: Path) -> Manifest | None:
     """Two of four kernels fit: what the build says, what it leaves, and its manifest."""
     (machine.root / "nvcc" / "kernel.cubin").write_bytes(tiny_cubin(bytes(100_000)))
     cache = KernelCache(disk / "dg")
@@ -126,7 +136,7 @@ def build_on_small_disk(machine: Machine, disk: Path) -> Manifest | None:
     return read_manifest(cache.root)
 
 
-def test_a_really_full_disk(machine: Machine) -> None:
+def test_a_really_full_disk(machine: BuildMachine) -> None:
     with small_disk(machine.root / "disk", "300k") as disk:
         manifest = build_on_small_disk(machine, disk)
         assert manifest is not None
@@ -135,7 +145,7 @@ def test_a_really_full_disk(machine: Machine) -> None:
         ]
 
 
-def test_a_disk_that_two_kernels_fill(machine: Machine) -> None:
+def test_a_disk_that_two_kernels_fill(machine: BuildMachine) -> None:
     page = 4  # a kernel is a page of source and 25 of machine code
     with small_disk(machine.root / "disk", f"{2 * 26 * page}k") as disk:
         assert build_on_small_disk(machine, disk) is None

@@ -1,4 +1,4 @@
-"""``runner watch``: every compile is told, and those forbidden are refused."""
+"""``runner watch``: every compile is reported, and forbidden ones are refused."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ import pytest
 
 from runner.cache.describe import config_of
 from runner.planning.plan import plan_to_json
-from runner.watch.command import Forbid, _flag, _raise_flag
 from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 from tests.unit.small_cache import keys_for, small_library, small_plan
 from tests.unit.watched_server import (
@@ -18,10 +17,10 @@ from tests.unit.watched_server import (
     SMALL,
     SMALL_WORDS,
     TIME,
+    reports,
     run,
     server,
     summary,
-    told,
     watched,
 )
 
@@ -30,15 +29,15 @@ pytestmark = pytest.mark.timeout(120)
 MIDDLE_WORDS = "sm90_fp8_gemm_1d2d (tile 32x32x128, 16 stages, 132 SMs)"
 
 
-def test_every_compile_is_told(room: Path, fake_nvcc: Path) -> None:
+def test_every_compile_is_reported(room: Path, fake_nvcc: Path) -> None:
     steps = ["compile=../small.cu", "rank=3", "compile=../middle.cu", "compile=../middle.cu"]
     ran = run(room, fake_nvcc, server(room, *steps))
     assert ran.code == 0
     assert ran.compiles == ["compile 0 "] * 3 and len(ran.out) == 4
     assert len(ran.err) == 4
-    assert told(ran.err[0], SMALL_WORDS)
-    assert told(ran.err[1], MIDDLE_WORDS, rank="rank 3, ")
-    assert told(ran.err[2], MIDDLE_WORDS, rank="rank 3, ")
+    assert reports(ran.err[0], SMALL_WORDS)
+    assert reports(ran.err[1], MIDDLE_WORDS, rank="rank 3, ")
+    assert reports(ran.err[2], MIDDLE_WORDS, rank="rank 3, ")
     each = rf", rank 3, pid {ran.pid} \([^)]*\): 2; pid {ran.pid} \([^)]*\): 1"
     assert summary(ran.err[3], 3, 2, each)
     cubins = sorted(path.read_text() for path in room.rglob("kernel.cubin"))
@@ -55,7 +54,7 @@ def test_a_compile_that_fails_is_the_servers_affair(room: Path, fake_nvcc: Path)
     ran = run(room, fake_nvcc, server(room, "compile=../broken.cu"))
     assert ran.code == 0
     assert ran.compiles == ["compile 3 error: it is broken"]
-    assert told(ran.err[0], "unknown ()", outcome=rf"{TIME}, failed with 3")
+    assert reports(ran.err[0], "unknown ()", outcome=rf"{TIME}, failed with 3")
     assert summary(ran.err[1], 1, 1, r", pid .*: 1")
 
 
@@ -128,7 +127,7 @@ def test_who_asked_is_above_shells_and_other_shims(room: Path, fake_nvcc: Path) 
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
     (compiled,) = json.loads((room / "out.json").read_text())["compiles"]
     assert compiled["pid"] == ran.pid
-    assert [told(line, SMALL_WORDS) for line in ran.err].count(True) == 2
+    assert [reports(line, SMALL_WORDS) for line in ran.err].count(True) == 2
 
 
 def test_a_command_line_that_is_no_text(room: Path, fake_nvcc: Path) -> None:
@@ -144,7 +143,7 @@ def test_no_compile_at_all(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "0")
     assert ran.code == 1
     assert ran.compiles == ["compile 97 a DeepGEMM compile is forbidden by now: DIR/kernel.cu"]
-    assert told(ran.err[0], SMALL_WORDS, outcome="FORBIDDEN")
+    assert reports(ran.err[0], SMALL_WORDS, outcome="FORBIDDEN")
     assert summary(ran.err[1], 0, 0, r", 1 forbidden, pid .*: 1")
     assert ran.err[2:] == ["error: 1 compiles after they were forbidden; the command ended with 0"]
     assert list(room.rglob("kernel.cubin")) == []
@@ -155,8 +154,8 @@ def test_no_compile_once_a_file_exists(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, *steps), "--forbid-after", "ready")
     assert ran.code == 1
     assert [line[:10] for line in ran.compiles] == ["compile 0 ", "compile 97"]
-    assert told(ran.err[0], SMALL_WORDS)
-    assert told(ran.err[1], MIDDLE_WORDS, outcome="FORBIDDEN")
+    assert reports(ran.err[0], SMALL_WORDS)
+    assert reports(ran.err[1], MIDDLE_WORDS, outcome="FORBIDDEN")
     assert summary(ran.err[2], 1, 1, r", 1 forbidden, pid .*: 2")
     assert ran.err[3:] == ["error: 1 compiles after they were forbidden; the command ended with 4"]
 
@@ -174,28 +173,11 @@ def test_nothing_compiled_after_it_was_forbidden(room: Path, fake_nvcc: Path) ->
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
 
 
-def test_the_flag_that_forbids(tmp_path: Path) -> None:
-    assert _flag(None, tmp_path) is None
-    file = tmp_path / "mine"
-    assert _flag(Forbid(file=file), tmp_path) == file
-    later = _flag(Forbid(seconds=3600.0), tmp_path)
-    assert later == tmp_path / "forbidden"
-    assert list(tmp_path.iterdir()) == []
-    _raise_flag(later, due=False)
-    assert not later.exists()
-    assert _flag(Forbid(seconds=0.0), tmp_path) == later
-    assert later.exists()
-    later.unlink()
-    _raise_flag(later, due=True)
-    _raise_flag(later, due=True)
-    assert later.exists()
-
-
 def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
     """The server waits for the flag itself, however late it comes."""
     flag = room / "work" / "forbidden"
     steps = ["compile=../small.cu", f"await={flag}", "compile=../middle.cu"]
-    done = watched(room, fake_nvcc, *steps, forbid=Forbid(seconds=0.3))
+    done = watched(room, fake_nvcc, *steps, forbid_after=0.3)
     assert [record.exit_code for record in done.records][-1] == FORBIDDEN_EXIT
     assert [record.source for record in done.records] == [
         SMALL.kernel.body,
@@ -205,14 +187,14 @@ def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
 
 
 def test_seconds_that_do_not_pass_forbid_nothing(room: Path, fake_nvcc: Path) -> None:
-    done = watched(room, fake_nvcc, "compile=../small.cu", forbid=Forbid(seconds=3600.0))
+    done = watched(room, fake_nvcc, "compile=../small.cu", forbid_after=3600.0)
     assert (done.forbidden, len(done.compiled)) == ([], 1)
 
 
 # Records
 
 
-def test_each_compile_is_told_once_with_its_time(room: Path, fake_nvcc: Path) -> None:
+def test_each_compile_is_reported_once_with_its_time(room: Path, fake_nvcc: Path) -> None:
     seen: list[tuple[CompileRecord, float]] = []
     done = watched(
         room,
@@ -232,7 +214,6 @@ def test_each_compile_is_told_once_with_its_time(room: Path, fake_nvcc: Path) ->
     assert (done.unfinished, done.forbidden, done.compiled) == ([], [], done.records)
     for record in done.records:
         assert done.started <= record.start <= record.end <= done.started + done.seconds
-        assert Path(record.output).name == "kernel.cubin"
 
 
 def killing_nvcc(tmp_path: Path, victim: str) -> Path:
@@ -261,7 +242,7 @@ def test_a_killed_compile_never_ended(room: Path, tmp_path: Path) -> None:
 def test_a_killed_compiler_is_a_failure(room: Path, tmp_path: Path) -> None:
     nvcc = killing_nvcc(tmp_path, "$$")
     ran = run(room, nvcc, server(room, "compile=../small.cu"))
-    assert told(ran.err[0], SMALL_WORDS, outcome=rf"{TIME}, failed with 137")
+    assert reports(ran.err[0], SMALL_WORDS, outcome=rf"{TIME}, failed with 137")
     assert ran.compiles[0].startswith("compile 137")
 
 
@@ -273,10 +254,10 @@ def test_the_m_that_a_kernel_serves(room: Path, fake_nvcc: Path, tmp_path: Path)
     (tmp_path / "other.cu").write_text(other.kernel.body)
     steps = ["compile=../middle.cu", "compile=../other.cu", "compile=../broken.cu"]
     ran = run(room, fake_nvcc, server(room, *steps), "--plan", str(plan), "--json", "out.json")
-    assert told(ran.err[0], MIDDLE_WORDS, serves="; gemm_nt_f8f8bf16:4096:1024 M 17..20")
+    assert reports(ran.err[0], MIDDLE_WORDS, serves="; gemm_nt_f8f8bf16:4096:1024 M 17..20")
     words = MIDDLE_WORDS.replace("32x32", "64x32")
-    assert told(ran.err[1], words, serves="; not in the plan")
-    assert told(
+    assert reports(ran.err[1], words, serves="; not in the plan")
+    assert reports(
         ran.err[2], "unknown ()", outcome=f"{TIME}, failed with 3", serves="; not in the plan"
     )
     compiles = json.loads((room / "out.json").read_text())["compiles"]

@@ -16,10 +16,10 @@ from tests.unit.watched_server import (
     RUNNER,
     SMALL_WORDS,
     environment,
+    reports,
     run,
     server,
     summary,
-    told,
     watched,
 )
 
@@ -52,7 +52,7 @@ def test_a_signal_reaches_the_command(room: Path, fake_nvcc: Path, number: int) 
         assert process.stderr is not None and process.stdout is not None
         before = [process.stdout.readline() for _ in range(3)]
         assert before[1:] == ["compile 0 \n", "waiting\n"]
-        assert told(process.stderr.readline().rstrip("\n"), SMALL_WORDS)
+        assert reports(process.stderr.readline().rstrip("\n"), SMALL_WORDS)
         process.send_signal(number)
         assert process.stdout.read() == f"stopped by {number}\n"
         last = process.stderr.read().splitlines()

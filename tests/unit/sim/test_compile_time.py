@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from runner.build.costs import plain_seconds
+from runner.build.estimates import plain_seconds
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from runner.build.cut import cut_units, makespan
-from runner.build.unit import Job
+from runner.build.estimates import makespan
+from runner.build.units import split_into_units
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
@@ -204,7 +204,7 @@ def test_a_build_is_the_builders_own_schedule_on_this_machine() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
     kernels = list(RULES.kernel_ranges(shape, range(1, 2049)))
     spans = costs().build_spans(kernels, 4)
-    units = cut_units([Job("", kernel, "") for kernel in kernels], 4)
+    units = split_into_units(kernels, 4)
     assert sorted(k.identity for k, _, _ in spans if k) == sorted(k.identity for k in kernels)
     assert sum(kernel is None for kernel, _, _ in spans) == len(units)
     assert min(start for _, start, _ in spans) == 1.0

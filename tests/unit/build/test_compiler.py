@@ -1,4 +1,4 @@
-"""nvcc's flags, the cache key and finding nvcc."""
+"""nvcc: its flags, the first generation's cache keys, single compiles, and where nvcc is found."""
 
 import re
 import shutil
@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 
-from runner.build.compiler import CompileError, NvccCompiler, find_nvcc
-from runner.build.lazy import Found, LazyJit
+from runner.build import compiler as compiler_module
+from runner.build.compiler import CompileError, LazyJit, NvccCompiler, find_nvcc
+from runner.cache.describe import name_of_source
 from runner.cache.digest import hex_digest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
+from runner.cli import cli
+from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import transpose_fp32
 from runner.watch.shim import read_records, write_shim
+from sim.costs.profile import load_profile
 
 BEFORE_INCLUDE = (
     "-std=c++20 --diag-suppress=39,161,174,177,186,940 --ptxas-options=--register-usage-level=10"
@@ -144,22 +148,27 @@ def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Libra
     assert NvccCompiler(oldest_known, fake_library, first_recipe(Environ())).signature == "NVCC12.9"
 
 
-def test_compile_passes_the_flags_and_runs_in_the_work_dir(
+def scripted(tmp_path: Path, library: Library, script: str) -> NvccCompiler:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    nvcc.chmod(0o755)
+    return NvccCompiler(nvcc, library, first_recipe(Environ()))
+
+
+def test_compile_passes_the_flags_and_runs_in_the_folder(
     tmp_path: Path, fake_library: Library
 ) -> None:
-    nvcc, log = tmp_path / "nvcc", tmp_path / "log"
-    nvcc.write_text(f'#!/bin/sh\n{{ pwd -P; printf "%s\\n" "$@"; }} >"{log}"\n')
-    nvcc.chmod(0o755)
-    compiler = NvccCompiler(nvcc, fake_library, first_recipe(Environ()))
-    work_dir = tmp_path / "work"
-    work_dir.mkdir()
-    compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", work_dir)
+    log, folder = tmp_path / "log", tmp_path / "work"
+    folder.mkdir()
+    script = f'{{ pwd -P; printf "%s\\n" "$@"; }} >"{log}"; cp "$1" "$4"'
+    compiler = scripted(tmp_path, fake_library, script)
+    assert compiler.compile("int a;\r\n", folder) == b"int a;\r\n"
     assert log.read_text().splitlines() == [
-        str(work_dir.resolve()),
-        str(tmp_path / "k.cu"),
+        str(folder.resolve()),
+        str(folder / "kernel.cu"),
         "-cubin",
         "-o",
-        str(tmp_path / "k.cubin"),
+        str(folder / "kernel.cubin"),
         *compiler.arguments,
     ]
 
@@ -170,17 +179,14 @@ def test_compile_passes_the_flags_and_runs_in_the_work_dir(
         ("echo to-stdout; echo to-stderr >&2; exit 2", "to-stderr"),
         ("echo to-stdout; exit 2", "to-stdout"),
         ("exit 2", "exit 2"),
+        ("exit 0", "nvcc wrote no cubin"),
     ],
 )
-def test_a_failing_compile_tells_the_compilers_words(
+def test_a_failing_compile_reports_the_compilers_text(
     tmp_path: Path, fake_library: Library, script: str, message: str
 ) -> None:
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(0o755)
-    compiler = NvccCompiler(nvcc, fake_library, first_recipe(Environ()))
     with pytest.raises(CompileError) as caught:
-        compiler.compile(tmp_path / "k.cu", tmp_path / "k.cubin", tmp_path)
+        scripted(tmp_path, fake_library, script).compile("int a;\n", tmp_path)
     assert str(caught.value) == message
 
 
@@ -211,6 +217,53 @@ def test_a_chosen_nvcc_that_is_not_there(tmp_path: Path) -> None:
     assert str(caught.value) == f"DG_JIT_NVCC_COMPILER={tmp_path} is not a file: it must be nvcc"
 
 
+BROKEN = Kernel("gemm", "deep_gemm/a.cuh", "broken_impl", ("1, 2",))
+
+
+def test_a_kernel_is_taken_from_memory_then_disk_then_the_compiler(
+    tmp_path: Path, fake_nvcc: Path, fake_library: Library
+) -> None:
+    shim = write_shim(tmp_path / "shim", nvcc=fake_nvcc, log_dir=tmp_path / "log")
+    compiler = NvccCompiler(shim, fake_library, first_recipe(Environ()))
+    cache = KernelCache(tmp_path / "dg")
+    first, second = LazyJit(compiler, cache), LazyJit(compiler, cache)
+    assert not first.is_loaded(KERNEL)
+    for jit in (first, first, second):
+        jit.ensure(KERNEL)
+        assert jit.is_loaded(KERNEL)
+    assert len(read_records(tmp_path / "log")) == 1
+    entry = cache.entry(compiler.keys.cache_key(KERNEL))
+    assert (entry / "kernel.cu").read_text() == compiler.keys.source(KERNEL)
+    assert (entry / "kernel.cubin").read_text() == compiler.keys.source(KERNEL)
+    (entry / "kernel.cubin").unlink()
+    with pytest.raises(UserError, match=r"^corrupted cache entry "):
+        LazyJit(compiler, cache).ensure(KERNEL)
+
+
+def test_a_kernel_that_does_not_compile_is_not_loaded(
+    tmp_path: Path, fake_nvcc: Path, fake_library: Library
+) -> None:
+    cache = KernelCache(tmp_path / "dg")
+    jit = LazyJit(NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ())), cache)
+    for _ in range(2):
+        with pytest.raises(CompileError, match=r"^error: it is broken$"):
+            jit.ensure(BROKEN)
+    assert not jit.is_loaded(BROKEN)
+    assert cache.entries() == [] and list((cache.root / "tmp").iterdir()) == []
+
+
+def test_paths_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_nvcc: Path, fake_library: Library
+) -> None:
+    """nvcc runs in the cache's own directory, so it must not be given a relative path."""
+    monkeypatch.chdir(tmp_path)
+    compiler = NvccCompiler(Path("./nvcc"), fake_library, first_recipe(Environ()))
+    write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
+    LazyJit(compiler, KernelCache(Path("here"))).ensure(KERNEL)
+    assert KernelCache(tmp_path / "here").has(compiler.keys.cache_key(KERNEL))
+    assert len(read_records(tmp_path / "log")) == 1
+
+
 @pytest.mark.nvcc
 def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
     shim = write_shim(tmp_path / "nvcc", nvcc=nvcc_compiler.nvcc, log_dir=tmp_path / "log")
@@ -221,12 +274,82 @@ def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: Nvc
     key = nvcc_compiler.keys.cache_key(kernel)
     assert compiler.keys.cache_key(kernel) == key
     cache = KernelCache(tmp_path / "cache")
-    assert LazyJit(compiler, cache).ensure(kernel) is Found.MISS
-    assert LazyJit(nvcc_compiler, cache).ensure(kernel) is Found.DISK
-    cubin = (cache.entry(key) / "kernel.cubin").read_bytes()
-    assert cubin.startswith(b"\x7fELF")
-    assert b"transpose_fp32" in cubin
+    LazyJit(compiler, cache).ensure(kernel)
+    assert cache.holds(key, nvcc_compiler.keys.source(kernel))
+    assert b"transpose_fp32" in (cache.entry(key) / "kernel.cubin").read_bytes()
     (record,) = read_records(tmp_path / "log")
     assert (record.kernel_name, record.exit_code) == ("transpose_fp32", 0)
     assert record.source == nvcc_compiler.keys.source(kernel)
     assert 0 < record.end - record.start < 60
+
+
+# The reference kernel, and runner probe
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sources of the compiles, which take 5, 1, 2, 5, 1, 2, ... seconds."""
+    found: list[str] = []
+    clock = 0.0
+
+    def compile_(self: NvccCompiler, source: str, folder: Path) -> bytes:
+        nonlocal clock
+        clock += (5.0, 1.0, 2.0)[len(found) % 3]
+        found.append(source)
+        return b""
+
+    monkeypatch.setattr(NvccCompiler, "compile", compile_)
+    monkeypatch.setattr(compiler_module.time, "perf_counter", lambda: clock)
+    return found
+
+
+def test_the_reference_time_is_the_median_of_one_kernels_compiles(
+    fake_nvcc: Path, library: Library, sources: list[str]
+) -> None:
+    compiler = NvccCompiler(fake_nvcc, library, first_recipe(Environ()))
+    assert compiler.reference_seconds() == 2.0
+    assert len(sources) == 3
+    assert len(set(sources)) == 1
+    assert name_of_source(sources[0]) == "sm90_fp8_gemm_1d2d"
+    assert compiler.reference_seconds(1) == 5.0
+
+
+def test_probe_prints_the_host_factor(
+    fake_nvcc: Path,
+    library: Library,
+    sources: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
+    assert run_guarded(cli, ["probe", "--repeats", "4"], program="runner") == 0
+    known = load_profile("h200").probe.seconds
+    # 5, 1, 2 and 5 s: their median is 3.5 s.
+    assert capsys.readouterr().out.splitlines() == [
+        f"reference kernel: 3.50 s here, {known:.2f} s for h200",
+        f"--host-factor {3.5 / known:.2f}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        ("find_nvcc", "there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'"),
+        (
+            "find_library",
+            "the reference kernel needs the headers of the version that profiles were measured "
+            "with: pip install --no-deps sgl-deep-gemm==0.1.4.post1",
+        ),
+    ],
+)
+def test_probe_says_what_is_missing_in_one_line(
+    missing: str,
+    line: str,
+    fake_nvcc: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
+    monkeypatch.setattr(f"runner.cli.probe.{missing}", lambda *_: None)
+    assert run_guarded(cli, ["probe"], program="runner") == 2
+    assert capsys.readouterr().err == f"error: {line}\n"

@@ -1,4 +1,4 @@
-"""Cubins read as ELF files."""
+"""Entries: their names and files, and their cubins read as ELF files."""
 
 import struct
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.build.compiler import NvccCompiler
-from runner.build.cubin import NotACubinError, kernels_in, sections
+from runner.cache.entry import FORMATS, NotACubinError, format_of, kernel_name, kernels_in
 from runner.kernels.rules_sm90 import transpose_fp32
 from tests.unit.elf import tiny_cubin
 
@@ -58,7 +58,7 @@ def elf(content: dict[str, bytes], *, nobits: int = 0, segments: int = 0) -> byt
 
 def words(data: bytes) -> str:
     with pytest.raises(NotACubinError) as caught:
-        sections(data)
+        kernels_in(data)
     return str(caught.value)
 
 
@@ -69,15 +69,17 @@ def changed(data: bytes, at: int, kind: str, value: int) -> bytes:
 
 
 def contents() -> st.SearchStrategy[dict[str, bytes]]:
-    names = st.from_regex(r"\.(text\.|nv\.info\.)?[a-z]\w{0,8}", fullmatch=True)
-    named = st.dictionaries(names, st.binary(max_size=20), max_size=4)
-    return named.map(lambda found: {k: v for k, v in found.items() if k not in (".shstrtab",)})
+    names = st.from_regex(r"\.(text\.|nv\.info\.)[a-z]\w{0,8}", fullmatch=True)
+    return st.dictionaries(names, st.binary(max_size=20), max_size=4)
 
 
 @given(content=contents())
-def test_what_was_put_in_comes_out(content: dict[str, bytes]) -> None:
-    found = sections(elf(content, nobits=1 << 40))
-    assert {k: v for k, v in found.items() if k not in ("", ".shstrtab")} == content
+def test_kernels_come_out_as_they_were_put_in(content: dict[str, bytes]) -> None:
+    assert kernels_in(elf(content, nobits=1 << 40)) == {
+        name.removeprefix(".text."): data
+        for name, data in content.items()
+        if name.startswith(".text.")
+    }
 
 
 def test_kernels_are_the_text_sections() -> None:
@@ -93,14 +95,14 @@ def test_a_file_cut_anywhere_is_not_whole(content: dict[str, bytes], data: st.Da
     whole = elf(content)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(NotACubinError):
-        sections(whole[:cut])
+        kernels_in(whole[:cut])
 
 
 def test_a_file_cut_in_its_program_headers_is_not_whole() -> None:
     whole = elf({".text.one": b"1"}, segments=5)
     for cut in range(len(whole) - 5 * SEGMENT, len(whole)):
         with pytest.raises(NotACubinError):
-            sections(whole[:cut])
+            kernels_in(whole[:cut])
 
 
 def test_what_is_wrong_in_words() -> None:
@@ -148,14 +150,67 @@ def regions(cubin: bytes) -> list[int]:
 
 @pytest.mark.nvcc
 def test_a_real_cubin(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
-    source, target = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
-    source.write_text(nvcc_compiler.keys.source(transpose_fp32(1024)))
-    nvcc_compiler.compile(source, target, tmp_path)
-    cubin = target.read_bytes()
+    cubin = nvcc_compiler.compile(nvcc_compiler.keys.source(transpose_fp32(1024)), tmp_path)
     ((name, code),) = kernels_in(cubin).items()
     assert name.startswith("_ZN9deep_gemm14transpose_fp32ILj512ELj64ELj8E")
     assert len(code) > 1000 and code in cubin
     assert len(regions(cubin)) > 10
     for end in regions(cubin):
         with pytest.raises(NotACubinError):
-            sections(cubin[:end])
+            kernels_in(cubin[:end])
+
+
+# Names and files
+
+HEX = "0123456789abcdef" * 2
+FIRST, SECOND = FORMATS
+
+
+def test_the_forms() -> None:
+    assert [(form.generation, form.files) for form in FORMATS] == [
+        (1, ("kernel.cu", "kernel.cubin")),
+        (2, ("kernel.cu", "kernel.cubin", "meta.json", ".committed")),
+    ]
+    assert (FIRST.on_damage, SECOND.on_damage) == (
+        "the library aborts on this entry",
+        "the library compiles it again, or fails on it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "generation", "name"),
+    [
+        (f"kernel.sm90_fp8_gemm_1d2d.{HEX}", 1, "sm90_fp8_gemm_1d2d"),
+        (f"sm90_fp8_gemm_1d2d.{HEX}", 2, "sm90_fp8_gemm_1d2d"),
+        (f"kernel.{HEX}", 2, "kernel"),
+        (f"kernel.kernel.{HEX}", 1, "kernel"),
+        (f"{HEX}.{HEX}", 2, HEX),
+    ],
+)
+def test_an_entrys_name(key: str, generation: int, name: str) -> None:
+    form = format_of(key)
+    assert form is not None and form.generation == generation
+    assert kernel_name(key) == name
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "kernel",
+        "notes.txt",
+        f"kernel..{HEX}",
+        f".{HEX}",
+        f"kernel.gemm.{HEX[:-1]}",
+        f"kernel.gemm.{HEX}0",
+        f"gemm.{HEX.upper()}",
+        f"a.gemm.{HEX}",
+        f"kernel.a-b.{HEX}",
+        f"kernel.gemm.{HEX}\n",
+        f"cache/gemm.{HEX}",
+        f"kernel.gemm.x.{HEX}",
+    ],
+)
+def test_names_that_are_not_an_entrys(key: str) -> None:
+    assert format_of(key) is None
+    assert kernel_name(key) == key

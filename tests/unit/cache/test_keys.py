@@ -1,0 +1,254 @@
+"""Digests, and keys of the second JIT generation, by second implementations."""
+
+import json
+import re
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.build.compiler import NvccCompiler, keys_for, signature_of
+from runner.cache.digest import DeepJitDigest, Digest, hex_digest
+from runner.cache.keys import CacheKeys, Recipe
+from runner.errors import UserError
+from runner.kernels.installed import Library
+from runner.kernels.kernel import Kernel
+
+KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))
+NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed\nrelease 13.0, V13.0.88\n"
+RECIPE = Recipe(
+    2,
+    ("-std=c++20", "--include-path", "{include}", "--gpu-architecture=sm_100f", "-O3"),
+    "extra",
+    '{"arch": "100f"}',
+)
+FLAGS = "-std=c++20 --gpu-architecture=sm_100f -O3"
+
+
+def digest(*texts: str) -> str:
+    return deep_jit(*(text.encode() for text in texts))
+
+
+def tree(text: str, headers: Path) -> str:
+    """Digest of a text and, in order, of each of the library's own headers that it includes."""
+    own = re.findall(r"#include <(deep_gemm/[^>]+)>", text)
+    return digest(text, *(tree((headers / name).read_text(), headers) for name in own))
+
+
+def key(
+    library: Library,
+    *,
+    kernel: Kernel = KERNEL,
+    extra: str = "extra",
+    nvcc: str = NVCC,
+    flags: str = FLAGS,
+) -> str:
+    source = tree(kernel.body, library.include_path)
+    return f"{kernel.name}.{digest(extra, digest(nvcc), flags, '', source)}"
+
+
+@pytest.fixture
+def newer(fake_library: Library) -> Library:
+    (fake_library.root / "_C.so").write_bytes(b"\x7fELF .committed")
+    return Library(fake_library.root, version="0.2.3")
+
+
+def test_the_key_of_a_kernel(newer: Library) -> None:
+    keys = CacheKeys(newer, RECIPE, NVCC, Path())
+    assert keys.cache_key(KERNEL) == key(newer)
+    assert re.fullmatch(r"gemm\.[0-9a-f]{32}", keys.cache_key(KERNEL))
+    assert keys.source(KERNEL) == KERNEL.body
+
+
+def test_a_key_written_down() -> None:
+    """A source without headers: nothing of it can change unseen."""
+    keys = CacheKeys(Library(Path("nowhere")), RECIPE, NVCC, Path())
+    assert keys.key_of("gemm", "int x;\n") == "gemm.ce4ce55f05c92bd1c5e55a3c3b0b8943"
+
+
+def test_what_else_is_in_a_key(newer: Library) -> None:
+    plain = CacheKeys(newer, RECIPE, NVCC, Path())
+    for changed, expected in (
+        (replace(plain, signature=NVCC + " "), key(newer, nvcc=NVCC + " ")),
+        (replace(plain, recipe=replace(RECIPE, extra_signature="x")), key(newer, extra="x")),
+        (replace(plain, recipe=replace(RECIPE, flags=("-O2",))), key(newer, flags="-O2")),
+    ):
+        assert changed.cache_key(KERNEL) == expected != plain.cache_key(KERNEL)
+    same = replace(plain, recipe=replace(RECIPE, options="{}"))
+    assert same.cache_key(KERNEL) == plain.cache_key(KERNEL), "the account of flags is not"
+
+
+def test_headers_are_in_a_key_and_the_path_is_not(newer: Library, tmp_path: Path) -> None:
+    before = CacheKeys(newer, RECIPE, NVCC, Path()).cache_key(KERNEL)
+    moved = newer.root.rename(tmp_path / "moved")
+    assert CacheKeys(Library(moved), RECIPE, NVCC, Path()).cache_key(KERNEL) == before
+    (moved / "include" / "deep_gemm" / "c.cuh").write_text("int unrelated;\n")
+    assert CacheKeys(Library(moved), RECIPE, NVCC, Path()).cache_key(KERNEL) == before
+    (moved / "include" / "deep_gemm" / "b.cuh").write_text("int changed;\n")
+    changed = Library(moved)
+    assert CacheKeys(changed, RECIPE, NVCC, Path()).cache_key(KERNEL) == key(changed) != before
+
+
+def test_flags_leave_the_include_path_out(newer: Library) -> None:
+    assert CacheKeys(newer, RECIPE, NVCC, Path()).flags == FLAGS
+    compiler = NvccCompiler(Path("nvcc"), newer, RECIPE)
+    assert compiler.arguments == [
+        "-std=c++20",
+        "--include-path",
+        str(newer.include_path),
+        "--gpu-architecture=sm_100f",
+        "-O3",
+    ]
+    assert RECIPE.arch == "sm_100f"
+
+
+def test_what_an_entry_holds_besides(newer: Library) -> None:
+    extra = CacheKeys(newer, RECIPE, NVCC, Path()).extra_files
+    assert list(extra) == ["meta.json", ".committed"]
+    assert extra[".committed"] == b""
+    assert json.loads(extra["meta.json"]) == {
+        "command": f"nvcc kernel.cu --cubin --output-file kernel.cubin {FLAGS}",
+        "config": {"extra_signature": "extra"},
+        "compiler_info": {"version": NVCC},
+        "compiler_options": {"arch": "100f"},
+    }
+    bare = CacheKeys(newer, replace(RECIPE, options=""), NVCC, Path()).extra_files
+    assert json.loads(bare["meta.json"])["compiler_options"] == {}
+    assert CacheKeys(newer, replace(RECIPE, generation=1), "NVCC13.0", Path("/x")).extra_files == {}
+
+
+def test_the_recipe_says_which_keys(newer: Library) -> None:
+    assert keys_for(newer, RECIPE, NVCC, Path("/there")) == CacheKeys(
+        newer, RECIPE, NVCC, Path("/there/include")
+    )
+    first = replace(RECIPE, generation=1)
+    older = Library(newer.root / "older")
+    assert keys_for(older, first, NVCC, Path("/there")) == CacheKeys(
+        older, first, "NVCC13.0", Path("/there/include")
+    )
+    with pytest.raises(UserError, match=r"its compiled part \(_C\*\.so\) is missing or another"):
+        keys_for(newer, first, NVCC, Path("/there"))
+    with pytest.raises(UserError, match="does not look like"):
+        keys_for(older, RECIPE, NVCC, Path("/there"))
+    assert [signature_of(NVCC, generation) for generation in (1, 2)] == ["NVCC13.0", NVCC]
+
+
+# Digests
+
+SEEDS = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
+
+
+def fnv1a_64(data: bytes, offset_basis: int) -> int:
+    """FNV-1a with the prime 2**40 + 2**8 + 0xb3 written as shifts."""
+    state = offset_basis
+    for byte in data:
+        state ^= byte
+        state = (state << 40) + (state << 8) + state * 0xB3
+        state %= 1 << 64
+    return state
+
+
+def split_mix_64(state: int) -> int:
+    """The output function of the SplitMix64 generator."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ state >> shift) * factor % (1 << 64)
+    return state ^ state >> 31
+
+
+def second_opinion(data: bytes) -> str:
+    return "".join(f"{split_mix_64(fnv1a_64(data, seed)):016x}" for seed in SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", 0xCBF29CE484222325), ("a", 0xAF63DC4C8601EC8C), ("foobar", 0x85944171F73967E8)],
+)
+def test_the_second_implementation_on_published_fnv_vectors(text: str, expected: int) -> None:
+    assert fnv1a_64(text.encode(), 0xCBF29CE484222325) == expected
+
+
+def test_the_second_implementation_on_published_split_mix_outputs() -> None:
+    """The first outputs of SplitMix64 seeded with 0 and with 1234567."""
+    gamma = 0x9E3779B97F4A7C15
+    assert split_mix_64(gamma) == 0xE220A8397B1DCDAF
+    assert split_mix_64(2 * gamma % 2**64) == 0x6E789E6AA1B965F4
+    assert split_mix_64(1234567 + gamma) == 6457827717110365317
+
+
+@given(st.binary(max_size=200))
+def test_both_implementations_agree(data: bytes) -> None:
+    assert hex_digest(data) == second_opinion(data)
+
+
+@given(st.text(max_size=50))
+def test_text_is_hashed_as_utf8(text: str) -> None:
+    assert hex_digest(text) == hex_digest(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "ddd805b8cbc69b1ee220a8397b1dcdaf"),
+        ("a", "40eeb2539253514ed582412f6e474b8f"),
+        ("kernel.sm90_fp8_gemm_1d2d", "b0782928da0215dc8773da38f7e95e9a"),
+        ("é\n", "926ef062edb430ad145bba3584a46c00"),
+    ],
+)
+def test_known_digests(text: str, expected: str) -> None:
+    assert hex_digest(text) == expected
+
+
+# DeepJIT's digest
+
+
+def deep_jit(*texts: bytes) -> str:
+    """Each text after its length in eight bytes; the second run multiplies by the golden ratio."""
+    data = b"".join(struct.pack("<Q", len(text)) + text for text in texts)
+    golden = 0xFF51AFD7ED558CCD
+    for byte in data:
+        golden = (golden ^ byte) * 0x9E3779B97F4A7C15 % (1 << 64)
+    return f"{split_mix_64(fnv1a_64(data, SEEDS[0])):016x}{split_mix_64(golden):016x}"
+
+
+@given(st.lists(st.binary(max_size=60), max_size=4))
+def test_deep_jits_digest_by_a_second_implementation(texts: list[bytes]) -> None:
+    digest = DeepJitDigest()
+    for text in texts:
+        digest = digest.update(text)
+    assert digest.hex == deep_jit(*texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([], "ddd805b8cbc69b1eab0665cdad96ab45"),
+        ([""], "601991819c51b6b40cce57df1139bba4"),
+        (["ab"], "ee8e35d8cc4dc26e5e463c7c75faa457"),
+        (["a", "b"], "47f0455dd7b38256f2732cb8bc2d7390"),
+    ],
+)
+def test_known_deep_jit_digests(texts: list[str], expected: str) -> None:
+    digest = DeepJitDigest()
+    for text in texts:
+        digest = digest.update(text)
+    assert digest.hex == expected
+
+
+@pytest.mark.parametrize("kind", [Digest, DeepJitDigest])
+def test_digests_go_on_from_a_common_beginning(kind: type[Digest]) -> None:
+    common = kind().update("common")
+    before = common.hex
+    assert common.update("a").hex == kind().update("common").update("a").hex
+    assert common.update("b").hex != common.update("a").hex
+    assert common.hex == before
+    assert isinstance(common.update("a"), kind)
+    assert common == kind().update("common") and hash(common) == hash(kind().update("common"))
+
+
+def test_only_deep_jits_digest_knows_where_a_text_ends() -> None:
+    assert Digest().update("a").update("b") == Digest().update("ab")
+    assert DeepJitDigest().update("a").update("b") != DeepJitDigest().update("ab")
+    assert Digest().update("ab").hex == hex_digest("ab")
