@@ -27,11 +27,10 @@ from runner.cli.common import (
     serving_options,
     warmup_options,
 )
-from runner.cli.guard import run_guarded
 from runner.cli.overlap_options import overlap_options
 from runner.config.environ import Environ
 from runner.driver.warmup import DisaggregationMode, WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.kernels.installed import LIBRARIES
 from runner.report.outputs import check_outputs, print_timelines, write_reports
 from runner.standin.gpus import DEFAULT_GPU

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch.failure import lost_a_peer
-from runner.cli.guard import WorkFailedError
+from runner.errors import WorkFailedError
 
 _SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
 """Signals that torch ends the ranks for, as if by its own. Without SIGINT among them an

@@ -11,8 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from launch.deadline import OutOfTimeError
 from runner.build.compiler import CompileError
-from runner.cli.guard import WorkFailedError, say_error
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError, print_error
 
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was")
 
@@ -39,6 +38,6 @@ def rank_failure(rank: int, error: Exception) -> WorkFailedError:
 def end_process(rank: int, error: Exception) -> NoReturn:
     """End this process from whatever thread, wherever its other threads are and whoever listens."""
     try:
-        say_error(str(rank_failure(rank, error)))
+        print_error(str(rank_failure(rank, error)))
     finally:
         os._exit(1)

@@ -20,11 +20,11 @@ from runner.build.unit import Job
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
 from runner.cache.manifest import locked
-from runner.cli.progress import Show, progress
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import Plan
+from runner.report.progress import Show, progress
 from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span

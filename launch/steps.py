@@ -37,12 +37,11 @@ from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.cli.common import SECONDS, layout_options, model_options
-from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
 from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.report.outputs import check_outputs

@@ -24,9 +24,9 @@ from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.cache.prune import prune as prune_entries
 from runner.cache.prune import size_of, superfluous
 from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
-from runner.cli.progress import counting, progress
 from runner.errors import UserError
 from runner.files import write_json
+from runner.report.progress import counting, progress
 
 
 @click.group()

@@ -28,11 +28,10 @@ from runner.cache.plan_file import PlanFile, read_plan_file
 from runner.cache.relocate import relocate as relocate_cache
 from runner.cache.verify import Expectation, Finding
 from runner.cache.verify import verify as verify_cache
-from runner.cli.guard import WorkFailedError
-from runner.cli.progress import counting, progress
 from runner.cli.target import check_release, machine_options, take_machine
 from runner.config.environ import Environ, available_cores
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
+from runner.report.progress import counting, progress
 from runner.standin.gpus import gpu_named
 
 _SHOWN = 20

@@ -16,11 +16,10 @@ from runner.build.cubin import kernels_in
 from runner.build.prebuild import BuildOrder, BuildReport, BuildStoppedError, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import deployment_options, planned
-from runner.cli.guard import WorkFailedError
-from runner.cli.progress import counting, progress
 from runner.cli.target import kernel_options, machine_options, take_target
 from runner.config.environ import Environ, available_cores
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
+from runner.report.progress import counting, progress
 
 _SHOWN_FAILURES = 5
 _SHOWN_WORDS = 400

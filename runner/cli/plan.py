@@ -10,13 +10,11 @@ import click
 
 from runner.cli.common import GIBIBYTES, IntList, check_sizes
 from runner.cli.deployment import Planned, deployment_options, planned
-from runner.cli.guard import WorkFailedError
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import walk_memory_of
 from runner.cli.target import kernel_options, machine_options, take_target
 from runner.config.environ import Environ
 from runner.driver.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.rules import RULES, RULES_ARCH
 from runner.planning.coverage import Coverage, coverage
@@ -25,6 +23,7 @@ from runner.planning.library_check import differences
 from runner.planning.plan_json import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
+from runner.report.progress import counting, progress
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
 

@@ -16,7 +16,6 @@ from runner.cli.common import (
     policy_option,
     report_options,
 )
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import (
     machine_of,
     model_of,
@@ -31,6 +30,7 @@ from runner.files import write_json
 from runner.kernels.table import Origin
 from runner.report.outputs import check_outputs, write_reports
 from runner.report.predictions import print_predictions
+from runner.report.progress import counting, progress
 from runner.scenario import with_one_table
 from sim.costs.profile import load_profile
 from sim.simulate import Machine, Prediction, simulate

@@ -15,9 +15,8 @@ import click
 from runner.build.compiler import find_nvcc
 from runner.cache.describe import config_of_source, in_words
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
-from runner.cli.guard import WorkFailedError
 from runner.config.environ import Environ
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.report.outputs import check_outputs
 from runner.watch.command import Forbid, Watched

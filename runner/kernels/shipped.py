@@ -110,10 +110,10 @@ def preset_demands(num_sms: int) -> Iterator[Demand]:
 def main(libraries: Sequence[str]) -> None:
     """Write the tables of each library for each GPU."""
     from runner.build.compiler import find_nvcc, nvcc_version
-    from runner.cli.progress import counting, progress
     from runner.config.environ import Environ, cache_folder
     from runner.kernels.installed import find_library
     from runner.kernels.library import LibrarySource
+    from runner.report.progress import counting, progress
 
     nvcc = find_nvcc(Environ.read(os.environ))
     assert nvcc is not None, "headers are digested for a compiler"

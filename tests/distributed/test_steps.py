@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 from runner.schedule import Await, Begin, Collective, Compute, Mark
 from sim.overlap.measured import read_steps
 

@@ -12,8 +12,8 @@ from runner.build.probe import probe_seconds
 from runner.cache.describe import name_of_source
 from runner.cache.keys import first_recipe
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
+from runner.errors import run_guarded
 from runner.kernels.installed import Library
 from sim.costs.profile import load_profile
 

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PLAIN_EVERY_SECONDS = 5.0
-
+_SECONDS_BETWEEN_LINES = 5.0
 
 Show = Callable[[int, int, float], None]
-"""Told (items done, of how many, fraction of the work done)."""
+"""Shows (items done, items in all, fraction of the work done)."""
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
-    """Gives a function to be told how far work is; shows rate and time left on standard error."""
+    """Yield a function that shows how far the work is, its rate and the time left, on stderr."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield _Plain(what)
         return
@@ -43,7 +42,7 @@ def progress(what: str) -> Iterator[Show]:
 
 
 class _Plain:
-    """Prints a line at most every few seconds, and one at the end."""
+    """Prints a line every few seconds, and one at the end."""
 
     def __init__(self, what: str) -> None:
         self._what, self._started, self._last = what, time.monotonic(), time.monotonic()
@@ -52,7 +51,7 @@ class _Plain:
     def __call__(self, done: int, total: int, fraction: float) -> None:
         now = time.monotonic()
         ends = done == total and not self._ended
-        if not ends and now - self._last < _PLAIN_EVERY_SECONDS:
+        if not ends and now - self._last < _SECONDS_BETWEEN_LINES:
             return
         self._last, self._ended = now, ends
         elapsed = max(1e-6, now - self._started)
@@ -61,15 +60,15 @@ class _Plain:
 
 
 def _say(line: str) -> None:
-    """Work must not end because nobody listens any more; nor may its exit code tell of that."""
+    """Print to standard error; a reader that is gone changes neither the work nor its exit code."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # What was not written waits in a buffer, and Python exits with 120 where that fails again.
+        # Python would try to flush the unwritten line again at its exit, and end with code 120.
         with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def counting(show: Show) -> Callable[[int, int], None]:
-    """For work whose items cost about the same."""
+    """Show progress of work whose items all cost about the same."""
     return lambda done, total: show(done, total, done / total)
