@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt, probed_seconds
+from launch.jit import cache_of_policy, check_jit, check_prebuilt, probed_seconds
 from launch.options import LaunchOptions
 from runner.cli.common import (
     SECONDS,
@@ -213,8 +213,7 @@ def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
 def _be_a_rank(
     options: LaunchOptions, environ: Environ, result: Path | None, work_dir: Path | None
 ) -> None:
-    from launch.failure import rank_failure
-    from launch.report import finish
+    from launch.limits import rank_failure
     from launch.worker import run_worker
 
     if len(options.policies) != 1:
@@ -228,7 +227,7 @@ def _be_a_rank(
     try:
         outcome = run_worker(options, environ, options.policies[0], say=say, work_dir=work_dir)
         if outcome is not None:
-            finish(options, outcome, result)
+            outcome.write(options, result)
     except Exception as error:
         raise rank_failure(rank, error) from error
 

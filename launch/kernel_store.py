@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
+from launch.comm import Groups
+from launch.jit import check_holds
 from launch.loaders import KernelLoader
 from runner.build.build import Builder, Built
 from runner.build.compiler import CompileError, NvccCompiler
 from runner.build.scratch import scratch_folder
 from runner.build.unit import Job
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
 from runner.cache.manifest import locked
-from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import Plan
@@ -29,27 +27,20 @@ from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
 
-_TAG = "build-"
-Entry = tuple[str, bytes]
-"""Source and cubin."""
-
 
 @dataclass
 class NodeKernels:
-    """Implements :class:`runner.backend.base.KernelStore` for one rank.
+    """Implements :class:`runner.backend.kernel_store.KernelStore` for one rank.
 
     Attributes:
         rank: world rank.
-        scenario: says who leads which node.
+        scenario: says which ranks lead nodes, and what is planned.
         cache: this node's.
-        compiler: the real one; builds are noted here, not by the shim.
-        loader: brings kernels into this process and walks.
-        note: takes the spans of builds.
-        everyone: process group of all ranks.
-        leaders: process group of the nodes' first ranks, None where there is one node.
+        compiler: the real one; builds are timed here, not by the shim.
+        loader: brings kernels into this process.
+        groups: process groups.
         workers: compiler processes that this node may run at a time.
-        environment: what the compiler's stages run in.
-        built: kernels that this rank has built.
+        spans: of this rank's builds so far.
     """
 
     rank: int
@@ -57,24 +48,27 @@ class NodeKernels:
     cache: KernelCache
     compiler: NvccCompiler
     loader: KernelLoader
-    note: Callable[[Span], None]
-    everyone: dist.ProcessGroup
-    leaders: dist.ProcessGroup | None
+    groups: Groups
     workers: int
-    environment: Mapping[str, str]
-    built: int = 0
-    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    spans: list[Span] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def built(self) -> int:
+        """Kernels that this rank has built."""
+        with self._lock:
+            return sum(span.is_kernel for span in self.spans)
 
     def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Build what the node's cache lacks, on all its cores.
+        """Build the kernels that the node's cache lacks, on all its cores.
 
         Raises:
             CompileError: a kernel does not compile.
         """
         if not kernels:
             return
-        # Nodes that share a directory build their shares side by side; a ``runner compile`` in it
-        # would clear away what they are writing.
+        # Nodes that share a directory build their shares at the same time; a ``runner compile``
+        # in it would remove what they are writing.
         with locked(self.cache.root, shared=True):
             self._build_missing([kernel for kernel in kernels if not self._holds(kernel)])
 
@@ -88,77 +82,74 @@ class NodeKernels:
                 self.compiler,
                 folder,
                 self.workers,
-                self.environment,
+                os.environ,
                 self._take,
-                on_shared=self._note_shared,
+                on_shared=self._note,
                 on_step=lambda done, all_: show(self.built, len(jobs), done / max(done, all_)),
             )
             builder.build(jobs)
 
     def _progress(self) -> AbstractContextManager[Show]:
-        """Told on rank 0 alone: nodes build shares of about the same size."""
+        """Shown on rank 0 alone: all nodes build shares of about the same size."""
         return progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
 
     def _holds(self, kernel: Kernel) -> bool:
         keys = self.compiler.keys
         return self.cache.holds(keys.cache_key(kernel), keys.source(kernel))
 
-    def _note_shared(self, name: str, start: float, end: float) -> None:
-        self.note(Span(self.rank, start, end, "compile", name))
-
     def _take(self, built: Built) -> None:
+        kernel = built.job.kernel
         if built.cubin is None:
-            raise CompileError(f"{built.job.kernel.name}: {built.words}")
+            raise CompileError(f"{kernel.name}: {built.words}")
         self._put(built.job.key, built.job.source, built.cubin)
-        name = built.job.kernel.name
-        self.note(Span(self.rank, built.started, time.time(), "compile", name, built.job.key))
-        with self._guard:
-            self.built += 1
+        self._note(kernel.name, built.started, time.time(), kernel.identity)
+
+    def _note(self, name: str, start: float, end: float, identity: str = "") -> None:
+        """Keep the span of a kernel's build, or of a step that several kernels share."""
+        with self._lock:
+            self.spans.append(Span(self.rank, start, end, "compile", name, identity))
 
     def _put(self, key: str, source: str, cubin: bytes) -> None:
-        extra = self.compiler.keys.extra_files
-        self.cache.put(key, source, cubin, extra=extra, tag=_TAG)
+        self.cache.put(key, source, cubin, extra=self.compiler.keys.extra_files, tag="build-")
 
     def exchange(self) -> None:
-        """Wait for everyone; then leaders hand each other what their caches lack.
+        """Wait for everyone; then leaders give each other the kernels that their caches lack.
 
-        Where nodes share a directory nothing is lacking and nothing moves.
+        Nodes that share a directory lack nothing.
         """
-        dist.barrier(group=self.everyone)
-        if self.leaders is not None and self._leads:
-            self._hand_over(self.leaders)
+        dist.barrier(group=self.groups.everyone)
+        if self.groups.leaders is not None and self.scenario.leads(self.rank):
+            self._exchange_lacking(self.groups.leaders)
         if self.scenario.parallel.nodes > 1:
-            dist.barrier(group=self.everyone)
+            dist.barrier(group=self.groups.everyone)
 
-    @property
-    def _leads(self) -> bool:
-        return self.rank % self.scenario.parallel.ranks_per_node == 0
-
-    def _hand_over(self, group: dist.ProcessGroup) -> None:
-        parallel = self.scenario.parallel
-        keys_of = self.compiler.keys.cache_key
-        lacking: list[list[str]] = [[] for _ in range(parallel.nodes)]
-        planned = (item.kernel for item in self.scenario.plan.kernels)
-        mine = [keys_of(kernel) for kernel in planned if not self._holds(kernel)]
-        dist.all_gather_object(lacking, mine, group=group)
-        wanted = {key for keys in lacking for key in keys}
+    def _exchange_lacking(self, group: dist.ProcessGroup) -> None:
+        parallel, key_of = self.scenario.parallel, self.compiler.keys.cache_key
+        planned = [item.kernel for item in self.scenario.plan.kernels]
+        mine = {key_of(kernel) for kernel in planned if not self._holds(kernel)}
+        by_node: list[set[str]] = [set() for _ in range(parallel.nodes)]
+        dist.all_gather_object(by_node, mine, group=group)
+        lacking = set().union(*by_node)
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
             share = self.scenario.kernel_set(leader).share
-            keys = [key for key in map(keys_of, share) if key in wanted]
-            box: list[Any] = [[self._entry(key) for key in keys] if leader == self.rank else None]
+            keys = [key for key in map(key_of, share) if key in lacking]
+            entries = [self._entry(key) for key in keys] if leader == self.rank else None
+            box: list[list[tuple[str, bytes]] | None] = [entries]
             dist.broadcast_object_list(box, src=leader, group=group)
+            assert box[0] is not None
             for key, entry in zip(keys, box[0], strict=True):
                 if key in mine:
                     self.cache.discard(key)
                     self._put(key, *entry)
 
-    def _entry(self, key: str) -> Entry:
+    def _entry(self, key: str) -> tuple[str, bytes]:
+        """Source and cubin."""
         folder = self.cache.entry(key)
         return (folder / "kernel.cu").read_text(), (folder / "kernel.cubin").read_bytes()
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """See the protocol.
+        """Check that the node's cache holds kernels, whole.
 
         Raises:
             UserError: kernels are missing.
@@ -166,49 +157,18 @@ class NodeKernels:
         check_holds(self.cache, self.compiler.keys, kernels)
 
     def wait(self) -> None:
-        """See the protocol."""
-        dist.barrier(group=self.everyone)
+        dist.barrier(group=self.groups.everyone)
 
     def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """See the protocol."""
         self.loader.load(kernels)
 
     def walk(self, walk: Walk) -> None:
-        """See the protocol."""
         self.loader.walk(walk)
 
-    def proof(self, plan: Plan) -> dict[str, Any] | None:
-        """The node's coverage, from its leader."""
-        if not self._leads:
+    def coverage(self, plan: Plan) -> dict[str, object] | None:
+        """What the node's cache holds of the plan, as a Timeline keeps it; leaders only."""
+        if not self.scenario.leads(self.rank):
             return None
         present = {item.kernel for item in plan.kernels if self._holds(item.kernel)}
         parallel = self.scenario.parallel
         return node_coverage(parallel.node_of(self.rank), parallel, plan, present)
-
-
-def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
-    """Raise UserError where a cache does not hold all of the kernels, whole."""
-    held = (cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels)
-    missing = sum(not there for there in held)
-    if missing:
-        raise UserError(
-            f"the cache {cache.root} lacks {missing} of {len(kernels)} planned kernels: build them "
-            "first (runner compile), or use --warmup planned"
-        )
-
-
-def leaders_group(scenario: Scenario, limit: float) -> dist.ProcessGroup | None:
-    """The group of all nodes' first ranks, which wait ``limit`` seconds; None to other ranks."""
-    parallel = scenario.parallel
-    if parallel.nodes == 1:
-        return None
-    leaders = list(range(0, parallel.world_size, parallel.ranks_per_node))
-    group: dist.ProcessGroup | None = dist.new_group(
-        leaders,
-        backend="gloo",
-        timeout=timedelta(seconds=limit),
-        # Else torch (2.11, 2.13) has those outside split the NCCL communicator, which a gloo group
-        # has no part in: they wait for ever.
-        use_local_synchronization=True,
-    )
-    return group

@@ -1,10 +1,12 @@
-"""Where a process stands among the ranks of its job, and how it meets them."""
+"""Where a process stands among the ranks of its job, on which device, and how it meets them."""
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,8 +26,20 @@ class Place:
     local_world_size: int
 
 
+_START_TIME = 21
+"""Field of /proc/PID/stat, counted from 0."""
+
+
+def process_start() -> float:
+    """Seconds since the epoch at which the kernel started this process, to about 10 ms."""
+    # The second field is the program's name in brackets, which may hold anything.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    since_boot = int(fields[_START_TIME - 2]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
 def find_place(environ: Environ) -> Place:
-    """This process's place, as torchrun's variables say it.
+    """This process's place, from torchrun's variables.
 
     Raises:
         UserError: a rank beyond the world's size.
@@ -37,7 +51,7 @@ def find_place(environ: Environ) -> Place:
 
 
 def pick_device(wanted: str, place: Place) -> torch.device:
-    """The device of ``--device``: auto, cpu or cuda; on one with several GPUs the rank's own.
+    """The device that ``--device`` (auto, cpu or cuda) means on this rank.
 
     Raises:
         UserError: a GPU was asked for, and there is none.
@@ -56,14 +70,14 @@ def check_nccl(device: str, ranks_per_node: int) -> None:
 
     Args:
         device: what ranks run on, or ``auto``.
-        ranks_per_node: ranks of a node, maybe a virtual one.
+        ranks_per_node: ranks of a real or virtual node.
 
     Raises:
-        UserError: there is no GPU, or not one for each.
+        UserError: there is no GPU, or not one for each rank.
     """
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if not gpus:
-        raise UserError("--backend nccl: it moves what is on a GPU, and the ranks run on CPUs")
+        raise UserError("--backend nccl moves data on GPUs, but the ranks run on CPUs")
     if ranks_per_node > gpus:
         raise UserError(
             f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), which "
@@ -72,12 +86,12 @@ def check_nccl(device: str, ranks_per_node: int) -> None:
 
 
 def pick_backend(wanted: str, device: torch.device, place: Place, ranks_per_node: int) -> str:
-    """What CUDA tensors go over, of ``--backend``: ``nccl`` or ``gloo``.
+    """What ``--backend`` (auto, nccl or gloo) means here: ``nccl`` or ``gloo``.
 
-    ``auto`` takes NCCL where each rank of this machine has a GPU of its own.
+    ``auto`` is NCCL if each rank of this machine has a GPU of its own.
 
     Raises:
-        UserError: see :func:`check_nccl`.
+        UserError: NCCL cannot connect the ranks of a node.
     """
     if wanted == "nccl":
         check_nccl(device.type, ranks_per_node)
@@ -93,34 +107,34 @@ def init_process_group(
     """Meet the other ranks.
 
     Args:
-        device: the rank's.
-        place: where it stands.
-        backend: see :func:`pick_backend`.
-        node: the rank's node, maybe a virtual one.
-        timeout: seconds that a communication may wait.
+        device: the rank's device.
+        place: its place.
+        backend: ``nccl`` or ``gloo``.
+        node: its real or virtual node.
+        timeout: seconds that the whole run may take.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.setdefault(name, {"RANK": "0", "WORLD_SIZE": "1"}[name])
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
     if backend == "nccl" and place.local_world_size > torch.cuda.device_count():
-        # NCCL lets two ranks of one host share no GPU, and this is what it tells hosts apart by.
+        # NCCL refuses two ranks of one host on one GPU; this is how it recognises a host.
         os.environ["NCCL_HOSTID"] = f"virtual-node-{node}"
-    # Stages send and receive in one order, so that it costs nothing that NCCL keeps to it.
+    # NCCL keeps sends and receives in order; stages never need another one.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     dist.init_process_group(
         "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
-        # A little longer than the deadline, which can say more about where a rank stood.
+        # A little longer than our own deadline, which says more about where a rank was.
         timeout=timedelta(seconds=timeout + 30),
         device_id=None if backend == "gloo" else device,
     )
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU of a device, in the numbers that kernels are chosen by.
+    """The GPU of a device, with the numbers that decide which kernels run.
 
     Raises:
-        UserError: a GPU that DeepGEMM has no kernels for.
+        UserError: DeepGEMM has no kernels for it.
     """
     found = torch.cuda.get_device_properties(device)
     named = {gpu.device_name: gpu for gpu in reversed(GPUS)}

@@ -1,8 +1,8 @@
 """``torchrun -m launch.steps``: how long a forward takes as one batch and by each strategy.
 
-What ``runner overlap`` predicts, measured: on GPUs the forward is a CUDA graph, run again and
-again; then once more with an event behind every operation, which tells what the GPU and the link
-did when. ``runner overlap --measured`` lays both side by side.
+This measures what ``runner overlap`` predicts. On GPUs the forward is a CUDA graph, replayed many
+times, and once more with an event behind every operation, which shows what the GPU and the link did
+when. ``runner overlap --measured`` shows both next to each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,36 +21,119 @@ import click
 import torch
 import torch.distributed as dist
 
+from launch.cli import launch
 from launch.comm import TorchComm, make_groups
-from launch.comm_stream import CommStream
-from launch.deadline import Deadline
-from launch.failure import end_process
+from launch.device import CollectiveStream, capture_graph, replayed_event
 from launch.gather import machine_facts
-from launch.graphs import GraphCapture
-from launch.jit_setup import set_up_jit
-from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, gpu_of, init_process_group, pick_backend, pick_device
-from launch.step_clock import GpuClock, HostClock, StepSink
-from runner.backend.base import Backend
+from launch.jit import set_up_jit
+from launch.limits import Deadline
+from launch.options import LaunchOptions
+from launch.place import find_place, gpu_of, init_process_group, pick_backend, pick_device
+from launch.worker import Rank, build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.torch_math import TorchBuffers, TorchMath
-from runner.backend.torch_weights import TorchWeights
-from runner.cli.common import SECONDS, layout_options, model_options
+from runner.backend.sink import R
 from runner.config.environ import Environ
-from runner.config.model import ModelConfig
 from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
+from runner.kernels.types import KernelCall
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.report.outputs import check_outputs
-from runner.scenario import Scenario
+from runner.schedule import Await, Begin, Collective, Mark, Op
 
 _EAGER_RUNS = 2
-"""Forwards before a capture: kernels are loaded and memory is there."""
+"""Forwards before a capture, which load kernels and allocate memory."""
 
 _ROUNDS = 5
-"""Measurements of ``--repeat`` steps each, of which the median is told."""
+"""Measurements of ``--repeat`` steps each, of which the median counts."""
+
+_LAUNCH_OPTIONS = (
+    *("model", "layers", "pp", "tp", "ep", "attn_cp", "stage_layers"),
+    *("device", "cache_dir", "seed", "timeout"),
+)
+"""Options of ``launch`` that steps have too."""
+
+_SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
+
+
+class HostEvent:
+    """The host's clock, used like a GPU's event: a CPU has done an operation when it returns."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+class StepSink:
+    """Runs operations and, while it listens, notes when each of them ends.
+
+    Attributes:
+        last: the operation at hand.
+
+    Args:
+        stream: the GPU's stream for collectives; None on a CPU.
+    """
+
+    def __init__(self, stream: CollectiveStream | None) -> None:
+        self.last = "start"
+        self._stream = stream
+        self.listen(False)
+
+    def listen(self, listening: bool) -> None:
+        """Forget everything; while listening, times count from now on."""
+        self._listening = listening
+        self._points: list[Any] = []
+        self._intervals: list[list[int]] = []
+        self._begun: dict[str, list[int]] = {}
+        if self._stream is not None:
+            self._stream.noted = [] if listening else None
+        if listening:
+            self._note()
+
+    def _note(self) -> None:
+        event = HostEvent() if self._stream is None else replayed_event()
+        event.record()
+        self._points.append(event)
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        """Do ``op``."""
+        if isinstance(op, Mark):
+            return action()
+        self.last = op.describe() if isinstance(op, KernelCall) else op.name
+        here = len(self._points)
+        if isinstance(op, Begin | Collective):
+            self._begun[op.name] = [here - 1, here]
+            self._intervals.append(self._begun[op.name])
+        elif isinstance(op, Await):
+            self._begun.pop(op.name)[1] = here
+        result = action()
+        if self._listening:
+            self._note()
+        return result
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        raise NotImplementedError(f"{name} within a step")
+
+    def ends(self) -> list[float]:
+        """Seconds at which each operation ended, after a 0 for the start."""
+        return [self._seconds(point) for point in self._points]
+
+    def link(self) -> list[tuple[float, float]]:
+        """Start and end of every collective in seconds, in the order of their starts.
+
+        On a CPU one that was begun counts until it is awaited: nobody says when it ended.
+        """
+        if self._stream is not None:
+            noted = self._stream.noted or []
+            return [(self._seconds(events.start), self._seconds(events.end)) for events in noted]
+        ends = self.ends()
+        return [(ends[first], ends[last]) for first, last in self._intervals]
+
+    def _seconds(self, event: Any) -> float:
+        return float(self._points[0].elapsed_time(event)) / 1e3
 
 
 @dataclass
@@ -65,43 +147,43 @@ class _Steps:
     repeat: int
 
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
-        """Steps by a strategy, None as one batch."""
+        """Measure steps by a strategy; None is one batch."""
         stage = self.runner.stage.overlapped([strategy] if strategy else [])
-        self.sink.listen(None)
-        for _ in range(_EAGER_RUNS):
+
+        def forward() -> None:
             stage.forward(self.batch, None)
-        step = self._prepared(lambda: stage.forward(self.batch, None))
-        rounds = [self._timed(step) for _ in range(_ROUNDS)]
-        clock = GpuClock() if self.device.type == "cuda" else HostClock()
 
         def noted() -> None:
-            self.sink.listen(clock)
-            stage.forward(self.batch, None)
+            self.sink.listen(True)
+            forward()
 
-        step = self._prepared(noted)
+        self.sink.listen(False)
+        for _ in range(_EAGER_RUNS):
+            forward()
+        step = self._captured(forward)
+        rounds = [self._timed(step) for _ in range(_ROUNDS)]
+        step = self._captured(noted)
         for _ in range(_EAGER_RUNS):
             dist.barrier()
             step()
         self._synchronise()
-        ends = clock.ends()
         return {
             "strategy": None if strategy is None else strategy.to_json(),
             "step_seconds": median(rounds),
             "rounds": rounds,
-            "ends": ends,
-            "link": self.sink.link(ends),
+            "ends": self.sink.ends(),
+            "link": self.sink.link(),
         }
 
-    def _prepared(self, forward: Callable[[], object]) -> Callable[[], object]:
+    def _captured(self, forward: Callable[[], None]) -> Callable[[], object]:
         """The forward as a graph; on a CPU as it is."""
         if self.device.type != "cuda":
             return forward
-        graphs = GraphCapture(self.device)
-        graphs(forward)
-        return graphs.last.replay
+        graph = capture_graph(self.device, forward)
+        return graph.replay
 
     def _timed(self, step: Callable[[], object]) -> float:
-        """Seconds of a step, of some in a row."""
+        """Seconds of a step, averaged over ``repeat`` in a row."""
         self._synchronise()
         dist.barrier()
         start = time.perf_counter()
@@ -115,9 +197,7 @@ class _Steps:
             torch.cuda.synchronize(self.device)
 
 
-@click.command()
-@model_options
-@layout_options(pp=1, tp=2)
+@click.command(context_settings={"default_map": {"tp": 2}})
 @click.option(
     "--mode",
     type=click.Choice([mode.value for mode in ForwardMode]),
@@ -153,24 +233,7 @@ class _Steps:
     default=10,
     show_default=True,
     metavar="N",
-    help="Steps in a row of each of 5 measurements.",
-)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
-@click.option(
-    "--timeout",
-    type=SECONDS,
-    default=1800.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Longest run.",
+    help=f"Steps in a row of each of {_ROUNDS} measurements.",
 )
 @click.option(
     "--json",
@@ -185,121 +248,76 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
     Run by torchrun with --nproc-per-node as --tp says.
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
-    environ = Environ.read(os.environ)
     mode = ForwardMode(values["mode"])
-    strategies = _strategies(overlap, mode)
+    strategies = map(load_strategy, overlap) if overlap else STRATEGIES.values()
+    rank = _rank(values, Environ.read(os.environ))
+    with (
+        Deadline(rank.options.timeout, rank.place.rank) as deadline,
+        tempfile.TemporaryDirectory() as work_dir,
+    ):
+        measured = _prepare(rank, deadline, Path(work_dir), mode, values)
+        runs = []
+        with torch.inference_mode():
+            for strategy in (None, *(one for one in strategies if one.mode is mode)):
+                runs.append(measured.measure(strategy))
+                if rank.place.rank == 0:
+                    name = strategy.name if strategy else "one batch"
+                    print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+    if rank.place.rank == 0:
+        data = {
+            "version": 1,
+            "settings": {name: values[name] for name in _SETTINGS},
+            "num_sms": rank.scenario.num_sms,
+            "link": rank.link,
+            "machine": machine_facts(rank.device),
+            "runs": runs,
+        }
+        write_json(json_path, data)
+        print(f"wrote {json_path}")
+
+
+steps.params[:0] = [option for option in launch.params if option.name in _LAUNCH_OPTIONS]
+
+
+def _rank(values: dict[str, Any], environ: Environ) -> Rank:
+    """This rank, once it has met the others."""
     place = find_place(environ)
     if values["pp"] != 1 or place.world_size != values["tp"]:
         raise UserError(
             f"--pp {values['pp']} --tp {values['tp']} with {place.world_size} ranks: steps are of "
             "one stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
         )
-    measured = _run(values, environ, place, mode, strategies)
-    if place.rank == 0:
-        settings = {name: values[name] for name in _SETTINGS}
-        write_json(json_path, {"version": 1, "settings": settings, **measured})
-        print(f"wrote {json_path}")
-
-
-_SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
-
-
-def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy]:
-    found = [load_strategy(name) for name in names] if names else list(STRATEGIES.values())
-    return [strategy for strategy in found if strategy.mode is mode]
-
-
-def _run(
-    values: dict[str, Any],
-    environ: Environ,
-    place: Place,
-    mode: ForwardMode,
-    strategies: Sequence[OverlapStrategy],
-) -> dict[str, Any]:
     device = pick_device(values["device"], place)
+    options = LaunchOptions(**{name: values[name] for name in _LAUNCH_OPTIONS}, moe_a2a=True)
     gpu = gpu_of(device) if device.type == "cuda" else None
-    options = LaunchOptions(
-        **{
-            name: values[name]
-            for name in (
-                "model",
-                "layers",
-                "tp",
-                "ep",
-                "attn_cp",
-                "seed",
-                "stage_layers",
-                "device",
-                "cache_dir",
-                "timeout",
-            )
-        },
-        moe_a2a=True,
-    )
     scenario = options.scenario(environ, gpu=gpu, policy=WarmupPolicy.NONE)
     link = pick_backend("auto", device, place, place.local_world_size)
     init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
     if device.type == "cuda" and link == "gloo":
-        raise UserError("each rank needs a GPU of its own: over gloo nothing fits into a graph")
-    sink, end = StepSink(), partial(end_process, place.rank)
-    with Deadline(options.timeout, end) as deadline, tempfile.TemporaryDirectory() as work:
-        deadline.sink = sink
-        runner = _build(options, environ, scenario, place, device, sink, Path(work))
-        batch = _batch(runner, mode, values["batch"], values["prompt_len"])
-        one = _Steps(runner, sink, device, batch, values["repeat"])
-        runs = []
-        with torch.inference_mode():
-            for strategy in (None, *strategies):
-                runs.append(one.measure(strategy))
-                if place.rank == 0:
-                    name = strategy.name if strategy else "one batch"
-                    print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
-        dist.barrier()
-    dist.destroy_process_group()
-    return {
-        "num_sms": scenario.num_sms,
-        "link": link,
-        "machine": machine_facts(device),
-        "runs": runs,
-    }
+        raise UserError("each rank needs a GPU of its own: no CUDA graph can hold gloo's transfers")
+    return Rank(options, environ, scenario, place, device, link)
 
 
-def _build(
-    options: LaunchOptions,
-    environ: Environ,
-    scenario: Scenario,
-    place: Place,
-    device: torch.device,
-    sink: StepSink,
-    work: Path,
-) -> ModelRunner:
-    real = device.type == "cuda"
-    jit = set_up_jit(options, environ, scenario, place.rank, work, library=real)
-    groups = make_groups(scenario.parallel, options.timeout, "nccl" if real else "gloo")
-    stream = CommStream(device, sink.ran, sink.event) if real else None
-    comm = TorchComm(groups, device, through_host=False, stream=stream)
-    entry_points = jit.entry_points
-    backend = Backend(
-        TorchMath(device, entry_points),
-        comm,
-        sink,
-        scenario.num_sms,
-        bf16_fp32_algo=scenario.bf16_fp32_algo,
+def _prepare(
+    rank: Rank, deadline: Deadline, work_dir: Path, mode: ForwardMode, values: dict[str, Any]
+) -> _Steps:
+    jit = set_up_jit(
+        rank.options,
+        rank.environ,
+        rank.scenario,
+        rank.place.rank,
+        work_dir,
+        library=rank.on_gpu,
     )
-    return ModelRunner.build(
-        scenario.model,
-        scenario.parallel,
-        place.rank,
-        backend=backend,
-        weights=TorchWeights(options.seed, device, share=real and _is_large(scenario.model)),
-        buffers=TorchBuffers(device, scenario.model.vocab_size),
-    )
-
-
-def _is_large(model: ModelConfig) -> bool:
-    from runner.planning.weight_size import model_elements
-
-    return model_elements(model) > REAL_MATH_LIMIT
+    groups = make_groups(rank.scenario.parallel, rank.options.timeout, rank.link)
+    comm = TorchComm(groups, rank.device, rank.link)
+    sink = StepSink(comm.stream)
+    deadline.sink = sink
+    runner = build_runner(rank, jit, sink, comm)
+    batch = _batch(runner, mode, values["batch"], values["prompt_len"])
+    return _Steps(runner, sink, rank.device, batch, values["repeat"])
 
 
 def _batch(runner: ModelRunner, mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import click
@@ -28,7 +29,7 @@ def ending_with(error: BaseException | None) -> click.Command:
         (click.UsageError("no such option"), 2, "error: no such option\n"),
         (WorkFailedError("47 kernels are missing"), 1, "error: 47 kernels are missing\n"),
         (WorkFailedError("ended by SIGTERM", 143), 143, "error: ended by SIGTERM\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (click.Abort(), 130, "error: interrupted\n"),
     ],
 )
 def test_errors_and_warnings_are_one_line_each(
@@ -41,8 +42,6 @@ def test_errors_and_warnings_are_one_line_each(
 @pytest.mark.parametrize("error", [None, UserError("bad"), ValueError("a bug")])
 def test_a_command_leaves_warnings_to_its_caller(error: Exception | None) -> None:
     before = warnings.showwarning
-    try:
+    with contextlib.suppress(ValueError):
         run_guarded(ending_with(error), [], program="runner")
-    except ValueError:
-        pass
     assert warnings.showwarning is before
