@@ -238,7 +238,7 @@ def _say(line: str) -> None:
 
 def _start_ranks(options: LaunchOptions, environ: Environ, num_ranks: int) -> None:
     from launch.elastic import start_ranks
-    from launch.place import check_nccl
+    from launch.rank import check_nccl
 
     if options.backend == "nccl":
         check_nccl(options.device, options.parallel(environ).ranks_per_node)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from math import prod
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launch.device import CollectiveEvents, CollectiveStream
 from launch.limits import CommunicationTimeoutError
-from runner.backend.shapes import NoComm
 from runner.backend.tensor import TensorSpec
 from runner.config.parallel import ParallelConfig
 
@@ -23,17 +22,15 @@ _TORCH_DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
+_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups of a run.
+    """Process groups: of each set of ranks that run collectives, and for sends and receives.
 
-    Attributes:
-        of: group of each set of ranks that run collectives.
-        pairs: for sends and receives.
-        everyone: gloo group of all ranks' hosts.
-        leaders: gloo group of each node's first rank; None on a single node and on other ranks.
+    ``everyone`` connects all ranks' hosts over gloo, and ``leaders`` the nodes' first ranks; it is
+    None on a single node and on other ranks.
     """
 
     of: dict[tuple[int, ...], dist.ProcessGroup]
@@ -43,19 +40,19 @@ class Groups:
 
 
 def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
-    """Make a process group of each distinct set of ranks, in the same order on every rank.
-
-    Args:
-        parallel: the layout.
-        timeout: seconds that a communication may take.
-        link: what tensors go over, ``nccl`` or ``gloo``.
+    """Make all process groups, for communication over ``link`` that may take ``timeout`` seconds.
 
     Raises:
         CommunicationTimeoutError: the ranks did not connect in time.
     """
     needed: dict[tuple[int, ...], None] = {}
+    size = parallel.attn_tp
     for rank in range(parallel.world_size):
-        needed.update(dict.fromkeys(group for group in _groups_of(parallel, rank) if group[1:]))
+        tp_group = parallel.tp_group(rank)
+        first = parallel.coordinates(rank).tp_rank // size * size
+        for group in (tp_group, parallel.attn_cp_group(rank), tp_group[first : first + size]):
+            if len(group) > 1:
+                needed[group] = None
     ours = timedelta(seconds=timeout)
     # Our own limit comes before NCCL's watchdog, which says less.
     later = ours + timedelta(seconds=30) if link == "nccl" else ours
@@ -63,7 +60,16 @@ def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
         of = {group: dist.new_group(list(group), timeout=later) for group in needed}
         pairs = dist.new_group(timeout=later)
         everyone = dist.new_group(timeout=ours, backend="gloo")
-        leaders = _group_of_leaders(parallel, ours) if parallel.nodes > 1 else None
+        # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
+        # communicator, in which a gloo group has no part, and they wait forever.
+        first_ranks = list(range(0, parallel.world_size, parallel.ranks_per_node))
+        leaders = (
+            dist.new_group(
+                first_ranks, timeout=ours, backend="gloo", use_local_synchronization=True
+            )
+            if parallel.nodes > 1
+            else None
+        )
     except dist.DistStoreError:
         waited, more = later.total_seconds(), " and 30 s more" if later > ours else ""
         raise CommunicationTimeoutError(
@@ -73,36 +79,11 @@ def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
     return Groups(of, pairs, everyone, leaders)
 
 
-def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]:
-    tp_group = parallel.tp_group(rank)
-    yield tp_group
-    yield parallel.attn_cp_group(rank)
-    size = parallel.attn_tp
-    first = parallel.coordinates(rank).tp_rank // size * size
-    yield tp_group[first : first + size]
-
-
-def _group_of_leaders(parallel: ParallelConfig, timeout: timedelta) -> dist.ProcessGroup | None:
-    group: dist.ProcessGroup | None = dist.new_group(
-        list(range(0, parallel.world_size, parallel.ranks_per_node)),
-        backend="gloo",
-        timeout=timeout,
-        # Otherwise torch (2.11, 2.13) lets the ranks outside split the NCCL communicator, in which
-        # a gloo group has no part, and they wait forever.
-        use_local_synchronization=True,
-    )
-    return group
-
-
 @dataclass(frozen=True)
 class AsyncCollective:
-    """A collective that was started and not yet awaited.
+    """A collective that was started: gloo's handle, or its events on the GPU's stream.
 
-    Attributes:
-        work: gloo's handle, or the collective's events on the GPU's stream.
-        result: where its result arrives.
-        source: what it reads; kept alive until it ends.
-        blocks: blocks of ``result`` that are to be summed at the end.
+    ``source`` is kept alive until it ends; then ``blocks`` blocks of ``result`` are to be summed.
     """
 
     work: dist.Work | CollectiveEvents
@@ -117,37 +98,45 @@ def events_of(handle: object) -> CollectiveEvents | None:
     return work if isinstance(work, CollectiveEvents) else None
 
 
-class TorchComm:
-    """Implements :class:`runner.backend.communicator.Communicator` on torch tensors.
+T = TypeVar("T")
 
-    gloo moves host memory only, so a GPU's tensors take the way through the host. NCCL's
-    collectives run on a stream of their own.
 
-    Args:
-        groups: process groups.
-        device: where the tensors are.
-        link: what they go over, ``nccl`` or ``gloo``.
+class GroupComm(ABC, Generic[T]):
+    """Implements :class:`runner.backend.communicator.Communicator` over process groups.
+
+    NCCL's collectives run on ``stream``, which gloo does not have.
     """
 
     def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
-        self._groups, self._device, self._gloo = groups, device, link == "gloo"
+        self._groups, self._gloo = groups, link == "gloo"
+        # gloo moves host memory only, so a GPU's tensors take the way through the host.
+        self._where = torch.device("cpu") if self._gloo else device
         self.stream = None if self._gloo else CollectiveStream(device)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
-    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
-        """Sum over the group."""
+    @abstractmethod
+    def _outbound(self, x: T) -> torch.Tensor:
+        """What moves for ``x``, in memory of its own."""
+
+    @abstractmethod
+    def _inbound(self, moved: torch.Tensor) -> T:
+        """What the forward gets for a tensor that was moved."""
+
+    def all_reduce(self, x: T, group: tuple[int, ...]) -> T:
         buffer = self._outbound(x)
-        self._run(partial(dist.all_reduce, buffer, group=self._groups.of[group]))
+        start = partial(dist.all_reduce, buffer, group=self._groups.of[group])
+        if self.stream is None:
+            start()
+        else:
+            self.stream.wait(self.stream.start(start))
         return self._inbound(buffer)
 
-    def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
-        """Concatenate along ``dim``."""
-        buffer = self._outbound(x)
-        parts = [torch.empty_like(buffer) for _ in group]
-        self._run(partial(dist.all_gather, parts, buffer, group=self._groups.of[group]))
-        return self._inbound(torch.cat(parts, dim))
+    def all_gather(self, x: T, group: tuple[int, ...], dim: int) -> T:
+        gathered = self._finished(self.begin("all_gather", x, group))
+        parts = gathered.chunk(len(group))
+        return self._inbound(gathered if dim == 0 else torch.cat(parts, dim))
 
-    def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> AsyncCollective:
+    def begin(self, kind: str, x: T, group: tuple[int, ...]) -> AsyncCollective:
         """Start a collective on the GPU's stream, or in gloo's threads.
 
         gloo cannot reduce-scatter asynchronously: blocks are exchanged, and summed at the end.
@@ -168,8 +157,11 @@ class TorchComm:
         blocks = len(group) if kind == "reduce_scatter" and self._gloo else 1
         return AsyncCollective(work, result, source, blocks)
 
-    def end(self, begun: AsyncCollective) -> torch.Tensor:
+    def end(self, begun: AsyncCollective) -> T:
         """Wait for a collective; over NCCL the current stream waits, not the host."""
+        return self._inbound(self._finished(begun))
+
+    def _finished(self, begun: AsyncCollective) -> torch.Tensor:
         if isinstance(begun.work, CollectiveEvents):
             assert self.stream is not None
             self.stream.wait(begun.work)
@@ -178,9 +170,9 @@ class TorchComm:
         result = begun.result
         if begun.blocks > 1:
             result = result.unflatten(0, (begun.blocks, -1)).sum(0)
-        return self._inbound(result)
+        return result
 
-    def send(self, x: torch.Tensor, peer: int) -> None:
+    def send(self, x: T, peer: int) -> None:
         """Start a send, which a late receiver does not hold up.
 
         Only the first NCCL send to a peer waits for it: it connects the two.
@@ -191,66 +183,44 @@ class TorchComm:
         self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
         self._sends.append((work, buffer))
 
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> T:
         """Wait for a tensor."""
-        where = torch.device("cpu") if self._gloo else self._device
-        buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=where)
+        buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=self._where)
         dist.recv(buffer, peer, group=self._groups.pairs)
         return self._inbound(buffer)
 
     def finish(self) -> None:
-        """Wait until all sends have been received."""
+        """Wait until all that was sent has been received."""
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()
 
-    def _run(self, collective: Callable[[], object]) -> None:
-        if self.stream is None:
-            collective()
-        else:
-            self.stream.wait(self.stream.start(collective))
+
+class TorchComm(GroupComm[torch.Tensor]):
+    """Moves tensors of ``device``."""
+
+    def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
+        super().__init__(groups, device, link)
+        self._device = device
 
     def _outbound(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().to("cpu", copy=True) if self._gloo else x.clone()
 
-    def _inbound(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self._device)
+    def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
+        return moved.to(self._device)
 
 
-class ScratchComm:
-    """Communicator for a forward on shapes: really moves as many bytes, all of them zeros."""
+class ScratchComm(GroupComm[TensorSpec]):
+    """Moves as many bytes as the tensors of a forward on shapes would have, all of them zeros."""
 
-    def __init__(self, comm: TorchComm) -> None:
-        self._comm, self._shapes = comm, NoComm()
-        self._zeros: dict[tuple[int, str], torch.Tensor] = {}
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups, torch.device("cpu"), "gloo")
+        self._zeros: dict[TensorSpec, torch.Tensor] = {}
 
-    def all_reduce(self, x: TensorSpec, group: tuple[int, ...]) -> TensorSpec:
-        self._comm.all_reduce(self._buffer(x), group)
-        return x
+    def _outbound(self, x: TensorSpec) -> torch.Tensor:
+        if x not in self._zeros:
+            self._zeros[x] = torch.zeros(x.shape, dtype=_TORCH_DTYPES[x.dtype])
+        return self._zeros[x]
 
-    def all_gather(self, x: TensorSpec, group: tuple[int, ...], dim: int) -> TensorSpec:
-        self._comm.all_gather(self._buffer(x), group, 0)
-        return self._shapes.all_gather(x, group, dim)
-
-    def begin(
-        self, kind: str, x: TensorSpec, group: tuple[int, ...]
-    ) -> tuple[AsyncCollective, TensorSpec]:
-        begun = self._comm.begin(kind, self._buffer(x).view(x.shape), group)
-        return begun, self._shapes.begin(kind, x, group)
-
-    def end(self, begun: tuple[AsyncCollective, TensorSpec]) -> TensorSpec:
-        self._comm.end(begun[0])
-        return begun[1]
-
-    def send(self, x: TensorSpec, peer: int) -> None:
-        self._comm.send(self._buffer(x), peer)
-
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> TensorSpec:
-        self._comm.recv((prod(shape),), dtype, peer)
-        return TensorSpec(shape, dtype)
-
-    def _buffer(self, x: TensorSpec) -> torch.Tensor:
-        key = (prod(x.shape), x.dtype)
-        if key not in self._zeros:
-            self._zeros[key] = torch.zeros(key[0], dtype=_TORCH_DTYPES[x.dtype])
-        return self._zeros[key]
+    def _inbound(self, moved: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(moved.shape), _NAMES[moved.dtype])

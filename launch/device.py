@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,17 +15,12 @@ _POLL_SECONDS = 2e-4
 
 
 class Device:
-    """What a rank asks of its device besides math. A CPU has done everything at once.
-
-    Args:
-        device: where the rank computes.
-        link: what its tensors go over, ``nccl`` or ``gloo``.
-    """
+    """What a rank asks of its device besides math. A CPU has done everything at once."""
 
     def __init__(self, device: torch.device, link: str) -> None:
         self._device, self._link = device, link
-        self._clock = DeviceClock(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._origin: tuple[float, torch.cuda.Event] | None = None
 
     def synchronise(self) -> None:
         """Wait for the current stream alone: a send to a late stage must not hold this rank up."""
@@ -38,15 +34,18 @@ class Device:
 
     def times(self, events: CollectiveEvents) -> tuple[float, float]:
         """Start and end of a finished collective, in seconds since the epoch."""
-        return self._clock.seconds(events.start), self._clock.seconds(events.end)
+        if self._origin is None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            event.synchronize()
+            self._origin = time.time(), event
+        at, origin = self._origin
+        # Milliseconds are negative for events before the origin.
+        start, end = (float(origin.elapsed_time(each)) for each in (events.start, events.end))
+        return at + start / 1e3, at + end / 1e3
 
     def capture(self, forward: Callable[[], object]) -> None:
-        """Capture ``forward`` as a CUDA graph and keep it, as a server does; a CPU runs it again.
-
-        Raises:
-            UserError: a CUDA graph cannot hold the forward.
-            torch.OutOfMemoryError: the GPU's memory cannot hold the graph.
-        """
+        """Capture ``forward`` as a CUDA graph and keep it, as servers do; a CPU runs it again."""
         if self._device.type == "cuda":
             self._graphs.append(capture_graph(self._device, forward))
         else:
@@ -86,28 +85,6 @@ def capture_graph(device: torch.device, forward: Callable[[], object]) -> torch.
     return graph
 
 
-class DeviceClock:
-    """Turns a GPU's events into seconds since the epoch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._origin: tuple[float, torch.cuda.Event] | None = None
-
-    def seconds(self, event: torch.cuda.Event) -> float:
-        """When ``event``, which must have completed, happened."""
-        if self._origin is None:
-            self._origin = self._now()
-        at, origin = self._origin
-        # Negative for an event before the origin.
-        return at + float(origin.elapsed_time(event)) / 1e3
-
-    def _now(self) -> tuple[float, torch.cuda.Event]:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        event.synchronize()
-        return time.time(), event
-
-
 @dataclass(frozen=True)
 class CollectiveEvents:
     """Events of a queued collective: two that time its start and end, and one to wait for."""
@@ -121,11 +98,11 @@ class CollectiveStream:
     """Runs collectives one after the other, while the current stream goes on.
 
     NCCL works off its queue in order, on whatever streams it was filled from. With all collectives
-    on one stream that order is explicit, and events tell when each of them ran.
+    on one stream that order is explicit, and events show when each of them ran.
 
     Attributes:
-        noted: events of all collectives since it was set; None notes none. Noted events can be
-            read after every replay of a graph that holds them.
+        noted: events of all collectives since it was set, renewed by each replay of a graph that
+            holds them; None notes none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -135,7 +112,9 @@ class CollectiveStream:
 
     def start(self, collective: Callable[[], object]) -> CollectiveEvents:
         """Queue a collective behind everything on the current stream."""
-        events = CollectiveEvents(self._timer(), self._timer(), torch.cuda.Event())
+        plain = partial(torch.cuda.Event, enable_timing=True)
+        timer = plain if self.noted is None else replayed_event
+        events = CollectiveEvents(timer(), timer(), torch.cuda.Event())
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             events.start.record()
@@ -149,9 +128,6 @@ class CollectiveStream:
     def wait(self, events: CollectiveEvents) -> None:
         """Let the current stream wait for a collective; the host goes on."""
         torch.cuda.current_stream(self._device).wait_event(events.done)
-
-    def _timer(self) -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True) if self.noted is None else replayed_event()
 
 
 def replayed_event() -> torch.cuda.Event:

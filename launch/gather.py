@@ -35,11 +35,8 @@ class RunResult:
     schedule: Schedule
 
     def write(self, options: LaunchOptions, result: Path | None) -> None:
-        """Write the files that were asked for, and print the report.
-
-        Args:
-            options: the launch.
-            result: file for the Timeline, which a parent process will report; None without one.
+        """Write the files that were asked for; print the report, or leave it to the process that
+        started the ranks and reads the Timeline from ``result``.
         """
         if options.schedule is not None:
             write_json(options.schedule, self.schedule.to_json())
@@ -58,9 +55,7 @@ class RankRecord:
 
     Attributes:
         started: when its process began, in seconds since the epoch, as all times here.
-        spans: what it did.
-        ops: its operations.
-        coverage: its node's coverage, from the node's first rank.
+        coverage: its node's, from the node's first rank.
         stalls: compiles in requests after the first: [forward, its name, rank, kernel].
         walk_memory: fewest bytes of GPU memory that were free before a walk, None without one.
     """
@@ -100,10 +95,7 @@ def find_stalls(
 def gather(mine: RankRecord, scenario: Scenario, facts: Mapping[str, object]) -> RunResult | None:
     """Bring all ranks' records to rank 0; None on the others.
 
-    Args:
-        mine: this rank's record.
-        scenario: what was run.
-        facts: what else the Timeline's metadata should hold.
+    ``facts`` is what the Timeline's metadata holds besides the scenario.
     """
     world_size = scenario.parallel.world_size
     everyone: list[Any] | None = [None] * world_size if dist.get_rank() == 0 else None
@@ -154,10 +146,7 @@ def machine_facts(device: torch.device) -> dict[str, object]:
 class Logits:
     """The logits of each forward in order, kept by the last stage's first rank, which has all.
 
-    Args:
-        path: file for them; None keeps none.
-        parallel: the layout.
-        rank: world rank.
+    Without a path none are kept.
     """
 
     def __init__(self, path: Path | None, parallel: ParallelConfig, rank: int) -> None:
@@ -172,11 +161,7 @@ class Logits:
             self._kept.append(logits.float().cpu())
 
     def save(self) -> None:
-        """Write the file if there are logits for it.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Write the file if there are logits; UserError if it cannot be written."""
         if not self._kept or self._path is None:
             return
         try:

@@ -60,15 +60,13 @@ def find_tools(options: LaunchOptions, environ: Environ) -> Tools | str:
 
 @dataclass(frozen=True)
 class RankJit:
-    """A rank's JIT.
+    """What a rank calls GEMMs through, and what makes their kernels ready.
 
     Attributes:
-        loader: makes kernels ready.
-        entry_points: what GEMMs are called through.
         log_dir: where the compiler shim puts its records.
         description: one line for the user.
-        compiler: the real compiler; None if nothing is compiled.
-        cache: the node's cache; None if nothing is compiled.
+        compiler: the real compiler, not the shim; None if nothing is compiled.
+        cache: the node's; None if nothing is compiled.
     """
 
     loader: KernelLoader
@@ -88,15 +86,9 @@ def set_up_jit(
     *,
     library: bool,
 ) -> RankJit:
-    """Set up a rank's JIT with its node's cache and the compiler shim.
+    """Set up a rank's JIT with its node's cache and the compiler shim, both in ``work_dir``.
 
-    Args:
-        options: the launch.
-        environ: the environment.
-        scenario: what is run.
-        rank: world rank.
-        work_dir: the run's temporary directory, one a node.
-        library: whether GEMMs run in the real library (on a GPU, with real math).
+    ``library`` says whether GEMMs run in the real library (on a GPU, with real math).
 
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
@@ -186,15 +178,11 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
         raise UserError(
             "--warmup prebuilt needs a prebuilt cache: give --cache-dir or DG_JIT_CACHE_DIR"
         )
-    if not _on_gpu(options):
-        planned = [item.kernel for item in scenario.plan.kernels]
-        check_holds(given, tools.compiler(scenario.table.recipe).keys, planned)
-
-
-def _on_gpu(options: LaunchOptions) -> bool:
     import torch
 
-    return options.device != "cpu" and torch.cuda.is_available()
+    if options.device == "cpu" or not torch.cuda.is_available():
+        planned = [item.kernel for item in scenario.plan.kernels]
+        check_holds(given, tools.compiler(scenario.table.recipe).keys, planned)
 
 
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:

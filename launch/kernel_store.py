@@ -6,52 +6,44 @@ import os
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 
 from launch.comm import Groups
-from launch.jit import check_holds
-from launch.loaders import KernelLoader
+from launch.jit import RankJit, check_holds
+from launch.rank import Rank
 from runner.build.build import Builder, Built
-from runner.build.compiler import CompileError, NvccCompiler
+from runner.build.compiler import CompileError
 from runner.build.scratch import scratch_folder
 from runner.build.unit import Job
-from runner.cache.kernel_cache import KernelCache
+from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.manifest import locked
+from runner.config.environ import available_cores
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import Plan
 from runner.report.progress import Show, progress
-from runner.scenario import Scenario
 from runner.schedule import Walk
 from runner.timeline import Span
 
 
-@dataclass
 class NodeKernels:
     """Implements :class:`runner.backend.kernel_store.KernelStore` for one rank.
 
     Attributes:
-        rank: world rank.
-        scenario: says which ranks lead nodes, and what is planned.
-        cache: this node's.
-        compiler: the real one; builds are timed here, not by the shim.
-        loader: brings kernels into this process.
-        groups: process groups.
-        workers: compiler processes that this node may run at a time.
-        spans: of this rank's builds so far.
+        spans: of this rank's builds so far, which the builder times, not the shim.
     """
 
-    rank: int
-    scenario: Scenario
-    cache: KernelCache
-    compiler: NvccCompiler
-    loader: KernelLoader
-    groups: Groups
-    workers: int
-    spans: list[Span] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, rank: Rank, jit: RankJit, groups: Groups) -> None:
+        assert jit.compiler is not None and jit.cache is not None
+        self.rank, self.scenario, self.groups = rank.place.rank, rank.scenario, groups
+        self.compiler, self.cache, self.loader = jit.compiler, jit.cache, jit.loader
+        ranks_per_node = rank.scenario.parallel.ranks_per_node
+        nodes_here = max(1, rank.place.local_world_size // ranks_per_node)
+        self.workers = max(1, available_cores() // nodes_here)
+        self.spans: list[Span] = []
+        self._lock = threading.Lock()
 
     @property
     def built(self) -> int:
@@ -134,19 +126,17 @@ class NodeKernels:
             leader = node * parallel.ranks_per_node
             share = self.scenario.kernel_set(leader).share
             keys = [key for key in map(key_of, share) if key in lacking]
-            entries = [self._entry(key) for key in keys] if leader == self.rank else None
-            box: list[list[tuple[str, bytes]] | None] = [entries]
-            dist.broadcast_object_list(box, src=leader, group=group)
-            assert box[0] is not None
-            for key, entry in zip(keys, box[0], strict=True):
+            if not keys:
+                continue
+            entries: list[Any] = [None] * len(keys)
+            if leader == self.rank:
+                folders = map(self.cache.entry, keys)
+                entries = [((f / SOURCE).read_text(), (f / CUBIN).read_bytes()) for f in folders]
+            dist.broadcast_object_list(entries, src=leader, group=group)
+            for key, (source, cubin) in zip(keys, entries, strict=True):
                 if key in mine:
                     self.cache.discard(key)
-                    self._put(key, *entry)
-
-    def _entry(self, key: str) -> tuple[str, bytes]:
-        """Source and cubin."""
-        folder = self.cache.entry(key)
-        return (folder / "kernel.cu").read_text(), (folder / "kernel.cubin").read_bytes()
+                    self._put(key, source, cubin)
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
         """Check that the node's cache holds kernels, whole.

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -97,9 +96,6 @@ class Deadline:
     """Ends the process when its run takes longer than ``seconds``, saying what it was doing.
 
     The time starts at once and stops at the end of the block.
-
-    Attributes:
-        sink: knows the operation at hand, once there is one.
     """
 
     def __init__(self, seconds: float, rank: int) -> None:
@@ -205,8 +201,7 @@ class NcclWaitLimit(WaitLimit):
 
     def __init__(self, waiting: WaitingRank) -> None:
         super().__init__(waiting)
-        self._inside: tuple[float, Communication] | None = None
-        self._asynchronous: list[tuple[float, Communication, Callable[[], bool]]] = []
+        self._waits: list[tuple[float, Communication, Callable[[], bool]]] = []
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="wait limit", daemon=True).start()
 
@@ -216,24 +211,28 @@ class NcclWaitLimit(WaitLimit):
             with super().over(op):
                 yield
             return
-        self._inside = time.monotonic(), op
+        returned = threading.Event()
+        self.started(op, returned.is_set)
         try:
             yield
         finally:
-            self._inside = None
+            returned.set()
 
     def started(self, op: Communication, is_done: Callable[[], bool]) -> None:
         with self._lock:
-            self._asynchronous.append((time.monotonic(), op, is_done))
+            self._waits.append((time.monotonic(), op, is_done))
 
     def quiet(self) -> AbstractContextManager[object]:
         return self._lock
 
     def _watch(self) -> None:
         while True:
-            since, op = min(self._waits(), key=lambda wait: wait[0], default=(inf, None))
-            if op is not None and time.monotonic() - since > self._waiting.seconds:
-                end_process(self._waiting.rank, self._error(op))
+            with self._lock:
+                self._waits = [wait for wait in self._waits if not _is_done(wait[2])]
+                waits = self._waits
+            # They are in the order of their starts.
+            if waits and time.monotonic() - waits[0][0] > self._waiting.seconds:
+                end_process(self._waiting.rank, self._error(waits[0][1]))
                 return
             time.sleep(_POLL_SECONDS)
 
@@ -243,14 +242,6 @@ class NcclWaitLimit(WaitLimit):
         except Exception as error:
             # Ending the wait matters more than what the others compile.
             return OutOfTimeError(f"{op.name} waited {self._waiting.seconds:g} s ({error})")
-
-    def _waits(self) -> list[tuple[float, Communication]]:
-        """Communication that is not done, with the time since when it goes on."""
-        with self._lock:
-            self._asynchronous = [item for item in self._asynchronous if not _is_done(item[2])]
-            waits = [(since, op) for since, op, _ in self._asynchronous]
-        inside = self._inside
-        return waits if inside is None else [*waits, inside]
 
 
 def _is_done(query: Callable[[], bool]) -> bool:

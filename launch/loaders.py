@@ -6,7 +6,7 @@ import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from runner.backend.m_lists import expand
 from runner.build.lazy import LazyJit
@@ -23,30 +23,12 @@ if TYPE_CHECKING:
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
-class KernelLoader(Protocol):
-    """Makes kernels ready before a call.
-
-    Attributes:
-        loads_inside_calls: whether a call itself loads what it lacks.
-    """
-
-    loads_inside_calls: bool
-
-    def is_ready(self, call: KernelCall) -> bool:
-        """Whether all kernels of a call are in memory."""
-
-    def prepare(self, call: KernelCall) -> None:
-        """Load or compile a call's kernels, or note that the call is about to do so."""
-
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """Bring kernels that are on disk into memory."""
-
-    def walk(self, walk: Walk) -> None:
-        """Call a GEMM with every M of a list, so that its kernels are in memory afterwards."""
-
-
 class OwnJit:
-    """Our lazy JIT, for machines without a GPU; without a compiler it makes nothing ready."""
+    """Our lazy JIT, for machines without a GPU: memory, else disk, else nvcc.
+
+    Without a compiler it makes nothing ready. Walks call nothing, but make the kernels of each M
+    ready, in order.
+    """
 
     loads_inside_calls = False
 
@@ -65,17 +47,13 @@ class OwnJit:
                 self._jit.ensure(kernel)
 
     def walk(self, walk: Walk) -> None:
-        """Call nothing, but make the kernels of each M ready, in order."""
         self.load(list(self._table.kernel_ranges(walk.shape, expand(walk.steps))))
 
 
 class LibraryJit:
-    """The library's JIT, which loads or compiles inside the call; this knows what is in memory.
+    """The library's JIT, which loads or compiles inside a call; this knows what is in memory.
 
-    Args:
-        wrapper: the library's entry points.
-        library: the imported library.
-        scenario: says which calls run which kernels.
+    ``load`` calls each kernel once; those whose buffers do not fit are left to their first use.
     """
 
     loads_inside_calls = True
@@ -103,6 +81,10 @@ class LibraryJit:
         self._loaded.update(self._scenario.table.kernel_ranges(walk.shape, expand(walk.steps)))
 
 
+KernelLoader = OwnJit | LibraryJit
+"""Makes kernels ready: ``prepare`` before a call, ``load`` from disk, ``walk`` through a GEMM."""
+
+
 class CompileLocks:
     """One lock a GEMM, so that only one rank of a node compiles its kernels at a time.
 
@@ -118,18 +100,8 @@ class CompileLocks:
 
     @contextmanager
     def held(self, shape: GemmShape) -> Iterator[None]:
-        """Hold the lock of a GEMM, whatever its M.
-
-        Raises:
-            UserError: the file system has no locks.
-        """
+        """Hold the lock of a GEMM, whatever its M."""
         name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
         with (self._folder / name).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise UserError(
-                    f"--compile-lock cannot lock files in {self._folder}: {error.strerror}; give a "
-                    "--cache-dir on a file system with locks"
-                ) from None
+            fcntl.flock(file, fcntl.LOCK_EX)
             yield

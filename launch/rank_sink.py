@@ -34,22 +34,16 @@ _SHOWN_WAIT_SECONDS = 1e-3
 
 
 class RankSink:
-    """One rank's operations and spans.
+    """One rank's operations, and its spans in seconds since the epoch.
 
     The first use of a kernel is one ``load`` span; :func:`split_loads` later takes the compiles
     that the shim recorded out of it.
 
     Attributes:
-        ops: operations so far.
-        spans: spans so far, in seconds since the epoch.
         forwards: (start, phase, mode and tokens) of each forward.
         last: the operation at hand.
 
     Args:
-        rank: world rank.
-        loader: makes kernels ready.
-        device: where the rank computes.
-        limit: ends communication that takes too long.
         locks: held while a GEMM's kernels are loaded for the first time; None takes none.
         on_forward: called with (phase, mode and tokens) at the start of each forward.
     """

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,8 +27,8 @@ from launch.gather import machine_facts
 from launch.jit import set_up_jit
 from launch.limits import Deadline
 from launch.options import LaunchOptions
-from launch.place import find_place, gpu_of, init_process_group, pick_backend, pick_device
-from launch.worker import Rank, build_runner
+from launch.rank import Rank
+from launch.worker import build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.sink import R
 from runner.config.environ import Environ
@@ -52,7 +51,7 @@ _LAUNCH_OPTIONS = (
     *("model", "layers", "pp", "tp", "ep", "attn_cp", "stage_layers"),
     *("device", "cache_dir", "seed", "timeout"),
 )
-"""Options of ``launch`` that steps have too."""
+"""Options of ``launch`` that steps take as they are."""
 
 _SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
 
@@ -136,22 +135,28 @@ class StepSink:
         return float(self._points[0].elapsed_time(event)) / 1e3
 
 
-@dataclass
 class _Steps:
     """One rank's measurement."""
 
-    runner: ModelRunner
-    sink: StepSink
-    device: torch.device
-    batch: ForwardBatch
-    repeat: int
+    def __init__(self, rank: Rank, work_dir: Path, values: dict[str, Any]) -> None:
+        number, scenario = rank.place.rank, rank.scenario
+        jit = set_up_jit(
+            rank.options, rank.environ, scenario, number, work_dir, library=rank.on_gpu
+        )
+        groups = make_groups(scenario.parallel, rank.options.timeout, rank.link)
+        comm = TorchComm(groups, rank.device, rank.link)
+        self.sink = StepSink(comm.stream)
+        self._runner = build_runner(rank, jit, self.sink, comm)
+        self._batch = _batch(self._runner, ForwardMode(values["mode"]), values)
+        self._device = rank.device
+        self._repeat: int = values["repeat"]
 
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
         """Measure steps by a strategy; None is one batch."""
-        stage = self.runner.stage.overlapped([strategy] if strategy else [])
+        stage = self._runner.stage.overlapped([strategy] if strategy else [])
 
         def forward() -> None:
-            stage.forward(self.batch, None)
+            stage.forward(self._batch, None)
 
         def noted() -> None:
             self.sink.listen(True)
@@ -177,9 +182,9 @@ class _Steps:
 
     def _captured(self, forward: Callable[[], None]) -> Callable[[], object]:
         """The forward as a graph; on a CPU as it is."""
-        if self.device.type != "cuda":
+        if self._device.type != "cuda":
             return forward
-        graph = capture_graph(self.device, forward)
+        graph = capture_graph(self._device, forward)
         return graph.replay
 
     def _timed(self, step: Callable[[], object]) -> float:
@@ -187,14 +192,14 @@ class _Steps:
         self._synchronise()
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(self.repeat):
+        for _ in range(self._repeat):
             step()
         self._synchronise()
-        return (time.perf_counter() - start) / self.repeat
+        return (time.perf_counter() - start) / self._repeat
 
     def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 @click.command(context_settings={"default_map": {"tp": 2}})
@@ -250,13 +255,26 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     mode = ForwardMode(values["mode"])
     strategies = map(load_strategy, overlap) if overlap else STRATEGIES.values()
-    rank = _rank(values, Environ.read(os.environ))
+    options = LaunchOptions(
+        **{name: values[name] for name in _LAUNCH_OPTIONS}, moe_a2a=True, compute="real"
+    )
+    environ = Environ.read(os.environ)
+    world_size = environ.world_size or 1
+    if options.pp != 1 or options.tp != world_size:
+        raise UserError(
+            f"--pp {options.pp} --tp {options.tp} with {world_size} ranks: steps are of one "
+            "stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
+        )
+    runs = []
     with (
-        Deadline(rank.options.timeout, rank.place.rank) as deadline,
+        Deadline(options.timeout, environ.rank or 0) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
-        measured = _prepare(rank, deadline, Path(work_dir), mode, values)
-        runs = []
+        rank = Rank.meet(options, environ, WarmupPolicy.NONE)
+        if rank.device.type == "cuda" and rank.link == "gloo":
+            raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
+        measured = _Steps(rank, Path(work_dir), values)
+        deadline.sink = measured.sink
         with torch.inference_mode():
             for strategy in (None, *(one for one in strategies if one.mode is mode)):
                 runs.append(measured.measure(strategy))
@@ -281,46 +299,8 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
 steps.params[:0] = [option for option in launch.params if option.name in _LAUNCH_OPTIONS]
 
 
-def _rank(values: dict[str, Any], environ: Environ) -> Rank:
-    """This rank, once it has met the others."""
-    place = find_place(environ)
-    if values["pp"] != 1 or place.world_size != values["tp"]:
-        raise UserError(
-            f"--pp {values['pp']} --tp {values['tp']} with {place.world_size} ranks: steps are of "
-            "one stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
-        )
-    device = pick_device(values["device"], place)
-    options = LaunchOptions(**{name: values[name] for name in _LAUNCH_OPTIONS}, moe_a2a=True)
-    gpu = gpu_of(device) if device.type == "cuda" else None
-    scenario = options.scenario(environ, gpu=gpu, policy=WarmupPolicy.NONE)
-    link = pick_backend("auto", device, place, place.local_world_size)
-    init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
-    if device.type == "cuda" and link == "gloo":
-        raise UserError("each rank needs a GPU of its own: no CUDA graph can hold gloo's transfers")
-    return Rank(options, environ, scenario, place, device, link)
-
-
-def _prepare(
-    rank: Rank, deadline: Deadline, work_dir: Path, mode: ForwardMode, values: dict[str, Any]
-) -> _Steps:
-    jit = set_up_jit(
-        rank.options,
-        rank.environ,
-        rank.scenario,
-        rank.place.rank,
-        work_dir,
-        library=rank.on_gpu,
-    )
-    groups = make_groups(rank.scenario.parallel, rank.options.timeout, rank.link)
-    comm = TorchComm(groups, rank.device, rank.link)
-    sink = StepSink(comm.stream)
-    deadline.sink = sink
-    runner = build_runner(rank, jit, sink, comm)
-    batch = _batch(runner, mode, values["batch"], values["prompt_len"])
-    return _Steps(runner, sink, rank.device, batch, values["repeat"])
-
-
-def _batch(runner: ModelRunner, mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
+def _batch(runner: ModelRunner, mode: ForwardMode, values: dict[str, Any]) -> ForwardBatch:
+    tokens, prompt_len = values["batch"], values["prompt_len"]
     ids = runner.buffers.dummy_ids(tokens)
     if mode.is_extend:
         full, rest = divmod(tokens, prompt_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 pytest.importorskip("torch")
 
 from launch import kernel_store
+from launch.jit import RankJit
 from launch.kernel_store import NodeKernels
+from launch.rank import Place
 from launch.rank_sink import split_loads
 from runner.build.build import Built, Way
 from runner.build.compiler import CompileError, NvccCompiler
@@ -20,6 +23,7 @@ from runner.build.unit import Job
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
+from runner.config.parallel import ParallelConfig
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.timeline import Timeline
@@ -51,9 +55,13 @@ def store(
     monkeypatch.setattr(kernel_store, "Builder", FakeBuilder)
     cache = KernelCache(tmp_path / "cache")
     cache.prepare()
-    unused: Any = None
     compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
-    return NodeKernels(3, unused, cache, compiler, unused, unused, workers=1)
+    unused: Any = None
+    jit = RankJit(unused, unused, tmp_path, "own", compiler, cache)
+    rank: Any = SimpleNamespace(
+        place=Place(3, 4, 3, 4), scenario=SimpleNamespace(parallel=ParallelConfig(pp=4))
+    )
+    return NodeKernels(rank, jit, unused)
 
 
 def test_a_kernel_is_built_once(store: NodeKernels) -> None:

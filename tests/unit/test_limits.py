@@ -31,8 +31,7 @@ from launch.limits import (
     rank_failure,
 )
 from launch.options import LaunchOptions
-from launch.place import Place
-from launch.worker import Rank
+from launch.rank import Place, Rank
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.driver.warmup import WarmupPolicy
@@ -164,7 +163,8 @@ def rank_1(link: str) -> Rank:
     options = LaunchOptions(model="dsv4-tiny", nccl_timeout=0.3, jit=False)
     scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
     place = Place(1, 16, 1, 8)
-    return Rank(options, Environ(), scenario, place, torch.device("cpu"), link)
+    cpu = torch.device("cpu")
+    return Rank(options, Environ(), scenario, place, cpu, link, "real", "as asked", [])
 
 
 def nccl_limit(log_dir: Path) -> NcclWaitLimit:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import signal
 import subprocess
@@ -179,18 +177,3 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         CompileLocks(tmp_path / "file")
     assert str(caught.value) == f"cannot make {tmp_path / 'file' / 'locks'}: Not a directory"
-
-
-def test_a_file_system_without_locks_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError) as caught, CompileLocks(tmp_path).held(DENSE):
-        pass
-    assert str(caught.value) == (
-        f"--compile-lock cannot lock files in {tmp_path / 'locks'}: No locks available; give a "
-        "--cache-dir on a file system with locks"
-    )

@@ -16,8 +16,7 @@ torch = pytest.importorskip("torch")
 
 from launch.cli import main  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
-from launch.place import Place, pick_backend, process_start  # noqa: E402
-from launch.worker import check_graphs, compute_mode  # noqa: E402
+from launch.rank import check_graphs, compute_mode, pick_backend, process_start  # noqa: E402
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.presets import PRESETS  # noqa: E402
 from runner.driver.warmup import WarmupPolicy  # noqa: E402
@@ -28,8 +27,7 @@ def picked(
 ) -> str:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    place = Place(0, local, 0, local)
-    return pick_backend(wanted, torch.device("cuda" if gpus else "cpu"), place, per_node)
+    return pick_backend(wanted, "cuda" if gpus else "cpu", local, per_node)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +138,7 @@ def test_a_graph_cannot_hold_collectives_over_gloo(
 
 # -- when a process began ---------------------------------------------------------------------
 
-PRINT = "from launch.place import process_start; print(process_start())"
+PRINT = "from launch.rank import process_start; print(process_start())"
 
 
 def test_a_process_began_before_now_and_at_one_time() -> None:
