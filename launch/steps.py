@@ -254,17 +254,10 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
     mode = ForwardMode(values["mode"])
-    strategies = map(load_strategy, overlap) if overlap else STRATEGIES.values()
-    options = LaunchOptions(
-        **{name: values[name] for name in _LAUNCH_OPTIONS}, moe_a2a=True, compute="real"
-    )
+    given = map(load_strategy, overlap) if overlap else STRATEGIES.values()
+    strategies = [strategy for strategy in given if strategy.mode is mode]
     environ = Environ.read(os.environ)
-    world_size = environ.world_size or 1
-    if options.pp != 1 or options.tp != world_size:
-        raise UserError(
-            f"--pp {options.pp} --tp {options.tp} with {world_size} ranks: steps are of one "
-            "stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
-        )
+    options = _options(values, environ.world_size or 1)
     runs = []
     with (
         Deadline(options.timeout, environ.rank or 0) as deadline,
@@ -276,7 +269,7 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
         measured = _Steps(rank, Path(work_dir), values)
         deadline.sink = measured.sink
         with torch.inference_mode():
-            for strategy in (None, *(one for one in strategies if one.mode is mode)):
+            for strategy in (None, *strategies):
                 runs.append(measured.measure(strategy))
                 if rank.place.rank == 0:
                     name = strategy.name if strategy else "one batch"
@@ -297,6 +290,17 @@ def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
 
 
 steps.params[:0] = [option for option in launch.params if option.name in _LAUNCH_OPTIONS]
+
+
+def _options(values: dict[str, Any], world_size: int) -> LaunchOptions:
+    given = {name: values[name] for name in _LAUNCH_OPTIONS}
+    options = LaunchOptions(**given, moe_a2a=True, compute="real")
+    if options.pp != 1 or options.tp != world_size:
+        raise UserError(
+            f"--pp {options.pp} --tp {options.tp} with {world_size} ranks: steps are of one "
+            "stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
+        )
+    return options
 
 
 def _batch(runner: ModelRunner, mode: ForwardMode, values: dict[str, Any]) -> ForwardBatch:

@@ -93,12 +93,11 @@ def _run(
     rank.phases.append(("weights", time.time()))
     jit = set_up_jit(options, rank.environ, scenario, number, work_dir, library=rank.on_gpu)
     store = NodeKernels(rank, jit, groups) if jit.compiler else None
-    device = Device(rank.device if rank.compute == "real" else torch.device("cpu"), rank.link)
+    real = rank.compute == "real"
+    device = Device(rank.device if real else torch.device("cpu"), rank.link)
+    comm = TorchComm(groups, rank.device, rank.link) if real else ScratchComm(groups)
     sink = _make_sink(rank, jit, device, store, say)
     deadline.sink = sink
-    comm = (
-        TorchComm(groups, rank.device, rank.link) if rank.compute == "real" else ScratchComm(groups)
-    )
     for line in _introduction(rank, jit):
         say(line)
     memory = _WalkMemory(rank)
@@ -114,14 +113,15 @@ def _run(
     device.synchronise()
     device.release_graphs()
     logits.save()
-    compiles = [record for record in read_records(jit.log_dir) if record.rank == number]
     spans += [*sink.spans, *(store.spans if store else ())]
+    compiles = [record for record in read_records(jit.log_dir) if record.rank == number]
+    names = [compiled_identity(record) for record in compiles]
     record = RankRecord(
         started=rank.phases[0][1],
         spans=split_loads(spans, compiles),
         ops=sink.ops,
         coverage=store.coverage(scenario.plan) if store else None,
-        stalls=find_stalls(compiles, sink.forwards, list(map(compiled_identity, compiles)), number),
+        stalls=find_stalls(compiles, sink.forwards, names, number),
         walk_memory=memory.least,
     )
     return gather(record, scenario, _facts(rank, jit))
