@@ -100,6 +100,12 @@ def test_without_a_compiler_nothing_is_missing() -> None:
     assert jit.is_ready(CALL)
 
 
+def test_the_command_line_loads_without_torch() -> None:
+    """So that it can say that torch is missing."""
+    code = "import sys; sys.modules['torch'] = None; import launch.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # -- locks ------------------------------------------------------------------------------------
 
 
