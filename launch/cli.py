@@ -11,13 +11,12 @@ from pathlib import Path
 
 import click
 
-from launch.jit_setup import cache_of_policy, check_jit, check_prebuilt, probed_seconds
+from launch.jit import cache_of_policy, check_jit, check_prebuilt, probed_seconds
 from launch.options import LaunchOptions, RunOptions, check_options
-from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.options import (
     PolicyOptions,
     ReportOptions,
@@ -110,8 +109,7 @@ def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
 
 
 def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> None:
-    from launch.failure import rank_failure
-    from launch.report import finish
+    from launch.limits import rank_failure
     from launch.worker import run_worker
 
     if len(options.policies) != 1:
@@ -127,7 +125,7 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> No
             options, environ, options.policies[0], say=say, work_dir=files.work_dir
         )
         if outcome is not None:
-            finish(options, outcome, files.result)
+            outcome.write(options, files.result)
     except Exception as error:
         raise rank_failure(rank, error) from error
 
@@ -138,7 +136,7 @@ def _say(line: str) -> None:
 
 def _start_ranks(options: LaunchOptions, environ: Environ) -> None:
     from launch.elastic import start_ranks
-    from launch.place import check_nccl
+    from launch.rank import check_nccl
 
     if options.backend == "nccl":
         scenario = options.scenario(environ, policy=options.policies[0])

@@ -1,19 +1,18 @@
-"""Tensors between ranks over torch.distributed: gloo or NCCL, one communicator a rank."""
+"""Process groups, and communicators over them: gloo or NCCL, with tensors or with shapes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from math import prod
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from launch.comm_stream import CommStream, Ran
-from launch.watchdog import CommunicationTimeoutError
-from runner.backend.shapes import NoComm
+from launch.device import CollectiveEvents, CollectiveStream
+from launch.limits import CommunicationTimeoutError
 from runner.backend.tensor import TensorSpec
 from runner.config.parallel import ParallelConfig
 
@@ -23,168 +22,160 @@ _TORCH_DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
-
-
-@dataclass(frozen=True)
-class UnderWay:
-    """A collective that was begun.
-
-    Attributes:
-        work: its handle, or where it is on the GPU's stream for collectives.
-        made: where its result comes.
-        source: what it reads, kept until it ended.
-        summed: blocks of ``made`` that are still to be summed.
-    """
-
-    work: dist.Work | Ran
-    made: torch.Tensor
-    source: torch.Tensor
-    summed: int
+_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups of a run.
+    """Process groups: of each set of ranks that run collectives, and for sends and receives.
 
-    Attributes:
-        of: group of each set of ranks that a collective is among.
-        pairs: what sends and receives go through.
-        everyone: for what all ranks do together on their hosts.
+    ``everyone`` connects all ranks' hosts over gloo, and ``leaders`` the nodes' first ranks; it is
+    None on a single node and on other ranks.
     """
 
     of: dict[tuple[int, ...], dist.ProcessGroup]
     pairs: dist.ProcessGroup
     everyone: dist.ProcessGroup
+    leaders: dist.ProcessGroup | None
 
 
-def make_groups(parallel: ParallelConfig, limit: float, link: str) -> Groups:
-    """One process group per distinct group of more than one rank, made by all ranks in order.
-
-    Args:
-        parallel: the layout.
-        limit: seconds that a communication may wait.
-        link: ``nccl`` or ``gloo``, what tensors go over.
+def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
+    """Make all process groups, for communication over ``link`` that may take ``timeout`` seconds.
 
     Raises:
-        CommunicationTimeoutError: ranks did not connect within ``limit``.
+        CommunicationTimeoutError: the ranks did not connect in time.
     """
-    wanted: dict[tuple[int, ...], None] = {}
+    needed: dict[tuple[int, ...], None] = {}
+    size = parallel.attn_tp
     for rank in range(parallel.world_size):
-        for group in _groups_of(parallel, rank):
+        tp_group = parallel.tp_group(rank)
+        first = parallel.coordinates(rank).tp_rank // size * size
+        for group in (tp_group, parallel.attn_cp_group(rank), tp_group[first : first + size]):
             if len(group) > 1:
-                wanted[group] = None
-    timeout = timedelta(seconds=limit)
-    # Our own watchdog comes before NCCL's, which can say less.
-    later = timeout + timedelta(seconds=30) if link == "nccl" else timeout
+                needed[group] = None
+    ours = timedelta(seconds=timeout)
+    # Our own limit comes before NCCL's watchdog, which says less.
+    later = ours + timedelta(seconds=30) if link == "nccl" else ours
     try:
-        made = {group: dist.new_group(list(group), timeout=later) for group in wanted}
+        of = {group: dist.new_group(list(group), timeout=later) for group in needed}
         pairs = dist.new_group(timeout=later)
-        everyone = dist.new_group(timeout=timeout, backend="gloo")
+        everyone = dist.new_group(timeout=ours, backend="gloo")
+        # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
+        # communicator, in which a gloo group has no part, and they wait forever.
+        first_ranks = list(range(0, parallel.world_size, parallel.ranks_per_node))
+        leaders = (
+            dist.new_group(
+                first_ranks, timeout=ours, backend="gloo", use_local_synchronization=True
+            )
+            if parallel.nodes > 1
+            else None
+        )
     except dist.DistStoreError:
-        waited, more = later.total_seconds(), " and 30 s more" if later > timeout else ""
+        waited, more = later.total_seconds(), " and 30 s more" if later > ours else ""
         raise CommunicationTimeoutError(
             f"the ranks did not connect within {waited:g} s, the limit of --nccl-timeout{more}"
         ) from None
     assert pairs is not None and everyone is not None
-    return Groups(made, pairs, everyone)
+    return Groups(of, pairs, everyone, leaders)
 
 
-def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]:
-    tp_group = parallel.tp_group(rank)
-    yield tp_group
-    yield parallel.attn_cp_group(rank)
-    size = parallel.attn_tp
-    first = parallel.coordinates(rank).tp_rank // size * size
-    yield tp_group[first : first + size]
+@dataclass(frozen=True)
+class AsyncCollective:
+    """A collective that was started: gloo's handle, or its events on the GPU's stream.
 
-
-class TorchComm:
-    """Implements :class:`runner.backend.base.Communicator` on torch tensors.
-
-    gloo moves host memory only, so tensors of a GPU go through the host there. NCCL's collectives
-    go to a stream of their own.
-
-    Args:
-        groups: process groups.
-        device: where the tensors are.
-        through_host: whether they go over gloo all the same.
-        stream: the GPU's stream for collectives; None makes one where there is use for it.
+    ``source`` is kept alive until it ends; then ``blocks`` blocks of ``result`` are to be summed.
     """
 
-    def __init__(
-        self,
-        groups: Groups,
-        device: torch.device,
-        *,
-        through_host: bool,
-        stream: CommStream | None = None,
-    ) -> None:
-        self._groups, self._device, self._through_host = groups, device, through_host
-        self._gloo = through_host or device.type == "cpu"
-        self._stream = None if self._gloo else stream or CommStream(device)
+    work: dist.Work | CollectiveEvents
+    result: torch.Tensor
+    source: torch.Tensor
+    blocks: int
+
+
+def events_of(handle: object) -> CollectiveEvents | None:
+    """Events of a collective that was started on a GPU's stream; None for any other handle."""
+    work = handle.work if isinstance(handle, AsyncCollective) else None
+    return work if isinstance(work, CollectiveEvents) else None
+
+
+T = TypeVar("T")
+
+
+class GroupComm(ABC, Generic[T]):
+    """Implements :class:`runner.backend.communicator.Communicator` over process groups.
+
+    NCCL's collectives run on ``stream``, which gloo does not have.
+    """
+
+    def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
+        self._groups, self._gloo = groups, link == "gloo"
+        # gloo moves host memory only, so a GPU's tensors take the way through the host.
+        self._where = torch.device("cpu") if self._gloo else device
+        self.stream = None if self._gloo else CollectiveStream(device)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
-    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
-        """Sum over the group."""
+    @abstractmethod
+    def _outbound(self, x: T) -> torch.Tensor:
+        """What moves for ``x``, in memory of its own."""
+
+    @abstractmethod
+    def _inbound(self, moved: torch.Tensor) -> T:
+        """What the forward gets for a tensor that was moved."""
+
+    def all_reduce(self, x: T, group: tuple[int, ...]) -> T:
         buffer = self._outbound(x)
-        self._collect(lambda: dist.all_reduce(buffer, group=self._groups.of[group]))
+        start = partial(dist.all_reduce, buffer, group=self._groups.of[group])
+        if self.stream is None:
+            start()
+        else:
+            self.stream.wait(self.stream.start(start))
         return self._inbound(buffer)
 
-    def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
-        """Concatenate along ``dim``."""
-        buffer = self._outbound(x)
-        parts = [torch.empty_like(buffer) for _ in group]
-        self._collect(lambda: dist.all_gather(parts, buffer, group=self._groups.of[group]))
-        return self._inbound(torch.cat(parts, dim))
+    def all_gather(self, x: T, group: tuple[int, ...], dim: int) -> T:
+        gathered = self._finished(self.begin("all_gather", x, group))
+        parts = gathered.chunk(len(group))
+        return self._inbound(gathered if dim == 0 else torch.cat(parts, dim))
 
-    def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> UnderWay:
-        """Start a collective on a stream, or in threads, of its own.
+    def begin(self, kind: str, x: T, group: tuple[int, ...]) -> AsyncCollective:
+        """Start a collective on the GPU's stream, or in gloo's threads.
 
-        gloo sums nothing on the way of a reduce-scatter here: its blocks are sent, and summed at
-        the end, since gloo tells of an all-to-all when it ended.
+        gloo cannot reduce-scatter asynchronously: blocks are exchanged, and summed at the end.
         """
-        source, process_group = self._outbound(x), self._groups.of[group]
-        beside = self._stream is None
+        source = self._outbound(x)
         if kind == "all_gather":
-            made = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
-            parts = list(made.chunk(len(group)))
-            start = partial(dist.all_gather, parts, source, group=process_group, async_op=beside)
+            result = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
+            start = partial(dist.all_gather, list(result.chunk(len(group))), source)
         elif kind == "reduce_scatter" and not self._gloo:
-            made = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
-            start = partial(dist.reduce_scatter_tensor, made, source, group=process_group)
+            result = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
+            start = partial(dist.reduce_scatter_tensor, result, source)
         else:
-            made = torch.empty_like(source)
-            start = partial(
-                dist.all_to_all_single, made, source, group=process_group, async_op=beside
-            )
-        work = start() if self._stream is None else self._stream.start(start)
+            result = torch.empty_like(source)
+            start = partial(dist.all_to_all_single, result, source)
+        start = partial(start, group=self._groups.of[group], async_op=self.stream is None)
+        work = start() if self.stream is None else self.stream.start(start)
         assert work is not None
-        summed = len(group) if kind == "reduce_scatter" and self._gloo else 1
-        return UnderWay(work, made, source, summed)
+        blocks = len(group) if kind == "reduce_scatter" and self._gloo else 1
+        return AsyncCollective(work, result, source, blocks)
 
-    def end(self, begun: UnderWay) -> torch.Tensor:
-        """Wait for it: on a GPU with a communicator of its own, its stream does, not the host."""
-        if isinstance(begun.work, Ran):
-            assert self._stream is not None
-            self._stream.wait(begun.work)
+    def end(self, begun: AsyncCollective) -> T:
+        """Wait for a collective; over NCCL the current stream waits, not the host."""
+        return self._inbound(self._finished(begun))
+
+    def _finished(self, begun: AsyncCollective) -> torch.Tensor:
+        if isinstance(begun.work, CollectiveEvents):
+            assert self.stream is not None
+            self.stream.wait(begun.work)
         else:
             begun.work.wait()
-        made = begun.made
-        if begun.summed > 1:
-            made = made.unflatten(0, (begun.summed, -1)).sum(0)
-        return self._inbound(made)
+        result = begun.result
+        if begun.blocks > 1:
+            result = result.unflatten(0, (begun.blocks, -1)).sum(0)
+        return result
 
-    def _collect(self, collective: Callable[[], object]) -> None:
-        """Do a collective that what follows waits for."""
-        if self._stream is None:
-            collective()
-        else:
-            self._stream.wait(self._stream.start(collective))
+    def send(self, x: T, peer: int) -> None:
+        """Start a send, which a late receiver does not hold up.
 
-    def send(self, x: torch.Tensor, peer: int) -> None:
-        """Start a send; it ends on its own, so that a late receiver does not hold us up.
-
-        The first to a peer over NCCL does: it connects the two.
+        Only the first NCCL send to a peer waits for it: it connects the two.
         """
         buffer = self._outbound(x)
         work = dist.isend(buffer, peer, group=self._groups.pairs)
@@ -192,66 +183,44 @@ class TorchComm:
         self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
         self._sends.append((work, buffer))
 
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> T:
         """Wait for a tensor."""
-        where = torch.device("cpu") if self._through_host else self._device
-        buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=where)
+        buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=self._where)
         dist.recv(buffer, peer, group=self._groups.pairs)
         return self._inbound(buffer)
 
     def finish(self) -> None:
-        """Wait until all sends have been taken."""
+        """Wait until all that was sent has been received."""
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()
 
+
+class TorchComm(GroupComm[torch.Tensor]):
+    """Moves tensors of ``device``."""
+
+    def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
+        super().__init__(groups, device, link)
+        self._device = device
+
     def _outbound(self, x: torch.Tensor) -> torch.Tensor:
-        return x.detach().to("cpu", copy=True) if self._through_host else x.clone()
+        return x.detach().to("cpu", copy=True) if self._gloo else x.clone()
 
-    def _inbound(self, x: torch.Tensor) -> torch.Tensor:
-        return x.to(self._device)
+    def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
+        return moved.to(self._device)
 
 
-class ScratchComm:
-    """Really communicates for a forward of shapes: bytes of the right number, no content."""
+class ScratchComm(GroupComm[TensorSpec]):
+    """Moves as many bytes as the tensors of a forward on shapes would have, all of them zeros."""
 
-    def __init__(self, comm: TorchComm) -> None:
-        self._comm, self._shapes = comm, NoComm()
-        self._scratch: dict[tuple[int, str], torch.Tensor] = {}
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups, torch.device("cpu"), "gloo")
+        self._zeros: dict[TensorSpec, torch.Tensor] = {}
 
-    def all_reduce(self, x: TensorSpec, group: tuple[int, ...]) -> TensorSpec:
-        """Sum zeros over the group."""
-        self._comm.all_reduce(self._buffer(x), group)
-        return x
+    def _outbound(self, x: TensorSpec) -> torch.Tensor:
+        if x not in self._zeros:
+            self._zeros[x] = torch.zeros(x.shape, dtype=_TORCH_DTYPES[x.dtype])
+        return self._zeros[x]
 
-    def all_gather(self, x: TensorSpec, group: tuple[int, ...], dim: int) -> TensorSpec:
-        """Gather zeros."""
-        self._comm.all_gather(self._buffer(x), group, 0)
-        return self._shapes.all_gather(x, group, dim)
-
-    def begin(
-        self, kind: str, x: TensorSpec, group: tuple[int, ...]
-    ) -> tuple[UnderWay, TensorSpec]:
-        """Start it with zeros."""
-        under_way = self._comm.begin(kind, self._buffer(x).view(x.shape), group)
-        return under_way, self._shapes.begin(kind, x, group)
-
-    def end(self, begun: tuple[UnderWay, TensorSpec]) -> TensorSpec:
-        """Wait for it."""
-        self._comm.end(begun[0])
-        return begun[1]
-
-    def send(self, x: TensorSpec, peer: int) -> None:
-        """Send zeros."""
-        self._comm.send(self._buffer(x), peer)
-
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> TensorSpec:
-        """Receive and forget."""
-        self._comm.recv((prod(shape),), dtype, peer)
-        return TensorSpec(shape, dtype)
-
-    def _buffer(self, x: TensorSpec) -> torch.Tensor:
-        key = (prod(x.shape), x.dtype)
-        if key not in self._scratch:
-            self._scratch[key] = torch.zeros(key[0], dtype=_TORCH_DTYPES[x.dtype])
-        return self._scratch[key]
+    def _inbound(self, moved: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(moved.shape), _NAMES[moved.dtype])

@@ -13,13 +13,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from launch.failure import lost_a_peer
+from launch.limits import lost_a_peer
 from runner.errors import WorkFailedError
 
 _SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
-"""Signals that torch ends the ranks for, as if by its own. Without SIGINT among them an
-interruption is Python's usual one, and the ranks get a SIGTERM, which ends them wherever they wait
-and without a word."""
+"""Signals after which torch ends the ranks. Without SIGINT among them an interruption raises
+KeyboardInterrupt here, and the ranks get a SIGTERM, which ends them silently wherever they wait."""
 
 _OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -28,11 +27,11 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     """Run ``python -m launch ARGUMENTS`` on ``num_ranks`` local ranks and wait for them.
 
     Raises:
-        WorkFailedError: the first rank that failed, with its own words, or a signal that ends us.
-        KeyboardInterrupt: interrupted; the ranks are gone by then.
+        WorkFailedError: what the first rank that failed said, or which signal ended this process.
+        KeyboardInterrupt: interrupted; the ranks have ended by then.
     """
     for name in [*logging.root.manager.loggerDict]:
-        # Each of them has a level of its own.
+        # Each of these loggers has a level of its own.
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     # An outer torchrun's variables describe its one worker, not our ranks.
@@ -50,7 +49,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
         monitor_interval=0.1,
     )
     if hasattr(config, "signals_to_handle"):
-        # Newer versions of torch write the variable anew from here.
+        # Newer versions of torch set the variable again, from here.
         config.signals_to_handle = _SIGNALS
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launch", *arguments)
@@ -63,7 +62,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The failure behind the others: torch orders them by whole seconds, which is too coarse."""
+    """The failure that led to the others: torch orders them by whole seconds only."""
     first = error.get_first_failure()
     for rank, failure in sorted(error.failures.items()):
         if failure.exitcode > 0 and not lost_a_peer(Exception(str(failure.message))):
@@ -75,7 +74,7 @@ def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
-    """The rank's own words where it left any, else how it ended."""
+    """What the rank said, or how it ended if it said nothing."""
     words = failure.message
     if isinstance(words, dict):
         words = words.get("message", "")
@@ -84,4 +83,4 @@ def _describe(rank: int, failure: ProcessFailure) -> str:
         return f"rank {rank} failed: {lines[0]}"
     if failure.exitcode < 0:
         return f"rank {rank} was ended by signal {-failure.exitcode}"
-    return f"rank {rank} failed with exit code {failure.exitcode}; see its lines above"
+    return f"rank {rank} failed with exit code {failure.exitcode}; see its output above"

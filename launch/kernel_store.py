@@ -2,69 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from launch.loaders import KernelLoader
+from launch.comm import Groups
+from launch.jit import RankJit, check_holds
+from launch.rank import Rank
 from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
-from runner.build.compiler import CompileError, NvccCompiler
-from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
+from runner.build.compiler import CompileError
+from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.lock import locked
-from runner.cli.progress import counting, progress
+from runner.config.environ import available_cores
 from runner.driver.warmup import planned_kernels
-from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
-from runner.planning.plan import Plan, plan_of
-from runner.scenario import Scenario
+from runner.planning.plan import plan_of
+from runner.report.progress import progress
 from runner.schedule import Walk
 from runner.timeline import Span
 
-Entry = tuple[str, bytes]
-"""Source and cubin."""
 
-
-@dataclass
 class NodeKernels:
-    """Implements :class:`runner.backend.base.KernelStore` for one rank.
+    """Implements :class:`runner.backend.kernel_store.KernelStore` for one rank.
 
     Attributes:
-        rank: world rank.
-        scenario: says who leads which node.
-        cache: this node's.
-        compiler: the real one; builds are noted here, not by the shim.
-        loader: brings kernels into this process and walks.
-        note: takes the spans of builds.
-        everyone: process group of all ranks.
-        leaders: process group of the nodes' first ranks, None where there is one node.
-        workers: compiler processes that this node may run at a time.
-        environment: what the compiler's stages run in.
-        built: kernels that this rank has built.
+        spans: of this rank's builds so far, which the builder times, not the shim.
     """
 
-    rank: int
-    scenario: Scenario
-    cache: KernelCache
-    compiler: NvccCompiler
-    loader: KernelLoader
-    note: Callable[[Span], None]
-    everyone: dist.ProcessGroup
-    leaders: dist.ProcessGroup | None
-    workers: int
-    environment: Mapping[str, str]
-    built: int = 0
-    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self, rank: Rank, jit: RankJit, groups: Groups) -> None:
+        assert jit.compiler is not None and jit.cache is not None
+        self.rank, self.scenario, self.groups = rank.place.rank, rank.scenario, groups
+        self.compiler, self.cache, self.loader = jit.compiler, jit.cache, jit.loader
+        ranks_per_node = rank.scenario.parallel.ranks_per_node
+        nodes_here = max(1, rank.place.local_world_size // ranks_per_node)
+        self.workers = max(1, available_cores() // nodes_here)
+        self.spans: list[Span] = []
+        self._lock = threading.Lock()
+
+    @property
+    def built(self) -> int:
+        """Kernels that this rank has built."""
+        with self._lock:
+            return sum(span.is_kernel for span in self.spans)
 
     def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Build what the node's cache lacks, on all its cores.
+        """Build the kernels that the node's cache lacks, on all its cores.
 
         Raises:
             CompileError: a kernel does not compile.
@@ -74,87 +61,81 @@ class NodeKernels:
         keys = self.compiler.keys
         by_key = {keys.cache_key(kernel): kernel for kernel in kernels}
         sources = {key: keys.source(kernel) for key, kernel in by_key.items()}
-        # Nodes that share a directory build their shares side by side; a ``runner compile`` in it
-        # would remove what they are writing.
+        # Nodes that share a directory build their shares at the same time; a ``runner compile``
+        # in it would remove what they are writing.
         with locked(self.cache.root, shared=True):
             missing = self.cache.keys_to_build(sources)
-            self._build([Job(key, by_key[key], sources[key]) for key in missing])
+            self._build_jobs([Job(key, by_key[key], sources[key]) for key in missing])
 
-    def _build(self, jobs: Sequence[Job]) -> None:
-        # Rank 0 alone shows progress: nodes build shares of about the same size.
+    def _build_jobs(self, jobs: list[Job]) -> None:
+        # Rank 0 alone shows progress: all nodes build shares of about the same size.
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
         with scratch_folder() as folder, shown as show:
-            before, tell = self.built, counting(show)
 
             def take(result: BuildResult) -> None:
-                job = result.job
-                if result.cubin is None:
-                    raise CompileError(f"{job.kernel.name}: {result.error}")
-                self._put(job.key, job.source, result.cubin)
-                span = (result.started, time.time(), "compile", job.kernel.name, job.key)
-                self.note(Span(self.rank, *span))
-                with self._guard:
-                    self.built += 1
-                    tell(self.built - before, len(jobs))
+                self._take(result)
+                show(self.built, len(jobs), self.built / len(jobs))
 
-            KernelBuilder(
-                self.compiler,
-                folder,
-                self.workers,
-                self.environment,
-                take,
-                on_shared=self._note_shared,
-            ).build(jobs)
+            builder = KernelBuilder(
+                self.compiler, folder, self.workers, os.environ, take, on_shared=self._note
+            )
+            builder.build(jobs)
 
     def _holds(self, kernel: Kernel) -> bool:
         keys = self.compiler.keys
         return self.cache.holds(keys.cache_key(kernel), keys.source(kernel))
 
-    def _note_shared(self, name: str, start: float, end: float) -> None:
-        self.note(Span(self.rank, start, end, "compile", name))
+    def _take(self, result: BuildResult) -> None:
+        job, kernel = result.job, result.job.kernel
+        if result.cubin is None:
+            raise CompileError(f"{kernel.name}: {result.error}")
+        self._put(job.key, job.source, result.cubin)
+        self._note(kernel.name, result.started, time.time(), kernel.identity)
+
+    def _note(self, name: str, start: float, end: float, identity: str = "") -> None:
+        """Keep the span of a kernel's build, or of a step that several kernels share."""
+        with self._lock:
+            self.spans.append(Span(self.rank, start, end, "compile", name, identity))
 
     def _put(self, key: str, source: str, cubin: bytes) -> None:
         self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
     def exchange(self) -> None:
-        """Wait for everyone; then leaders hand each other what their caches lack.
+        """Wait for everyone; then leaders give each other the kernels that their caches lack.
 
-        Where nodes share a directory nothing is lacking and nothing moves.
+        Nodes that share a directory lack nothing.
         """
-        dist.barrier(group=self.everyone)
-        if self.leaders is not None and self._leads:
-            self._hand_over(self.leaders)
+        dist.barrier(group=self.groups.everyone)
+        if self.groups.leaders is not None and self.scenario.is_node_leader(self.rank):
+            self._exchange_lacking(self.groups.leaders)
         if self.scenario.parallel.nodes > 1:
-            dist.barrier(group=self.everyone)
+            dist.barrier(group=self.groups.everyone)
 
-    @property
-    def _leads(self) -> bool:
-        return self.rank % self.scenario.parallel.ranks_per_node == 0
-
-    def _hand_over(self, group: dist.ProcessGroup) -> None:
-        parallel = self.scenario.parallel
-        keys_of = self.compiler.keys.cache_key
-        lacking: list[list[str]] = [[] for _ in range(parallel.nodes)]
-        planned = (item.kernel for item in plan_of(self.scenario).kernels)
-        mine = [keys_of(kernel) for kernel in planned if not self._holds(kernel)]
-        dist.all_gather_object(lacking, mine, group=group)
-        wanted = {key for keys in lacking for key in keys}
+    def _exchange_lacking(self, group: dist.ProcessGroup) -> None:
+        parallel, key_of = self.scenario.parallel, self.compiler.keys.cache_key
+        planned = [item.kernel for item in plan_of(self.scenario).kernels]
+        mine = {key_of(kernel) for kernel in planned if not self._holds(kernel)}
+        by_node: list[set[str]] = [set() for _ in range(parallel.nodes)]
+        dist.all_gather_object(by_node, mine, group=group)
+        lacking = set().union(*by_node)
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
             share = planned_kernels(self.scenario, leader).share
-            keys = [key for key in map(keys_of, share) if key in wanted]
-            box: list[Any] = [[self._entry(key) for key in keys] if leader == self.rank else None]
-            dist.broadcast_object_list(box, src=leader, group=group)
-            for key, entry in zip(keys, box[0], strict=True):
-                if key in mine and self.cache.keys_to_build({key: entry[0]}):
-                    self._put(key, *entry)
-
-    def _entry(self, key: str) -> Entry:
-        folder = self.cache.entry(key)
-        return (folder / "kernel.cu").read_text(), (folder / "kernel.cubin").read_bytes()
+            keys = [key for key in map(key_of, share) if key in lacking]
+            if not keys:
+                continue
+            entries: list[Any] = [None] * len(keys)
+            if leader == self.rank:
+                folders = map(self.cache.entry, keys)
+                entries = [((f / SOURCE).read_text(), (f / CUBIN).read_bytes()) for f in folders]
+            dist.broadcast_object_list(entries, src=leader, group=group)
+            received = dict(zip(keys, entries, strict=True))
+            mine_here = {key: received[key][0] for key in keys if key in mine}
+            for key in self.cache.keys_to_build(mine_here):
+                self._put(key, *received[key])
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """See the protocol.
+        """Check that the node's cache holds kernels, whole.
 
         Raises:
             UserError: kernels are missing.
@@ -162,49 +143,19 @@ class NodeKernels:
         check_holds(self.cache, self.compiler.keys, kernels)
 
     def wait(self) -> None:
-        """See the protocol."""
-        dist.barrier(group=self.everyone)
+        dist.barrier(group=self.groups.everyone)
 
     def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """See the protocol."""
         self.loader.load(kernels)
 
     def walk(self, walk: Walk) -> None:
-        """See the protocol."""
         self.loader.walk(walk)
 
-    def proof(self, plan: Plan) -> dict[str, Any] | None:
-        """The node's coverage, from its leader."""
-        if not self._leads:
+    def coverage(self) -> dict[str, object] | None:
+        """What the node's cache holds of the plan, as a Timeline keeps it; leaders only."""
+        if not self.scenario.is_node_leader(self.rank):
             return None
-        present = {item.kernel for item in plan.kernels if self._holds(item.kernel)}
-        parallel = self.scenario.parallel
-        return node_coverage(self.scenario, parallel.node_of(self.rank), present)
-
-
-def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
-    """Raise UserError where a cache does not hold all of the kernels, whole."""
-    held = (cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels)
-    missing = sum(not there for there in held)
-    if missing:
-        raise UserError(
-            f"the cache {cache.root} lacks {missing} of {len(kernels)} planned kernels: build them "
-            "first (runner compile), or use --warmup planned"
-        )
-
-
-def leaders_group(scenario: Scenario, limit: float) -> dist.ProcessGroup | None:
-    """The group of all nodes' first ranks, which wait ``limit`` seconds; None to other ranks."""
-    parallel = scenario.parallel
-    if parallel.nodes == 1:
-        return None
-    leaders = list(range(0, parallel.world_size, parallel.ranks_per_node))
-    group: dist.ProcessGroup | None = dist.new_group(
-        leaders,
-        backend="gloo",
-        timeout=timedelta(seconds=limit),
-        # Else torch (2.11, 2.13) has those outside split the NCCL communicator, which a gloo group
-        # has no part in: they wait for ever.
-        use_local_synchronization=True,
-    )
-    return group
+        planned = (item.kernel for item in plan_of(self.scenario).kernels)
+        present = {kernel for kernel in planned if self._holds(kernel)}
+        node = self.scenario.parallel.node_of(self.rank)
+        return node_coverage(self.scenario, node, present)

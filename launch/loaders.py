@@ -1,92 +1,108 @@
-"""What makes kernels ready before a call: the library's own JIT, or ours."""
+"""What makes a rank's kernels ready before a call, and the locks that ranks take turns with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.backend.m_lists import expand
 from runner.build.compiler import LazyJit
+from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
+from runner.kernels.types import GemmShape, KernelCall
+from runner.planning.plan import plan_of, table_of
+from runner.scenario import Scenario
 from runner.schedule import Walk
 
+if TYPE_CHECKING:
+    from types import ModuleType
 
-class KernelLoader(Protocol):
-    """Makes kernels ready before a call."""
-
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """Whether any of them is not in memory, so that a call of them is a first use."""
-
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """Load or compile what is not in memory, or take note that the call is about to."""
-
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """Bring kernels that are on disk into memory."""
-
-    def walk(self, walk: Walk) -> None:
-        """Call a GEMM with every M of a list, so that what it needs is there afterwards."""
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
 class OwnJit:
-    """Our own lazy JIT, for machines without a GPU; without a compiler it only keeps track."""
+    """Our lazy JIT, for machines without a GPU: memory, else disk, else nvcc.
+
+    Without a compiler it makes nothing ready. Walks call nothing, but make the kernels of each M
+    ready, in order.
+    """
+
+    loads_inside_calls = False
 
     def __init__(self, jit: LazyJit | None, table: KernelTable) -> None:
         self._jit, self._table = jit, table
 
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """See the protocol."""
-        return self._jit is not None and not all(map(self._jit.is_loaded, kernels))
+    def is_ready(self, call: KernelCall) -> bool:
+        return self._jit is None or all(map(self._jit.is_loaded, self._table.kernels_of(call)))
 
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
+    def prepare(self, call: KernelCall) -> None:
+        self.load(self._table.kernels_of(call))
+
+    def load(self, kernels: Sequence[Kernel]) -> None:
         if self._jit is not None:
             for kernel in kernels:
                 self._jit.ensure(kernel)
 
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self.prepare(kernels)
-
     def walk(self, walk: Walk) -> None:
-        """Nothing is called here: what each M needs is made ready, in order."""
-        for kernel in self._table.kernel_ranges(walk.shape, expand(walk.steps)):
-            self.prepare([kernel])
+        self.load(list(self._table.kernel_ranges(walk.shape, expand(walk.steps))))
 
 
 class LibraryJit:
-    """The library's own JIT: it loads or compiles inside the call; we only know which are new.
+    """The library's JIT, which loads or compiles inside a call; this knows what is in memory.
 
-    Args:
-        call_each: makes the library load kernels by calling each once; returns those it called.
-        call_all: calls a GEMM with every M of a walk.
-        table: which kernels walks run.
+    ``load`` calls each kernel once; those whose buffers do not fit are left to their first use.
     """
 
-    def __init__(
-        self,
-        call_each: Callable[[Sequence[Kernel]], Sequence[Kernel]],
-        call_all: Callable[[Walk], None],
-        table: KernelTable,
-    ) -> None:
-        self._seen: set[Kernel] = set()
-        self._call_each, self._call_all, self._table = call_each, call_all, table
+    loads_inside_calls = True
 
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        """See the protocol."""
-        return not self._seen.issuperset(kernels)
+    def __init__(self, wrapper: DeepGemmWrapper, library: ModuleType, scenario: Scenario) -> None:
+        self.wrapper, self._library, self._scenario = wrapper, library, scenario
+        self._loaded: set[Kernel] = set()
 
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self._seen.update(kernels)
+    def is_ready(self, call: KernelCall) -> bool:
+        return self._loaded.issuperset(table_of(self._scenario).kernels_of(call))
+
+    def prepare(self, call: KernelCall) -> None:
+        self._loaded.update(table_of(self._scenario).kernels_of(call))
 
     def load(self, kernels: Sequence[Kernel]) -> None:
-        """See the protocol."""
-        self._seen.update(
-            self._call_each([kernel for kernel in kernels if kernel not in self._seen])
-        )
+        from runner.deep_gemm_wrapper.walker import call_each
+
+        new = [kernel for kernel in kernels if kernel not in self._loaded]
+        self._loaded.update(call_each(self.wrapper, plan_of(self._scenario), new))
 
     def walk(self, walk: Walk) -> None:
-        """See the protocol."""
-        self._call_all(walk)
-        self._seen.update(self._table.kernel_ranges(walk.shape, expand(walk.steps)))
+        from runner.deep_gemm_wrapper.walker import walk_list
+
+        walk_list(self.wrapper, walk, self._library)
+        self._loaded.update(table_of(self._scenario).kernel_ranges(walk.shape, expand(walk.steps)))
+
+
+KernelLoader = OwnJit | LibraryJit
+"""Makes kernels ready: ``prepare`` before a call, ``load`` from disk, ``walk`` through a GEMM."""
+
+
+class CompileLocks:
+    """One lock a GEMM, so that only one rank of a node compiles its kernels at a time.
+
+    They are files beside the node's cache, as in SGLang, and a holder that dies releases them.
+    """
+
+    def __init__(self, cache_root: Path) -> None:
+        self._folder = cache_root / "locks"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self._folder}: {error.strerror}") from None
+
+    @contextmanager
+    def held(self, shape: GemmShape) -> Iterator[None]:
+        """Hold the lock of a GEMM, whatever its M."""
+        name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
+        with (self._folder / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield

@@ -1,20 +1,19 @@
-"""The sink of a real run: keeps the operations, makes kernels ready, and notes what took time."""
+"""The sink of a real run: keeps the operations, makes kernels ready, and times what it does."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from launch.loaders import KernelLoader
-from launch.streams import HostStream, Stream, Times
-from launch.wait_limit import NoLimit, WaitLimit
-from launch.watchdog import Communication
+from launch.comm import events_of
+from launch.device import CollectiveEvents, Device
+from launch.limits import WaitLimit
+from launch.loaders import CompileLocks, KernelLoader
 from runner.backend.sink import R
-from runner.kernels.kernel import Kernel
-from runner.kernels.table import KernelTable
+from runner.cache.keys import body_of
+from runner.kernels.kernel import identity_of
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import (
     Await,
@@ -29,63 +28,50 @@ from runner.schedule import (
     Walk,
 )
 from runner.timeline import Span
+from runner.watch.shim import CompileRecord
+
+_SHOWN_WAIT_SECONDS = 1e-3
 
 
 class RankSink:
-    """One rank's operations and spans.
+    """One rank's operations, and its spans in seconds since the epoch.
 
-    A first use of a kernel is one ``load`` span, out of which
-    :func:`launch.compile_spans.cut_compiles` later cuts the compiles that the shim saw.
+    The first use of a kernel is one ``load`` span; :func:`split_loads` later takes the compiles
+    that the shim recorded out of it.
+
+    Attributes:
+        forwards: (start, phase, mode and tokens) of each forward.
+        last: the operation at hand.
+
+    Args:
+        locks: held while a GEMM's kernels are loaded for the first time; None takes none.
+        on_forward: called with (phase, mode and tokens) at the start of each forward.
     """
 
     def __init__(
         self,
         rank: int,
         loader: KernelLoader,
-        table: KernelTable,
+        device: Device,
+        limit: WaitLimit,
         *,
-        synchronise: Callable[[], None],
-        inside: bool,
-        arrive: Callable[[], None] = lambda: None,
-        limit: WaitLimit | None = None,
-        lock: Callable[[GemmShape], AbstractContextManager[None]] = lambda shape: nullcontext(),
-        capture: Callable[[Callable[[], object]], None] = lambda forward: None,
-        on_forward: Callable[[str, str], None] = lambda phase, name: None,
-        stream: Stream | None = None,
+        locks: CompileLocks | None = None,
+        on_forward: Callable[[str, str], None] | None = None,
     ) -> None:
-        """Make a sink.
-
-        Args:
-            rank: world rank.
-            loader: makes kernels ready.
-            table: which kernels calls run.
-            synchronise: waits until the device is idle.
-            inside: whether loading happens inside the call (the library) or before it (ours).
-            arrive: waits until communication that was begun is done.
-            limit: ends communications that take too long; None ends none.
-            lock: held while a GEMM's kernels are brought in for the first time.
-            capture: captures a CUDA graph of a forward.
-            on_forward: told (phase, mode and tokens) at the start of each forward.
-            stream: tells when what was begun ran; by default from the host's calls.
-        """
-        self.rank = rank
         self.ops: list[Op] = []
         self.spans: list[Span] = []
         self.forwards: list[tuple[float, str, str]] = []
         self.last = "start"
-        self._loader, self._table, self._inside = loader, table, inside
-        self._synchronise = synchronise
-        self._arrive, self._limit = arrive, limit or NoLimit()
-        self._lock, self._capture, self._on_forward = lock, capture, on_forward
-        self._stream = stream or HostStream()
-        self._begun: dict[str, tuple[Begin, Any]] = {}
-        self._ran: list[tuple[str, Times]] = []
+        self._rank, self._loader, self._device = rank, loader, device
+        self._limit, self._locks, self._on_forward = limit, locks, on_forward
+        self._begun: dict[str, tuple[Begin, float, CollectiveEvents | None]] = {}
+        self._awaited: list[tuple[str, float, float, CollectiveEvents | None]] = []
         self._capturing = False
         self._sequence: Counter[str] = Counter()
         self._phase: tuple[str, float] | None = None
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
-        """Note ``op``, do it, and note the time it took."""
+        """Keep ``op``, do it, and time it."""
         self.ops.append(op)
         if self._capturing:
             return action()
@@ -93,139 +79,154 @@ class RankSink:
             self._mark(op)
             return action()
         self.last = op.describe() if isinstance(op, KernelCall) else op.name
-        return self._done(op, action)
+        return self._timed(op, action)
 
-    def _done(self, op: Op, action: Callable[[], R]) -> R:
+    def _timed(self, op: Op, action: Callable[[], R]) -> R:
         if isinstance(op, KernelCall):
             return self._kernel(op, action)
         if isinstance(op, Collective | Send | Recv):
             return self._communicate(op, action)
-        if isinstance(op, Begin | Await):
-            return self._beside(op, action)
-        if isinstance(op, KernelWork | Walk):
-            return self._work_on_kernels(op, action)
-        return self._timed("compute", op.name, action)
-
-    def _communicate(self, op: Collective | Send | Recv, action: Callable[[], R]) -> R:
-        # What the device still does is compute, not communication.
-        self._timed("compute", "device", self._synchronise)
-        done = self._to_the_end(op, action)
-        return self._timed("comm", _comm_name(op), done, self._comm_key(op))
-
-    def _beside(self, op: Begin | Await, action: Callable[[], R]) -> R:
-        """What is begun goes on beside what follows; how long is known once it was awaited."""
         if isinstance(op, Begin):
-            result = self._timed("compute", op.name, self._limited(op, action))
-            self._limit.begun(op, result)
-            self._begun[op.name] = op, self._stream.begun(result)
-            return result
-        begun, handle = self._begun.pop(op.name)
-        result = self._timed("wait", op.name, self._limited(begun, action))
-        self._ran.append((op.name, self._stream.awaited(handle)))
-        return result
-
-    def _note_beside(self) -> None:
-        """Note what went on beside, once the device is idle and can tell."""
-        for name, times in self._ran:
-            start, end = times()
-            self.spans.append(Span(self.rank, start, max(start, end), "beside", name))
-        self._ran.clear()
-
-    def _work_on_kernels(self, op: KernelWork | Walk, action: Callable[[], R]) -> R:
-        if isinstance(op, Walk):
-            with self._lock(op.shape):
-                return self._timed("load", op.name, action)
-        # What a build spends its time on, the builder notes kernel by kernel.
-        return action() if op.action == "build" else self._timed("load", op.name, action)
-
-    def _to_the_end(self, op: Collective | Send | Recv, action: Callable[[], R]) -> Callable[[], R]:
-        """NCCL returns when a collective is queued; its time is until it is done."""
-
-        def act() -> R:
-            result = action()
-            self._arrive()
-            return result
-
-        return self._limited(op, act)
-
-    def _limited(self, op: Communication, action: Callable[[], R]) -> Callable[[], R]:
-        def act() -> R:
-            with self._limit.over(op):
-                return action()
-
-        return act
+            return self._begin(op, action)
+        if isinstance(op, Await):
+            return self._await(op, action)
+        locked = self._lock(op.shape) if isinstance(op, Walk) else nullcontext()
+        kind = "load" if isinstance(op, Walk | KernelWork) else "compute"
+        # Each kernel that is built gets a span of its own.
+        building = isinstance(op, KernelWork) and op.action == "build"
+        with locked, nullcontext() if building else self._span(kind, op.name):
+            return action()
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Capture a graph of ``forward``; its operations are counted and nothing of it timed."""
+        """Capture a CUDA graph of ``forward``; its operations are counted and not timed."""
         before, self.ops = self.ops, []
         start = time.time()
         self._capturing = True
         try:
-            self._synchronise()
+            self._device.synchronise()
             with self._limit.quiet():
-                self._capture(forward)
+                self._device.capture(forward)
         finally:
             self._capturing = False
             before.append(Capture(name, len(self.ops)))
             self.ops = before
-        self.spans.append(Span(self.rank, start, time.time(), "compute", name))
+        self._add("compute", name, start, time.time())
 
     def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
-        kernels = self._table.kernels_of(call)
-        if not self._loader.lacks(kernels):
-            return self._timed("compute", call.type.name.lower(), action)
-        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-        since = time.time()
-        with self._lock(shape):
-            return self._first_use(call, kernels, action, since)
-
-    def _first_use(
-        self, call: KernelCall, kernels: Sequence[Kernel], action: Callable[[], R], since: float
-    ) -> R:
-        start = time.time()
-        if start - since > _SHOWN_WAIT:
-            self.spans.append(Span(self.rank, since, start, "wait", "compile lock"))
-        self._loader.prepare(kernels)
         name = call.type.name.lower()
-        if self._inside:
-            return self._timed("load", name, action)
-        self.spans.append(Span(self.rank, start, time.time(), "load", name))
-        return self._timed("compute", name, action)
+        if self._loader.is_ready(call):
+            with self._span("compute", name):
+                return action()
+        asked = time.time()
+        with self._lock(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)):
+            start = time.time()
+            if start - asked > _SHOWN_WAIT_SECONDS:
+                self._add("wait", "compile lock", asked, start)
+            if self._loader.loads_inside_calls:
+                self._loader.prepare(call)
+                with self._span("load", name):
+                    return action()
+            with self._span("load", name):
+                self._loader.prepare(call)
+            with self._span("compute", name):
+                return action()
+
+    def _communicate(self, op: Collective | Send | Recv, action: Callable[[], R]) -> R:
+        # What the device still does is compute, not communication.
+        with self._span("compute", "device"):
+            self._device.synchronise()
+        prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
+        with self._span("comm", f"{prefix}{op.name}", self._comm_key(op)), self._limit.over(op):
+            result = action()
+            self._device.wait_for_communication()
+            return result
+
+    def _begin(self, op: Begin, action: Callable[[], R]) -> R:
+        with self._span("compute", op.name), self._limit.over(op):
+            handle = action()
+        events = events_of(handle)
+        if events is not None:
+            self._limit.started(op, events.done.query)
+        self._begun[op.name] = op, time.time(), events
+        return handle
+
+    def _await(self, op: Await, action: Callable[[], R]) -> R:
+        begun, start, events = self._begun.pop(op.name)
+        with self._span("wait", op.name), self._limit.over(begun):
+            result = action()
+        self._awaited.append((op.name, start, time.time(), events))
+        return result
+
+    def _add_asynchronous_collectives(self) -> None:
+        """Add spans of collectives that were awaited, now that the device is idle and can tell."""
+        for name, begun, awaited, events in self._awaited:
+            start, end = self._device.times(events) if events else (begun, awaited)
+            self._add("beside", name, start, max(start, end))
+        self._awaited.clear()
 
     def _mark(self, mark: Mark) -> None:
         if mark.kind == "forward" and self._phase is not None:
             self.forwards.append((time.time(), self._phase[0], mark.name))
-            self._on_forward(self._phase[0], mark.name)
+            if self._on_forward is not None:
+                self._on_forward(self._phase[0], mark.name)
         if mark.kind != "phase":
             return
-        self._timed("compute", "device", self._synchronise)
-        self._note_beside()
+        with self._span("compute", "device"):
+            self._device.synchronise()
+        self._add_asynchronous_collectives()
         now = time.time()
         if self._phase is not None:
             name, start = self._phase
-            self.spans.append(Span(self.rank, start, now, "phase", name))
+            self._add("phase", name, start, now)
         self._phase = None if mark.name == "end" else (mark.name, now)
 
-    def _timed(self, kind: str, name: str, action: Callable[[], R], key: str = "") -> R:
+    def _lock(self, shape: GemmShape) -> AbstractContextManager[None]:
+        return nullcontext() if self._locks is None else self._locks.held(shape)
+
+    @contextmanager
+    def _span(self, kind: str, name: str, key: str = "") -> Iterator[None]:
+        """Time the block; what raises has no span."""
         start = time.time()
-        result = action()
-        self.spans.append(Span(self.rank, start, time.time(), kind, name, key))
-        return result
+        yield
+        self._add(kind, name, start, time.time(), key)
+
+    def _add(self, kind: str, name: str, start: float, end: float, key: str = "") -> None:
+        self.spans.append(Span(self._rank, start, end, kind, name, key))
 
     def _comm_key(self, op: Collective | Send | Recv) -> str:
+        """A key that all ranks of one communication give it."""
         if isinstance(op, Collective):
             where = ",".join(map(str, op.group))
         elif isinstance(op, Send):
-            where = f"{self.rank}>{op.peer}"
+            where = f"{self._rank}>{op.peer}"
         else:
-            where = f"{op.peer}>{self.rank}"
+            where = f"{op.peer}>{self._rank}"
         self._sequence[where] += 1
         return f"{where} #{self._sequence[where]}"
 
 
-_SHOWN_WAIT = 1e-3
+def compiled_identity(record: CompileRecord) -> str:
+    """:attr:`runner.kernels.kernel.Kernel.identity` of the kernel that was compiled."""
+    return identity_of(record.kernel_name, body_of(record.source))
 
 
-def _comm_name(op: Collective | Send | Recv) -> str:
-    prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
-    return f"{prefix}{op.name}"
+def split_loads(spans: Sequence[Span], compiles: Sequence[CompileRecord]) -> list[Span]:
+    """Take the compiles that the shim recorded out of one rank's ``load`` spans."""
+    result = [
+        Span(c.rank, c.start, c.end, "compile", c.kernel_name, compiled_identity(c))
+        for c in compiles
+    ]
+    for span in spans:
+        if span.kind != "load":
+            result.append(span)
+            continue
+        at = span.start
+        for record in compiles:
+            if record.end <= span.start or record.start >= span.end:
+                continue
+            if record.start > at:
+                result.append(Span(span.rank, at, record.start, "load", span.name))
+            at = max(at, record.end)
+        if at < span.end:
+            result.append(Span(span.rank, at, span.end, "load", span.name))
+    return sorted(result, key=lambda span: (span.start, -span.end))

@@ -1,8 +1,8 @@
 """``torchrun -m launch.steps``: how long a forward takes as one batch and by each strategy.
 
-What ``runner overlap`` predicts, measured: on GPUs the forward is a CUDA graph, run again and
-again; then once more with an event behind every operation, which tells what the GPU and the link
-did when. ``runner overlap --measured`` lays both side by side.
+This measures what ``runner overlap`` predicts. On GPUs the forward is a CUDA graph, replayed many
+times, and once more with an event behind every operation, which shows what the GPU and the link did
+when. ``runner overlap --measured`` shows both next to each other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,291 +20,305 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from runner.cli.common import SECONDS, layout_options, model_options
 
 from launch.comm import TorchComm, make_groups
-from launch.comm_stream import CommStream
-from launch.deadline import Deadline
-from launch.failure import end_process
+from launch.device import CollectiveStream, capture_graph, replayed_event
 from launch.gather import machine_facts
-from launch.graphs import GraphCapture
-from launch.jit_setup import set_up_jit
-from launch.options import REAL_MATH_LIMIT, LaunchOptions
-from launch.place import Place, find_place, gpu_of, init_process_group, pick_backend, pick_device
-from launch.step_clock import GpuClock, HostClock, StepSink
-from runner.backend.base import Backend
+from launch.jit import set_up_jit
+from launch.limits import Deadline
+from launch.options import LaunchOptions
+from launch.rank import Rank
+from launch.worker import build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.torch_math import TorchBuffers, TorchMath
-from runner.backend.torch_weights import TorchWeights
-from runner.cli.guard import run_guarded
+from runner.backend.sink import R
 from runner.config.environ import Environ
-from runner.config.model import ModelConfig
+from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.files import write_json
+from runner.kernels.types import KernelCall
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
+from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.outputs import check_outputs
-from runner.scenario import Scenario
+from runner.schedule import Await, Begin, Collective, Mark, Op
+from runner.target import LibraryOptions
 
 _EAGER_RUNS = 2
-"""Forwards before a capture: kernels are loaded and memory is there."""
+"""Forwards before a capture, which load kernels and allocate memory."""
 
 _ROUNDS = 5
-"""Measurements of ``--repeat`` steps each, of which the median is told."""
+"""Measurements of ``--repeat`` steps each, of which the median counts."""
+
+_OF_SCENARIO = ("model", "layers", "pp", "tp", "ep")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What is measured, and where it goes. Times in seconds."""
+
+    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
+    batch: int = option(
+        512,
+        OptionDetails("Tokens of the forward: sequences, of a decode.", metavar="N", least=2),
+    )
+    prompt_len: int = option(
+        128,
+        OptionDetails(
+            "Tokens of each sequence: before a decode, or in an extend.", metavar="N", least=1
+        ),
+    )
+    overlap: tuple[str, ...] = option(
+        (),
+        OptionDetails(
+            f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
+            metavar="STRATEGY",
+        ),
+    )
+    repeat: int = option(
+        10,
+        OptionDetails(f"Steps in a row of each of {_ROUNDS} measurements.", metavar="N", least=1),
+    )
+    device: str = option(
+        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
+    )
+    cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
+    seed: int = option(0, OptionDetails("Seed of the weights."))
+    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
+    json: Path = option(
+        Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
+    )
+
+    @property
+    def strategies(self) -> list[OverlapStrategy]:
+        """Those of the mode, of the ones given or of all."""
+        given = map(load_strategy, self.overlap) if self.overlap else STRATEGIES.values()
+        return [strategy for strategy in given if strategy.mode is self.mode]
+
+
+class HostEvent:
+    """The host's clock, used like a GPU's event: a CPU has done an operation when it returns."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+class StepSink:
+    """Runs operations and, while it listens, notes when each of them ends.
+
+    Attributes:
+        last: the operation at hand.
+
+    Args:
+        stream: the GPU's stream for collectives; None on a CPU.
+    """
+
+    def __init__(self, stream: CollectiveStream | None) -> None:
+        self.last = "start"
+        self._stream = stream
+        self.listen(False)
+
+    def listen(self, listening: bool) -> None:
+        """Forget everything; while listening, times count from now on."""
+        self._listening = listening
+        self._points: list[Any] = []
+        self._intervals: list[list[int]] = []
+        self._begun: dict[str, list[int]] = {}
+        if self._stream is not None:
+            self._stream.noted = [] if listening else None
+        if listening:
+            self._note()
+
+    def _note(self) -> None:
+        event = HostEvent() if self._stream is None else replayed_event()
+        event.record()
+        self._points.append(event)
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        """Do ``op``."""
+        if isinstance(op, Mark):
+            return action()
+        self.last = op.describe() if isinstance(op, KernelCall) else op.name
+        here = len(self._points)
+        if isinstance(op, Begin | Collective):
+            self._begun[op.name] = [here - 1, here]
+            self._intervals.append(self._begun[op.name])
+        elif isinstance(op, Await):
+            self._begun.pop(op.name)[1] = here
+        result = action()
+        if self._listening:
+            self._note()
+        return result
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        raise NotImplementedError(f"{name} within a step")
+
+    def ends(self) -> list[float]:
+        """Seconds at which each operation ended, after a 0 for the start."""
+        return [self._seconds(point) for point in self._points]
+
+    def link(self) -> list[tuple[float, float]]:
+        """Start and end of every collective in seconds, in the order of their starts.
+
+        On a CPU one that was begun counts until it is awaited: nobody says when it ended.
+        """
+        if self._stream is not None:
+            noted = self._stream.noted or []
+            return [(self._seconds(events.start), self._seconds(events.end)) for events in noted]
+        ends = self.ends()
+        return [(ends[first], ends[last]) for first, last in self._intervals]
+
+    def _seconds(self, event: Any) -> float:
+        return float(self._points[0].elapsed_time(event)) / 1e3
+
+
 class _Steps:
     """One rank's measurement."""
 
-    runner: ModelRunner
-    sink: StepSink
-    device: torch.device
-    batch: ForwardBatch
-    repeat: int
+    def __init__(self, rank: Rank, work_dir: Path, options: StepOptions) -> None:
+        number, scenario = rank.place.rank, rank.scenario
+        jit = set_up_jit(
+            rank.options, rank.environ, scenario, number, work_dir, library=rank.on_gpu
+        )
+        groups = make_groups(scenario.parallel, rank.options.timeout, rank.link)
+        comm = TorchComm(groups, rank.device, rank.link)
+        self.sink = StepSink(comm.stream)
+        self._runner = build_runner(rank, jit, self.sink, comm)
+        self._batch = _batch(self._runner, options)
+        self._device = rank.device
+        self._repeat = options.repeat
 
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
-        """Steps by a strategy, None as one batch."""
-        stage = self.runner.stage.overlapped([strategy] if strategy else [])
-        self.sink.listen(None)
-        for _ in range(_EAGER_RUNS):
-            stage.forward(self.batch, None)
-        step = self._prepared(lambda: stage.forward(self.batch, None))
-        rounds = [self._timed(step) for _ in range(_ROUNDS)]
-        clock = GpuClock() if self.device.type == "cuda" else HostClock()
+        """Measure steps by a strategy; None is one batch."""
+        stage = self._runner.stage.overlapped([strategy] if strategy else [])
+
+        def forward() -> None:
+            stage.forward(self._batch, None)
 
         def noted() -> None:
-            self.sink.listen(clock)
-            stage.forward(self.batch, None)
+            self.sink.listen(True)
+            forward()
 
-        step = self._prepared(noted)
+        self.sink.listen(False)
+        for _ in range(_EAGER_RUNS):
+            forward()
+        step = self._captured(forward)
+        rounds = [self._timed(step) for _ in range(_ROUNDS)]
+        step = self._captured(noted)
         for _ in range(_EAGER_RUNS):
             dist.barrier()
             step()
         self._synchronise()
-        ends = clock.ends()
         return {
             "strategy": None if strategy is None else strategy.to_json(),
             "step_seconds": median(rounds),
             "rounds": rounds,
-            "ends": ends,
-            "link": self.sink.link(ends),
+            "ends": self.sink.ends(),
+            "link": self.sink.link(),
         }
 
-    def _prepared(self, forward: Callable[[], object]) -> Callable[[], object]:
+    def _captured(self, forward: Callable[[], None]) -> Callable[[], object]:
         """The forward as a graph; on a CPU as it is."""
-        if self.device.type != "cuda":
+        if self._device.type != "cuda":
             return forward
-        graphs = GraphCapture(self.device)
-        graphs(forward)
-        return graphs.last.replay
+        graph = capture_graph(self._device, forward)
+        return graph.replay
 
     def _timed(self, step: Callable[[], object]) -> float:
-        """Seconds of a step, of some in a row."""
+        """Seconds of a step, averaged over ``repeat`` in a row."""
         self._synchronise()
         dist.barrier()
         start = time.perf_counter()
-        for _ in range(self.repeat):
+        for _ in range(self._repeat):
             step()
         self._synchronise()
-        return (time.perf_counter() - start) / self.repeat
+        return (time.perf_counter() - start) / self._repeat
 
     def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 @click.command()
-@model_options
-@layout_options(pp=1, tp=2)
-@click.option(
-    "--mode",
-    type=click.Choice([mode.value for mode in ForwardMode]),
-    default="decode",
-    show_default=True,
-    help="Which forwards.",
+@with_options(
+    scenario_options(
+        "model",
+        "deployment",
+        without=("overlap", "moe_a2a", "max_tokens", "disaggregation"),
+        tp=2,
+    ),
+    StepOptions,
 )
-@click.option(
-    "--batch",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Tokens of the forward: sequences, of a decode.",
-)
-@click.option(
-    "--prompt-len",
-    type=click.IntRange(min=1),
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Tokens of each sequence: before a decode, or in an extend.",
-)
-@click.option(
-    "--overlap",
-    multiple=True,
-    metavar="STRATEGY",
-    help=f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
-)
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=10,
-    show_default=True,
-    metavar="N",
-    help="Steps in a row of each of 5 measurements.",
-)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    help="Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the weights.")
-@click.option(
-    "--timeout",
-    type=SECONDS,
-    default=1800.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Longest run.",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="Where to write what was measured.",
-)
-def steps(overlap: Sequence[str], json_path: Path, **values: Any) -> None:
+def steps(given: ScenarioOptions, options: StepOptions) -> None:
     """Measure a forward as one batch and by strategies of two-batch overlap.
 
     Run by torchrun with --nproc-per-node as --tp says.
     """
-    check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
+    check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
-    mode = ForwardMode(values["mode"])
-    strategies = _strategies(overlap, mode)
-    place = find_place(environ)
-    if values["pp"] != 1 or place.world_size != values["tp"]:
-        raise UserError(
-            f"--pp {values['pp']} --tp {values['tp']} with {place.world_size} ranks: steps are of "
-            "one stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
-        )
-    measured = _run(values, environ, place, mode, strategies)
-    if place.rank == 0:
-        settings = {name: values[name] for name in _SETTINGS}
-        write_json(json_path, {"version": 1, "settings": settings, **measured})
-        print(f"wrote {json_path}")
-
-
-_SETTINGS = ("model", "layers", "pp", "tp", "ep", "mode", "batch", "prompt_len")
-
-
-def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy]:
-    found = [load_strategy(name) for name in names] if names else list(STRATEGIES.values())
-    return [strategy for strategy in found if strategy.mode is mode]
-
-
-def _run(
-    values: dict[str, Any],
-    environ: Environ,
-    place: Place,
-    mode: ForwardMode,
-    strategies: Sequence[OverlapStrategy],
-) -> dict[str, Any]:
-    device = pick_device(values["device"], place)
-    gpu = gpu_of(device) if device.type == "cuda" else None
-    options = LaunchOptions(
-        **{
-            name: values[name]
-            for name in (
-                "model",
-                "layers",
-                "tp",
-                "ep",
-                "attn_cp",
-                "seed",
-                "stage_layers",
-                "device",
-                "cache_dir",
-                "timeout",
-            )
-        },
-        moe_a2a=True,
-    )
-    scenario = options.scenario(environ, gpu=gpu, policy=WarmupPolicy.NONE)
-    link = pick_backend("auto", device, place, place.local_world_size)
-    init_process_group(device, place, backend=link, node=0, timeout=options.timeout)
-    if device.type == "cuda" and link == "gloo":
-        raise UserError("each rank needs a GPU of its own: over gloo nothing fits into a graph")
-    sink, end = StepSink(), partial(end_process, place.rank)
-    with Deadline(options.timeout, end) as deadline, tempfile.TemporaryDirectory() as work:
-        deadline.sink = sink
-        runner = _build(options, environ, scenario, place, device, sink, Path(work))
-        batch = _batch(runner, mode, values["batch"], values["prompt_len"])
-        one = _Steps(runner, sink, device, batch, values["repeat"])
-        runs = []
+    launched = _launch_options(given, options, environ.world_size or 1)
+    runs = []
+    with (
+        Deadline(options.timeout, environ.rank or 0) as deadline,
+        tempfile.TemporaryDirectory() as work_dir,
+    ):
+        rank = Rank.meet(launched, environ, WarmupPolicy.NONE)
+        if rank.device.type == "cuda" and rank.link == "gloo":
+            raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
+        measured = _Steps(rank, Path(work_dir), options)
+        deadline.sink = measured.sink
         with torch.inference_mode():
-            for strategy in (None, *strategies):
-                runs.append(one.measure(strategy))
-                if place.rank == 0:
+            for strategy in (None, *options.strategies):
+                runs.append(measured.measure(strategy))
+                if rank.place.rank == 0:
                     name = strategy.name if strategy else "one batch"
                     print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
         dist.barrier()
     dist.destroy_process_group()
-    return {
-        "num_sms": scenario.num_sms,
-        "link": link,
-        "machine": machine_facts(device),
-        "runs": runs,
-    }
+    if rank.place.rank == 0:
+        data = {
+            "version": 1,
+            "settings": {
+                **{name: given.given[name] for name in _OF_SCENARIO},
+                "mode": options.mode.value,
+                "batch": options.batch,
+                "prompt_len": options.prompt_len,
+            },
+            "num_sms": rank.scenario.num_sms,
+            "link": rank.link,
+            "machine": machine_facts(rank.device),
+            "runs": runs,
+        }
+        write_json(options.json, data)
+        print(f"wrote {options.json}")
 
 
-def _build(
-    options: LaunchOptions,
-    environ: Environ,
-    scenario: Scenario,
-    place: Place,
-    device: torch.device,
-    sink: StepSink,
-    work: Path,
-) -> ModelRunner:
-    real = device.type == "cuda"
-    jit = set_up_jit(options, environ, scenario, place.rank, work, library=real)
-    groups = make_groups(scenario.parallel, options.timeout, "nccl" if real else "gloo")
-    stream = CommStream(device, sink.ran, sink.event) if real else None
-    comm = TorchComm(groups, device, through_host=False, stream=stream)
-    entry_points = jit.entry_points
-    backend = Backend(
-        TorchMath(device, entry_points),
-        comm,
-        sink,
-        scenario.num_sms,
-        bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )
-    return ModelRunner.build(
-        scenario.model,
-        scenario.parallel,
-        place.rank,
-        backend=backend,
-        weights=TorchWeights(options.seed, device, share=real and _is_large(scenario.model)),
-        buffers=TorchBuffers(device, scenario.model.vocab_size),
+def _launch_options(given: ScenarioOptions, options: StepOptions, world_size: int) -> LaunchOptions:
+    layout = {"pp": given.given["pp"], "tp": given.given["tp"]}
+    if layout != {"pp": 1, "tp": world_size}:
+        raise UserError(
+            f"--pp {layout['pp']} --tp {layout['tp']} with {world_size} ranks: steps are of one "
+            "stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
+        )
+    return LaunchOptions(
+        given=replace(given, given={**given.given, "moe_a2a": True}),
+        kernels=LibraryOptions(),
+        policies=(WarmupPolicy.NONE,),
+        compute="real",
+        device=options.device,
+        cache_dir=options.cache_dir,
+        seed=options.seed,
+        timeout=options.timeout,
     )
 
 
-def _is_large(model: ModelConfig) -> bool:
-    from runner.planning.weight_size import model_elements
-
-    return model_elements(model) > REAL_MATH_LIMIT
-
-
-def _batch(runner: ModelRunner, mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
+def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
+    tokens, prompt_len = options.batch, options.prompt_len
     ids = runner.buffers.dummy_ids(tokens)
-    if mode.is_extend:
+    if options.mode.is_extend:
         full, rest = divmod(tokens, prompt_len)
         lens = (prompt_len,) * full + ((rest,) if rest else ())
         cache = runner.buffers.cache(len(lens), prompt_len)

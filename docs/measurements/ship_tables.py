@@ -14,7 +14,6 @@ from functools import partial
 from itertools import product
 
 from runner.build.compiler import find_nvcc, nvcc_version
-from runner.cli.progress import counting, progress
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_PRO
@@ -24,6 +23,7 @@ from runner.kernels.library import LibrarySource
 from runner.kernels.table import Demand
 from runner.kernels.table_file import SHIPPED_FOLDER, SHIPPED_GPUS, write_table
 from runner.planning.plan import run_demands
+from runner.report.progress import counting, progress
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.device import wait_for_device
 from launch.gather import machine_facts
-from launch.watchdog import wait_for_device
 from runner.build.compiler import NvccCompiler, find_nvcc
 from runner.config.environ import Environ
 from runner.kernels.installed import find_library

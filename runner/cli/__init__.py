@@ -9,7 +9,7 @@ from importlib import import_module
 import click
 
 from runner import __version__
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 
 _COMMANDS = {
     "sim": "Predict a start-up: the same schedule in virtual time.",

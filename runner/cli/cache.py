@@ -18,9 +18,9 @@ from runner.cache.machine import compiler_words
 from runner.cache.manifest import Manifest, Use, merge_manifest, read_manifest, remove_entries
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
-from runner.cli.progress import counting, progress
 from runner.errors import UserError
 from runner.files import write_json
+from runner.report.progress import counting, progress
 
 
 @click.group()

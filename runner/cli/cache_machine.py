@@ -24,11 +24,11 @@ from runner.cache.manifest import (
 from runner.cache.plan_file import PlanFile, read_plan_file
 from runner.cache.verify import Expectation, Finding
 from runner.cache.verify import verify as verify_cache
-from runner.cli.progress import counting, progress
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
 from runner.options import with_options
+from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, cache_machine, check_release
 
 _SHOWN = 20

@@ -15,11 +15,11 @@ from runner.build.prebuild import BuildRequest, BuildStoppedError, prebuild
 from runner.cache.entry import CUBIN, kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
-from runner.cli.progress import counting, progress
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
 from runner.options import ScenarioOptions, scenario_options, with_options
+from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of
 
 _SHOWN_FAILURES = 5

@@ -14,7 +14,6 @@ import click
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.cli.common import layout_options, model_options
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import link_of, model_of
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
@@ -25,6 +24,7 @@ from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.overlap_plot import plot_turns
 from runner.report.overlap_table import print_comparison
+from runner.report.progress import counting, progress
 from runner.scenario import Scenario
 from sim.costs.profile import load_profile
 from sim.costs.profile_costs import ProfileCosts

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from runner.cli.deployment import Planned, PlannedOptions, planned
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import with_walk_memory
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
@@ -23,6 +22,7 @@ from runner.planning.library_check import differences
 from runner.planning.plan import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
+from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import MachineOptions, with_walk_memory
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
@@ -25,6 +24,7 @@ from runner.options import (
 from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs, write_reports
 from runner.report.predictions import print_predictions
+from runner.report.progress import counting, progress
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import load_profile
 from sim.simulate import Prediction, simulate

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from runner.cli.common import IntList, model_options
-from runner.cli.progress import counting, progress
 from runner.cli.simulated import machine_of, model_of, scenario_of, simulation_options, with_environ
 from runner.cli.sweep_options import axis_options, take_axes
 from runner.cli.target import Target, take_target
@@ -20,6 +19,7 @@ from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs
+from runner.report.progress import counting, progress
 from runner.report.sweep_json import sweep_json
 from runner.report.sweep_table import print_sweep
 from sim.costs.profile import Profile, load_profile

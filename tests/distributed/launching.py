@@ -21,26 +21,32 @@ FEW_KERNELS = DSV3_SMALL | {
 """Dense layers whose GEMMs all have K = 512: a handful of kernels on each stage."""
 
 
-def launch(*arguments: str, torchrun: list[str] | None = None, timeout: float = 300) -> str:
-    """Run a launch and return what it printed; fails the test where it fails."""
+def split(*arguments: str | Path) -> list[str]:
+    """Texts of several words each, and paths, as words of a command line."""
+    words: list[str] = []
+    for argument in arguments:
+        words += [str(argument)] if isinstance(argument, Path) else argument.split()
+    return words
+
+
+def launch(*arguments: str | Path, torchrun: str | None = None, timeout: float = 300) -> str:
+    """Run a launch and return what it printed; the test fails if the launch does."""
     done = run_launch(*arguments, torchrun=torchrun, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def run_launch(
-    *arguments: str,
-    torchrun: list[str] | None = None,
+    *arguments: str | Path,
+    torchrun: str | None = None,
     timeout: float = 300,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    prefix = [sys.executable]
-    if torchrun is not None:
-        prefix += ["-m", "torch.distributed.run", *torchrun]
-    command = [*prefix, "-m", "launch", *arguments]
+    """Run a launch, on ranks that ``torchrun`` with these arguments starts or on its own."""
+    prefix = "" if torchrun is None else f"-m torch.distributed.run {torchrun}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL"))}
     return subprocess.run(
-        command,
+        [sys.executable, *split(prefix, "-m launch", *arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -49,6 +55,6 @@ def run_launch(
     )
 
 
-def schedule_in(path: Path) -> Schedule:
+def read_schedule(path: Path) -> Schedule:
     """The operations that a launch wrote with ``--schedule``."""
     return Schedule.from_json(json.loads(path.read_text()))

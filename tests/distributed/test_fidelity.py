@@ -21,31 +21,21 @@ from tests.distributed.launching import FEW_KERNELS, launch
 pytest.importorskip("torch")
 pytestmark = [pytest.mark.distributed, pytest.mark.nvcc]
 
-COMMON = [
-    "--compute",
-    "skip",
-    "--device",
-    "cpu",
-    "--batch-sizes",
-    "1,128",
-    "--stream",
-    "20,128",
-    "--max-tokens",
-    "128",
-    "--walk-max-m",
-    "64",
-]
-STAGES = ["--pp", "2", "--virtual-nodes", "2"]
+COMMON = (
+    "--compute skip --device cpu --batch-sizes 1,128 --stream 20,128 --max-tokens 128 "
+    "--walk-max-m 64"
+)
+STAGES = "--pp 2 --virtual-nodes 2"
 """Each stage has a cache of its own, so that nobody compiles in a race."""
-SHARDS = ["--tp", "2", "--compile-lock"]
+SHARDS = "--tp 2 --compile-lock"
 """Both ranks share a cache, and the lock decides who compiles."""
 
 
-def measure(folder: Path, *arguments: str, policies: list[str]) -> list[Timeline]:
+def measure(folder: Path, arguments: str, policies: list[str]) -> list[Timeline]:
     path = folder / "timeline.json"
-    warmup = [word for policy in policies for word in ("--warmup", policy)]
-    model = ["--model", str(folder / "config.json")]
-    launch(*model, *COMMON, *arguments, *warmup, "--timeline", str(path), timeout=540)
+    warmup = " ".join(f"--warmup {policy}" for policy in policies)
+    model = folder / "config.json"
+    launch("--model", model, COMMON, arguments, warmup, "--timeline", path, timeout=540)
     return read_timelines(path)
 
 
@@ -58,9 +48,9 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
     (folder / "config.json").write_text(json.dumps(FEW_KERNELS))
     models = {"few": load_model(str(folder / "config.json"))}
     none, parallel, full, planned = measure(
-        folder, *STAGES, policies=["none", "pp-parallel", "full", "planned"]
+        folder, STAGES, ["none", "pp-parallel", "full", "planned"]
     )
-    (locked,) = measure(folder, *SHARDS, policies=["full"])
+    (locked,) = measure(folder, SHARDS, ["full"])
 
     for timeline in (none, parallel, full, planned):
         scenario = scenario_of(timeline, models)

@@ -24,13 +24,13 @@ from runner.driver.run import record
 from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
-from tests.distributed.launching import FEW_KERNELS, launch, run_launch, schedule_in
+from tests.distributed.launching import FEW_KERNELS, launch, read_schedule, run_launch, split
 from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
-SMALL = ["--batch-sizes", "2,24", "--prompt-len", "12", "--no-jit", "--device", "cpu"]
+SMALL = "--batch-sizes 2,24 --prompt-len 12 --no-jit --device cpu"
 """EXTEND of 2 and of 2 x 12 tokens, each followed by a DECODE step."""
 
 
@@ -48,7 +48,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, dsv3_config: Path) -> di
     found = {}
     for model in ("dsv4-tiny", str(dsv3_config)):
         path = folder / "logits.pt"
-        launch("--model", model, "--warmup", "none", *SMALL, "--logits", str(path))
+        launch(f"--model {model} --warmup none", SMALL, "--logits", path)
         found[model] = torch.load(path)
     return found
 
@@ -80,9 +80,7 @@ def test_logits_do_not_depend_on_the_layout(
 ) -> None:
     """Stated tolerance 1e-6: on a CPU partial sums stay wide until they are summed."""
     path = tmp_path / "logits.pt"
-    launch(
-        "--model", "dsv4-tiny", "--warmup", "none", *layout.split(), *SMALL, "--logits", str(path)
-    )
+    launch("--model dsv4-tiny --warmup none", layout, SMALL, "--logits", path)
     assert_same_logits(reference["dsv4-tiny"], path)
 
 
@@ -91,24 +89,13 @@ def test_dsv3_logits_do_not_depend_on_the_layout(
     layout: str, reference: dict[str, list], dsv3_config: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "logits.pt"
-    arguments = ["--model", str(dsv3_config), "--warmup", "none", *layout.split()]
-    launch(*arguments, *SMALL, "--logits", str(path))
+    launch("--model", dsv3_config, "--warmup none", layout, SMALL, "--logits", path)
     assert_same_logits(reference[str(dsv3_config)], path)
 
 
 def test_a_warm_up_does_not_change_the_logits(reference: dict[str, list], tmp_path: Path) -> None:
     path = tmp_path / "logits.pt"
-    launch(
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "2",
-        "--warmup",
-        "pp-parallel",
-        *SMALL,
-        "--logits",
-        str(path),
-    )
+    launch("--model dsv4-tiny --pp 2 --warmup pp-parallel", SMALL, "--logits", path)
     assert_same_logits(reference["dsv4-tiny"], path)
 
 
@@ -116,35 +103,20 @@ def test_under_torchrun_the_given_ranks_are_used(
     reference: dict[str, list], tmp_path: Path
 ) -> None:
     path = tmp_path / "logits.pt"
-    rendezvous = [
-        "--nproc-per-node",
-        "4",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
     printed = launch(
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "2",
-        "--tp",
-        "2",
-        "--warmup",
-        "none",
-        *SMALL,
+        "--model dsv4-tiny --pp 2 --tp 2 --warmup none",
+        SMALL,
         "--logits",
-        str(path),
-        torchrun=rendezvous,
+        path,
+        torchrun="--nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint localhost:0",
     )
     assert "= 4 ranks over gloo on cpu" in printed
     assert_same_logits(reference["dsv4-tiny"], path)
 
 
 def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> None:
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    printed = launch("--model", "dsv4-tiny", "--pp", "2", "--tp", "1", *SMALL, torchrun=rendezvous)
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint localhost:0"
+    printed = launch("--model dsv4-tiny --pp 2 --tp 1", SMALL, torchrun=rendezvous)
     assert "pp 2 x tp 1 = 2 ranks over gloo on cpu" in printed
 
 
@@ -159,10 +131,10 @@ def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> No
     ],
 )
 def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path) -> None:
-    """Operation by operation, on every rank: what ran is what the record backend foretold."""
+    """Operation by operation, on every rank."""
     words = dict(_pairs(arguments.split()))
     path = tmp_path / "schedule.json"
-    launch(*arguments.split(), "--no-jit", "--device", "cpu", "--schedule", str(path))
+    launch(arguments, "--no-jit --device cpu --schedule", path)
     model = load_model(words["--model"])
     if "--layers" in words:
         model = with_layers(model, int(words["--layers"]))
@@ -181,26 +153,20 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
         batch_sizes=sizes,
         prompt_len=int(words.get("--prompt-len", "1")),
     )
-    really = schedule_in(path)
-    foretold = record(scenario)
-    for rank, (ran, said) in enumerate(zip(really.ranks, foretold.ranks, strict=True)):
-        assert ran == said, f"rank {rank}"
+    ran, recorded = read_schedule(path), record(scenario)
+    for rank, (ours, theirs) in enumerate(zip(ran.ranks, recorded.ranks, strict=True)):
+        assert ours == theirs, f"rank {rank}"
 
 
 @pytest.mark.parametrize("algo", [Bf16Fp32Algo.CUBLAS, Bf16Fp32Algo.TORCH])
 def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_path: Path) -> None:
-    """Every rank reads it for itself: what ran is what is foretold for that algorithm."""
+    """Every rank reads it for itself, and runs what is recorded for that algorithm."""
     path = tmp_path / "schedule.json"
     done = run_launch(
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "2",
-        "--warmup",
-        "none",
-        *SMALL,
+        "--model dsv4-tiny --pp 2 --warmup none",
+        SMALL,
         "--schedule",
-        str(path),
+        path,
         env={"SGLANG_OPT_BF16_FP32_GEMM_ALGO": algo.value},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -212,9 +178,9 @@ def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_p
         batch_sizes=(2, 24),
         bf16_fp32_algo=algo,
     )
-    really = schedule_in(path)
-    assert really == record(scenario)
-    assert really != record(replace(scenario, bf16_fp32_algo=Bf16Fp32Algo.DEEP_GEMM))
+    ran = read_schedule(path)
+    assert ran == record(scenario)
+    assert ran != record(replace(scenario, bf16_fp32_algo=Bf16Fp32Algo.DEEP_GEMM))
 
 
 def _pairs(words: list[str]) -> list[tuple[str, str]]:
@@ -232,26 +198,11 @@ def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path
     config, path = tmp_path / "config.json", tmp_path / "timeline.json"
     config.write_text(json.dumps(FEW_KERNELS))
     launch(
-        "--model",
-        str(config),
-        "--pp",
-        "2",
-        "--virtual-nodes",
-        "2",
-        "--compute",
-        "skip",
-        "--batch-sizes",
-        "1",
-        "--disaggregation-mode",
-        "prefill",
-        "--device",
-        "cpu",
-        "--warmup",
-        "none",
-        "--warmup",
-        "pp-parallel",
+        "--pp 2 --virtual-nodes 2 --compute skip --batch-sizes 1 --disaggregation-mode prefill",
+        "--device cpu --warmup none --warmup pp-parallel --model",
+        config,
         "--timeline",
-        str(path),
+        path,
         timeout=540,
     )
     serial, parallel = read_timelines(path)
@@ -262,22 +213,10 @@ def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path
     assert _overlap(parallel), "with it they compile at the same time"
 
 
-PLANNED = [
-    "--pp",
-    "2",
-    "--tp",
-    "2",
-    "--compute",
-    "skip",
-    "--batch-sizes",
-    "1",
-    "--disaggregation-mode",
-    "prefill",
-    "--device",
-    "cpu",
-    "--max-tokens",
-    "16",
-]
+PLANNED = (
+    "--pp 2 --tp 2 --compute skip --batch-sizes 1 --disaggregation-mode prefill --device cpu "
+    "--max-tokens 16"
+)
 
 
 @pytest.mark.nvcc
@@ -287,37 +226,35 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
     """Two nodes share the plan out and exchange it; what one then holds is enough for any rank."""
     config, cache = tmp_path / "config.json", tmp_path / "cache"
     config.write_text(json.dumps(FEW_KERNELS))
-    common = ["--model", str(config), *PLANNED, "--cache-dir", str(cache)]
+    common = ["--model", config, PLANNED, "--cache-dir"]
     built, schedule = tmp_path / "planned.json", tmp_path / "schedule.json"
     launch(
         *common,
-        "--virtual-nodes",
-        "2",
-        "--warmup",
-        "planned",
-        "--timeline",
-        str(built),
+        cache,
+        "--virtual-nodes 2 --warmup planned --timeline",
+        built,
         "--schedule",
-        str(schedule),
+        schedule,
         timeout=540,
     )
     (planned,) = read_timelines(built)
     scenario = _planned_scenario(config)
     everything = len(plan_of(scenario).kernels)
     assert planned.kernels_compiled == planned.distinct_kernels == everything > 2
+    identities = {item.kernel.identity for item in scenario.plan.kernels}
+    assert {span.key for span in planned.spans if span.is_kernel} == identities
     assert {span.rank for span in planned.spans if span.kind == "compile"} == {0, 2}
     assert [node["present"] for node in planned.meta["coverage"]] == [everything] * 2
     assert [node["stalls"] for node in planned.meta["coverage"]] == [[], []]
-    assert schedule_in(schedule) == record(scenario)
+    assert read_schedule(schedule) == record(scenario)
 
     again = tmp_path / "prebuilt.json"
-    node = str(cache / "node1")
-    launch(*common, "--cache-dir", node, "--warmup", "prebuilt", "--timeline", str(again))
+    launch(*common, cache / "node1", "--warmup prebuilt --timeline", again)
     (prebuilt,) = read_timelines(again)
     assert prebuilt.kernels_compiled == 0
     assert prebuilt.meta["coverage"][0]["present"] == everything
 
-    lacking = run_launch(*common, "--cache-dir", str(tmp_path / "none"), "--warmup", "prebuilt")
+    lacking = run_launch(*common, tmp_path / "none", "--warmup prebuilt")
     assert lacking.returncode == 2
     assert f"lacks {everything} of {everything} planned kernels" in lacking.stderr
     assert "Traceback" not in lacking.stderr
@@ -377,7 +314,7 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_and_exit_code_2(arguments: str) -> None:
     if "--device cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    done = run_launch(*arguments.split(), "--no-jit")
+    done = run_launch(arguments, "--no-jit")
     assert done.returncode == 2
     assert BAD_INPUT[arguments] in done.stderr
     assert "Traceback" not in done.stderr
@@ -385,14 +322,14 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: str) -> None:
 
 
 def test_a_wrong_world_size_shows_the_right_command() -> None:
-    done = run_launch("--pp", "4", "--tp", "2", env={"WORLD_SIZE": "3", "RANK": "0"})
+    done = run_launch("--pp 4 --tp 2", env={"WORLD_SIZE": "3", "RANK": "0"})
     assert done.returncode == 2
     assert "WORLD_SIZE=3 but --pp 4 --tp 2 needs 8 ranks" in done.stderr
     assert "torchrun --nproc-per-node 8 -m launch --pp 4 --tp 2" in done.stderr
 
 
 def test_a_bad_environment_value_names_the_variable() -> None:
-    done = run_launch("--model", "dsv4-tiny", env={"SGLANG_DEEPGEMM_PDL": "perhaps"})
+    done = run_launch("--model dsv4-tiny", env={"SGLANG_DEEPGEMM_PDL": "perhaps"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: SGLANG_DEEPGEMM_PDL='perhaps' is not a boolean")
 
@@ -402,16 +339,7 @@ def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: 
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = run_launch(
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "2",
-        "--batch-sizes",
-        "1",
-        "--device",
-        "cpu",
-        "--cache-dir",
-        str(blocker / "cache"),
+        "--model dsv4-tiny --pp 2 --batch-sizes 1 --device cpu --cache-dir", blocker / "cache"
     )
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1
@@ -419,49 +347,34 @@ def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: 
 
 
 def test_a_rank_beyond_the_world_is_one_line() -> None:
-    done = run_launch("--model", "dsv4-tiny", "--no-jit", env={"RANK": "5"})
+    done = run_launch("--model dsv4-tiny --no-jit", env={"RANK": "5"})
     assert done.returncode == 2
     assert "RANK=5 must be below WORLD_SIZE=1" in done.stderr
+
+
+TWO_RANKS = "--model dsv4-tiny --pp 2 --no-jit --device cpu"
 
 
 @pytest.mark.parametrize("seconds", ["0.01", "12"])
 def test_a_run_past_its_time_out_ends(seconds: str) -> None:
     """Before the ranks have met, and in the middle of a run that would take much longer."""
-    done = run_launch(
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "2",
-        "--no-jit",
-        "--device",
-        "cpu",
-        "--timeout",
-        seconds,
-        timeout=120,
-    )
+    done = run_launch(TWO_RANKS, "--timeout", seconds, timeout=120)
     assert done.returncode == 1
     words = rf"rank [01] failed: OutOfTimeError: no end after --timeout {seconds} s, in: .+"
     assert re.fullmatch(f"error: {words}", done.stderr.splitlines()[-1])
 
 
-def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "launch",
-            "--model",
-            "dsv4-tiny",
-            "--pp",
-            "2",
-            "--no-jit",
-            "--device",
-            "cpu",
-        ],
+def start_launch(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *split("-m launch", *arguments)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
+    job = start_launch(TWO_RANKS)
     try:
         os.kill(_pid_of_rank(job.pid, 1), signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
@@ -480,23 +393,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
 def test_an_ended_launch_takes_its_ranks_along(
     number: signal.Signals, code: int, line: str
 ) -> None:
-    job = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "launch",
-            "--model",
-            "dsv4-tiny",
-            "--pp",
-            "2",
-            "--no-jit",
-            "--device",
-            "cpu",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    job = start_launch(TWO_RANKS)
     try:
         ranks = [_pid_of_rank(job.pid, rank) for rank in (0, 1)]
         time.sleep(2)

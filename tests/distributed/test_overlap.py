@@ -15,25 +15,13 @@ from runner.model.strategy import STRATEGIES
 from runner.scenario import Scenario
 from runner.schedule import Await, Begin
 from runner.timeline import read_timelines
-from tests.distributed.launching import launch, schedule_in
+from tests.distributed.launching import launch, read_schedule
 from tests.models import DSV3_SMALL
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
-SMALL = [
-    "--batch-sizes",
-    "3,25",
-    "--prompt-len",
-    "5",
-    "--no-jit",
-    "--device",
-    "cpu",
-    "--max-tokens",
-    "64",
-    "--seed",
-    "1",
-]
+SMALL = "--batch-sizes 3,25 --prompt-len 5 --no-jit --device cpu --max-tokens 64 --seed 1"
 """EXTEND of 3 tokens in one prompt, which is not cut, and of 5 x 5; DECODE of 1 and of 5.
 
 The order in which ranks' results are summed differs in the sixteenth digit. With this seed that
@@ -44,8 +32,8 @@ FOR_TP_4 = {"num_attention_heads": 8, "moe_intermediate_size": 512}
 """What of the small DSV3 four ranks can cut into whole FP8 blocks."""
 
 STRATEGY_PAIRS = {
-    "after": ["--overlap", "deepseek-decode", "--overlap", "deepseek-prefill"],
-    "before": ["--overlap", "deepseek-decode-before", "--overlap", "dsv4-prefill"],
+    "after": "--overlap deepseek-decode --overlap deepseek-prefill",
+    "before": "--overlap deepseek-decode-before --overlap dsv4-prefill",
 }
 
 
@@ -63,7 +51,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, dsv3_config: Path) -> di
     found = {}
     for name, model in (("dsv4", "dsv4-tiny"), ("dsv3", str(dsv3_config))):
         path = folder / f"{name}.pt"
-        launch("--model", model, "--warmup", "none", *SMALL, "--logits", str(path))
+        launch(f"--model {model} --warmup none", SMALL, "--logits", path)
         found[name] = torch.load(path)
     return found
 
@@ -90,40 +78,24 @@ def test_overlapped_logits_are_the_plain_ones(
     """Odd numbers of tokens and of sequences; the halves differ, and blocks are filled up."""
     path = tmp_path / "logits.pt"
     name = "dsv4-tiny" if model == "dsv4" else str(dsv3_config)
-    launch(
-        "--model",
-        name,
-        "--warmup",
-        "none",
-        *layout.split(),
-        *STRATEGY_PAIRS[pair],
-        *SMALL,
-        "--logits",
-        str(path),
-    )
+    overlap = STRATEGY_PAIRS[pair]
+    launch(f"--model {name} --warmup none", layout, overlap, SMALL, "--logits", path)
     found = torch.load(path)
     assert len(found) == len(reference[model]) == 4
     for ours, theirs in zip(found, reference[model], strict=True):
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
 
-def test_what_runs_is_what_was_recorded_and_goes_on_beside(tmp_path: Path) -> None:
+def test_overlapped_ranks_run_what_is_recorded_and_time_each_collective(tmp_path: Path) -> None:
     schedule, timeline = tmp_path / "schedule.json", tmp_path / "timeline.json"
     launch(
-        "--model",
-        "dsv4-tiny",
-        "--tp",
-        "2",
-        "--ep",
-        "--moe-a2a",
-        "--warmup",
-        "none",
-        *SMALL,
-        *STRATEGY_PAIRS["after"],
+        "--model dsv4-tiny --tp 2 --ep --moe-a2a --warmup none",
+        SMALL,
+        STRATEGY_PAIRS["after"],
         "--schedule",
-        str(schedule),
+        schedule,
         "--timeline",
-        str(timeline),
+        timeline,
     )
     scenario = Scenario(
         model=load_model("dsv4-tiny"),
@@ -134,7 +106,7 @@ def test_what_runs_is_what_was_recorded_and_goes_on_beside(tmp_path: Path) -> No
         max_tokens=64,
         overlap=(STRATEGIES["deepseek-decode"], STRATEGIES["deepseek-prefill"]),
     )
-    ran = schedule_in(schedule)
+    ran = read_schedule(schedule)
     assert ran == record(scenario)
     begun = [op for op in ran.ranks[0] if isinstance(op, Begin)]
     awaited = [op.name for op in ran.ranks[0] if isinstance(op, Await)]

@@ -1,4 +1,4 @@
-"""Every warm-up policy on real ranks: what ran is what the record backend foretold."""
+"""Every warm-up policy on real ranks runs the recorded operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
 from runner.scenario import Scenario
 from runner.schedule import Capture, Walk
-from tests.distributed.launching import run_launch, schedule_in
+from tests.distributed.launching import read_schedule, run_launch
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
@@ -23,31 +23,13 @@ PRECOMPILE = "SGLANG_JIT_DEEPGEMM_PRECOMPILE"
 PP_PARALLEL = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
 JIT = "SGLANG_ENABLE_JIT_DEEPGEMM"
 
-ARGUMENTS = [
-    "--model",
-    "dsv4-tiny",
-    "--layers",
-    "3",
-    "--pp",
-    "2",
-    "--virtual-nodes",
-    "2",
-    "--device",
-    "cpu",
-    "--batch-sizes",
-    "1,8",
-    "--stream",
-    "5,130",
-    "--cuda-graphs",
-    "2,4",
-    "--walk-memory",
-    "0.002",
-    "--max-tokens",
-    "256",
-]
+ARGUMENTS = (
+    "--model dsv4-tiny --layers 3 --pp 2 --virtual-nodes 2 --device cpu --batch-sizes 1,8 "
+    "--stream 5,130 --cuda-graphs 2,4 --walk-memory 0.002 --max-tokens 256"
+)
 
 
-def foretold(policy: WarmupPolicy, **warmup: Any) -> Scenario:
+def scenario_of(policy: WarmupPolicy, **warmup: Any) -> Scenario:
     return Scenario(
         model=with_layers(load_model("dsv4-tiny"), 3),
         parallel=ParallelConfig(pp=2, nodes=2),
@@ -63,14 +45,14 @@ def foretold(policy: WarmupPolicy, **warmup: Any) -> Scenario:
 
 def ran(path: Path, *arguments: str, **env: str) -> str:
     """Launch and return what was printed; the operations go to ``path``."""
-    done = run_launch(*ARGUMENTS, *arguments, "--schedule", str(path), env=env)
+    done = run_launch(ARGUMENTS, *arguments, "--schedule", path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def assert_as_foretold(path: Path, scenario: Scenario) -> None:
-    said, really = record(scenario), schedule_in(path)
-    for rank, (ours, theirs) in enumerate(zip(said.ranks, really.ranks, strict=True)):
+def assert_ran(path: Path, scenario: Scenario) -> None:
+    recorded, really = record(scenario), read_schedule(path)
+    for rank, (ours, theirs) in enumerate(zip(recorded.ranks, really.ranks, strict=True)):
         assert ours == theirs, f"rank {rank}"
     walks = scenario.policy.walked or scenario.policy is WarmupPolicy.RELAX
     for ops in really.ranks:
@@ -79,14 +61,14 @@ def assert_as_foretold(path: Path, scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "pp-parallel+fast", "relax", "planned", "prebuilt"])
-def test_a_policy_does_what_is_foretold(name: str, tmp_path: Path) -> None:
+def test_a_policy_runs_what_is_recorded(name: str, tmp_path: Path) -> None:
     """Graphs, walks, a stream and all; the command line wins over SGLang's variables."""
     path = tmp_path / "schedule.json"
-    arguments = ["--no-jit", "--walk-max-m", "64", "--warmup", name]
-    printed = ran(path, *arguments, **{PRECOMPILE: "1", FAST: "1"})
+    arguments = f"--no-jit --walk-max-m 64 --warmup {name}"
+    printed = ran(path, arguments, **{PRECOMPILE: "1", FAST: "1"})
     assert f"policy {name}, batch sizes 1,8" in printed
     assert "JIT: off, kernels are not compiled: --no-jit was given" in printed
-    assert_as_foretold(path, foretold(WarmupPolicy(name), walk_max_m=64))
+    assert_ran(path, scenario_of(WarmupPolicy(name), walk_max_m=64))
 
 
 @pytest.mark.parametrize(
@@ -104,4 +86,4 @@ def test_sglangs_variables_name_the_policy(
     printed = ran(path, **{JIT: "0", **variables})
     assert f"policy {name}, batch sizes 1,8" in printed
     assert f"JIT: off, kernels are not compiled: {JIT} is off" in printed
-    assert_as_foretold(path, foretold(WarmupPolicy(name)))
+    assert_ran(path, scenario_of(WarmupPolicy(name)))

@@ -10,32 +10,21 @@ from pathlib import Path
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 from runner.schedule import Await, Begin, Collective, Compute, Mark
 from sim.overlap.measured import read_steps
+from tests.distributed.launching import split
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
-SMALL = [
-    "--model",
-    "dsv4-tiny",
-    "--layers",
-    "2",
-    "--ep",
-    "--prompt-len",
-    "3",
-    "--repeat",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL = "--model dsv4-tiny --layers 2 --ep --prompt-len 3 --repeat 1 --device cpu"
 
 
-def steps(*arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+def steps(*arguments: str | Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    torchrun = f"-m torch.distributed.run --nproc-per-node {ranks} -m launch.steps"
     return subprocess.run(
-        [*torchrun, "-m", "launch.steps", *SMALL, *arguments],
+        [sys.executable, *split(torchrun, SMALL, *arguments)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -48,7 +37,7 @@ def test_steps_are_measured_and_laid_beside_predictions(
     mode: str, batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, shown = tmp_path / "steps.json", tmp_path / "shown.json"
-    done = steps("--tp", "2", "--mode", mode, "--batch", batch, "--json", str(path), ranks=2)
+    done = steps(f"--tp 2 --mode {mode} --batch {batch} --json", path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     measured = read_steps(path)
     assert [step.strategy is None for step in measured.steps] == [True, False, False]
@@ -64,30 +53,28 @@ def test_steps_are_measured_and_laid_beside_predictions(
 
 
 def test_ranks_that_are_not_tps_are_refused() -> None:
-    done = steps("--tp", "2", "--json", "none.json", ranks=1)
+    done = steps("--tp 2 --json none.json", ranks=1)
     assert done.returncode != 0
     assert "error: --pp 1 --tp 2 with 1 ranks: steps are of one stage, run torchrun" in done.stderr
 
 
-def test_a_clock_notes_each_operation_and_when_collectives_ran(
+def test_a_sink_notes_when_operations_ended_and_collectives_ran(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from launch import step_clock
+    from launch.steps import StepSink
 
     ticks = iter(range(100))
-    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: float(next(ticks)))
-    sink = step_clock.StepSink()
-    clock = step_clock.HostClock()
+    monkeypatch.setattr("launch.steps.time.perf_counter", lambda: float(next(ticks)))
+    sink = StepSink(None)
     for _ in range(2):  # What an earlier forward noted is forgotten.
-        sink.listen(clock)
+        sink.listen(True)
         sink.run(Mark("batch", "0"), lambda: None)
         sink.run(Compute("x", 1, 1), lambda: None)
         sink.run(Begin("all_to_all tokens of 0", (0, 1), 8), lambda: None)
         sink.run(Collective("all_reduce y", (0, 1), 8), lambda: None)
         assert sink.run(Await("all_to_all tokens of 0"), lambda: "tokens") == "tokens"
-    ends = clock.ends()
-    assert ends == [0, 1, 2, 3, 4] and sink.count == 4
-    assert sink.link(ends) == [(1, 4), (2, 3)]
-    sink.listen(None)
-    sink.run(Compute("x", 1, 1), lambda: None)
-    assert clock.ends() == ends and sink.last == "x"
+    assert sink.ends() == [0, 1, 2, 3, 4]
+    assert sink.link() == [(1, 4), (2, 3)]
+    sink.listen(False)
+    sink.run(Compute("z", 1, 1), lambda: None)
+    assert sink.ends() == [] and sink.last == "z"

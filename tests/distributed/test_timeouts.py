@@ -36,22 +36,9 @@ def test_a_late_rank_is_named_with_what_it_compiles(
     config = tmp_path / "config.json"
     config.write_text(json.dumps(FEW_KERNELS))
     done = run_launch(
-        "--model",
-        str(config),
-        "--pp",
-        "2",
-        "--virtual-nodes",
-        "2",
-        "--compute",
-        "skip",
-        "--batch-sizes",
-        "1",
-        "--device",
-        "cpu",
-        "--warmup",
-        "none",
-        "--nccl-timeout",
-        "3",
+        "--pp 2 --virtual-nodes 2 --compute skip --batch-sizes 1 --device cpu --warmup none",
+        "--nccl-timeout 3 --model",
+        config,
         env={"DG_JIT_NVCC_COMPILER": str(slow_nvcc)},
     )
     assert done.returncode == 1

@@ -54,7 +54,7 @@ def _calls() -> list[KernelCall]:
 @cache
 def _asked() -> tuple[KernelTable, CacheKeys]:
     """What the library says on a stand-in GPU of all these calls, and its keys here."""
-    from launch.place import gpu_of
+    from launch.rank import gpu_of
 
     library, nvcc = find_library(), find_nvcc(Environ.read(os.environ))
     assert nvcc is not None and library is not None

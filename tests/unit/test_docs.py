@@ -10,7 +10,7 @@ import pytest
 
 from runner.build.compiler import NvccCompiler
 from runner.cli import cli
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, TRANSCRIPT, tidy
 
 MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MiB)\b|\d+ KiB|[0-9a-f]{32}")

@@ -1,17 +1,21 @@
-"""From every rank's record to one Timeline."""
+"""What a run leaves: one Timeline of all ranks' records, and the logits."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
 
-from launch.gather import RankRecord, assemble, find_stalls
+import torch
+
+from launch.gather import Logits, RankRecord, assemble, find_stalls
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
 from runner.config.warmup import WarmupPolicy
+from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.schedule import Compute, Mark
 from runner.timeline import Span
@@ -30,11 +34,11 @@ def stalls(*starts: float) -> list[list[Any]]:
     return find_stalls(records, FORWARDS, [f"kernel {start:g}" for start in starts], 3)
 
 
-def test_compiles_before_the_other_requests_are_no_stalls() -> None:
+def test_compiles_before_the_second_request_are_no_stalls() -> None:
     assert stalls(5, 11, 25, 29.9) == []
 
 
-def test_a_stall_belongs_to_the_forward_that_it_holds_up() -> None:
+def test_a_stall_belongs_to_the_forward_that_it_delays() -> None:
     assert stalls(15, 30, 39.5, 40, 99) == [
         [0, "EXTEND 8", 3, "kernel 30"],
         [0, "EXTEND 8", 3, "kernel 39.5"],
@@ -43,7 +47,7 @@ def test_a_stall_belongs_to_the_forward_that_it_holds_up() -> None:
     ]
 
 
-def test_without_requests_there_are_none() -> None:
+def test_without_a_second_request_there_are_no_stalls() -> None:
     record = CompileRecord(50, 51, 0, 1, 0, "")
     assert find_stalls([record], FORWARDS[:2], ["kernel"], 0) == []
 
@@ -55,7 +59,7 @@ SCENARIO = Scenario(
     policy=WarmupPolicy.FAST,
     batch_sizes=(1,),
 )
-PROOFS = [{"node": 0, "planned": 4}, {"node": 1, "planned": 5}]
+COVERAGE = [{"node": 0, "planned": 4}, {"node": 1, "planned": 5}]
 
 
 def made(**changes: Any) -> list[RankRecord]:
@@ -63,21 +67,21 @@ def made(**changes: Any) -> list[RankRecord]:
         started=1000.0,
         spans=[Span(0, 1001.0, 1002.0, "load", "x")],
         ops=[Mark("phase", "end")],
-        coverage=PROOFS[0],
+        coverage=COVERAGE[0],
         stalls=[[1, "DECODE 8", 0, "b"]],
     )
     one = RankRecord(
         started=999.5,
         spans=[Span(1, 999.0, 1003.5, "phase", "warm-up")],
         ops=[Compute("x", 1, 2)],
-        coverage=PROOFS[1],
+        coverage=COVERAGE[1],
         stalls=[[0, "EXTEND 8", 1, "c"], [0, "EXTEND 8", 1, "a"]],
         **changes,
     )
     return [zero, one]
 
 
-def test_the_origin_is_where_the_first_process_began() -> None:
+def test_a_timeline_begins_with_the_first_process() -> None:
     result = assemble(made(), SCENARIO, {"device": "cpu"})
     assert result.timeline.spans == (
         Span(0, 1.5, 2.5, "load", "x"),
@@ -88,13 +92,13 @@ def test_the_origin_is_where_the_first_process_began() -> None:
     assert result.timeline.world_size == 2
 
 
-def test_what_the_timeline_tells() -> None:
+def test_the_metadata_holds_the_run_its_coverage_and_its_stalls() -> None:
     meta = assemble(made(), SCENARIO, {"device": "cpu"}).timeline.meta
     assert meta == {
         **SCENARIO.timeline_meta(),
         "device": "cpu",
         "walk_memory": None,
-        "coverage": PROOFS,
+        "coverage": COVERAGE,
         "stalls": [
             [0, "EXTEND 8", 1, "a"],
             [0, "EXTEND 8", 1, "c"],
@@ -103,15 +107,49 @@ def test_what_the_timeline_tells() -> None:
     }
 
 
-def test_only_leaders_prove_a_nodes_coverage() -> None:
+def test_coverage_comes_from_node_leaders_only() -> None:
     zero, one = made()
     record = RankRecord(one.started, one.spans, one.ops, coverage=None)
     meta = assemble([zero, record], SCENARIO, {}).timeline.meta
-    assert meta["coverage"] == PROOFS[:1]
+    assert meta["coverage"] == COVERAGE[:1]
 
 
-def test_the_least_memory_that_any_walk_had() -> None:
+def test_the_metadata_holds_the_least_memory_of_any_walk() -> None:
     zero, one = made(walk_memory=5e9)
     assert assemble([zero, one], SCENARIO, {}).timeline.meta["walk_memory"] == 5e9
     less = RankRecord(zero.started, zero.spans, zero.ops, None, walk_memory=3e9)
     assert assemble([less, one], SCENARIO, {}).timeline.meta["walk_memory"] == 3e9
+
+
+# -- logits -----------------------------------------------------------------------------------
+
+MADE = torch.tensor([[1.0, -2.5]], dtype=torch.bfloat16)
+
+
+def test_the_last_stages_first_rank_writes_the_logits_of_each_forward_as_fp32(
+    tmp_path: Path,
+) -> None:
+    for rank in range(4):
+        logits = Logits(tmp_path / f"{rank}.pt", ParallelConfig(pp=2, tp=2), rank)
+        for made in (MADE, "shapes alone", None, -MADE):
+            logits.keep(made)
+        logits.save()
+    assert list(tmp_path.iterdir()) == [tmp_path / "2.pt"]
+    first, second = torch.load(tmp_path / "2.pt")
+    assert torch.equal(first, MADE.float()) and torch.equal(second, -MADE.float())
+    assert first.dtype == torch.float32
+
+
+def test_without_logits_or_a_path_there_is_no_file(tmp_path: Path) -> None:
+    Logits(tmp_path / "x.pt", ParallelConfig(), 0).save()
+    nowhere = Logits(None, ParallelConfig(), 0)
+    nowhere.keep(MADE)
+    nowhere.save()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    logits = Logits(tmp_path / "none" / "x.pt", ParallelConfig(), 0)
+    logits.keep(MADE)
+    with pytest.raises(UserError, match=r"cannot write .*none/x\.pt"):
+        logits.save()

@@ -26,7 +26,6 @@ from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
 from runner.cli import cli  # noqa: E402
-from runner.cli.guard import run_guarded  # noqa: E402
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
 from runner.config.hf import from_hf, with_layers  # noqa: E402
@@ -35,6 +34,7 @@ from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
 from runner.config.warmup import WarmupPolicy  # noqa: E402
 from runner.driver.model_runner import ModelRunner  # noqa: E402
 from runner.driver.run import record  # noqa: E402
+from runner.errors import run_guarded  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.kernels.types import KernelCall  # noqa: E402
 from runner.planning.demands import demands  # noqa: E402

@@ -1,51 +1,80 @@
-"""What makes kernels ready: the library's JIT and ours."""
+"""What makes kernels ready, the library's JIT or ours, and the locks of a node's ranks."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from launch.loaders import LibraryJit, OwnJit
+import pytest
+
+from launch.loaders import CompileLocks, LibraryJit, OwnJit
 from runner.backend.m_lists import steps_of
 from runner.build.compiler import LazyJit
+from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
-from runner.kernels.types import DeepGemmKernelType, GemmShape
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
 from runner.schedule import Walk
 
-DENSE = GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 512, 512, 1, 132)
+DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 1, 132)
 DENSE_WALK = Walk(DENSE, steps_of(range(1, 129)))
+CALL, OTHER = DENSE.call(1), DENSE.call(16384)
+SCENARIO: Any = "the scenario"
 
 
-def test_the_librarys_walk_brings_in_what_it_calls() -> None:
-    walked: list[Walk] = []
-    jit = LibraryJit(lambda kernels: kernels, walked.append, RULES)
-    brought = list(RULES.kernel_ranges(DENSE, range(1, 129)))
-    assert jit.lacks(brought)
+@pytest.fixture(autouse=True)
+def rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.loaders.table_of", lambda scenario: RULES)
+    monkeypatch.setattr("launch.loaders.plan_of", lambda scenario: "the plan")
+
+
+def library_jit() -> LibraryJit:
+    wrapper: Any = "wrapper"
+    library: Any = "library"
+    return LibraryJit(wrapper, library, SCENARIO)
+
+
+def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    walker = pytest.importorskip("runner.deep_gemm_wrapper.walker")
+    walked: list[object] = []
+    monkeypatch.setattr(walker, "walk_list", lambda *arguments: walked.append(arguments))
+    jit = library_jit()
+    assert not jit.is_ready(CALL)
     jit.walk(DENSE_WALK)
-    assert walked == [DENSE_WALK]
-    assert not jit.lacks(brought)
-    assert jit.lacks(kernels_of(DENSE.call(16384)))
+    assert walked == [("wrapper", DENSE_WALK, "library")]
+    assert jit.is_ready(CALL)
+    assert not jit.is_ready(OTHER)
 
 
-def test_the_library_is_asked_for_new_kernels_only() -> None:
+def test_the_library_loads_new_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    walker = pytest.importorskip("runner.deep_gemm_wrapper.walker")
     asked: list[list[Kernel]] = []
 
-    def call_each(kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+    def call_each(wrapper: str, plan: str, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
+        assert (wrapper, plan) == ("wrapper", "the plan")
         asked.append(list(kernels))
         return kernels[:1]
 
-    jit = LibraryJit(call_each, lambda walk: None, RULES)
-    one, two, three = list(RULES.kernel_ranges(DENSE, range(1, 129)))[:3]
-    jit.prepare([one])
+    monkeypatch.setattr(walker, "call_each", call_each)
+    first, second, third = (DENSE.call(m) for m in (1, 40, 16384))
+    one, two, three = (RULES.kernels_of(call)[-1] for call in (first, second, third))
+    jit = library_jit()
+    jit.prepare(first)
     jit.load([one, two, three])
     assert asked == [[two, three]]
-    assert not jit.lacks([one, two])
-    assert jit.lacks([three]), "what did not fit is left to its first use"
+    assert jit.is_ready(first) and jit.is_ready(second)
+    assert not jit.is_ready(third), "what did not fit is loaded at its first use"
 
 
 class FakeJit(LazyJit):
-    """Keeps what it is asked to make ready."""
+    """Keeps the kernels that it makes ready."""
 
     def __init__(self) -> None:
         self.made: list[Kernel] = []
@@ -58,12 +87,103 @@ class FakeJit(LazyJit):
             self.made.append(kernel)
 
 
-def test_our_own_walk_makes_each_kernel_ready_in_order_of_its_first_m() -> None:
+def test_our_walk_makes_kernels_ready_in_order_of_their_first_m() -> None:
     lazy = FakeJit()
     jit = OwnJit(lazy, RULES)
-    brought = list(RULES.kernel_ranges(DENSE, range(1, 129)))
-    assert jit.lacks(brought[:1])
+    assert not jit.is_ready(CALL)
     jit.walk(DENSE_WALK)
-    jit.walk(DENSE_WALK)
-    assert lazy.made == brought
-    assert not jit.lacks(brought)
+    assert lazy.made == list(RULES.kernel_ranges(DENSE, range(1, 129)))
+    assert jit.is_ready(CALL)
+    jit.prepare(OTHER)
+    assert jit.is_ready(OTHER)
+
+
+def test_without_a_compiler_nothing_is_missing() -> None:
+    jit = OwnJit(None, RULES)
+    jit.prepare(CALL)
+    assert jit.is_ready(CALL)
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    """So that it can say that torch is missing."""
+    code = "import sys; sys.modules['torch'] = None; import launch.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- locks ------------------------------------------------------------------------------------
+
+
+def can_be_taken(locks: CompileLocks, shape: GemmShape, within: float = 10) -> bool:
+    """Whether someone else gets the lock within some seconds."""
+    taken = threading.Event()
+
+    def take() -> None:
+        with locks.held(shape):
+            taken.set()
+
+    threading.Thread(target=take, daemon=True).start()
+    return taken.wait(within)
+
+
+def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    mine, theirs = CompileLocks(tmp_path), CompileLocks(tmp_path)
+    with mine.held(DENSE):
+        assert not can_be_taken(theirs, DENSE, within=0.3)
+    assert can_be_taken(theirs, DENSE)
+    with pytest.raises(ValueError, match="a compile"), mine.held(DENSE):
+        raise ValueError("a compile failed")
+    assert can_be_taken(theirs, DENSE)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        GemmShape(T.GEMM_NT_BF16BF16F32, 512, 512, 1, 132),
+        GemmShape(T.GEMM_NT_F8F8BF16, 640, 512, 1, 132),
+        GemmShape(T.GEMM_NT_F8F8BF16, 512, 256, 1, 132),
+        GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 2, 132),
+    ],
+    ids=["type", "n", "k", "groups"],
+)
+def test_each_gemm_has_a_lock_of_its_own(shape: GemmShape, tmp_path: Path) -> None:
+    locks = CompileLocks(tmp_path)
+    with locks.held(DENSE):
+        assert can_be_taken(locks, shape)
+
+
+def test_each_node_has_locks_of_its_own(tmp_path: Path) -> None:
+    with CompileLocks(tmp_path / "node0").held(DENSE):
+        assert can_be_taken(CompileLocks(tmp_path / "node1"), DENSE)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("node0/**/*.lock")] == [
+        "node0/locks/GEMM_NT_F8F8BF16_n512_k512_g1.lock"
+    ]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from launch.loaders import CompileLocks
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape
+with CompileLocks(Path(sys.argv[1])).held(GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 1, 132)):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
+    locks = CompileLocks(tmp_path)
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert not can_be_taken(locks, DENSE, within=0.3)
+        os.kill(holder.pid, signal.SIGKILL)
+    assert can_be_taken(locks, DENSE)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        CompileLocks(tmp_path / "file")
+    assert str(caught.value) == f"cannot make {tmp_path / 'file' / 'locks'}: Not a directory"

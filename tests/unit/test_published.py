@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.cli.published import compare_row, options_of
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.kernels.rules import RULES
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import make_plan

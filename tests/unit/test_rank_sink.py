@@ -1,20 +1,24 @@
-"""The executing sink: what it notes of a run."""
+"""The sink of a real run: what it notes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from launch.loaders import OwnJit
-from launch.rank_sink import RankSink
-from launch.watchdog import Communication
-from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
-from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
-from runner.schedule import (
+torch = pytest.importorskip("torch")
+
+from launch.comm import AsyncCollective  # noqa: E402
+from launch.device import CollectiveEvents  # noqa: E402
+from launch.limits import Communication  # noqa: E402
+from launch.loaders import OwnJit  # noqa: E402
+from launch.rank_sink import RankSink, split_loads  # noqa: E402
+from runner.kernels.kernel import Kernel  # noqa: E402
+from runner.kernels.rules import RULES  # noqa: E402
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall  # noqa: E402
+from runner.schedule import (  # noqa: E402
     Await,
     Begin,
     Capture,
@@ -27,76 +31,117 @@ from runner.schedule import (
     Send,
     Walk,
 )
-from runner.timeline import Span
+from runner.timeline import Span  # noqa: E402
+from runner.watch.shim import CompileRecord  # noqa: E402
 
 CALL = KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64, 1, 132)
+WALK = Walk(GemmShape(CALL.type, 24, 64, 1, 132), ((1, 64, 1),))
+SUM = Collective("all_reduce x", (0, 1), 4)
+BEGIN = Begin("all_to_all tokens of 0", (0, 1), 8)
 
 
 class NewOnce:
-    """A loader for which each kernel is new once."""
+    """A loader for which each call is new once."""
+
+    def __init__(self, *, inside: bool = True) -> None:
+        self.loads_inside_calls = inside
+        self.seen: set[KernelCall] = set()
+
+    def is_ready(self, call: KernelCall) -> bool:
+        return call in self.seen
+
+    def prepare(self, call: KernelCall) -> None:
+        self.seen.add(call)
+
+
+class Around:
+    """A rank's device, wait limit and lock; keeps what the sink does with each of them."""
 
     def __init__(self) -> None:
-        self.seen: set[Kernel] = set()
-        self.walked: list[Walk] = []
+        self.events: list[object] = []
 
-    def lacks(self, kernels: Sequence[Kernel]) -> bool:
-        return not self.seen.issuperset(kernels)
+    def synchronise(self) -> None:
+        self.events.append("synchronise")
 
-    def prepare(self, kernels: Sequence[Kernel]) -> None:
-        self.seen.update(kernels)
+    def wait_for_communication(self) -> None:
+        self.events.append("arrive")
 
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        self.seen.update(kernels)
+    def times(self, events: CollectiveEvents) -> tuple[float, float]:
+        return 3.0, 5.0
 
-    def walk(self, walk: Walk) -> None:
-        self.walked.append(walk)
+    def capture(self, forward: Callable[[], object]) -> None:
+        self.events.append("capture")
+        forward()
+        self.events.append("captured")
+
+    @contextmanager
+    def over(self, op: Communication) -> Iterator[None]:
+        self.events.append(("in", op))
+        yield
+        self.events.append("out")
+
+    def started(self, op: Communication, is_done: Callable[[], bool]) -> None:
+        self.events.append(("started", op, is_done()))
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        self.events.append("quiet")
+        yield
+        self.events.append("not quiet")
+
+    @contextmanager
+    def held(self, shape: GemmShape) -> Iterator[None]:
+        self.events.append(f"lock {shape.describe()}")
+        yield
+        self.events.append("unlock")
+
+    def act(self) -> None:
+        self.events.append("act")
+
+
+def make_sink(loader: Any = None, around: Any = None, *, rank: int = 0, **changes: Any) -> RankSink:
+    around = around or Around()
+    return RankSink(rank, loader or NewOnce(), around, around, **changes)
+
+
+def kinds(sink: RankSink) -> list[tuple[str, str]]:
+    return [(span.kind, span.name) for span in sink.spans]
+
+
+HC = "tf32_hc_prenorm_gemm"
 
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=inside)
+    sink = make_sink(NewOnce(inside=inside))
     assert sink.run(CALL, lambda: 7) == 7
-    first = [span.kind for span in sink.spans]
-    assert first == (["load"] if inside else ["load", "compute"])
+    first = [("load", HC)] if inside else [("load", HC), ("compute", HC)]
+    assert kinds(sink) == first
     sink.run(CALL, lambda: 7)
-    assert [span.kind for span in sink.spans][len(first) :] == ["compute"]
+    assert kinds(sink) == [*first, ("compute", HC)]
 
 
 def test_without_a_compiler_nothing_is_loaded() -> None:
-    sink = RankSink(0, OwnJit(None, RULES), RULES, synchronise=lambda: None, inside=False)
+    sink = make_sink(OwnJit(None, RULES))
     sink.run(CALL, lambda: None)
-    assert [span.kind for span in sink.spans] == ["compute"]
+    assert kinds(sink) == [("compute", HC)]
 
 
-def test_operations_are_kept_and_their_partners_have_one_key() -> None:
-    ops: list[Op] = [
-        Collective("all_reduce x", (0, 1), 4),
-        Send("h", 1, 4),
-        Recv("h", 1, 4),
-        Collective("all_reduce x", (0, 1), 4),
-    ]
-    one, two = (
-        RankSink(rank, NewOnce(), RULES, synchronise=lambda: None, inside=False) for rank in (0, 1)
-    )
+def test_both_ends_of_a_communication_have_one_key() -> None:
+    ops: list[Op] = [SUM, Send("h", 1, 4), Recv("h", 1, 4), SUM]
+    one, two = (make_sink(rank=rank) for rank in (0, 1))
     for op in ops:
         one.run(op, lambda: None)
-    for op in (ops[0], Recv("h", 0, 4), Send("h", 0, 4), ops[3]):
+    for op in (SUM, Recv("h", 0, 4), Send("h", 0, 4), SUM):
         two.run(op, lambda: None)
     assert one.ops == ops
     keys = [[span.key for span in sink.spans if span.kind == "comm"] for sink in (one, two)]
     assert keys[0] == ["0,1 #1", "0>1 #1", "1>0 #1", "0,1 #2"] == keys[1]
 
 
-def test_phases_and_forwards_are_told() -> None:
-    told: list[tuple[str, str]] = []
-    sink = RankSink(
-        0,
-        NewOnce(),
-        RULES,
-        synchronise=lambda: None,
-        inside=False,
-        on_forward=lambda phase, name: told.append((phase, name)),
-    )
+def test_phases_are_spans_and_forwards_are_reported_with_their_phase() -> None:
+    reported: list[tuple[str, str]] = []
+    sink = make_sink(on_forward=lambda phase, name: reported.append((phase, name)))
     for op in (
         Mark("phase", "warm-up"),
         Mark("forward", "DECODE 1"),
@@ -106,221 +151,160 @@ def test_phases_and_forwards_are_told() -> None:
         Mark("phase", "end"),
     ):
         sink.run(op, lambda: None)
-    assert told == [("warm-up", "DECODE 1"), ("requests", "EXTEND 8")]
+    assert reported == [("warm-up", "DECODE 1"), ("requests", "EXTEND 8")]
+    assert [(phase, name) for _, phase, name in sink.forwards] == reported
     assert [s.name for s in sink.spans if s.kind == "phase"] == ["warm-up", "requests"]
 
 
-def test_the_device_is_waited_for_before_and_after_communication() -> None:
-    waits: list[str] = []
-    sink = RankSink(
-        0,
-        NewOnce(),
-        RULES,
-        synchronise=lambda: waits.append("wait"),
-        inside=True,
-        arrive=lambda: waits.append("arrive"),
-    )
-    sink.run(Collective("all_reduce x", (0, 1), 4), lambda: waits.append("move"))
-    assert waits == ["wait", "move", "arrive"]
-    assert [(span.kind, span.name) for span in sink.spans] == [
-        ("compute", "device"),
-        ("comm", "all_reduce x"),
-    ]
+@pytest.mark.parametrize("op", [SUM, Send("h", 1, 4), Recv("h", 1, 4)])
+def test_communication_is_timed_and_limited_from_an_idle_device_until_it_arrives(
+    op: Collective | Send | Recv,
+) -> None:
+    around = Around()
+    sink = make_sink(around=around)
+    sink.run(Compute("y", 1, 1), around.act)
+    sink.run(op, around.act)
+    assert around.events == ["act", "synchronise", ("in", op), "act", "arrive", "out"]
+    name = {"Collective": "", "Send": "send ", "Recv": "recv "}[type(op).__name__] + op.name
+    assert kinds(sink) == [("compute", "y"), ("compute", "device"), ("comm", name)]
 
 
-WALK = Walk(GemmShape(CALL.type, 24, 64, 1, 132), ((1, 64, 1),))
-
-
-def test_a_walk_is_a_load() -> None:
-    loader = NewOnce()
-    sink = RankSink(3, loader, RULES, synchronise=lambda: None, inside=True)
-    sink.run(WALK, lambda: loader.walk(WALK))
-    assert (loader.walked, sink.ops) == ([WALK], [WALK])
-    assert sink.last == "walk tf32_hc_prenorm_gemm:24:64:1"
-    (span,) = sink.spans
-    assert (span.rank, span.kind, span.name) == (3, "load", sink.last)
-
-
-def test_work_on_kernels_is_a_load_but_for_a_build() -> None:
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True)
-    for action in ("build", "verify", "load"):
-        sink.run(KernelWork(action, ()), lambda: None)
-    assert [span.name for span in sink.spans] == ["verify 0 kernels", "load 0 kernels"]
-    assert {span.kind for span in sink.spans} == {"load"}
+def test_walks_and_work_on_kernels_are_loads_but_for_builds() -> None:
+    sink = make_sink(rank=3)
+    for op in (WALK, *(KernelWork(action, ()) for action in ("build", "verify", "load"))):
+        sink.run(op, lambda: None)
+    name = f"walk {HC}:24:64:1"
+    assert kinds(sink) == [("load", name), ("load", "verify 0 kernels"), ("load", "load 0 kernels")]
+    assert {span.rank for span in sink.spans} == {3}
+    assert sink.last == "load 0 kernels"
 
 
 def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
-    events: list[str] = []
-
-    @contextmanager
-    def lock(shape: GemmShape) -> Iterator[None]:
-        events.append(f"lock {shape.describe()}")
-        yield
-        events.append("unlock")
-
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
-    ops: list[Op] = [
-        CALL,
-        CALL,
-        Compute("x", 1, 1),
-        Collective("all_reduce x", (0, 1), 4),
-        Mark("layer", "1"),
-        KernelWork("load", ()),
-        WALK,
-    ]
+    around: Any = Around()
+    sink = RankSink(0, NewOnce(), Around(), Around(), locks=around)  # type: ignore[arg-type]
+    ops = (CALL, CALL, Compute("x", 1, 1), SUM, Mark("layer", "1"), KernelWork("load", ()), WALK)
     for op in ops:
-        sink.run(op, lambda: events.append("act"))
-    held = ["lock tf32_hc_prenorm_gemm:24:64:1", "act", "unlock"]
-    assert events == [*held, *["act"] * 5, *held]
+        sink.run(op, around.act)
+    held = [f"lock {HC}:24:64:1", "act", "unlock"]
+    assert around.events == [*held, *["act"] * 5, *held]
 
 
-def test_a_wait_for_the_lock_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_the_lock_is_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("launch.rank_sink.time.time", lambda: now)
 
-    @contextmanager
-    def lock(shape: GemmShape) -> Iterator[None]:
-        nonlocal now
-        now += 5
-        yield
+    class Slow(Around):
+        @contextmanager
+        def held(self, shape: GemmShape) -> Iterator[None]:
+            nonlocal now
+            now += 5
+            yield
 
-    sink = RankSink(2, NewOnce(), RULES, synchronise=lambda: None, inside=True, lock=lock)
+    sink = make_sink(rank=2, locks=Slow())
     sink.run(CALL, lambda: None)
     assert sink.spans == [
         Span(2, 100, 105, "wait", "compile lock"),
-        Span(2, 105, 105, "load", "tf32_hc_prenorm_gemm"),
+        Span(2, 105, 105, "load", HC),
     ]
 
 
 def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
-    loader = NewOnce()
-    graphs: list[str] = []
-
-    def forward() -> None:
-        for op in (Mark("forward", "DECODE 8"), CALL, Compute("x", 1, 1), CALL):
-            sink.run(op, lambda: graphs.append("act"))
-
-    sink = RankSink(
-        0,
-        loader,
-        RULES,
-        synchronise=lambda: graphs.append("wait"),
-        inside=True,
-        capture=lambda forward: (graphs.append("begin"), forward(), graphs.append("end")),
-        on_forward=lambda phase, name: graphs.append("told"),
-    )
+    around, loader = Around(), NewOnce()
+    sink = make_sink(loader, around, on_forward=lambda phase, name: around.events.append("told"))
     sink.run(Mark("phase", "graph capture"), lambda: None)
     sink.spans.clear()
-    graphs.clear()
+    around.events.clear()
+
+    def forward() -> None:
+        for op in (Mark("forward", "DECODE 8"), CALL, SUM, CALL):
+            sink.run(op, around.act)
+
     sink.capture("graph DECODE 8", forward)
     assert sink.ops == [Mark("phase", "graph capture"), Capture("graph DECODE 8", 4)]
-    assert [(span.kind, span.name) for span in sink.spans] == [("compute", "graph DECODE 8")]
-    assert graphs == ["wait", "begin", *["act"] * 4, "end"], "idle before the capture"
-    assert loader.lacks(kernels_of(CALL)), "a capture brings no kernel in"
+    assert kinds(sink) == [("compute", "graph DECODE 8")]
+    acts = ["act"] * 4
+    assert around.events == ["synchronise", "quiet", "capture", *acts, "captured", "not quiet"]
+    assert not loader.is_ready(CALL), "a capture brings no kernel in"
     sink.run(CALL, lambda: None)
-    assert sink.ops[-1] == CALL
-    assert sink.spans[-1].kind == "load"
+    assert (sink.ops[-1], sink.spans[-1].kind) == (CALL, "load")
 
 
 def test_a_failed_capture_leaves_the_operations_whole() -> None:
-    def refuse(forward: object) -> None:
+    def refuse() -> None:
         raise ValueError("no graph")
 
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, capture=refuse)
+    sink = make_sink()
     sink.run(CALL, lambda: None)
     with pytest.raises(ValueError, match="no graph"):
-        sink.capture("graph DECODE 8", lambda: None)
+        sink.capture("graph DECODE 8", refuse)
     sink.run(CALL, lambda: None)
     assert sink.ops == [CALL, Capture("graph DECODE 8", 0), CALL]
 
 
-class Told:
-    """Notes what is limited, and when."""
-
-    def __init__(self) -> None:
-        self.notes: list[object] = []
-
-    @contextmanager
-    def over(self, op: Communication) -> Iterator[None]:
-        self.notes.append(("in", op))
-        try:
-            yield
-        finally:
-            self.notes.append("out")
-
-    def begun(self, op: Communication, handle: object) -> None:
-        self.notes.append(("begun", op, handle))
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        self.notes.append("quiet")
-        yield
-        self.notes.append("asking")
-
-
-@pytest.mark.parametrize(
-    "op", [Collective("all_reduce x", (0, 1), 4), Send("h", 1, 4), Recv("h", 1, 4)]
-)
-def test_communication_is_limited_until_it_is_done(op: Collective | Send | Recv) -> None:
-    told = Told()
-    sink = RankSink(
-        0,
-        NewOnce(),
-        RULES,
-        synchronise=lambda: told.notes.append("wait"),
-        inside=True,
-        limit=told,
-        arrive=lambda: told.notes.append("arrive"),
-    )
-    sink.run(Compute("y", 1, 1), lambda: told.notes.append("compute"))
-    sink.run(op, lambda: told.notes.append("move"))
-    assert told.notes == ["compute", "wait", ("in", op), "move", "arrive", "out"]
-
-
-def test_what_was_begun_is_limited_beside() -> None:
-    told = Told()
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True, limit=told)
-    begin = Begin("all_to_all tokens of 0", (0, 1), 8)
-    sink.run(begin, lambda: "handle")
-    sink.run(Await(begin.name), lambda: "result")
-    assert told.notes == [
-        ("in", begin),
-        "out",
-        ("begun", begin, "handle"),
-        ("in", begin),
-        "out",
-    ]
-
-
-def test_nothing_is_asked_of_the_device_in_a_capture() -> None:
-    told = Told()
-    sink = RankSink(
-        0,
-        NewOnce(),
-        RULES,
-        synchronise=lambda: told.notes.append("wait"),
-        inside=True,
-        limit=told,
-        capture=lambda forward: forward(),
-    )
-    sink.capture("graph DECODE 8", lambda: sink.run(Recv("h", 1, 4), lambda: None))
-    assert told.notes == ["wait", "quiet", "asking"]
-
-
-def test_what_was_begun_is_noted() -> None:
-    begin = Begin("all_to_all tokens of 0", (0, 1), 8)
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=True)
-    assert sink.run(begin, lambda: "handle") == "handle"
-    assert sink.run(Await(begin.name), lambda: "result") == "result"
+def test_an_asynchronous_collective_is_timed_by_the_host() -> None:
+    around = Around()
+    sink = make_sink(around=around)
+    assert sink.run(BEGIN, lambda: "handle") == "handle"
+    assert sink.run(Await(BEGIN.name), lambda: "result") == "result"
+    assert around.events == [("in", BEGIN), "out"] * 2
     assert [span.kind for span in sink.spans] == ["compute", "wait"]
     sink.run(Mark("phase", "end"), lambda: None)
-    assert [span.kind for span in sink.spans] == ["compute", "wait", "compute", "beside"]
     compute, wait, _, beside = sink.spans
+    assert (beside.kind, beside.name) == ("beside", BEGIN.name)
     assert compute.end <= beside.start <= wait.start and wait.end <= beside.end
 
 
-def test_forwards_are_kept_with_their_phase() -> None:
-    sink = RankSink(0, NewOnce(), RULES, synchronise=lambda: None, inside=False)
-    for op in (Mark("phase", "requests"), Mark("forward", "EXTEND 8"), Mark("phase", "end")):
-        sink.run(op, lambda: None)
-    assert [(phase, name) for _, phase, name in sink.forwards] == [("requests", "EXTEND 8")]
+def test_over_nccl_it_is_timed_by_the_gpu_and_limited_until_it_is_done() -> None:
+    class Event:
+        def query(self) -> bool:
+            return False
+
+    event: Any = Event()
+    nothing = torch.zeros(0)
+    handle = AsyncCollective(CollectiveEvents(event, event, event), nothing, nothing, 1)
+    around = Around()
+    sink = make_sink(around=around)
+    sink.run(BEGIN, lambda: handle)
+    assert around.events == [("in", BEGIN), "out", ("started", BEGIN, False)]
+    sink.run(Await(BEGIN.name), lambda: "result")
+    sink.run(Mark("phase", "end"), lambda: None)
+    assert sink.spans[-1] == Span(0, 3.0, 5.0, "beside", BEGIN.name)
+
+
+# -- compiles that the shim recorded ----------------------------------------------------------
+
+
+def compiled(start: float, end: float, kernel: Kernel | None = None) -> CompileRecord:
+    source = "// Includes' hash value: " + 32 * "0" + "\n" + kernel.body if kernel else ""
+    return CompileRecord(start, end, rank=0, pid=1, exit_code=0, source=source)
+
+
+@pytest.mark.parametrize(
+    ("compiles", "expected"),
+    [
+        (
+            [(11, 13), (14, 19)],
+            [
+                ("load", 10, 11),
+                ("compile", 11, 13),
+                ("load", 13, 14),
+                ("compile", 14, 19),
+                ("load", 19, 20),
+            ],
+        ),
+        ([(1, 5)], [("compile", 1, 5), ("load", 10, 20)]),
+        ([(10, 20)], [("compile", 10, 20)]),
+    ],
+)
+def test_compiles_take_their_part_of_a_load(
+    compiles: list[tuple[float, float]], expected: list[tuple[str, float, float]]
+) -> None:
+    load = Span(0, 10, 20, "load", "gemm")
+    made = split_loads([load], [compiled(*times) for times in compiles])
+    assert [(span.kind, span.start, span.end) for span in made] == expected
+
+
+def test_a_compile_has_its_kernels_identity() -> None:
+    kernel = RULES.kernels_of(CALL)[-1]
+    (span,) = split_loads([], [compiled(1, 2, kernel)])
+    assert (span.name, span.key) == (kernel.name, kernel.identity)

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.warmup import WarmupPolicy
+from runner.errors import run_guarded
 from runner.report.console import PIPED_WIDTH, make_console
 from runner.report.table import ReportTable, make_table
 from runner.timeline import write_timelines

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from launch.jit_setup import set_up_jit  # noqa: E402
+from launch.jit import set_up_jit  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
 from runner.backend.base import Backend  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402

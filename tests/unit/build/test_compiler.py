@@ -14,9 +14,8 @@ from runner.cache.digest import hex_digest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.environ import Environ
-from runner.errors import UserError
+from runner.errors import UserError, run_guarded
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import transpose_fp32

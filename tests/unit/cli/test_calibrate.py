@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.warmup import WarmupPolicy
+from runner.errors import run_guarded
 from runner.timeline import Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile, leave_one_out
 from sim.calibration.validation import Judged, summary

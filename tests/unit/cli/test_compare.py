@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.warmup import WarmupPolicy
+from runner.errors import run_guarded
 from runner.report.validation_table import judged_json
 from runner.timeline import Timeline, write_timelines
 from sim.calibration.validation import judge, summary

@@ -17,9 +17,9 @@ from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
 from runner.cache.manifest import read_manifest
-from runner.cli.progress import progress
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
+from runner.report.progress import progress
 from tests.unit.build_machine import (
     GEMM,
     REPOSITORY,
@@ -264,7 +264,7 @@ def test_progress_elsewhere_than_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("runner.cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("runner.report.progress.time.monotonic", lambda: now[0])
     with progress("build") as show:
         for seconds, done, fraction in (
             (1, 1, 0.1),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 from runner.model.strategy import STRATEGIES, load_strategy
 
 Capture = pytest.CaptureFixture[str]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
 from runner.config.warmup import WarmupPolicy
+from runner.errors import run_guarded
 from runner.timeline import read_timelines
 from sim.costs.profile import load_profile
 
@@ -357,7 +357,7 @@ def test_a_bad_profile_file_is_one_line(text: str | None, tmp_path: Path, capsys
 
 
 def in_a_process(code: str) -> None:
-    start = "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
+    start = "import sys; from runner.cli import cli; from runner.errors import run_guarded\n"
     done = subprocess.run(
         [sys.executable, "-c", start + code], capture_output=True, text=True, check=False
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.cli.guard import run_guarded
+from runner.errors import run_guarded
 from runner.report.picture import SUFFIXES
 from sim.sweep.run import Case, WorkerLostError, simulate_case
 
@@ -227,7 +227,7 @@ def test_other_reasons_are_counted(capsys: Capture) -> None:
 
 def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     code = (
-        "import sys; from runner.cli import cli; from runner.cli.guard import run_guarded\n"
+        "import sys; from runner.cli import cli; from runner.errors import run_guarded\n"
         f"run_guarded(cli, ['sweep', *{TINY!r}], program='runner')\n"
         "import sim.sweep.run\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"

@@ -41,7 +41,7 @@ def progress(what: str) -> Iterator[Show]:
 
 
 def counting(show: Show) -> Callable[[int, int], None]:
-    """For work whose items cost about the same."""
+    """Show progress of work whose items all cost about the same."""
     return lambda done, total: show(done, total, done / total)
 
 

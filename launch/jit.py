@@ -1,0 +1,220 @@
+"""A rank's JIT: the library's own on a GPU, ours where there is only nvcc, or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.loaders import KernelLoader, LibraryJit, OwnJit
+from launch.options import LaunchOptions
+from runner.build.compiler import LazyJit, NvccCompiler, find_nvcc, nvcc_version, release_of
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import CacheKeys, Recipe, first_recipe
+from runner.config.environ import Environ
+from runner.config.warmup import WarmupPolicy
+from runner.errors import UserError
+from runner.kernels.installed import Library, find_library
+from runner.kernels.kernel import Kernel
+from runner.kernels.rules import RULES
+from runner.planning.plan import plan_of, table_of
+from runner.scenario import Scenario
+from runner.watch.shim import write_shim
+
+if TYPE_CHECKING:
+    from runner.backend.entry_points import EntryPoints
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What kernels are compiled with."""
+
+    nvcc: Path
+    library: Library
+
+    def compiler(self, recipe: Recipe) -> NvccCompiler:
+        return NvccCompiler(self.nvcc, self.library, recipe)
+
+
+def find_tools(options: LaunchOptions, environ: Environ) -> Tools | str:
+    """nvcc and the library, or the reason why nothing is compiled.
+
+    Raises:
+        UserError: the library that was asked for is not there.
+    """
+    if not environ.enable_jit_deepgemm:
+        return "SGLANG_ENABLE_JIT_DEEPGEMM is off"
+    if not options.jit:
+        return "--no-jit was given"
+    library = find_library(options.kernels.library)
+    if library is None:
+        return "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        return "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
+    return Tools(nvcc, library)
+
+
+@dataclass(frozen=True)
+class RankJit:
+    """What a rank calls GEMMs through, and what makes their kernels ready.
+
+    Attributes:
+        log_dir: where the compiler shim puts its records.
+        description: one line for the user.
+        compiler: the real compiler, not the shim; None if nothing is compiled.
+        cache: the node's; None if nothing is compiled.
+    """
+
+    loader: KernelLoader
+    entry_points: EntryPoints
+    log_dir: Path
+    description: str
+    compiler: NvccCompiler | None = None
+    cache: KernelCache | None = None
+
+
+def set_up_jit(
+    options: LaunchOptions,
+    environ: Environ,
+    scenario: Scenario,
+    rank: int,
+    work_dir: Path,
+    *,
+    library: bool,
+) -> RankJit:
+    """Set up a rank's JIT with its node's cache and the compiler shim, both in ``work_dir``.
+
+    ``library`` says whether GEMMs run in the real library (on a GPU, with real math).
+
+    Raises:
+        UserError: the cache cannot be written, or a GPU run lacks what it needs.
+    """
+    from runner.backend.reference import ReferenceEntryPoints
+
+    log_dir = work_dir / "compiles"
+    tools = find_tools(options, environ)
+    reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
+    if isinstance(tools, str):
+        if library:
+            raise UserError(f"a GPU run compiles with nvcc, but {tools}")
+        own = OwnJit(None, table_of(scenario))
+        return RankJit(own, reference, log_dir, f"off, kernels are not compiled: {tools}")
+    cache = _node_cache(options, environ, scenario, rank, work_dir)
+    cache.check_generation(tools.library.generation)
+    if scenario.policy is not WarmupPolicy.PREBUILT:  # That one may be read-only.
+        cache.prepare()
+    compiler = tools.compiler(table_of(scenario).recipe)
+    shim = write_shim(work_dir / f"nvcc-{rank}", nvcc=compiler.nvcc, log_dir=log_dir)
+    # Keys do not depend on nvcc's path, so the shim's are the real compiler's.
+    recorded = replace(compiler, nvcc=shim)
+    size = f"{cache.count()} kernels" if cache.count() else "cold"
+    where = "cold (temporary)" if work_dir in cache.root.parents else f"{cache.root} ({size})"
+    described = "nvcc {}.{}, cache {}".format(*release_of(compiler.version_text), where)
+    if not library:
+        own = OwnJit(LazyJit(recorded, cache), table_of(scenario))
+        return RankJit(own, reference, log_dir, f"own, {described}", compiler, cache)
+    loader = _library_jit(environ, scenario, cache, recorded)
+    return RankJit(loader, loader.wrapper, log_dir, f"deep_gemm, {described}", compiler, cache)
+
+
+def _node_cache(
+    options: LaunchOptions, environ: Environ, scenario: Scenario, rank: int, work_dir: Path
+) -> KernelCache:
+    cache = _given_cache(options, environ) or KernelCache(work_dir / "cache")
+    if options.virtual_nodes > 1 and scenario.policy is not WarmupPolicy.PREBUILT:
+        return replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank)}")
+    return cache
+
+
+def _library_jit(
+    environ: Environ, scenario: Scenario, cache: KernelCache, compiler: NvccCompiler
+) -> LibraryJit:
+    import torch
+
+    from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+
+    check_deep_gemm(environ, torch.cuda.get_device_capability())
+    root = compiler.library.root
+    module = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
+    wrapper = DeepGemmWrapper(module, sanity_check=environ.sanity_check)
+    return LibraryJit(wrapper, module, scenario)
+
+
+def check_jit(options: LaunchOptions, environ: Environ) -> None:
+    """Check compiler and cache before ranks start.
+
+    Raises:
+        UserError: an unusable nvcc, an unknown library, a cache that cannot be written.
+    """
+    tools = find_tools(options, environ)
+    if isinstance(tools, str):
+        return
+    nvcc_version(tools.nvcc)
+    if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
+        warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
+    given = _given_cache(options, environ)
+    if given is not None and set(options.policies) != {WarmupPolicy.PREBUILT}:
+        given.prepare()
+
+
+def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
+    """Check before ranks start that a prebuilt cache is complete.
+
+    On a GPU the ranks do that: the plan is for their GPU's number of SMs.
+
+    Raises:
+        UserError: kernels are missing, or there is no such cache.
+    """
+    tools = find_tools(options, environ)
+    if isinstance(tools, str) or scenario.policy is not WarmupPolicy.PREBUILT:
+        return
+    given = _given_cache(options, environ)
+    if given is None:
+        raise UserError(
+            "--warmup prebuilt needs a prebuilt cache: give --cache-dir or DG_JIT_CACHE_DIR"
+        )
+    import torch
+
+    if options.device == "cpu" or not torch.cuda.is_available():
+        planned = [item.kernel for item in plan_of(scenario).kernels]
+        check_holds(given, tools.compiler(table_of(scenario).recipe).keys, planned)
+
+
+def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
+    """Raise UserError unless a cache holds all of ``kernels``, whole."""
+    held = [cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels]
+    if not all(held):
+        raise UserError(
+            f"the cache {cache.root} lacks {held.count(False)} of {len(kernels)} planned kernels: "
+            "build them first (runner compile), or use --warmup planned"
+        )
+
+
+def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
+    """Seconds that the reference compile takes now, None if nothing is compiled."""
+    tools = find_tools(options, environ)
+    # Profiles know the time of this library's reference kernel only.
+    if isinstance(tools, str) or tools.library.title != RULES.origin.library:
+        return None
+    return round(tools.compiler(first_recipe(environ)).reference_seconds(), 4)
+
+
+def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:
+    """Cache directory for one of several policies: each starts with its own part of a given one."""
+    given = _given_cache(options, environ)
+    if given is None or len(options.policies) == 1 or policy is WarmupPolicy.PREBUILT:
+        return options.cache_dir
+    return given.root / str(policy.value)
+
+
+def _given_cache(options: LaunchOptions, environ: Environ) -> KernelCache | None:
+    """The cache that an option or the environment names; None asks for a cold one."""
+    if options.cache_dir is not None:
+        return KernelCache.of_text(str(options.cache_dir))
+    if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:
+        return KernelCache.of_text(environ.jit_cache_dirs)
+    return None

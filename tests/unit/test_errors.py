@@ -1,0 +1,47 @@
+"""How a command ends."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import click
+import pytest
+
+from runner.errors import UserError, WorkFailedError, run_guarded
+
+
+def ending_with(error: BaseException | None) -> click.Command:
+    @click.command()
+    def command() -> None:
+        warnings.warn("mind this", stacklevel=1)
+        if error is not None:
+            raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (UserError("no such model"), 2, "error: no such model\n"),
+        (click.UsageError("no such option"), 2, "error: no such option\n"),
+        (WorkFailedError("47 kernels are missing"), 1, "error: 47 kernels are missing\n"),
+        (WorkFailedError("ended by SIGTERM", 143), 143, "error: ended by SIGTERM\n"),
+        (click.Abort(), 130, "error: interrupted\n"),
+    ],
+)
+def test_errors_and_warnings_are_one_line_each(
+    error: BaseException | None, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_guarded(ending_with(error), [], program="runner") == code
+    assert capsys.readouterr().err == "warning: mind this\n" + line
+
+
+@pytest.mark.parametrize("error", [None, UserError("bad"), ValueError("a bug")])
+def test_a_command_leaves_warnings_to_its_caller(error: Exception | None) -> None:
+    before = warnings.showwarning
+    with contextlib.suppress(ValueError):
+        run_guarded(ending_with(error), [], program="runner")
+    assert warnings.showwarning is before

@@ -1,0 +1,90 @@
+"""A rank's planned kernels: what a build leaves in the cache and among the spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from runner.build.build import Built, Way
+from runner.build.unit import Job
+
+from launch import kernel_store
+from launch.jit import RankJit
+from launch.kernel_store import NodeKernels
+from launch.rank import Place
+from launch.rank_sink import split_loads
+from runner.build.compiler import CompileError, NvccCompiler
+from runner.cache.kernel_cache import KernelCache
+from runner.cache.keys import first_recipe
+from runner.config.environ import Environ
+from runner.config.parallel import ParallelConfig
+from runner.kernels.installed import Library
+from runner.kernels.kernel import Kernel
+from runner.timeline import Timeline
+from runner.watch.shim import CompileRecord
+from tests.unit.elf import tiny_cubin
+
+GOOD, BROKEN = (
+    Kernel(name, "deep_gemm/a.cuh", f"{name}_impl", ("1",)) for name in ("good", "broken")
+)
+
+
+class FakeBuilder:
+    """Builds every kernel but a broken one at once."""
+
+    def __init__(self, *arguments: Any, on_shared: Any, **_: Any) -> None:
+        self._take, self._on_shared = arguments[4], on_shared
+
+    def build(self, jobs: Sequence[Job]) -> None:
+        self._on_shared("front end", time.time(), time.time())
+        for job in jobs:
+            cubin = None if job.kernel.name == "broken" else tiny_cubin(b"code")
+            self._take(Built(job, cubin, Way.FAST, time.time(), "it is broken"))
+
+
+@pytest.fixture
+def store(
+    fake_library: Library, fake_nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> NodeKernels:
+    monkeypatch.setattr(kernel_store, "Builder", FakeBuilder)
+    cache = KernelCache(tmp_path / "cache")
+    cache.prepare()
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
+    unused: Any = None
+    jit = RankJit(unused, unused, tmp_path, "own", compiler, cache)
+    rank: Any = SimpleNamespace(
+        place=Place(3, 4, 3, 4), scenario=SimpleNamespace(parallel=ParallelConfig(pp=4))
+    )
+    return NodeKernels(rank, jit, unused)
+
+
+def test_a_kernel_is_built_once(store: NodeKernels) -> None:
+    for _ in range(2):
+        store.build((GOOD,))
+    assert store.built == 1
+    store.verify((GOOD,))
+    assert [(span.rank, span.kind, span.name) for span in store.spans if span.is_kernel] == [
+        (3, "compile", "good")
+    ]
+
+
+def test_a_kernel_that_does_not_compile_is_named(store: NodeKernels) -> None:
+    with pytest.raises(CompileError, match="broken: it is broken"):
+        store.build((BROKEN,))
+
+
+def test_a_built_kernel_that_is_compiled_again_is_a_duplicate(store: NodeKernels) -> None:
+    store.build((GOOD,))
+    source = store.compiler.keys.source(GOOD)
+    again = CompileRecord(time.time(), time.time() + 1, 0, 1, 0, source)
+    spans = split_loads(store.spans, [again])
+    assert {span.key for span in spans if span.is_kernel} == {GOOD.identity}
+    timeline = Timeline("planned", "measured", 4, tuple(spans))
+    assert (timeline.kernels_compiled, timeline.duplicates) == (2, 1)

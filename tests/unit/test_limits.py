@@ -1,0 +1,384 @@
+"""How a rank that takes too long, or fails, ends, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+import torch.distributed as dist
+
+from launch import limits
+from launch.comm import make_groups
+from launch.limits import (
+    TORCH_TIMEOUTS,
+    Communication,
+    CommunicationTimeoutError,
+    Deadline,
+    NcclWaitLimit,
+    OutOfTimeError,
+    WaitingRank,
+    is_timeout,
+    lost_a_peer,
+    rank_failure,
+)
+from launch.options import LaunchOptions
+from launch.rank import Place, Rank
+from runner.config.environ import Environ
+from runner.config.parallel import ParallelConfig
+from runner.config.warmup import WarmupPolicy
+from runner.errors import UserError
+from runner.kernels.rules_sm90 import transpose_fp32
+from runner.schedule import BARRIER, Begin, Collective, Recv, Send
+
+RECV = Recv("hidden_states", 0, 64)
+SUM = Collective("all_reduce attention", (0, 1, 2), 64)
+BEGUN = Begin("all_to_all tokens of 1", (0, 1, 2), 64)
+LATE = RuntimeError("Timed out waiting 3000ms for recv")
+IDLE = "none of them is compiling"
+ENOUGH = 30.0
+
+
+class Ended:
+    """Keeps what would have ended the process."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+        self.event = threading.Event()
+
+    def __call__(self, rank: int, error: Exception) -> None:
+        assert rank == 1
+        self.errors.append(error)
+        self.event.set()
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
+    made = Ended()
+    monkeypatch.setattr(limits, "end_process", made)
+    return made
+
+
+# -- what a rank says that waited too long ----------------------------------------------------
+
+
+def compile_on(log_dir: Path, rank: int, start: float, ending: str = "running") -> None:
+    """A record as the shim leaves it."""
+    source = "// Includes' hash value: 0\n" + transpose_fp32(512).body
+    (log_dir / f"{start}-{rank}.{ending}").write_text(
+        f"start {start}\nend 0\nrank {rank}\npid 7\nexit -1\ncommand x\noutput y\n\n{source}"
+    )
+
+
+def reason(op: Communication, log_dir: Path) -> str:
+    """Why rank 1 of 4 on this host waited."""
+    error = WaitingRank(1, 30.0, log_dir, range(4)).timeout_error(op)
+    assert isinstance(error, CommunicationTimeoutError)
+    return str(error).partition(": ")[2]
+
+
+def test_a_time_out_names_operation_ranks_and_limit(tmp_path: Path) -> None:
+    waiting = WaitingRank(1, 0.5, tmp_path / "none", range(4))
+    assert str(waiting.timeout_error(RECV)) == (
+        "hidden_states waited 0.5 s for rank 0, the limit of --nccl-timeout: " + IDLE
+    )
+    assert str(waiting.timeout_error(SUM)).startswith(
+        "all_reduce attention waited 0.5 s for ranks 0, 2, the limit of --nccl-timeout: "
+    )
+
+
+def test_it_names_what_the_ranks_it_waits_for_compile(tmp_path: Path) -> None:
+    compile_on(tmp_path, 2, 10.5)
+    compile_on(tmp_path, 0, 11.5)
+    both = "rank 2 compiles transpose_fp32; rank 0 compiles transpose_fp32"
+    assert reason(SUM, tmp_path) == reason(BEGUN, tmp_path) == both
+    assert reason(Send("hidden_states", 2, 64), tmp_path) == "rank 2 compiles transpose_fp32"
+
+
+def test_ranks_that_do_not_compile_wait_for_others_that_do(tmp_path: Path) -> None:
+    compile_on(tmp_path, 5, 12.5)
+    compile_on(tmp_path, 4, 13.5)
+    for op in (RECV, SUM):
+        assert reason(op, tmp_path) == (
+            f"{IDLE}, but rank 5 compiles transpose_fp32; rank 4 compiles transpose_fp32"
+        )
+    compile_on(tmp_path, 0, 14.5)
+    assert reason(RECV, tmp_path) == "rank 0 compiles transpose_fp32"
+
+
+def test_ranks_of_other_hosts_cannot_be_seen(tmp_path: Path) -> None:
+    far = Recv("hidden_states", 6, 64)
+    both = Collective("all_reduce attention", (1, 2, 6, 7), 64)
+    assert reason(far, tmp_path) == "rank 6 cannot be seen from this host"
+    compile_on(tmp_path, 3, 12.5)
+    but = "cannot be seen from this host, but rank 3 compiles transpose_fp32"
+    assert reason(far, tmp_path) == f"rank 6 {but}"
+    assert reason(both, tmp_path) == f"ranks 6, 7 {but}"
+    compile_on(tmp_path, 2, 12.5)
+    assert reason(both, tmp_path) == "rank 2 compiles transpose_fp32"
+
+
+def test_finished_compiles_do_not_count(tmp_path: Path) -> None:
+    compile_on(tmp_path, 0, 10.5, "compile")
+    assert reason(RECV, tmp_path) == reason(SUM, tmp_path) == IDLE
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            RuntimeError("[gloo/transport/unbound_buffer.cc] Timed out waiting 3000ms for recv"),
+            True,
+        ),
+        (RuntimeError("wait timeout after 3000ms"), True),
+        (RuntimeError("Operation timed out!"), True),
+        (RuntimeError("Timeout waiting for key"), True),
+        (RuntimeError("[..] Application timeout caused pair closure"), True),
+        (RuntimeError("Wait timeout"), True),
+        (RuntimeError("waitForInput: socket 7 timed out after 3000ms"), True),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:4"), False),
+        (ValueError("Timed out waiting 3000ms for recv"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (RuntimeError("Invalid timeout"), False),
+        (RuntimeError("ProcessGroupGloo does not support setting timeout"), False),
+        (TimeoutError("timed out"), False),
+    ],
+)
+def test_torchs_time_outs_are_recognised(error: Exception, expected: bool) -> None:
+    assert is_timeout(error) is expected
+
+
+# -- limits of waits --------------------------------------------------------------------------
+
+
+def rank_1(link: str) -> Rank:
+    options = LaunchOptions(model="dsv4-tiny", nccl_timeout=0.3, jit=False)
+    scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
+    place = Place(1, 16, 1, 8)
+    cpu = torch.device("cpu")
+    return Rank(options, Environ(), scenario, place, cpu, link, "real", "as asked", [])
+
+
+def nccl_limit(log_dir: Path) -> NcclWaitLimit:
+    limit = rank_1("nccl").wait_limit(log_dir)
+    assert isinstance(limit, NcclWaitLimit)
+    return limit
+
+
+def test_a_time_out_of_gloo_becomes_one_that_says_more(tmp_path: Path) -> None:
+    limit = rank_1("gloo").wait_limit(tmp_path)
+    with pytest.raises(CommunicationTimeoutError) as caught, limit.over(RECV):
+        raise LATE
+    assert caught.value.__cause__ is LATE
+    assert str(caught.value) == (
+        f"hidden_states waited 0.3 s for rank 0, the limit of --nccl-timeout: {IDLE}"
+    )
+    with pytest.raises(RuntimeError, match="Connection closed"), limit.over(RECV), limit.quiet():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_an_nccl_call_that_does_not_return_ends_the_process(ended: Ended, tmp_path: Path) -> None:
+    limit = nccl_limit(tmp_path)
+    with limit.over(SUM):
+        pass
+    with limit.over(Recv("hidden_states", 8, 64)):
+        assert ended.event.wait(ENOUGH)
+    assert [str(error) for error in ended.errors] == [
+        "hidden_states waited 0.3 s for rank 8, the limit of --nccl-timeout: "
+        "rank 8 cannot be seen from this host"
+    ]
+
+
+def test_an_asynchronous_collective_may_not_take_longer_either(
+    ended: Ended, tmp_path: Path
+) -> None:
+    limit = nccl_limit(tmp_path)
+    limit.started(SUM, lambda: True)
+    limit.started(BEGUN, lambda: False)
+    assert ended.event.wait(ENOUGH)
+    assert [str(error).partition(" waited")[0] for error in ended.errors] == [BEGUN.name]
+
+
+def test_gloo_ends_what_hosts_do_among_themselves(ended: Ended, tmp_path: Path) -> None:
+    limit = nccl_limit(tmp_path)
+    barrier = Collective(BARRIER, (0, 1), 0)
+    with limit.over(barrier):
+        assert not ended.event.wait(0.8)
+    with pytest.raises(CommunicationTimeoutError, match=BARRIER), limit.over(barrier):
+        raise LATE
+
+
+def test_an_error_of_the_gpu_is_left_to_the_host(ended: Ended, tmp_path: Path) -> None:
+    def query() -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    limit = nccl_limit(tmp_path)
+    limit.started(BEGUN, query)
+    with limit.over(RECV):
+        assert ended.event.wait(ENOUGH)
+    assert str(ended.errors[0]).startswith("hidden_states waited")
+
+
+def test_a_wait_ends_even_if_compiles_cannot_be_read(
+    ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(log_dir: Path) -> None:
+        raise PermissionError("no records")
+
+    monkeypatch.setattr(limits, "read_unfinished", fail)
+    with nccl_limit(tmp_path).over(RECV):
+        assert ended.event.wait(ENOUGH)
+    assert str(ended.errors[0]) == "hidden_states waited 0.3 s (no records)"
+
+
+def test_the_gpu_is_not_asked_during_a_capture(ended: Ended, tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    def query() -> bool:
+        asked.set()
+        return True
+
+    limit = NcclWaitLimit(WaitingRank(1, 10 * ENOUGH, tmp_path, range(4)))
+    with limit.quiet():
+        threading.Thread(target=limit.started, args=(BEGUN, query), daemon=True).start()
+        assert not asked.wait(0.5)
+    assert asked.wait(ENOUGH)
+    assert not ended.errors
+
+
+def test_without_an_option_the_limits_are_torchs() -> None:
+    assert TORCH_TIMEOUTS == {"nccl": 600.0, "gloo": 1800.0}
+
+
+@pytest.mark.parametrize(
+    ("link", "waited"),
+    [
+        ("gloo", "1.5 s, the limit of --nccl-timeout"),
+        ("nccl", "31.5 s, the limit of --nccl-timeout and 30 s more"),
+    ],
+)
+def test_ranks_that_do_not_connect_in_time_say_so(
+    link: str, waited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_late(*_: object, **__: object) -> None:
+        raise dist.DistStoreError("wait timeout after 1000ms, keys: /x\nframe #0")
+
+    monkeypatch.setattr(dist, "new_group", too_late)
+    with pytest.raises(CommunicationTimeoutError) as caught:
+        make_groups(ParallelConfig(pp=2), 1.5, link)
+    assert str(caught.value) == f"the ranks did not connect within {waited}"
+
+
+@pytest.mark.parametrize(("link", "tensors"), [("gloo", 1.5), ("nccl", 31.5)])
+def test_nccls_own_limit_comes_after_ours(
+    link: str, tensors: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[float, str | None]] = []
+
+    def group(*_: object, timeout: object, backend: str | None = None, **__: object) -> object:
+        made.append((timeout.total_seconds(), backend))  # type: ignore[attr-defined]
+        return object()
+
+    monkeypatch.setattr(dist, "new_group", group)
+    make_groups(ParallelConfig(pp=2, tp=2, nodes=2), 1.5, link)
+    assert made == [*[(tensors, None)] * 3, *[(1.5, "gloo")] * 2]
+
+
+# -- the limit of a run -----------------------------------------------------------------------
+
+
+def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
+    with Deadline(0.5, 1) as deadline:
+        deadline.sink = SimpleNamespace(last="all_reduce attention")
+        assert ended.event.wait(ENOUGH)
+    (error,) = ended.errors
+    assert isinstance(error, OutOfTimeError)
+    assert str(error) == "no end after --timeout 0.5 s, in: all_reduce attention"
+
+
+def test_before_the_first_operation_it_was_setting_up(ended: Ended) -> None:
+    Deadline(0.01, 1)
+    assert ended.event.wait(ENOUGH)
+    assert str(ended.errors[0]) == "no end after --timeout 0.01 s, in: setting up"
+
+
+def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:
+    before = threading.enumerate()
+    with Deadline(4 * ENOUGH, 1):
+        (timer,) = set(threading.enumerate()) - set(before)
+    timer.join(ENOUGH)
+    assert not timer.is_alive()
+    assert not ended.errors
+
+
+# -- how a rank fails -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (UserError("no nvcc"), "rank 2: no nvcc", 2),
+        (CommunicationTimeoutError("waited 3 s"), "rank 2: waited 3 s", 1),
+        (
+            ConnectionError("Connection closed by peer"),
+            "rank 2: ConnectionError: Connection closed by peer",
+            1,
+        ),
+        (ValueError(), "rank 2: ValueError: ValueError", 1),
+    ],
+)
+def test_a_failure_is_one_line_and_a_record_for_the_launcher(
+    error: Exception, line: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
+    failure = rank_failure(2, error)
+    assert (str(failure), failure.exit_code) == (line, code)
+    assert str(error) in json.loads(record.read_text())["message"]["message"]
+
+
+def test_a_lost_peer_is_recognised() -> None:
+    assert lost_a_peer(RuntimeError("[..] Connection reset by peer"))
+    assert not lost_a_peer(RuntimeError("CUDA out of memory"))
+
+
+STUCK = """
+import threading
+from pathlib import Path
+from launch.limits import NcclWaitLimit, WaitingRank
+from runner.schedule import Recv
+limit = NcclWaitLimit(WaitingRank(3, 0.2, Path("none"), range(4)))
+with limit.over(Recv("hidden_states", 0, 64)):
+    threading.Event().wait()
+"""
+"""A process whose main thread does not return from a call."""
+
+
+@pytest.mark.parametrize("record", ["error.json", "gone/error.json"])
+def test_a_process_ends_while_its_main_thread_is_stuck(
+    record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the launcher's file for the error cannot be written."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / record))
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK], check=False, capture_output=True, text=True, timeout=120
+    )
+    line = (
+        f"error: rank 3: hidden_states waited 0.2 s for rank 0, the limit of --nccl-timeout: {IDLE}"
+    )
+    assert (done.returncode, done.stderr) == (1, f"{line}\n")
+
+
+def test_it_ends_even_if_nobody_reads_its_error() -> None:
+    with subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(120) == 1
