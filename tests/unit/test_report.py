@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from runner.report.segments import busy_segments, critical_rank
-from runner.report.table import phase_summary, policy_table, rank_bars, timeline_table
+from runner.report.timelines import (
+    busy_segments,
+    critical_rank,
+    phase_summary,
+    policy_table,
+    rank_bars,
+    timeline_table,
+)
 from runner.timeline import KINDS, Span, Timeline
 
 COLD = Timeline(

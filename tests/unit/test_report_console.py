@@ -13,8 +13,7 @@ from rich.console import Console
 from runner.cli import cli
 from runner.cli.guard import run_guarded
 from runner.driver.warmup import WarmupPolicy
-from runner.report.console import PIPED_WIDTH, make_console
-from runner.report.table import ReportTable, make_table
+from runner.report.console import PIPED_WIDTH, ReportTable, make_console, make_table
 from runner.timeline import write_timelines
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import scenario

@@ -14,9 +14,8 @@ import pytest
 from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.report.point_labels import clusters, place_labels
-from runner.report.sweep_json import sweep_json
 from runner.report.sweep_plot import plot_sweep
-from runner.report.sweep_table import print_sweep, shown_results, skipped_lines
+from runner.report.sweep_table import print_sweep, shown_results, skipped_lines, sweep_json
 from sim.sweep.points import Skipped, Sweep
 from tests.unit.sweeps import SETTINGS, point, result
 
@@ -238,7 +237,7 @@ def test_labels_lie_apart_and_inside(tmp_path: Path) -> None:
     axes = figure.subplots()
     points = [(float(x), float(y), f"point {x} {y}") for x in range(12) for y in range(3)]
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-    place_labels(figure, axes, points, clear_points=6.0)
+    place_labels(figure, axes, points, marker_points=6.0)
     labels = [child for child in axes.get_children() if isinstance(child, Annotation)]
     boxes = [Text.get_window_extent(label) for label in labels]
     assert len(labels) > 12 and labels[0].get_text() == "point 0 0"
