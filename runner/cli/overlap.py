@@ -38,10 +38,6 @@ from sim.overlap.forward import Forward
 from sim.overlap.measured import read_steps, validate
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_SETTINGS = (
-    *("model", "layers", "pp", "tp", "ep", "stage_layers", "stage"),
-    *("mode", "batch", "prompt_len", "hardware", "link"),
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,6 @@ class OverlapOptions:
     pp: int
     tp: int
     ep: bool
-    attn_cp: int
     stage_layers: tuple[int, ...] | None
     stage: int
     mode: str
@@ -61,6 +56,7 @@ class OverlapOptions:
     prompt_len: int
     hardware: str
     link: str
+    attn_cp: int
     overlap: tuple[str, ...]
     measured: Path | None
     no_search: bool
@@ -75,13 +71,6 @@ class OverlapOptions:
         return self.batch or (4096 if self.mode == ForwardMode.DECODE.value else 16384)
 
     @property
-    def forward_batch(self) -> ForwardBatch:
-        if self.mode == ForwardMode.DECODE.value:
-            return ForwardBatch.decode((self.prompt_len + 1,) * self.tokens)
-        full, rest = divmod(self.tokens, self.prompt_len)
-        return ForwardBatch.extend((self.prompt_len,) * full + ((rest,) if rest else ()))
-
-    @property
     def title(self) -> str:
         """What runs, in a line."""
         layers = "" if self.layers is None else f", {self.layers} layers"
@@ -94,8 +83,9 @@ class OverlapOptions:
 
     def to_json(self) -> dict[str, object]:
         """What runs, as plain data."""
+        names = [*vars(self)]
         values = {**vars(self), "batch": self.tokens}
-        return {name: values[name] for name in _SETTINGS}
+        return {name: values[name] for name in names[: names.index("attn_cp")]}
 
 
 @click.command()
@@ -191,9 +181,9 @@ def _check(options: OverlapOptions) -> None:
     Raises:
         UserError: an output that cannot be written, or options that contradict each other.
     """
-    outputs = (options.json_path, options.plot, options.save)
-    check_outputs(timeline=None, trace=None, plot=options.plot, others=outputs[::2])
-    given = [path for path in outputs if path is not None]
+    others = (options.json_path, options.save)
+    check_outputs(timeline=None, trace=None, plot=options.plot, others=others)
+    given = [path for path in (options.plot, *others) if path is not None]
     for path in given:
         if given.count(path) > 1:
             raise UserError(f"{path} is asked for twice: give each output a file of its own")
@@ -252,4 +242,9 @@ def _forward(options: OverlapOptions, profile: Profile) -> Forward:
         num_sms=profile.num_sms,
         bf16_fp32_algo=environ.bf16_fp32_algo,
     )
-    return Forward(scenario, parallel.rank_of(options.stage, 0), options.forward_batch)
+    if options.mode == ForwardMode.DECODE.value:
+        batch = ForwardBatch.decode((options.prompt_len + 1,) * options.tokens)
+    else:
+        full, rest = divmod(options.tokens, options.prompt_len)
+        batch = ForwardBatch.extend((options.prompt_len,) * full + ((rest,) if rest else ()))
+    return Forward(scenario, parallel.rank_of(options.stage, 0), batch)

@@ -160,7 +160,7 @@ def _cases(context: click.Context) -> tuple[list[Case], list[Skipped]]:
     environ = Environ.read(os.environ)
     values = with_environ(context.params, environ)
     profile = load_profile(values["hardware"])
-    points = _axes(profile, **values).points()
+    points = _axes(context, profile).points()
     cases: list[Case] = []
     skipped: list[Skipped] = []
     with progress("ask the library") as shown:
@@ -182,35 +182,25 @@ def _cases(context: click.Context) -> tuple[list[Case], list[Skipped]]:
     return [replace(case, scenario=scenario) for case, scenario in pairs], skipped
 
 
-def _axes(
-    profile: Profile,
-    *,
-    pp: Sequence[tuple[int, ...]],
-    tp: Sequence[tuple[int, ...]],
-    ep: Sequence[tuple[str, ...]],
-    nodes: Sequence[tuple[int, ...]],
-    cores: Sequence[tuple[int, ...]],
-    warmup: Sequence[tuple[str, ...]],
-    **_: object,
-) -> Axes:
-    """The axes that the options give, each a list of lists.
+def _axes(context: click.Context, profile: Profile) -> Axes:
+    """The axes that the options give.
 
     Raises:
         UserError: a number below 1.
     """
-    numbers = {"pp": [*chain(*pp)], "tp": [*chain(*tp)]}
-    numbers |= {"nodes": [*chain(*nodes)], "cores": [*chain(*cores)]}
-    for name, its in numbers.items():
-        for number in its:
+    names = ("pp", "tp", "nodes", "cores", "ep", "warmup")
+    lists = {name: [*chain(*context.params[name])] for name in names}
+    for name in names[:4]:
+        for number in lists[name]:
             if number < 1:
                 raise UserError(f"--{name} {number} must be at least 1")
     return Axes(
-        policies=[WarmupPolicy(name) for name in chain(*warmup)],
-        pp=numbers["pp"],
-        tp=numbers["tp"],
-        ep=[word == "on" for word in chain(*ep)],
-        nodes=numbers["nodes"] or None,
-        cores=numbers["cores"] or [profile.cores_per_node],
+        policies=[WarmupPolicy(name) for name in lists["warmup"]],
+        pp=lists["pp"],
+        tp=lists["tp"],
+        ep=[word == "on" for word in lists["ep"]],
+        nodes=lists["nodes"] or None,
+        cores=lists["cores"] or [profile.cores_per_node],
     )
 
 

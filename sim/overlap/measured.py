@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import get_type_hints
 
@@ -30,6 +31,9 @@ from sim.overlap.forward import (
     communication_step,
 )
 from sim.overlap.turns import Piece, Turns, run_in_turns, without_half
+
+Span = tuple[float, float]
+"""Start and end in seconds."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class MeasuredStep:
     strategy: OverlapStrategy | None
     step_seconds: float
     ends: Sequence[float]
-    link: Sequence[tuple[float, float]]
+    link: Sequence[Span]
 
 
 @dataclass(frozen=True)
@@ -120,14 +124,14 @@ def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
     Raises:
         UserError: the forward has other operations than were measured.
     """
-    turns, link = Turns(seconds=step.ends[-1]), iter(step.link)
-    for part, op, start, end in _timed(_parts(forward, step), step):
-        waited_for = op.name if isinstance(op, Collective | Await) else ""
-        lane, name = ("wait", without_half(waited_for)) if waited_for else ("compute", part.name)
-        turns.pieces.append(Piece(start, end, lane, part.half, part.layer, name))
+    turns = Turns(seconds=step.ends[-1])
+    for part, op, ran, on_link in _timed(_parts(forward, step), step):
+        waits = isinstance(op, Collective | Await)
+        name = without_half(op.name) if isinstance(op, Begin | Collective | Await) else part.name
+        lane, of = ("wait", name) if waits else ("compute", part.name)
+        turns.pieces.append(Piece(*ran, lane, part.half, part.layer, of))
         if isinstance(op, Begin | Collective):
-            name = without_half(op.name)
-            turns.pieces.append(Piece(*next(link), "link", part.half, part.layer, name))
+            turns.pieces.append(Piece(*on_link, "link", part.half, part.layer, name))
     return turns
 
 
@@ -140,15 +144,12 @@ def measured_work(forward: Forward, step: MeasuredStep) -> Work:
     if step.strategy is None:
         raise UserError("a batch that ran as one says nothing about its halves")
     halves = forward.in_halves(step.strategy.comm_sms)
-    link = iter(step.link)
     steps: defaultdict[tuple[int, int, str], Steps] = defaultdict(tuple)
-    for part, op, start, end in _timed(halves.in_turns(step.strategy), step):
-        made = Step(StepKind.COMPUTE, "", end - start)
-        if isinstance(op, Begin | Collective):
-            start_on_link, end_on_link = next(link)
-            made = communication_step(op, end_on_link - start_on_link)
-        elif isinstance(op, Await):
-            made = communication_step(op, 0.0)
+    for part, op, (start, end), (begun, done) in _timed(halves.in_turns(step.strategy), step):
+        if isinstance(op, Begin | Collective | Await):
+            made = communication_step(op, done - begun)
+        else:
+            made = Step(StepKind.COMPUTE, "", end - start)
         steps[part.half, part.layer, part.name] += (made,)
     first, second = (
         tuple(
@@ -170,11 +171,11 @@ def _parts(forward: Forward, step: MeasuredStep) -> Iterator[Part[Ops]]:
 
 def _timed(
     parts: Iterator[Part[Ops]], step: MeasuredStep
-) -> Iterator[tuple[Part[Ops], Op, float, float]]:
-    """Every operation with the part that it belongs to, its start and its end.
+) -> Iterator[tuple[Part[Ops], Op, Span, Span]]:
+    """Every operation and the part it belongs to, when it ran, and when its collective did.
 
     Raises:
-        UserError: there are more or fewer than were measured.
+        UserError: there are more or fewer operations than were measured.
     """
     ops = [(part, op) for part in parts for op in part.content]
     if len(ops) != len(step.ends) - 1:
@@ -182,8 +183,9 @@ def _timed(
             f"{len(step.ends) - 1} operations were measured and the forward has {len(ops)}: "
             "another version measured them"
         )
-    for (part, op), start, end in zip(ops, step.ends[:-1], step.ends[1:], strict=True):
-        yield part, op, start, end
+    link = iter(step.link)
+    for (part, op), ran in zip(ops, pairwise(step.ends), strict=True):
+        yield part, op, ran, next(link) if isinstance(op, Begin | Collective) else (0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
@@ -40,14 +40,14 @@ class Axes:
     cores: Sequence[int]
 
     def points(self) -> list[Point]:
-        """Every combination once; those of one layout, which share a plan, side by side."""
-        return list(dict.fromkeys(self._combinations()))
-
-    def _combinations(self) -> Iterator[Point]:
-        for pp, tp, ep in product(self.pp, self.tp, self.ep):
-            nodes = (pp,) if self.nodes is None else self.nodes
-            for count, cores, policy in product(nodes, self.cores, self.policies):
-                yield Point(policy=policy, pp=pp, tp=tp, ep=ep, nodes=count, cores=cores)
+        """Every combination once; those of one layout, which share a plan, are neighbours."""
+        points = (
+            Point(policy=policy, pp=pp, tp=tp, ep=ep, nodes=nodes, cores=cores)
+            for pp, tp, ep in product(self.pp, self.tp, self.ep)
+            for nodes in ((pp,) if self.nodes is None else self.nodes)
+            for cores, policy in product(self.cores, self.policies)
+        )
+        return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)

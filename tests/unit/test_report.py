@@ -41,10 +41,7 @@ WARM = Timeline(
     policy="warm",
     source="predicted",
     world_size=2,
-    spans=(
-        Span(0, 0.0, 3.0, "load", "gemm", "k1"),
-        Span(1, 0.0, 3.8, "compile", "gemm", "[k2]"),
-    ),
+    spans=(Span(0, 0.0, 3.0, "load", "gemm", "k1"), Span(1, 0.0, 3.8, "compile", "gemm", "[k2]")),
 )
 
 

@@ -106,11 +106,7 @@ def timeline(
         source="predicted",
         world_size=len(nodes),
         spans=tuple(Span(rank, start, end, "compile", "k", "k") for rank, start, end in spans),
-        meta={
-            "nodes": max(nodes) + 1,
-            "hosts": hosts,
-            "ranks": [{"node": node} for node in nodes],
-        },
+        meta={"nodes": max(nodes) + 1, "hosts": hosts, "ranks": [{"node": node} for node in nodes]},
     )
 
 
