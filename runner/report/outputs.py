@@ -17,11 +17,7 @@ from runner.timeline import Timeline, write_timelines
 def print_timelines(timelines: Sequence[Timeline]) -> None:
     """Print each Timeline's ranks, as a table and as bars on one scale, then the policies."""
     console = make_console()
-    scale = max((timeline.wall for timeline in timelines), default=0.0)
-    for timeline in timelines:
-        console.print(timeline_table(timeline))
-        console.print(rank_bars(timeline, scale_seconds=scale or None))
-        console.print()
+    print_ranks(timelines, console, tables=True)
     console.print(policy_table(timelines))
     for timeline in timelines:
         if timeline.meta.get("coverage"):
@@ -29,11 +25,11 @@ def print_timelines(timelines: Sequence[Timeline]) -> None:
             console.print(f"{timeline.policy}: {line}")
 
 
-def print_bars(timelines: Sequence[Timeline], console: Console) -> None:
-    """Print every Timeline's ranks as bars on one scale."""
+def print_ranks(timelines: Sequence[Timeline], console: Console, *, tables: bool) -> None:
+    """Print every Timeline's ranks as bars on one scale, below a table or only its name."""
     scale = max((timeline.wall for timeline in timelines), default=0.0)
     for timeline in timelines:
-        console.print(timeline.label)
+        console.print(timeline_table(timeline) if tables else timeline.label)
         console.print(rank_bars(timeline, scale_seconds=scale or None))
         console.print()
 

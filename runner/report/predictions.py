@@ -11,7 +11,7 @@ from rich.text import Text
 
 from runner.driver.warmup import WarmupPolicy
 from runner.report.console import make_console, make_table
-from runner.report.outputs import print_bars
+from runner.report.outputs import print_ranks
 from runner.report.timelines import phase_summary
 from sim.engine.timeout_diagnosis import CollectiveTimeout
 from sim.simulate import Machine, Prediction
@@ -76,7 +76,7 @@ def print_predictions(
     print(f"kernels: {kernels}\n")
     console = make_console()
     if bars:
-        print_bars([prediction.timeline for prediction in predictions], console)
+        print_ranks([its.timeline for its in predictions], console, tables=False)
         for prediction in predictions:
             console.print(phase_summary(prediction.timeline))
     console.print(advice_table(predictions))
