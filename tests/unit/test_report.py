@@ -157,7 +157,7 @@ def test_rank_bars_cells_show_what_dominates():
     assert str(rank_bars(Timeline("p", "measured", 1, spans), 2)).startswith("rank 0 |=_|")
 
 
-def test_rank_bars_colour_tells_the_same_as_the_characters():
+def test_rank_bars_differ_in_colour_too():
     styles = {str(span.style) for span in rank_bars(COLD).spans}
     assert {"bold red", "yellow", "green", "cyan"} <= styles
 

@@ -107,7 +107,7 @@ def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
     assert "leaves no kernel to compile in traffic" in text
 
 
-def test_judged_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
+def test_validated_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     write_timelines(
         path,

@@ -49,7 +49,7 @@ def test_frontier(points: list[tuple[float, float]], expected: list[bool]) -> No
     assert frontier([(seconds, Fraction(covered)) for seconds, covered in points]) == expected
 
 
-def test_coverages_that_floats_cannot_tell_apart_are_told_apart() -> None:
+def test_coverage_is_compared_exactly() -> None:
     least = Fraction(10**20 - 1, 10**20)
     assert float(least) == 1.0
     assert frontier([(1.0, least), (2.0, Fraction(1)), (2.0, least)]) == [True, True, False]

@@ -111,7 +111,7 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
         measured_turns(forward, short)
 
 
-def test_one_batch_tells_nothing_of_halves(steps: MeasuredSteps) -> None:
+def test_one_batch_says_nothing_about_halves(steps: MeasuredSteps) -> None:
     forward = forward_of(steps.settings)
     whole: MeasuredStep = steps.steps[0]
     assert measured_turns(forward, whole).seconds == whole.ends[-1]
@@ -159,9 +159,7 @@ def test_the_profiles_kernels_are_what_single_calls_took() -> None:
         ("batch", None, "batch is None"),
     ],
 )
-def test_settings_that_are_none_are_told(
-    name: str, value: Any, message: str, tmp_path: Path
-) -> None:
+def test_bad_settings_are_refused(name: str, value: Any, message: str, tmp_path: Path) -> None:
     data = json.loads(DECODE.read_text())
     data["settings"][name] = value
     path = tmp_path / "steps.json"

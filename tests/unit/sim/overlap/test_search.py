@@ -364,7 +364,7 @@ def test_where_nothing_waits_none_is_better(mode: ForwardMode) -> None:
     assert "Why" not in text and "best, " not in text
 
 
-def test_what_is_told_of_a_better_one() -> None:
+def test_what_is_printed_of_a_better_one() -> None:
     mode = ForwardMode.DECODE
     scenario, costs = forward("dsv4-tiny", 4, "h200")
     told: list[tuple[int, int]] = []
