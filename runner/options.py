@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import wraps
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -64,6 +65,22 @@ class Positive(click.FloatRange):
         return number
 
 
+class _Listed(click.ParamType):  # type: ignore[type-arg]
+    """Values of another type with commas between them."""
+
+    name = "VALUE,..."
+
+    def __init__(self, each: click.ParamType) -> None:  # type: ignore[type-arg]
+        self._each = each
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[object, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._each.convert(word, param, ctx) for word in str(value).split(","))
+
+
 _UNITS = {"SECONDS": Positive(1e7), "GIB": Positive(1e6), "X": Positive(100)}
 _SCALES = {"GIB": GIB}
 
@@ -89,13 +106,14 @@ class Option:
 
     @property
     def _repeats(self) -> bool:
-        return get_origin(self.kind) is tuple and get_args(self.kind)[0] is not int
+        is_list = get_origin(self.kind) is tuple
+        return is_list and (self.details.listed or get_args(self.kind)[0] is not int)
 
     def decorate(self, function: F) -> F:
         """Add the option to a command's function."""
         explained = self.details.help
         default = to_plain(self.default)
-        if self.default == () or self.details.required:
+        if self.default == () or self.details.required or self.details.listed:
             default = None
         flag = f"{self.flag}/{self._off}" if self._off else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
@@ -113,12 +131,15 @@ class Option:
 
     def _click_type(self) -> object:
         kind = get_args(self.kind)[0] if get_origin(self.kind) is tuple else self.kind
+        choices = self.details.choices
         if isinstance(kind, type) and issubclass(kind, Enum):
-            return click.Choice([str(to_plain(member)) for member in kind])
+            choices = tuple(str(to_plain(member)) for member in kind)
+        if self.details.listed:
+            return _Listed(click.Choice(choices) if choices else click.IntRange(min=1))
+        if choices:
+            return click.Choice(choices)
         if get_origin(self.kind) is tuple and kind is int:
             return IntList()
-        if self.details.choices:
-            return click.Choice(self.details.choices)
         if kind is int and self.details.least is not None:
             return click.IntRange(min=self.details.least)
         if kind is float:
@@ -131,7 +152,7 @@ class Option:
             return self.default
         if self._repeats and get_args(self.kind)[0] is not str:
             assert isinstance(given, tuple)
-            return from_plain(self.kind, list(given))
+            return from_plain(self.kind, list(chain(*given) if self.details.listed else given))
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
             return from_plain(self.kind, given)
         if isinstance(given, float):

@@ -1,10 +1,9 @@
-"""The Timeline: per rank, what happened when. Real runs and simulated ones make the same type."""
+"""The Timeline: what happened when on each rank. Real and simulated runs make the same type."""
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -19,9 +18,12 @@ FIRST_REQUEST = "first request"
 KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase", "beside")
 """Kinds of span.
 
-``setup`` is what comes before a warm-up. ``phase`` spans enclose others and are left out of totals,
-as are ``beside`` ones: what a communication stream does while the rank does something else.
+``setup`` comes before a warm-up. ``phase`` spans enclose others, and ``beside`` is what a
+communication stream does while the rank does something else: totals leave both out.
 """
+
+_JOIN_GAP = 1e-3
+"""Seconds between two spans that are joined all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,13 @@ class Span:
         start: seconds since the run's origin.
         end: seconds since the run's origin.
         kind: one of :data:`KINDS`.
-        name: what it was: a kernel's name, an operation, a phase.
-        key: for compile, the kernel (same key, same kernel), empty for work that a builder does
-            for several kernels at once; for comm, the operation's identity,
-            equal on all ranks that take part; otherwise empty.
+        name: a kernel's name, an operation, or a phase.
+        key: of a compile, the kernel (same key, same kernel), empty for work that a builder does
+            for several kernels at once; of comm, the operation's identity, equal on all ranks
+            that take part; otherwise empty.
 
-    A kernel's first use is a ``compile`` span where neither memory nor disk had it, then a ``load``
-    span; a load alone is a hit on disk. A hit in memory leaves no span.
+    A kernel's first use is a ``compile`` span if neither memory nor disk has it, then a ``load``
+    span. A load alone is a hit on disk; a hit in memory leaves no span.
     """
 
     rank: int
@@ -51,12 +53,11 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Duration."""
         return self.end - self.start
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the span is one kernel's compile."""
+        """Whether it is the compile of a single kernel."""
         return self.kind == "compile" and bool(self.key)
 
 
@@ -92,6 +93,11 @@ class Timeline:
     world_size: int
     spans: tuple[Span, ...]
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What reports call the run."""
+        return f"{self.policy} ({self.source})"
 
     @property
     def wall(self) -> float:
@@ -134,6 +140,13 @@ class Timeline:
         spans = (replace(s, start=clock(s.start), end=clock(s.end)) for s in self.spans)
         return replace(self, spans=tuple(spans))
 
+    def by_rank(self) -> list[list[Span]]:
+        """Spans of every rank in order of start."""
+        ranks: list[list[Span]] = [[] for _ in range(self.world_size)]
+        for span in self.spans:
+            ranks[span.rank].append(span)
+        return ranks
+
     def of_rank(self, rank: int) -> list[Span]:
         """Spans of one rank in order of start."""
         return [span for span in self.spans if span.rank == rank]
@@ -148,24 +161,16 @@ class Timeline:
 
     def totals(self) -> list[RankTotals]:
         """Totals of every rank."""
-        return [self._totals_of(rank) for rank in range(self.world_size)]
-
-    def _totals_of(self, rank: int) -> RankTotals:
-        seconds: dict[str, float] = defaultdict(float)
-        spans = self.of_rank(rank)
-        for span in spans:
-            seconds[span.kind] += span.seconds
-        return RankTotals(
-            rank=rank,
-            compile=seconds["compile"],
-            load=seconds["load"],
-            compute=seconds["compute"],
-            comm=seconds["comm"],
-            wait=seconds["wait"],
-            setup=seconds["setup"],
-            total=max((span.end for span in spans), default=0.0),
-            kernels_compiled=sum(span.is_kernel for span in spans),
-        )
+        found = []
+        for rank, spans in enumerate(self.by_rank()):
+            seconds = dict.fromkeys(("compile", "load", "compute", "comm", "wait", "setup"), 0.0)
+            for span in spans:
+                if span.kind in seconds:
+                    seconds[span.kind] += span.seconds
+            total = max((span.end for span in spans), default=0.0)
+            compiled = sum(span.is_kernel for span in spans)
+            found.append(RankTotals(rank, **seconds, total=total, kernels_compiled=compiled))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; times rounded to microseconds."""
@@ -182,7 +187,7 @@ class Timeline:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Timeline:
+    def from_json(cls, data: Mapping[str, Any]) -> Timeline:
         """Rebuild a Timeline from :meth:`to_json`'s data.
 
         Raises:
@@ -201,12 +206,10 @@ class Timeline:
         for span in timeline.spans:
             if not 0 <= span.rank < timeline.world_size or span.kind not in KINDS:
                 raise ValueError(f"no such span in {timeline.world_size} ranks: {span}")
-            if not (isfinite(span.start) and isfinite(span.end)):
-                raise ValueError(f"a span of no finite time: {span}")
+            if not (isfinite(span.start) and isfinite(span.end) and span.start <= span.end):
+                raise ValueError(f"the times of a span must be finite and in order: {span}")
             if not (isinstance(span.name, str) and isinstance(span.key, str)):
-                raise ValueError(f"a span of no name: {span}")
-            if span.end < span.start:
-                raise ValueError(f"a span ends before it starts: {span}")
+                raise ValueError(f"the name and key of a span must be texts: {span}")
         return timeline
 
 
@@ -214,61 +217,43 @@ def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
     """Put raw spans of all ranks in order, cut waits out of communication, join neighbours.
 
     A collective or receive is one comm span per rank with the same key on every rank that takes
-    part. A rank waits until the last of them has arrived; what is left is communication. A send
-    does not wait for its receiver.
+    part. A rank waits until the last of them has arrived; the rest is communication. A send does
+    not wait for its receiver. Adjoining compute (or comm) spans of a rank become one.
     """
-    return tuple(_join_neighbours(_cut_waits(sorted(spans, key=_order))))
-
-
-def _order(span: Span) -> tuple[int, float, float]:
-    return (span.rank, span.start, -span.end)
-
-
-def _cut_waits(spans: Sequence[Span]) -> list[Span]:
+    ordered = sorted(spans, key=lambda span: (span.rank, span.start, -span.end))
     last_arrival: dict[str, float] = {}
-    for span in spans:
+    for span in ordered:
         if span.kind == "comm" and span.key:
             last_arrival[span.key] = max(last_arrival.get(span.key, 0.0), span.start)
-    result = []
-    for span in spans:
+    merged: list[Span] = []
+    for span in ordered:
         if span.kind != "comm" or span.name.startswith("send "):
-            result.append(span)
+            _append(merged, span)
             continue
         arrival = min(last_arrival.get(span.key, 0.0), span.end)
         if arrival > span.start:
-            result.append(Span(span.rank, span.start, arrival, "wait", span.name, span.key))
+            merged.append(Span(span.rank, span.start, arrival, "wait", span.name, span.key))
         if arrival < span.end:
             start = max(span.start, arrival)
-            result.append(Span(span.rank, start, span.end, span.kind, span.name, span.key))
-    return result
+            _append(merged, Span(span.rank, start, span.end, "comm", span.name, span.key))
+    return tuple(merged)
 
 
-def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
-    """Join runs of compute (or of comm) spans of one rank, which a report shows as one anyway."""
-    result: list[Span] = []
-    for span in spans:
-        before = result[-1] if result else None
-        if (
-            before is not None
-            and span.kind == before.kind
-            and span.kind in ("compute", "comm")
-            and span.rank == before.rank
-            and span.start - before.end < _JOIN_GAP
-        ):
-            end = max(before.end, span.end)
-            result[-1] = Span(before.rank, before.start, end, before.kind, span.kind)
-        else:
-            result.append(span)
-    return result
-
-
-_JOIN_GAP = 1e-3
+def _append(merged: list[Span], span: Span) -> None:
+    """Append a span, or extend the last one with it."""
+    if merged and span.kind in ("compute", "comm"):
+        last = merged[-1]
+        alike = (last.rank, last.kind) == (span.rank, span.kind)
+        if alike and span.start - last.end < _JOIN_GAP:
+            end = max(last.end, span.end)
+            merged[-1] = Span(last.rank, last.start, end, last.kind, span.kind)
+            return
+    merged.append(span)
 
 
 def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     """Write one or more Timelines to a JSON file (``-`` is standard output)."""
-    data = {"timelines": [timeline.to_json() for timeline in timelines]}
-    write_json(path, data)
+    write_json(path, {"timelines": [timeline.to_json() for timeline in timelines]})
 
 
 def read_timelines(path: Path) -> list[Timeline]:

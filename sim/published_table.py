@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.table import make_table
+from runner.report.console import make_table
 from sim.published import Compared, Published, Row, summary
 
 

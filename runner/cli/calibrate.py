@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from runner.report.console import make_console
+from runner.report.console import make_console, make_table
 from runner.report.outputs import check_outputs
 from runner.report.progress import counting, progress
-from runner.report.table import make_table
 from runner.report.validation_table import judged_table
 from runner.timeline import Timeline
 from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out

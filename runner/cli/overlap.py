@@ -3,169 +3,200 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.cli.common import layout_options, model_options
-from runner.cli.simulated import link_of, model_of
+from runner.cli.simulated import link_of
 from runner.config.environ import Environ
-from runner.config.parallel import ParallelConfig
+from runner.config.fields import OptionDetails, option, to_plain
 from runner.errors import UserError
 from runner.files import write_json, write_text
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
+from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.overlap_plot import plot_turns
-from runner.report.overlap_table import print_comparison
+from runner.report.overlap_table import (
+    comparison_json,
+    print_comparison,
+    validation_json,
+    validation_table,
+)
 from runner.report.progress import counting, progress
-from runner.scenario import Scenario
-from sim.costs.profile import load_profile
+from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
-from sim.overlap.compare import Comparison, compare
-from sim.overlap.measured import MeasuredSteps, read_steps
-from sim.overlap.validation import judge, judged_table
+from sim.overlap.compare import compare
+from sim.overlap.forward import Forward
+from sim.overlap.measured import StepSettings, read_steps, validate
 
-_BATCH = {ForwardMode.DECODE: 4096, ForwardMode.EXTEND: 16384}
-"""Tokens of a forward unless given: of large servers, which overlap is for."""
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapOptions:
+    """Which forward is compared, on what, and where the figures go."""
+
+    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
+    batch: int | None = option(
+        None,
+        OptionDetails(
+            "Tokens of the forward: sequences, of a decode.  [default: 4096; 16384 of an extend]",
+            metavar="N",
+            least=2,
+        ),
+    )
+    prompt_len: int = option(
+        1024,
+        OptionDetails(
+            "Tokens of each sequence: before a decode, or in an extend.", metavar="N", least=1
+        ),
+    )
+    overlap: tuple[str, ...] = option(
+        (),
+        OptionDetails(
+            f"What to compare: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
+            metavar="STRATEGY",
+        ),
+    )
+    stage: int = option(0, OptionDetails("Pipeline stage.", least=0))
+    hardware: str = option("h200", OptionDetails("Profile name or file."))
+    link: str = option("nvlink", OptionDetails("One of the profile's links."))
+    measured: Path | None = option(
+        None,
+        OptionDetails(
+            "Validate the prediction with steps that launch.steps measured, with their settings."
+        ),
+    )
+    no_search: bool = option(False, OptionDetails("Compare only."))
+    per_layer: bool = option(False, OptionDetails("Show each layer's exposed communication."))
+    json: Path | None = option(
+        None, OptionDetails("Write the figures as JSON (- for stdout, and nothing else).")
+    )
+    plot: Path | None = option(
+        None, OptionDetails("Draw two layers of each as a Gantt picture (.png or .svg).")
+    )
+    save: Path | None = option(
+        None, OptionDetails("Write the best placement as a file that --overlap takes.")
+    )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward; by default as many as in large servers, which overlap is for."""
+        return self.batch or (16384 if self.mode.is_extend else 4096)
+
+    @property
+    def forward_batch(self) -> ForwardBatch:
+        """The forward's sequences."""
+        if not self.mode.is_extend:
+            return ForwardBatch.decode((self.prompt_len + 1,) * self.tokens)
+        full, rest = divmod(self.tokens, self.prompt_len)
+        return ForwardBatch.extend((self.prompt_len,) * full + ((rest,) if rest else ()))
+
+    def title(self, given: ScenarioOptions) -> str:
+        """What runs, in a line."""
+        values = given.given
+        layers = "" if values["layers"] is None else f", {values['layers']} layers"
+        ep = ", ep" if values["ep"] else ""
+        what = "tokens in prompts of" if self.mode.is_extend else "sequences after"
+        return (
+            f"{values['model']}{layers}, pp {values['pp']} x tp {values['tp']}{ep}: "
+            f"{self.mode.value} of {self.tokens} {what} {self.prompt_len} tokens, {self.hardware}, "
+            f"{self.link}"
+        )
+
+    def to_json(self, given: ScenarioOptions) -> dict[str, object]:
+        """What runs, as plain data."""
+        layout = ("model", "layers", "pp", "tp", "ep", "stage_layers")
+        return {
+            **{name: to_plain(given.given[name]) for name in layout},
+            "stage": self.stage,
+            "mode": self.mode.value,
+            "batch": self.tokens,
+            "prompt_len": self.prompt_len,
+            "hardware": self.hardware,
+            "link": self.link,
+        }
 
 
 @click.command()
-@model_options
-@layout_options(pp=1, tp=8)
-@click.option(
-    "--mode",
-    type=click.Choice([mode.value for mode in ForwardMode]),
-    default=ForwardMode.DECODE.value,
-    show_default=True,
-    help="Which forwards.",
+@with_options(
+    scenario_options(
+        "model",
+        "deployment",
+        without=("overlap", "moe_a2a", "max_tokens", "disaggregation"),
+        tp=8,
+    ),
+    OverlapOptions,
 )
-@click.option(
-    "--batch",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Tokens of the forward: sequences, of a decode.  [default: 4096; 16384 of an extend]",
-)
-@click.option(
-    "--prompt-len",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    metavar="N",
-    help="Tokens of each sequence: before a decode, or in an extend.",
-)
-@click.option(
-    "--overlap",
-    multiple=True,
-    metavar="STRATEGY",
-    help=f"What to compare: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
-)
-@click.option(
-    "--stage", type=click.IntRange(min=0), default=0, show_default=True, help="Pipeline stage."
-)
-@click.option("--hardware", default="h200", show_default=True, help="Profile name or file.")
-@click.option("--link", default="nvlink", show_default=True, help="One of the profile's links.")
-@click.option(
-    "--measured",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Show steps beside that launch.steps measured; its settings are taken.",
-)
-@click.option("--no-search", is_flag=True, help="Compare only.")
-@click.option("--per-layer", is_flag=True, help="Show each layer's exposed communication.")
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path),
-    help="Write the figures as JSON (- for stdout, and nothing else).",
-)
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw two layers of each as a Gantt picture (.png or .svg).",
-)
-@click.option(
-    "--save",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the best placement as a file that --overlap takes.",
-)
-def overlap(
-    overlap: Sequence[str],
-    measured: Path | None,
-    no_search: bool,
-    per_layer: bool,
-    json_path: Path | None,
-    plot: Path | None,
-    save: Path | None,
-    **values: Any,
-) -> None:
+def overlap(given: ScenarioOptions, options: OverlapOptions) -> None:
     """Compare strategies of two-batch overlap, and search all placements for the best."""
-    _check_outputs(json_path, plot, save)
-    if not no_search and find_spec("numpy") is None:
-        raise UserError(
-            "the search for the best placement needs numpy: pip install "
-            "'deepgemm-coldstart[search]', or give --no-search"
-        )
-    if save is not None and no_search:
-        raise UserError("--save writes what the search finds: it does not go with --no-search")
-    steps = None if measured is None else read_steps(measured)
-    if steps is not None:
-        values.update(_settings_of(steps, overlap))
-    mode = ForwardMode(values["mode"])
-    values["batch"] = values["batch"] or _BATCH[mode]
-    strategies = _strategies(overlap, mode) if steps is None else steps.strategies
-    case = _case(mode, strategies, values)
-    comparison = case.compared(searched=not no_search)
-    rows = [] if steps is None else judge(case.scenario, case.rank, case.batch, steps, comparison)
-    if json_path is not None:
-        data = {"version": 1, **_meta(values), **comparison.to_json()}
-        data |= {"measured": [row.to_json() for row in rows]} if rows else {}
-        write_json(json_path, data, indent=1)
-    quiet = json_path is not None and str(json_path) == "-"
+    _check(options)
+    measured = None if options.measured is None else read_steps(options.measured)
+    if measured is not None:
+        given, options = _with_settings(given, options, measured.settings)
+    strategies = _strategies(options) if measured is None else measured.strategies
+    profile = load_profile(options.hardware)
+    forward = _forward(given, options, profile)
+    costs = ProfileCosts(profile, link_of(profile, options.link), profile.cores_per_node)
+    with nullcontext() if options.no_search else progress("search") as shown:
+        counted = None if shown is None else counting(shown)
+        comparison = compare(forward, costs, strategies, counted)
+    rows = [] if measured is None else validate(forward, measured, comparison)
+    if options.json is not None:
+        data = {"version": 1, **options.to_json(given), **comparison_json(comparison)}
+        data |= {"measured": [validation_json(row) for row in rows]} if rows else {}
+        write_json(options.json, data, indent=1)
+    quiet = str(options.json) == "-"
     if not quiet:
         console = make_console()
-        print_comparison(comparison, _title(values), console, per_layer=per_layer)
-        if steps is not None:
-            console.print(judged_table(rows, steps.machine))
-    if plot is not None:
-        plot_turns(plot, comparison, _title(values))
-    if save is not None:
-        best = comparison.best.strategy
-        assert best is not None
-        write_text(save, best.to_toml())
-    for path in (json_path, plot, save):
+        print_comparison(comparison, options.title(given), console, per_layer=options.per_layer)
+        if measured is not None:
+            console.print(validation_table(rows, measured.machine))
+    if options.plot is not None:
+        plot_turns(options.plot, comparison, options.title(given))
+    if options.save is not None and comparison.found is not None:
+        write_text(options.save, comparison.found.best.to_toml())
+    for path in (options.json, options.plot, options.save):
         if path is not None and not quiet:
             print(f"wrote {path}")
 
 
-def _check_outputs(json_path: Path | None, plot: Path | None, save: Path | None) -> None:
-    check_outputs(timeline=None, trace=None, plot=plot, others=(json_path, save))
-    given = [path for path in (json_path, plot, save) if path is not None and str(path) != "-"]
+def _check(options: OverlapOptions) -> None:
+    """Find contradictions before any work.
+
+    Raises:
+        UserError: an output that cannot be written, or options that contradict each other.
+    """
+    others = (options.json, options.save)
+    check_outputs(timeline=None, trace=None, plot=options.plot, others=others)
+    given = [path for path in (options.plot, *others) if path is not None]
     for path in given:
         if given.count(path) > 1:
             raise UserError(f"{path} is asked for twice: give each output a file of its own")
-    if str(save) == "-":
+    if str(options.save) == "-":
         raise UserError("--save needs a file: - is only for JSON outputs")
-
-
-def _settings_of(steps: MeasuredSteps, overlap: Sequence[str]) -> dict[str, Any]:
-    """What a file of measured steps says of its runs, instead of the options."""
-    if overlap:
+    if not options.no_search and find_spec("numpy") is None:
+        raise UserError(
+            "the search for the best placement needs numpy: pip install "
+            "'deepgemm-coldstart[search]', or give --no-search"
+        )
+    if options.save is not None and options.no_search:
+        raise UserError("--save writes what the search finds: it does not go with --no-search")
+    if options.measured is not None and options.overlap:
         raise UserError("--overlap does not go with --measured, which brings its strategies")
-    return steps.settings
 
 
-def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy]:
-    if not names:
+def _strategies(options: OverlapOptions) -> Sequence[OverlapStrategy]:
+    mode = options.mode
+    if not options.overlap:
         return [strategy for strategy in STRATEGIES.values() if strategy.mode is mode]
     found: dict[str, OverlapStrategy] = {}
-    for name in dict.fromkeys(names):
-        strategy = load_strategy(name)
+    for strategy in map(load_strategy, dict.fromkeys(options.overlap)):
         if strategy.mode is not mode:
             raise UserError(
                 f"--overlap {strategy.name} is for {strategy.mode.value}, not for --mode "
@@ -177,92 +208,28 @@ def _strategies(names: Sequence[str], mode: ForwardMode) -> list[OverlapStrategy
     return [*found.values()]
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What is compared."""
-
-    scenario: Scenario
-    rank: int
-    batch: ForwardBatch
-    costs: ProfileCosts
-    strategies: Sequence[OverlapStrategy]
-
-    def compared(self, *, searched: bool) -> Comparison:
-        with progress("search") if searched else nullcontext() as show:
-            tell = None if show is None else counting(show)
-            return compare(self.scenario, self.rank, self.batch, self.costs, self.strategies, tell)
+def _with_settings(
+    given: ScenarioOptions, options: OverlapOptions, settings: StepSettings
+) -> tuple[ScenarioOptions, OverlapOptions]:
+    """The options with what a measurement was of in place of theirs."""
+    values = {**vars(settings), "mode": ForwardMode(settings.mode)}
+    of_scenario = {name: values.pop(name) for name in given.given if name in values}
+    change: Callable[..., OverlapOptions] = partial(replace, options)
+    return replace(given, given={**given.given, **of_scenario}), change(**values)
 
 
-def _case(
-    mode: ForwardMode, strategies: Sequence[OverlapStrategy], values: dict[str, Any]
-) -> _Case:
-    environ = Environ.read(os.environ)
-    profile = load_profile(values["hardware"])
-    scenario = Scenario(
-        model=model_of(values),
-        parallel=_parallel(values, environ),
-        num_sms=profile.num_sms,
-        bf16_fp32_algo=environ.bf16_fp32_algo,
-    )
-    costs = ProfileCosts(profile, link_of(profile, values["link"]), profile.cores_per_node)
-    rank = scenario.parallel.rank_of(values["stage"], 0)
-    batch = _batch(mode, values["batch"], values["prompt_len"])
-    return _Case(scenario, rank, batch, costs, strategies)
-
-
-def _parallel(values: dict[str, Any], environ: Environ) -> ParallelConfig:
-    if values["attn_cp"] != 1:
+def _forward(given: ScenarioOptions, options: OverlapOptions, profile: Profile) -> Forward:
+    attn_cp = given.given["attn_cp"]
+    if attn_cp != 1:
         raise UserError(
-            f"--attn-cp {values['attn_cp']} must be 1: around overlapped experts the tokens are "
-            "split over all ranks"
+            f"--attn-cp {attn_cp} must be 1: around overlapped experts the tokens are split over "
+            "all ranks"
         )
-    parallel = ParallelConfig(
-        pp=values["pp"],
-        tp=values["tp"],
-        ep=values["ep"],
-        moe_a2a=True,
-        stage_layers=values["stage_layers"] or environ.stage_layers,
-    )
+    environ = Environ.read(os.environ)
+    scenario = given.scenario(environ, moe_a2a=True, num_sms=profile.num_sms)
+    parallel = scenario.parallel
     if parallel.tp < 2:
         raise UserError(f"--tp {parallel.tp} must be at least 2: one rank has nothing to wait for")
-    if values["stage"] >= parallel.pp:
-        raise UserError(f"--stage {values['stage']} must be below --pp {parallel.pp}")
-    return parallel
-
-
-def _batch(mode: ForwardMode, tokens: int, prompt_len: int) -> ForwardBatch:
-    if not mode.is_extend:
-        return ForwardBatch.decode((prompt_len + 1,) * tokens)
-    full, rest = divmod(tokens, prompt_len)
-    return ForwardBatch.extend((prompt_len,) * full + ((rest,) if rest else ()))
-
-
-_SETTINGS = (
-    "model",
-    "layers",
-    "pp",
-    "tp",
-    "ep",
-    "stage_layers",
-    "stage",
-    "mode",
-    "batch",
-    "prompt_len",
-    "hardware",
-    "link",
-)
-
-
-def _meta(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in _SETTINGS}
-
-
-def _title(values: dict[str, Any]) -> str:
-    ep = ", ep" if values["ep"] else ""
-    what = "sequences after" if values["mode"] == "decode" else "tokens in prompts of"
-    layers = "" if values["layers"] is None else f", {values['layers']} layers"
-    layout = f"pp {values['pp']} x tp {values['tp']}{ep}"
-    return (
-        f"{values['model']}{layers}, {layout}: {values['mode']} of {values['batch']} {what} "
-        f"{values['prompt_len']} tokens, {values['hardware']}, {values['link']}"
-    )
+    if options.stage >= parallel.pp:
+        raise UserError(f"--stage {options.stage} must be below --pp {parallel.pp}")
+    return Forward(scenario, parallel.rank_of(options.stage, 0), options.forward_batch)

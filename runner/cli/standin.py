@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -48,12 +48,11 @@ _PYTHON = re.compile(r"python[\d.]*")
 def standin(
     command: tuple[str, ...], gpu: str, num_sms: int | None, devices: int, no_compile: bool
 ) -> None:
-    """Run COMMAND unchanged on stand-in GPUs: all goes its way, and nothing is computed."""
-    chosen = gpu_named(gpu, num_sms)
+    """Run COMMAND unchanged on stand-in GPUs, whose calls return at once and compute nothing."""
     nvcc = find_nvcc(Environ.read(os.environ))
     with tempfile.TemporaryDirectory(prefix="deepgemm-standin-") as folder:
         environment = standin_environment(
-            chosen,
+            gpu_named(gpu, num_sms),
             python=_interpreter(command),
             environment=os.environ,
             version_text=_version_text(nvcc),
@@ -61,10 +60,14 @@ def standin(
             devices=devices,
         )
         if nvcc is not None and not no_compile:
-            environment |= _compiling(nvcc, os.environ)
+            environment |= _real_compiler(nvcc.absolute())
         with running(command, environment) as child:
             code = child.wait()
-        _say_missing(Path(environment[FAILURES]))
+        failures = Path(environment[FAILURES])
+        missing = Counter(failures.read_text().splitlines() if failures.is_file() else ())
+    for name, count in sorted(missing.items()):
+        processes = f"{count} processes" if count > 1 else "1 process"
+        _say(f"{name} is not stood in: it failed in {processes}")
     if code:
         code = code if code > 0 else 128 - code
         raise WorkFailedError(f"the command ended with {code}", code)
@@ -94,27 +97,16 @@ def _version_text(nvcc: Path | None) -> str:
     return done.stdout
 
 
-def _compiling(nvcc: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that give a stand-in's command its real compiler back."""
+def _real_compiler(nvcc: Path) -> dict[str, str]:
+    """Variables that give the command its real compiler back."""
     found = {
-        "DG_JIT_NVCC_COMPILER": str(nvcc.absolute()),
-        "DG_JIT_USE_NVRTC": environment.get("DG_JIT_USE_NVRTC", "0"),
+        "DG_JIT_NVCC_COMPILER": str(nvcc),
+        "DG_JIT_USE_NVRTC": os.environ.get("DG_JIT_USE_NVRTC", "0"),
     }
-    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if not home or not Path(home).is_dir():
-        found["CUDA_HOME"] = str(nvcc.absolute().parent.parent)
+        found["CUDA_HOME"] = str(nvcc.parent.parent)
     return found
-
-
-def _say_missing(failures: Path) -> None:
-    """What was called and is not stood in, with the number of processes that did."""
-    if not failures.is_file():
-        return
-    counts = Counter(failures.read_text().split("\n"))
-    del counts[""]
-    for name, count in sorted(counts.items()):
-        processes = f"{count} processes" if count > 1 else "1 process"
-        _say(f"{name} is not stood in: it failed in {processes}")
 
 
 def _say(line: str) -> None:

@@ -24,6 +24,7 @@ class OptionDetails:
         unit: of a number: ``SECONDS``, ``GIB`` (the field holds bytes) or ``X`` (a factor).
         least: smallest whole number that is allowed.
         choices: texts that are allowed; empty allows any.
+        listed: a value is several, with commas between them, and the option may be repeated.
         hidden: whether ``--help`` leaves it out.
         required: whether it must be given; the default only says what type it has.
     """
@@ -35,6 +36,7 @@ class OptionDetails:
     unit: str = ""
     least: int | None = None
     choices: tuple[str, ...] = ()
+    listed: bool = False
     hidden: bool = False
     required: bool = False
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from runner.files import write_json
-from runner.report.segments import label_of, spans_by_rank
 from runner.timeline import Span, Timeline
 
 _THREADS_PER_PROCESS = 1_000_000
 
+Event = dict[str, object]
 
-def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, Any]:
+
+def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, object]:
     """Make a trace: a process per Timeline, a thread per rank, a complete event per span.
 
     ``ts`` and ``dur`` are in microseconds, to the nanosecond. Phases enclose the spans within
     them. Spans of one rank that overlap without nesting, which the format cannot show on one
     thread, go to further threads ``rank N #2`` and so on.
     """
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     for index, timeline in enumerate(timelines):
         events += _process_events(index + 1, timeline)
     return {"displayTimeUnit": "ms", "traceEvents": events}
@@ -35,37 +35,38 @@ def write_chrome_trace(path: Path, timelines: Sequence[Timeline]) -> None:
     write_json(path, chrome_trace(timelines))
 
 
-def _process_events(pid: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
-    yield _metadata("process_name", pid, 0, name=label_of(timeline))
+def _process_events(pid: int, timeline: Timeline) -> Iterator[Event]:
+    yield _metadata("process_name", pid, 0, name=timeline.label)
     yield _metadata("process_sort_index", pid, 0, sort_index=pid)
-    for rank, spans in enumerate(spans_by_rank(timeline)):
+    layout = timeline.meta.get("ranks", [])
+    for rank, spans in enumerate(timeline.by_rank()):
+        name = f"rank {rank}"
+        if rank < len(layout):
+            name += f" (stage {layout[rank]['pp_rank']}, tp {layout[rank]['tp_rank']})"
         # A rank without spans still has its thread: that it did nothing is worth seeing.
         for lane, lane_spans in enumerate(_lanes(spans) or [[]]):
             # Perfetto takes a thread with id 0 for the idle task and one with its process's id
             # for the main thread, so no thread may have either.
             tid = pid * _THREADS_PER_PROCESS + lane * timeline.world_size + rank
             suffix = f" #{lane + 1}" if lane else ""
-            yield _metadata("thread_name", pid, tid, name=_rank_name(timeline, rank) + suffix)
+            yield _metadata("thread_name", pid, tid, name=name + suffix)
             yield _metadata("thread_sort_index", pid, tid, sort_index=rank)
-            yield from (_complete_event(pid, tid, span) for span in lane_spans)
+            for span in lane_spans:
+                start, end = _nanoseconds(span)
+                yield {
+                    "ph": "X",
+                    "name": span.name,
+                    "cat": span.kind,
+                    "pid": pid,
+                    "tid": tid,
+                    "ts": start / 1000,
+                    "dur": (end - start) / 1000,
+                    "args": {"key": span.key},
+                }
 
 
-def _metadata(event: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:
+def _metadata(event: str, pid: int, tid: int, **args: object) -> Event:
     return {"ph": "M", "name": event, "pid": pid, "tid": tid, "args": args}
-
-
-def _complete_event(pid: int, tid: int, span: Span) -> dict[str, Any]:
-    start, end = _nanoseconds(span)
-    return {
-        "ph": "X",
-        "name": span.name,
-        "cat": span.kind,
-        "pid": pid,
-        "tid": tid,
-        "ts": start / 1000,
-        "dur": (end - start) / 1000,
-        "args": {"key": span.key},
-    }
 
 
 def _nanoseconds(span: Span) -> tuple[int, int]:
@@ -76,13 +77,17 @@ def _nanoseconds(span: Span) -> tuple[int, int]:
 
 def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
     """Share spans of one rank out to as few lanes as it takes for each lane's to nest."""
+
+    def outermost_first(span: Span) -> tuple[int, int, bool]:
+        start, end = _nanoseconds(span)
+        return start, -end, span.kind != "phase"
+
     lanes: list[list[Span]] = []
     open_ends: list[list[int]] = []
-    for span in sorted(spans, key=_outermost_first):
+    for span in sorted(spans, key=outermost_first):
         start, end = _nanoseconds(span)
-        lane = next((i for i, ends in enumerate(open_ends) if _fits(ends, start, end)), None)
-        if lane is None:
-            lane = len(lanes)
+        lane = next((i for i, ends in enumerate(open_ends) if _fits(ends, start, end)), len(lanes))
+        if lane == len(lanes):
             lanes.append([])
             open_ends.append([])
         lanes[lane].append(span)
@@ -90,20 +95,8 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
     return lanes
 
 
-def _outermost_first(span: Span) -> tuple[int, int, bool]:
-    start, end = _nanoseconds(span)
-    return start, -end, span.kind != "phase"
-
-
 def _fits(ends: list[int], start: int, end: int) -> bool:
     """Close what ended by ``start``; the span fits if the innermost open one encloses it."""
     while ends and ends[-1] <= start:
         ends.pop()
     return not ends or end <= ends[-1]
-
-
-def _rank_name(timeline: Timeline, rank: int) -> str:
-    ranks = timeline.meta.get("ranks", [])
-    if rank >= len(ranks):
-        return f"rank {rank}"
-    return f"rank {rank} (stage {ranks[rank]['pp_rank']}, tp {ranks[rank]['tp_rank']})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runner.errors import UserError
-from runner.report.segments import BUSY_KINDS, label_of
+from runner.report.timelines import BUSY_KINDS
 from runner.timeline import RankTotals, Timeline
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def compare(a: Timeline, b: Timeline) -> Comparison:
     """
     if a.world_size != b.world_size:
         raise UserError(
-            f"cannot compare {label_of(a)} on {a.world_size} ranks with "
-            f"{label_of(b)} on {b.world_size} ranks: world sizes must be equal"
+            f"cannot compare {a.label} on {a.world_size} ranks with "
+            f"{b.label} on {b.world_size} ranks: world sizes must be equal"
         )
     totals_a, totals_b = a.totals(), b.totals()
     return Comparison(
@@ -115,7 +115,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     both sides of a rank are left out.
     """
     # Here, because reading and comparing Timelines should not cost the import of rich.
-    from runner.report.table import make_table
+    from runner.report.console import make_table
 
     numbers = [f"A {comparison.source_a}", f"B {comparison.source_b}", "(A-B)/B"]
     blocks = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.errors import UserError
 from runner.report.picture import INK, check_plot, save_picture
-from runner.report.segments import BUSY_KINDS, busy_segments, label_of, spans_by_rank
+from runner.report.timelines import BUSY_KINDS, busy_segments
 from runner.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -25,13 +25,10 @@ _COLORS = {
     "setup": "#CC79A7",
 }
 _BESIDE = "#009E73"
-_WIDTH_INCHES = 10.0
 
 
 def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
     """Draw a panel per Timeline, all on one time axis in seconds, a row per rank.
-
-    The same Timelines make the same SVG file, byte for byte.
 
     Args:
         path: the file to write; its suffix, one of ``picture.SUFFIXES``, says the format.
@@ -51,28 +48,25 @@ def _figure(timelines: Sequence[Timeline]) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    heights = [_panel_inches(timeline.world_size) for timeline in timelines]
+    heights = [
+        0.5 + timeline.world_size * min(0.3, max(0.1, 4.0 / timeline.world_size))
+        for timeline in timelines
+    ]
     layout = ConstrainedLayoutEngine(h_pad=0.08)
-    figure = Figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.9), layout=layout)
-    grid: Any = figure.subplots(
+    figure = Figure(figsize=(10.0, sum(heights) + 0.9), layout=layout)
+    grid = figure.subplots(
         len(timelines), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
     )
     for axes, timeline in zip(grid[:, 0], timelines, strict=True):
         _draw_panel(axes, timeline)
     grid[-1, 0].set_xlim(0, max(timeline.wall for timeline in timelines) * 1.01 or 1)
     grid[-1, 0].set_xlabel("seconds since start")
-    beside = any(span.kind == "beside" for timeline in timelines for span in timeline.spans)
-    _add_legend(figure, beside=beside)
+    _add_legend(figure, timelines)
     return figure
 
 
-def _panel_inches(ranks: int) -> float:
-    row = min(0.3, max(0.1, 4.0 / ranks))
-    return 0.5 + ranks * row
-
-
 def _draw_panel(axes: Axes, timeline: Timeline) -> None:
-    for rank, spans in enumerate(spans_by_rank(timeline)):
+    for rank, spans in enumerate(timeline.by_rank()):
         segments = busy_segments(spans)
         for kind in BUSY_KINDS:
             ranges = [(start, end - start) for start, end, it in segments if it == kind]
@@ -81,7 +75,13 @@ def _draw_panel(axes: Axes, timeline: Timeline) -> None:
         axes.broken_barh(beside, (rank + 0.12, 0.28), facecolors=_BESIDE, linewidth=0)
         starts = [span.start for span in spans if span.kind == "phase" and span.start > 0]
         axes.vlines(starts, rank - 0.47, rank + 0.47, colors=INK, linewidth=1)
-    axes.set_title(_title(timeline), loc="left", fontsize=10)
+    # A dollar sign in a policy's name would start a formula.
+    label = timeline.label.replace("$", r"\$")
+    title = (
+        f"{label}: {timeline.wall:.2f} s wall, {timeline.kernels_compiled} compiles "
+        f"of {timeline.distinct_kernels} kernels"
+    )
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_ylabel("rank")
     axes.set_ylim(timeline.world_size - 0.4, -0.6)
     axes.set_yticks(range(0, timeline.world_size, 1 if timeline.world_size <= 16 else 8))
@@ -92,21 +92,12 @@ def _draw_panel(axes: Axes, timeline: Timeline) -> None:
     axes.set_axisbelow(True)
 
 
-def _title(timeline: Timeline) -> str:
-    # A dollar sign in a policy's name would start a formula.
-    label = label_of(timeline).replace("$", r"\$")
-    return (
-        f"{label}: {timeline.wall:.2f} s wall, {timeline.kernels_compiled} compiles "
-        f"of {timeline.distinct_kernels} kernels"
-    )
-
-
-def _add_legend(figure: Figure, *, beside: bool) -> None:
+def _add_legend(figure: Figure, timelines: Sequence[Timeline]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Patch | Line2D] = [Patch(color=_COLORS[kind], label=kind) for kind in BUSY_KINDS]
-    if beside:
+    if any(span.kind == "beside" for timeline in timelines for span in timeline.spans):
         handles.append(Patch(color=_BESIDE, label="beside"))
     handles.append(
         Line2D([], [], color=INK, linewidth=0.8, marker="|", linestyle="", label="phase starts")

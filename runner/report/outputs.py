@@ -1,4 +1,4 @@
-"""What a command shows and writes of its Timelines, real and simulated alike."""
+"""What a command prints and writes of its Timelines, real and simulated alike."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ from rich.console import Console
 from runner.errors import UserError
 from runner.report.console import make_console
 from runner.report.plan_table import coverage_line
-from runner.report.segments import label_of
-from runner.report.table import policy_table, rank_bars, timeline_table
+from runner.report.timelines import policy_table, rank_bars, timeline_table
 from runner.timeline import Timeline, write_timelines
 
 
-def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> None:
+def print_timelines(timelines: Sequence[Timeline]) -> None:
     """Print each Timeline's ranks, as a table and as bars on one scale, then the policies."""
     console = make_console()
-    scale = max((timeline.wall for timeline in timelines), default=0.0)
-    for timeline in timelines:
-        if tables:
-            console.print(timeline_table(timeline))
-        console.print(rank_bars(timeline, scale_seconds=scale or None))
-        console.print()
+    print_ranks(timelines, console, tables=True)
     console.print(policy_table(timelines))
     for timeline in timelines:
         if timeline.meta.get("coverage"):
@@ -31,11 +25,11 @@ def print_timelines(timelines: Sequence[Timeline], *, tables: bool = True) -> No
             console.print(f"{timeline.policy}: {line}")
 
 
-def print_bars(timelines: Sequence[Timeline], console: Console) -> None:
-    """Print every Timeline's ranks as bars on one scale."""
+def print_ranks(timelines: Sequence[Timeline], console: Console, *, tables: bool) -> None:
+    """Print every Timeline's ranks as bars on one scale, below a table or only its name."""
     scale = max((timeline.wall for timeline in timelines), default=0.0)
     for timeline in timelines:
-        console.print(f"{label_of(timeline)}")
+        console.print(timeline_table(timeline) if tables else timeline.label)
         console.print(rank_bars(timeline, scale_seconds=scale or None))
         console.print()
 
@@ -47,15 +41,14 @@ def check_outputs(
     plot: Path | None,
     others: Sequence[Path | None] = (),
 ) -> None:
-    """Find out before a long run whether its files can be written after it.
+    """Check before a long run that its files can be written after it.
 
     Raises:
         UserError: a missing folder, a picture of unknown kind or without matplotlib, ``-`` where
-            only a file will do, or two outputs that both want standard output.
+            only a file will do, or two outputs for standard output.
     """
-    for path in (trace, plot):
-        if path is not None and str(path) == "-":
-            raise UserError("--trace and --plot need a file: - is only for JSON outputs")
+    if "-" in (str(trace), str(plot)):
+        raise UserError("--trace and --plot need a file: - is only for JSON outputs")
     given = [path for path in (timeline, trace, plot, *others) if path is not None]
     if sum(str(path) == "-" for path in given) > 1:
         raise UserError("only one output can go to standard output (-)")
@@ -76,27 +69,28 @@ def write_reports(
     plot: Path | None,
     quiet: bool = False,
 ) -> None:
-    """Write the files that were asked for and say so, unless standard output holds JSON.
+    """Write the files that were asked for and say so.
 
-    ``quiet``: it does, of the caller's.
+    Args:
+        timelines: what to write.
+        timeline: the JSON file; ``-`` is standard output, which then holds nothing else.
+        trace: the Chrome trace.
+        plot: the Gantt picture.
+        quiet: standard output already holds JSON.
 
     Raises:
         UserError: a file cannot be written, or the picture's suffix is unknown.
     """
-    written = []
     if timeline is not None:
         write_timelines(timeline, timelines)
-        written.append(timeline)
     if trace is not None:
         from runner.report.chrome import write_chrome_trace
 
         write_chrome_trace(trace, timelines)
-        written.append(trace)
     if plot is not None:
         from runner.report.gantt import plot_gantt
 
         plot_gantt(plot, timelines)
-        written.append(plot)
-    if not quiet and str(timeline) != "-":
-        for path in written:
+    for path in (timeline, trace, plot):
+        if path is not None and not quiet and str(timeline) != "-":
             print(f"wrote {path}")

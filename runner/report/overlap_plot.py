@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.report.picture import INK, save_picture
 from sim.overlap.compare import Comparison, Run
-from sim.overlap.turns import Piece
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Of Okabe and Ito's palette: the halves differ in lightness too.
-_HALF = {0: "#0072B2", 1: "#E69F00"}
+_COLORS = {0: "#0072B2", 1: "#E69F00"}
 _WAIT = "#D4D4D4"
-_ROWS = {"link": 0.0, "compute": 1.0, "wait": 1.0}
 _WIDTH_INCHES, _PANEL_INCHES = 11.0, 1.15
 _SHORT = {
     "comm_prepare_attn": "prep",
@@ -39,7 +37,7 @@ _SHORT = {
     "all_gather attention input": "gather",
     "reduce_scatter attention output": "scatter",
 }
-_LETTERS_AN_INCH = 19.0
+_LETTERS_PER_INCH = 19.0
 
 
 def plot_turns(path: Path, comparison: Comparison, title: str) -> None:
@@ -54,22 +52,28 @@ def plot_turns(path: Path, comparison: Comparison, title: str) -> None:
 def _figure(comparison: Comparison, title: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
 
     runs = [run for run in comparison.runs if run.strategy is not None]
-    shown = [_window(run, len(comparison.layers)) for run in runs]
+    shown = [_two_layers(run, len(comparison.layers)) for run in runs]
     longest = max(end - start for start, end in shown)
     height = _PANEL_INCHES * len(runs) + 1.0
     figure = Figure(figsize=(_WIDTH_INCHES, height), layout=ConstrainedLayoutEngine(h_pad=0.06))
-    grid: Any = figure.subplots(len(runs), sharex=True, squeeze=False)
+    grid = figure.subplots(len(runs), sharex=True, squeeze=False)
     for axes, run, (start, end) in zip(grid[:, 0], runs, shown, strict=True):
         _draw(axes, run, start, end, longest)
     grid[-1, 0].set_xlim(0, 1e6 * longest)
     grid[-1, 0].set_xlabel(f"microseconds; two layers of {len(comparison.layers)}. {title}")
-    _legend(figure)
+    handles = [
+        Patch(color=_COLORS[0], label="first half"),
+        Patch(color=_COLORS[1], label="second half"),
+        Patch(color=_WAIT, label="the GPU waits"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _window(run: Run, layers: int) -> tuple[float, float]:
+def _two_layers(run: Run, layers: int) -> tuple[float, float]:
     """From where the first half begins a layer in the middle until it begins the next but one."""
     starts: dict[int, float] = {}
     for piece in run.turns.pieces:
@@ -80,52 +84,28 @@ def _window(run: Run, layers: int) -> tuple[float, float]:
 
 
 def _draw(axes: Axes, run: Run, start: float, end: float, longest: float) -> None:
+    letters = (_WIDTH_INCHES - 0.6) * _LETTERS_PER_INCH / longest
     for piece in run.turns.pieces:
-        if piece.end > start and piece.start < end and piece.layer >= 0:
-            _draw_piece(axes, piece, start, end, longest)
-    turns = run.turns
-    axes.set_title(
-        f"{run.name}: {1e3 * turns.seconds:.2f} ms a step, {1e3 * turns.exposed:.2f} ms exposed",
-        loc="left",
-        fontsize=10,
-    )
+        left, right = max(piece.start, start), min(piece.end, end)
+        if right <= left or piece.layer < 0:
+            continue
+        row, waits = 0.0 if piece.lane == "link" else 1.0, piece.lane == "wait"
+        axes.broken_barh(
+            [(1e6 * (left - start), 1e6 * (right - left))],
+            (row - 0.4, 0.8),
+            facecolors=_WAIT if waits else _COLORS[piece.half],
+            edgecolors="white",
+            linewidth=0.4,
+        )
+        label = _SHORT.get(piece.name, piece.name)
+        if not waits and len(label) <= (right - left) * letters:
+            color = "white" if piece.half == 0 else INK
+            middle = 1e6 * ((left + right) / 2 - start)
+            axes.text(middle, row, label, ha="center", va="center", fontsize=6.5, color=color)
+    seconds, exposed = run.turns.seconds, run.turns.exposed
+    title = f"{run.name}: {1e3 * seconds:.2f} ms a step, {1e3 * exposed:.2f} ms exposed"
+    axes.set_title(title, loc="left", fontsize=10)
     axes.set_yticks([0.0, 1.0], ["link", "GPU"])
     axes.set_ylim(-0.5, 1.5)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _draw_piece(axes: Axes, piece: Piece, start: float, end: float, longest: float) -> None:
-    left, right = max(piece.start, start), min(piece.end, end)
-    row = _ROWS[piece.lane]
-    color = _WAIT if piece.lane == "wait" else _HALF[piece.half]
-    axes.broken_barh(
-        [(1e6 * (left - start), 1e6 * (right - left))],
-        (row - 0.4, 0.8),
-        facecolors=color,
-        edgecolors="white",
-        linewidth=0.4,
-    )
-    label = _SHORT.get(piece.name, piece.name)
-    room = (right - left) / longest * (_WIDTH_INCHES - 0.6) * _LETTERS_AN_INCH
-    if piece.lane != "wait" and len(label) <= room:
-        axes.text(
-            1e6 * ((left + right) / 2 - start),
-            row,
-            label,
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            color="white" if piece.half == 0 else INK,
-        )
-
-
-def _legend(figure: Figure) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(color=_HALF[0], label="first half"),
-        Patch(color=_HALF[1], label="second half"),
-        Patch(color=_WAIT, label="the GPU waits"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)

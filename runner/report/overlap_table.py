@@ -1,39 +1,37 @@
-"""What strategies are worth, for the terminal."""
+"""What overlap strategies are worth: tables for the terminal, and plain data."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.table import make_table
-from sim.overlap.compare import Comparison
-from sim.overlap.reasons import Waits, why
+from runner.report.console import make_table
+from sim.overlap.compare import Comparison, Run
+from sim.overlap.measured import Validation
+from sim.overlap.turns import explain_waits
 
 
 def print_comparison(
     comparison: Comparison, title: str, console: Console, *, per_layer: bool
 ) -> None:
-    """Print the strategies, layer by layer where asked for, and what the search found."""
+    """Print the strategies, layer by layer if asked for, and what the search found."""
     console.print(title, markup=False, highlight=False, soft_wrap=True)
-    console.print(_table(comparison))
+    console.print(_strategy_table(comparison))
     if per_layer:
         console.print(_layer_table(comparison))
-    for line in _verdict(comparison):
+    for line in _search_lines(comparison):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if comparison.found is not None and _gained(comparison) > 0:
+    if comparison.found is not None and _gain(comparison) > 0:
         console.print(_why_table(comparison))
 
 
-def _table(comparison: Comparison) -> Table:
-    headers = [
-        "step\nms",
-        "against\none batch",
-        "ms a\nlayer",
-        "compute\nms",
-        "commu-\nnication\nms",
-    ]
-    table = make_table("", ["strategy"], [*headers, "exposed\nms", "idle\n%"])
+def _strategy_table(comparison: Comparison) -> Table:
+    headers = ["step\nms", "against\none batch", "ms a\nlayer", "compute\nms"]
+    headers += ["commu-\nnication\nms", "exposed\nms", "idle\n%"]
+    table = make_table("", ["strategy"], headers)
     whole, layers = comparison.runs[0].turns.seconds, len(comparison.layers)
     for run in comparison.runs:
         turns = run.turns
@@ -59,55 +57,100 @@ def _layer_table(comparison: Comparison) -> Table:
     return table
 
 
-def _gained(comparison: Comparison) -> float:
-    """Seconds that the best waits less than the reference, those of rounding left out."""
-    gained = comparison.reference.turns.exposed - comparison.best.turns.exposed
-    return gained if gained > 1e-9 else 0.0
+def _gain(comparison: Comparison) -> float:
+    """Seconds that the best waits less than the reference; 0 for a difference of rounding."""
+    gain = comparison.reference.turns.exposed - comparison.best.turns.exposed
+    return gain if gain > 1e-9 else 0.0
 
 
-def _verdict(comparison: Comparison) -> list[str]:
+def _search_lines(comparison: Comparison) -> list[str]:
     found, reference = comparison.found, comparison.reference
     if found is None:
         return []
     decided = f"search: all {found.placements:,} placements decided"
-    if not _gained(comparison):
+    gain = _gain(comparison)
+    if not gain:
         return [f"{decided}: none waits less than {reference.name}"]
-    gained, step = _gained(comparison), reference.turns.seconds
     lines = [
-        f"{decided}: the best waits {_ms(gained)} ms less than {reference.name}, "
-        f"{100 * gained / step:.1f} % of its step",
+        f"{decided}: the best waits {_ms(gain)} ms less than {reference.name}, "
+        f"{100 * gain / reference.turns.seconds:.1f} % of its step",
         f"best, {found.best.delta_stages} ahead: {found.best.describe()}",
     ]
-    if comparison.best.turns.seconds >= comparison.runs[0].turns.seconds:
-        lines.append(_faster_whole(comparison))
-    return lines
-
-
-def _faster_whole(comparison: Comparison) -> str:
-    """What halving costs more than it hides."""
     whole, best = comparison.runs[0].turns, comparison.best.turns
-    less = whole.exposed - best.exposed
-    return (
-        f"one batch is faster still: two halves compute {_ms(best.compute - whole.compute)} ms "
-        f"more and wait {_ms(abs(less))} ms {'less' if less >= 0 else 'more'}"
-    )
+    if best.seconds >= whole.seconds:
+        less = whole.exposed - best.exposed
+        lines.append(
+            f"one batch is faster still: two halves compute {_ms(best.compute - whole.compute)} "
+            f"ms more and wait {_ms(abs(less))} ms {'less' if less >= 0 else 'more'}"
+        )
+    return lines
 
 
 def _why_table(comparison: Comparison) -> Table:
     title = f"Why: what the GPU waits for, {comparison.reference.name} against the best"
     table = make_table(title, ["collective"], ["on link\nms", "waited\nms", "best\nms"])
     table.add_column(
-        "beside it in the best: operations of the other half, own ones", overflow="fold"
+        "computed meanwhile in the best: operations of the other half, own ones", overflow="fold"
     )
-    for waits in why(comparison.reference.turns, comparison.best.turns):
-        table.add_row(waits.name, *map(_ms, (waits.seconds, *waits.waited)), _beside(waits))
+    for waits in explain_waits(comparison.reference.turns, comparison.best.turns):
+        before, after = waits.meanwhile
+        meanwhile = f"{after} (the same)" if before == after else after
+        table.add_row(waits.name, *map(_ms, (waits.seconds, *waits.waited)), meanwhile)
     return table
 
 
-def _beside(waits: Waits) -> str:
-    same = waits.beside[0] == waits.beside[1]
-    return f"{waits.beside[1]} (the same)" if same else waits.beside[1]
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2f}"
+def validation_table(rows: Sequence[Validation], machine: Mapping[str, object]) -> Table:
+    """Measured steps and their predictions, in milliseconds."""
+    headers = ["step", "noted", "exposed", "by parts", "exposed", "predicted", "exposed"]
+    title = f"Measured on {machine['gpu'] or 'CPU'}, {machine['date']}: ms"
+    table = make_table(title, ["strategy"], headers)
+    for row in rows:
+        table.add_row(Text(row.name), *map(_ms, _validation_seconds(row).values()))
+    return table
+
+
+def validation_json(row: Validation) -> dict[str, object]:
+    """A measured step and its predictions as plain data, in seconds."""
+    return {"name": row.name, **_validation_seconds(row)}
+
+
+def _validation_seconds(row: Validation) -> dict[str, float | None]:
+    parts = row.by_parts
+    return {
+        "step_seconds": row.step_seconds,
+        "noted_seconds": row.measured.seconds,
+        "exposed_seconds": row.measured.exposed,
+        "by_parts_seconds": None if parts is None else parts.seconds,
+        "by_parts_exposed_seconds": None if parts is None else parts.exposed,
+        "predicted_seconds": row.predicted.seconds,
+        "predicted_exposed_seconds": row.predicted.exposed,
+    }
+
+
+def comparison_json(comparison: Comparison) -> dict[str, object]:
+    """A comparison as plain data, in seconds."""
+    return {
+        "first_layer": comparison.layers[0],
+        "overlapped_layers": len(comparison.layers),
+        "runs": [_run_json(run) for run in comparison.runs],
+        "reference": comparison.reference.name,
+        "placements_searched": None if comparison.found is None else comparison.found.placements,
+    }
+
+
+def _run_json(run: Run) -> dict[str, object]:
+    turns = run.turns
+    return {
+        "name": run.name,
+        "strategy": None if run.strategy is None else run.strategy.to_json(),
+        "step_seconds": turns.seconds,
+        "compute_seconds": turns.compute,
+        "communication_seconds": turns.communication,
+        "exposed_seconds": turns.exposed,
+        "idle_share": turns.exposed / turns.seconds,
+        "layers": [vars(part) for part in turns.by_layer()],
+    }

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
-"""File name suffixes that :func:`save_picture` accepts."""
 
 INK = "#333333"
 """Colour of text and lines."""
@@ -34,7 +33,7 @@ def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
     """Draw a figure and write it; the same figure makes the same SVG file, byte for byte.
 
     Args:
-        path: the file to write; its suffix, one of :data:`SUFFIXES`, says the format.
+        path: the file to write; its suffix says the format.
         draw: makes the figure, under the settings of all our pictures.
 
     Raises:

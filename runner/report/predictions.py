@@ -1,57 +1,45 @@
-"""Predictions of several policies side by side, and which one to take."""
+"""Predictions of several policies in one table, and which policy to take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from runner.config.warmup import WarmupPolicy
-from runner.report.console import make_console
-from runner.report.outputs import print_bars
-from runner.report.table import make_table, phase_summary
+from runner.report.console import make_console, make_table
+from runner.report.outputs import print_ranks
+from runner.report.timelines import phase_summary
 from sim.engine.timeout_diagnosis import CollectiveTimeout
 from sim.simulate import Machine, Prediction
 from sim.sweep.run import cpu_seconds
 
 
-@dataclass(frozen=True)
-class Advice:
-    """The policy to take.
+def advise(predictions: Sequence[Prediction]) -> tuple[Prediction, str]:
+    """Which policy to take, and why, in a line.
 
-    Attributes:
-        prediction: the policy's.
-        reason: why, in a line.
-    """
-
-    prediction: Prediction
-    reason: str
-
-
-def advise(predictions: Sequence[Prediction]) -> Advice:
-    """Which policy to take.
-
-    Of those that survive, the one whose start-up and stalls together take the least time, a stall
-    being a compile that traffic waits for. ``prebuilt`` wants a step before the deployment, so that
-    the best of the others is named as well.
+    Of those that survive, the one whose start-up and stalls together take the least time; a stall
+    is a compile that traffic waits for. ``prebuilt`` needs a step before the deployment, so the
+    best of the others is named as well.
     """
     alive = [p for p in predictions if p.timeout is None]
     best = min(alive or predictions, key=_cost)
     words = [f"up after {best.timeline.up:.0f} s", f"leaves {_stalls(best)}"]
     if not alive:
-        words.insert(0, f"no policy survives its longest wait{_remedy(best)}")
-    others = [p for p in alive if not _is_prebuilt(p)]
+        by_option = best.timeout is not None and not best.timeout.of_hosts
+        remedy = ": raise --nccl-timeout" if by_option else ""
+        words.insert(0, f"no policy survives its longest wait{remedy}")
+    prebuilt = WarmupPolicy.PREBUILT.value
+    others = [p for p in alive if p.timeline.policy != prebuilt]
     named = [best]
-    if _is_prebuilt(best) and others:
+    if best.timeline.policy == prebuilt and others:
         second = min(others, key=_cost)
         named.append(second)
         words.append(
-            f"wants a cache that was built beforehand; without one take {second.timeline.policy}: "
+            f"needs a prebuilt cache; without one take {second.timeline.policy}: "
             f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
     quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
@@ -60,20 +48,11 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
             f"{quickest.timeline.policy} is up sooner, after {quickest.timeline.up:.0f} s, but "
             f"leaves {_stalls(quickest)}"
         )
-    return Advice(best, "; ".join(words))
-
-
-def _remedy(prediction: Prediction) -> str:
-    lost = prediction.timeout
-    return "" if lost is None or lost.of_hosts else ": raise --nccl-timeout"
+    return best, "; ".join(words)
 
 
 def _cost(prediction: Prediction) -> tuple[float, float]:
     return prediction.timeline.up + prediction.stall_seconds, prediction.timeline.up
-
-
-def _is_prebuilt(prediction: Prediction) -> bool:
-    return prediction.timeline.policy == WarmupPolicy.PREBUILT.value
 
 
 def _stalls(prediction: Prediction) -> str:
@@ -85,44 +64,44 @@ def _stalls(prediction: Prediction) -> str:
 def print_predictions(
     predictions: Sequence[Prediction], machine: Machine, kernels: str, *, bars: bool
 ) -> None:
-    """Print what was simulated, the policies in one table, what dies, and the advice.
+    """Print what was simulated, the policies in one table, which runs die, and the advice.
 
-    ``kernels`` says whose kernels they are; ``bars`` draws every rank and says where the time of
-    the last one goes.
+    Args:
+        predictions: one for each policy.
+        machine: where the runs are.
+        kernels: whose kernels they compile.
+        bars: also draw every rank, and say where the time of the last one goes.
     """
-    _print_title(predictions[0], machine)
+    print(_title(predictions[0], machine))
     print(f"kernels: {kernels}\n")
     console = make_console()
     if bars:
-        print_bars([prediction.timeline for prediction in predictions], console)
+        print_ranks([its.timeline for its in predictions], console, tables=False)
         for prediction in predictions:
             console.print(phase_summary(prediction.timeline))
     console.print(advice_table(predictions))
     for prediction in predictions:
-        _print_death(prediction, console)
+        if prediction.timeout is not None:
+            _print_death(prediction.timeline.policy, prediction.timeout, console)
     if len(predictions) > 1:
-        advice = advise(predictions)
-        console.print(f"take {advice.prediction.timeline.policy}: {advice.reason}")
+        best, reason = advise(predictions)
+        console.print(f"take {best.timeline.policy}: {reason}")
 
 
-def _print_title(prediction: Prediction, machine: Machine) -> None:
+def _title(prediction: Prediction, machine: Machine) -> str:
     meta = prediction.timeline.meta
     sizes = meta["batch_sizes"][:1] + meta["stream"] if meta["stream"] else meta["batch_sizes"]
     replicas = f"{meta['replicas']} x " if meta["replicas"] > 1 else ""
     estimate = " (an estimate from public figures)" if machine.profile.estimate else ""
-    phases = ", ".join(machine.start.included) or "none"
-    print(
+    nodes_per_host = meta["nodes"] // meta["hosts"]
+    whose = "a node" if nodes_per_host == 1 else f"for each {nodes_per_host} nodes"
+    return (
         f"{meta['model']}, {meta['layers']} layers: {replicas}pp {meta['pp']} x tp {meta['tp']} on "
         f"{meta['nodes']} node(s), {machine.profile.name}{estimate}, "
-        f"{meta['cores_per_node']} cores {_cores_of(meta)}\n"
+        f"{meta['cores_per_node']} cores {whose}\n"
         f"cold caches; first request {sizes[0]}, then {','.join(map(str, sizes[1:])) or 'none'}\n"
-        f"before the warm-up: {phases}"
+        f"before the warm-up: {', '.join(machine.start.included) or 'none'}"
     )
-
-
-def _cores_of(meta: dict[str, Any]) -> str:
-    shared = meta["nodes"] // meta["hosts"]
-    return "a node" if shared == 1 else f"for each {shared} nodes"
 
 
 def advice_table(predictions: Sequence[Prediction]) -> Table:
@@ -131,21 +110,13 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
     ``up`` is the time until the first request is answered, ``served`` until all are; stalls are
     kernels that traffic can still need once the server is up.
     """
-    headers = [
-        "up s",
-        "served\ns",
-        "com-\npiles",
-        "dupli-\ncates",
-        "CPU s",
-        "covered",
-        "stalls",
-        "stall\ns",
-        "longest\nwait s",
-        "dies\nat s",
-    ]
+    headers = ["up s", "served\ns", "com-\npiles", "dupli-\ncates", "CPU s", "covered"]
+    headers += ["stalls", "stall\ns", "longest\nwait s", "dies\nat s"]
     table = make_table("Policies", ["policy"], headers)
     for prediction in predictions:
         timeline, lost = prediction.timeline, prediction.timeout
+        nodes = timeline.meta["coverage_up"]
+        covered = min(node["present"] / node["planned"] for node in nodes)
         table.add_row(
             Text(timeline.policy),
             _reached(timeline.up, lost),
@@ -153,7 +124,7 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
             str(timeline.kernels_compiled),
             str(timeline.duplicates),
             f"{cpu_seconds(timeline, timeline.meta['cores_per_node']):.0f}",
-            f"{_covered(prediction):.0%}",
+            f"{covered:.0%}",
             str(prediction.stalls),
             f"{prediction.stall_seconds:.0f}",
             f"{prediction.longest_wait:.1f}",
@@ -167,25 +138,16 @@ def _reached(seconds: float, lost: CollectiveTimeout | None) -> str:
     return f"({seconds:.1f})" if lost is not None and lost.time < seconds else f"{seconds:.1f}"
 
 
-def _covered(prediction: Prediction) -> float:
-    """Share of the kernels that the worst node holds of those it can need, once up."""
-    nodes = prediction.timeline.meta["coverage_up"]
-    return float(min(node["present"] / node["planned"] for node in nodes))
-
-
-def _print_death(prediction: Prediction, console: Console) -> None:
-    lost = prediction.timeout
-    if lost is None:
-        return
-    # Hosts that talk to each other have a limit that no option sets.
-    who, remedy = (
-        ("its hosts' limit ends", f"its hosts would have to wait {ceil(lost.needed)} s")
-        if lost.of_hosts
-        else ("the watchdog ends", f"--nccl-timeout {ceil(lost.needed)} would survive")
-    )
+def _print_death(policy: str, lost: CollectiveTimeout, console: Console) -> None:
+    who, remedy = "the watchdog ends", f"--nccl-timeout {ceil(lost.needed)} would survive"
+    if lost.of_hosts:
+        # Hosts that talk to each other have a limit that no option sets.
+        who, remedy = (
+            "its hosts' limit ends",
+            f"its hosts would have to wait {ceil(lost.needed)} s",
+        )
     words = (
-        f"{prediction.timeline.policy}: {who} this run at {lost.time:.0f} s: rank {lost.rank} "
-        f"waits for rank {lost.waiting_for} in {lost.operation} while that does "
-        f"{lost.busy_with}; {remedy}"
+        f"{policy}: {who} this run at {lost.time:.0f} s: rank {lost.rank} waits for rank "
+        f"{lost.waiting_for} in {lost.operation} while that does {lost.busy_with}; {remedy}"
     )
     console.print(Text(words))

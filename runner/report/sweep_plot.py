@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
@@ -15,8 +15,8 @@ from sim.sweep.points import AXES, Point, Result, Sweep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-_SIZE_INCHES = (10.0, 5.6)
 _MARKER_POINTS = 7.0
 
 # Okabe and Ito's palette first; a marker's shape tells the policy as well as its colour does.
@@ -40,9 +40,9 @@ _SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}
 def plot_sweep(path: Path, sweep: Sweep) -> None:
     """Draw every point, start-up seconds (log) against coverage, a marker a policy.
 
-    The frontier is a step line: what is covered at best by a start-up of so many seconds. Points
-    are labelled where there is room, those on the frontier first. Hollow markers are runs that
-    the watchdog ends.
+    The frontier is a step line: the best coverage that a start-up of so many seconds can have.
+    Points are labelled where there is room, those on the frontier first. Hollow markers are runs
+    that the watchdog ends.
 
     Raises:
         UserError: unknown suffix, no points, no matplotlib, or the file cannot be written.
@@ -57,15 +57,23 @@ def _figure(sweep: Sweep) -> Figure:
     # Not pyplot: it would keep the figure and pick a backend for the whole process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE_INCHES, dpi=DPI, layout="constrained")
+    points = [vars(result.point) for result in sweep.results]
+    varied = [name for name in AXES if len({point[name] for point in points}) > 1]
+    figure = Figure(figsize=(10.0, 5.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     _draw_axes(axes, sweep)
+    _draw_titles(axes, sweep, varied)
     line = _frontier_line(axes, sweep)
     if line:
         axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, zorder=1)
-    _draw_points(axes, sweep.results)
+    # Slowest first, so that the frontier's markers lie on top.
+    for result in reversed(sweep.results):
+        hollow = result.timeout_seconds is not None
+        axes.add_line(_marker(result.point.policy, [_position(result)], hollow=hollow))
     _add_legend(figure, sweep.results)
-    place_labels(figure, axes, _labels(sweep), clear_points=_MARKER_POINTS, clear_line=line)
+    first = sorted(sweep.results, key=lambda result: result.point not in sweep.frontier)
+    labels = [(*_position(result), _label(result.point, varied)) for result in first]
+    place_labels(figure, axes, labels, marker_points=_MARKER_POINTS, line=line)
     return figure
 
 
@@ -85,14 +93,23 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     axes.set_ylim(-14, 122)  # room for labels
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
     axes.set_ylabel("planned kernels present afterwards")
-    settings = sweep.settings
-    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
-    # A dollar sign in a model's name would start a formula.
-    axes.set_title(title.replace("$", r"\$") + _fixed(sweep), loc="left", fontsize=10)
-    axes.set_title(_key(sweep), loc="right", fontsize=7)
     axes.grid(color="#E8E8E8", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
+
+
+def _draw_titles(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
+    """On the left what all points share, on the right what labels mean."""
+    settings, point = sweep.settings, sweep.results[0].point
+    # A dollar sign in a model's name would start a formula.
+    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
+    fixed = [f"{name} {getattr(point, name)}" for name in _SHORT if name not in varied]
+    fixed += ["ep"] * (point.ep and "ep" not in varied)
+    shared = title.replace("$", r"\$") + (f"; {', '.join(fixed)}" if fixed else "")
+    axes.set_title(shared, loc="left", fontsize=10)
+    key = [f"{s} {name}" for name, s in _SHORT.items() if name in varied and name[0] == s]
+    key.append("+1: one more point in the same place")
+    axes.set_title(", ".join(key), loc="right", fontsize=7)
 
 
 def _frontier_line(axes: Axes, sweep: Sweep) -> list[XY]:
@@ -107,79 +124,45 @@ def _frontier_line(axes: Axes, sweep: Sweep) -> list[XY]:
     return [*line, (axes.get_xlim()[1], height)] if line else []
 
 
-def _draw_points(axes: Axes, results: Sequence[Result]) -> None:
-    # Slowest first, so that the frontier's markers lie on top.
-    for result in reversed(results):
-        policy, lost = result.point.policy, result.timeout_seconds is not None
-        axes.plot(*_position(result), **_look(policy, hollow=lost), zorder=2)
+def _marker(
+    policy: WarmupPolicy, at: Sequence[XY] = (), *, hollow: bool = False, color: str = ""
+) -> Line2D:
+    from matplotlib.lines import Line2D
 
-
-def _look(policy: WarmupPolicy, *, hollow: bool = False) -> dict[str, Any]:
-    marker, color = _LOOKS[_POLICIES.index(policy) % len(_LOOKS)]
-    return {
-        "marker": marker,
-        "linestyle": "",
-        "markersize": _MARKER_POINTS,
-        "markerfacecolor": "none" if hollow else color,
-        "markeredgecolor": color if hollow else "white",
-        "markeredgewidth": 1.0 if hollow else 0.3,
-    }
+    marker, its_color = _LOOKS[_POLICIES.index(policy) % len(_LOOKS)]
+    return Line2D(
+        [x for x, _ in at],
+        [y for _, y in at],
+        marker=marker,
+        linestyle="",
+        markersize=_MARKER_POINTS,
+        markerfacecolor="none" if hollow else its_color,
+        markeredgecolor=color or its_color if hollow else "white",
+        markeredgewidth=1.0 if hollow else 0.3,
+        zorder=2,
+    )
 
 
 def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
     from matplotlib.lines import Line2D
 
     used = {result.point.policy for result in results}
-    handles = [
-        Line2D([], [], **_look(policy), label=policy.value)
-        for policy in _POLICIES
-        if policy in used
-    ]
+    policies = [policy for policy in _POLICIES if policy in used]
+    handles, labels = [_marker(its) for its in policies], [its.value for its in policies]
     if any(result.timeout_seconds is None for result in results):
-        handles.append(Line2D([], [], color=INK, linewidth=1.2, label="frontier"))
+        handles.append(Line2D([], [], color=INK, linewidth=1.2))
+        labels.append("frontier")
     if any(result.timeout_seconds is not None for result in results):
-        hollow = {**_look(WarmupPolicy.NONE, hollow=True), "markeredgecolor": INK}
-        handles.append(Line2D([], [], **hollow, label="hollow: ended by the watchdog"))
+        handles.append(_marker(WarmupPolicy.NONE, hollow=True, color=INK))
+        labels.append("hollow: ended by the watchdog")
     columns = min(len(handles), 6)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _position(result: Result) -> XY:
     return result.up_seconds, 100 * float(result.coverage)
 
 
-def _labels(sweep: Sweep) -> list[tuple[float, float, str]]:
-    """Every point's label, the frontier's first."""
-    varied = _varied(sweep)
-    first = sorted(sweep.results, key=lambda result: result.point not in sweep.frontier)
-    return [(*_position(result), _label(result.point, varied)) for result in first]
-
-
-def _varied(sweep: Sweep) -> list[str]:
-    points = [vars(result.point) for result in sweep.results]
-    return [name for name in AXES if len({point[name] for point in points}) > 1]
-
-
 def _label(point: Point, varied: Sequence[str]) -> str:
     words = [f"{short}{getattr(point, name)}" for name, short in _SHORT.items() if name in varied]
-    if "ep" in varied and point.ep:
-        words.append("ep")
-    return " ".join(words)
-
-
-def _key(sweep: Sweep) -> str:
-    """What labels mean."""
-    varied = _varied(sweep)
-    words = [
-        f"{short} {name}" for name, short in _SHORT.items() if name in varied and name[0] == short
-    ]
-    return ", ".join([*words, "+1: one more point in the same place"])
-
-
-def _fixed(sweep: Sweep) -> str:
-    """The axes that do not vary, for the title; labels tell the others."""
-    varied, point = _varied(sweep), sweep.results[0].point
-    words = [f"{name} {getattr(point, name)}" for name in _SHORT if name not in varied]
-    if point.ep and "ep" not in varied:
-        words.append("ep")
-    return f"; {', '.join(words)}" if words else ""
+    return " ".join([*words, *["ep"] * (point.ep and "ep" in varied)])

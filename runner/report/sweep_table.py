@@ -1,56 +1,47 @@
-"""A sweep as a table for the terminal."""
+"""A sweep as a table for the terminal, and as plain data."""
 
 from __future__ import annotations
 
 from rich import box
 
-from runner.report.console import make_console
-from runner.report.table import ReportTable
-from sim.sweep.points import Result, Sweep, reasons
+from runner.report.console import ReportTable, make_console
+from sim.sweep.points import Point, Result, Sweep, count_reasons
 
-BEST = 20
-"""Points beside the frontier that are shown unless all are asked for."""
+_SHOWN_OTHERS = 20
+"""Points off the frontier that are shown unless all are asked for."""
 
 _SHOWN_REASONS = 20
 
-_AXES = ("pp", "tp", "ep", "nodes", "cores")
-_FIGURES = (
-    "start-up\ns",
-    "kernels\npresent",
-    "cover-\ned %",
-    "com-\npiled",
-    "dupli-\ncates",
-    "compile\nCPU s",
-    "time-\nout s",
+_HEADERS = (
+    *("pp", "tp", "ep", "nodes", "cores"),
+    *("start-up\ns", "kernels\npresent", "cover-\ned %", "com-\npiled", "dupli-\ncates"),
+    *("compile\nCPU s", "time-\nout s"),
 )
 
 
 def print_sweep(sweep: Sweep, *, show_all: bool) -> None:
     """Print the points, fastest first, the frontier marked, then why others were skipped."""
     console = make_console(highlight=False)
-    console.print(_title(sweep), markup=False)
+    for line in _title_lines(sweep):
+        console.print(line, markup=False)
     if sweep.results:
         shown = list(sweep.results) if show_all else shown_results(sweep)
-        console.print(sweep_table(sweep, shown))
+        console.print(_table(sweep, shown))
         for line in _notes(sweep, len(sweep.results) - len(shown)):
             console.print(line, markup=False)
     for line in skipped_lines(sweep):
         print(line)
 
 
-def shown_results(sweep: Sweep, best: int = BEST) -> list[Result]:
-    """The frontier and the ``best`` fastest of the others, fastest first."""
-    shown, left = [], best
-    for result in sweep.results:
-        on = result.point in sweep.frontier
-        if on or left > 0:
-            shown.append(result)
-            left -= not on
-    return shown
+def shown_results(sweep: Sweep) -> list[Result]:
+    """The frontier and the 20 fastest of the others, fastest first."""
+    others = [result for result in sweep.results if result.point not in sweep.frontier]
+    hidden = {result.point for result in others[_SHOWN_OTHERS:]}
+    return [result for result in sweep.results if result.point not in hidden]
 
 
-def sweep_table(sweep: Sweep, results: list[Result]) -> ReportTable:
-    """Tabulate points, one a row; those on the frontier have a ``*``.
+def _table(sweep: Sweep, results: list[Result]) -> ReportTable:
+    """One point a row; those on the frontier have a ``*``.
 
     The percentage covered is rounded down, so that 100.0 is all.
     """
@@ -58,7 +49,7 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> ReportTable:
     table = ReportTable(box=box.SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=1, no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for header in (*_AXES, *_FIGURES):
+    for header in _HEADERS:
         table.add_column(header, justify="right", no_wrap=True)
     for result in results:
         point = result.point
@@ -80,24 +71,24 @@ def sweep_table(sweep: Sweep, results: list[Result]) -> ReportTable:
 
 def skipped_lines(sweep: Sweep) -> list[str]:
     """One line for each distinct reason."""
-    lines = [f"skipped {count}: {reason}" for reason, count in reasons(sweep.skipped)]
+    lines = [f"skipped {count}: {reason}" for reason, count in count_reasons(sweep.skipped)]
     more = len(lines) - _SHOWN_REASONS
     return (
         lines if more <= 0 else [*lines[:_SHOWN_REASONS], f"other reasons: {more}, all in the JSON"]
     )
 
 
-def _title(sweep: Sweep) -> str:
+def _title_lines(sweep: Sweep) -> list[str]:
     settings = sweep.settings
     counts = [f"{len(sweep.results)} simulated"]
     counts += [f"{len(sweep.skipped)} skipped"] * bool(sweep.skipped)
     counts += [f"{len(sweep.unfinished)} not reached"] * bool(sweep.unfinished)
-    return (
+    return [
         f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}, "
-        f"link {settings['link']}; cold caches, forwards of up to {settings['max_tokens']} tokens\n"
+        f"link {settings['link']}; cold caches, forwards of up to {settings['max_tokens']} tokens",
         f"requests of batch sizes {','.join(map(str, settings['batch_sizes']))}; "
-        f"points: {', '.join(counts)}"
-    )
+        f"points: {', '.join(counts)}",
+    ]
 
 
 def _notes(sweep: Sweep, hidden: int) -> list[str]:
@@ -108,3 +99,32 @@ def _notes(sweep: Sweep, hidden: int) -> list[str]:
     if hidden:
         notes.append(f"slower points not shown: {hidden}; --all shows them")
     return notes
+
+
+def sweep_json(sweep: Sweep) -> dict[str, object]:
+    """Every point: those simulated, fastest first, those that do not fit, those not reached."""
+    return {
+        "version": 1,
+        "settings": sweep.settings,
+        "points": [
+            {
+                **_point_json(result.point),
+                "frontier": result.point in sweep.frontier,
+                "up_seconds": result.up_seconds,
+                "kernels_present": result.present,
+                "kernels_planned": result.planned,
+                "coverage": float(result.coverage),
+                "kernels_compiled": result.kernels_compiled,
+                "duplicates": result.duplicates,
+                "compile_cpu_seconds": result.cpu_seconds,
+                "timeout_seconds": result.timeout_seconds,
+            }
+            for result in sweep.results
+        ],
+        "skipped": [{**_point_json(item.point), "reason": item.reason} for item in sweep.skipped],
+        "unfinished": [_point_json(point) for point in sweep.unfinished],
+    }
+
+
+def _point_json(point: Point) -> dict[str, object]:
+    return {**vars(point), "policy": point.policy.value}

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.table import make_table
+from runner.report.console import make_table
 from runner.timeline import Timeline
 from sim.calibration.validation import Judged
 

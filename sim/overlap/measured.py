@@ -1,77 +1,103 @@
-"""Steps that ``launch.steps`` measured, as :class:`sim.overlap.turns.Turns` and as Work."""
+"""Steps that ``launch.steps`` measured, as :class:`sim.overlap.turns.Turns`, and their validation.
+
+A measured step says when each operation of a forward ended. The forward, recorded again, says which
+operation that was.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from types import UnionType
-from typing import Any
+from typing import get_type_hints
 
-from runner.backend.forward_batch import ForwardBatch, ForwardMode
+from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
 from runner.model.strategy import OverlapStrategy
-from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Op
-from sim.overlap.turns import Owner, Piece, Turns, order_of, short_name
-from sim.overlap.work import Cut, LayerSteps, Step, StepKind, Work, cut_forward, cut_plain
+from sim.overlap.compare import Comparison
+from sim.overlap.forward import (
+    Forward,
+    Halves,
+    Ops,
+    Part,
+    Step,
+    StepKind,
+    Steps,
+    Work,
+    communication_step,
+)
+from sim.overlap.turns import Piece, Turns, run_in_turns, without_half
 
-MEASURED_SETTINGS: dict[str, type | UnionType] = {
-    "model": str,
-    "layers": int | None,
-    "pp": int,
-    "tp": int,
-    "ep": bool,
-    "mode": str,
-    "batch": int,
-    "prompt_len": int,
-}
-"""Settings of measured steps, named as the options, and their types."""
+Span = tuple[float, float]
+"""Start and end in seconds."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What was measured, by the names of the options."""
+
+    model: str
+    layers: int | None
+    pp: int
+    tp: int
+    ep: bool
+    mode: str
+    batch: int
+    prompt_len: int
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> StepSettings:
+        """Take the settings out of a file's.
+
+        Raises:
+            KeyError, TypeError, ValueError: one is missing or has a wrong type or value.
+        """
+        for name, kind in get_type_hints(cls).items():
+            if not isinstance(data[name], kind):
+                raise TypeError(f"{name} is {data[name]!r}")
+        ForwardMode(data["mode"])
+        return cls(**{name: data[name] for name in get_type_hints(cls)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A forward by a strategy, None as one batch.
+    """A forward by a strategy; None is one batch.
 
     Attributes:
         strategy: which.
-        step_seconds: of a step, where nothing was noted in between.
-        ends: seconds at which each operation ended, after those of its start, 0.
-        link: start and end of every collective, in the order in which they were begun.
+        step_seconds: of a step in which nothing was timed in between.
+        ends: seconds at which each operation ended; the first is the start, 0.
+        link: start and end of every collective, in the order in which they began.
     """
 
     strategy: OverlapStrategy | None
     step_seconds: float
     ends: Sequence[float]
-    link: Sequence[tuple[float, float]]
+    link: Sequence[Span]
 
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """What one run of ``launch.steps`` wrote.
+    """What one run of ``launch.steps`` wrote: where, and its steps, one batch first."""
 
-    Attributes:
-        settings: model, layout and batch, by the names of the options.
-        machine: where it ran.
-        steps: one batch first.
-    """
-
-    settings: dict[str, Any]
-    machine: dict[str, Any]
+    settings: StepSettings
+    machine: dict[str, object]
     steps: Sequence[MeasuredStep]
 
     @property
     def strategies(self) -> list[OverlapStrategy]:
-        """What was measured beside one batch."""
         return [step.strategy for step in self.steps if step.strategy is not None]
 
 
 def read_steps(path: Path) -> MeasuredSteps:
-    """Read a file of ``launch.steps``.
+    """Read a file that ``launch.steps`` wrote.
 
     Raises:
-        UserError: it cannot be read, or is none.
+        UserError: it cannot be read, or is not such a file.
     """
     try:
         data = json.loads(path.read_text())
@@ -84,114 +110,127 @@ def read_steps(path: Path) -> MeasuredSteps:
             )
             for run in data["runs"]
         ]
-        return MeasuredSteps(_settings(data["settings"]), dict(data["machine"]), steps)
+        settings = StepSettings.from_json(data["settings"])
+        return MeasuredSteps(settings, dict(data["machine"]), steps)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a file of launch.steps: {error!r}") from None
 
 
-def _settings(data: dict[str, Any]) -> dict[str, Any]:
-    """Those that are known.
-
-    Raises:
-        KeyError, TypeError, ValueError: one is missing, or is none.
-    """
-    for name, kind in MEASURED_SETTINGS.items():
-        if not isinstance(data[name], kind):
-            raise TypeError(f"{name} is {data[name]!r}")
-    ForwardMode(data["mode"])
-    return {name: data[name] for name in MEASURED_SETTINGS}
-
-
-def measured_turns(scenario: Scenario, rank: int, batch: ForwardBatch, step: MeasuredStep) -> Turns:
+def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
     """What the GPU and its link did.
 
     Raises:
         UserError: the forward has other operations than were measured.
     """
-    turns, owners = Turns(), list(_owned(scenario, rank, batch, step))
-    link = iter(step.link)
-    for (op, owner), start, end in zip(owners, step.ends[:-1], step.ends[1:], strict=True):
+    turns = Turns(seconds=step.ends[-1])
+    for part, op, ran, on_link in _timed(_parts(forward, step), step):
         waits = isinstance(op, Collective | Await)
-        lane = "wait" if waits else "compute"
-        name = short_name(op.name) if isinstance(op, Collective | Await) else owner.operation
-        turns.pieces.append(Piece(start, end, lane, owner.half, owner.layer, name))
+        name = without_half(op.name) if isinstance(op, Begin | Collective | Await) else part.name
+        lane, of = ("wait", name) if waits else ("compute", part.name)
+        turns.pieces.append(Piece(*ran, lane, part.half, part.layer, of))
         if isinstance(op, Begin | Collective):
-            ran = next(link)
-            turns.pieces.append(Piece(*ran, "link", owner.half, owner.layer, short_name(op.name)))
-    turns.seconds = step.ends[-1]
+            turns.pieces.append(Piece(*on_link, "link", part.half, part.layer, name))
     return turns
 
 
-def measured_work(scenario: Scenario, rank: int, batch: ForwardBatch, step: MeasuredStep) -> Work:
-    """What its operations took, whatever waited for what: to be run by other strategies.
+def measured_work(forward: Forward, step: MeasuredStep) -> Work:
+    """How long each part took, apart from waits: to be run by other strategies.
 
     Raises:
-        UserError: one batch, or other operations than were measured.
+        UserError: the step ran as one batch, or has other operations than were measured.
     """
     if step.strategy is None:
-        raise UserError("a batch that ran as one tells nothing of its halves")
-    before: list[Step] = []
-    after: list[Step] = []
-    halves: tuple[dict[int, LayerSteps], dict[int, LayerSteps]] = ({}, {})
-    link = iter(step.link)
-    owners = list(_owned(scenario, rank, batch, step))
-    for (op, owner), start, end in zip(owners, step.ends[:-1], step.ends[1:], strict=True):
-        made = _step(op, end - start, link)
-        if owner.half < 0:
-            (before if owner.operation == "before" else after).append(made)
+        raise UserError("a batch that ran as one says nothing about its halves")
+    halves = forward.in_halves(step.strategy.comm_sms)
+    steps: defaultdict[tuple[int, int, str], Steps] = defaultdict(tuple)
+    for part, op, (start, end), (begun, done) in _timed(halves.in_turns(step.strategy), step):
+        if isinstance(op, Begin | Collective | Await):
+            made = communication_step(op, done - begun)
         else:
-            layer = halves[owner.half].setdefault(owner.layer, {})
-            layer[owner.operation] = (*layer.get(owner.operation, ()), made)
-    first, second = (tuple(its[layer] for layer in sorted(its)) for its in halves)
-    cut = cut_forward(scenario, rank, batch, step.strategy.comm_sms)
-    return Work(
-        batch.mode, step.strategy.comm_sms, tuple(before), (first, second), tuple(after), cut.layers
+            made = Step(StepKind.COMPUTE, "", end - start)
+        steps[part.half, part.layer, part.name] += (made,)
+    first, second = (
+        tuple(
+            {name: steps[half, layer, name] for name in its}
+            for layer, its in enumerate(halves.halves[half])
+        )
+        for half in (0, 1)
     )
+    before, after = steps[-1, -1, "before"], steps[-1, -1, "after"]
+    return Halves(before, (first, second), after, halves.layers)
 
 
-def _step(op: Op, seconds: float, link: Iterator[tuple[float, float]]) -> Step:
-    if isinstance(op, Await):
-        return Step(StepKind.AWAIT, op.name, 0.0)
-    if isinstance(op, Begin | Collective):
-        start, end = next(link)
-        kind = StepKind.BEGIN if isinstance(op, Begin) else StepKind.BLOCK
-        return Step(kind, op.name, end - start)
-    return Step(StepKind.COMPUTE, "", seconds)
+def _parts(forward: Forward, step: MeasuredStep) -> Iterator[Part[Ops]]:
+    """The forward in the order in which it ran."""
+    if step.strategy is not None:
+        return forward.in_halves(step.strategy.comm_sms).in_turns(step.strategy)
+    return iter(forward.whole(forward.in_halves(0).layers))
 
 
-def _owned(
-    scenario: Scenario, rank: int, batch: ForwardBatch, step: MeasuredStep
-) -> Iterator[tuple[Op, Owner]]:
-    """Every operation of the forward as it ran, and whose it is."""
-    sms = 0 if step.strategy is None else step.strategy.comm_sms
-    cut = cut_forward(scenario, rank, batch, sms)
-    if step.strategy is None:
-        owned = list(_owned_plain(scenario, rank, batch, cut))
-    else:
-        owned = list(_owned_in_turns(cut, step.strategy))
-    if len(owned) != len(step.ends) - 1:
+def _timed(
+    parts: Iterator[Part[Ops]], step: MeasuredStep
+) -> Iterator[tuple[Part[Ops], Op, Span, Span]]:
+    """Every operation and the part it belongs to, when it ran, and when its collective did.
+
+    Raises:
+        UserError: there are more or fewer operations than were measured.
+    """
+    ops = [(part, op) for part in parts for op in part.content]
+    if len(ops) != len(step.ends) - 1:
         raise UserError(
-            f"{len(step.ends) - 1} operations were measured and the forward has {len(owned)}: "
+            f"{len(step.ends) - 1} operations were measured and the forward has {len(ops)}: "
             "another version measured them"
         )
-    yield from owned
+    link = iter(step.link)
+    for (part, op), ran in zip(ops, pairwise(step.ends), strict=True):
+        yield part, op, ran, next(link) if isinstance(op, Begin | Collective) else (0.0, 0.0)
 
 
-def _owned_plain(
-    scenario: Scenario, rank: int, batch: ForwardBatch, cut: Cut
-) -> Iterator[tuple[Op, Owner]]:
-    before, layers, after = cut_plain(scenario, rank, batch, cut.layers)
-    yield from ((op, Owner(-1, -1, "before")) for op in before)
-    for index, ops in enumerate(layers):
-        yield from ((op, Owner(-1, index, "layer")) for op in ops)
-    yield from ((op, Owner(-1, -1, "after")) for op in after)
+@dataclass(frozen=True)
+class Validation:
+    """A measured forward and its predictions.
+
+    Attributes:
+        name: the strategy, or one batch.
+        step_seconds: of a step in which nothing was timed in between.
+        measured: the same step with every operation timed.
+        by_parts: what the rules make of the parts that another strategy's run measured; None for
+            one batch, which has other parts.
+        predicted: by the profile.
+    """
+
+    name: str
+    step_seconds: float
+    measured: Turns
+    by_parts: Turns | None
+    predicted: Turns
 
 
-def _owned_in_turns(cut: Cut, strategy: OverlapStrategy) -> Iterator[tuple[Op, Owner]]:
-    yield from ((op, Owner(-1, -1, "before")) for op in cut.before)
-    for half, stage in order_of(len(cut.layers), strategy):
-        for layer, name in stage:
-            yield from ((op, Owner(half, layer, name)) for op in cut.halves[half][layer][name])
-    yield from ((op, Owner(-1, -1, "after")) for op in cut.after)
+def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) -> list[Validation]:
+    """Compare each measured step with its prediction.
+
+    Raises:
+        UserError: the forward has other operations than were measured.
+    """
+    rows = []
+    for step in measured.steps:
+        turns = measured_turns(forward, step)
+        run = next((run for run in comparison.runs if run.strategy == step.strategy), None)
+        if run is None:
+            raise UserError("a measured strategy is not among those compared")
+        by_parts = None
+        if step.strategy is not None:
+            source = _another(step, step.strategy.comm_sms, measured.steps)
+            by_parts = run_in_turns(measured_work(forward, source), step.strategy)
+        rows.append(Validation(run.name, step.step_seconds, turns, by_parts, run.turns))
+    return rows
+
+
+def _another(step: MeasuredStep, sms: int, steps: Sequence[MeasuredStep]) -> MeasuredStep:
+    """Another step in halves with as many SMs; the step itself if there is none."""
+    for other in steps:
+        if other is not step and other.strategy is not None and other.strategy.comm_sms == sms:
+            return other
+    return step

@@ -1,40 +1,34 @@
 """All legal placements: orders of a layer's operations, sets of marks, and how far one half leads.
 
-A layer's operations are a chain but for those that may stand in several places
-(``shared_experts``); a mark may stand behind any operation; and a half may lead by up to a layer's
-stages. The marks of all layers are the same.
+A layer's operations are a chain except for those that can stand in several places
+(``shared_experts``). A mark can follow any operation, and a half can lead by up to a layer's
+stages. All layers have the same marks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runner.model.strategy import MARK, NEEDS, OverlapStrategy
 
-Ints = NDArray[np.int32]
-
-BEST = "best of all"
-"""Name of the placement that a search found."""
+Ints = NDArray[np.int16]
 
 OPERATIONS = len(NEEDS)
 """Operations of a layer."""
 
 
-def legal_orders() -> Iterator[tuple[str, ...]]:
-    """Every order in which each operation comes after those that it needs."""
-    yield from _continued(())
-
-
-def _continued(order: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    if len(order) == len(NEEDS):
+def legal_orders(order: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every order that continues ``order`` and puts each operation after those that it needs."""
+    if len(order) == OPERATIONS:
         yield order
     for name, needs in NEEDS.items():
         if name not in order and all(need in order for need in needs):
-            yield from _continued((*order, name))
+            yield from legal_orders((*order, name))
 
 
 @dataclass(frozen=True)
@@ -42,10 +36,10 @@ class Choices:
     """Sets of marks, each with a lead.
 
     Attributes:
-        marks: [choices, operations] how many operations of a layer are before each mark,
-            ascending; filled up with zeros.
+        marks: [choices, OPERATIONS] how many operations of a layer come before each mark,
+            ascending; padded with zeros at the end.
         sizes: [choices] how many marks.
-        leads: [choices] stages that the first half is ahead.
+        leads: [choices] how many stages the first half is ahead.
     """
 
     marks: Ints
@@ -53,23 +47,24 @@ class Choices:
     leads: Ints
 
     def ahead(self, op: int) -> Ints:
-        """What the second half has done when the first comes to an operation.
+        """How far the second half is when the first comes to an operation of a layer.
 
         Returns:
-            [choices] operations since the start of the layer that the first half is in; negative
-            ones are layers before. Beyond the forward's ends it has done nothing, or all.
+            [choices] operations that it has done since the start of that layer; negative numbers
+            are earlier layers. Beyond the forward's ends it has done nothing, or everything.
         """
-        return self._end_of(self._stage(op) - self.leads - 1)
+        return self._end_of(self._stages[op] - self.leads - 1)
 
     def behind(self, op: int) -> Ints:
-        """The same of the first half when the second comes to an operation: its stage is done."""
-        return self._end_of(self._stage(op) + self.leads)
+        """How far the first half is when the second comes to an operation: its stage is done."""
+        return self._end_of(self._stages[op] + self.leads)
 
-    def _stage(self, op: int) -> Ints:
-        """Stage of an operation, counted from the one that its layer begins in."""
-        # Zeros that fill up count as marks too; there are as many as a row lacks marks.
-        found: Ints = (self.marks <= op).sum(axis=1) - (OPERATIONS - self.sizes)
-        return found
+    @cached_property
+    def _stages(self) -> Ints:
+        """[OPERATIONS, choices] the stage of each operation, counted from its layer's first."""
+        padding = OPERATIONS - self.sizes  # zeros count as marks before every operation
+        marks_before = [(self.marks <= op).sum(axis=1) - padding for op in range(OPERATIONS)]
+        return np.stack(marks_before).astype(np.int16)
 
     def _end_of(self, stage: Ints) -> Ints:
         """Where a stage ends, in operations since the start of the layer."""
@@ -79,7 +74,7 @@ class Choices:
 
 
 def all_choices() -> Choices:
-    """Every set of marks but the empty one, with every lead; those with fewer marks first."""
+    """Every set of marks except the empty one, with every lead; fewer marks come first."""
     masks = np.arange(1, 1 << OPERATIONS)
     bits = (masks[:, None] >> np.arange(OPERATIONS)) & 1
     marks, sizes, leads = [], [], []
@@ -90,18 +85,16 @@ def all_choices() -> Choices:
             marks.append(padded)
             sizes.append(np.full(len(padded), size))
             leads.append(np.full(len(padded), lead))
-    return Choices(*(np.concatenate(parts).astype(np.int32) for parts in (marks, sizes, leads)))
+    return Choices(*(np.concatenate(parts).astype(np.int16) for parts in (marks, sizes, leads)))
 
 
 def to_strategy(
     like: OverlapStrategy, order: tuple[str, ...], choices: Choices, at: int
 ) -> OverlapStrategy:
-    """A placement as a strategy, for the mode and with the SMs of another."""
+    """A placement as a strategy with the mode and the SMs of another one."""
     after = set(choices.marks[at, : choices.sizes[at]].tolist())
-    steps = [
-        step
-        for index, name in enumerate(order, start=1)
-        for step in ((name, MARK) if index in after else (name,))
-    ]
+    steps: list[str] = []
+    for index, name in enumerate(order, start=1):
+        steps += (name, MARK) if index in after else (name,)
     lead = int(choices.leads[at])
-    return replace(like, name=BEST, steps=tuple(steps), delta_stages=lead)
+    return replace(like, name="best of all", steps=tuple(steps), delta_stages=lead)

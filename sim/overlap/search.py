@@ -1,30 +1,33 @@
 """The best of all placements, exactly: every one is decided.
 
-Compute takes the same time in every placement, so the best is the one whose GPU waits least. Of a
-placement only the order of events (collectives that begin or end) among both halves and the compute
-between them matters: placements that agree in both are one, and those that agree in the order of
-events are advanced together. Most are given up by what they wait in a few layers that come again
-and again (:mod:`sim.overlap.window`), the others once they must wait longer than the best one does.
+A few layers that come again and again (the window) say how long a placement waits at least. Those
+that wait longer there than the best one does in all are given up; the others run as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runner.model.strategy import OverlapStrategy
-from sim.overlap.events import Floats, Half, line_up
-from sim.overlap.group import SLACK, Group
-from sim.overlap.placements import Choices, Ints, all_choices, legal_orders, to_strategy
-from sim.overlap.turns import run_in_turns
-from sim.overlap.window import Window, find_window
-from sim.overlap.work import Work
+from sim.overlap.forward import Work
+from sim.overlap.interleaving import Placements
+from sim.overlap.placements import all_choices, legal_orders, to_strategy
 
-_TRIED = 16
-"""Placements that are run as a whole to find one to hold all others against."""
+SLACK = 1e-12
+"""Seconds by which sums of the same numbers in another order can differ."""
+
+_TRIED = 256
+"""Placements of an order, those with the smallest lower bounds, that run first to find one that
+rules most others out."""
+
+_LAYERS = 4
+"""Layers of a window: enough that what it does not know of the layers before hardly matters."""
+
+_REACH = 3
+"""Layers that follow a window and whose compute can fall into it, since the first half leads."""
 
 Progress = Callable[[int, int], None]
 
@@ -34,8 +37,8 @@ class Found:
     """Result of a search.
 
     Attributes:
-        best: the placement that waits least; of several the one with fewest marks, then the
-            least lead, then the order of operations that is most like the named strategy's.
+        best: the placement that waits least; of several the one with the fewest marks, then the
+            smallest lead, then the order of operations that the named strategy has.
         placements: how many were decided.
         waits: seconds that the GPU waits in the overlapped layers of the best one.
     """
@@ -45,15 +48,6 @@ class Found:
     waits: float
 
 
-@dataclass(frozen=True)
-class _Candidates:
-    """A group of placements over one order, and what each waits at least."""
-
-    order: int
-    group: Group
-    bounds: Floats
-
-
 def search(
     work: Work, like: OverlapStrategy, progress: Progress = lambda done, total: None
 ) -> Found:
@@ -61,75 +55,45 @@ def search(
 
     Args:
         work: the forward.
-        like: whose mode and SMs the result has.
-        progress: told (orders of operations done, twice all of them).
+        like: the strategy whose mode, SMs and, among equals, order the result has.
+        progress: called with the orders of operations done, and all of them.
     """
     orders = sorted(legal_orders(), key=lambda order: order != like.operations)
     choices = all_choices()
-    window = find_window(work)
-    candidates: list[_Candidates] = []
+    window, times = find_window(work)
+    least = np.inf
+    found: list[tuple[float, tuple[int, int, int, int]]] = []
     for index, order in enumerate(orders):
-        halves = line_up(work, 0, order), line_up(work, 1, order)
-        candidates += [
-            _Candidates(index, group, _bounds(group, window)) for group in _groups(halves, choices)
-        ]
-        progress(index + 1, 2 * len(orders))
-
-    def strategy(order: int, at: int) -> OverlapStrategy:
-        return to_strategy(like, orders[order], choices, at)
-
-    least = min(waits_of(work, strategy(*pair)) for pair in _most_promising(candidates))
-    best: tuple[tuple[int, int, int], int] | None = None
-    for one in candidates:
-        kept = one.bounds <= least + SLACK
-        if not kept.any():
-            continue
-        for at, waits in one.group.only(kept).waiting_at_most(least):
-            rank = (int(choices.sizes[at]), int(choices.leads[at]), one.order)
-            if best is None or waits < least - SLACK or rank < best[0]:
-                best = rank, at
-            least = min(least, waits)
-        progress(len(orders) + one.order + 1, 2 * len(orders))
-    assert best is not None, "what the others are held against is among them"
-    return Found(strategy(best[0][2], best[1]), len(orders) * len(choices.sizes), least)
+        placements = Placements.of(work, order, choices)
+        bounds = times * placements.waits(window) if times else np.zeros(len(placements.which))
+        tried = np.argsort(bounds)[:_TRIED]
+        least = min(least, placements.only(tried).waits().min())
+        left = placements.only(bounds <= least + SLACK)
+        waits = left.waits()
+        least = min(least, waits.min(initial=np.inf))
+        for at in np.nonzero(waits <= least + SLACK)[0]:
+            row = int(left.which[at])
+            rank = int(choices.sizes[row]), int(choices.leads[row]), index, row
+            found.append((float(waits[at]), rank))
+        progress(index + 1, len(orders))
+    *_, index, row = min(rank for waits, rank in found if waits <= least + SLACK)
+    best = to_strategy(like, orders[index], choices, row)
+    return Found(best, len(orders) * len(choices.sizes), float(least))
 
 
-def waits_of(work: Work, strategy: OverlapStrategy) -> float:
-    """Seconds that the GPU waits in the overlapped layers."""
-    inner = Work(work.mode, work.comm_sms, (), work.halves, (), work.layers)
-    return run_in_turns(inner, strategy).exposed
+def find_window(work: Work) -> tuple[range, int]:
+    """The layers whose like come most often one after the other, and how often; at worst 0 times.
 
+    What a placement waits in them once, it waits each time.
+    """
 
-def _bounds(group: Group, window: Window | None) -> Floats:
-    if window is None:
-        return np.zeros(len(group.which))
-    return window.times * group.waits_within(*window.turns(group.halves))
+    def around(first: int) -> list[object]:
+        return [half[first : first + _LAYERS + _REACH] for half in work.halves]
 
-
-def _most_promising(candidates: list[_Candidates]) -> Iterator[tuple[int, int]]:
-    """Order and name of those that wait least at least, the best of a group each."""
-    found = [
-        (float(one.bounds.min()), one.order, int(one.group.which[one.bounds.argmin()]))
-        for one in candidates
-    ]
-    for _, order, at in sorted(found)[:_TRIED]:
-        yield order, at
-
-
-def _groups(halves: tuple[Half, Half], choices: Choices) -> Iterator[Group]:
-    """Placements that differ, by the order of their events."""
-    ahead = np.stack([choices.ahead(event.op) for event in halves[0].events])
-    behind = np.stack([choices.behind(event.op) for event in halves[1].events])
-    passed = halves[0].events_before(behind)
-    order: Ints = np.lexsort(np.concatenate([ahead, behind, passed])).astype(np.int32)
-    order = order[_first_of_equal(np.concatenate([ahead, behind])[:, order])]
-    edges = np.nonzero(_first_of_equal(passed[:, order]))[0]
-    for its in np.split(order, edges[1:]):
-        counts = tuple(passed[:, its[0]].tolist())
-        yield Group(halves, its, ahead[:, its], behind[:, its], counts)
-
-
-def _first_of_equal(columns: Ints) -> NDArray[np.bool_]:
-    """Which columns differ from the one before."""
-    differ = (np.diff(columns, axis=1) != 0).any(axis=0)
-    return np.concatenate([[True], differ])
+    best, most = range(0), 0
+    for first in range(len(work.layers) - _LAYERS - _REACH + 1):
+        starts = range(first, len(work.layers) - _LAYERS - _REACH + 1, _LAYERS)
+        times = next((n for n, at in enumerate(starts) if around(at) != around(first)), len(starts))
+        if times > most:
+            best, most = range(first, first + _LAYERS), times
+    return best, most

@@ -1,22 +1,18 @@
-"""Two halves of a batch in turns on one GPU and its link, in virtual time.
+"""Parts of a forward on one GPU and its link, in virtual time.
 
-All ranks of a group do the same at the same time, so one stands for all; and what is launched is
-queued on the GPU before it is needed, as in a CUDA graph. The rules are those of the engine: the
-GPU does one thing at a time, the link moves one collective at a time in the order in which they
-were begun, and a wait lasts until its collective is done.
+All ranks of a group do the same at the same time, so one stands for all. Work is queued on the GPU
+before it is needed, as in a CUDA graph. The rules are the engine's: the GPU does one thing at a
+time, the link runs one collective at a time in the order in which they began, and a wait lasts
+until its collective is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from runner.model.operations import overlapped_order
-from runner.model.strategy import MARK, OverlapStrategy
-from sim.overlap.work import Step, StepKind, Steps, Work
-
-LANES = ("compute", "link", "wait")
-"""The GPU at work, a collective, the GPU waiting for one."""
+from runner.model.strategy import OverlapStrategy
+from sim.overlap.forward import Part, Step, StepKind, Steps, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +21,10 @@ class Piece:
 
     Attributes:
         start: seconds since the forward's start.
-        end: the same.
-        lane: one of :data:`LANES`.
-        half: which half of the batch; -1 is the whole.
-        layer: index among the layers that overlap; -1 is outside of them.
+        end: seconds since the forward's start.
+        lane: ``compute``, ``link``, or ``wait`` while the GPU waits for a collective.
+        half: see :class:`sim.overlap.forward.Part`.
+        layer: the same.
         name: the operation, or the collective.
     """
 
@@ -41,13 +37,15 @@ class Piece:
 
     @property
     def seconds(self) -> float:
-        """How long."""
         return self.end - self.start
+
+    def overlaps(self, other: Piece) -> bool:
+        return self.start < other.end and other.start < self.end
 
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Seconds of one layer, of both halves: the GPU at work, collectives, the GPU waiting."""
+    """Seconds of one layer, both halves together."""
 
     compute: float
     communication: float
@@ -59,133 +57,145 @@ class Turns:
     """A forward as it ran.
 
     Attributes:
-        pieces: what the GPU and its link did, in the order in which it was begun.
-        seconds: until the GPU was done.
+        pieces: what the GPU and its link did, in the order in which each piece began.
+        seconds: when the GPU was done.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     seconds: float = 0.0
 
-    def total(self, lane: str) -> float:
-        """Seconds of a lane."""
-        return sum((piece.seconds for piece in self.pieces if piece.lane == lane), 0.0)
-
     @property
     def compute(self) -> float:
-        """Seconds that the GPU was at work."""
-        return self.total("compute")
+        """Seconds in which the GPU computed."""
+        return self._total("compute")
 
     @property
     def communication(self) -> float:
-        """Seconds that the link was at work."""
-        return self.total("link")
+        """Seconds in which the link was busy."""
+        return self._total("link")
 
     @property
     def exposed(self) -> float:
-        """Seconds that the GPU waited for communication, and did nothing else."""
-        return self.total("wait")
+        """Seconds in which the GPU only waited for communication."""
+        return self._total("wait")
 
     def by_layer(self) -> list[LayerTotals]:
-        """What each layer that overlaps, or could, took."""
+        """Totals of each layer that overlaps, or could."""
         layers = 1 + max((piece.layer for piece in self.pieces), default=-1)
-        sums = [dict.fromkeys(LANES, 0.0) for _ in range(layers)]
+        sums = [{"compute": 0.0, "link": 0.0, "wait": 0.0} for _ in range(layers)]
         for piece in self.pieces:
             if piece.layer >= 0:
                 sums[piece.layer][piece.lane] += piece.seconds
         return [LayerTotals(*lanes.values()) for lanes in sums]
 
-
-@dataclass(frozen=True)
-class Owner:
-    """Whose steps are run; see :class:`Piece`."""
-
-    half: int
-    layer: int
-    operation: str
+    def _total(self, lane: str) -> float:
+        return sum((piece.seconds for piece in self.pieces if piece.lane == lane), 0.0)
 
 
-class _Gpu:
-    """One GPU and its link."""
-
-    def __init__(self) -> None:
-        self.turns = Turns()
-        self._now = self._free = 0.0
-        self._ends: dict[str, float] = {}
-
-    def run(self, steps: Iterable[Step], owner: Owner) -> None:
-        """Queue steps behind what was queued before."""
-        for step in steps:
-            if step.kind is StepKind.COMPUTE:
-                self._note(self._now, self._now + step.seconds, "compute", owner, owner.operation)
-                self._now += step.seconds
-            elif step.kind is StepKind.AWAIT:
-                self._wait(self._ends.pop(step.name), owner, step.name)
-            else:
-                start = max(self._now, self._free)
-                self._free = start + step.seconds
-                self._note(start, self._free, "link", owner, step.name)
-                if step.kind is StepKind.BEGIN:
-                    self._ends[step.name] = self._free
-                else:
-                    self._wait(self._free, owner, step.name)
-        self.turns.seconds = self._now
-
-    def _wait(self, end: float, owner: Owner, name: str) -> None:
-        self._note(self._now, end, "wait", owner, name)
-        self._now = max(self._now, end)
-
-    def _note(self, start: float, end: float, lane: str, owner: Owner, name: str) -> None:
-        if end > start:
-            piece = Piece(start, end, lane, owner.half, owner.layer, short_name(name))
-            self.turns.pieces.append(piece)
-
-
-def short_name(name: str) -> str:
-    """A collective's name without the half that it is of."""
-    return name.partition(" of ")[0]
-
-
-def run_whole(before: Steps, layers: Sequence[Steps], after: Steps) -> Turns:
-    """The batch as one; what is beside its own communication is its own."""
+def run(parts: Iterable[Part[Steps]]) -> Turns:
+    """Run parts one after the other on one GPU and its link."""
     gpu = _Gpu()
-    gpu.run(before, Owner(-1, -1, "before"))
-    for index, steps in enumerate(layers):
-        gpu.run(steps, Owner(-1, index, "layer"))
-    gpu.run(after, Owner(-1, -1, "after"))
+    for part in parts:
+        for step in part.content:
+            gpu.run(step, part)
+    gpu.turns.seconds = gpu.now
     return gpu.turns
 
 
 def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
-    """Both halves by a strategy.
+    """Run both halves by a strategy.
 
     Raises:
-        UserError: its ``delta_stages`` is more than there are stages.
+        UserError: the strategy's ``delta_stages`` exceeds the number of stages.
     """
-    gpu = _Gpu()
-    gpu.run(work.before, Owner(-1, -1, "before"))
-    for half, stage in order_of(len(work.layers), strategy):
-        for layer, name in stage:
-            gpu.run(work.halves[half][layer][name], Owner(half, layer, name))
-    gpu.run(work.after, Owner(-1, -1, "after"))
-    return gpu.turns
+    return run(work.in_turns(strategy))
 
 
-def order_of(
-    layers: int, strategy: OverlapStrategy
-) -> Iterator[tuple[int, Sequence[tuple[int, str]]]]:
-    """Halves in turns, each with the operations of a stage: index of the layer, and name.
+class _Gpu:
+    """When the GPU is free (``now``), when its link is, and when each collective ends."""
 
-    Raises:
-        UserError: the strategy's ``delta_stages`` is more than there are stages.
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.now = 0.0
+        self._link_free = 0.0
+        self._ends: dict[str, float] = {}
+
+    def run(self, step: Step, part: Part[Steps]) -> None:
+        if step.kind is StepKind.COMPUTE:
+            end = self.now + step.seconds
+            self._note(self.now, end, "compute", part, part.name)
+            self.now = end
+        elif step.kind is StepKind.AWAIT:
+            self._wait(self._ends.pop(step.name), step, part)
+        else:
+            start = max(self.now, self._link_free)
+            self._link_free = start + step.seconds
+            self._note(start, self._link_free, "link", part, step.name)
+            if step.kind is StepKind.BEGIN:
+                self._ends[step.name] = self._link_free
+            else:
+                self._wait(self._link_free, step, part)
+
+    def _wait(self, end: float, step: Step, part: Part[Steps]) -> None:
+        self._note(self.now, end, "wait", part, step.name)
+        self.now = max(self.now, end)
+
+    def _note(self, start: float, end: float, lane: str, part: Part[Steps], name: str) -> None:
+        if end > start:
+            piece = Piece(start, end, lane, part.half, part.layer, without_half(name))
+            self.turns.pieces.append(piece)
+
+
+def without_half(name: str) -> str:
+    """A collective's name without the half that it belongs to."""
+    return name.partition(" of ")[0]
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Waits for one kind of collective, over all layers and both halves.
+
+    Attributes:
+        name: the collective.
+        seconds: on the link.
+        waited: how long the GPU waited for it, in the reference and in the other run.
+        meanwhile: what the GPU computed meanwhile in a middle layer, in both runs.
     """
-    stages: list[list[tuple[int, str]]] = [[]]
-    for layer in range(layers):
-        for step in strategy.steps:
-            if step != MARK:
-                stages[-1].append((layer, step))
-            elif stages[-1]:
-                stages.append([])
-    stages = [stage for stage in stages if stage]
-    strategy.check_lead(len(stages))
-    for half, index in overlapped_order(len(stages), strategy.delta_stages):
-        yield half, stages[index]
+
+    name: str
+    seconds: float
+    waited: tuple[float, float]
+    meanwhile: tuple[str, str]
+
+
+def explain_waits(reference: Turns, other: Turns) -> list[Waits]:
+    """Why one run waits less: each kind of collective in the layers, in the order of a layer."""
+    first, second = (
+        [piece for piece in turns.pieces if piece.layer >= 0] for turns in (reference, other)
+    )
+    return [
+        Waits(
+            name,
+            _total(second, "link", name),
+            (_total(first, "wait", name), _total(second, "wait", name)),
+            (_computed_during(first, name), _computed_during(second, name)),
+        )
+        for name in dict.fromkeys(piece.name for piece in first if piece.lane == "link")
+    ]
+
+
+def _total(pieces: list[Piece], lane: str, name: str) -> float:
+    return sum(piece.seconds for piece in pieces if (piece.lane, piece.name) == (lane, name))
+
+
+def _computed_during(pieces: list[Piece], name: str) -> str:
+    """Operations of either half during the first half's collective in the middle layer."""
+    middle = max(piece.layer for piece in pieces) // 2
+    where = ("link", name, 0, middle)
+    under_way = [p for p in pieces if (p.lane, p.name, p.half, p.layer) == where]
+    names = dict.fromkeys(
+        piece.name if piece.half else f"own {piece.name}"
+        for piece in pieces
+        if piece.lane == "compute" and any(piece.overlaps(its) for its in under_way)
+    )
+    return ", ".join(names) or "nothing"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
 from itertools import product
@@ -25,8 +25,7 @@ class Point:
     cores: int
 
 
-AXES = ("policy", "pp", "tp", "ep", "nodes", "cores")
-"""Names of a Point's fields."""
+AXES = tuple(field.name for field in fields(Point))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +40,14 @@ class Axes:
     cores: Sequence[int]
 
     def points(self) -> list[Point]:
-        """Every combination once; those of one layout, which share a plan, side by side."""
-        return list(dict.fromkeys(self._combinations()))
-
-    def _combinations(self) -> Iterator[Point]:
-        for pp, tp, ep in product(self.pp, self.tp, self.ep):
-            nodes = (pp,) if self.nodes is None else self.nodes
-            for count, cores, policy in product(nodes, self.cores, self.policies):
-                yield Point(policy=policy, pp=pp, tp=tp, ep=ep, nodes=count, cores=cores)
+        """Every combination once; those of one layout, which share a plan, are neighbours."""
+        points = (
+            Point(policy=policy, pp=pp, tp=tp, ep=ep, nodes=nodes, cores=cores)
+            for pp, tp, ep in product(self.pp, self.tp, self.ep)
+            for nodes in ((pp,) if self.nodes is None else self.nodes)
+            for cores, policy in product(self.cores, self.policies)
+        )
+        return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,35 +88,8 @@ class Skipped:
     reason: str
 
 
-def frontier(pairs: Sequence[tuple[float, Fraction]]) -> list[bool]:
-    """Which (seconds, coverage) pairs no other one beats.
-
-    A pair beats another where it is as fast at least and covers as much at least, and one of both
-    is better. Equal pairs do not beat each other: they are on the frontier together or not at all.
-    """
-    on = [False] * len(pairs)
-    best: tuple[float, Fraction] | None = None
-    for index in sorted(range(len(pairs)), key=lambda at: (pairs[at][0], -pairs[at][1])):
-        if best is None or pairs[index][1] > best[1]:
-            best = pairs[index]
-        on[index] = pairs[index] == best
-    return on
-
-
-def frontier_points(results: Iterable[Result]) -> frozenset[Point]:
-    """The points on the frontier; a run that the watchdog ends serves nobody, so it has no part."""
-    alive = [result for result in results if result.timeout_seconds is None]
-    on = frontier([(result.up_seconds, result.coverage) for result in alive])
-    return frozenset(result.point for result, is_on in zip(alive, on, strict=True) if is_on)
-
-
-def by_start_up(results: Iterable[Result]) -> list[Result]:
-    """Fastest first; of equally fast ones those that cover more, then in the order given."""
-    return sorted(results, key=lambda result: (result.up_seconds, -result.coverage))
-
-
-def reasons(skipped: Iterable[Skipped]) -> list[tuple[str, int]]:
-    """Each distinct reason with how many points it has, the most frequent first."""
+def count_reasons(skipped: Iterable[Skipped]) -> list[tuple[str, int]]:
+    """Each distinct reason with its number of points, the most frequent first."""
     return Counter(item.reason for item in skipped).most_common()
 
 
@@ -139,5 +111,23 @@ class Sweep:
 
     @cached_property
     def frontier(self) -> frozenset[Point]:
-        """See :func:`frontier_points`."""
-        return frontier_points(self.results)
+        """The points that no other one beats; a run that the watchdog ends serves nobody.
+
+        A point beats another that is no faster and covers no more, if the two are not equal in
+        both. Equal points are on the frontier together or not at all.
+        """
+        alive = [result for result in self.results if result.timeout_seconds is None]
+        found = []
+        best: tuple[float, Fraction] | None = None
+        for result in by_start_up(alive):
+            pair = result.up_seconds, result.coverage
+            if best is None or pair[1] > best[1]:
+                best = pair
+            if pair == best:
+                found.append(result.point)
+        return frozenset(found)
+
+
+def by_start_up(results: Iterable[Result]) -> list[Result]:
+    """Fastest first; of equally fast ones those that cover more, then in the order given."""
+    return sorted(results, key=lambda result: (result.up_seconds, -result.coverage))

@@ -25,7 +25,7 @@ Ended = Result | Skipped
 
 
 class WorkerLostError(Exception):
-    """A process of the sweep died, most likely for want of memory."""
+    """A process of the sweep died, most likely because memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -61,50 +61,58 @@ def simulate_case(case: Case) -> Ended:
 def cpu_seconds(timeline: Timeline, cores: int) -> float:
     """Seconds of CPU cores that compiles used: on each machine as many at a time as run, or all.
 
-    Nodes that share a machine share its cores. It is less than the sum of the compiles' spans
-    where more of them run than there are cores.
+    Nodes that share a machine share its cores. The result is less than the sum of the compiles'
+    spans where more of them run than there are cores.
     """
     edges: dict[int, list[tuple[float, int]]] = defaultdict(list)
     meta = timeline.meta
-    shared = meta["nodes"] // meta["hosts"]
-    hosts = [rank["node"] // shared for rank in meta["ranks"]]
+    nodes_per_host = meta["nodes"] // meta["hosts"]
     for span in timeline.spans:
         if span.kind == "compile":
-            edges[hosts[span.rank]] += [(span.start, 1), (span.end, -1)]
-    return sum(_busy(sorted(of_host), cores) for of_host in edges.values())
-
-
-def _busy(edges: Sequence[tuple[float, int]], cores: int) -> float:
-    running, total = 0, 0.0
-    for (time, step), (until, _) in pairwise(edges):
-        running += step
-        total += min(running, cores) * (until - time)
+            host = meta["ranks"][span.rank]["node"] // nodes_per_host
+            edges[host] += [(span.start, 1), (span.end, -1)]
+    total = 0.0
+    for of_host in edges.values():
+        running = 0
+        for (time, step), (until, _) in pairwise(sorted(of_host)):
+            running += step
+            total += min(running, cores) * (until - time)
     return total
 
 
 def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], None]) -> None:
-    """Simulate all cases on ``jobs`` processes; ``on_end`` is told each as it ends, in any order.
+    """Simulate all cases on ``jobs`` processes.
+
+    Args:
+        cases: what to simulate.
+        jobs: the number of processes.
+        on_end: called with each result as it comes, in any order.
 
     Raises:
         WorkerLostError: a process died.
-        KeyboardInterrupt: as it comes; the processes have then been ended.
+        KeyboardInterrupt: Ctrl-C was pressed; the processes have been ended.
     """
-    if min(jobs, len(cases)) <= 1:
+    jobs = min(jobs, len(cases))
+    if jobs <= 1:
         for case in cases:
             on_end(simulate_case(case))
         return
-    with _processes(min(jobs, len(cases))) as pool:
-        with _interrupt_held_back():
-            # One by one: what is done is known at once. A plan that neighbours share is then made
-            # by several processes, which takes less than waiting for one of them would.
+    with _processes(jobs) as pool:
+        # Ctrl-C reaches every process of a terminal; those started here never see it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            # One by one, so that each result is known at once. Processes then repeat plans that
+            # neighbours share, which takes less time than waiting for one of them would.
             futures = [pool.submit(simulate_case, case) for case in cases]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(futures):
             on_end(future.result())
 
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool; where its block is left by an exception, the processes are ended at once."""
+    """A pool whose processes are ended at once where its block is left by an exception."""
     others = set(active_children())
     # Not by fork: a thread of ours that draws the progress could hold a lock right then.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker)
@@ -115,20 +123,10 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
             process.terminate()
         pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            line = "a process of the sweep died, for want of memory perhaps"
+            line = "a process of the sweep died, perhaps because memory ran out"
             raise WorkerLostError(line) from None
         raise
     pool.shutdown()
-
-
-@contextmanager
-def _interrupt_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal; those started here never hear of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

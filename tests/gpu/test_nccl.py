@@ -14,7 +14,7 @@ from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.model.strategy import STRATEGIES
 from runner.planning.plan import plan_of
-from runner.report.segments import busy_segments
+from runner.report.timelines import busy_segments
 from runner.scenario import Scenario
 from tests.gpu.runs import Gpus, differences
 

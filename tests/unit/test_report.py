@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from runner.report.segments import busy_segments, critical_rank
-from runner.report.table import phase_summary, policy_table, rank_bars, timeline_table
+from runner.report.timelines import (
+    busy_segments,
+    critical_rank,
+    phase_summary,
+    policy_table,
+    rank_bars,
+    timeline_table,
+)
 from runner.timeline import KINDS, Span, Timeline
 
 COLD = Timeline(
@@ -35,10 +41,7 @@ WARM = Timeline(
     policy="warm",
     source="predicted",
     world_size=2,
-    spans=(
-        Span(0, 0.0, 3.0, "load", "gemm", "k1"),
-        Span(1, 0.0, 3.8, "compile", "gemm", "[k2]"),
-    ),
+    spans=(Span(0, 0.0, 3.0, "load", "gemm", "k1"), Span(1, 0.0, 3.8, "compile", "gemm", "[k2]")),
 )
 
 
@@ -154,7 +157,7 @@ def test_rank_bars_cells_show_what_dominates():
     assert str(rank_bars(Timeline("p", "measured", 1, spans), 2)).startswith("rank 0 |=_|")
 
 
-def test_rank_bars_colour_tells_the_same_as_the_characters():
+def test_rank_bars_differ_in_colour_too():
     styles = {str(span.style) for span in rank_bars(COLD).spans}
     assert {"bold red", "yellow", "green", "cyan"} <= styles
 

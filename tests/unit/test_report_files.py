@@ -110,12 +110,8 @@ def test_write_chrome_trace(tmp_path):
     path = tmp_path / "trace.json"
     write_chrome_trace(path, [COLD])
     assert json.loads(path.read_text()) == chrome_trace([COLD])
-
-
-def test_write_chrome_trace_says_why_it_cannot(tmp_path):
-    path = tmp_path / "missing" / "trace.json"
     with pytest.raises(UserError, match=r"cannot write .*trace\.json: No such file"):
-        write_chrome_trace(path, [COLD])
+        write_chrome_trace(tmp_path / "missing" / "trace.json", [COLD])
 
 
 def test_plot_gantt_png(tmp_path):
@@ -140,21 +136,19 @@ def test_plot_gantt_takes_dollar_signs_and_empty_timelines(tmp_path):
     plot_gantt(tmp_path / "chart.svg", [Timeline("$x^", "predicted", 1, ())])
 
 
-@pytest.mark.parametrize("name", ["chart.pdf", "chart"])
-def test_plot_gantt_names_the_suffixes(tmp_path, name):
-    with pytest.raises(UserError, match=r"suffix must be one of \.png, \.svg"):
-        plot_gantt(tmp_path / name, [COLD])
-
-
-def test_plot_gantt_needs_timelines(tmp_path):
-    with pytest.raises(UserError, match="no timelines"):
-        plot_gantt(tmp_path / "chart.png", [])
-
-
-def test_plot_gantt_says_why_it_cannot_write(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "timelines", "message"),
+    [
+        ("chart.pdf", [COLD], r"suffix must be one of \.png, \.svg"),
+        ("chart", [COLD], r"suffix must be one of \.png, \.svg"),
+        ("chart.png", [], "no timelines"),
+        ("missing/chart.png", [COLD], r"cannot write .*: No such file"),
+    ],
+)
+def test_plot_gantt_says_why_it_cannot(tmp_path, name, timelines, message):
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=r"cannot write .*: No such file"):
-        plot_gantt(tmp_path / "missing" / "chart.png", [COLD])
+    with pytest.raises(UserError, match=message):
+        plot_gantt(tmp_path / name, timelines)
 
 
 def test_plot_gantt_without_matplotlib(tmp_path, monkeypatch):

@@ -14,9 +14,8 @@ import pytest
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.report.point_labels import clusters, place_labels
-from runner.report.sweep_json import sweep_json
 from runner.report.sweep_plot import plot_sweep
-from runner.report.sweep_table import print_sweep, shown_results, skipped_lines
+from runner.report.sweep_table import print_sweep, shown_results, skipped_lines, sweep_json
 from sim.sweep.points import Skipped, Sweep
 from tests.unit.sweeps import SETTINGS, point, result
 
@@ -114,7 +113,7 @@ def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not shown" not in out
 
 
-def test_a_stopped_sweep_tells_what_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_sweep_says_what_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
     stopped = replace(SMALL, results=(), skipped=(), unfinished=(point(),))
     assert printed(stopped, capsys).splitlines()[1:] == [
         "requests of batch sizes 1,64; points: 0 simulated, 1 not reached"
@@ -177,17 +176,12 @@ def svg_of(sweep: Sweep, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return path.read_text()
 
 
-def test_png(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot_sweep(tmp_path / "sweep.PNG", SMALL)
-    assert (tmp_path / "sweep.PNG").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_same_sweep_is_the_same_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for name in ("1.svg", "2.svg"):
+    for name in ("1.svg", "2.svg", "3.PNG"):
         plot_sweep(tmp_path / name, SMALL)
     assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
+    assert (tmp_path / "3.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 def test_points_are_labelled_by_what_varies(
@@ -211,16 +205,17 @@ def test_odd_sweeps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ">frontier<" not in svg_of(lost, tmp_path / "2.svg", monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["chart.pdf", "chart"])
-def test_the_picture_names_the_suffixes(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=r"suffix must be one of \.png, \.svg"):
-        plot_sweep(tmp_path / name, SMALL)
-
-
-def test_the_picture_needs_points(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sweep", "message"),
+    [
+        ("chart.pdf", SMALL, r"suffix must be one of \.png, \.svg"),
+        ("chart.png", replace(SMALL, results=()), r"cannot plot to .*chart\.png: no points"),
+    ],
+)
+def test_what_cannot_be_drawn(tmp_path: Path, name: str, sweep: Sweep, message: str) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=r"cannot plot to .*chart\.png: no points"):
-        plot_sweep(tmp_path / "chart.png", replace(SMALL, results=()))
+    with pytest.raises(UserError, match=message):
+        plot_sweep(tmp_path / name, sweep)
 
 
 def test_the_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +233,7 @@ def test_labels_lie_apart_and_inside(tmp_path: Path) -> None:
     axes = figure.subplots()
     points = [(float(x), float(y), f"point {x} {y}") for x in range(12) for y in range(3)]
     axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-    place_labels(figure, axes, points, clear_points=6.0)
+    place_labels(figure, axes, points, marker_points=6.0)
     labels = [child for child in axes.get_children() if isinstance(child, Annotation)]
     boxes = [Text.get_window_extent(label) for label in labels]
     assert len(labels) > 12 and labels[0].get_text() == "point 0 0"

@@ -106,11 +106,7 @@ def timeline(
         source="predicted",
         world_size=len(nodes),
         spans=tuple(Span(rank, start, end, "compile", "k", "k") for rank, start, end in spans),
-        meta={
-            "nodes": max(nodes) + 1,
-            "hosts": hosts,
-            "ranks": [{"node": node} for node in nodes],
-        },
+        meta={"nodes": max(nodes) + 1, "hosts": hosts, "ranks": [{"node": node} for node in nodes]},
     )
 
 
@@ -179,7 +175,7 @@ def _kill_itself(one: Case) -> Ended:
     return simulate_case(one)
 
 
-def test_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "simulate_case", _kill_itself)
     with pytest.raises(WorkerLostError, match="a process of the sweep died"):
         ended_of([case(), case(cores=4)], 2)

@@ -97,7 +97,7 @@ def broken(**changes: Any) -> str:
         broken(world_size="many"),
     ],
 )
-def test_other_files_are_told_in_one_line(text: str, tmp_path: Path) -> None:
+def test_other_files_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path} is not a Timeline file: ") as caught:

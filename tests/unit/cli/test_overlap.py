@@ -17,6 +17,20 @@ from runner.model.strategy import STRATEGIES, load_strategy
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--layers", "4", "--tp", "2", "--ep", "--batch", "512"]
 COMPARE = [*TINY, "--no-search"]
+SETTINGS = {
+    "model": "dsv4-tiny",
+    "layers": 4,
+    "pp": 2,
+    "tp": 2,
+    "ep": True,
+    "stage_layers": [1, 3],
+    "stage": 1,
+    "mode": "decode",
+    "batch": 9,
+    "prompt_len": 7,
+    "hardware": "h20",
+    "link": "gloo",
+}
 FIGURES = [
     "step_seconds",
     "compute_seconds",
@@ -33,11 +47,11 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(f"{prefix}_PP_LAYER_PARTITION", raising=False)
 
 
-def overlap(*arguments: str) -> int:
-    return run_guarded(cli, ["overlap", *arguments], program="runner")
+def overlap(*arguments: str | Path) -> int:
+    return run_guarded(cli, ["overlap", *map(str, arguments)], program="runner")
 
 
-def compared(capsys: Capture, *arguments: str) -> dict[str, Any]:
+def compared(capsys: Capture, *arguments: str | Path) -> dict[str, Any]:
     """The JSON, which is all that there is on standard output."""
     assert overlap(*arguments, "--json", "-") == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -90,24 +104,20 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(one) for one, _ in BAD])
-def test_bad_input_is_told_in_one_line(arguments: list[str], message: str, capsys: Capture) -> None:
+def test_bad_input_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: Capture
+) -> None:
     assert overlap(*COMPARE, *arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_there_is_nothing_to_save_without_a_search(tmp_path: Path, capsys: Capture) -> None:
+def test_outputs_that_contradict_each_other(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "best.toml"
-    assert overlap(*COMPARE, "--save", str(path)) == 2
-    captured = capsys.readouterr()
-    assert captured.err == (
-        "error: --save writes what the search finds: it does not go with --no-search\n"
-    )
-    assert captured.out == "" and not path.exists()
-
-
-def test_two_outputs_do_not_share_standard_output(capsys: Capture) -> None:
+    assert overlap(*COMPARE, "--save", path) == 2
+    no_search = "--save writes what the search finds: it does not go with --no-search"
+    assert capsys.readouterr() == ("", f"error: {no_search}\n") and not path.exists()
     assert overlap(*TINY, "--json", "-", "--save", "-") == 2
     assert capsys.readouterr() == ("", "error: only one output can go to standard output (-)\n")
 
@@ -140,40 +150,12 @@ def test_without_a_search_there_is_no_best(
     assert "best" not in text and "search" not in text
 
 
-def test_options_are_told(capsys: Capture) -> None:
-    data = compared(
-        capsys,
-        *COMPARE,
-        "--pp",
-        "2",
-        "--stage",
-        "1",
-        "--stage-layers",
-        "1,3",
-        "--hardware",
-        "h20",
-        "--link",
-        "gloo",
-        "--prompt-len",
-        "7",
-        "--batch",
-        "9",
-    )
+def test_the_json_says_what_ran(capsys: Capture) -> None:
+    words = "--pp 2 --stage 1 --stage-layers 1,3 --hardware h20 --link gloo --prompt-len 7"
+    data = compared(capsys, *COMPARE, *words.split(), "--batch", "9")
     assert (data["first_layer"], data["overlapped_layers"]) == (1, 3)
-    expected = {
-        "model": "dsv4-tiny",
-        "layers": 4,
-        "pp": 2,
-        "tp": 2,
-        "ep": True,
-        "stage": 1,
-        "mode": "decode",
-        "batch": 9,
-        "prompt_len": 7,
-        "hardware": "h20",
-        "link": "gloo",
-    }
-    assert {name: data[name] for name in expected} == expected
+    assert [*data][: [*data].index("first_layer")] == ["version", *SETTINGS]
+    assert {name: data[name] for name in SETTINGS} == SETTINGS
 
 
 def test_each_part_of_a_step_is_somewhere(capsys: Capture) -> None:
@@ -211,13 +193,13 @@ def test_each_layers_exposed_communication(capsys: Capture) -> None:
 
 def test_the_best_is_saved_and_runs_the_same_from_its_file(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "mine.toml"
-    data = compared(capsys, *TINY, "--save", str(path))
+    data = compared(capsys, *TINY, "--save", path)
     *others, best = data["runs"]
     assert names(data) == ["one batch", "deepseek-decode-before", "deepseek-decode", "best of all"]
     assert data["placements_searched"] == 917_497
     assert all(best["exposed_seconds"] <= run["exposed_seconds"] for run in others[1:])
     assert load_strategy(str(path)).to_json() == {**best["strategy"], "name": "mine"}
-    again = compared(capsys, *COMPARE, "--overlap", str(path))
+    again = compared(capsys, *COMPARE, "--overlap", path)
     assert names(again) == ["one batch", "mine"] and again["reference"] == "mine"
     for figure in FIGURES:
         assert again["runs"][1][figure] == best[figure]
@@ -232,7 +214,7 @@ def test_what_is_shown_and_said_to_be_written(
         "sim.overlap.search.legal_orders", lambda: iter([STRATEGIES["deepseek-decode"].operations])
     )
     made, saved = tmp_path / "made.json", tmp_path / "best.toml"
-    options = ("--overlap", "deepseek-decode", "--json", str(made), "--save", str(saved))
+    options = ("--overlap", "deepseek-decode", "--json", made, "--save", saved)
     assert overlap(*TINY, *options) == 0
     text = capsys.readouterr().out
     assert text.endswith(f"wrote {made}\nwrote {saved}\n")
@@ -248,25 +230,19 @@ def test_what_is_shown_and_said_to_be_written(
 
 def test_the_picture_is_the_same_each_time(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
-    paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
-    for path in paths:
-        assert overlap(*COMPARE, "--plot", str(path)) == 0
-        assert capsys.readouterr().out.endswith(f"wrote {path}\n")
-    one, two = (path.read_bytes() for path in paths)
-    assert one == two and one.startswith(b"<?xml") and b"</svg>" in one
+    one, two = tmp_path / "one.svg", tmp_path / "two.svg"
+    assert overlap(*COMPARE, "--plot", one) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {one}\n")
+    # With JSON on standard output nothing else is there.
+    compared(capsys, *COMPARE, "--plot", two)
+    text = one.read_bytes()
+    assert text == two.read_bytes() and text.startswith(b"<?xml") and b"</svg>" in text
 
 
-def test_a_picture_beside_json_is_not_announced(tmp_path: Path, capsys: Capture) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "turns.svg"
-    compared(capsys, *COMPARE, "--layers", "1", "--plot", str(path))
-    assert path.stat().st_size > 0
-
-
-def test_a_lead_beyond_the_stages_is_told_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+def test_a_lead_beyond_the_stages_is_refused(tmp_path: Path, capsys: Capture) -> None:
     far = tmp_path / "far.toml"
     far.write_text(replace(STRATEGIES["deepseek-decode"], delta_stages=50).to_toml())
-    assert overlap(*TINY, "--no-search", "--overlap", str(far)) == 2
+    assert overlap(*TINY, "--no-search", "--overlap", far) == 2
     assert capsys.readouterr().err == (
         "error: strategy far: delta_stages = 50 must be at most 21, the stages of the layers that "
         "overlap\n"
@@ -278,7 +254,7 @@ def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> 
     for path in paths:
         path.parent.mkdir()
         path.write_text(STRATEGIES["deepseek-decode"].to_toml())
-    assert overlap(*TINY, *(word for path in paths for word in ("--overlap", str(path)))) == 2
+    assert overlap(*TINY, *(word for path in paths for word in ("--overlap", path))) == 2
     assert "two strategies are called mine: rename a file" in capsys.readouterr().err
 
 

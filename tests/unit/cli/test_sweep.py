@@ -18,17 +18,17 @@ from runner.errors import run_guarded
 from runner.report.picture import SUFFIXES
 from sim.sweep.run import Case, WorkerLostError, simulate_case
 
-AT_ONCE = ["--skip-phase", "imports", "--skip-phase", "process-group", "--skip-phase", "weights"]
+AT_ONCE = "--skip-phase imports --skip-phase process-group --skip-phase weights"
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--max-tokens", "64", "--jobs", "1"]
 
 
-def sweep(*arguments: str) -> int:
-    return run_guarded(cli, ["sweep", *TINY, *arguments], program="runner")
+def sweep(arguments: str = "") -> int:
+    return run_guarded(cli, ["sweep", *TINY, *arguments.split()], program="runner")
 
 
-def swept(capsys: Capture, *arguments: str) -> dict[str, Any]:
-    assert sweep(*arguments, "--json", "-") == 0
+def swept(capsys: Capture, arguments: str = "") -> dict[str, Any]:
+    assert sweep(f"{arguments} --json -") == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
     return data
 
@@ -39,19 +39,7 @@ def axes_of(items: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
 
 
 def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
-    data = swept(
-        capsys,
-        "--pp",
-        "1,2",
-        "--tp",
-        "1,3",
-        "--nodes",
-        "1,2",
-        "--cores",
-        "4",
-        "--warmup",
-        "none,planned",
-    )
+    data = swept(capsys, "--pp 1,2 --tp 1,3 --nodes 1,2 --cores 4 --warmup none,planned")
     fits = {
         (policy, pp, 1, False, nodes, 4)
         for policy in ("none", "planned")
@@ -71,31 +59,17 @@ def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
     assert len(data["skipped"]) == 10 and data["unfinished"] == []
 
 
-def test_a_point_is_what_sim_foretells(capsys: Capture) -> None:
-    options = [*TINY[:-2], "--pp", "2", "--tp", "2", "--cores", "3", "--ep", "--nodes", "2"]
-    arguments = ["sim", *options, "--warmup", "pp-parallel", "--json", "-"]
+def test_a_point_is_what_sim_predicts(capsys: Capture) -> None:
+    layout = "--pp 2 --tp 2 --cores 3 --nodes 2 --warmup pp-parallel --ep"
+    arguments = ["sim", *TINY[:-2], *layout.split(), "--json", "-"]
     assert run_guarded(cli, arguments, program="runner") == 0
-    (foretold,) = json.loads(capsys.readouterr().out)["predictions"]
-    (point,) = swept(
-        capsys,
-        "--pp",
-        "2",
-        "--tp",
-        "2",
-        "--cores",
-        "3",
-        "--ep",
-        "on",
-        "--nodes",
-        "2",
-        "--warmup",
-        "pp-parallel",
-    )["points"]
-    assert round(point["up_seconds"], 3) == foretold["up_seconds"]
-    assert point["kernels_compiled"] == foretold["kernels_compiled"]
-    assert point["duplicates"] == foretold["duplicates"]
-    assert round(point["compile_cpu_seconds"], 3) == foretold["compile_seconds_summed"]
-    assert point["kernels_present"] == min(n["present"] for n in foretold["meta"]["coverage"])
+    (predicted,) = json.loads(capsys.readouterr().out)["predictions"]
+    (point,) = swept(capsys, f"{layout} on")["points"]
+    assert round(point["up_seconds"], 3) == predicted["up_seconds"]
+    assert point["kernels_compiled"] == predicted["kernels_compiled"]
+    assert point["duplicates"] == predicted["duplicates"]
+    assert round(point["compile_cpu_seconds"], 3) == predicted["compile_seconds_summed"]
+    assert point["kernels_present"] == min(n["present"] for n in predicted["meta"]["coverage"])
 
 
 def test_defaults_are_those_of_sim(capsys: Capture) -> None:
@@ -133,8 +107,7 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
 
 
 def test_lists_may_come_in_several_options(capsys: Capture) -> None:
-    apart = ["--warmup", "none", "--warmup", "planned", "--pp", "1", "--pp", "2,1"]
-    data = swept(capsys, *apart)
+    data = swept(capsys, "--warmup none --warmup planned --pp 1 --pp 2,1")
     assert axes_of(data["points"]) == {
         (policy, pp, 2, False, pp, 16) for policy in ("none", "planned") for pp in (1, 2)
     }
@@ -144,7 +117,7 @@ def test_stage_layers_of_the_environment_fit_their_own_pp(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "2,6")
-    data = swept(capsys, "--pp", "1,2", "--warmup", "none")
+    data = swept(capsys, "--pp 1,2 --warmup none")
     assert [(item["pp"], item["reason"]) for item in data["skipped"]] == [
         (1, "2 stage sizes were given for pp=1 stages")
     ]
@@ -154,7 +127,7 @@ def test_stage_layers_of_the_environment_fit_their_own_pp(
 def test_table_picture_and_json(capsys: Capture, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot, path = tmp_path / "sweep.svg", tmp_path / "sweep.json"
-    assert sweep("--tp", "2,3", "--plot", str(plot), "--json", str(path)) == 0
+    assert sweep(f"--tp 2,3 --plot {plot} --json {path}") == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[1] == "requests of batch sizes 1; points: 3 simulated, 3 skipped"
@@ -170,12 +143,12 @@ def test_table_picture_and_json(capsys: Capture, tmp_path: Path) -> None:
 
 def test_json_on_stdout_is_only_json(capsys: Capture, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    swept(capsys, "--warmup", "none", "--plot", str(tmp_path / "sweep.png"))
+    swept(capsys, f"--warmup none --plot {tmp_path / 'sweep.png'}")
     assert (tmp_path / "sweep.png").exists()
 
 
-def test_a_timeout_is_told(capsys: Capture) -> None:
-    assert sweep("--warmup", "none,planned", "--nccl-timeout", "5", "--no-run-ahead", *AT_ONCE) == 0
+def test_a_timeout_is_shown(capsys: Capture) -> None:
+    assert sweep(f"--warmup none,planned --nccl-timeout 5 --no-run-ahead {AT_ONCE}") == 0
     out = capsys.readouterr().out
     assert "time-out: the watchdog ends 1 of these runs; none is on the frontier" in out
     rows = [line.split() for line in out.splitlines() if " off " in line]
@@ -210,15 +183,15 @@ BAD = {
 
 @pytest.mark.parametrize("arguments", BAD, ids=lambda text: text.replace(" ", "_"))
 def test_bad_input(arguments: str, capsys: Capture) -> None:
-    assert sweep(*arguments.split()) == 2
+    assert sweep(arguments) == 2
     captured = capsys.readouterr()
-    told = [line for line in captured.err.splitlines() if not line.startswith("sweep: ")]
+    lines = [line for line in captured.err.splitlines() if not line.startswith("sweep: ")]
     assert captured.out == ""
-    assert len(told) == 1 and told[0].startswith(f"error: {BAD[arguments]}")
+    assert len(lines) == 1 and lines[0].startswith(f"error: {BAD[arguments]}")
 
 
 def test_other_reasons_are_counted(capsys: Capture) -> None:
-    assert sweep("--tp", "3,2", "--nodes", "4,5", "--pp", "1") == 2
+    assert sweep("--tp 3,2 --nodes 4,5 --pp 1") == 2
     assert capsys.readouterr().err == (
         "error: none of 12 combinations fits: nodes=4 must divide the 3 ranks of replicas=1 x pp=1"
         " x tp=3; other reasons: 3\n"
@@ -261,7 +234,7 @@ def test_a_stopped_sweep_shows_what_it_has(
 
     monkeypatch.setattr("runner.cli.sweep.run_cases", one_only)
     path = tmp_path / "sweep.json"
-    assert sweep("--json", str(path)) == code
+    assert sweep(f"--json {path}") == code
     captured = capsys.readouterr()
     out = captured.out.splitlines()
     assert out[1] == "requests of batch sizes 1; points: 1 simulated, 2 not reached"
@@ -273,18 +246,9 @@ def test_a_stopped_sweep_shows_what_it_has(
 
 def test_ctrl_c_ends_every_process_without_a_traceback(tmp_path: Path) -> None:
     """As a terminal sends it: to the command and to its processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "runner",
-        "sweep",
-        "--jobs",
-        "2",
-        "--tp",
-        "1,2,4,8",
-        "--cores",
-        ",".join(map(str, range(1, 100))),
-    ]
+    cores = ",".join(map(str, range(1, 100)))
+    words = f"-m runner sweep --jobs 2 --tp 1,2,4,8 --cores {cores}"
+    command = [sys.executable, *words.split()]
     started = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Which policy to take, and why."""
+"""Which policy to take and why, and what is printed of predictions."""
 
 from __future__ import annotations
 
@@ -51,140 +51,103 @@ def prediction(policy: str, up: float, stalls: int = 0, **changes: Any) -> Predi
     return replace(made, **changes)
 
 
-def advised(*predictions: Prediction) -> tuple[str, str]:
-    advice = advise(predictions)
-    return advice.prediction.timeline.policy, advice.reason
+def with_meta(one: Prediction, **changes: Any) -> Prediction:
+    return replace(one, timeline=replace(one.timeline, meta={**META, **changes}))
+
+
+def stalls(kernels: int, seconds: int) -> str:
+    return f"{kernels} kernels ({seconds} s) to compile in traffic"
 
 
 NOTHING = "no kernel to compile in traffic"
+PLANNED_20 = f"up after 20 s; leaves {NOTHING}"
+SOONER = {
+    "pp-parallel": f"pp-parallel is up sooner, after 15 s, but leaves {stalls(40, 80)}",
+    "fast": f"fast is up sooner, after 30 s, but leaves {stalls(3, 6)}",
+}
+PREBUILT = f"up after 2 s; leaves {NOTHING}"
+NO_SURVIVOR = "no policy survives its longest wait"
 
 
-def test_it_says_when_it_is_up_and_what_it_leaves() -> None:
-    assert advised(prediction("none", 90, 40), prediction("planned", 20)) == (
-        "planned",
-        f"up after 20 s; leaves {NOTHING}",
-    )
+@pytest.mark.parametrize(
+    ("predictions", "policy", "reason"),
+    [
+        # A stall's seconds count like those of the start-up, whatever the number of stalls.
+        ([("none", 90, 40), ("planned", 20)], "planned", PLANNED_20),
+        ([("fast", 30, 2), ("planned", 35)], "fast", f"up after 30 s; leaves {stalls(2, 4)}"),
+        (
+            [("fast", 30, 3), ("planned", 35)],
+            "planned",
+            f"up after 35 s; leaves {NOTHING}; {SOONER['fast']}",
+        ),
+        ([("full", 30, 4), ("fast", 20, 4)], "fast", f"up after 20 s; leaves {stalls(4, 8)}"),
+        # Of equal sums what is up first; of equal policies the first.
+        ([("planned", 30), ("fast", 20, 5)], "fast", f"up after 20 s; leaves {stalls(5, 10)}"),
+        ([("full", 20), ("relax", 20)], "full", PLANNED_20),
+        # What is up sooner is named, what is up at the same time is not.
+        (
+            [("pp-parallel", 15.4, 40), ("planned", 20)],
+            "planned",
+            f"{PLANNED_20}; {SOONER['pp-parallel']}",
+        ),
+        ([("none", 20, 7), ("planned", 20)], "planned", PLANNED_20),
+        # prebuilt needs a cache, so the best other one is named, and named once.
+        (
+            [("prebuilt", 30), ("fast", 20, 10)],
+            "prebuilt",
+            f"up after 30 s; leaves {NOTHING}; needs a prebuilt cache; without one take fast: "
+            f"up after 20 s, leaves {stalls(10, 20)}",
+        ),
+        (
+            [("pp-parallel", 15, 40), ("prebuilt", 2), ("planned", 20)],
+            "prebuilt",
+            f"{PREBUILT}; needs a prebuilt cache; without one take planned: "
+            f"up after 20 s, leaves {NOTHING}",
+        ),
+        ([("prebuilt", 2)], "prebuilt", PREBUILT),
+        ([("prebuilt", 21), ("planned", 20)], "planned", PLANNED_20),
+    ],
+)
+def test_the_policy_to_take(predictions: list[tuple[Any, ...]], policy: str, reason: str) -> None:
+    best, why = advise([prediction(*one) for one in predictions])
+    assert (best.timeline.policy, why) == (policy, reason)
 
 
-def test_stalls_are_weighed_against_the_start_up() -> None:
-    """30 s and 4 s of stalls are less than 35 s, and 30 s and 6 s are more."""
-    planned = prediction("planned", 35)
-    assert advised(prediction("fast", 30, 2), planned) == (
-        "fast",
-        "up after 30 s; leaves 2 kernels (4 s) to compile in traffic",
-    )
-    assert advised(prediction("fast", 30, 3), planned) == (
-        "planned",
-        f"up after 35 s; leaves {NOTHING}; "
-        "fast is up sooner, after 30 s, but leaves 3 kernels (6 s) to compile in traffic",
-    )
-
-
-def test_it_is_seconds_of_stalls_that_count_and_not_their_number() -> None:
-    few = prediction("few", 20, 1, stall_seconds=30.0)
-    assert advised(few, prediction("many", 20, 9, stall_seconds=10.0)) == (
-        "many",
-        "up after 20 s; leaves 9 kernels (10 s) to compile in traffic",
-    )
-
-
-def test_a_policy_is_named_once() -> None:
-    """The best without a built cache is also the one that is up soonest."""
-    prebuilt, fast = prediction("prebuilt", 30), prediction("fast", 20, 10)
-    assert advised(prebuilt, fast) == (
-        "prebuilt",
-        f"up after 30 s; leaves {NOTHING}; wants a cache that was built beforehand; without one "
-        "take fast: up after 20 s, leaves 10 kernels (20 s) to compile in traffic",
-    )
-
-
-def test_what_is_up_sooner_and_stalls_more_is_named() -> None:
-    assert advised(prediction("pp-parallel", 15.4, 40), prediction("planned", 20)) == (
-        "planned",
-        f"up after 20 s; leaves {NOTHING}; "
-        "pp-parallel is up sooner, after 15 s, but leaves 40 kernels (80 s) to compile in traffic",
-    )
-
-
-def test_with_as_many_stalls_the_fastest() -> None:
-    assert advised(prediction("full", 30, 4), prediction("fast", 20, 4)) == (
-        "fast",
-        "up after 20 s; leaves 4 kernels (8 s) to compile in traffic",
-    )
-
-
-def test_of_what_takes_as_long_together_what_is_up_first() -> None:
-    """20 s and 10 s of stalls are 30 s."""
-    assert advised(prediction("planned", 30), prediction("fast", 20, 5)) == (
-        "fast",
-        "up after 20 s; leaves 5 kernels (10 s) to compile in traffic",
-    )
-
-
-def test_of_those_that_are_the_same_the_first() -> None:
-    assert advised(prediction("full", 20), prediction("relax", 20)) == (
-        "full",
-        f"up after 20 s; leaves {NOTHING}",
-    )
-
-
-def test_who_is_up_at_the_same_time_is_not_up_sooner() -> None:
-    planned = ("planned", f"up after 20 s; leaves {NOTHING}")
-    assert advised(prediction("none", 20, 7), prediction("planned", 20)) == planned
-    # Fewer kernels, though they take longer.
+def test_seconds_of_stalls_count_and_not_their_number() -> None:
+    few, many = (prediction("a", 20, 1, stall_seconds=30.0), prediction("b", 20, 9))
+    best, why = advise([few, replace(many, stall_seconds=10.0)])
+    assert (best.timeline.policy, why) == ("b", f"up after 20 s; leaves {stalls(9, 10)}")
+    # Up at the same time is not up sooner, even with fewer kernels.
     fewer = prediction("fewer", 20, 1, stall_seconds=9.0)
-    assert advised(fewer, prediction("more", 20, 2)) == (
-        "more",
-        "up after 20 s; leaves 2 kernels (4 s) to compile in traffic",
+    assert advise([fewer, prediction("more", 20, 2)])[1] == f"up after 20 s; leaves {stalls(2, 4)}"
+
+
+@pytest.mark.parametrize(
+    ("dying", "alive", "policy", "reason"),
+    [
+        (["planned", 5], ["none", 90, 40], "none", f"up after 90 s; leaves {stalls(40, 80)}"),
+        (["none", 1], ["prebuilt", 2], "prebuilt", PREBUILT),
+        (["prebuilt", 2], ["planned", 20], "planned", PLANNED_20),
+    ],
+)
+def test_a_policy_that_dies_is_not_taken(
+    dying: list[Any], alive: list[Any], policy: str, reason: str
+) -> None:
+    best, why = advise([prediction(*dying, timeout=LOST), prediction(*alive)])
+    assert (best.timeline.policy, why) == (policy, reason)
+
+
+@pytest.mark.parametrize(
+    ("of_hosts", "start"),
+    [(False, f"{NO_SURVIVOR}: raise --nccl-timeout; "), (True, f"{NO_SURVIVOR}; ")],
+)
+def test_where_all_die_the_best_of_them(of_hosts: bool, start: str) -> None:
+    lost = replace(LOST, of_hosts=of_hosts)  # No option raises the limit of hosts.
+    best, why = advise(
+        [prediction("none", 90, 40, timeout=LOST), prediction("fast", 30, 4, timeout=lost)]
     )
-
-
-def test_who_dies_is_not_taken() -> None:
-    dying = prediction("planned", 5, timeout=LOST)
-    assert advised(dying, prediction("none", 90, 40)) == (
-        "none",
-        "up after 90 s; leaves 40 kernels (80 s) to compile in traffic",
-    )
-
-
-def test_where_all_die_the_best_of_them() -> None:
-    all_die = [prediction("none", 90, 40, timeout=LOST), prediction("fast", 30, 4, timeout=LOST)]
-    assert advised(*all_die) == (
-        "fast",
-        "no policy survives its longest wait: raise --nccl-timeout; "
-        "up after 30 s; leaves 4 kernels (8 s) to compile in traffic",
-    )
-
-
-def test_no_option_raises_the_limit_of_hosts() -> None:
-    lost = replace(LOST, of_hosts=True)
-    all_die = [prediction("none", 90, 40, timeout=LOST), prediction("fast", 30, 4, timeout=lost)]
-    assert advised(*all_die)[1].startswith("no policy survives its longest wait; up after 30 s;")
-
-
-def test_prebuilt_wants_a_cache_so_the_best_other_is_named() -> None:
-    """The next best by time in all: 20 s, not 15 s and 80 s of stalls."""
-    prebuilt, planned = prediction("prebuilt", 2), prediction("planned", 20)
-    quick = prediction("pp-parallel", 15, 40)
-    assert advised(quick, prebuilt, planned) == (
-        "prebuilt",
-        f"up after 2 s; leaves {NOTHING}; wants a cache that was built beforehand; without one "
-        f"take planned: up after 20 s, leaves {NOTHING}",
-    )
-
-
-def test_prebuilt_where_nothing_else_survives() -> None:
-    prebuilt = prediction("prebuilt", 2)
-    alone = ("prebuilt", f"up after 2 s; leaves {NOTHING}")
-    assert advised(prebuilt) == alone
-    assert advised(prebuilt, prediction("none", 1, timeout=LOST)) == alone
-
-
-def test_prebuilt_is_not_taken_where_another_is_better() -> None:
-    planned = prediction("planned", 20)
-    alone = ("planned", f"up after 20 s; leaves {NOTHING}")
-    assert advised(prediction("prebuilt", 21), planned) == alone
-    assert advised(prediction("prebuilt", 2, timeout=LOST), planned) == alone
+    assert best.timeline.policy == "fast"
+    assert why == f"{start}up after 30 s; leaves {stalls(4, 8)}"
 
 
 # -- what is shown --------------------------------------------------------------------------------
@@ -204,44 +167,40 @@ def test_a_policy_is_a_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("up", "told"),
+    ("up", "shown"),
     [
         (100.0, "100.0 110.0"),
-        (110.4, "110.4 120.4"),
         (110.5, "110.5 (120.5)"),
         (120.4, "120.4 (130.4)"),
         (120.5, "(120.5) (130.5)"),
     ],
 )
-def test_times_after_a_death_are_in_brackets(up: float, told: str) -> None:
+def test_times_after_a_death_are_in_brackets(up: float, shown: str) -> None:
     """It dies at 120.4 s; all is served 10 s after it is up."""
-    assert f"none {told} 2 1 4 25% 0 0 17.2 120" in rows_of(prediction("none", up, timeout=LOST))
-    alive = told.replace("(", "").replace(")", "")
+    assert f"none {shown} 2 1 4 25% 0 0 17.2 120" in rows_of(prediction("none", up, timeout=LOST))
+    alive = shown.replace("(", "").replace(")", "")
     assert f"none {alive} 2 1 4 25% 0 0 17.2 -" in rows_of(prediction("none", up))
 
 
-def test_cpu_seconds_are_of_cores() -> None:
-    """Two compiles at a time on one core take what one takes."""
+def test_two_compiles_at_a_time_on_one_core_take_the_time_of_one() -> None:
     one = prediction("none", 20)
     spans = tuple(replace(span, start=0.0) for span in one.timeline.spans)
     for cores, seconds in ((1, 4), (2, 7)):
-        meta = {**META, "cores_per_node": cores}
-        crowded = replace(one, timeline=replace(one.timeline, spans=spans, meta=meta))
+        crowded = with_meta(one, cores_per_node=cores)
+        crowded = replace(crowded, timeline=replace(crowded.timeline, spans=spans))
         assert f"none 20.0 30.0 2 1 {seconds} 25% 0 0 17.2 -" in rows_of(crowded)
 
 
-def shown(capsys: pytest.CaptureFixture[str], *predictions: Prediction, **where: Any) -> list[str]:
+def printed(
+    capsys: pytest.CaptureFixture[str], *predictions: Prediction, **where: Any
+) -> list[str]:
     print_predictions(predictions, machine(**where), "of a library", bars=False)
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = shown(
-        capsys,
-        prediction("none", 90, 40, timeout=LOST),
-        prediction("planned", 20),
-        start=StartPhases(),
-    )
+def test_title_death_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    both = prediction("none", 90, 40, timeout=LOST), prediction("planned", 20)
+    lines = printed(capsys, *both, start=StartPhases())
     assert lines[:5] == [
         "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",
@@ -259,33 +218,27 @@ def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_death_at_the_limit_of_hosts(capsys: pytest.CaptureFixture[str]) -> None:
     lost = replace(LOST, time=7210.0, operation="barrier", of_hosts=True)
-    assert " ".join(shown(capsys, prediction("none", 9000, timeout=lost))[-2:]) == (
+    assert " ".join(printed(capsys, prediction("none", 9000, timeout=lost))[-2:]) == (
         "none: its hosts' limit ends this run at 7210 s: rank 6 waits for rank 2 in barrier while "
         "that does compile gemm; its hosts would have to wait 701 s"
     )
 
 
-def test_nodes_that_share_a_machine_share_its_cores(capsys: pytest.CaptureFixture[str]) -> None:
-    one = prediction("none", 9)
-    shared = replace(one, timeline=replace(one.timeline, meta={**META, "hosts": 2}))
-    title = shown(capsys, shared)[0]
-    assert title.endswith("on 4 node(s), h200, 16 cores for each 2 nodes")
-
-
 def test_one_policy_needs_no_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not [line for line in shown(capsys, prediction("none", 9)) if line.startswith("take")]
+    assert not [line for line in printed(capsys, prediction("none", 9)) if line.startswith("take")]
 
 
-def test_copies_streams_and_estimates_are_in_the_title(capsys: pytest.CaptureFixture[str]) -> None:
+def test_titles(capsys: pytest.CaptureFixture[str]) -> None:
     one = prediction("none", 9)
-    meta = {**META, "replicas": 3, "stream": [77, 5]}
-    one = replace(one, timeline=replace(one.timeline, meta=meta))
-    lines = shown(capsys, one, profile=replace(h200(), estimate=True))
-    assert lines[:3] == [
+    shared = printed(capsys, with_meta(one, hosts=2))[0]
+    assert shared.endswith("on 4 node(s), h200, 16 cores for each 2 nodes")
+    estimate = replace(h200(), estimate=True)
+    several = with_meta(one, replicas=3, stream=[77, 5])
+    assert printed(capsys, several, profile=estimate)[:3] == [
         "a-model, 3 layers: 3 x pp 4 x tp 2 on 4 node(s), h200 (an estimate from public figures), "
         "16 cores a node",
         "cold caches; first request 1, then 77,5",
         "before the warm-up: none",
     ]
-    only_first = replace(one, timeline=replace(one.timeline, meta={**META, "batch_sizes": [8]}))
-    assert shown(capsys, only_first)[1] == "cold caches; first request 8, then none"
+    only_first = printed(capsys, with_meta(one, batch_sizes=[8]))
+    assert only_first[1] == "cold caches; first request 8, then none"

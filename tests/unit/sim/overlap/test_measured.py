@@ -22,9 +22,11 @@ from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Mark
 from sim.costs.profile import load_profile
 from sim.costs.profile_costs import ProfileCosts, gemm_work
+from sim.overlap.forward import Forward
 from sim.overlap.measured import (
     MeasuredStep,
     MeasuredSteps,
+    StepSettings,
     measured_turns,
     measured_work,
     read_steps,
@@ -36,11 +38,12 @@ DECODE = FOLDER / "h200x2_steps_decode.json"
 BEGUN = {"all_to_all tokens", "all_gather routing", "all_to_all results"}
 
 
-def case(settings: dict[str, Any]) -> tuple[Scenario, ForwardBatch]:
-    parallel = ParallelConfig(tp=settings["tp"], ep=settings["ep"], moe_a2a=True)
-    model = with_layers(PRESETS[settings["model"]], settings["layers"])
+def forward_of(settings: StepSettings) -> Forward:
+    assert settings.layers is not None
+    parallel = ParallelConfig(tp=settings.tp, ep=settings.ep, moe_a2a=True)
+    model = with_layers(PRESETS[settings.model], settings.layers)
     scenario = Scenario(model=model, parallel=parallel, policy=WarmupPolicy.NONE)
-    return scenario, ForwardBatch.decode((settings["prompt_len"] + 1,) * settings["batch"])
+    return Forward(scenario, 0, ForwardBatch.decode((settings.prompt_len + 1,) * settings.batch))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +53,9 @@ def steps() -> MeasuredSteps:
 
 def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> None:
     """Of the seconds that collectives were begun and under way, how many the GPU computed."""
-    scenario, batch = case(steps.settings)
+    forward = forward_of(steps.settings)
     for step in steps.steps[1:]:
-        turns = measured_turns(scenario, 0, batch, step)
+        turns = measured_turns(forward, step)
         computing = [piece for piece in turns.pieces if piece.lane == "compute"]
         under_way = [p for p in turns.pieces if p.lane == "link" and p.name in BEGUN]
         waited = [p.seconds for p in turns.pieces if p.lane == "wait" and p.name in BEGUN]
@@ -67,33 +70,21 @@ def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> N
 
 
 def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps) -> None:
-    scenario, batch = case(steps.settings)
+    forward = forward_of(steps.settings)
     for step in steps.steps[1:]:
         assert step.strategy is not None
         for other in steps.steps[1:]:
-            made = run_in_turns(measured_work(scenario, 0, batch, other), step.strategy)
+            made = run_in_turns(measured_work(forward, other), step.strategy)
             assert made.seconds == pytest.approx(step.ends[-1], rel=0.01)
 
 
 def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     """One second an operation; collectives begun run from their start for three."""
     strategy = STRATEGIES["deepseek-decode"]
-    settings = {
-        "model": "dsv4-tiny",
-        "layers": 1,
-        "pp": 1,
-        "tp": 2,
-        "ep": True,
-        "mode": "decode",
-        "batch": 4,
-        "prompt_len": 8,
-    }
-    scenario, batch = case(settings)
-    ops = [
-        op
-        for op in record_forward(replace(scenario, overlap=(strategy,)), 0, batch).ops
-        if not isinstance(op, Mark)
-    ]
+    settings = StepSettings("dsv4-tiny", 1, 1, 2, True, "decode", 4, 8)
+    forward = forward_of(settings)
+    recorded = record_forward(replace(forward.scenario, overlap=(strategy,)), 0, forward.batch)
+    ops = [op for op in recorded.ops if not isinstance(op, Mark)]
     link = [(i, i + 3) for i, op in enumerate(ops) if isinstance(op, Begin | Collective)]
     path = tmp_path / "steps.json"
     run = {
@@ -102,27 +93,29 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
         "ends": [*range(len(ops) + 1)],
         "link": link,
     }
-    path.write_text(json.dumps({"settings": settings, "machine": {"gpu": None}, "runs": [run]}))
+    path.write_text(
+        json.dumps({"settings": vars(settings), "machine": {"gpu": None}, "runs": [run]})
+    )
     (step,) = read_steps(path).steps
-    turns = measured_turns(scenario, 0, batch, step)
+    turns = measured_turns(forward, step)
     waits = sum(isinstance(op, Await | Collective) for op in ops)
     assert turns.seconds == len(ops)
     assert (turns.exposed, turns.communication) == (waits, 3 * len(link))
     assert turns.compute == len(ops) - waits
     assert {piece.half for piece in turns.pieces} == {-1, 0, 1}
-    work = measured_work(scenario, 0, batch, step)
+    work = measured_work(forward, step)
     assert len(work.halves[0]) == len(work.halves[1]) == 1
     short = replace(step, ends=step.ends[:-1])
     with pytest.raises(UserError, match=f"{len(ops) - 1} operations were measured and the forward"):
-        measured_turns(scenario, 0, batch, short)
+        measured_turns(forward, short)
 
 
-def test_one_batch_tells_nothing_of_halves(steps: MeasuredSteps) -> None:
-    scenario, batch = case(steps.settings)
+def test_one_batch_says_nothing_about_halves(steps: MeasuredSteps) -> None:
+    forward = forward_of(steps.settings)
     whole: MeasuredStep = steps.steps[0]
-    assert measured_turns(scenario, 0, batch, whole).seconds == whole.ends[-1]
-    with pytest.raises(UserError, match="tells nothing of its halves"):
-        measured_work(scenario, 0, batch, whole)
+    assert measured_turns(forward, whole).seconds == whole.ends[-1]
+    with pytest.raises(UserError, match="says nothing about its halves"):
+        measured_work(forward, whole)
 
 
 # -- what the profile says of single parts ---------------------------------------------------------
@@ -165,9 +158,7 @@ def test_the_profiles_kernels_are_what_single_calls_took() -> None:
         ("batch", None, "batch is None"),
     ],
 )
-def test_settings_that_are_none_are_told(
-    name: str, value: Any, message: str, tmp_path: Path
-) -> None:
+def test_bad_settings_are_refused(name: str, value: Any, message: str, tmp_path: Path) -> None:
     data = json.loads(DECODE.read_text())
     data["settings"][name] = value
     path = tmp_path / "steps.json"

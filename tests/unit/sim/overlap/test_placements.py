@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
-from runner.model.operations import (
-    Operation,
-    Step,
-    YieldOperation,
-    cut_stages,
-    overlapped_order,
-)
+from runner.model.operations import Operation, Step, YieldOperation, cut_stages, overlapped_order
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy, load_strategy
 from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
 
@@ -28,20 +22,13 @@ LAYERS = 4
 
 def one_choice(marks: set[int], lead: int) -> Choices:
     padded = [*sorted(marks), *[0] * (OPERATIONS - len(marks))]
-    return Choices(
-        np.array([padded], dtype=np.int32),
-        np.array([len(marks)], dtype=np.int32),
-        np.array([lead], dtype=np.int32),
-    )
+    return Choices(*(np.array([its], dtype=np.int16) for its in (padded, len(marks), lead)))
 
 
 @st.composite
 def placements(draw: st.DrawFn) -> tuple[tuple[str, ...], set[int], int]:
     marks = draw(st.sets(st.integers(1, OPERATIONS), min_size=1))
     return draw(st.sampled_from(ORDERS)), marks, draw(st.integers(0, len(marks)))
-
-
-# -- orders ---------------------------------------------------------------------------------------
 
 
 def accepted(order: tuple[str, ...]) -> bool:
@@ -53,24 +40,15 @@ def accepted(order: tuple[str, ...]) -> bool:
 
 
 def test_legal_orders_are_those_that_a_strategy_accepts() -> None:
-    """What moves at all moves among the operations from the gate to the output."""
+    """Among all that move one operation, or swap three neighbours of a legal order."""
     assert len(ORDERS) == len(set(ORDERS)) == 7
-    assert all(accepted(order) for order in ORDERS)
     others = [name for name in NEEDS if name != "shared_experts"]
-    moved = {(*others[:at], "shared_experts", *others[at:]) for at in range(OPERATIONS)}
-    assert {order for order in moved if accepted(order)} == set(ORDERS)
-
-
-def test_no_other_order_of_neighbours_is_legal() -> None:
-    """Three operations in a row in any order, anywhere in a legal one."""
-    found = set()
+    tried = {(*others[:at], "shared_experts", *others[at:]) for at in range(OPERATIONS)}
     for order in ORDERS:
         for first in range(OPERATIONS - 2):
             for three in permutations(order[first : first + 3]):
-                made = (*order[:first], *three, *order[first + 3 :])
-                if accepted(made):
-                    found.add(made)
-    assert found == set(ORDERS)
+                tried.add((*order[:first], *three, *order[first + 3 :]))
+    assert {order for order in tried if accepted(order)} == set(ORDERS)
 
 
 @given(st.permutations(list(NEEDS)))
@@ -78,12 +56,10 @@ def test_any_other_order_is_refused(order: list[str]) -> None:
     assert accepted(tuple(order)) == (tuple(order) in ORDERS)
 
 
-# -- marks and leads ------------------------------------------------------------------------------
-
-
 def test_every_set_of_marks_is_there_with_every_lead() -> None:
+    """Those with fewer marks come first, then those with smaller leads."""
     choices = all_choices()
-    masks = np.where(choices.marks > 0, 1 << choices.marks, 0).sum(axis=1)
+    masks = np.where(choices.marks > 0, 1 << choices.marks.astype(int), 0).sum(axis=1)
     sizes = np.array([mask.bit_count() for mask in masks.tolist()])
     assert (sizes == choices.sizes).all()
     assert (choices.leads >= 0).all() and (choices.leads <= choices.sizes).all()
@@ -92,10 +68,6 @@ def test_every_set_of_marks_is_there_with_every_lead() -> None:
     expected = (OPERATIONS // 2 + 1) * 2**OPERATIONS - 1
     assert len(np.unique(pairs)) == len(pairs) == expected
     assert len(ORDERS) * expected == 917_497
-
-
-def test_fewer_marks_and_lesser_leads_come_first() -> None:
-    choices = all_choices()
     ranks = choices.sizes * (OPERATIONS + 1) + choices.leads
     assert (np.diff(ranks) >= 0).all()
     inside = np.arange(OPERATIONS - 1) < choices.sizes[:, None] - 1
@@ -106,21 +78,13 @@ def test_fewer_marks_and_lesser_leads_come_first() -> None:
 def test_named_strategies_are_among_them(name: str) -> None:
     strategy = STRATEGIES[name]
     assert strategy.operations in ORDERS
-    done, marks = 0, set()
-    for step in strategy.steps:
-        if step == MARK:
-            marks.add(done)
-        else:
-            done += 1
+    where = [at for at, step in enumerate(strategy.steps) if step == MARK]
+    marks = {at - index for index, at in enumerate(where)}
     assert strategy.delta_stages <= len(marks)
-    made = to_strategy(strategy, strategy.operations, one_choice(marks, strategy.delta_stages), 0)
-    assert made.steps == strategy.steps and made.to_json() == {
-        **strategy.to_json(),
-        "name": "best of all",
-    }
-
-
-# -- one half where the other is ------------------------------------------------------------------
+    choice = one_choice(marks, strategy.delta_stages)
+    made = to_strategy(strategy, strategy.operations, choice, 0)
+    assert made.steps == strategy.steps
+    assert made.to_json() == {**strategy.to_json(), "name": "best of all"}
 
 
 def as_run(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
@@ -152,25 +116,19 @@ def test_where_the_other_half_is(placement: tuple[tuple[str, ...], set[int], int
     for op in range(OPERATIONS):
         (ahead,), (behind,) = choices.ahead(op).tolist(), choices.behind(op).tolist()
         for layer in range(LAYERS):
-            start = layer * OPERATIONS
-            last = LAYERS * OPERATIONS
+            start, last = layer * OPERATIONS, LAYERS * OPERATIONS
             assert run[0, start + op] == min(max(start + ahead, 0), last)
             assert run[1, start + op] == min(max(start + behind, 0), last)
 
 
-def test_where_the_other_half_is_of_many_at_once() -> None:
-    """Each as on its own."""
+def test_many_placements_at_once_are_each_as_on_its_own() -> None:
     choices = all_choices()
-    rows = range(0, len(choices.sizes), 4001)
     for op in (0, 6, 13):
         ahead, behind = choices.ahead(op), choices.behind(op)
-        for at in rows:
+        for at in range(0, len(choices.sizes), 4001):
             marks = set(choices.marks[at, : choices.sizes[at]].tolist())
             alone = one_choice(marks, int(choices.leads[at]))
             assert alone.ahead(op) == [ahead[at]] and alone.behind(op) == [behind[at]]
-
-
-# -- as a strategy --------------------------------------------------------------------------------
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

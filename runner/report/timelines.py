@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from runner.report.segments import (
-    BUSY_KINDS,
-    Segment,
-    busy_segments,
-    critical_rank,
-    label_of,
-    spans_by_rank,
-)
-from runner.timeline import Timeline
+from runner.report.console import make_table
+from runner.timeline import KINDS, RankTotals, Span, Timeline
+
+BUSY_KINDS = tuple(kind for kind in KINDS if kind not in ("phase", "beside"))
+"""Kinds that take up a rank's time, in the order in which one hides another where spans overlap."""
+
+Segment = tuple[float, float, str]
+"""Start and end in seconds, and the kind."""
 
 # The characters alone tell the kinds apart: logs and pipes have no colours.
 _CELLS = {
@@ -32,91 +30,43 @@ _CELLS = {
 }
 
 
-class ReportTable(Table):
-    """A table that fits on narrow terminals and loses no letter there.
+def busy_segments(spans: Iterable[Span]) -> list[Segment]:
+    """Cut one rank's time so that every moment counts for one kind only.
 
-    Columns that do not wrap keep their cells whole: columns move closer, then headers of these are
-    folded, the longest first, then the names in other columns.
-    """
-
-    _NAMES, _SHORTEST = 16, 4
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        before = [(column.width, column.no_wrap) for column in self.columns]
-        apart, at_edge = self.padding, self.pad_edge
-        self._fit(console, options)
-        rendered = [*super().__rich_console__(console, options)]
-        for column, (width, no_wrap) in zip(self.columns, before, strict=True):
-            column.width, column.no_wrap = width, no_wrap
-        self.padding, self.pad_edge = apart, at_edge
-        return iter(rendered)
-
-    def _fit(self, console: Console, options: ConsoleOptions) -> None:
-        """Give the columns widths, where they would otherwise be cut."""
-        cells = [_width_of(column.cells) for column in self.columns]
-        needed = [
-            max(width, _width_of([column.header]))
-            for width, column in zip(cells, self.columns, strict=True)
-        ]
-        whole = [column.no_wrap for column in self.columns]
-        least = [
-            width if is_whole else min(width, self._NAMES)
-            for width, is_whole in zip(needed, whole, strict=True)
-        ]
-        if self._frame(console, options, needed) + sum(least) <= options.max_width:
-            return
-        self.padding, self.pad_edge = (0, 0), False
-        over = self._frame(console, options, needed) + sum(least) - options.max_width
-        headers = {i: width for i, width in enumerate(cells) if whole[i]}
-        names = {i: self._SHORTEST for i in range(len(cells)) if not whole[i]}
-        for ends in (headers, names):
-            over = _narrow(least, ends, over)
-        for column, width in zip(self.columns, least, strict=True):
-            column.width, column.no_wrap, column.overflow = width, False, "fold"
-
-    def _frame(self, console: Console, options: ConsoleOptions, widths: Sequence[int]) -> int:
-        """Columns of the terminal beside those that cells need."""
-        for column, width in zip(self.columns, widths, strict=True):
-            column.width = width
-        wide = options.update(max_width=sum(widths) + 100 * len(widths))
-        found = self.__rich_measure__(console, wide).maximum - sum(widths)
-        for column in self.columns:
-            column.width = None
-        return found
-
-
-def _width_of(cells: Iterable[object]) -> int:
-    return max((cell_len(line) for cell in cells for line in str(cell).splitlines()), default=1)
-
-
-def _narrow(widths: list[int], ends: dict[int, int], over: int) -> int:
-    """Take ``over`` off ``widths``, each time off the widest above its end; what is left over."""
-    while over > 0:
-        wide = [i for i, end in ends.items() if widths[i] > max(end, 1)]
-        if not wide:
-            break
-        widths[max(wide, key=lambda i: widths[i])] -= 1
-        over -= 1
-    return over
-
-
-def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> ReportTable:
-    """Make an empty table in the style of all reports.
+    Spans can overlap (compiles that run in parallel), so their sum can exceed the time that went
+    by; segments never overlap. Neighbours of the same kind are joined; gaps stay gaps.
 
     Args:
-        title: shown above the table, literally (no markup).
-        left: headers of the first columns, which hold names.
-        right: headers of the columns after them, which hold numbers.
+        spans: spans of one rank in any order; kinds that are not busy are left out.
+
+    Returns:
+        Segments in order of time.
     """
-    table = ReportTable(
-        title=Text(title), title_justify="left", box=box.SIMPLE, collapse_padding=True
-    )
-    for header in left:
-        table.add_column(header, overflow="fold")
-    for header in right:
-        # Where the terminal is narrow, names and headers wrap and numbers stay whole.
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
+    edges: list[tuple[float, str, int]] = []
+    for span in spans:
+        if span.kind in BUSY_KINDS and span.end > span.start:
+            edges += [(span.start, span.kind, 1), (span.end, span.kind, -1)]
+    active: Counter[str] = Counter()
+    segments: list[Segment] = []
+    for (time, kind, step), (until, _, _) in pairwise(sorted(edges, key=lambda edge: edge[0])):
+        active[kind] += step
+        top = next((kind for kind in BUSY_KINDS if active[kind]), None)
+        if top is None or until <= time:
+            continue
+        if segments and segments[-1][1:] == (time, top):
+            segments[-1] = (segments[-1][0], until, top)
+        else:
+            segments.append((time, until, top))
+    return segments
+
+
+def critical_rank(timeline: Timeline) -> RankTotals:
+    """Totals of the rank that finishes last; the lowest such rank if several do.
+
+    Raises:
+        ValueError: the Timeline has no ranks.
+    """
+    return max(timeline.totals(), key=lambda totals: totals.total)
 
 
 def timeline_table(timeline: Timeline) -> Table:
@@ -125,11 +75,10 @@ def timeline_table(timeline: Timeline) -> Table:
     Seconds are sums of spans: where compiles of a rank overlap, they can exceed its total.
     """
     headers = ["rank", *BUSY_KINDS, "total", "kernels"]
-    title = f"{label_of(timeline)}: wall {timeline.wall:.2f} s, seconds by rank"
+    title = f"{timeline.label}: wall {timeline.wall:.2f} s, seconds by rank"
     table = make_table(title, [], headers)
     for totals in timeline.totals():
-        seconds = [getattr(totals, kind) for kind in (*BUSY_KINDS, "total")]
-        cells = [f"{value:.2f}" for value in seconds]
+        cells = [f"{getattr(totals, kind):.2f}" for kind in (*BUSY_KINDS, "total")]
         table.add_row(str(totals.rank), *cells, str(totals.kernels_compiled))
     return table
 
@@ -167,7 +116,7 @@ def _change(wall: float, first: float) -> str:
 
 
 def phase_summary(timeline: Timeline) -> Table:
-    """Tabulate what the time went to on the rank that finishes last: seconds and share by kind.
+    """Tabulate where the time of the rank that finishes last went: seconds and share by kind.
 
     Where spans of the rank overlap, each moment counts once, for the first of the kinds in
     the table's order, so that the rows add up to the rank's total. ``other`` is time that no
@@ -175,10 +124,10 @@ def phase_summary(timeline: Timeline) -> Table:
     """
     critical = critical_rank(timeline)
     seconds = dict.fromkeys((*BUSY_KINDS, "other"), 0.0)
-    for start, end, kind in busy_segments(timeline.of_rank(critical.rank)):
+    for start, end, kind in busy_segments(timeline.by_rank()[critical.rank]):
         seconds[kind] += end - start
     seconds["other"] = max(critical.total - sum(seconds.values()), 0.0)
-    title = f"{label_of(timeline)}\nends last: rank {critical.rank}, {critical.total:.2f} s"
+    title = f"{timeline.label}\nends last: rank {critical.rank}, {critical.total:.2f} s"
     table = make_table(title, ["kind"], ["seconds", "share"])
     for kind, value in seconds.items():
         share = f"{100 * value / critical.total:.1f} %" if critical.total else "-"
@@ -190,7 +139,7 @@ def rank_bars(timeline: Timeline, width: int = 60, scale_seconds: float | None =
     """Draw one bar a rank, time from left to right, each cell the kind that dominates its slice.
 
     ``idle`` is time before the rank's end that no span accounts for; after its end the bar is
-    blank. The characters differ as well as the colours.
+    blank.
 
     Args:
         timeline: what to draw.
@@ -210,14 +159,16 @@ def rank_bars(timeline: Timeline, width: int = 60, scale_seconds: float | None =
     step = scale / width
     digits = len(str(timeline.world_size - 1))
     text = Text()
-    for rank, spans in enumerate(spans_by_rank(timeline)):
+    for rank, spans in enumerate(timeline.by_rank()):
         total = max((span.end for span in spans), default=0.0)
         kinds = _dominant_kinds(busy_segments(spans), total, step, width)
         text.append(f"rank {rank:>{digits}} |")
         for kind in kinds:
             text.append(*_CELLS[kind])
         text.append(f"{'':{width - len(kinds)}}| {total:7.2f} s\n")
-    return text.append_text(_legend(step))
+    for kind, (cell, style) in _CELLS.items():
+        text.append(cell, style).append(f" {kind}  ")
+    return text.append(f"(1 column = {step:.3g} s)")
 
 
 def _dominant_kinds(
@@ -238,10 +189,3 @@ def _dominant_kinds(
         kind = max(share, key=lambda kind: share[kind])
         kinds.append(kind if share[kind] >= idle else "idle")
     return kinds
-
-
-def _legend(step: float) -> Text:
-    text = Text()
-    for kind, (cell, style) in _CELLS.items():
-        text.append(cell, style).append(f" {kind}  ")
-    return text.append(f"(1 column = {step:.3g} s)")
