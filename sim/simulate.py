@@ -12,7 +12,6 @@ from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage, node_stages
 from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
-from sim.calibration.drift import Drift, drifted
 from sim.costs.profile import Link, Profile, slowed
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import StartPhases, start_phases
@@ -29,8 +28,6 @@ class Machine:
     Attributes:
         profile: what things cost.
         host_factor: how many times as long the CPUs take for everything as the profile's.
-        drift: how the machine's speed differs at the run's start; None is not at all. It moves the
-            Timeline; waits and limits are in the profile's seconds.
         cores_per_node: CPU cores of a machine; None takes the profile's.
         hosts: machines that the nodes are on; None is one for each node.
         link: name of one of the profile's links.
@@ -43,7 +40,6 @@ class Machine:
 
     profile: Profile
     host_factor: float = 1.0
-    drift: Drift | None = None
     cores_per_node: int | None = None
     hosts: int | None = None
     link: str = "nvlink"
@@ -114,8 +110,6 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
             "coverage_up": _coverage(scenario, outcome.up),
         },
     )
-    if machine.drift is not None:
-        timeline = drifted(timeline, machine.drift, before)
     missing = _missing(scenario, outcome)
     costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
     return Prediction(
@@ -158,7 +152,6 @@ def _engine(
         cores,
         machine.ranks_per_gpu,
         walkers_per_gpu=machine.ranks_per_gpu if every else 1,
-        replica=parallel.world_size // parallel.replicas,
     )
     return Engine(
         _programs(scenario, costs, folds=folds),

@@ -13,7 +13,6 @@ from runner.kernels.kernel import Kernel
 from runner.scenario import Scenario, record
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import Span, Timeline
-from sim.calibration.drift import undrifted
 from sim.calibration.run_metadata import told_by
 from sim.calibration.validation import machine_of
 from sim.costs.profile import Profile
@@ -106,8 +105,8 @@ def take_samples(
     scenario = told.scenario
     schedule = record(scenario)
     machine = machine_of(timeline, profile, models)
-    if machine.drift is not None:
-        timeline = undrifted(timeline, machine.drift)
+    if machine.host_factor != 1.0:
+        timeline = timeline.moved(lambda seconds: seconds / machine.host_factor)
     cores = machine.cores_per_node or 1
     # Operations are counted by what they cost, so that nothing else may be among it.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))

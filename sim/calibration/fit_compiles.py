@@ -14,7 +14,6 @@ from runner.config.model import ModelConfig
 from runner.kernels.kernel import Kernel
 from runner.timeline import Timeline
 from sim.calibration.data import CompileSample, take_samples
-from sim.calibration.drift import Drift
 from sim.calibration.fitting import Fitted, minimum
 from sim.calibration.run_metadata import told_by
 from sim.costs.compile_time import config_key, slowdown, template_of
@@ -38,45 +37,12 @@ def fit_probe(
     models: Mapping[str, ModelConfig],
     fitted: list[Fitted],
 ) -> Probe:
-    """The reference kernel's seconds, the runs' middle, and how long they hold in a run.
-
-    What is fitted is added to ``fitted``; runs without a probe tell nothing of it.
-    """
+    """The reference kernel's seconds: the geometric mean of the runs that have a probe."""
     told = [told_by(timeline, models).machine.probe for timeline in measured]
     seen = [seconds for seconds in told if seconds is not None]
     if not seen:
         return base.probe
-    known, middle = base.probe.settling, round(exp(fmean(map(log, seen))), 4)
-    runs = []
-    for run, seconds in zip(measured, told, strict=True):
-        if seconds is not None:
-            # As measured: a profile of that very speed changes nothing.
-            as_it_was = replace(base, probe=replace(base.probe, seconds=seconds))
-            compiles = take_samples(run, as_it_was, models).compiles
-            if compiles and round(seconds, 4) != middle:
-                runs.append((seconds / middle, compiles))
-    if not runs:
-        return Probe(middle, known)
-
-    def disagreement(settling: float) -> float:
-        moved = [
-            [_moved(one, Drift(factor, exp(settling))) for one in compiles]
-            for factor, compiles in runs
-        ]
-        residuals = chain.from_iterable(_compile_fit(moved, base).residuals)
-        off = sum(value * value for value in residuals)
-        return off + _KNOWN_SETTLING * (settling - log(known)) ** 2
-
-    shortest, longest = (log(edge) for edge in (min(_SETTLING[0], known), max(_SETTLING[1], known)))
-    settling = exp(minimum(disagreement, shortest, longest, _ROUNDS))
-    fitted.append(Fitted("a probe's settling", f"{settling:.0f} s", len(runs)))
-    return Probe(middle, round(settling, 1))
-
-
-def _moved(sample: CompileSample, drift: Drift) -> CompileSample:
-    """The sample in nominal seconds."""
-    start, end = (drift.nominal(at) for at in (sample.start, sample.start + sample.seconds))
-    return replace(sample, start=start, seconds=end - start)
+    return Probe(round(exp(fmean(map(log, seen))), 4))
 
 
 @dataclass(frozen=True)
@@ -157,37 +123,18 @@ def fit_compiles(
             for name in found.scale
         ),
     ]
-    spread = _spread(runs, found.contention, base.compile.spread)
-    fitted.append(Fitted("compile spread, side by side", f"{spread:.3f}", len(samples)))
     default = exp(fmean(log(found.scale[template_of(one.kernel)]) for one in samples))
     expected = {
         config_key(s.kernel): scale[template_of(s.kernel)] * plain_seconds(s.kernel)
         for s in samples
     }
     settled = _settled(by_config, expected)
-    return CompileTimes(
-        settled, scale, round(default, 4), round(found.contention, 4), round(spread, 4)
-    )
-
-
-def _spread(runs: Sequence[Sequence[CompileSample]], contention: float, known: float) -> float:
-    """Deviation among those who began a kernel at about one time, near what was known."""
-    squares, freedom = _KNOWN_SPREAD * known**2, float(_KNOWN_SPREAD)
-    for run in runs:
-        kernels: dict[Kernel, list[CompileSample]] = defaultdict(list)
-        for one in sorted(run, key=lambda one: one.start):
-            kernels[one.kernel].append(one)
-        for same in kernels.values():
-            together = [one for one in same if one.start - same[0].start < _TOGETHER]
-            logs = [log(_alone(one, contention)) for one in together]
-            squares += _squares(logs)
-            freedom += len(logs) - 1
-    return sqrt(squares / freedom)
+    return CompileTimes(settled, scale, round(default, 4), round(found.contention, 4))
 
 
 def _alone(sample: CompileSample, contention: float) -> float:
     """Seconds that the compile would have taken without company."""
-    times = CompileTimes({}, {}, 1.0, contention, 0.0)
+    times = CompileTimes({}, {}, 1.0, contention)
     low = int(sample.company)
     share = sample.company - low
     slow = (1 - share) * slowdown(times, max(low, 1), sample.cores)

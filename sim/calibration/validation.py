@@ -13,7 +13,6 @@ from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
-from sim.calibration.drift import Drift
 from sim.calibration.run_metadata import told_by
 from sim.costs.profile import Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
@@ -70,7 +69,7 @@ def machine_of(
         )
     return Machine(
         profile=profile,
-        drift=drift_of(machine.probe, profile),
+        host_factor=1.0 if machine.probe is None else machine.probe / profile.probe.seconds,
         cores_per_node=machine.cores,
         hosts=machine.hosts,
         link=_link_of(machine.link, profile),
@@ -80,13 +79,6 @@ def machine_of(
         run_ahead=False,
         start=StartPhases(PHASES, Weights.DUMMY),
     )
-
-
-def drift_of(probe: float | None, profile: Profile) -> Drift | None:
-    """What a look at the machine just before a run tells of it; None where nobody looked."""
-    if probe is None:
-        return None
-    return Drift(probe / profile.probe.seconds, profile.probe.settling)
 
 
 def _link_of(name: str, profile: Profile) -> str:

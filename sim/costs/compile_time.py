@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from math import exp
-from statistics import NormalDist
-from zlib import crc32
-
 from runner.build.costs import plain_seconds, unrolled_k_blocks
 from runner.kernels.kernel import Kernel
 from sim.costs.profile import CompileTimes
@@ -46,14 +42,8 @@ def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
     return times.scale.get(template_of(kernel), times.default_scale) * plain_seconds(kernel)
 
 
-def luck(times: CompileTimes, rank: int, kernel: Kernel) -> float:
-    """How many times as long as expected a rank takes for a kernel: always the same for the two."""
-    share = (crc32(f"{rank}/{kernel.identity}".encode()) + 0.5) / 2**32
-    return exp(times.spread * NormalDist().inv_cdf(share))
-
-
 def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
     """How much longer each of ``compilers`` compiles at a time takes on ``cores`` cores."""
-    if compilers >= cores:
-        return (1.0 + times.contention) * compilers / cores
-    return 1.0 + times.contention * (compilers - 1) / max(cores - 1, 1)
+    busy = min(compilers, cores)
+    contention = times.contention * (busy - 1) / max(cores - 1, 1)
+    return (1.0 + contention) * compilers / busy

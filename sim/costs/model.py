@@ -27,9 +27,6 @@ class CostModel(Protocol):
     def compile_seconds(self, kernel: Kernel) -> float:
         """One compile alone on a node."""
 
-    def luck(self, rank: int, kernel: Kernel) -> float:
-        """How many times as long as that a rank takes for it."""
-
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int
     ) -> list[tuple[Kernel | None, float, float]]:

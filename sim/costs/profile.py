@@ -48,15 +48,12 @@ class CompileTimes:
         default_scale: the same for templates that are not listed.
         contention: with all cores of a node compiling, each compile takes 1 + this many times as
             long as alone; in between the slowdown is linear in the number of compilers.
-        spread: standard deviation of the logarithms of what ranks take that compile one kernel
-            side by side; whoever waits for all of them waits for the slowest.
     """
 
     by_config: Mapping[str, float]
     scale: Mapping[str, float]
     default_scale: float
     contention: float
-    spread: float
 
 
 @dataclass(frozen=True)
@@ -172,11 +169,9 @@ class Probe:
 
     Attributes:
         seconds: :func:`runner.build.probe.probe_seconds` when the profile was measured.
-        settling: see :class:`sim.calibration.drift.Drift`.
     """
 
     seconds: float
-    settling: float
 
 
 @dataclass(frozen=True)
@@ -219,8 +214,8 @@ class Profile:
         profile = cls(
             **{
                 **data,
-                "probe": Probe(**data["probe"]),
-                "compile": CompileTimes(**data["compile"]),
+                "probe": Probe(**_without(data["probe"], "settling")),
+                "compile": CompileTimes(**_without(data["compile"], "spread")),
                 "builder": Builder(**data["builder"]),
                 "cache": Cache(**data["cache"]),
                 "host": Host(**data["host"]),
@@ -235,6 +230,10 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         """Plain data; :meth:`from_json` is its inverse."""
         return asdict(self)
+
+
+def _without(data: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != name}
 
 
 _DIVISORS = (

@@ -12,7 +12,7 @@ from runner.kernels.kernel import Kernel
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import Begin, Capture, Collective, Compute
-from sim.costs.compile_time import compile_seconds, luck, slowdown
+from sim.costs.compile_time import compile_seconds, slowdown
 from sim.costs.model import Seconds
 from sim.costs.profile import Link, Profile
 
@@ -42,7 +42,6 @@ class ProfileCosts:
         cores: CPU cores of a node.
         ranks_per_gpu: ranks that share one GPU; its time is divided among them.
         walkers_per_gpu: how many of them walk at a time.
-        replica: ranks of a replica.
     """
 
     profile: Profile
@@ -50,7 +49,6 @@ class ProfileCosts:
     cores: int
     ranks_per_gpu: int = 1
     walkers_per_gpu: int = 1
-    replica: int = 1
 
     @cached_property
     def _compile_memo(self) -> dict[Kernel, float]:
@@ -73,11 +71,6 @@ class ProfileCosts:
         if kernel not in memo:
             memo[kernel] = compile_seconds(self.profile.compile, kernel)
         return memo[kernel]
-
-    def luck(self, rank: int, kernel: Kernel) -> float:
-        """See :func:`luck`; ranks in the same place of a replica share it."""
-        spread = self.profile.compile.spread
-        return luck(self.profile.compile, rank % self.replica, kernel) if spread else 1.0
 
     def slowdown(self, compilers: int) -> float:
         """Linear up to the cores, which are shared beyond."""

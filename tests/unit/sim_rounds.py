@@ -34,9 +34,6 @@ class RoundCosts:
     def compile_seconds(self, kernel: Kernel) -> float:
         return self.compile
 
-    def luck(self, rank: int, kernel: Kernel) -> float:
-        return 1.0
-
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int
     ) -> list[tuple[Kernel | None, float, float]]:
