@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from math import exp, log, sqrt
+from math import exp, log
 from statistics import fmean
 
 from runner.build.costs import plain_seconds
 from runner.config.model import ModelConfig
-from runner.kernels.kernel import Kernel
 from runner.timeline import Timeline
-from sim.calibration.data import CompileSample, take_samples
+from sim.calibration.data import CompileSample
 from sim.calibration.fitting import Fitted, minimum
 from sim.calibration.run_metadata import told_by
 from sim.costs.compile_time import config_key, slowdown, template_of
