@@ -27,6 +27,7 @@ RACES = {
     ("dsv3", 2, "pp-parallel+full"),
     ("dsv3", 4, "fast"),
     ("dsv4", 4, "none"),
+    ("dsv4", 2, "full"),
 }
 """Model, layers and policy of runs in which a rank may or may not come to a kernel so late that it
 is on disk: docs/predictions.md."""

@@ -24,7 +24,6 @@ from sim.engine.rank_program import (
     Run,
     WalkRun,
     compile_program,
-    used_before,
 )
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk, work
 
@@ -33,14 +32,13 @@ A, B, C = (kernel_of(k) for k in (1, 2, 3))
 REDUCE = Collective("all_reduce x", (0, 1), 8)
 
 
-def compiled(
-    *ops: Op, locked: bool = False, loaded: tuple[Kernel, ...] = (), costs: RoundCosts = COSTS
-) -> list[Instruction]:
-    return compile_program(ops, costs, RULES, locked=locked, loaded=loaded)
+def compiled(*ops: Op, locked: bool = False, costs: RoundCosts = COSTS) -> list[Instruction]:
+    return compile_program(ops, costs, RULES, locked=locked)
 
 
 def test_what_concerns_only_the_rank_is_one_run() -> None:
-    assert compiled(work(1, 2), call(1), call(1), work(3), loaded=(A,)) == [Run(8.0, 12.0)]
+    loaded = KernelWork("load", (A,))
+    assert compiled(loaded, work(1, 2), call(1), call(1), work(3))[1:] == [Run(8.0, 12.0)]
     assert compiled() == []
 
 
@@ -196,7 +194,7 @@ READY = replace(COSTS, first_forward=100.0)
 def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() -> None:
     one = work(1, 2)
     assert compiled(one, one, work(3), costs=READY) == [Run(105.0, 4.0)]
-    assert compiled(call(1), call(1), loaded=(A,), costs=READY) == [Run(104.0, 10.0)]
+    assert compiled(call(1), call(1), costs=READY)[1:] == [Run(104.0, 10.0)]
     assert compiled(work(1), call(1), REDUCE, work(3), call(1), costs=READY) == [
         Run(101.0, 0.0),
         FirstUse((A,)),
@@ -231,21 +229,6 @@ def test_what_is_no_operation_of_a_forward_is_no_first_one(op: Op) -> None:
 
 def test_who_computes_nothing_has_no_first_forward() -> None:
     assert compiled(costs=READY) == []
-
-
-# -- what a rank brings in ------------------------------------------------------------------------
-
-
-def test_what_comes_in_before_a_phase() -> None:
-    program = compiled(
-        KernelWork("build", (A,)),
-        call(2),
-        walk(3),
-        Mark("phase", "requests"),
-        call(4),
-    )
-    assert list(used_before(program, "requests")) == [A, B, C]
-    assert list(used_before(program, "none such")) == [A, B, C, kernel_of(4)]
 
 
 def test_costs_are_those_of_the_model() -> None:

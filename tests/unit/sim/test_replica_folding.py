@@ -77,14 +77,14 @@ LAID_OUT = {"pp": 2, "tp": 2, "replicas": 2, "nodes": 4}
     ],
     ids=["lock", "graphs", "split", "dies", "dies-ahead", "start-up", "hosts"],
 )
-def test_so_is_one_with_more_to_it(
+def test_folding_changes_nothing_with_other_options(
     policy: WarmupPolicy, values: dict[str, Any], on: dict[str, Any]
 ) -> None:
     assert_folds(scenario(policy, **{**LAID_OUT, **values}), **on)
 
 
-def test_replicas_that_share_a_host_share_its_cores() -> None:
-    """Then they are simulated each: their compiles are in each other's way."""
+def test_replicas_that_share_a_host_are_simulated_each() -> None:
+    """They share its cores, so their compiles slow each other down."""
     one = scenario(WarmupPolicy.NONE, **LAID_OUT)
     assert_folds(one, hosts=1, cores_per_node=2)
     alone = simulate(one, machine(cores_per_node=2)).timeline
@@ -139,7 +139,7 @@ def test_what_happens_before_the_replicas_part_is_each_ones_own() -> None:
     ]
 
 
-def test_replicas_that_part_at_different_times_are_a_mistake() -> None:
+def test_replicas_that_part_at_different_times_are_refused() -> None:
     outcome = Outcome([], None, {}, 0.0, (9.0, 5.0, 6.0))
     with pytest.raises(AssertionError, match=r"part at different times: \[5.0, 6.0\]"):
         unfold(outcome, ParallelConfig(replicas=3, nodes=3))
