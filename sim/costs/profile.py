@@ -175,6 +175,23 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How far a profile's predictions are off, on measured runs that it was not fitted to.
+
+    Attributes:
+        runs: number of runs.
+        median_error: median absolute relative error of the wall time.
+        worst_error: the largest one.
+        source: where the runs are.
+    """
+
+    runs: int
+    median_error: float
+    worst_error: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Profile:
     """One machine type.
 
@@ -185,6 +202,7 @@ class Profile:
         probe: how fast the machine was when it was measured.
         estimate: whether the numbers are derived from public figures instead of measured.
         provenance: where the numbers come from.
+        validation: errors on measured runs; None where it was not validated.
     """
 
     name: str
@@ -200,6 +218,7 @@ class Profile:
     start_up: StartUp
     provenance: list[str] = field(default_factory=list)
     estimate: bool = False
+    validation: Validation | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Profile:
@@ -208,7 +227,7 @@ class Profile:
         Raises:
             ValueError, TypeError, KeyError, AttributeError: not that form.
         """
-        start_up = dict(data["start_up"])
+        start_up, validation = dict(data["start_up"]), data.get("validation")
         for name in ("imports", "process_group", "weights"):
             start_up[name] = Phase(**start_up[name])
         profile = cls(
@@ -222,6 +241,7 @@ class Profile:
                 "gpu": Gpu(**data["gpu"]),
                 "links": {name: Link(**values) for name, values in data["links"].items()},
                 "start_up": StartUp(**start_up),
+                "validation": None if validation is None else Validation(**validation),
             }
         )
         _check(profile)
