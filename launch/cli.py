@@ -30,6 +30,7 @@ from runner.cli.common import (
 from runner.cli.guard import run_guarded
 from runner.cli.overlap_options import overlap_options
 from runner.config.environ import Environ
+from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.driver.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import LIBRARIES
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "--nccl-timeout",
     type=SECONDS,
     metavar="SECONDS",
-    help="Longest wait of a communication.  [default: torch's: 600 over NCCL, 1800 over gloo]",
+    help=f"Longest wait of a communication.  [default: {TORCH_TIMEOUTS_HELP}]",
 )
 @click.option(
     "--probe",

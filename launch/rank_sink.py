@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,10 +22,12 @@ from runner.schedule import (
     Collective,
     KernelWork,
     Mark,
+    MessageKeys,
     Op,
     Recv,
     Send,
     Walk,
+    message_name,
 )
 from runner.timeline import Span
 
@@ -81,7 +82,7 @@ class RankSink:
         self._begun: dict[str, tuple[Begin, Any]] = {}
         self._ran: list[tuple[str, Times]] = []
         self._capturing = False
-        self._sequence: Counter[str] = Counter()
+        self._keys = MessageKeys(rank)
         self._phase: tuple[str, float] | None = None
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
@@ -110,7 +111,7 @@ class RankSink:
         # What the device still does is compute, not communication.
         self._timed("compute", "device", self._synchronise)
         done = self._to_the_end(op, action)
-        return self._timed("comm", _comm_name(op), done, self._comm_key(op))
+        return self._timed("comm", message_name(op), done, self._keys.next_key(op))
 
     def _beside(self, op: Begin | Await, action: Callable[[], R]) -> R:
         """What is begun goes on beside what follows; how long is known once it was awaited."""
@@ -212,20 +213,5 @@ class RankSink:
         self.spans.append(Span(self.rank, start, time.time(), kind, name, key))
         return result
 
-    def _comm_key(self, op: Collective | Send | Recv) -> str:
-        if isinstance(op, Collective):
-            where = ",".join(map(str, op.group))
-        elif isinstance(op, Send):
-            where = f"{self.rank}>{op.peer}"
-        else:
-            where = f"{op.peer}>{self.rank}"
-        self._sequence[where] += 1
-        return f"{where} #{self._sequence[where]}"
-
 
 _SHOWN_WAIT = 1e-3
-
-
-def _comm_name(op: Collective | Send | Recv) -> str:
-    prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
-    return f"{prefix}{op.name}"

@@ -26,9 +26,6 @@ _TIMEOUT_WORDS = (
 )
 """What gloo and torch's stores say of a wait that was too long."""
 
-TORCH_LIMITS = {"nccl": 600.0, "gloo": 1800.0}
-"""Seconds that torch 2 lets a collective wait by default."""
-
 
 class CommunicationTimeoutError(OutOfTimeError):
     """A communication took longer than the limit."""

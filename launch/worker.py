@@ -34,7 +34,7 @@ from launch.process import process_start
 from launch.rank_sink import RankSink
 from launch.streams import DeviceStream
 from launch.wait_limit import GlooLimit, NcclLimit, WaitLimit
-from launch.watchdog import TORCH_LIMITS, Communication, describe_timeout, wait_for_device
+from launch.watchdog import Communication, describe_timeout, wait_for_device
 from runner.backend.base import Backend
 from runner.backend.communicator import Communicator
 from runner.backend.kernel_store import NoKernels
@@ -44,6 +44,7 @@ from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.backend.weights import WeightSource
 from runner.config.environ import Environ, available_cores
+from runner.config.timeouts import TORCH_TIMEOUTS
 from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
 from runner.driver.warmup import WarmupPolicy
 from runner.planning.weight_size import model_elements
@@ -161,7 +162,7 @@ class _RankRun:
     def _limit(self) -> float:
         """Seconds that a communication may wait."""
         given = self.options.nccl_timeout
-        return TORCH_LIMITS[self.link] if given is None else given
+        return TORCH_TIMEOUTS[self.link] if given is None else given
 
     def _sink(self, jit: RankJit, compute: str, on_forward: Callable[[str, str], None]) -> RankSink:
         self.graphs = GraphCapture(self.device if compute == "real" else torch.device("cpu"))

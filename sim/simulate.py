@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+from runner.config.timeouts import HOST_TIMEOUT, TORCH_TIMEOUTS
 from runner.driver.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage, node_stages
 from runner.scenario import Role, Scenario, moved, record_roles, run_meta
 from runner.timeline import Span, Timeline, merge
-from sim.costs.profile import Link, Profile, slowed
+from sim.costs.profile import Profile, slowed
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import StartPhases, start_phases
 from sim.engine.engine import Engine, Outcome
@@ -52,11 +52,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted Timeline.
+    """A predicted run.
 
     Attributes:
-        timeline: what happens if nothing dies.
-        timeout: where a wait passes the limit, the death it would be.
+        timeline: what happens if no wait is too long.
+        timeout: the first wait beyond the limit, which would end the run.
         longest_wait: seconds of the longest wait in a communication.
         stalls: kernels that a forward can still need once the server is up, and some node lacks.
         stall_seconds: seconds to compile them one by one.
@@ -76,23 +76,22 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         UserError: the model does not fit the layout, or the nodes do not fit the hosts.
     """
     parallel = scenario.parallel
-    machine = replace(machine, profile=slowed(machine.profile, machine.host_factor))
-    hosts = _hosts(machine, parallel.nodes)
-    cores = machine.cores_per_node or machine.profile.cores_per_node
-    before = start_phases(
-        machine.start,
-        machine.profile.start_up,
-        scenario.model,
-        parallel,
-        hosts,
-        machine.ranks_per_gpu,
+    hosts = parallel.nodes if machine.hosts is None else machine.hosts
+    if hosts < 1 or parallel.nodes % hosts:
+        raise UserError(f"hosts={hosts} must divide the {parallel.nodes} nodes")
+    profile = slowed(machine.profile, machine.host_factor)
+    shared = machine.ranks_per_gpu
+    before = start_phases(machine.start, profile.start_up, scenario.model, parallel, hosts, shared)
+    costs = ProfileCosts(
+        profile,
+        profile.links[machine.link],
+        machine.cores_per_node or profile.cores_per_node,
+        shared,
+        # Otherwise a node's first rank walks alone.
+        walkers_per_gpu=shared if scenario.warmup.policy is WarmupPolicy.RELAX else 1,
     )
-    folds = machine.fold and can_fold(parallel, hosts)
-    outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
-    outcome = replace(outcome, spans=list(merge(outcome.spans)))
-    if folds:
-        outcome = unfold(outcome, parallel)
-    spans = (*_phase_spans(before, parallel.world_size), *outcome.spans)
+    outcome = _replay(scenario, machine, costs, hosts, sum(seconds for _, seconds in before))
+    spans = [*_phase_spans(before, parallel.world_size), *outcome.spans]
     timeline = Timeline(
         policy=scenario.warmup.policy.value,
         source="predicted",
@@ -100,18 +99,17 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         spans=tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
         meta={
             **run_meta(scenario),
-            "hardware": machine.profile.name,
-            "cores_per_node": cores,
+            "hardware": profile.name,
+            "cores_per_node": costs.cores,
             "hosts": hosts,
             "host_factor": machine.host_factor,
             "link": machine.link,
-            "ranks_per_gpu": machine.ranks_per_gpu,
+            "ranks_per_gpu": shared,
             "coverage": _coverage(scenario, outcome.disks),
             "coverage_up": _coverage(scenario, outcome.up),
         },
     )
-    missing = _missing(scenario, outcome)
-    costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
+    missing = _missing(scenario, outcome.up)
     return Prediction(
         timeline,
         outcome.timeout,
@@ -121,61 +119,33 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     )
 
 
-def _missing(scenario: Scenario, outcome: Outcome) -> set[Kernel]:
-    """Planned kernels that some node which can need them lacks once the server is up."""
-    parallel, plan = scenario.parallel, scenario.plan
-    return {
-        item.kernel
-        for stages, disk in {(node_stages(parallel, node), outcome.up[node]) for node in outcome.up}
-        for item in plan.needed_by(stages)
-        if item.kernel not in disk
-    }
-
-
-def _hosts(machine: Machine, nodes: int) -> int:
-    hosts = nodes if machine.hosts is None else machine.hosts
-    if hosts < 1 or nodes % hosts:
-        raise UserError(f"hosts={hosts} must divide the {nodes} nodes")
-    return hosts
-
-
-def _engine(
-    scenario: Scenario, machine: Machine, cores: int, hosts: int, *, folds: bool, start: float
-) -> Engine:
-    parallel, profile = scenario.parallel, machine.profile
-    link = profile.links[machine.link]
+def _replay(
+    scenario: Scenario, machine: Machine, costs: ProfileCosts, hosts: int, start: float
+) -> Outcome:
+    """The run from ``start`` on, its spans merged."""
+    parallel, link = scenario.parallel, costs.link
+    folds = machine.fold and can_fold(parallel, hosts)
     nodes_per_host = parallel.nodes // hosts
-    every = scenario.warmup.policy is WarmupPolicy.RELAX
-    costs = ProfileCosts(
-        profile,
-        link,
-        cores,
-        machine.ranks_per_gpu,
-        walkers_per_gpu=machine.ranks_per_gpu if every else 1,
-    )
-    return Engine(
+    timeout = machine.nccl_timeout
+    if timeout is None:
+        timeout = TORCH_TIMEOUTS["nccl" if link.queues else "gloo"]
+    cached = frozenset[Kernel]()
+    if scenario.warmup.policy is WarmupPolicy.PREBUILT:
+        cached = frozenset(item.kernel for item in scenario.plan.kernels)
+    outcome = Engine(
         _programs(scenario, costs, folds=folds),
         costs,
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
-        cores_per_node=max(1, cores // nodes_per_host),
+        cores_per_node=max(1, costs.cores // nodes_per_host),
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
-        timeout=_limit(machine, link),
-        host_timeout=_HOST_LIMIT,
-        cached=_cached(scenario),
+        timeout=timeout,
+        host_timeout=HOST_TIMEOUT,
+        cached=cached,
         run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
-    )
-
-
-_HOST_LIMIT = 7200.0
-"""Seconds that SGLang's host groups wait (0.5.23, ``parallel_state.py``)."""
-
-_LIMITS = {True: 600.0, False: 1800.0}
-"""Seconds that torch 2 lets a collective wait by default: NCCL, whose links queue, and gloo."""
-
-
-def _limit(machine: Machine, link: Link) -> float:
-    return _LIMITS[link.queues] if machine.nccl_timeout is None else machine.nccl_timeout
+    ).run()
+    outcome = replace(outcome, spans=list(merge(outcome.spans)))
+    return unfold(outcome, parallel) if folds else outcome
 
 
 def _programs(
@@ -192,35 +162,35 @@ def _programs(
     return programs
 
 
-def _total(phases: list[tuple[str, float]]) -> float:
-    return sum(seconds for _, seconds in phases)
-
-
 def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
     """The phases before the warm-up, one after the other, the same on every rank."""
-    spans, at = [], 0.0
+    spans, start = [], 0.0
     for name, seconds in phases:
         for kind in ("phase", "setup"):
-            spans += [Span(rank, at, at + seconds, kind, name) for rank in range(ranks)]
-        at += seconds
+            spans += [Span(rank, start, start + seconds, kind, name) for rank in range(ranks)]
+        start += seconds
     return spans
 
 
-def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, Any]]:
-    """Every node's proof; nodes of the same stages whose disks hold the same share one look."""
+def _missing(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> set[Kernel]:
+    """Planned kernels that some node can need and does not have."""
+    stages = {(node_stages(scenario.parallel, node), disk) for node, disk in disks.items()}
+    return {
+        item.kernel
+        for own, disk in stages
+        for item in scenario.plan.needed_by(own)
+        if item.kernel not in disk
+    }
+
+
+def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, object]]:
+    """Coverage of every node; found once for nodes of the same stages with the same disk."""
     parallel = scenario.parallel
-    proofs: dict[Any, dict[str, Any]] = {}
+    known: dict[object, dict[str, object]] = {}
     found = []
     for node, disk in sorted(disks.items()):
         key = (node_stages(parallel, node), disk)
-        if key not in proofs:
-            proofs[key] = node_coverage(node, parallel, scenario.plan, disk)
-        found.append({**proofs[key], "node": node})
+        if key not in known:
+            known[key] = node_coverage(node, parallel, scenario.plan, disk)
+        found.append({**known[key], "node": node})
     return found
-
-
-def _cached(scenario: Scenario) -> frozenset[Kernel]:
-    """What every node's disk holds before the run: a cold cache, or the prebuilt one."""
-    if scenario.warmup.policy is not WarmupPolicy.PREBUILT:
-        return frozenset()
-    return frozenset(item.kernel for item in scenario.plan.kernels)

@@ -24,6 +24,7 @@ from runner.config.environ import Environ
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
+from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.model.strategy import load_strategies
@@ -82,7 +83,7 @@ def simulation_options(function: F) -> F:
             type=SECONDS,
             metavar="SECONDS",
             help="Longest wait in a collective before the watchdog ends the run.  "
-            "[default: torch's: 600 over NCCL, 1800 over gloo]",
+            f"[default: {TORCH_TIMEOUTS_HELP}]",
         ),
         click.option(
             "--run-ahead/--no-run-ahead",

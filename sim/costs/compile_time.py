@@ -20,10 +20,10 @@ def template_of(kernel: Kernel) -> str:
 
 
 def config_key(kernel: Kernel) -> str:
-    """Template and configuration (tile, stages, threads, ...), not what it is for.
+    """Template and configuration (tile, stages, threads, ...) of a kernel.
 
-    Of shape, number of groups and SMs only a short K changes the size of the code: its loop is
-    unrolled as a whole.
+    Shape, number of groups and SMs are left out: of these only a short K changes the size of the
+    code, since its loop is unrolled completely.
     """
     template = template_of(kernel)
     if template not in _TILED:
@@ -35,7 +35,7 @@ def config_key(kernel: Kernel) -> str:
 
 
 def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
-    """Seconds of a compile alone on a node: measured, else what its size lets expect."""
+    """Seconds of a compile alone on a machine: measured, else from the size of its code."""
     measured = times.by_config.get(config_key(kernel))
     if measured is not None:
         return measured
@@ -43,7 +43,7 @@ def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
 
 
 def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
-    """How much longer each of ``compilers`` compiles at a time takes on ``cores`` cores."""
+    """How many times as long each of ``compilers`` compiles takes on ``cores`` cores."""
     busy = min(compilers, cores)
     contention = times.contention * (busy - 1) / max(cores - 1, 1)
     return (1.0 + contention) * compilers / busy

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner.backend.forward_batch import ForwardBatch
 from runner.model.strategy import OverlapStrategy
 from runner.scenario import Scenario
-from sim.costs.model import CostModel
+from sim.costs.profile_costs import ProfileCosts
 from sim.overlap.turns import Turns, run_in_turns, run_whole
 from sim.overlap.work import Work, record_plain, record_work
 
@@ -80,7 +80,7 @@ def compare(
     scenario: Scenario,
     rank: int,
     batch: ForwardBatch,
-    costs: CostModel,
+    costs: ProfileCosts,
     strategies: Sequence[OverlapStrategy],
     progress: Progress | None,
 ) -> Comparison:

@@ -12,7 +12,7 @@ from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, PLAIN, OverlapStrategy
 from runner.scenario import Scenario, record_forward
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
-from sim.costs.model import CostModel
+from sim.costs.profile_costs import ProfileCosts
 
 
 class StepKind(Enum):
@@ -66,7 +66,7 @@ class Work:
 
 
 def record_work(
-    scenario: Scenario, rank: int, batch: ForwardBatch, costs: CostModel, comm_sms: int
+    scenario: Scenario, rank: int, batch: ForwardBatch, costs: ProfileCosts, comm_sms: int
 ) -> Work:
     """Run the forward on shapes with a mark between all operations, and ask what they take.
 
@@ -127,7 +127,7 @@ def _by_layer(names: Sequence[str], stages: Sequence[Ops]) -> list[LayerOps]:
 
 
 def record_plain(
-    scenario: Scenario, rank: int, batch: ForwardBatch, costs: CostModel, layers: range
+    scenario: Scenario, rank: int, batch: ForwardBatch, costs: ProfileCosts, layers: range
 ) -> tuple[Steps, list[Steps], Steps]:
     """The same forward as one batch: what is before some layers, each of them, what is after."""
     before, inside, after = cut_plain(scenario, rank, batch, layers)
@@ -168,12 +168,12 @@ def _cut(ops: Ops) -> tuple[list[Op], dict[str, list[list[Op]]], list[Op]]:
     return before, halves, after
 
 
-def to_steps(ops: Iterable[Op], costs: CostModel) -> Steps:
+def to_steps(ops: Iterable[Op], costs: ProfileCosts) -> Steps:
     """What operations take on the GPU and its link, compute between communication in one step."""
     return tuple(_merged(_steps(ops, costs)))
 
 
-def _steps(ops: Iterable[Op], costs: CostModel) -> Iterator[Step]:
+def _steps(ops: Iterable[Op], costs: ProfileCosts) -> Iterator[Step]:
     for op in ops:
         if isinstance(op, KernelCall):
             yield Step(StepKind.COMPUTE, "", costs.kernel_seconds(op).device)

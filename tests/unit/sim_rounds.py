@@ -11,7 +11,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.engine import Engine, Outcome
 from sim.engine.rank_program import compile_program
 

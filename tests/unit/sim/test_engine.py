@@ -18,7 +18,7 @@ from runner.schedule import (
     Send,
 )
 from runner.timeline import Span, Timeline, merge
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.engine import SimulationError
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, work
 

@@ -6,7 +6,7 @@ import pytest
 
 from runner.schedule import BARRIER, EXCHANGE, Collective, KernelWork, Mark, Op, Recv, Send
 from runner.timeline import Span
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.timeout_diagnosis import CollectiveTimeout
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, walk, work
 

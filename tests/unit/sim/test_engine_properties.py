@@ -13,7 +13,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
 from runner.schedule import BARRIER, Collective, Mark, Op, Recv, Send, Walk
 from runner.timeline import Timeline, merge
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, simulate, walk, work
 

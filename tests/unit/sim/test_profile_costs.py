@@ -15,7 +15,7 @@ from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute
 from sim.costs.compile_time import compile_seconds, luck, slowdown
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Profile
 from sim.costs.profile_costs import ProfileCosts, gemm_work
 from tests.unit.tiny_runs import h200

@@ -17,7 +17,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.rank_program import (
     FirstUse,
     Instruction,
