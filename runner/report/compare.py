@@ -19,19 +19,12 @@ _SHOWN_AS_ZERO = 0.005
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of both Timelines.
-
-    Attributes:
-        name: what it is.
-        unit: ``s`` for seconds, empty for a count.
-        a: its value in the first Timeline; None if there is none.
-        b: its value in the second Timeline, the reference; None if there is none.
-    """
+    """One number of both Timelines; None where a Timeline does not have it."""
 
     name: str
-    unit: str
+    unit: str  # ``s`` for seconds, empty for a count
     a: float | None
-    b: float | None
+    b: float | None  # the reference
 
     @property
     def relative_error(self) -> float | None:
@@ -57,23 +50,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class TimelineComparison:
-    """Two Timelines of the same number of ranks, side by side.
-
-    Attributes:
-        a: the first Timeline.
-        b: the second Timeline, the reference.
-        summary: wall seconds and numbers of compiles.
-        phases: seconds of each phase, in the reference's order, then those only in the first.
-        kinds: seconds by kind, summed over the ranks.
-        ranks: of every rank in order: seconds by kind and in all, and its number of compiles.
-    """
+    """Two Timelines of the same number of ranks, side by side; ``b`` is the reference."""
 
     a: Timeline
     b: Timeline
-    summary: tuple[Figure, ...]
-    phases: tuple[Figure, ...]
-    kinds: tuple[Figure, ...]
-    ranks: tuple[tuple[Figure, ...], ...]
+    summary: tuple[Figure, ...]  # wall seconds and numbers of compiles
+    phases: tuple[Figure, ...]  # the reference's, then those only in the first
+    kinds: tuple[Figure, ...]  # seconds by kind, summed over the ranks
+    ranks: tuple[tuple[Figure, ...], ...]  # of every rank: by kind, in all, and its compiles
 
 
 def compare_timelines(a: Timeline, b: Timeline) -> TimelineComparison:

@@ -27,84 +27,47 @@ from sim.engine.rank_program import FirstUse, Instruction, Run, WalkRun, compile
 
 
 class CompileSample(NamedTuple):
-    """A compile of one nvcc process.
-
-    Attributes:
-        kernel: what was compiled.
-        seconds: how long it took, over the host factor.
-        concurrency: mean number of compiles that ran meanwhile, itself included.
-        cores: CPU cores of the machine.
-    """
+    """A compile of one nvcc process."""
 
     kernel: Kernel
-    seconds: float
-    concurrency: float
-    cores: int
+    seconds: float  # over the host factor
+    concurrency: float  # mean number of compiles that ran meanwhile, itself included
+    cores: int  # CPU cores of the machine
 
 
 class BuildSample(NamedTuple):
-    """A build of the policy ``planned``.
+    """A build of the policy ``planned``; seconds are over the host factor."""
 
-    Attributes:
-        kernels: the largest share of a node.
-        start: seconds from the warm-up's begin to the first compile, over the host factor.
-        seconds: from there to the last compile's end, over the host factor.
-        workers: compiles at a time.
-    """
-
-    kernels: tuple[Kernel, ...]
-    start: float
-    seconds: float
-    workers: int
+    kernels: tuple[Kernel, ...]  # the largest share of a node
+    start: float  # from the warm-up's begin to the first compile
+    seconds: float  # from there to the last compile's end
+    workers: int  # compiles at a time
 
 
 class RankSample(NamedTuple):
-    """Totals of one rank.
+    """Totals of one rank."""
 
-    Attributes:
-        runs: (host operations, GPU seconds) of each stretch between communications, in order;
-            empty where no GPU did the work.
-        compute: seconds measured in these stretches.
-        ring_bytes: bytes that its all-reduces move on a ring, and bytes that it receives.
-        gather_bytes: bytes of its other collectives.
-        messages: number of its collectives and receives.
-        comm: seconds measured in them, without waits.
-    """
-
-    runs: tuple[tuple[int, float], ...]
-    compute: float
-    ring_bytes: float
-    gather_bytes: float
-    messages: int
-    comm: float
+    runs: tuple[tuple[int, float], ...]  # host operations, GPU seconds between communications
+    compute: float  # seconds measured in these runs
+    ring_bytes: float  # what its all-reduces move on a ring, and what it receives
+    gather_bytes: float  # what its other collectives move
+    messages: int  # number of its collectives and receives
+    comm: float  # seconds measured in them, without waits
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Everything that a calibration takes from one measured run.
+    """Everything that a calibration takes from one measured run."""
 
-    Attributes:
-        run: what ran, and where.
-        host_factor: how many times as long its CPUs take as the profile's.
-        compiles: compiles of single kernels.
-        build: the build of the policy ``planned``.
-        ranks: totals of each rank.
-        loads: number of kernels and seconds over the host factor, by field of
-            :class:`sim.costs.profile.Cache`.
-        walks: each walk with its seconds; none where no GPU did the work.
-        phases: seconds of each phase.
-        made_elements: elements of the made-up weights on a GPU; 0 where no GPU did the work.
-    """
-
-    run: RunMetadata
-    host_factor: float
+    metadata: RunMetadata
+    host_factor: float  # how many times as long its CPUs take as the profile's
     compiles: list[CompileSample]
     build: BuildSample | None
     ranks: list[RankSample]
-    loads: dict[str, tuple[int, float]]
-    walks: list[tuple[WalkRun, float]]
-    phases: dict[str, float]
-    made_elements: int
+    loads: dict[str, tuple[int, float]]  # kernels, seconds over the host factor; by Cache's fields
+    walks: list[tuple[WalkRun, float]]  # with their seconds
+    phases: dict[str, float]  # seconds
+    made_elements: int  # of dummy weights that a GPU makes
 
 
 def read_calibration_data(
@@ -137,7 +100,7 @@ def read_calibration_data(
     ]
     elements = made_elements(scenario.model, scenario.parallel, run.ranks_per_gpu)
     return CalibrationData(
-        run=run,
+        metadata=run,
         host_factor=factor,
         compiles=[] if planned else _compiles(timeline, programs, run.cores, factor),
         build=_build(timeline, run, factor) if planned else None,

@@ -36,30 +36,15 @@ _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """A measured run: what ran, and on which machine.
-
-    Attributes:
-        scenario: what ran.
-        cores: CPU cores of a machine.
-        hosts: number of machines.
-        backend: backend of torch.distributed that the ranks communicated over.
-        ranks_per_gpu: ranks that shared a GPU.
-        probe: seconds of the reference compile just before the run; None where it was not timed.
-        on_gpu: whether a GPU did the work of the forwards.
-    """
+    """A measured run: what ran, and on which machine."""
 
     scenario: Scenario
-    cores: int
-    hosts: int
-    backend: str
+    cores: int  # CPU cores of a machine
+    hosts: int  # number of machines
+    backend: str  # of torch.distributed
     ranks_per_gpu: int
-    probe: float | None
-    on_gpu: bool
-
-    @property
-    def ranks_per_host(self) -> int:
-        """Ranks that shared a machine."""
-        return self.scenario.parallel.world_size // self.hosts
+    probe: float | None  # seconds of the reference compile just before the run
+    on_gpu: bool  # whether a GPU did the work of the forwards
 
     def host_factor(self, profile: Profile) -> float:
         """How many times as long as the profile's CPUs this machine's take; 1 without a probe."""

@@ -85,7 +85,7 @@ def test_loads_are_counted_by_their_purpose() -> None:
     first_use = (compiled, pytest.approx(0.02 * compiled))
     assert data_of().loads == {"verify": nothing, "load": nothing, "first_use": first_use}
     prebuilt = data_of(P.PREBUILT)
-    count = len(prebuilt.run.scenario.plan.kernels)
+    count = len(prebuilt.metadata.scenario.plan.kernels)
     assert prebuilt.loads == {
         "verify": (count, pytest.approx(0.0009 * count)),
         "load": (count, pytest.approx(0.004 * count)),
@@ -97,7 +97,7 @@ def test_loads_are_counted_by_their_purpose() -> None:
 
 def test_a_walk_has_its_own_seconds() -> None:
     found = data_of(P.RELAX)
-    ops = [op for op in record(found.run.scenario).ranks[0] if isinstance(op, Walk)]
+    ops = [op for op in record(found.metadata.scenario).ranks[0] if isinstance(op, Walk)]
     assert [walk.name for walk, _ in found.walks] == [op.name for op in ops]
     for walk, seconds in found.walks:
         # At another()'s costs: 50 ms a walk, 0.02 s a load, 0.2 ms a call.
