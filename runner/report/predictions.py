@@ -95,8 +95,8 @@ def print_predictions(
     validation = machine.profile.validation
     if validation is not None:
         print(
-            f"predictions of {machine.profile.name} were within {validation.median_error:.1%} "
-            f"(median), {validation.worst_error:.1%} (worst) of {validation.runs} measured runs"
+            f"predictions of {machine.profile.name} were within {validation.median_error:.0%} "
+            f"(median), {validation.worst_error:.0%} (worst) of {validation.runs} measured runs"
         )
     print()
     console = make_console()

@@ -342,7 +342,7 @@ def test_sim_prints_how_far_a_profiles_predictions_were_off(
     for hardware in ("h200", "h20"):
         assert run_guarded(cli, [*options.split(), hardware], program="runner") == 0
         printed.append(capsys.readouterr().out)
-    line = "predictions of h200 were within 13.0% (median), 33.4% (worst) of 25 measured runs\n"
+    line = "predictions of h200 were within 13% (median), 33% (worst) of 25 measured runs\n"
     assert line in printed[0]
     assert "predictions of" not in printed[1], "an estimate was never validated"
 
