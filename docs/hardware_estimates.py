@@ -76,6 +76,7 @@ def estimate(name: str, figures: PublicFigures, measured: Profile) -> Profile:
         ),
         links={**measured.links, "nvlink": _scaled(nvlink, figures.nvlink / H200.nvlink)},
         estimate=True,
+        validation=None,
         provenance=[
             f"an estimate: public figures of the {name} times what {measured.name} was measured "
             "to reach of its own (docs/hardware_estimates.md)"

@@ -91,7 +91,14 @@ def print_predictions(
     the last one goes.
     """
     _print_title(predictions[0], machine)
-    print(f"kernels: {kernels}\n")
+    print(f"kernels: {kernels}")
+    validation = machine.profile.validation
+    if validation is not None:
+        print(
+            f"predictions of {machine.profile.name} were within {validation.median_error:.0%} "
+            f"(median), {validation.worst_error:.0%} (worst) of {validation.runs} measured runs"
+        )
+    print()
     console = make_console()
     if bars:
         print_bars([prediction.timeline for prediction in predictions], console)

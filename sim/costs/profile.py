@@ -122,6 +122,16 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """How far predictions of wall time were off, on measured runs that were not fitted to."""
+
+    runs: int
+    median_error: float  # of absolute relative errors
+    worst_error: float
+    source: str  # where the runs are
+
+
+@dataclass(frozen=True)
 class Profile:
     """One machine type."""
 
@@ -138,6 +148,7 @@ class Profile:
     start_up: StartUp
     provenance: list[str] = field(default_factory=list)  # where the numbers come from
     estimate: bool = False  # derived from public figures instead of measured
+    validation: Validation | None = None
 
     @classmethod
     def from_json(cls, data: object) -> Profile:
@@ -180,6 +191,10 @@ def _read_record(kind: type[Record], data: object, name: str) -> Record:
 
 def _read(kind: type, value: object, name: str) -> object:
     """What JSON has under ``name``, as a value of a field's type."""
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
     if is_dataclass(kind):
         return _read_record(kind, value, name)
     if get_origin(kind) is Mapping:
@@ -188,7 +203,7 @@ def _read(kind: type, value: object, name: str) -> object:
         return {key: _read(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
     if kind in (str, bool) or get_origin(kind) is list:
         _check_type(name, value, get_origin(kind) or kind)
-    elif value is not None or type(None) not in get_args(kind):
+    else:
         _check_number(name, value, whole=kind is int)
     return value
 

@@ -131,7 +131,7 @@ def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
     assert "leaves no kernel to compile in traffic" in text
 
 
-def test_judged_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
+def test_validated_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     write_timelines(
         path,
@@ -143,12 +143,6 @@ def test_judged_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
     check(shown("compare", "--hardware", "h200", str(path)))
     lines = shown("calibrate", str(path), "-o", str(tmp_path / "x.json"))
     check([line for line in lines if not line.startswith("wrote ")])
-
-
-def test_published_figures_fit(shown: Shown) -> None:
-    lines = shown("published")
-    # A command's words stay whole: they are to be copied.
-    check([line for line in lines if not line.startswith("      ")])
 
 
 def test_sweeps_fit(shown: Shown) -> None:
