@@ -23,50 +23,29 @@ from sim.engine.timeout_diagnosis import CollectiveTimeout
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a simulated run happens.
-
-    Attributes:
-        profile: what things cost.
-        host_factor: how many times as long the CPUs take for everything as the profile's.
-        cores_per_node: CPU cores of a machine; None takes the profile's.
-        hosts: machines that the nodes are on; None is one for each node.
-        link: name of one of the profile's links.
-        ranks_per_gpu: ranks that share a GPU.
-        nccl_timeout: longest wait in a collective, in seconds; None is torch's default of the link.
-        run_ahead: whether hosts queue communication and go on; None is as the link has it.
-        start: phases before the warm-up.
-        fold: whether replicas that behave alike are simulated once.
-    """
+    """Where a simulated run happens."""
 
     profile: Profile
-    host_factor: float = 1.0
-    cores_per_node: int | None = None
-    hosts: int | None = None
-    link: str = "nvlink"
+    host_factor: float = 1.0  # how many times as long as the profile's its CPUs take
+    cores_per_node: int | None = None  # CPU cores of a machine; None takes the profile's
+    hosts: int | None = None  # machines that the nodes are on; None is one for each node
+    link: str = "nvlink"  # one of the profile's
     ranks_per_gpu: int = 1
-    nccl_timeout: float | None = None
-    run_ahead: bool | None = None
-    start: StartPhases = field(default_factory=lambda: StartPhases(()))
-    fold: bool = True
+    nccl_timeout: float | None = None  # seconds in a collective; None is torch's for the link
+    run_ahead: bool | None = None  # hosts queue communication and go on; None is as the link has it
+    start: StartPhases = field(default_factory=lambda: StartPhases(()))  # before the warm-up
+    fold: bool = True  # simulate replicas that behave alike once
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted run.
+    """A predicted run."""
 
-    Attributes:
-        timeline: what happens if no wait is too long.
-        timeout: the first wait beyond the limit, which would end the run.
-        longest_wait: seconds of the longest wait in a communication.
-        stalls: kernels that a forward can still need once the server is up, and some node lacks.
-        stall_seconds: seconds to compile them one by one.
-    """
-
-    timeline: Timeline
-    timeout: CollectiveTimeout | None
-    longest_wait: float = 0.0
-    stalls: int = 0
-    stall_seconds: float = 0.0
+    timeline: Timeline  # what happens if no wait is too long
+    timeout: CollectiveTimeout | None  # the first wait beyond the limit, which would end the run
+    longest_wait: float = 0.0  # seconds in a communication
+    stalls: int = 0  # kernels that a forward can need and some node lacks once the server is up
+    stall_seconds: float = 0.0  # to compile them one by one
 
 
 def simulate(scenario: Scenario, machine: Machine) -> Prediction:

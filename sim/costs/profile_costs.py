@@ -42,21 +42,13 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class ProfileCosts:
-    """Seconds of the operations of a Schedule on the machine of a profile.
-
-    Attributes:
-        profile: the machine.
-        link: the link that collectives and transfers use.
-        cores: CPU cores of a machine.
-        ranks_per_gpu: ranks that share one GPU; its time is divided among them.
-        walkers_per_gpu: how many of them walk at a time.
-    """
+    """Seconds of the operations of a Schedule on the machine of a profile."""
 
     profile: Profile
-    link: Link
-    cores: int
-    ranks_per_gpu: int = 1
-    walkers_per_gpu: int = 1
+    link: Link  # of collectives and transfers
+    cores: int  # CPU cores of a machine
+    ranks_per_gpu: int = 1  # its time is divided among them
+    walkers_per_gpu: int = 1  # how many of them walk at a time
     _compile_seconds: dict[Kernel, float] = field(default_factory=dict, init=False, compare=False)
 
     @property

@@ -33,23 +33,14 @@ from sim.engine.timeout_diagnosis import CollectiveTimeout, WaitLimits
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a simulation.
+    """Result of a simulation."""
 
-    Attributes:
-        spans: raw spans (see :func:`runner.timeline.merge`).
-        timeout: the wait that would have ended the run, if any.
-        disks: kernels on each node's disk in the end.
-        longest_wait: seconds of any rank's longest wait in a communication that ``timeout`` limits.
-        ends: when each rank was done.
-        up: kernels on each node's disk when the server is up.
-    """
-
-    spans: list[Span]
-    timeout: CollectiveTimeout | None
-    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)
-    longest_wait: float = 0.0
-    ends: tuple[float, ...] = ()
-    up: dict[int, frozenset[Kernel]] = field(default_factory=dict)
+    spans: list[Span]  # raw, see runner.timeline.merge
+    timeout: CollectiveTimeout | None  # the wait that would have ended the run
+    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # of each node, in the end
+    longest_wait: float = 0.0  # seconds of a rank's longest wait that Engine's ``timeout`` limits
+    ends: tuple[float, ...] = ()  # when each rank was done
+    up: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # disks when the server is up
 
 
 class SimulationError(Exception):
@@ -96,7 +87,7 @@ class Engine:
             node: Node(cores[host], set(cached), set(cached)) for node, host in hosts.items()
         }
         self._ranks = [
-            Rank(index, self._nodes[node_of[index]], program, start, start)
+            Rank(index, self._nodes[node_of[index]], program, start)
             for index, program in enumerate(programs)
         ]
         self._now = start

@@ -17,26 +17,15 @@ from sim.engine.timeout_diagnosis import WaitLimits
 
 @dataclass
 class _Meeting:
-    """A collective under way.
-
-    Attributes:
-        members: ranks whose GPUs have come to it, in order.
-        awaited: ranks whose GPUs wait for its end after it was begun.
-        end: when it ends, once all members are there.
-    """
+    """A collective under way: ranks whose GPUs have come to it, and ranks that await its end."""
 
     members: list[tuple[Rank, Queued]] = field(default_factory=list)
     awaited: list[tuple[Rank, Queued]] = field(default_factory=list)
-    end: float | None = None
+    end: float | None = None  # known once all members are there
 
 
 class Network:
-    """All messages under way.
-
-    Args:
-        costs: how long messages take.
-        limits: is told of every wait.
-    """
+    """All messages under way; every wait is compared with ``limits``."""
 
     def __init__(self, costs: ProfileCosts, limits: WaitLimits) -> None:
         self._costs, self._limits = costs, limits

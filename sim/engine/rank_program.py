@@ -33,33 +33,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class FirstUse:
-    """Kernels that this process loads for the first time, in order.
-
-    Attributes:
-        kernels: the kernels.
-        bulk: whether they are loaded on their own instead of inside a call.
-        lock: held meanwhile; None where first uses do not take turns.
-    """
+    """Kernels that this process loads for the first time, in order."""
 
     kernels: tuple[Kernel, ...]
-    bulk: bool = False
-    lock: LockKey | None = None
+    bulk: bool = False  # loaded on their own, not inside a call
+    lock: LockKey | None = None  # held meanwhile; None where first uses do not take turns
 
 
 @dataclass(frozen=True, slots=True)
 class WalkRun:
-    """A walk.
-
-    Attributes:
-        name: of its spans.
-        steps: kernels to load first, and the seconds of the calls that run them.
-        calls: number of calls of each step but the first, and seconds of one on the GPU.
-        lock: see :class:`FirstUse`.
-    """
+    """A walk: kernels to load and then the seconds of the calls that run them, step by step."""
 
     name: str
     steps: tuple[tuple[tuple[Kernel, ...], float], ...]
-    calls: tuple[tuple[int, float], ...]
+    calls: tuple[tuple[int, float], ...]  # of each step but the first: number, GPU seconds of one
     lock: LockKey | None = None
 
 

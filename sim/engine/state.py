@@ -60,19 +60,12 @@ _ROUNDING = 1e-9
 
 @dataclass(eq=False)
 class Node:
-    """A node.
-
-    Attributes:
-        cores: shared by its ranks' compiles.
-        disk: compiled kernels in its cache.
-        up: of these, the ones that its ranks had used or got by the time the server was up.
-        locks: ranks that wait for each lock that is held, in the order of asking.
-    """
+    """A node: its cache and its cores, which its ranks share."""
 
     cores: Cores
-    disk: set[Kernel]
-    up: set[Kernel]
-    locks: dict[LockKey, deque[Rank]] = field(default_factory=dict)
+    disk: set[Kernel]  # compiled kernels in its cache
+    up: set[Kernel]  # of these, the ones that its ranks had used or got when the server was up
+    locks: dict[LockKey, deque[Rank]] = field(default_factory=dict)  # held ones, with who waits
 
 
 def share_disks(nodes: set[Node]) -> None:
@@ -86,55 +79,35 @@ def share_disks(nodes: set[Node]) -> None:
 
 @dataclass(slots=True, eq=False)
 class Queued:
-    """Work in the queue of a rank's GPU.
-
-    Attributes:
-        work: what it is.
-        queued: when the host queued it.
-        key: of a message, see :class:`runner.schedule.MessageKeys`.
-        host_waits: whether the host waits until it is done.
-        arrived: when the GPU came to it; it waits there for other ranks.
-        end: when it is done; None while that depends on other ranks.
-    """
+    """Work in the queue of a rank's GPU."""
 
     work: Run | Message | Await
-    queued: float
-    key: str = ""
-    host_waits: bool = False
-    arrived: float | None = None
-    end: float | None = None
+    queued: float  # when the host queued it
+    key: str = ""  # of a message, see runner.schedule.MessageKeys
+    host_waits: bool = False  # until it is done
+    arrived: float | None = None  # when the GPU came to it; it waits there for other ranks
+    end: float | None = None  # when it is done; None while that depends on other ranks
 
 
 class Rank:
-    """A rank: a host, which runs the program, and its GPU, which works off a queue.
-
-    Attributes:
-        index: world rank.
-        node: where it runs.
-        program: what it does.
-        clock: the host's time.
-        device: when the GPU is done with everything that is not in ``queue``.
-        host: the program under way.
-        queue: work behind a message that is not done, which is its head.
-        keys: numbers its messages.
-        waits_for_device: whether the host goes on once the queue is empty.
-        done: whether the program has ended.
-        spans: what it did.
-    """
+    """A rank: a host, which runs the program, and its GPU, which works off a queue."""
 
     def __init__(
-        self, index: int, node: Node, program: Sequence[Instruction], clock: float, device: float
+        self, index: int, node: Node, program: Sequence[Instruction], start: float
     ) -> None:
         self.index, self.node, self.program = index, node, program
-        self.clock, self.device = clock, device
+        self.clock = start  # the host's time
+        self.device = start  # when the GPU is done with everything that is not in ``queue``
         self.host: Host = iter(())
-        self.queue: deque[Queued] = deque()
+        self.queue: deque[Queued] = deque()  # its head is a message that is not done
         self.keys = MessageKeys(index)
-        self.waits_for_device = self.done = self._serves = False
+        self.waits_for_device = False  # whether the host goes on once the queue is empty
+        self.done = False
         self.spans: list[Span] = []
+        self._serves = False  # requests after the first one
         self._computing_since: float | None = None
-        self._communicated = 0.0
-        self._phase: tuple[str, float] | None = None
+        self._communicated = 0.0  # when the GPU last ended a message for which no host waited
+        self._phase: tuple[str, float] | None = None  # name and start
 
     def compute(self, work: Run) -> None:
         """Work of the host now, and of the GPU once its queue is empty."""

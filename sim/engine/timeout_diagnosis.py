@@ -12,27 +12,15 @@ from sim.engine.state import Queued, Rank
 
 @dataclass(frozen=True)
 class CollectiveTimeout:
-    """A wait beyond the limit, at which the run would have died.
+    """A wait beyond the limit, at which the run would have died."""
 
-    Attributes:
-        time: seconds since the origin.
-        rank: the rank that gave up.
-        operation: the communication that it waited in.
-        waiting_for: the rank that was working meanwhile: the one that this communication lacked,
-            or one that this rank was waiting for in turn.
-        busy_with: what that rank was doing at ``time``.
-        needed: the smallest limit that the whole run would have survived, in seconds: its longest
-            wait of this kind.
-        of_hosts: whether hosts waited for each other, which has a limit of its own.
-    """
-
-    time: float
-    rank: int
-    operation: str
-    waiting_for: int
-    busy_with: str
-    needed: float
-    of_hosts: bool = False
+    time: float  # seconds since the origin
+    rank: int  # the rank that gave up
+    operation: str  # the communication that it waited in
+    waiting_for: int  # the rank that was working: the one it waited for, or that one in turn
+    busy_with: str  # what that rank was doing then
+    needed: float  # seconds of the longest wait of this kind: the smallest limit that is enough
+    of_hosts: bool = False  # hosts waited for each other, which has a limit of its own
 
 
 class WaitLimits:
