@@ -76,11 +76,6 @@ def test_a_short_k_that_is_compiled_in_is_another_configuration(
     assert config_key(long) == f"{start} | 8 K-blocks"
 
 
-def test_other_tiles_are_other_configurations() -> None:
-    small, large = (kernel(T.GEMM_NT_F8F8BF16, m, 1536, 4096) for m in (1, 4096))
-    assert config_key(small) != config_key(large)
-
-
 def test_measured_then_the_templates_scale_then_the_default() -> None:
     plain = plain_seconds(DENSE)
     assert compile_seconds(times(default_scale=1.5), DENSE) == 1.5 * plain
@@ -112,10 +107,6 @@ def test_compiles_slow_each_other_down_linearly_and_share_cores_beyond_that(
     compilers: int, cores: int, expected: float
 ) -> None:
     assert slowdown(times(contention=0.4), compilers, cores) == pytest.approx(expected)
-
-
-def test_without_contention_only_cores_are_short() -> None:
-    assert [slowdown(times(), n, 4) for n in (1, 3, 4, 6, 8)] == [1.0, 1.0, 1.0, 1.5, 2.0]
 
 
 @given(st.floats(0, 5), st.integers(1, 200))

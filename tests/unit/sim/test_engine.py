@@ -149,12 +149,6 @@ def test_the_needed_limit_is_the_longest_wait_of_the_whole_run() -> None:
     assert simulate(*ranks, timeout=40.0).timeout is None
 
 
-def test_receive_times_out_too() -> None:
-    outcome = simulate([work(9), Send("x", 1, 1)], [Recv("x", 0, 1)], timeout=8.0)
-    assert outcome.timeout is not None
-    assert (outcome.timeout.operation, outcome.timeout.waiting_for) == ("recv x", 0)
-
-
 def test_phases_enclose_what_they_hold() -> None:
     ops: list[Op] = [Mark("phase", "warm-up"), work(2), Mark("phase", "requests"), work(3)]
     outcome = simulate([*ops, Mark("phase", "end")])
@@ -214,15 +208,6 @@ def test_prebuilt_kernels_are_verified_and_loaded() -> None:
 def test_loading_what_no_disk_holds_compiles_it() -> None:
     outcome = simulate([KernelWork("load", (kernel_of(1),))])
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11)]
-
-
-def test_a_wait_for_a_builder_can_time_out() -> None:
-    exchange = Collective(EXCHANGE, (0, 1), 0)
-    builder: list[Op] = [KernelWork("build", tuple(kernel_of(k) for k in range(1, 5))), exchange]
-    outcome = simulate(builder, [KernelWork("build", ()), exchange], timeout=15.0)
-    lost = outcome.timeout
-    assert lost is not None
-    assert (lost.rank, lost.waiting_for, lost.operation, lost.needed) == (1, 0, EXCHANGE, 20.0)
 
 
 def test_the_longest_wait_is_known_without_a_limit() -> None:
@@ -304,18 +289,6 @@ def test_nodes_of_one_host_share_its_cores_and_not_their_disks() -> None:
     assert compiled(None) == [("compile", 0, 10)] * 2
     assert compiled([0, 1]) == [("compile", 0, 10)] * 2
     assert compiled([0, 0]) == [("compile", 0, 20)] * 2
-
-
-def test_the_slowdown_is_the_cost_models() -> None:
-    class Crowded(RoundCosts):
-        def slowdown(self, compilers: int) -> float:
-            return 1.0 + 0.5 * (compilers - 1)
-
-    # Alone until 4; then two at 1.5 times: the first has 6 s left, 9 at that rate.
-    outcome = simulate([call(1)], [work(4), call(2)], costs=Crowded())
-    assert rows(outcome, 0)[0] == ("compile", 0, 13)
-    # The second has done 6 s by then; its last 4 s it is alone.
-    assert rows(outcome, 1)[1] == ("compile", 4, 17)
 
 
 def test_every_ranks_first_forward_takes_longer_once() -> None:

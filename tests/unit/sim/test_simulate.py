@@ -167,20 +167,6 @@ def test_a_host_shares_its_cores_among_its_nodes() -> None:
     assert together.compile_seconds == pytest.approx(2 * apart.compile_seconds)
 
 
-def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def build(self: object, kernels: object, cores: int) -> list[object]:
-        seen.append(cores)
-        return []
-
-    monkeypatch.setattr("sim.costs.profile_costs.ProfileCosts.build_spans", build)
-    one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
-    for hosts, cores in ((4, 12), (2, 12), (1, 3)):
-        simulate(one, machine(hosts=hosts, cores_per_node=cores))
-    assert seen == [12] * 4 + [6] * 4 + [1] * 4
-
-
 def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
     one = scenario(pp=2, tp=2)
 
@@ -247,6 +233,20 @@ def test_a_limit_of_memory_ends_walks_earlier() -> None:
     )
     assert free.stalls < narrow.stalls
     assert free.timeline.up > narrow.timeline.up
+
+
+def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def build(self: object, kernels: object, cores: int) -> list[object]:
+        seen.append(cores)
+        return []
+
+    monkeypatch.setattr("sim.costs.profile_costs.ProfileCosts.build_spans", build)
+    one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
+    for hosts, cores in ((4, 12), (2, 12), (1, 3)):
+        simulate(one, machine(hosts=hosts, cores_per_node=cores))
+    assert seen == [12] * 4 + [6] * 4 + [1] * 4
 
 
 def test_a_lock_saves_duplicates() -> None:
