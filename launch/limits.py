@@ -16,13 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from runner.build.compiler import CompileError
 from runner.errors import UserError, WorkFailedError, print_error
-from runner.schedule import OF_HOSTS, Begin, Collective, Recv, Send
+from runner.schedule import OF_HOSTS, Begin, Collective, Message
 from runner.watch.shim import read_unfinished
-
-TORCH_TIMEOUTS = {"nccl": 600.0, "gloo": 1800.0}
-"""Seconds that torch 2 lets a collective wait by default."""
-
-Communication = Collective | Begin | Send | Recv
 
 _TIMEOUT_MESSAGES = (
     "Timed out waiting",
@@ -133,7 +128,7 @@ class WaitingRank:
     log_dir: Path
     host_ranks: range
 
-    def timeout_error(self, op: Communication) -> CommunicationTimeoutError:
+    def timeout_error(self, op: Message) -> CommunicationTimeoutError:
         """Name the operation, the ranks it waits for, and what they are compiling.
 
         If none of those compiles, they wait for ranks that do.
@@ -174,7 +169,7 @@ class WaitLimit:
         self._waiting = waiting
 
     @contextmanager
-    def over(self, op: Communication) -> Iterator[None]:
+    def over(self, op: Message) -> Iterator[None]:
         """This rank is in ``op`` until the block ends."""
         try:
             yield
@@ -183,7 +178,7 @@ class WaitLimit:
                 raise
             raise self._waiting.timeout_error(op) from error
 
-    def started(self, op: Communication, is_done: Callable[[], bool]) -> None:
+    def started(self, op: Message, is_done: Callable[[], bool]) -> None:
         """``op`` goes on while the rank does something else, until ``is_done``."""
 
     def quiet(self) -> AbstractContextManager[object]:
@@ -201,12 +196,12 @@ class NcclWaitLimit(WaitLimit):
 
     def __init__(self, waiting: WaitingRank) -> None:
         super().__init__(waiting)
-        self._waits: list[tuple[float, Communication, Callable[[], bool]]] = []
+        self._waits: list[tuple[float, Message, Callable[[], bool]]] = []
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="wait limit", daemon=True).start()
 
     @contextmanager
-    def over(self, op: Communication) -> Iterator[None]:
+    def over(self, op: Message) -> Iterator[None]:
         if op.name in OF_HOSTS:
             with super().over(op):
                 yield
@@ -218,7 +213,7 @@ class NcclWaitLimit(WaitLimit):
         finally:
             returned.set()
 
-    def started(self, op: Communication, is_done: Callable[[], bool]) -> None:
+    def started(self, op: Message, is_done: Callable[[], bool]) -> None:
         with self._lock:
             self._waits.append((time.monotonic(), op, is_done))
 
@@ -236,7 +231,7 @@ class NcclWaitLimit(WaitLimit):
                 return
             time.sleep(_POLL_SECONDS)
 
-    def _error(self, op: Communication) -> Exception:
+    def _error(self, op: Message) -> Exception:
         try:
             return self._waiting.timeout_error(op)
         except Exception as error:

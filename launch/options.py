@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
+from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.options import ReportOptions, ScenarioOptions, to_argv
@@ -64,7 +65,7 @@ class RunOptions:
     nccl_timeout: float | None = option(
         None,
         OptionDetails(
-            "Longest wait of a communication.  [default: torch's: 600 over NCCL, 1800 over gloo]",
+            f"Longest wait of a communication.  [default: {TORCH_TIMEOUTS_HELP}]",
             unit="SECONDS",
         ),
     )

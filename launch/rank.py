@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.limits import TORCH_TIMEOUTS, NcclWaitLimit, WaitingRank, WaitLimit
+from launch.limits import NcclWaitLimit, WaitingRank, WaitLimit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
+from runner.config.timeouts import TORCH_TIMEOUTS
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.planning.weight_size import model_elements

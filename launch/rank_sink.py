@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -22,10 +21,12 @@ from runner.schedule import (
     Collective,
     KernelWork,
     Mark,
+    MessageKeys,
     Op,
     Recv,
     Send,
     Walk,
+    message_name,
 )
 from runner.timeline import Span
 from runner.watch.shim import CompileRecord
@@ -67,7 +68,7 @@ class RankSink:
         self._begun: dict[str, tuple[Begin, float, CollectiveEvents | None]] = {}
         self._awaited: list[tuple[str, float, float, CollectiveEvents | None]] = []
         self._capturing = False
-        self._sequence: Counter[str] = Counter()
+        self._keys = MessageKeys(rank)
         self._phase: tuple[str, float] | None = None
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
@@ -135,8 +136,10 @@ class RankSink:
         # What the device still does is compute, not communication.
         with self._span("compute", "device"):
             self._device.synchronise()
-        prefix = {Collective: "", Send: "send ", Recv: "recv "}[type(op)]
-        with self._span("comm", f"{prefix}{op.name}", self._comm_key(op)), self._limit.over(op):
+        with (
+            self._span("comm", message_name(op), self._keys.next_key(op)),
+            self._limit.over(op),
+        ):
             result = action()
             self._device.wait_for_communication()
             return result
@@ -192,17 +195,6 @@ class RankSink:
 
     def _add(self, kind: str, name: str, start: float, end: float, key: str = "") -> None:
         self.spans.append(Span(self._rank, start, end, kind, name, key))
-
-    def _comm_key(self, op: Collective | Send | Recv) -> str:
-        """A key that all ranks of one communication give it."""
-        if isinstance(op, Collective):
-            where = ",".join(map(str, op.group))
-        elif isinstance(op, Send):
-            where = f"{self._rank}>{op.peer}"
-        else:
-            where = f"{op.peer}>{self._rank}"
-        self._sequence[where] += 1
-        return f"{where} #{self._sequence[where]}"
 
 
 def compiled_identity(record: CompileRecord) -> str:

@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 
-from runner.config.fields import OptionDetails, field_types, from_plain, option, to_plain
+from runner.config.fields import (
+    OptionDetails,
+    field_types,
+    option,
+    read_count,
+    read_plain,
+    read_text,
+    to_plain,
+)
 from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
@@ -269,8 +277,7 @@ class Scenario:
             ValueError: a value of another form.
             UserError: a model that is not known, or values that contradict each other.
         """
-        name, layers = str(_read("model", str, data)), _read("layers", int, data)
-        assert isinstance(layers, int)
+        name, layers = read_text("model", data), read_count("layers", data)
         whole = models[name] if models and name in models else load_model(name)
         layout: Callable[..., ParallelConfig] = ParallelConfig
         make: Callable[..., Scenario] = cls
@@ -294,17 +301,10 @@ def _read_fields(cls: type, data: Mapping[str, object]) -> dict[str, object]:
     kinds = field_types(cls)
     names = _OWN_FIELDS if cls is Scenario else tuple(kinds)
     return {
-        name: _read(name, kinds[name], data)
+        name: read_plain(kinds[name], name, data)
         for name in names
         if name in data or name in _ALWAYS_WRITTEN
     }
-
-
-def _read(name: str, kind: object, data: Mapping[str, object]) -> object:
-    try:
-        return from_plain(kind, data[name])
-    except ValueError as error:
-        raise ValueError(f"its {name!r} is {error}") from None
 
 
 def pp_parallel_batch_sizes(num_sms: int) -> tuple[int, ...]:

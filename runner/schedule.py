@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from runner.backend.m_lists import MSteps
@@ -64,6 +65,42 @@ class Begin:
     name: str
     group: tuple[int, ...]
     bytes: int
+
+
+Message = Collective | Begin | Send | Recv
+"""Communication with other ranks."""
+
+
+def message_name(op: Message) -> str:
+    """Name of a message in spans and errors."""
+    prefix = {Send: "send ", Recv: "recv "}.get(type(op), "")
+    return f"{prefix}{op.name}"
+
+
+class MessageKeys:
+    """Keys of one rank's messages, in order; ranks that take part in a message agree on its key.
+
+    A key says which ranks take part and how many messages these had before: ``0,1 #3``, ``0>1 #1``.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._counts: Counter[str] = Counter()
+
+    def next_key(self, op: Message) -> str:
+        if isinstance(op, Send):
+            among = f"{self._rank}>{op.peer}"
+        elif isinstance(op, Recv):
+            among = f"{op.peer}>{self._rank}"
+        else:
+            among = _join(op.group)
+        self._counts[among] += 1
+        return f"{among} #{self._counts[among]}"
+
+
+@lru_cache(maxsize=1024)
+def _join(group: tuple[int, ...]) -> str:
+    return ",".join(map(str, group))
 
 
 @dataclass(frozen=True, slots=True)

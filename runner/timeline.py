@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,6 @@ class Timeline:
     def compile_seconds(self) -> float:
         """Sum of all compiles' durations."""
         return sum(span.seconds for span in self.spans if span.kind == "compile")
-
-    def moved(self, clock: Callable[[float], float]) -> Timeline:
-        """The same run by another clock: ``clock(seconds)`` is what it shows."""
-        spans = (replace(s, start=clock(s.start), end=clock(s.end)) for s in self.spans)
-        return replace(self, spans=tuple(spans))
 
     def by_rank(self) -> list[list[Span]]:
         """Spans of every rank in order of start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from runner.config.timeouts import HOST_TIMEOUT, TORCH_TIMEOUTS
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
 from runner.errors import UserError
@@ -15,11 +16,10 @@ from runner.planning.residency import kernels_at_start
 from runner.scenario import Scenario
 from runner.schedule import flatten
 from runner.timeline import Span, Timeline, merge
-from sim.calibration.drift import Drift, drifted
-from sim.costs.profile import Link, Profile, slowed
+from sim.costs.profile import Profile, slowed
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import StartPhases, start_phases
-from sim.engine.engine import Engine
+from sim.engine.engine import Engine, Outcome
 from sim.engine.rank_program import Instruction, compile_program
 from sim.engine.replica_folding import can_fold, unfold
 from sim.engine.timeout_diagnosis import CollectiveTimeout
@@ -27,53 +27,29 @@ from sim.engine.timeout_diagnosis import CollectiveTimeout
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a simulated run happens.
-
-    Attributes:
-        profile: what things cost.
-        host_factor: how many times as long the CPUs take for everything as the profile's.
-        drift: how the machine's speed differs at the run's start; None is not at all. It moves the
-            Timeline; waits and limits are in the profile's seconds.
-        cores_per_node: CPU cores of a machine; None takes the profile's.
-        hosts: machines that the nodes are on; None is one for each node.
-        link: name of one of the profile's links.
-        ranks_per_gpu: ranks that share a GPU.
-        nccl_timeout: longest wait in a collective, in seconds; None is torch's default of the link.
-        run_ahead: whether hosts queue communication and go on; None is as the link has it.
-        start: phases before the warm-up.
-        fold: whether replicas that behave alike are simulated once.
-    """
+    """Where a simulated run happens."""
 
     profile: Profile
-    host_factor: float = 1.0
-    drift: Drift | None = None
-    cores_per_node: int | None = None
-    hosts: int | None = None
-    link: str = "nvlink"
+    host_factor: float = 1.0  # how many times as long as the profile's its CPUs take
+    cores_per_node: int | None = None  # CPU cores of a machine; None takes the profile's
+    hosts: int | None = None  # machines that the nodes are on; None is one for each node
+    link: str = "nvlink"  # one of the profile's
     ranks_per_gpu: int = 1
-    nccl_timeout: float | None = None
-    run_ahead: bool | None = None
-    start: StartPhases = field(default_factory=lambda: StartPhases(()))
-    fold: bool = True
+    nccl_timeout: float | None = None  # seconds in a collective; None is torch's for the link
+    run_ahead: bool | None = None  # hosts queue communication and go on; None is as the link has it
+    start: StartPhases = field(default_factory=lambda: StartPhases(()))  # before the warm-up
+    fold: bool = True  # simulate replicas that behave alike once
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A predicted Timeline.
+    """A predicted run."""
 
-    Attributes:
-        timeline: what happens if nothing dies.
-        timeout: where a wait passes the limit, the death it would be.
-        longest_wait: seconds of the longest wait in a communication.
-        stalls: kernels that a forward can still need once the server is up, and some node lacks.
-        stall_seconds: seconds to compile them one by one.
-    """
-
-    timeline: Timeline
-    timeout: CollectiveTimeout | None
-    longest_wait: float = 0.0
-    stalls: int = 0
-    stall_seconds: float = 0.0
+    timeline: Timeline  # what happens if no wait is too long
+    timeout: CollectiveTimeout | None  # the first wait beyond the limit, which would end the run
+    longest_wait: float = 0.0  # seconds in a communication
+    stalls: int = 0  # kernels that a forward can need and some node lacks once the server is up
+    stall_seconds: float = 0.0  # to compile them one by one
 
 
 def simulate(scenario: Scenario, machine: Machine) -> Prediction:
@@ -83,23 +59,22 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         UserError: the model does not fit the layout, or the nodes do not fit the hosts.
     """
     parallel = scenario.parallel
-    machine = replace(machine, profile=slowed(machine.profile, machine.host_factor))
-    hosts = _hosts(machine, parallel.nodes)
-    cores = machine.cores_per_node or machine.profile.cores_per_node
-    before = start_phases(
-        machine.start,
-        machine.profile.start_up,
-        scenario.model,
-        parallel,
-        hosts,
-        machine.ranks_per_gpu,
+    hosts = parallel.nodes if machine.hosts is None else machine.hosts
+    if hosts < 1 or parallel.nodes % hosts:
+        raise UserError(f"hosts={hosts} must divide the {parallel.nodes} nodes")
+    profile = slowed(machine.profile, machine.host_factor)
+    shared = machine.ranks_per_gpu
+    before = start_phases(machine.start, profile.start_up, scenario.model, parallel, hosts, shared)
+    costs = ProfileCosts(
+        profile,
+        profile.links[machine.link],
+        machine.cores_per_node or profile.cores_per_node,
+        shared,
+        # Otherwise a node's first rank walks alone.
+        walkers_per_gpu=shared if scenario.policy is WarmupPolicy.RELAX else 1,
     )
-    folds = machine.fold and can_fold(parallel, hosts)
-    outcome = _engine(scenario, machine, cores, hosts, folds=folds, start=_total(before)).run()
-    outcome = replace(outcome, spans=list(merge(outcome.spans)))
-    if folds:
-        outcome = unfold(outcome, parallel)
-    spans = (*_phase_spans(before, parallel.world_size), *outcome.spans)
+    outcome = _replay(scenario, machine, costs, hosts, sum(seconds for _, seconds in before))
+    spans = [*_phase_spans(before, parallel.world_size), *outcome.spans]
     timeline = Timeline(
         policy=scenario.policy.value,
         source="predicted",
@@ -107,20 +82,17 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         spans=tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
         meta={
             **scenario.timeline_meta(),
-            "hardware": machine.profile.name,
-            "cores_per_node": cores,
+            "hardware": profile.name,
+            "cores_per_node": costs.cores,
             "hosts": hosts,
             "host_factor": machine.host_factor,
             "link": machine.link,
-            "ranks_per_gpu": machine.ranks_per_gpu,
+            "ranks_per_gpu": shared,
             "coverage": _coverage(scenario, outcome.disks),
             "coverage_up": _coverage(scenario, outcome.up),
         },
     )
-    if machine.drift is not None:
-        timeline = drifted(timeline, machine.drift, before)
     missing = missing_kernels(scenario, outcome.up)
-    costs = ProfileCosts(machine.profile, machine.profile.links[machine.link], cores)
     return Prediction(
         timeline,
         outcome.timeout,
@@ -130,86 +102,60 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     )
 
 
-def _hosts(machine: Machine, nodes: int) -> int:
-    hosts = nodes if machine.hosts is None else machine.hosts
-    if hosts < 1 or nodes % hosts:
-        raise UserError(f"hosts={hosts} must divide the {nodes} nodes")
-    return hosts
-
-
-def _engine(
-    scenario: Scenario, machine: Machine, cores: int, hosts: int, *, folds: bool, start: float
-) -> Engine:
-    parallel, profile = scenario.parallel, machine.profile
-    link = profile.links[machine.link]
+def _replay(
+    scenario: Scenario, machine: Machine, costs: ProfileCosts, hosts: int, start: float
+) -> Outcome:
+    """The run from ``start`` on, its spans merged."""
+    parallel, link = scenario.parallel, costs.link
+    folds = machine.fold and can_fold(parallel, hosts)
     nodes_per_host = parallel.nodes // hosts
-    every = scenario.policy is WarmupPolicy.RELAX
-    costs = ProfileCosts(
-        profile,
-        link,
-        cores,
-        machine.ranks_per_gpu,
-        walkers_per_gpu=machine.ranks_per_gpu if every else 1,
-        replica=parallel.world_size // parallel.replicas,
-    )
-    return Engine(
+    timeout = machine.nccl_timeout
+    if timeout is None:
+        timeout = TORCH_TIMEOUTS["nccl" if link.queues else "gloo"]
+    outcome = Engine(
         _programs(scenario, costs, folds=folds),
         costs,
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
-        cores_per_node=max(1, cores // nodes_per_host),
+        cores_per_node=max(1, costs.cores // nodes_per_host),
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
-        timeout=_limit(machine, link),
-        host_timeout=_HOST_LIMIT,
+        timeout=timeout,
+        host_timeout=HOST_TIMEOUT,
         cached=kernels_at_start(scenario),
         run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
-    )
-
-
-_HOST_LIMIT = 7200.0
-"""Seconds that SGLang's host groups wait (0.5.23, ``parallel_state.py``)."""
-
-_LIMITS = {True: 600.0, False: 1800.0}
-"""Seconds that torch 2 lets a collective wait by default: NCCL, whose links queue, and gloo."""
-
-
-def _limit(machine: Machine, link: Link) -> float:
-    return _LIMITS[link.queues] if machine.nccl_timeout is None else machine.nccl_timeout
+    ).run()
+    outcome = replace(outcome, spans=list(merge(outcome.spans)))
+    return unfold(outcome, parallel) if folds else outcome
 
 
 def _programs(
     scenario: Scenario, costs: ProfileCosts, *, folds: bool
 ) -> list[Sequence[Instruction]]:
-    """Programs of all ranks; those of one role are compiled once."""
-    table = table_of(scenario)
+    table, locked = table_of(scenario), scenario.compile_lock
     return [
-        compile_program(flatten(parts), costs, table, locked=scenario.compile_lock)
+        compile_program(flatten(parts), costs, table, locked=locked)
         for parts in record_parts(scenario, folded=folds)
     ]
 
 
-def _total(phases: list[tuple[str, float]]) -> float:
-    return sum(seconds for _, seconds in phases)
-
-
 def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
     """The phases before the warm-up, one after the other, the same on every rank."""
-    spans, at = [], 0.0
+    spans, start = [], 0.0
     for name, seconds in phases:
         for kind in ("phase", "setup"):
-            spans += [Span(rank, at, at + seconds, kind, name) for rank in range(ranks)]
-        at += seconds
+            spans += [Span(rank, start, start + seconds, kind, name) for rank in range(ranks)]
+        start += seconds
     return spans
 
 
 def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, object]]:
-    """Every node's proof; nodes of the same stages whose disks hold the same share one look."""
+    """Coverage of every node; found once for nodes of the same stages with the same disk."""
     parallel = scenario.parallel
-    proofs: dict[object, dict[str, object]] = {}
+    known: dict[object, dict[str, object]] = {}
     found = []
     for node, disk in sorted(disks.items()):
         key = (node_stages(parallel, node), disk)
-        if key not in proofs:
-            proofs[key] = node_coverage(scenario, node, disk)
-        found.append({**proofs[key], "node": node})
+        if key not in known:
+            known[key] = node_coverage(scenario, node, disk)
+        found.append({**known[key], "node": node})
     return found

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -30,7 +31,6 @@ COMMANDS = {
     "plan-stream": "plan --policy fast --without paged_mqa_logits_metadata --stream 37,300,9000 "
     f"{FRESH}",
     "sweep": f"sweep {FRESH} --pp 1,4 --nodes 1,4 --cores 4,64",
-    "published": "published",
     "overlap": "overlap --model dsv4 --pp 1 --tp 8 --ep",
     "overlap-measured": "overlap --no-search --measured docs/measurements/h200x2_steps_decode.json",
     "fidelity-nccl": "compare --hardware h200 docs/measurements/h200x2_nccl.json",
@@ -38,6 +38,9 @@ COMMANDS = {
     "docs/measurements/h200x2_vn_layouts.json",
 }
 """Arguments of ``runner`` by the name of the block, paths relative to the repository."""
+
+SCRIPTS = {"published": "docs/measurements/published.py"}
+"""Scripts whose output is shown, in the same way."""
 
 SHOWN_FROM = {
     "overlap-measured": "Measured",
@@ -56,15 +59,20 @@ def tidy(text: str) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def _run(arguments: list[str], folder: Path) -> str:
-    command = [sys.executable, "-m", "runner", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+def run(arguments: list[str], folder: Path = ROOT) -> str:
+    """What Python prints with these arguments: a script, or ``-m runner``."""
+    command = [sys.executable, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=folder, env=environment
+    )
     return done.stdout
 
 
 def _block(found: re.Match[str]) -> str:
     name = found[1]
-    text = tidy(_run(COMMANDS[name].split(), ROOT))
+    arguments = [SCRIPTS[name]] if name in SCRIPTS else ["-m", "runner", *COMMANDS[name].split()]
+    text = tidy(run(arguments))
     text = text[text.index(SHOWN_FROM.get(name, "")) :]
     return f"<!-- golden: {name} -->\n```\n{text}\n```"
 
@@ -75,7 +83,7 @@ def _transcript(found: re.Match[str]) -> str:
         for line in found[1].splitlines():
             if line.startswith("$ "):
                 _, *arguments = shlex.split(line[2:])
-                lines += [line, *tidy(_run(arguments, Path(folder))).splitlines()]
+                lines += [line, *tidy(run(["-m", "runner", *arguments], Path(folder))).splitlines()]
     text = "\n".join(lines)
     return f"<!-- transcript -->\n```\n{text}\n```"
 

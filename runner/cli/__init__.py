@@ -23,7 +23,6 @@ _COMMANDS = {
     "probe": "How fast this machine compiles, against a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",
     "compare": "Lay Timelines side by side, or measured ones beside their predictions.",
-    "published": "Hold predictions against start-ups that others published.",
 }
 
 

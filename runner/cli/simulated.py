@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from runner.config.fields import OptionDetails, option
+from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.errors import UserError
 from runner.scenario import Scenario
 from sim.costs.profile import Link, Profile
@@ -36,8 +37,8 @@ class MachineOptions:
     nccl_timeout: float | None = option(
         None,
         OptionDetails(
-            "Longest wait in a collective before the watchdog ends the run.  [default: torch's: "
-            "600 over NCCL, 1800 over gloo]",
+            "Longest wait in a collective before the watchdog ends the run.  [default: "
+            f"{TORCH_TIMEOUTS_HELP}]",
             unit="SECONDS",
         ),
     )

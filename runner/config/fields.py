@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from math import isfinite
@@ -82,6 +82,31 @@ def from_plain(kind: object, value: object) -> object:
     elif type(value) is kind and (not isinstance(value, int) or value >= 1 or kind is bool):
         return value
     raise ValueError(f"{_short(value)}, not {_EXPECTED[kind]}")
+
+
+def read_plain(kind: object, name: str, data: Mapping[str, object]) -> object:
+    """The value of a type that stands under a name; see :func:`from_plain`.
+
+    Raises:
+        KeyError: there is none.
+        ValueError: it has another form.
+    """
+    try:
+        return from_plain(kind, data[name])
+    except ValueError as error:
+        raise ValueError(f"its {name!r} is {error}") from None
+
+
+def read_text(name: str, data: Mapping[str, object]) -> str:
+    """:func:`read_plain` of a text."""
+    return str(read_plain(str, name, data))
+
+
+def read_count(name: str, data: Mapping[str, object]) -> int:
+    """:func:`read_plain` of a whole number from 1 on."""
+    count = read_plain(int, name, data)
+    assert isinstance(count, int)
+    return count
 
 
 _EXPECTED: dict[type, str] = {

@@ -1,89 +1,66 @@
-"""Two Timelines side by side: usually a prediction and the measurement it is judged by."""
+"""Two Timelines side by side: usually a prediction and the measurement that it is held against."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from runner.errors import UserError
 from runner.report.timelines import BUSY_KINDS
-from runner.timeline import RankTotals, Timeline
+from runner.timeline import Timeline
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS = (*BUSY_KINDS, "total")
-
-
-_SHOWS_AS_ZERO = 0.005
-"""Half of the last digit that tables show of seconds: an error relative to less says nothing."""
+_SHOWN_AS_ZERO = 0.005
+"""Half of the last digit that tables show: an error relative to less than that means nothing."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of both Timelines.
-
-    Attributes:
-        name: what it is.
-        unit: ``s`` for seconds, empty for a count.
-        a: its value in the first Timeline; None if there is none.
-        b: its value in the second Timeline, the reference; None if there is none.
-    """
+    """One number of both Timelines; None where a Timeline does not have it."""
 
     name: str
-    unit: str
+    unit: str  # ``s`` for seconds, empty for a count
     a: float | None
-    b: float | None
+    b: float | None  # the reference
 
     @property
     def relative_error(self) -> float | None:
         """``(a - b) / b``; None where ``b`` shows as 0 or either is missing."""
-        if self.a is None or self.b is None or abs(self.b) < _SHOWS_AS_ZERO:
+        if self.a is None or self.b is None or abs(self.b) < _SHOWN_AS_ZERO:
             return None
         return (self.a - self.b) / self.b
 
-    def to_json(self) -> dict[str, float | None]:
-        """Plain data: both values and the relative error."""
-        return {"a": self.a, "b": self.b, "relative_error": self.relative_error}
+    @property
+    def cells(self) -> list[str]:
+        """Name, values and error as a table shows them."""
+        error = self.relative_error
+        percent = 0.0 if error is None else round(100 * error, 1)
+        return [
+            f"{self.name} {self.unit}".rstrip(),
+            *(
+                "-" if value is None else f"{value:.{2 if self.unit else 0}f}"
+                for value in (self.a, self.b)
+            ),
+            "-" if error is None else f"{percent:+.1f} %" if percent else "0.0 %",
+        ]
 
 
 @dataclass(frozen=True)
-class RankComparison:
-    """Seconds of one rank by kind and in all, then the number of kernels it compiled."""
+class TimelineComparison:
+    """Two Timelines of the same number of ranks, side by side; ``b`` is the reference."""
 
-    rank: int
-    figures: tuple[Figure, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two Timelines of the same number of ranks, side by side.
-
-    Attributes:
-        policy_a: policy of the first Timeline.
-        source_a: source of the first Timeline.
-        policy_b: policy of the second Timeline, the reference.
-        source_b: source of the second Timeline, the reference.
-        world_size: number of ranks of both.
-        summary: wall seconds and numbers of compiles.
-        phases: seconds of each phase, in the reference's order, then those only in the first.
-        kinds: seconds by kind, summed over the ranks.
-        ranks: every rank, in order.
-    """
-
-    policy_a: str
-    source_a: str
-    policy_b: str
-    source_b: str
-    world_size: int
-    summary: tuple[Figure, ...]
-    phases: tuple[Figure, ...]
-    kinds: tuple[Figure, ...]
-    ranks: tuple[RankComparison, ...]
+    a: Timeline
+    b: Timeline
+    summary: tuple[Figure, ...]  # wall seconds and numbers of compiles
+    phases: tuple[Figure, ...]  # the reference's, then those only in the first
+    kinds: tuple[Figure, ...]  # seconds by kind, summed over the ranks
+    ranks: tuple[tuple[Figure, ...], ...]  # of every rank: by kind, in all, and its compiles
 
 
-def compare(a: Timeline, b: Timeline) -> Comparison:
+def compare_timelines(a: Timeline, b: Timeline) -> TimelineComparison:
     """Put two Timelines side by side; ``b`` is the reference of relative errors.
 
     Raises:
@@ -94,22 +71,36 @@ def compare(a: Timeline, b: Timeline) -> Comparison:
             f"cannot compare {a.label} on {a.world_size} ranks with "
             f"{b.label} on {b.world_size} ranks: world sizes must be equal"
         )
-    totals_a, totals_b = a.totals(), b.totals()
-    return Comparison(
-        policy_a=a.policy,
-        source_a=a.source,
-        policy_b=b.policy,
-        source_b=b.source,
-        world_size=a.world_size,
-        summary=_summary(a, b),
-        phases=_phases(a.phases(), b.phases()),
-        kinds=tuple(_sum_over_ranks(kind, totals_a, totals_b) for kind in BUSY_KINDS),
-        ranks=tuple(_rank(*pair) for pair in zip(totals_a, totals_b, strict=True)),
+    totals, phases = (a.totals(), b.totals()), (a.phases(), b.phases())
+    return TimelineComparison(
+        a,
+        b,
+        summary=(
+            Figure("wall", "s", a.wall, b.wall),
+            Figure("kernels compiled", "", a.kernels_compiled, b.kernels_compiled),
+            Figure("distinct kernels", "", a.distinct_kernels, b.distinct_kernels),
+            Figure("duplicates", "", a.duplicates, b.duplicates),
+        ),
+        phases=tuple(
+            Figure(name, "s", phases[0].get(name), phases[1].get(name))
+            for name in {**phases[1], **phases[0]}
+        ),
+        kinds=tuple(
+            Figure(kind, "s", *(sum(getattr(rank, kind) for rank in ranks) for ranks in totals))
+            for kind in BUSY_KINDS
+        ),
+        ranks=tuple(
+            (
+                *(Figure(n, "s", getattr(x, n), getattr(y, n)) for n in (*BUSY_KINDS, "total")),
+                Figure("kernels compiled", "", x.kernels_compiled, y.kernels_compiled),
+            )
+            for x, y in zip(*totals, strict=True)
+        ),
     )
 
 
-def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Tabulate a Comparison: summary, phases (if any), kinds, and every rank by kind.
+def comparison_tables(found: TimelineComparison) -> Iterator[Table]:
+    """Tabulate a comparison: summary, phases (if any), kinds, and every rank by kind.
 
     Seconds have two decimals. A missing value or undefined error is ``-``; kinds that are 0 on
     both sides of a rank are left out.
@@ -117,92 +108,39 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     # Here, because reading and comparing Timelines should not cost the import of rich.
     from runner.report.console import make_table
 
-    numbers = [f"A {comparison.source_a}", f"B {comparison.source_b}", "(A-B)/B"]
-    blocks = {
-        _title(comparison): comparison.summary,
-        "Longest over ranks, by phase": comparison.phases,
-        "Sum over ranks, by kind": comparison.kinds,
-    }
-    tables = []
-    for title, figures in blocks.items():
+    a, b = found.a, found.b
+    title = f"A: {a.label}\nB: {b.label}\n{a.world_size} ranks"
+    numbers = [f"A {a.source}", f"B {b.source}", "(A-B)/B"]
+    for heading, figures in (
+        (title, found.summary),
+        ("Longest over ranks, by phase", found.phases),
+        ("Sum over ranks, by kind", found.kinds),
+    ):
         if figures:
-            table = make_table(title, [""], numbers)
+            table = make_table(heading, [""], numbers)
             for figure in figures:
-                table.add_row(*_cells(figure))
-            tables.append(table)
+                table.add_row(*figure.cells)
+            yield table
     table = make_table("Ranks, by kind", ["rank", ""], numbers)
-    for rank in comparison.ranks:
-        shown = [figure for figure in rank.figures if figure.a or figure.b]
-        for index, figure in enumerate(shown):
-            name = "" if index else str(rank.rank)
-            table.add_row(name, *_cells(figure), end_section=index == len(shown) - 1)
-    return [*tables, table]
+    for rank, figures in enumerate(found.ranks):
+        for index, figure in enumerate(figure for figure in figures if figure.a or figure.b):
+            table.add_row("" if index else str(rank), *figure.cells)
+        table.add_section()
+    yield table
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    """Plain data of a Comparison; times in seconds, relative errors as fractions or None."""
+def comparison_json(found: TimelineComparison) -> dict[str, object]:
+    """Plain data of a comparison; times in seconds, relative errors as fractions or None."""
     return {
-        "a": {"policy": comparison.policy_a, "source": comparison.source_a},
-        "b": {"policy": comparison.policy_b, "source": comparison.source_b},
-        "world_size": comparison.world_size,
-        "summary": _by_name(comparison.summary),
-        "phases": _by_name(comparison.phases),
-        "kinds": _by_name(comparison.kinds),
-        "ranks": [{"rank": rank.rank, **_by_name(rank.figures)} for rank in comparison.ranks],
+        "a": {"policy": found.a.policy, "source": found.a.source},
+        "b": {"policy": found.b.policy, "source": found.b.source},
+        "world_size": found.a.world_size,
+        "summary": _by_name(found.summary),
+        "phases": _by_name(found.phases),
+        "kinds": _by_name(found.kinds),
+        "ranks": [{"rank": rank, **_by_name(figures)} for rank, figures in enumerate(found.ranks)],
     }
 
 
-def _summary(a: Timeline, b: Timeline) -> tuple[Figure, ...]:
-    return (
-        Figure("wall", "s", a.wall, b.wall),
-        Figure("kernels compiled", "", a.kernels_compiled, b.kernels_compiled),
-        Figure("distinct kernels", "", a.distinct_kernels, b.distinct_kernels),
-        Figure("duplicates", "", a.duplicates, b.duplicates),
-    )
-
-
-def _phases(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[Figure, ...]:
-    return tuple(Figure(name, "s", a.get(name), b.get(name)) for name in {**b, **a})
-
-
-def _sum_over_ranks(kind: str, a: list[RankTotals], b: list[RankTotals]) -> Figure:
-    sums = [sum(getattr(rank, kind) for rank in totals) for totals in (a, b)]
-    return Figure(kind, "s", *sums)
-
-
-def _rank(a: RankTotals, b: RankTotals) -> RankComparison:
-    figures = [Figure(name, "s", getattr(a, name), getattr(b, name)) for name in _COLUMNS]
-    figures.append(Figure("kernels compiled", "", a.kernels_compiled, b.kernels_compiled))
-    return RankComparison(a.rank, tuple(figures))
-
-
-def _by_name(figures: tuple[Figure, ...]) -> dict[str, Any]:
-    return {figure.name: figure.to_json() for figure in figures}
-
-
-def _title(comparison: Comparison) -> str:
-    a = f"{comparison.policy_a} ({comparison.source_a})"
-    b = f"{comparison.policy_b} ({comparison.source_b})"
-    return f"A: {a}\nB: {b}\n{comparison.world_size} ranks"
-
-
-def _cells(figure: Figure) -> list[str]:
-    return [
-        f"{figure.name} {figure.unit}".rstrip(),
-        _number(figure.a, figure.unit),
-        _number(figure.b, figure.unit),
-        _percent(figure.relative_error),
-    ]
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if unit else f"{value:.0f}"
-
-
-def _percent(fraction: float | None) -> str:
-    if fraction is None:
-        return "-"
-    percent = round(100 * fraction, 1)
-    return f"{percent:+.1f} %" if percent else "0.0 %"
+def _by_name(figures: Sequence[Figure]) -> dict[str, dict[str, float | None]]:
+    return {f.name: {"a": f.a, "b": f.b, "relative_error": f.relative_error} for f in figures}

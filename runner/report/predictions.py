@@ -73,7 +73,14 @@ def print_predictions(
         bars: also draw every rank, and say where the time of the last one goes.
     """
     print(_title(predictions[0], machine))
-    print(f"kernels: {kernels}\n")
+    print(f"kernels: {kernels}")
+    validation = machine.profile.validation
+    if validation is not None:
+        print(
+            f"predictions of {machine.profile.name} were within {validation.median_error:.0%} "
+            f"(median), {validation.worst_error:.0%} (worst) of {validation.runs} measured runs"
+        )
+    print()
     console = make_console()
     if bars:
         print_ranks([its.timeline for its in predictions], console, tables=False)

@@ -1,10 +1,16 @@
-"""What a measured Timeline holds for a calibration."""
+"""What a calibration takes from a measured Timeline: compiles, loads, walks, and rank totals.
+
+A run's host factor, its probe over the profile's, is how many times as long its CPUs take. Times
+that CPUs alone account for are divided by it here; where the GPU has a part in them, the fit
+takes it into account.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
@@ -13,229 +19,189 @@ from runner.driver.run import record
 from runner.driver.warmup import planned_kernels
 from runner.kernels.kernel import Kernel
 from runner.planning.plan import table_of
-from runner.scenario import Scenario
 from runner.schedule import Collective, KernelWork, Recv
-from runner.timeline import Span, Timeline
-from sim.calibration.drift import undrifted
-from sim.calibration.run_metadata import told_by
-from sim.calibration.validation import machine_of
+from runner.timeline import RankTotals, Span, Timeline
+from sim.calibration.run_metadata import RunMetadata, read_metadata
 from sim.costs.profile import Profile
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import made_elements
 from sim.engine.rank_program import FirstUse, Instruction, Run, WalkRun, compile_program
 
 
-@dataclass(frozen=True)
-class CompileSample:
-    """A compile of one nvcc process: when, how long, and how many ran on average meanwhile."""
+class CompileSample(NamedTuple):
+    """A compile of one nvcc process."""
 
     kernel: Kernel
-    start: float
-    seconds: float
-    company: float
-    cores: int
+    seconds: float  # over the host factor
+    concurrency: float  # mean number of compiles that ran meanwhile, itself included
+    cores: int  # CPU cores of the machine
+
+
+class BuildSample(NamedTuple):
+    """A build of the policy ``planned``; seconds are over the host factor."""
+
+    kernels: tuple[Kernel, ...]  # the largest share of a node
+    start: float  # from the warm-up's begin to the first compile
+    seconds: float  # from there to the last compile's end
+    workers: int  # compiles at a time
+
+
+class RankSample(NamedTuple):
+    """Totals of one rank."""
+
+    runs: tuple[tuple[int, float], ...]  # host operations, GPU seconds between communications
+    compute: float  # seconds measured in these runs
+    ring_bytes: float  # what its all-reduces move on a ring, and what it receives
+    gather_bytes: float  # what its other collectives move
+    messages: int  # number of its collectives and receives
+    comm: float  # seconds measured in them, without waits
 
 
 @dataclass(frozen=True)
-class RankSample:
-    """Sums of one rank: what it did, and what that took.
+class CalibrationData:
+    """Everything that a calibration takes from one measured run."""
 
-    Attributes:
-        runs: (host operations, GPU seconds) of each stretch without other ranks, in order; empty
-            where they were not a GPU's work.
-        compute: seconds measured in them.
-        moved: bytes that its all-reduces move on a ring, and that it receives.
-        gathered: bytes of its other collectives.
-        messages: number of its collectives and receives.
-        comm: seconds measured in them, without waits.
-    """
-
-    runs: tuple[tuple[int, float], ...]
-    compute: float
-    moved: float
-    gathered: float
-    messages: int
-    comm: float
-
-    @property
-    def operations(self) -> int:
-        """Operations of its host."""
-        return sum(count for count, _ in self.runs)
-
-    @property
-    def device(self) -> float:
-        """Seconds of its GPU."""
-        return sum(seconds for _, seconds in self.runs)
+    metadata: RunMetadata
+    host_factor: float  # how many times as long its CPUs take as the profile's
+    compiles: list[CompileSample]
+    build: BuildSample | None
+    ranks: list[RankSample]
+    loads: dict[str, tuple[int, float]]  # kernels, seconds over the host factor; by Cache's fields
+    walks: list[tuple[WalkRun, float]]  # with their seconds
+    phases: dict[str, float]  # seconds
+    made_elements: int  # of dummy weights that a GPU makes
 
 
-@dataclass
-class Samples:
-    """Everything that one measured run tells."""
-
-    timeline: Timeline
-    scenario: Scenario
-    compiles: list[CompileSample] = field(default_factory=list)
-    ranks: list[RankSample] = field(default_factory=list)
-    first_uses: tuple[int, float] = (0, 0.0)
-    loads: tuple[int, float] = (0, 0.0)
-    verified: tuple[int, float] = (0, 0.0)
-    walks: list[tuple[WalkRun, float]] = field(default_factory=list)
-    build: tuple[tuple[Kernel, ...], float, float, int] | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-    made_elements: int = 0
-
-    @property
-    def ranks_on_host(self) -> int:
-        """Ranks that share a machine."""
-        return self.timeline.world_size // int(self.timeline.meta["hosts"])
-
-
-def take_samples(
+def read_calibration_data(
     timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
-) -> Samples:
-    """Read one measured run, its seconds as if the host had been as fast as the profile's.
-
-    Runs whose forwards are not a GPU's work tell nothing of one, nor of the host beside it.
+) -> CalibrationData:
+    """Read one measured run.
 
     Args:
         timeline: the run.
-        profile: its rates of the GPU tell a rank's work apart from its waiting for it.
-        models: see :func:`sim.calibration.validation.scenario_of`.
+        profile: its probe gives the host factor, its GPU rates the GPU seconds of operations.
+        models: see :func:`sim.calibration.run_metadata.read_metadata`.
 
     Raises:
-        UserError: the Timeline does not say what it was of.
+        UserError: the Timeline's metadata cannot be read, or the profile lacks the run's link.
     """
-    told = told_by(timeline, models)
-    scenario = told.scenario
-    schedule = record(scenario)
-    machine = machine_of(timeline, profile, models)
-    if machine.drift is not None:
-        timeline = undrifted(timeline, machine.drift)
-    cores = machine.cores_per_node or 1
-    # Operations are counted by what they cost, so that nothing else may be among it.
+    run = read_metadata(timeline, models)
+    scenario, link = run.scenario, profile.links[run.machine(profile).link]
+    # Operations are counted by what they cost, so nothing else may be in that cost.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
-    costs = ProfileCosts(counting, profile.links[machine.link], cores, machine.ranks_per_gpu)
+    costs = ProfileCosts(counting, link, run.cores, run.ranks_per_gpu)
     programs = [
-        compile_program(ops, costs, table_of(scenario), locked=False) for ops in schedule.ranks
+        compile_program(ops, costs, table_of(scenario), locked=False)
+        for ops in record(scenario).ranks
     ]
-    samples = Samples(
-        timeline,
-        scenario,
+    factor = run.host_factor(profile)
+    planned = scenario.policy is WarmupPolicy.PLANNED
+    walks, loads = _walks_and_loads(timeline, programs, factor)
+    ranks = [
+        _rank_sample(totals, program, costs.host_call)
+        for totals, program in zip(timeline.totals(), programs, strict=True)
+    ]
+    elements = made_elements(scenario.model, scenario.parallel, run.ranks_per_gpu)
+    return CalibrationData(
+        metadata=run,
+        host_factor=factor,
+        compiles=[] if planned else _compiles(timeline, programs, run.cores, factor),
+        build=_build(timeline, run, factor) if planned else None,
+        # Without a GPU, forwards and walks are the host's work or none at all.
+        ranks=ranks if run.on_gpu else [rank._replace(runs=()) for rank in ranks],
+        loads=loads,
+        walks=walks if run.on_gpu else [],
         phases=timeline.phases(),
-        made_elements=made_elements(scenario.model, scenario.parallel, machine.ranks_per_gpu),
+        made_elements=elements if run.on_gpu else 0,
     )
-    kernels = {kernel.identity: kernel for program in programs for kernel in _brought_in(program)}
-    if scenario.policy is WarmupPolicy.PLANNED:
-        samples.build = _build(timeline, scenario, cores)
-    else:
-        samples.compiles = _compiles(timeline, kernels, cores)
-    _take_loads(samples, programs)
-    for rank, program in enumerate(programs):
-        samples.ranks.append(_rank_sample(timeline, rank, program, costs.host_call))
-    if not told.on_gpu:
-        # A walk launches nothing there, and a host does the work itself or none.
-        samples.walks.clear()
-        samples.ranks = [replace(one, runs=()) for one in samples.ranks]
-        samples.made_elements = 0
-    return samples
 
 
-def _brought_in(program: Iterable[Instruction]) -> Iterable[Kernel]:
-    for item in program:
-        if isinstance(item, FirstUse):
-            yield from item.kernels
-        elif isinstance(item, WalkRun):
-            for kernels, _ in item.steps:
-                yield from kernels
-
-
-def _compiles(timeline: Timeline, kernels: dict[str, Kernel], cores: int) -> list[CompileSample]:
+def _compiles(
+    timeline: Timeline, programs: Sequence[Sequence[Instruction]], cores: int, factor: float
+) -> list[CompileSample]:
+    kernels = {
+        kernel.identity: kernel
+        for program in programs
+        for item in program
+        for kernel in _first_used(item)
+    }
     spans = [span for span in timeline.spans if span.is_kernel]
     return [
-        CompileSample(kernels[span.key], span.start, span.seconds, _company(span, spans), cores)
+        CompileSample(
+            kernels[span.key], span.seconds / factor, _overlap(span, spans) / span.seconds, cores
+        )
         for span in spans
         if span.key in kernels and span.seconds > 0
     ]
 
 
-def _company(span: Span, spans: Sequence[Span]) -> float:
-    """Mean number of compiles that ran during a compile, itself included."""
-    shared = sum(
-        max(0.0, min(span.end, other.end) - max(span.start, other.start)) for other in spans
-    )
-    return shared / span.seconds
+def _first_used(item: Instruction) -> Iterable[Kernel]:
+    if isinstance(item, FirstUse):
+        return item.kernels
+    if isinstance(item, WalkRun):
+        return [kernel for kernels, _ in item.steps for kernel in kernels]
+    return ()
 
 
-def _build(
-    timeline: Timeline, scenario: Scenario, cores: int
-) -> tuple[tuple[Kernel, ...], float, float, int] | None:
-    """Kernels of the largest share, seconds until the first compile, and of all; workers."""
+def _overlap(span: Span, spans: Sequence[Span]) -> float:
+    """Seconds of ``spans`` that lie within ``span``."""
+    return sum(max(0.0, min(span.end, other.end) - max(span.start, other.start)) for other in spans)
+
+
+def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample | None:
     spans = [span for span in timeline.spans if span.kind == "compile"]
     begun = [s.start for s in timeline.spans if s.kind == "phase" and s.name == "warm-up"]
     if not spans or not begun:
         return None
-    parallel = scenario.parallel
-    workers = max(1, cores * timeline.meta["hosts"] // parallel.nodes)
+    scenario, parallel = run.scenario, run.scenario.parallel
     shares = [
         planned_kernels(scenario, node * parallel.ranks_per_node).share
         for node in range(parallel.nodes)
     ]
-    first, last = min(s.start for s in spans), max(s.end for s in spans)
-    return max(shares, key=len), first - max(begun), last - first, workers
+    first, last = min(span.start for span in spans), max(span.end for span in spans)
+    return BuildSample(
+        kernels=max(shares, key=len),
+        start=(first - max(begun)) / factor,
+        seconds=(last - first) / factor,
+        workers=max(1, run.cores * run.hosts // parallel.nodes),
+    )
 
 
-def _take_loads(samples: Samples, programs: Sequence[Sequence[Instruction]]) -> None:
-    """Loads by what they were for: walks, bulk loads, verifications, first uses."""
-    seconds: dict[tuple[int, str], float] = defaultdict(float)
-    for span in samples.timeline.spans:
+def _walks_and_loads(
+    timeline: Timeline, programs: Sequence[Sequence[Instruction]], factor: float
+) -> tuple[list[tuple[WalkRun, float]], dict[str, tuple[int, float]]]:
+    """Walks with their seconds; of all other loads, their number and seconds by purpose."""
+    spent: dict[tuple[int, str], float] = defaultdict(float)
+    for span in timeline.spans:
         if span.kind == "load":
-            seconds[(span.rank, span.name)] += span.seconds
+            spent[span.rank, span.name] += span.seconds
+    walks = []
+    counts, seconds = (dict.fromkeys(("verify", "load", "first_use"), zero) for zero in (0, 0.0))
     for rank, program in enumerate(programs):
         for item in program:
             if isinstance(item, WalkRun):
-                samples.walks.append((item, seconds.pop((rank, item.name), 0.0)))
-        _take_rank_loads(samples, rank, program, seconds)
+                walks.append((item, spent.pop((rank, item.name), 0.0)))
+            elif isinstance(item, FirstUse):
+                counts["load" if item.bulk else "first_use"] += len(item.kernels)
+            elif isinstance(item, KernelWork) and item.action == "verify":
+                counts["verify"] += len(item.kernels)
+    for (_, name), value in spent.items():
+        verb = name.partition(" ")[0]
+        seconds[verb if verb in ("verify", "load") else "first_use"] += value / factor
+    return walks, {name: (int(counts[name]), seconds[name]) for name in counts}
 
 
-def _take_rank_loads(
-    samples: Samples,
-    rank: int,
-    program: Sequence[Instruction],
-    seconds: dict[tuple[int, str], float],
-) -> None:
-    own = {name: spent for (at, name), spent in seconds.items() if at == rank}
-    verified = sum(spent for name, spent in own.items() if name.startswith("verify "))
-    bulk = sum(spent for name, spent in own.items() if name.startswith("load "))
-    first = sum(own.values()) - verified - bulk
-    count = sum(len(i.kernels) for i in program if isinstance(i, FirstUse) and not i.bulk)
-    loaded = sum(len(i.kernels) for i in program if isinstance(i, FirstUse) and i.bulk)
-    checked = sum(
-        len(i.kernels) for i in program if isinstance(i, KernelWork) and i.action == "verify"
-    )
-    samples.first_uses = _plus(samples.first_uses, count, first)
-    samples.loads = _plus(samples.loads, loaded, bulk)
-    samples.verified = _plus(samples.verified, checked, verified)
-
-
-def _plus(sum_: tuple[int, float], count: int, seconds: float) -> tuple[int, float]:
-    return sum_[0] + count, sum_[1] + seconds
-
-
-def _rank_sample(
-    timeline: Timeline, rank: int, program: Sequence[Instruction], call: float
-) -> RankSample:
-    totals = timeline.totals()[rank]
-    runs = [item for item in program if isinstance(item, Run)]
+def _rank_sample(totals: RankTotals, program: Sequence[Instruction], call: float) -> RankSample:
     collectives = [item for item in program if isinstance(item, Collective)]
-    sums = [c for c in collectives if c.name.startswith("all_reduce")]
+    reductions = [c for c in collectives if c.name.startswith("all_reduce")]
     gathers = [c for c in collectives if not c.name.startswith("all_reduce")]
     received = [item for item in program if isinstance(item, Recv)]
     return RankSample(
-        runs=tuple((round(run.host / call), run.device) for run in runs),
+        runs=tuple((round(i.host / call), i.device) for i in program if isinstance(i, Run)),
         compute=totals.compute,
-        moved=sum(2 * (len(c.group) - 1) / len(c.group) * c.bytes for c in sums)
+        ring_bytes=sum(2 * (len(c.group) - 1) / len(c.group) * c.bytes for c in reductions)
         + sum(float(item.bytes) for item in received),
-        gathered=sum((len(c.group) - 1) * float(c.bytes) for c in gathers),
-        messages=len(sums) + len(gathers) + len(received),
+        gather_bytes=sum((len(c.group) - 1) * float(c.bytes) for c in gathers),
+        messages=len(collectives) + len(received),
         comm=totals.comm,
     )

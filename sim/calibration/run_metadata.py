@@ -1,14 +1,16 @@
-"""What a measured Timeline tells of its run, checked."""
+"""What a measured Timeline's metadata says: what was run, and on which machine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, TypeVar
 
 from runner.config.environ import Environ
+from runner.config.fields import read_count, read_plain, read_text
 from runner.config.model import ModelConfig
+from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.kernels.installed import find_library
 from runner.kernels.rules import RULES
@@ -16,171 +18,135 @@ from runner.kernels.source import KernelSource, choose_source
 from runner.scenario import Scenario
 from runner.standin.gpus import gpu_named
 from runner.timeline import Timeline
+from sim.costs.profile import Profile
+from sim.costs.start_up import PHASES, StartPhases, Weights
+from sim.simulate import Machine
 
 Value = TypeVar("Value")
 
+_LINKS = {"gloo": "gloo", "nccl": "nvlink"}
+"""A profile's link by the backend of torch.distributed that a run used."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class RunMachine:
-    """Where a run was.
-
-    Attributes:
-        cores: CPU cores of a machine.
-        hosts: number of machines.
-        link: what ranks communicate over, as torch calls it.
-        ranks_per_gpu: ranks that share a GPU.
-        probe: seconds that the reference compile took just before the run; None where none was.
-    """
-
-    cores: int
-    hosts: int
-    link: str
-    ranks_per_gpu: int
-    probe: float | None
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a measured Timeline tells.
-
-    Attributes:
-        scenario: what was run.
-        machine: where.
-        on_gpu: whether its forwards were a GPU's work.
-    """
+class RunMetadata:
+    """A measured run: what ran, and on which machine."""
 
     scenario: Scenario
-    machine: RunMachine
-    on_gpu: bool
+    cores: int  # CPU cores of a machine
+    hosts: int  # number of machines
+    backend: str  # of torch.distributed
+    ranks_per_gpu: int
+    probe: float | None  # seconds of the reference compile just before the run
+    on_gpu: bool  # whether a GPU did the work of the forwards
+
+    def host_factor(self, profile: Profile) -> float:
+        """How many times as long as the profile's CPUs this machine's take; 1 without a probe."""
+        return 1.0 if self.probe is None else self.probe / profile.probe.seconds
+
+    def machine(self, profile: Profile) -> Machine:
+        """The run's machine with the profile's costs, as :func:`sim.simulate.simulate` takes it.
+
+        Raises:
+            UserError: the profile has no link for the run's backend.
+        """
+        if self.backend not in _LINKS:
+            raise UserError(f"link {self.backend!r} is not known: use {' or '.join(_LINKS)}")
+        link = _LINKS[self.backend]
+        if link not in profile.links:
+            raise UserError(f"profile {profile.name} has no link {link!r}, which {self.backend} is")
+        if not self.on_gpu:
+            profile = replace(
+                profile,
+                host=replace(profile.host, first_forward=0.0),
+                start_up=replace(profile.start_up, weights_made=inf),
+            )
+        return Machine(
+            profile=profile,
+            host_factor=self.host_factor(profile),
+            cores_per_node=self.cores,
+            hosts=self.hosts,
+            link=link,
+            ranks_per_gpu=self.ranks_per_gpu,
+            nccl_timeout=inf,
+            # The driver waits for each communication, to measure it.
+            run_ahead=False,
+            start=StartPhases(PHASES, Weights.DUMMY),
+        )
 
 
-def told_by(timeline: Timeline, models: Mapping[str, ModelConfig]) -> Told:
-    """Check all that a measured Timeline tells and is read anywhere.
+def read_metadata(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS) -> RunMetadata:
+    """Read and check the metadata of a measured Timeline.
 
     Args:
         timeline: the run.
-        models: whole models by the name that a Timeline has of them.
+        models: models with all their layers, by the name that Timelines give them.
 
     Raises:
-        UserError: it lacks something, has it in another form, is of a model that is neither there
-            nor a preset, or of a run that compiled nothing.
+        UserError: a field is missing or malformed, the model is neither in ``models`` nor a
+            preset, or the run had no JIT.
     """
     try:
-        told = _read(timeline, models)
+        run = _read(timeline, models)
     except KeyError as error:
         raise UserError(
-            f"a Timeline of {timeline.policy} does not tell its {error}: it was written by an "
-            "older version, measure it again"
+            f"a Timeline of {timeline.policy} lacks {error}: an older version wrote it, "
+            "measure the run again"
         ) from None
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"a Timeline of {timeline.policy} tells of no run that is known here: {error}"
+            f"a Timeline of {timeline.policy} describes no run that can be simulated: {error}"
         ) from None
     jit = timeline.meta["jit"]
     if jit.startswith("off"):
         raise UserError(
-            f"a Timeline of {timeline.policy} is of a run without a JIT, which tells nothing of a "
-            f"start-up that compiles ({jit})"
+            f"a Timeline of {timeline.policy} is of a run without a JIT, which says nothing about "
+            f"a start-up that compiles ({jit})"
         )
-    return told
+    return run
 
 
-def _read(timeline: Timeline, models: Mapping[str, ModelConfig]) -> Told:
+def _read(timeline: Timeline, models: Mapping[str, ModelConfig]) -> RunMetadata:
     meta = timeline.meta
     scenario = Scenario.from_json(
         {**meta, "policy": timeline.policy}, source=_source(meta), models=models
     )
-    if scenario.parallel.world_size != timeline.world_size:
-        raise ValueError(f"it is of {timeline.world_size} ranks, its layout of another number")
+    parallel = scenario.parallel
+    if parallel.world_size != timeline.world_size:
+        raise ValueError(
+            f"it has {timeline.world_size} ranks, its layout has {parallel.world_size}"
+        )
     if timeline.wall <= 0:
         raise ValueError("nothing in it takes any time")
-    for name in ("jit", "device", "compute"):
-        _text(meta, name)
-    machine = _machine(meta)
-    if scenario.parallel.nodes % machine.hosts:
-        raise ValueError(f"its {scenario.parallel.nodes} nodes are not on {machine.hosts} hosts")
-    return Told(scenario, machine, (meta["device"], meta["compute"]) == ("cuda", "real"))
+    facts = meta["machine"]
+    if not isinstance(facts, dict):
+        raise ValueError("its 'machine' is not an object")
+    for values, name in ((meta, "jit"), (facts, "date")):
+        read_text(name, values)
+    read_plain(str | None, "gpu", facts)
+    probe = read_plain(float | None, "probe", facts) if "probe" in facts else None
+    run = RunMetadata(
+        scenario=scenario,
+        cores=read_count("cores", facts),
+        hosts=read_count("hosts", meta),
+        backend=read_text("link", meta),
+        ranks_per_gpu=read_count("ranks_per_gpu", meta),
+        probe=probe if isinstance(probe, float) else None,
+        on_gpu=(meta["device"], meta["compute"]) == ("cuda", "real"),
+    )
+    if parallel.nodes % run.hosts:
+        raise ValueError(f"its {parallel.nodes} nodes cannot be split over {run.hosts} hosts")
+    return run
 
 
 def _source(meta: Mapping[str, Any]) -> KernelSource:
-    """The library that the run had; Timelines that do not tell are older than the second one.
+    """The run's library. Timelines that name none are from before a second one was supported.
 
     Raises:
-        UserError: a library that nobody knows here.
+        UserError: the library is not known.
     """
     if meta.get("library", RULES.origin.library) == RULES.origin.library:
         return RULES
-    gpu = gpu_named(_text(meta, "gpu"), _count(meta, "num_sms"))
-    library = _text(meta, "library").replace(" ", "==")
+    gpu = gpu_named(read_text("gpu", meta), read_count("num_sms", meta))
+    library = read_text("library", meta).replace(" ", "==")
     return choose_source(gpu, find_library(library) or library, Environ())
-
-
-def _machine(meta: Mapping[str, Any]) -> RunMachine:
-    facts = meta["machine"]
-    if not isinstance(facts, dict):
-        raise _other(meta, "machine", "a machine")
-    machine = RunMachine(
-        cores=_count(facts, "cores"),
-        hosts=_count(meta, "hosts"),
-        link=_text(meta, "link"),
-        ranks_per_gpu=_count(meta, "ranks_per_gpu"),
-        probe=_or_none(_positive, facts, "probe") if "probe" in facts else None,
-    )
-    _text(facts, "date")
-    _or_none(_text, facts, "gpu")
-    return machine
-
-
-def _text(meta: Mapping[str, Any], name: str) -> str:
-    value = meta[name]
-    if not isinstance(value, str):
-        raise _other(meta, name, "a word")
-    return value
-
-
-def _flag(meta: Mapping[str, Any], name: str) -> bool:
-    value = meta[name]
-    if not isinstance(value, bool):
-        raise _other(meta, name, "true or false")
-    return value
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _count(meta: Mapping[str, Any], name: str) -> int:
-    value = meta[name]
-    if not _is_count(value):
-        raise _other(meta, name, "a whole number from 1 on")
-    return int(value)
-
-
-def _counts(meta: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    values = meta[name]
-    if not isinstance(values, list) or not all(map(_is_count, values)):
-        raise _other(meta, name, "a list of whole numbers from 1 on")
-    return tuple(values)
-
-
-def _positive(meta: Mapping[str, Any], name: str) -> float:
-    value = meta[name]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not isfinite(value) or value <= 0:
-        raise _other(meta, name, "a number above 0")
-    return float(value)
-
-
-def _or_none(
-    read: Callable[[Mapping[str, Any], str], Value], meta: Mapping[str, Any], name: str
-) -> Value | None:
-    return None if meta[name] is None else read(meta, name)
-
-
-def _other(meta: Mapping[str, Any], name: str, expected: str) -> ValueError:
-    return ValueError(f"its {name!r} is {_short(meta[name])}, not {expected}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,105 +1,23 @@
-"""Measured runs against what the simulator says of them, from what each Timeline tells."""
+"""Measured runs against the simulator's predictions of the same runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
-from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
-from sim.calibration.drift import Drift
-from sim.calibration.run_metadata import told_by
+from sim.calibration.run_metadata import read_metadata
 from sim.costs.profile import Profile
-from sim.costs.start_up import PHASES, StartPhases, Weights
-from sim.simulate import Machine, Prediction, simulate
-
-_LINKS = {"gloo": "gloo", "nccl": "nvlink"}
-
-
-def read_measured(paths: Sequence[Path]) -> list[Timeline]:
-    """Measured Timelines of several files.
-
-    Raises:
-        UserError: an unreadable file, or a prediction.
-    """
-    found = [timeline for path in paths for timeline in read_timelines(path)]
-    for timeline in found:
-        if timeline.source != "measured":
-            raise UserError(
-                f"{timeline.policy} is a {timeline.source} Timeline, not a measured one"
-            )
-    if not found:
-        raise UserError("the files hold no Timeline")
-    return found
-
-
-def scenario_of(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS) -> Scenario:
-    """The scenario that a run was of.
-
-    Args:
-        timeline: the run.
-        models: whole models by the name that a Timeline has of them.
-
-    Raises:
-        UserError: the Timeline does not say, or its model is neither there nor a preset.
-    """
-    return told_by(timeline, models).scenario
-
-
-def machine_of(
-    timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
-) -> Machine:
-    """The machine that a run was on, with a profile's costs; ``models``: see :func:`scenario_of`.
-
-    Raises:
-        UserError: the Timeline does not say, or the profile lacks its link.
-    """
-    told = told_by(timeline, models)
-    machine = told.machine
-    if not told.on_gpu:
-        profile = replace(
-            profile,
-            host=replace(profile.host, first_forward=0.0),
-            start_up=replace(profile.start_up, weights_made=inf),
-        )
-    return Machine(
-        profile=profile,
-        drift=drift_of(machine.probe, profile),
-        cores_per_node=machine.cores,
-        hosts=machine.hosts,
-        link=_link_of(machine.link, profile),
-        ranks_per_gpu=machine.ranks_per_gpu,
-        nccl_timeout=float("inf"),
-        # The driver waits for each communication, to measure it.
-        run_ahead=False,
-        start=StartPhases(PHASES, Weights.DUMMY),
-    )
-
-
-def drift_of(probe: float | None, profile: Profile) -> Drift | None:
-    """What a look at the machine just before a run tells of it; None where nobody looked."""
-    if probe is None:
-        return None
-    return Drift(probe / profile.probe.seconds, profile.probe.settling)
-
-
-def _link_of(name: str, profile: Profile) -> str:
-    if name not in _LINKS:
-        raise UserError(f"link {name!r} is not known: {' or '.join(_LINKS)}")
-    link = _LINKS[name]
-    if link not in profile.links:
-        raise UserError(f"profile {profile.name} has no link {link!r}, which {name} is")
-    return link
+from sim.simulate import Prediction, simulate
 
 
 @dataclass(frozen=True)
-class Judged:
+class ValidatedRun:
     """A measured run and its prediction."""
 
     measured: Timeline
@@ -107,13 +25,17 @@ class Judged:
 
     @property
     def error(self) -> float:
-        """Relative error of the predicted start-up, from process start to the last answer."""
+        """Relative error of the predicted wall time, from process start to the last answer."""
         return self.predicted.timeline.wall / self.measured.wall - 1
 
     @property
     def counts_agree(self) -> bool:
-        """Whether compiles and duplicates are exactly those measured."""
-        return _counts(self.measured) == _counts(self.predicted.timeline)
+        """Whether the numbers of compiles and of duplicates are those measured."""
+        measured, predicted = self.measured, self.predicted.timeline
+        return (measured.kernels_compiled, measured.duplicates) == (
+            predicted.kernels_compiled,
+            predicted.duplicates,
+        )
 
     @property
     def name(self) -> str:
@@ -127,35 +49,48 @@ class Judged:
         )
 
 
-def _counts(timeline: Timeline) -> tuple[int, int]:
-    return timeline.kernels_compiled, timeline.duplicates
-
-
-def judge(
+def validate(
     measured: Sequence[Timeline], profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
-) -> list[Judged]:
-    """Predict every measured run.
+) -> list[ValidatedRun]:
+    """Predict every measured run on its own machine: its cores, link and probe.
 
     Args:
         measured: the runs.
         profile: what things cost.
-        models: see :func:`scenario_of`.
+        models: see :func:`sim.calibration.run_metadata.read_metadata`.
 
     Raises:
-        UserError: a Timeline that does not say what it was of.
+        UserError: a Timeline's metadata cannot be read.
     """
-    judged = []
+    validated = []
     for timeline in measured:
-        prediction = simulate(scenario_of(timeline, models), machine_of(timeline, profile, models))
-        judged.append(Judged(timeline, prediction))
-    return judged
+        run = read_metadata(timeline, models)
+        validated.append(ValidatedRun(timeline, simulate(run.scenario, run.machine(profile))))
+    return validated
 
 
-def summary(judged: Sequence[Judged]) -> str:
-    """Median and worst error, and how many counts are exact."""
-    errors = sorted(abs(item.error) for item in judged)
-    exact = sum(item.counts_agree for item in judged)
+def error_summary(runs: Sequence[ValidatedRun]) -> str:
+    """Median and worst error, and how many counts are exact, as one line."""
+    errors = [abs(run.error) for run in runs]
+    exact = sum(run.counts_agree for run in runs)
     return (
-        f"{len(judged)} runs: median absolute error {median(errors):.1%}, worst {errors[-1]:.1%}; "
+        f"{len(runs)} runs: median absolute error {median(errors):.1%}, worst {max(errors):.1%}; "
         f"compiles and duplicates exact in {exact}"
     )
+
+
+def read_measured(paths: Sequence[Path]) -> list[Timeline]:
+    """Measured Timelines of several files, in order.
+
+    Raises:
+        UserError: an unreadable file, a predicted Timeline, or no Timeline at all.
+    """
+    found = [timeline for path in paths for timeline in read_timelines(path)]
+    for timeline in found:
+        if timeline.source != "measured":
+            raise UserError(
+                f"{timeline.policy} is a {timeline.source} Timeline, not a measured one"
+            )
+    if not found:
+        raise UserError("the files hold no Timeline")
+    return found

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from math import exp
-from statistics import NormalDist
-from zlib import crc32
-
 from runner.build.estimates import plain_seconds, unrolled_k_blocks
 from runner.kernels.kernel import Kernel
 from sim.costs.profile import CompileTimes
@@ -24,10 +20,10 @@ def template_of(kernel: Kernel) -> str:
 
 
 def config_key(kernel: Kernel) -> str:
-    """Template and configuration (tile, stages, threads, ...), not what it is for.
+    """Template and configuration (tile, stages, threads, ...) of a kernel.
 
-    Of shape, number of groups and SMs only a short K changes the size of the code: its loop is
-    unrolled as a whole.
+    Shape, number of groups and SMs are left out: of these only a short K changes the size of the
+    code, since its loop is unrolled completely.
     """
     template = template_of(kernel)
     if template not in _TILED:
@@ -39,21 +35,15 @@ def config_key(kernel: Kernel) -> str:
 
 
 def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
-    """Seconds of a compile alone on a node: measured, else what its size lets expect."""
+    """Seconds of a compile alone on a machine: measured, else from the size of its code."""
     measured = times.by_config.get(config_key(kernel))
     if measured is not None:
         return measured
     return times.scale.get(template_of(kernel), times.default_scale) * plain_seconds(kernel)
 
 
-def luck(times: CompileTimes, rank: int, kernel: Kernel) -> float:
-    """How many times as long as expected a rank takes for a kernel: always the same for the two."""
-    share = (crc32(f"{rank}/{kernel.identity}".encode()) + 0.5) / 2**32
-    return exp(times.spread * NormalDist().inv_cdf(share))
-
-
 def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
-    """How much longer each of ``compilers`` compiles at a time takes on ``cores`` cores."""
-    if compilers >= cores:
-        return (1.0 + times.contention) * compilers / cores
-    return 1.0 + times.contention * (compilers - 1) / max(cores - 1, 1)
+    """How many times as long each of ``compilers`` compiles takes on ``cores`` cores."""
+    busy = min(compilers, cores)
+    contention = times.contention * (busy - 1) / max(cores - 1, 1)
+    return (1.0 + contention) * compilers / busy

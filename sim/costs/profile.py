@@ -9,28 +9,25 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, get_args, get_origin, get_type_hints
 
 from runner.errors import UserError
 from runner.files import write_json
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    Record = TypeVar("Record", bound=DataclassInstance)
+
 
 @dataclass(frozen=True)
 class Link:
-    """A link between ranks.
+    """A link between ranks."""
 
-    Attributes:
-        latency: seconds before the first byte.
-        bandwidth: bytes per second of reductions and transfers.
-        gather_bandwidth: bytes per second of gathers, which some backends do more slowly; None
-            means the same.
-        queues: whether hosts queue communication on their GPUs and run ahead, as over NCCL.
-    """
-
-    latency: float
-    bandwidth: float
-    gather_bandwidth: float | None = None
-    queues: bool = False
+    latency: float  # seconds before the first byte
+    bandwidth: float  # bytes per second of reductions and transfers
+    gather_bandwidth: float | None = None  # of gathers; None is ``bandwidth``
+    queues: bool = False  # whether hosts queue communication on GPUs and run ahead, as over NCCL
 
     def seconds(self, nbytes: float) -> float:
         """Time to move ``nbytes``."""
@@ -39,93 +36,56 @@ class Link:
 
 @dataclass(frozen=True)
 class CompileTimes:
-    """Seconds of one compile alone on a node, and what company costs.
+    """Seconds of one compile alone on a node, and how compiles slow each other down.
 
-    Attributes:
-        by_config: seconds by :func:`sim.costs.compile_time.config_key`, where measured.
-        scale: by template, against :func:`runner.build.estimates.plain_seconds`, which follows
-            from the size of a kernel's code.
-        default_scale: the same for templates that are not listed.
-        contention: with all cores of a node compiling, each compile takes 1 + this many times as
-            long as alone; in between the slowdown is linear in the number of compilers.
-        spread: standard deviation of the logarithms of what ranks take that compile one kernel
-            side by side; whoever waits for all of them waits for the slowest.
+    With all cores of a node compiling, each compile takes ``1 + contention`` times as long as
+    alone; the slowdown is linear in the number of compiles.
     """
 
-    by_config: Mapping[str, float]
-    scale: Mapping[str, float]
-    default_scale: float
+    by_config: Mapping[str, float]  # by sim.costs.compile_time.config_key, where measured
+    scale: Mapping[str, float]  # by template, times runner.build.estimates.plain_seconds
+    default_scale: float  # the same for other templates
     contention: float
-    spread: float
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Our builder against the expectation of :mod:`runner.build.estimates`, all cores at work.
+    """Our builder against the expectation of :mod:`runner.build.estimates`, all cores at work."""
 
-    Attributes:
-        start: seconds before the first front end.
-        scale: everything after that.
-    """
-
-    start: float
-    scale: float
+    start: float  # seconds before the first front end
+    scale: float  # of everything after that
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Seconds for one compiled kernel on disk.
+    """Seconds for one compiled kernel on disk."""
 
-    Attributes:
-        verify: to find it whole.
-        load: to load it on its own.
-        first_use: to load it inside a call.
-    """
-
-    verify: float
-    load: float
-    first_use: float
+    verify: float  # to find it complete
+    load: float  # to load it on its own
+    first_use: float  # to load it inside a call
 
 
 @dataclass(frozen=True)
 class Host:
-    """Seconds of host work.
+    """Seconds of host work."""
 
-    Attributes:
-        call: one operation of a forward that has nothing to do.
-        shared_call: the same where ranks share a GPU, and take turns at it.
-        first_forward: what a rank's first forward takes more: libraries get their GPU ready.
-        walk: one walk, for its buffers and its end.
-        walk_call: one call of a walk whose kernel is loaded.
-    """
-
-    call: float
-    shared_call: float
-    first_forward: float
-    walk: float
-    walk_call: float
+    call: float  # one operation of a forward
+    shared_call: float  # the same where ranks share a GPU
+    first_forward: float  # more for a rank's first forward: libraries initialise their GPU
+    walk: float  # one walk, for its buffers and its end
+    walk_call: float  # one call of a walk whose kernel is loaded
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Sustained rates of the GPU.
+    """Sustained rates of the GPU, per second."""
 
-    Attributes:
-        memory: bytes.
-        kernel: seconds that a DeepGEMM call takes besides what its bytes or operations take.
-        memory_bandwidth: bytes per second.
-        fp8_flops: operations per second of FP8 GEMMs.
-        bf16_flops: operations per second of everything else.
-        time_slice: seconds that a step of communication over NCCL waits for each other rank on
-            the GPU to have had its turn.
-    """
-
-    memory: float
-    kernel: float
-    memory_bandwidth: float
-    fp8_flops: float
-    bf16_flops: float
-    time_slice: float = 0.0
+    memory: float  # bytes
+    kernel: float  # seconds of a DeepGEMM call besides its bytes or operations
+    memory_bandwidth: float  # bytes
+    fp8_flops: float  # operations of FP8 GEMMs
+    bf16_flops: float  # operations of everything else
+    time_slice: float = 0.0  # seconds that a step over NCCL waits for each other rank on the GPU
 
 
 @dataclass(frozen=True)
@@ -142,59 +102,42 @@ class Phase:
 
 @dataclass(frozen=True)
 class StartUp:
-    """What happens before the warm-up and beside it.
+    """What happens before the warm-up, and graph captures."""
 
-    Attributes:
-        imports: from a process's start until its libraries are imported.
-        process_group: until the ranks have met.
-        weights: until a rank's model is set up, without the time that its bytes take.
-        weight_bandwidth: bytes per second of a machine, by where weights come from: ``disk`` or
-            ``page-cache``.
-        weights_made: elements per second that a GPU makes up, for all its ranks.
-        capture: seconds of a graph capture.
-        capture_operation: seconds of each operation in it.
-        graph_free: share of the GPU's memory that is free once a server has its cache.
-    """
-
-    imports: Phase
-    process_group: Phase
-    weights: Phase
-    weight_bandwidth: Mapping[str, float]
-    weights_made: float
-    capture: float
-    capture_operation: float
-    graph_free: float
+    imports: Phase  # until a process has imported its libraries
+    process_group: Phase  # until the ranks have met
+    weights: Phase  # until a rank's model is set up, without the time of its bytes
+    weight_bandwidth: Mapping[str, float]  # bytes per second of a machine: disk, page-cache
+    weights_made: float  # elements of dummy weights that a GPU makes per second
+    capture: float  # seconds of a graph capture
+    capture_operation: float  # seconds of each operation in it
+    graph_free: float  # share of the GPU's memory that is free once a server has its cache
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a look at a machine just before a run tells of the run.
+    """How fast the machine was when it was measured."""
 
-    Attributes:
-        seconds: :meth:`runner.build.compiler.NvccCompiler.reference_seconds` when it was measured.
-        settling: see :class:`sim.calibration.drift.Drift`.
-    """
+    seconds: float  # of runner.build.probe.probe_seconds
 
-    seconds: float
-    settling: float
+
+@dataclass(frozen=True)
+class Validation:
+    """How far predictions of wall time were off, on measured runs that were not fitted to."""
+
+    runs: int
+    median_error: float  # of absolute relative errors
+    worst_error: float
+    source: str  # where the runs are
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One machine type.
+    """One machine type."""
 
-    Attributes:
-        name: as ``--hardware`` takes it.
-        num_sms: SMs of the GPU.
-        cores_per_node: CPU cores of a node.
-        probe: how fast the machine was when it was measured.
-        estimate: whether the numbers are derived from public figures instead of measured.
-        provenance: where the numbers come from.
-    """
-
-    name: str
-    num_sms: int
-    cores_per_node: int
+    name: str  # as ``--hardware`` takes it
+    num_sms: int  # SMs of the GPU
+    cores_per_node: int  # CPU cores
     probe: Probe
     compile: CompileTimes
     builder: Builder
@@ -203,124 +146,106 @@ class Profile:
     gpu: Gpu
     links: Mapping[str, Link]
     start_up: StartUp
-    provenance: list[str] = field(default_factory=list)
-    estimate: bool = False
+    provenance: list[str] = field(default_factory=list)  # where the numbers come from
+    estimate: bool = False  # derived from public figures instead of measured
+    validation: Validation | None = None
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Profile:
+    def from_json(cls, data: object) -> Profile:
         """Build a profile from its JSON form.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: not that form.
+            ValueError, TypeError: another form, or a value out of range.
         """
-        start_up = dict(data["start_up"])
-        for name in ("imports", "process_group", "weights"):
-            start_up[name] = Phase(**start_up[name])
-        profile = cls(
-            **{
-                **data,
-                "probe": Probe(**data["probe"]),
-                "compile": CompileTimes(**data["compile"]),
-                "builder": Builder(**data["builder"]),
-                "cache": Cache(**data["cache"]),
-                "host": Host(**data["host"]),
-                "gpu": Gpu(**data["gpu"]),
-                "links": {name: Link(**values) for name, values in data["links"].items()},
-                "start_up": StartUp(**start_up),
-            }
-        )
-        _check(profile)
+        profile = _read_record(cls, data, "")
+        for source in _WEIGHT_SOURCES:
+            if source not in profile.start_up.weight_bandwidth:
+                raise ValueError(f"start_up.weight_bandwidth lacks {source}")
         return profile
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data; :meth:`from_json` is its inverse."""
         return asdict(self)
 
 
-_DIVISORS = (
-    "num_sms",
-    "cores_per_node",
-    "bandwidth",
-    "flops",
-    "memory",
-    "probe",
-    "weights_made",
-)
-_PLAIN: dict[str, type] = {"str": str, "bool": bool, "list[str]": list}
+_RETIRED = ("compile.spread", "probe.settling")
+"""Fields of older profiles that mean nothing any more."""
+
+_NOT_ZERO = ("num_sms", "cores", "bandwidth", "flops", "memory", "probe", "weights_made")
+"""Parts of the names of numbers that others are divided by."""
+
 _WEIGHT_SOURCES = ("disk", "page-cache")
 
 
-def _check(profile: Profile) -> None:
-    _check_fields(profile, "")
-    for source in _WEIGHT_SOURCES:
-        if source not in profile.start_up.weight_bandwidth:
-            raise ValueError(f"start_up.weight_bandwidth lacks {source}")
+def _read_record(kind: type[Record], data: object, name: str) -> Record:
+    types = get_type_hints(kind)
+    prefix = f"{name}." if name else ""
+    _check_type(name or "a profile", data, Mapping)
+    assert isinstance(data, Mapping)
+    values = {key: value for key, value in data.items() if f"{prefix}{key}" not in _RETIRED}
+    for key in values:
+        if key not in types:
+            raise ValueError(f"{name or 'a profile'} has no field {key!r}")
+    return kind(**{key: _read(types[key], each, f"{prefix}{key}") for key, each in values.items()})
 
 
-def _check_fields(owner: Any, within: str) -> None:
-    for item in fields(owner):
-        value, kind, name = getattr(owner, item.name), str(item.type), within + item.name
-        if is_dataclass(value):
-            _check_fields(value, f"{name}.")
-        elif kind in _PLAIN:
-            _check_type(name, value, _PLAIN[kind])
-        elif kind.startswith("Mapping"):
-            _check_type(name, value, Mapping)
-            for key, each in value.items():
-                if is_dataclass(each):
-                    _check_fields(each, f"{name}.{key}.")
-                else:
-                    _check_number(f"{name}.{key}", each, whole=False)
-        elif value is not None or not kind.endswith("None"):
-            _check_number(name, value, whole=kind == "int")
+def _read(kind: type, value: object, name: str) -> object:
+    """What JSON has under ``name``, as a value of a field's type."""
+    if type(None) in get_args(kind):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    if is_dataclass(kind):
+        return _read_record(kind, value, name)
+    if get_origin(kind) is Mapping:
+        _check_type(name, value, Mapping)
+        assert isinstance(value, Mapping)
+        return {key: _read(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
+    if kind in (str, bool) or get_origin(kind) is list:
+        _check_type(name, value, get_origin(kind) or kind)
+    else:
+        _check_number(name, value, whole=kind is int)
+    return value
 
 
-def _check_type(name: str, value: Any, kind: type) -> None:
+def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {value!r}, not a {kind.__name__.lower()}")
 
 
-def _check_number(name: str, value: Any, *, whole: bool) -> None:
+def _check_number(name: str, value: object, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise TypeError(f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
-    divides = any(word in name for word in _DIVISORS)
-    if not isfinite(value) or value < 0 or (divides and value == 0):
-        raise ValueError(f"{name} is {value!r}: it must be {'above' if divides else 'at least'} 0")
+    above = any(word in name for word in _NOT_ZERO)
+    if not isfinite(value) or value < 0 or (above and value == 0):
+        raise ValueError(f"{name} is {value!r}: it must be {'above' if above else 'at least'} 0")
 
 
 def slowed(profile: Profile, factor: float) -> Profile:
     """The profile of a machine whose CPUs take ``factor`` times as long for everything."""
-    if factor == 1.0:
-        return profile
-    times, start_up = profile.compile, profile.start_up
+    phases = ("imports", "process_group", "weights", "capture", "capture_operation")
     return replace(
         profile,
-        compile=replace(
-            times,
-            by_config={key: factor * seconds for key, seconds in times.by_config.items()},
-            scale={key: factor * scale for key, scale in times.scale.items()},
-            default_scale=factor * times.default_scale,
-        ),
-        builder=Builder(factor * profile.builder.start, factor * profile.builder.scale),
-        cache=Cache(*(factor * seconds for seconds in _values(profile.cache))),
-        host=Host(*(factor * seconds for seconds in _values(profile.host))),
-        start_up=replace(
-            start_up,
-            imports=_slowed(start_up.imports, factor),
-            process_group=_slowed(start_up.process_group, factor),
-            weights=_slowed(start_up.weights, factor),
-            capture=factor * start_up.capture,
-            capture_operation=factor * start_up.capture_operation,
-        ),
+        compile=_scaled(profile.compile, factor, ("by_config", "scale", "default_scale")),
+        builder=_scaled(profile.builder, factor),
+        cache=_scaled(profile.cache, factor),
+        host=_scaled(profile.host, factor),
+        start_up=_scaled(profile.start_up, factor, phases),
     )
 
 
-def _slowed(phase: Phase, factor: float) -> Phase:
-    return Phase(factor * phase.seconds, factor * phase.per_rank)
-
-
-def _values(record: Cache | Host) -> list[float]:
-    return [float(getattr(record, item.name)) for item in fields(record)]
+def _scaled(record: Record, factor: float, names: tuple[str, ...] = ()) -> Record:
+    """The record with these fields, by default all, times ``factor``."""
+    scaled: dict[str, object] = {}
+    for name in names or [item.name for item in fields(record)]:
+        value = getattr(record, name)
+        if isinstance(value, Phase):
+            scaled[name] = _scaled(value, factor)
+        elif isinstance(value, Mapping):
+            scaled[name] = {key: factor * seconds for key, seconds in value.items()}
+        else:
+            scaled[name] = factor * value
+    return replace(record, **scaled)
 
 
 def shipped_profiles() -> list[str]:
@@ -349,7 +274,7 @@ def load_profile(name_or_path: str) -> Profile:
         return Profile.from_json(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(f"cannot read {name_or_path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{name_or_path} is not a hardware profile: {error!r}") from None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runner.build.estimates import expected_schedule
 from runner.build.units import split_into_units
@@ -12,8 +12,7 @@ from runner.kernels.kernel import Kernel
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import Begin, Capture, Collective, Compute
-from sim.costs.compile_time import compile_seconds, luck, slowdown
-from sim.costs.model import Seconds
+from sim.costs.compile_time import compile_seconds, slowdown
 from sim.costs.profile import Link, Profile
 
 _FP8_TYPES = frozenset(
@@ -28,95 +27,89 @@ _FP8_TYPES = frozenset(
 )
 
 _SENDS = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
-"""How often a rank sends each byte of what it has, its own share left out."""
+"""How often a rank sends each byte of its input, without its own share."""
+
 _ONE_STEP = "all_to_all"
-"""What all ranks do at once; the others go round a ring, as often as a byte is sent."""
+"""The collective in which all ranks send at once; others take ``n - 1`` steps round a ring."""
+
+
+class Seconds(NamedTuple):
+    """Work of one rank: seconds of its host and of its GPU, which overlap."""
+
+    host: float
+    device: float = 0.0
 
 
 @dataclass(frozen=True)
 class ProfileCosts:
-    """Cost model of a profile.
-
-    Attributes:
-        link: the link that collectives and transfers use.
-        cores: CPU cores of a node.
-        ranks_per_gpu: ranks that share one GPU; its time is divided among them.
-        walkers_per_gpu: how many of them walk at a time.
-        replica: ranks of a replica.
-    """
+    """Seconds of the operations of a Schedule on the machine of a profile."""
 
     profile: Profile
-    link: Link
-    cores: int
-    ranks_per_gpu: int = 1
-    walkers_per_gpu: int = 1
-    replica: int = 1
+    link: Link  # of collectives and transfers
+    cores: int  # CPU cores of a machine
+    ranks_per_gpu: int = 1  # its time is divided among them
+    walkers_per_gpu: int = 1  # how many of them walk at a time
+    _compile_seconds: dict[Kernel, float] = field(default_factory=dict, init=False, compare=False)
 
-    @cached_property
-    def _compile_memo(self) -> dict[Kernel, float]:
-        return {}
-
-    @cached_property
+    @property
     def host_call(self) -> float:
-        """Seconds of the host for one operation."""
+        """One operation on the host."""
         host = self.profile.host
         return host.call if self.ranks_per_gpu == 1 else host.shared_call
 
     @property
     def first_forward(self) -> float:
-        """One constant for all ranks."""
+        """What a rank's first forward takes more on its host."""
         return self.profile.host.first_forward
 
     def compile_seconds(self, kernel: Kernel) -> float:
-        """See :func:`sim.costs.compile_time.compile_seconds`."""
-        memo = self._compile_memo
-        if kernel not in memo:
-            memo[kernel] = compile_seconds(self.profile.compile, kernel)
-        return memo[kernel]
-
-    def luck(self, rank: int, kernel: Kernel) -> float:
-        """See :func:`luck`; ranks in the same place of a replica share it."""
-        spread = self.profile.compile.spread
-        return luck(self.profile.compile, rank % self.replica, kernel) if spread else 1.0
+        """One compile alone on a machine."""
+        if kernel not in self._compile_seconds:
+            self._compile_seconds[kernel] = compile_seconds(self.profile.compile, kernel)
+        return self._compile_seconds[kernel]
 
     def slowdown(self, compilers: int) -> float:
-        """Linear up to the cores, which are shared beyond."""
+        """How many times as long each of ``compilers`` compiles at a time takes."""
         return slowdown(self.profile.compile, compilers, self.cores)
 
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int
     ) -> list[tuple[Kernel | None, float, float]]:
-        """The builder's own expectation, scaled to this machine."""
+        """One builder's steps from its start; None is a front end for several kernels."""
         if not kernels:
             return []
         builder = self.profile.builder
         units = split_into_units(kernels, cores)
         return [
             (
-                item.kernel,
-                builder.start + builder.scale * item.start,
-                builder.start + builder.scale * item.end,
+                step.kernel,
+                builder.start + builder.scale * step.start,
+                builder.start + builder.scale * step.end,
             )
-            for item in expected_schedule(units, cores)
+            for step in expected_schedule(units, cores)
         ]
 
     def verify_seconds(self, kernel: Kernel) -> float:
-        """One constant for all kernels."""
+        """Finding a compiled kernel complete on disk."""
         return self.profile.cache.verify
 
     def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
-        """One constant for all kernels."""
+        """Loading a compiled kernel from disk, on its own or inside a call."""
         return self.profile.cache.load if bulk else self.profile.cache.first_use
 
     def kernel_seconds(self, call: KernelCall) -> Seconds:
-        """Roofline over the shape, plus the host's cost of a call."""
+        """One call whose kernels are loaded."""
         return Seconds(self.host_call, self._device(call) * self.ranks_per_gpu)
 
-    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
-        """The roofline is linear in M but for its corner, so a mean M stands for many.
+    def walk_seconds(self) -> float:
+        """A walk without its calls."""
+        return self.profile.host.walk
 
-        In a walk of a masked GEMM no row is in use, as upstream's executor makes it; what is left
-        is the transpose of the scales of ``max_m`` rows a group.
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        """One call of a walk up to ``max_m``; linear in M, so a mean M stands for many.
+
+        A walk of a masked GEMM uses no row, as in upstream's executor; what is left is the
+        transpose of the scales of ``max_m`` rows a group.
         """
         if shape.type in MASKED_TYPES:
             scales = 8.0 * shape.num_groups * max_m * (shape.k // 128)
@@ -125,23 +118,18 @@ class ProfileCosts:
             device = self._device(shape.call(round(mean_m)))
         return Seconds(self.profile.host.walk_call, device * self.walkers_per_gpu)
 
-    def walk_seconds(self) -> float:
-        """One constant for all walks."""
-        return self.profile.host.walk
-
     def compute_seconds(self, op: Compute) -> Seconds:
-        """Roofline over the announced work, plus the host's cost of a call."""
+        """Work that is no DeepGEMM kernel."""
         gpu = self.profile.gpu
         device = max(op.flops / gpu.bf16_flops, op.bytes / gpu.memory_bandwidth)
         return Seconds(self.host_call, device * self.ranks_per_gpu)
 
     def capture_seconds(self, op: Capture) -> float:
-        """A constant and the host's cost of each operation."""
         start_up = self.profile.start_up
         return start_up.capture + op.operations * start_up.capture_operation
 
     def _device(self, call: KernelCall) -> float:
-        """Roofline and what each call takes; fewer SMs have less of the peak, not of the memory."""
+        """Roofline of a call; fewer SMs have less of the peak rate, not of the bandwidth."""
         gpu = self.profile.gpu
         flops, nbytes = gemm_work(call)
         peak = gpu.fp8_flops if call.type in _FP8_TYPES else gpu.bf16_flops
@@ -149,10 +137,10 @@ class ProfileCosts:
         return gpu.kernel + max(flops / peak, nbytes / gpu.memory_bandwidth)
 
     def collective_seconds(self, op: Collective | Begin) -> float:
-        """Bytes that a rank sends in a ring, as shares of what it has, over the link's rate.
+        """A collective of ``n`` ranks once all are there and their links are free.
 
-        An all-reduce sends twice (n - 1) / n of it, a scatter that sums and an all-to-all
-        (n - 1) / n, and what gathers n - 1 times it.
+        An all-reduce sends 2 (n - 1) / n of a rank's bytes, a reduce-scatter and an all-to-all
+        (n - 1) / n, and a gather n - 1 times them. All go round a ring but for the all-to-all.
         """
         n, kind = len(op.group), op.name.partition(" ")[0]
         times = _SENDS.get(kind)
@@ -163,18 +151,18 @@ class ProfileCosts:
         return turns + self.link.latency + (n - 1) * op.bytes / bandwidth
 
     def transfer_seconds(self, nbytes: int) -> float:
-        """Latency and bandwidth of the link."""
+        """From a send until its bytes are there."""
         return self._turns(1) + self.link.seconds(nbytes)
 
     def _turns(self, steps: int) -> float:
-        """What steps of communication wait for others' turns at the GPU; NCCL's are its work."""
+        """Waits of NCCL's steps for the GPU's other ranks, which take turns."""
         if not self.link.queues:
             return 0.0
         return steps * (self.ranks_per_gpu - 1) * self.profile.gpu.time_slice
 
 
 def gemm_work(call: KernelCall) -> tuple[float, float]:
-    """(operations, bytes moved) of a call."""
+    """(floating-point operations, bytes moved) of a call."""
     m, n, k, groups = call.m, call.n, call.k, call.num_groups
     if call.type in MASKED_TYPES:
         return 2.0 * groups * m * n * k, groups * (m * k + n * k + 2.0 * m * n)

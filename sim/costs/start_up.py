@@ -14,7 +14,7 @@ from sim.costs.profile import StartUp
 
 
 class Weights(Enum):
-    """Where weights come from; ``dummy`` makes them up on the GPU, as ``launch`` does."""
+    """Where weights come from; ``dummy`` ones are made up on the GPU, as ``launch`` does."""
 
     DISK = "disk"
     PAGE_CACHE = "page-cache"
@@ -27,44 +27,44 @@ PHASES = ("imports", "process group", "weights")
 
 @dataclass(frozen=True)
 class StartPhases:
-    """Which of these phases a prediction has.
-
-    Attributes:
-        included: names out of :data:`PHASES`.
-        weights: where weights come from.
-    """
+    """Which phases (of :data:`PHASES`) a prediction includes, and where weights come from."""
 
     included: tuple[str, ...] = PHASES
     weights: Weights = Weights.DISK
 
 
 def start_phases(
-    wanted: StartPhases,
+    phases: StartPhases,
     costs: StartUp,
     model: ModelConfig,
     parallel: ParallelConfig,
     hosts: int,
     ranks_per_gpu: int = 1,
 ) -> list[tuple[str, float]]:
-    """Names and seconds of the phases, the slowest rank's.
+    """Names and seconds of the phases, of the slowest rank.
 
-    Ranks of a host read its disk side by side, those of a GPU take turns at making weights up.
+    Ranks of a host share its disk's bandwidth; those of a GPU make up weights one after the other.
     """
     ranks = parallel.world_size // hosts
-    found = {
+    seconds = {
         "imports": costs.imports.of(ranks),
         "process group": costs.process_group.of(parallel.world_size),
     }
-    if "weights" in wanted.included:
-        found["weights"] = costs.weights.of(ranks) + _weight_seconds(
-            wanted.weights, costs, model, parallel, ranks, ranks_per_gpu
-        )
-    return [(name, found[name]) for name in PHASES if name in wanted.included]
+    if "weights" in phases.included:
+        if phases.weights is Weights.DUMMY:
+            loading = made_elements(model, parallel, ranks_per_gpu) / costs.weights_made
+        else:
+            nbytes = [size.nbytes for size in _stage_sizes(model, parallel)]
+            bandwidth = costs.weight_bandwidth[phases.weights.value]
+            loading = _largest_sum(nbytes, parallel, ranks) / bandwidth
+        seconds["weights"] = costs.weights.of(ranks) + loading
+    return [(name, seconds[name]) for name in PHASES if name in phases.included]
 
 
 def made_elements(model: ModelConfig, parallel: ParallelConfig, ranks_per_gpu: int) -> int:
-    """Elements of the made-up weights of the GPU that holds most, its ranks in a row."""
-    return _most([size.shapes for size in _stage_sizes(model, parallel)], parallel, ranks_per_gpu)
+    """Elements of dummy weights that are made up on the GPU with most of them."""
+    elements = [size.shapes for size in _stage_sizes(model, parallel)]
+    return _largest_sum(elements, parallel, ranks_per_gpu)
 
 
 @lru_cache(maxsize=256)
@@ -75,23 +75,9 @@ def _stage_sizes(model: ModelConfig, parallel: ParallelConfig) -> tuple[WeightSi
     )
 
 
-def _weight_seconds(
-    weights: Weights,
-    costs: StartUp,
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    ranks: int,
-    ranks_per_gpu: int,
-) -> float:
-    if weights is Weights.DUMMY:
-        return made_elements(model, parallel, ranks_per_gpu) / costs.weights_made
-    nbytes = [size.nbytes for size in _stage_sizes(model, parallel)]
-    return _most(nbytes, parallel, ranks) / costs.weight_bandwidth[weights.value]
-
-
-def _most(of_stage: Sequence[int], parallel: ParallelConfig, ranks: int) -> int:
-    """Of ``ranks`` ranks in a row at a time, the largest sum of what each stage's ranks hold."""
-    of_rank = [of_stage[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
+def _largest_sum(by_stage: Sequence[int], parallel: ParallelConfig, ranks: int) -> int:
+    """Largest sum over ``ranks`` consecutive ranks (a host's, a GPU's) of their stages' values."""
+    by_rank = [by_stage[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
     return max(
-        sum(of_rank[first : first + ranks]) for first in range(0, parallel.world_size, ranks)
+        sum(by_rank[first : first + ranks]) for first in range(0, parallel.world_size, ranks)
     )

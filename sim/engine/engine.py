@@ -1,68 +1,46 @@
-"""The event engine: every rank's operations in virtual time.
+"""The event engine: every rank's program in virtual time.
 
-A rank has two clocks: its host's and its GPU's. The host runs ahead through what concerns only
-itself and stops where it meets others: at a kernel that is not in its memory (its node's disk and
-cores), at a lock, and where it waits for its GPU. The GPU works off what the host has queued;
-a collective there ends once every member's GPU has come to it. A host waits for its GPU after each
-communication, as our driver does, or, where it runs ahead, only for what it receives and at the
-end of a forward, as a server over NCCL does.
+A rank has two clocks, its host's and its GPU's. The host runs ahead through what concerns only
+itself and stops where it meets others: at a kernel that is not loaded (its node's disk and cores),
+at a lock, and where it waits for its GPU. The GPU works off what the host has queued; a collective
+there ends once every member's GPU has come to it. A host waits for its GPU after each message, as
+our driver does, or, where it runs ahead, only for what it receives and at the end of a forward, as
+a server over NCCL does.
 
-Events are taken in order of time; at one time compiles end before anything starts, then the order
-of planning decides. Whoever misses a kernel while another still compiles it compiles it too, as
-the library does, unless first uses are locked.
+There is one heap of (time, priority, tie, event). An event is a rank whose host goes on, or the
+cores of a machine on which a compile may end. At one time compiles end before hosts go on, then
+the order of planning decides. A rank that misses a kernel while another one still compiles it
+compiles it too, as the library does, unless first uses are locked.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 
 from runner.kernels.kernel import Kernel
-from runner.schedule import (
-    OF_HOSTS,
-    Await,
-    Begin,
-    Capture,
-    Collective,
-    KernelWork,
-    Mark,
-    Recv,
-    Send,
-)
+from runner.schedule import OF_HOSTS, Await, Begin, Capture, KernelWork, Mark, Message, Recv
 from runner.timeline import Span
-from sim.costs.model import CostModel
-from sim.engine.locks import Locks
-from sim.engine.network import Network, among
-from sim.engine.nodes import Nodes
-from sim.engine.rank import Message, Queued, Rank
-from sim.engine.rank_program import FirstUse, Instruction, Run, WalkRun
-from sim.engine.timeout_diagnosis import CollectiveTimeout
+from sim.costs.profile_costs import ProfileCosts
+from sim.engine.network import Network, describe_wait
+from sim.engine.rank_program import FirstUse, Instruction, LockKey, Run, WalkRun
+from sim.engine.state import Cores, Host, Node, Queued, Rank
+from sim.engine.timeout_diagnosis import CollectiveTimeout, WaitLimits
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a simulation.
+    """Result of a simulation."""
 
-    Attributes:
-        spans: raw spans (see :func:`runner.timeline.merge`).
-        timeout: the wait that would have ended the run, if any.
-        disks: kernels that each node's disk holds in the end.
-        longest_wait: seconds of the longest wait of any rank in a communication that ``timeout``
-            is for.
-        ends: when each rank was done.
-        up: kernels on each node's disk when the server is up.
-    """
-
-    spans: list[Span]
-    timeout: CollectiveTimeout | None
-    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)
-    longest_wait: float = 0.0
-    ends: tuple[float, ...] = ()
-    up: dict[int, frozenset[Kernel]] = field(default_factory=dict)
+    spans: list[Span]  # raw, see runner.timeline.merge
+    timeout: CollectiveTimeout | None  # the wait that would have ended the run
+    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # of each node, in the end
+    longest_wait: float = 0.0  # seconds of a rank's longest wait that Engine's ``timeout`` limits
+    ends: tuple[float, ...] = ()  # when each rank was done
+    up: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # disks when the server is up
 
 
 class SimulationError(Exception):
@@ -76,12 +54,12 @@ class Engine:
         programs: what every rank does; see :func:`sim.engine.rank_program.compile_program`.
         costs: how long it takes.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
-        cores_per_node: cores that a builder uses; what compiles at a time cost is in ``costs``.
-        host_of: machine of each node, where several share one's cores; by default each has its own.
+        cores_per_node: cores that a builder uses.
+        host_of: machine of each node, whose cores its nodes share; by default each has its own.
         timeout: longest wait of a rank in a communication, in seconds; None is no limit.
-        host_timeout: the same of what hosts do among themselves where they run ahead: receiving
-            from another stage, exchanging kernels.
-        cached: kernels that every node's disk holds from the start.
+        host_timeout: the same for hosts that run ahead and wait for each other: to receive from
+            another stage, to exchange kernels.
+        cached: kernels on every node's disk at the start.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
     """
@@ -89,7 +67,7 @@ class Engine:
     def __init__(
         self,
         programs: Sequence[Sequence[Instruction]],
-        costs: CostModel,
+        costs: ProfileCosts,
         *,
         node_of: Sequence[int],
         cores_per_node: int,
@@ -101,21 +79,20 @@ class Engine:
         start: float = 0.0,
     ) -> None:
         self._costs, self._run_ahead, self._cores_per_node = costs, run_ahead, cores_per_node
+        self._limits = WaitLimits(timeout, host_timeout, run_ahead)
+        self._network = Network(costs, self._limits)
+        hosts = {node: node if host_of is None else host_of[node] for node in node_of}
+        cores = {host: Cores(costs) for host in hosts.values()}
+        self._nodes = {
+            node: Node(cores[host], set(cached), set(cached)) for node, host in hosts.items()
+        }
         self._ranks = [
-            Rank(index, program, node_of[index], start, start)
+            Rank(index, self._nodes[node_of[index]], program, start)
             for index, program in enumerate(programs)
         ]
-        self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
+        self._now = start
+        self._events: list[tuple[float, int, int, Rank | Cores]] = []
         self._tie = count()
-        self._locks = Locks(self._at)
-        self._nodes = Nodes(costs, node_of, host_of, cached, self._at)
-        self._network = Network(
-            costs,
-            timeout=timeout,
-            host_timeout=host_timeout,
-            run_ahead=run_ahead,
-            exchanged=self._nodes.exchange,
-        )
 
     def run(self) -> Outcome:
         """Run to the end.
@@ -124,184 +101,185 @@ class Engine:
             SimulationError: some ranks wait for ever.
         """
         for rank in self._ranks:
-            self._advance(rank)
+            rank.host = self._run_host(rank)
+            self._resume(rank)
         while self._events:
-            time, _, _, action = heapq.heappop(self._events)
-            action(time)
+            self._now, _, _, event = heapq.heappop(self._events)
+            if isinstance(event, Rank):
+                self._resume(event)
+            else:
+                self._end_compiles(event)
         stuck = [rank for rank in self._ranks if not rank.done]
         if stuck:
-            where = ", ".join(f"rank {rank.index} in {rank.waiting_in}" for rank in stuck[:4])
-            raise SimulationError(f"{len(stuck)} ranks wait for ever: {where}")
+            waits = (f"rank {rank.index} in {describe_wait(rank.queue[0])}" for rank in stuck[:4])
+            raise SimulationError(f"{len(stuck)} ranks wait for ever: {', '.join(waits)}")
         spans = [span for rank in self._ranks for span in rank.spans]
         return Outcome(
             spans,
-            self._network.first_timeout(spans),
-            {node: frozenset(disk) for node, disk in self._nodes.disks.items()},
-            self._network.longest_waits[False],
+            self._limits.first_timeout(spans),
+            {index: frozenset(node.disk) for index, node in self._nodes.items()},
+            self._limits.longest[False],
             tuple(rank.clock for rank in self._ranks),
-            self._nodes.up(self._ranks),
+            {index: frozenset(node.up) for index, node in self._nodes.items()},
         )
 
-    def _at(self, time: float, action: Callable[[float], None], priority: int = 1) -> None:
-        heapq.heappush(self._events, (time, priority, next(self._tie), action))
+    def _schedule(self, time: float, event: Rank | Cores) -> None:
+        priority = 0 if isinstance(event, Cores) else 1
+        heapq.heappush(self._events, (time, priority, next(self._tie), event))
 
-    # -- a rank's host --------------------------------------------------------------------------
+    def _resume(self, rank: Rank) -> None:
+        """Run a rank's host until it has to wait."""
+        time = next(rank.host, None)
+        if time is not None:
+            self._schedule(time, rank)
 
-    def _advance(self, rank: Rank) -> None:
-        """Run a rank's host until it meets others or ends."""
-        while rank.at < len(rank.program):
-            if not self._step(rank, rank.program[rank.at]):
-                return
-        if self._synchronised(rank):
-            rank.close_compute()
-            rank.done = True
+    def _end_compiles(self, cores: Cores) -> None:
+        # An end that was planned before another compile started comes too early and ends none.
+        ended = cores.finish(self._now)
+        for rank in ended:
+            self._resume(rank)
+        if ended and cores.compiles:
+            self._schedule(cores.next_end(), cores)
 
-    def _go_on(self, rank: Rank, _: float) -> None:
-        self._advance(rank)
+    # -- hosts ----------------------------------------------------------------------------------
 
-    def _step(self, rank: Rank, item: Instruction) -> bool:
-        """Do an instruction; False where the host has to wait in or before it."""
-        if isinstance(item, Run):
-            self._compute(rank, item)
-        elif isinstance(item, Collective | Begin | Await | Send | Recv):
-            return self._communicate(rank, item)
-        elif isinstance(item, Mark):
-            if (item.kind == "phase" or self._run_ahead) and not self._synchronised(rank):
-                return False
-            self._mark(rank, item)
-        elif isinstance(item, Capture):
-            self._compute(rank, Run(self._costs.capture_seconds(item), 0.0))
-        else:
-            return self._kernels(rank, item)
-        rank.at += 1
-        return True
+    def _run_host(self, rank: Rank) -> Host:
+        for item in rank.program:
+            if isinstance(item, Run):
+                rank.compute(item)
+            elif isinstance(item, FirstUse):
+                yield from self._first_use(rank, item)
+            elif isinstance(item, WalkRun):
+                yield from self._walk(rank, item)
+            elif isinstance(item, KernelWork):
+                yield from self._kernel_work(rank, item)
+            elif isinstance(item, Capture):
+                rank.compute(Run(self._costs.capture_seconds(item), 0.0))
+            elif isinstance(item, Mark):
+                if item.kind == "phase" or self._run_ahead:
+                    yield from self._wait_for_device(rank)
+                rank.mark(item)
+            else:
+                yield from self._communicate(rank, item)
+        yield from self._wait_for_device(rank)
+        rank.end_compute()
+        rank.done = True
 
-    def _compute(self, rank: Rank, work: Run) -> None:
-        if rank.computing_since is None:
-            rank.computing_since = rank.clock
-        rank.clock += work.host
-        if rank.queue:
-            rank.queue.append(Queued(work, rank.clock))
-        else:
-            rank.device = max(rank.device + work.device, rank.clock)
-
-    def _synchronised(self, rank: Rank) -> bool:
-        """Whether the GPU is done; if not, the host goes on at the same place once it is."""
+    def _wait_for_device(self, rank: Rank) -> Host:
         if rank.queue:
             rank.waits_for_device = True
-            return False
-        rank.wait_for_device()
-        return True
+            yield None
+        else:
+            rank.wait_for_device()
 
-    def _resume(self, rank: Rank, time: float) -> None:
-        """The instruction at hand is done at ``time``; go on."""
-        rank.clock = time
-        rank.device = max(rank.device, time)
-        rank.at += 1
-        self._at(time, partial(self._go_on, rank))
+    def _first_use(self, rank: Rank, item: FirstUse) -> Host:
+        rank.end_compute()
+        yield rank.clock
+        yield from self._acquire(rank, item.lock)
+        for kernel in item.kernels:
+            yield from self._load(rank, kernel, bulk=item.bulk)
+        yield self._release(rank, item.lock)
 
-    def _mark(self, rank: Rank, mark: Mark) -> None:
-        if mark.kind != "phase":
+    def _walk(self, rank: Rank, item: WalkRun) -> Host:
+        """A walk's calls queue behind what the GPU has to do, and it ends with the GPU done."""
+        yield from self._wait_for_device(rank)
+        rank.end_compute()
+        yield rank.clock
+        yield from self._acquire(rank, item.lock)
+        for kernels, seconds in item.steps:
+            for kernel in kernels:
+                yield from self._load(rank, kernel, bulk=False)
+            rank.note(self._now, self._now + seconds, "load", item.name)
+            yield self._now + seconds
+        yield self._release(rank, item.lock)
+
+    def _acquire(self, rank: Rank, lock: LockKey | None) -> Host:
+        if lock is None:
             return
-        rank.close_compute()
-        if rank.phase is not None:
-            name, start = rank.phase
-            rank.note(start, rank.clock, "phase", name)
-        rank.phase = None if mark.name == "end" else (mark.name, rank.clock)
+        waiting = rank.node.locks.get(lock)
+        if waiting is None:
+            rank.node.locks[lock] = deque()
+            return
+        since = self._now
+        waiting.append(rank)
+        yield None
+        if self._now > since:
+            rank.note(since, self._now, "wait", "compile lock")
 
-    # -- kernels --------------------------------------------------------------------------------
+    def _release(self, rank: Rank, lock: LockKey | None) -> float:
+        """Hand the lock to the rank that asked first; its holder goes on now."""
+        if lock is not None and rank.node.locks[lock]:
+            self._schedule(self._now, rank.node.locks[lock].popleft())
+        elif lock is not None:
+            del rank.node.locks[lock]
+        return rank.go_on_at(self._now)
 
-    def _kernels(self, rank: Rank, item: Instruction) -> bool:
-        """Start what concerns the node's disk and cores, as an event; the host waits for it."""
-        # A walk's calls queue behind what the GPU has to do, and a walk ends with the GPU done.
-        if isinstance(item, KernelWork | WalkRun) and not self._synchronised(rank):
-            return False
-        rank.close_compute()
-        if isinstance(item, FirstUse):
-            self._at(rank.clock, lambda time: self._first_use(rank, item, time))
-        elif isinstance(item, WalkRun):
-            self._at(rank.clock, lambda time: self._walk(rank, item, time))
-        elif isinstance(item, KernelWork):
-            self._at(rank.clock, lambda time: self._kernel_work(rank, item, time))
-        return False
+    def _load(self, rank: Rank, kernel: Kernel, *, bulk: bool) -> Host:
+        """Load a kernel from the node's disk; if it is not there, compile it first."""
+        node, since = rank.node, self._now
+        rank.use([kernel])
+        if kernel not in node.disk:
+            node.cores.start(rank, self._costs.compile_seconds(kernel), since)
+            self._schedule(node.cores.next_end(), node.cores)
+            yield None
+            rank.note(since, self._now, "compile", kernel.name, kernel.identity)
+            node.disk.add(kernel)
+        end = self._now + self._costs.load_seconds(kernel, bulk=bulk)
+        if end > self._now:
+            rank.note(self._now, end, "load", kernel.name)
+        yield end
 
-    def _first_use(self, rank: Rank, item: FirstUse, time: float) -> None:
-        def work(granted: float) -> None:
-            def done(end: float) -> None:
-                self._locks.release(lock, end)
-                self._resume(rank, end)
-
-            self._nodes.bring_in(rank, item.kernels, granted, done, bulk=item.bulk)
-
-        lock = item.lock and (rank.node, *item.lock)
-        self._locks.acquire(lock, time, work, lambda start, end: self._note_lock(rank, start, end))
-
-    def _walk(self, rank: Rank, item: WalkRun, time: float) -> None:
-        def part(index: int, now: float) -> None:
-            if index == len(item.steps):
-                self._locks.release(lock, now)
-                self._resume(rank, now)
-                return
-            kernels, seconds = item.steps[index]
-
-            def called(ready: float) -> None:
-                rank.note(ready, ready + seconds, "load", item.name)
-                self._at(ready + seconds, lambda end: part(index + 1, end))
-
-            self._nodes.bring_in(rank, kernels, now, called, bulk=False)
-
-        lock = item.lock and (rank.node, *item.lock)
-        self._locks.acquire(
-            lock,
-            time,
-            lambda now: part(0, now),
-            lambda start, end: self._note_lock(rank, start, end),
-        )
-
-    def _note_lock(self, rank: Rank, start: float, end: float) -> None:
-        if end > start:
-            rank.note(start, end, "wait", "compile lock")
-
-    def _kernel_work(self, rank: Rank, op: KernelWork, start: float) -> None:
+    def _kernel_work(self, rank: Rank, op: KernelWork) -> Host:
         """Build or verify; the builder has its node's cores to itself, since all wait for it."""
-        disk = self._nodes.disks[rank.node]
+        yield from self._wait_for_device(rank)
+        rank.end_compute()
+        yield rank.clock
+        start = end = self._now
+        rank.use(op.kernels)
         if op.action == "verify":
-            end = start + sum(map(self._costs.verify_seconds, op.kernels))
+            end += sum(map(self._costs.verify_seconds, op.kernels))
             if end > start:
                 rank.note(start, end, "load", op.name)
-            self._resume(rank, end)
-            return
-        missing = [kernel for kernel in op.kernels if kernel not in disk]
-        spans = self._costs.build_spans(missing, self._cores_per_node)
-        for kernel, began, ended in spans:
-            name, key = (kernel.name, kernel.identity) if kernel else ("front end", "")
-            rank.note(start + began, start + ended, "compile", name, key)
-        disk.update(missing)
-        self._resume(rank, start + max((ended for _, _, ended in spans), default=0.0))
+        else:
+            missing = [kernel for kernel in op.kernels if kernel not in rank.node.disk]
+            for kernel, since, until in self._costs.build_spans(missing, self._cores_per_node):
+                name, key = (kernel.name, kernel.identity) if kernel else ("front end", "")
+                rank.note(start + since, start + until, "compile", name, key)
+                end = max(end, start + until)
+            rank.node.disk.update(missing)
+        yield rank.go_on_at(end)
 
-    # -- communication --------------------------------------------------------------------------
+    # -- GPUs -----------------------------------------------------------------------------------
 
-    def _communicate(self, rank: Rank, op: Message | Await) -> bool:
-        """Queue it; False where the host waits for it."""
+    def _communicate(self, rank: Rank, op: Message | Await) -> Host:
+        """Queue a message; the host waits for it, or runs ahead."""
         waits = not self._run_ahead or isinstance(op, Recv) or op.name in OF_HOSTS
         waits = waits and not isinstance(op, Begin)
-        if waits and not self._synchronised(rank):
-            return False
-        rank.close_compute()
-        key = "" if isinstance(op, Await) else rank.next_key(among(rank.index, op))
-        rank.queue.append(Queued(op, rank.clock, key, host_waits=waits))
-        rank.at += 1
-        self._work_off([rank])
-        return self._synchronised(rank) if waits else True
+        if waits:
+            yield from self._wait_for_device(rank)
+        rank.end_compute()
+        key = "" if isinstance(op, Await) else rank.keys.next_key(op)
+        rank.queue.append(Queued(op, rank.clock, key, waits))
+        self._run_devices(rank)
+        if waits:
+            yield from self._wait_for_device(rank)
 
-    def _work_off(self, ranks: Iterable[Rank]) -> None:
-        """Let GPUs do what they can of their queues, and those who wait for that, and so on."""
-        todo = deque(ranks)
-        while todo:
-            rank = todo.popleft()
-            while rank.queue and self._network.gets_past(rank, rank.queue[0], todo):
-                rank.queue.popleft()
+    def _run_devices(self, first: Rank) -> None:
+        """Work off a GPU's queue, and the queues of those that wait for its messages."""
+        unblocked = deque([first])
+        while unblocked:
+            rank = unblocked.popleft()
+            while rank.queue:
+                item = rank.queue[0]
+                if isinstance(item.work, Run):
+                    item.end = max(rank.device + item.work.device, item.queued)
+                elif item.arrived is None:
+                    item.arrived = max(rank.device, item.queued)
+                    unblocked.extend(self._network.arrive(rank, item))
+                if item.end is None:
+                    break
+                rank.pass_head()
             if rank.waits_for_device and not rank.queue:
                 rank.waits_for_device = False
                 rank.wait_for_device()
-                self._at(rank.clock, partial(self._go_on, rank))
+                self._schedule(rank.clock, rank)

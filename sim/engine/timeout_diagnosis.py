@@ -1,60 +1,99 @@
-"""A wait beyond the limit, and who is to blame for it."""
+"""Waits that take too long, and which rank is responsible."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from runner.schedule import Begin, Message, message_name
 from runner.timeline import Span
+from sim.engine.state import Queued, Rank
 
 
 @dataclass(frozen=True)
 class CollectiveTimeout:
-    """A wait beyond the limit: the run would have died at ``time``.
+    """A wait beyond the limit, at which the run would have died."""
 
-    Attributes:
-        time: seconds since the origin.
-        rank: the rank that gave up waiting.
-        operation: what it waited in.
-        waiting_for: the rank that was working while it waited, its own awaited peer or the one
-            that this in turn waited for.
-        busy_with: what that rank was doing at ``time``.
-        needed: the smallest limit that the whole run would have survived, in seconds: its longest
-            wait of the kind, which need not be this one.
-        of_hosts: whether it is a wait of hosts for each other, which has a limit of its own.
+    time: float  # seconds since the origin
+    rank: int  # the rank that gave up
+    operation: str  # the communication that it waited in
+    waiting_for: int  # the rank that was working: the one it waited for, or that one in turn
+    busy_with: str  # what that rank was doing then
+    needed: float  # seconds of the longest wait of this kind: the smallest limit that is enough
+    of_hosts: bool = False  # hosts waited for each other, which has a limit of its own
+
+
+class WaitLimits:
+    """Compares all waits with their limits.
+
+    Args:
+        limit: longest wait in a communication of GPUs, and of hosts that do not run ahead.
+        host_limit: longest wait of hosts for each other, where they run ahead of their GPUs.
+        run_ahead: whether they do.
     """
 
-    time: float
-    rank: int
-    operation: str
-    waiting_for: int
-    busy_with: str
-    needed: float
-    of_hosts: bool = False
+    def __init__(self, limit: float | None, host_limit: float | None, run_ahead: bool) -> None:
+        self._limits = {False: limit, True: host_limit}
+        self._run_ahead = run_ahead
+        self._timeouts: list[CollectiveTimeout] = []
+        self._communication: list[Span] = []
+        self.longest = {False: 0.0, True: 0.0}
+        """Longest wait of GPUs (False) and of hosts (True)."""
+
+    def check(self, rank: Rank, item: Queued, waiting_for: int, until: float) -> None:
+        """Check a rank's wait for another rank, which came ``until`` then."""
+        assert isinstance(item.work, Message)
+        of_hosts = self._run_ahead and item.host_waits
+        since = item.queued
+        if isinstance(item.work, Begin):
+            # The rank goes on meanwhile; only its stream waits.
+            assert item.arrived is not None
+            since = item.arrived
+            self.add_span(rank, item, until)
+        waited, limit = until - since, self._limits[of_hosts]
+        self.longest[of_hosts] = max(self.longest[of_hosts], waited)
+        if limit is not None and waited > limit:
+            name = message_name(item.work)
+            timeout = CollectiveTimeout(
+                since + limit, rank.index, name, waiting_for, "", waited, of_hosts
+            )
+            self._timeouts.append(timeout)
+
+    def add_span(self, rank: Rank, item: Queued, end: float) -> Span:
+        """The span of a message, which is kept to tell later who waited for whom."""
+        assert isinstance(item.work, Message) and item.arrived is not None
+        name = message_name(item.work)
+        span = Span(rank.index, item.arrived, end, "comm", name, item.key)
+        self._communication.append(span)
+        return span
+
+    def first_timeout(self, spans: Sequence[Span]) -> CollectiveTimeout | None:
+        """The time-out that ends the run; ``spans`` are those of all ranks."""
+        if not self._timeouts:
+            return None
+        first = min(self._timeouts, key=lambda timeout: timeout.time)
+        first = replace(first, needed=self.longest[first.of_hosts])
+        work = [span for span in spans if span.kind in _WORK]
+        return with_busy_rank(first, [*work, *self._communication])
 
 
-WORK = ("compile", "load", "compute")
-"""Kinds of span in which a rank works."""
+_WORK = ("compile", "load", "compute")
 
 
-def with_culprit(timeout: CollectiveTimeout, spans: Sequence[Span]) -> CollectiveTimeout:
-    """Follow who waits for whom at that time to a rank that works, and say at what."""
+def with_busy_rank(timeout: CollectiveTimeout, spans: Sequence[Span]) -> CollectiveTimeout:
+    """Follow who waits for whom at that time to a rank that works."""
     rank, seen = timeout.waiting_for, {timeout.rank}
     while rank not in seen:
         seen.add(rank)
-        at = [s for s in spans if s.rank == rank and s.start <= timeout.time < s.end]
-        working = [s for s in at if s.kind in WORK]
-        if working:
-            doing = f"{working[0].kind} {working[0].name}"
-            return replace(timeout, waiting_for=rank, busy_with=doing)
-        waits = [s for s in at if s.kind == "comm"]
+        now = [s for s in spans if s.rank == rank and s.start <= timeout.time < s.end]
+        for span in now:
+            if span.kind in _WORK:
+                return replace(timeout, waiting_for=rank, busy_with=f"{span.kind} {span.name}")
+        waits = [span for span in now if span.kind == "comm"]
         if not waits:
             break
-        rank = _last_to_come(waits[0], spans)
+        others = [s for s in spans if s.kind == "comm" and s.key == waits[0].key]
+        others = [s for s in others if s.rank != rank]
+        if others:
+            rank = max(others, key=lambda span: span.start).rank
     return replace(timeout, busy_with="nothing")
-
-
-def _last_to_come(wait: Span, spans: Sequence[Span]) -> int:
-    """Who arrived last at a collective, or sent what was received."""
-    among = [s for s in spans if s.kind == "comm" and s.key == wait.key and s.rank != wait.rank]
-    return max(among, key=lambda s: s.start).rank if among else wait.rank

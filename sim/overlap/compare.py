@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runner.model.strategy import OverlapStrategy
-from sim.costs.model import CostModel
+from sim.costs.profile_costs import ProfileCosts
 from sim.overlap.forward import Forward, to_steps
 from sim.overlap.turns import Turns, run, run_in_turns
 
@@ -51,7 +51,7 @@ class Comparison:
 
 def compare(
     forward: Forward,
-    costs: CostModel,
+    costs: ProfileCosts,
     strategies: Sequence[OverlapStrategy],
     progress: Progress | None,
 ) -> Comparison:

@@ -20,7 +20,7 @@ from runner.model.operations import overlapped_order
 from runner.model.strategy import MARK, PLAIN, OverlapStrategy
 from runner.scenario import Scenario
 from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
-from sim.costs.model import CostModel
+from sim.costs.profile_costs import ProfileCosts
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -191,7 +191,7 @@ def _by_layer(names: Sequence[str], stages: Sequence[Ops]) -> tuple[dict[str, Op
     return tuple(dict(zip(names, stages[at : at + len(names)], strict=True)) for at in starts)
 
 
-def to_steps(ops: Iterable[Op], costs: CostModel) -> Steps:
+def to_steps(ops: Iterable[Op], costs: ProfileCosts) -> Steps:
     """What operations take on the GPU and its link; compute between communication is one step."""
     steps: list[Step] = []
     seconds = 0.0

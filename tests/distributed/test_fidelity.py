@@ -14,7 +14,8 @@ from runner.planning.plan import table_of
 from runner.planning.residency import stalls_of
 from runner.timeline import Timeline, read_timelines
 from sim.calibration.calibrate import fit_profile
-from sim.calibration.validation import judge, scenario_of
+from sim.calibration.run_metadata import read_metadata
+from sim.calibration.validation import validate
 from sim.costs.profile import load_profile
 from tests.distributed.launching import FEW_KERNELS, launch
 
@@ -53,7 +54,7 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
     (locked,) = measure(folder, SHARDS, ["full"])
 
     for timeline in (none, parallel, full, planned):
-        scenario = scenario_of(timeline, models)
+        scenario = read_metadata(timeline, models).scenario
         # Every node is one rank.
         said = stalls_of(record(scenario), table_of(scenario), scenario.parallel.node_of)
         assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
@@ -61,7 +62,7 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
     assert locked.kernels_compiled > locked.duplicates == 0
 
     made = fit_profile([none, planned], load_profile("h200"), "here", models)
-    for item in judge([none, planned, parallel, full, locked], made.profile, models):
+    for item in validate([none, planned, parallel, full, locked], made.profile, models):
         print(f"{item.name}: {item.measured.wall:.1f} s, off by {item.error:+.0%}")
         assert item.counts_agree, item.name
         if item.measured not in (none, planned):

@@ -1,4 +1,4 @@
-"""Timelines as launch writes them, of runs that a known machine's profile makes up."""
+"""Timelines as launch writes them, simulated with a known profile."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
-from sim.calibration.drift import Drift
 from sim.costs.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Probe, Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine, simulate
@@ -27,12 +25,12 @@ def measured(
     hosts: int = 1,
     ranks_per_gpu: int = 1,
     link: str = "gloo",
-    drift: Drift | None = None,
+    factor: float | None = None,
 ) -> Timeline:
-    """A run on ``hosts`` machines that cost what the profile says, and drift if so told."""
+    """A run with the profile's costs; a ``factor`` slows its CPUs and is what a probe found."""
     machine = Machine(
         profile=profile,
-        drift=drift,
+        host_factor=factor or 1.0,
         cores_per_node=cores,
         hosts=hosts,
         link=link,
@@ -60,17 +58,17 @@ def measured(
         "coverage": predicted.meta["coverage"],
         "stalls": [],
     }
-    if drift is not None:
-        facts["machine"]["probe"] = drift.factor * profile.probe.seconds
+    if factor is not None:
+        facts["machine"]["probe"] = factor * profile.probe.seconds
     meta = {**scenario.timeline_meta(), **facts}
     spans = tuple(_as_launch_names(predicted.spans, scenario))
     return replace(predicted, source="measured", spans=spans, meta=meta)
 
 
 def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
-    """Loads of a bulk load and of a walk bear their operation's name, as a rank's sink has it."""
-    planning = scenario.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT)
-    name = f"load {len(plan_of(scenario).kernels)} kernels"
+    """Bulk loads and walks have their operation's name, as in launch's Timelines."""
+    planning = scenario.policy.plans
+    name = f"load {len(scenario.plan.kernels)} kernels"
     walk = ""
     for span in spans:
         if span.kind == "load" and span.name.startswith("walk "):
@@ -86,18 +84,17 @@ def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span
 
 @cache
 def usual() -> Profile:
-    """A profile that stays as it is when the shipped one is calibrated anew."""
+    """A profile that stays as it is when the shipped one is fitted again."""
     base = h200()
     return replace(
         base,
         name="usual",
-        probe=Probe(2.0, 50.0),
+        probe=Probe(2.0),
         compile=CompileTimes(
             {},
             {"sm90_bf16_gemm": 1.09, "sm90_tf32_hc_prenorm_gemm": 1.04, "sm90_fp8_gemm_1d2d": 1.15},
             1.1,
             0.2,
-            0.0,
         ),
         builder=Builder(1.2, 1.23),
         cache=Cache(0.0003, 0.0012, 0.008),
@@ -120,7 +117,7 @@ def usual() -> Profile:
 
 @cache
 def another() -> Profile:
-    """A machine whose every constant that a calibration fits is another than the usual one's."""
+    """A profile that differs from the usual one in every constant that a calibration fits."""
     base = usual()
     times = base.compile
     return replace(
@@ -131,7 +128,6 @@ def another() -> Profile:
             {name: 1.6 * scale for name, scale in times.scale.items()},
             1.6 * times.default_scale,
             0.5,
-            0.0,
         ),
         builder=Builder(2.5, 1.9),
         cache=Cache(0.0009, 0.004, 0.02),

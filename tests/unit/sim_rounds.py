@@ -11,7 +11,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.engine import Engine, Outcome
 from sim.engine.rank_program import compile_program
 
@@ -33,9 +33,6 @@ class RoundCosts:
 
     def compile_seconds(self, kernel: Kernel) -> float:
         return self.compile
-
-    def luck(self, rank: int, kernel: Kernel) -> float:
-        return 1.0
 
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int

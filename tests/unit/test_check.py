@@ -481,7 +481,8 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (
             ["--gemm", GEMM, "--num-sms", "x"],
-            "Invalid value for '--num-sms': 'x' must be whole numbers from 1 on, such as 1,128,1024",
+            "Invalid value for '--num-sms': 'x' must be whole numbers from 1 on, such as "
+            "1,128,1024",
         ),
     ],
 )

@@ -11,9 +11,9 @@ import pytest
 from runner.build.compiler import NvccCompiler
 from runner.cli import cli
 from runner.errors import run_guarded
-from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, TRANSCRIPT, tidy
+from tests.golden import BLOCK, COMMANDS, DOCUMENTS, ROOT, SCRIPTS, TRANSCRIPT, run, tidy
 
-MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MiB)\b|\d+ KiB|[0-9a-f]{32}")
+MEASURED_NUMBER = re.compile(r"\d+\.\d (s|CPU-seconds|MB)\b|\d+ KiB|[0-9a-f]{32}")
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -33,13 +33,17 @@ def test_golden_output(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(ROOT)
-    assert run_guarded(cli, COMMANDS[name].split(), program="runner") == 0
-    assert text.strip("\n") and text.strip("\n") in tidy(capsys.readouterr().out)
+    if name in SCRIPTS:
+        shown = run([SCRIPTS[name]])
+    else:
+        monkeypatch.chdir(ROOT)
+        assert run_guarded(cli, COMMANDS[name].split(), program="runner") == 0
+        shown = capsys.readouterr().out
+    assert text.strip("\n") and text.strip("\n") in tidy(shown)
 
 
 def test_every_golden_command_is_shown_and_no_other() -> None:
-    assert {name for _, name, _ in blocks()} == set(COMMANDS)
+    assert {name for _, name, _ in blocks()} == {*COMMANDS, *SCRIPTS}
 
 
 def transcripts() -> list[tuple[str, str]]:

@@ -19,10 +19,9 @@ import torch.distributed as dist
 from launch import limits
 from launch.comm import make_groups
 from launch.limits import (
-    TORCH_TIMEOUTS,
-    Communication,
     CommunicationTimeoutError,
     Deadline,
+    Message,
     NcclWaitLimit,
     OutOfTimeError,
     WaitingRank,
@@ -78,7 +77,7 @@ def compile_on(log_dir: Path, rank: int, start: float, ending: str = "running") 
     )
 
 
-def reason(op: Communication, log_dir: Path) -> str:
+def reason(op: Message, log_dir: Path) -> str:
     """Why rank 1 of 4 on this host waited."""
     error = WaitingRank(1, 30.0, log_dir, range(4)).timeout_error(op)
     assert isinstance(error, CommunicationTimeoutError)
@@ -252,10 +251,6 @@ def test_the_gpu_is_not_asked_during_a_capture(ended: Ended, tmp_path: Path) -> 
         assert not asked.wait(0.5)
     assert asked.wait(ENOUGH)
     assert not ended.errors
-
-
-def test_without_an_option_the_limits_are_torchs() -> None:
-    assert TORCH_TIMEOUTS == {"nccl": 600.0, "gloo": 1800.0}
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,5 @@ def test_validated_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None
     check([line for line in lines if not line.startswith("wrote ")])
 
 
-def test_published_figures_fit(shown: Shown) -> None:
-    lines = shown("published")
-    # A command's words stay whole: they are to be copied.
-    check([line for line in lines if not line.startswith("      ")])
-
-
 def test_sweeps_fit(shown: Shown) -> None:
     check(shown(f"sweep {TINY} --jobs 1 --pp 1 --tp 1"))

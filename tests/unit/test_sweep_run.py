@@ -11,6 +11,7 @@ import pytest
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.costs.profile import load_profile

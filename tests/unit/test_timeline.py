@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +46,6 @@ def test_without_a_first_request_the_wall_counts() -> None:
 
 def test_a_phases_length_is_its_longest() -> None:
     assert RUN.phases() == {"warm-up": 2.0, FIRST_REQUEST: 3.5, "requests": 5.0}
-
-
-def test_a_run_by_another_clock() -> None:
-    later = RUN.moved(lambda seconds: 2 * seconds + 1)
-    assert [(s.start, s.end) for s in later.spans] == [
-        (2 * s.start + 1, 2 * s.end + 1) for s in RUN.spans
-    ]
-    assert [replace(s, start=0.0, end=0.0) for s in later.spans] == [
-        replace(s, start=0.0, end=0.0) for s in RUN.spans
-    ]
-    assert replace(later, spans=RUN.spans) == RUN
-    assert (later.up, later.wall) == (12.0, 19.0)
 
 
 def test_files_hold_several(tmp_path: Path) -> None:

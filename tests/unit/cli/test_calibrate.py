@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.errors import run_guarded
 from runner.timeline import Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile, leave_one_out
-from sim.calibration.validation import Judged, summary
+from sim.calibration.validation import error_summary
 from sim.costs.profile import Profile, load_profile, write_profile
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import h200, scenario
@@ -46,20 +45,22 @@ def fitted(runs: list[Timeline], name: str, base: Profile | None = None) -> Prof
     return fit_profile(as_written, base or h200(), name).profile
 
 
-def test_a_profile_is_written_and_told(
+def test_a_profile_is_written_and_its_figures_printed(
     runs: list[Timeline], tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "mine.json"
     assert calibrate(*files(tmp_path), "-o", str(output)) == 0
     assert load_profile(str(output)) == fitted(runs, "mine")
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    captured = capsys.readouterr()
+    assert f"leave one out: {len(runs)} of {len(runs)}, " in captured.err
+    lines = [" ".join(line.split()) for line in captured.out.splitlines()]
     assert lines[0] == "Profile mine"
     assert "builder start 2.50 s 1" in lines
-    assert "Each run by a profile of the others" in lines
+    assert "Each run, predicted by a profile fitted to the others" in lines
     # A long name wraps; its figures stay on the first line.
     assert sum(line.startswith("dsv4-tiny 4 layers") for line in lines) == 2
     as_written = [Timeline.from_json(run.to_json()) for run in runs]
-    assert lines[-2] == summary(leave_one_out(as_written, h200()))
+    assert lines[-2] == error_summary(leave_one_out(as_written, h200()))
     assert lines[-1] == f"wrote {output}"
 
 
@@ -67,27 +68,15 @@ def test_the_profile_is_one_that_sim_takes(runs: list[Timeline], tmp_path: Path)
     output = tmp_path / "mine.json"
     assert calibrate(*files(tmp_path), "-o", str(output), "--name", "my machine") == 0
     assert load_profile(str(output)).name == "my machine"
-    told = tmp_path / "told.json"
-    arguments = [
-        "--model",
-        "dsv4-tiny",
-        "--warmup",
-        "prebuilt",
-        "--batch-sizes",
-        "1",
-        "--max-tokens",
-        "64",
-        "--hardware",
-        str(output),
-        "--json",
-        str(told),
-    ]
-    assert run_guarded(cli, ["sim", *arguments], program="runner") == 0
-    (made,) = json.loads(told.read_text())["predictions"]
+    figures = tmp_path / "figures.json"
+    options = "sim --model dsv4-tiny --warmup prebuilt --batch-sizes 1 --max-tokens 64 --hardware"
+    arguments = [*options.split(), str(output), "--json", str(figures)]
+    assert run_guarded(cli, arguments, program="runner") == 0
+    (made,) = json.loads(figures.read_text())["predictions"]
     assert made["meta"]["hardware"] == "my machine"
 
 
-def test_what_no_run_tells_is_from_the_base(runs: list[Timeline], tmp_path: Path) -> None:
+def test_what_no_run_says_is_from_the_base(runs: list[Timeline], tmp_path: Path) -> None:
     base = another()
     write_profile(tmp_path / "base.json", base)
     output = tmp_path / "mine.json"
@@ -100,32 +89,13 @@ def test_what_no_run_tells_is_from_the_base(runs: list[Timeline], tmp_path: Path
     assert made.cache.verify == base.cache.verify != h200().cache.verify
 
 
-def test_who_is_left_out_is_not_in_what_the_rest_falls_back_on(
-    runs: list[Timeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def seeing(
-        measured: Sequence[Timeline], base: Profile, on_step: Callable[[int, int], None]
-    ) -> list[Judged]:
-        asked.append(base.name)
-        return leave_one_out(measured, base, on_step)
-
-    monkeypatch.setattr("runner.cli.calibrate.leave_one_out", seeing)
-    assert calibrate(*files(tmp_path), "-o", str(tmp_path / "mine.json")) == 0
-    assert asked == ["h200"]
-
-
-def test_long_work_tells_how_far_it_is(
+def test_one_run_has_no_others_to_be_predicted_by(
     runs: list[Timeline], tmp_path: Path, capsys: Capture
 ) -> None:
-    assert calibrate(*files(tmp_path), "-o", str(tmp_path / "mine.json")) == 0
-    assert f"leave one out: {len(runs)} of {len(runs)}, " in capsys.readouterr().err
-
-
-def test_one_run_leaves_none(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> None:
     assert calibrate(files(tmp_path)[0], "-o", str(tmp_path / "mine.json")) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == "one run: there is none to leave out"
+    assert capsys.readouterr().out.splitlines()[-2] == (
+        "only one run: there is no other to fit a profile to and predict it with"
+    )
 
 
 def older(run: Timeline) -> dict[str, Any]:
@@ -147,7 +117,7 @@ def test_bad_input(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> Non
         ([good], "Missing option '-o' / '--output'"),
         ([str(tmp_path / "nothing.json"), "-o", output], "cannot read"),
         ([str(broken), "-o", output], f"{broken} is not a Timeline file"),
-        ([str(old), "-o", output], "a Timeline of none does not tell its 'replicas'"),
+        ([str(old), "-o", output], "a Timeline of none lacks 'replicas'"),
         ([str(empty), "-o", output], "the files hold no Timeline"),
         ([good, str(predicted), "-o", output], "none is a predicted Timeline, not a measured one"),
         ([good, "-o", output, "--base", "abacus"], "hardware 'abacus' is not known"),
@@ -161,8 +131,7 @@ def test_bad_input(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> Non
     assert not Path(output).exists()
 
 
-def test_runs_of_an_older_version_are_one_line(tmp_path: Path, capsys: Capture) -> None:
-    """Those that say nothing of their machine, too."""
+def test_runs_of_an_older_version_are_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
     folder = Path(__file__).parents[3] / "docs" / "measurements"
     for name in ("h200_dsv4_pp4tp2_none.json", "h200_dsv4_pp4tp2_planned.json"):
         for command in (
@@ -171,5 +140,5 @@ def test_runs_of_an_older_version_are_one_line(tmp_path: Path, capsys: Capture) 
         ):
             assert run_guarded(cli, [*command, str(folder / name)], program="runner") == 2
             captured = capsys.readouterr()
-            assert "it was written by an older version, measure it again" in captured.err
+            assert "an older version wrote it, measure the run again" in captured.err
             assert captured.err.count("\n") == 1 and captured.out == ""

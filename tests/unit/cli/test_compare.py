@@ -1,4 +1,4 @@
-"""``runner compare --hardware``: measured runs beside a profile's predictions of them."""
+"""``runner compare``: two files of Timelines, or measured runs and a profile's predictions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 
 from runner.cli import cli
 from runner.config.warmup import WarmupPolicy
-from runner.errors import run_guarded
-from runner.report.validation_table import judged_json
-from runner.timeline import Timeline, write_timelines
-from sim.calibration.validation import judge, summary
+from runner.errors import UserError, run_guarded
+from runner.report.compare import Figure, compare_timelines, comparison_json, comparison_tables
+from runner.report.validation import validation_json
+from runner.timeline import Span, Timeline, write_timelines
+from sim.calibration.validation import error_summary, validate
 from sim.costs.profile import write_profile
 from tests.unit.measured_runs import another, measured
 from tests.unit.tiny_runs import h200, scenario
@@ -20,8 +21,149 @@ from tests.unit.tiny_runs import h200, scenario
 Capture = pytest.CaptureFixture[str]
 
 
-def compare(*arguments: str) -> int:
-    return run_guarded(cli, ["compare", *arguments], program="runner")
+def compare(*arguments: object) -> int:
+    return run_guarded(cli, ["compare", *map(str, arguments)], program="runner")
+
+
+# -- two Timelines --------------------------------------------------------------------------------
+
+PREDICTED = Timeline(
+    policy="cold",
+    source="predicted",
+    world_size=2,
+    spans=(
+        Span(0, 0.0, 6.0, "phase", "warm-up"),
+        Span(0, 0.0, 6.0, "compile", "gemm", "k1"),
+        Span(1, 0.0, 4.0, "compile", "gemm", "k1"),
+        Span(1, 4.0, 6.0, "compile", "gemm", "k2"),
+    ),
+)
+MEASURED = Timeline(
+    policy="cold",
+    source="measured",
+    world_size=2,
+    spans=(
+        Span(0, 0.0, 8.0, "phase", "warm-up"),
+        Span(0, 0.0, 7.5, "compile", "gemm", "k1"),
+        Span(0, 8.0, 10.0, "phase", "first forward"),
+        Span(0, 8.0, 10.0, "compute", "attention"),
+        Span(1, 0.0, 5.0, "compile", "gemm", "k2"),
+    ),
+)
+
+GOLDEN = """\
+A: cold (predicted)
+B: cold (measured)
+2 ranks
+
+                    A predicted  B measured  (A-B)/B
+ ────────────────────────────────────────────────────
+  wall s                   6.00       10.00  -40.0 %
+  kernels compiled            3           2  +50.0 %
+  distinct kernels            2           2    0.0 %
+  duplicates                  1           0        -
+
+Longest over ranks, by phase
+
+                   A predicted  B measured  (A-B)/B
+ ───────────────────────────────────────────────────
+  warm-up s               6.00        8.00  -25.0 %
+  first forward s            -        2.00        -
+
+Sum over ranks, by kind
+
+             A predicted  B measured   (A-B)/B
+ ──────────────────────────────────────────────
+  compile s        12.00       12.50    -4.0 %
+  load s            0.00        0.00         -
+  compute s         0.00        2.00  -100.0 %
+  comm s            0.00        0.00         -
+  wait s            0.00        0.00         -
+  setup s           0.00        0.00         -
+
+Ranks, by kind
+
+  rank                    A predicted  B measured   (A-B)/B
+ ───────────────────────────────────────────────────────────
+  0     compile s                6.00        7.50   -20.0 %
+        compute s                0.00        2.00  -100.0 %
+        total s                  6.00       10.00   -40.0 %
+        kernels compiled            1           1     0.0 %
+
+  1     compile s                6.00        5.00   +20.0 %
+        total s                  6.00        5.00   +20.0 %
+        kernels compiled            2           1  +100.0 %
+
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write_timelines(a, [PREDICTED, Timeline("warm", "predicted", 2, ())])
+    write_timelines(b, [MEASURED])
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error"),
+    [(9.0, 10.0, -0.1), (1.0, 0.0, None), (None, 1.0, None), (1.0, None, None), (0.0, 2.0, -1.0)],
+)
+def test_an_error_is_relative_to_the_reference(
+    a: float | None, b: float | None, error: float | None
+) -> None:
+    assert Figure("x", "s", a, b).relative_error == error
+
+
+def test_common_policies_are_compared_and_others_named(
+    files: tuple[Path, Path], capsys: Capture
+) -> None:
+    assert compare(*files) == 0
+    captured = capsys.readouterr()
+    assert "".join(f"{line.rstrip()}\n" for line in captured.out.splitlines()) == GOLDEN
+    assert captured.err == f"note: only in {files[0]}, not compared: warm\n"
+    bare = Timeline("cold", "predicted", 1, ())
+    assert len([*comparison_tables(compare_timelines(bare, bare))]) == 3, "no table of phases"
+
+
+def test_the_comparison_as_json(files: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+    data = comparison_json(compare_timelines(PREDICTED, MEASURED))
+    assert compare(*files, "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out) == {"version": 1, "comparisons": [data]}
+    assert compare(*files, "--json", tmp_path / "c.json") == 0
+    assert "wall s" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "c.json").read_text())["comparisons"]
+    assert found["a"] == {"policy": "cold", "source": "predicted"}
+    assert found["summary"]["wall"] == {"a": 6.0, "b": 10.0, "relative_error": -0.4}
+    assert found["summary"]["duplicates"] == {"a": 1, "b": 0, "relative_error": None}
+    assert found["phases"]["first forward"] == {"a": None, "b": 2.0, "relative_error": None}
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert found["ranks"][1]["compile"] == {"a": 6.0, "b": 5.0, "relative_error": 0.2}
+
+
+def test_world_sizes_must_be_equal() -> None:
+    with pytest.raises(UserError) as caught:
+        compare_timelines(PREDICTED, Timeline("cold", "measured", 4, ()))
+    assert str(caught.value) == (
+        "cannot compare cold (predicted) on 2 ranks with cold (measured) on 4 ranks: "
+        "world sizes must be equal"
+    )
+
+
+def test_a_scenario_that_differs_is_noted(tmp_path: Path, capsys: Capture) -> None:
+    for name, values in (("a", {}), ("b", {"layers": 2, "stream": (5,)})):
+        one = scenario(WarmupPolicy.NONE, tp=2, **values)
+        write_timelines(tmp_path / f"{name}.json", [measured(one, another())])
+    assert compare(tmp_path / "a.json", tmp_path / "a.json") == 0
+    assert capsys.readouterr().err == ""
+    assert compare(tmp_path / "a.json", tmp_path / "b.json") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "note: layers differs: 4 in A, 2 in B",
+        "note: stream differs: None in A, [5] in B",
+    ]
+
+
+# -- measured runs against a profile --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -32,74 +174,64 @@ def run(tmp_path: Path) -> Timeline:
     return Timeline.from_json(made.to_json())
 
 
-def test_every_run_of_every_file_is_held_against_the_profile(
+def test_every_run_of_every_file_is_predicted(
     run: Timeline, tmp_path: Path, capsys: Capture
 ) -> None:
-    path = str(tmp_path / "run.json")
+    path = tmp_path / "run.json"
     assert compare(path, path, path, "--hardware", "h200") == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "Predicted with h200"
-    (judged,) = judge([run], h200())
+    (found,) = validate([run], h200())
     # A long name wraps; its figures stay on the first line.
-    figures = f" {run.wall:.1f} {judged.predicted.timeline.wall:.1f} {100 * judged.error:+.1f} % "
+    figures = f" {run.wall:.1f} {found.predicted.timeline.wall:.1f} {100 * found.error:+.1f} % "
     assert sum(line.startswith("dsv4-tiny 4 layers") and figures in line for line in lines) == 3
-    assert lines[-1] == summary([judged] * 3)
-
-
-def test_a_profile_file(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
+    assert lines[-1] == error_summary([found] * 3)
     write_profile(tmp_path / "another.json", another())
-    assert compare(str(tmp_path / "run.json"), "--hardware", str(tmp_path / "another.json")) == 0
+    assert compare(path, "--hardware", tmp_path / "another.json") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "1 runs: median absolute error 0.0%, worst 0.0%; compiles and duplicates exact in 1"
     )
 
 
-def test_json(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
-    expected = json.loads(json.dumps(judged_json(judge([run], h200()), "h200")))
-    path, output = str(tmp_path / "run.json"), tmp_path / "judged.json"
+def test_the_predictions_as_json(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
+    expected = json.loads(json.dumps(validation_json(validate([run], h200()), "h200")))
+    path, output = tmp_path / "run.json", tmp_path / "validated.json"
     assert compare(path, "--hardware", "h200", "--json", "-") == 0
     assert json.loads(capsys.readouterr().out) == expected
-    assert compare(path, "--hardware", "h200", "--json", str(output)) == 0
+    assert compare(path, "--hardware", "h200", "--json", output) == 0
     assert json.loads(output.read_text()) == expected
     assert "Predicted with h200" in capsys.readouterr().out
 
 
-def test_bad_input(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
-    path, old = str(tmp_path / "run.json"), tmp_path / "old.json"
+def test_bad_input(
+    run: Timeline, files: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    path, old = tmp_path / "run.json", tmp_path / "old.json"
     data = run.to_json()
     del data["meta"]["hosts"]
     old.write_text(json.dumps({"timelines": [data]}))
-    predicted = tmp_path / "predicted.json"
+    predicted, twice, other = (tmp_path / f"{name}.json" for name in ("p", "twice", "other"))
     write_timelines(predicted, [Timeline("none", "predicted", 1, ())])
-    bad = [
+    write_timelines(twice, [MEASURED, MEASURED])
+    write_timelines(other, [Timeline("hot", "measured", 2, ())])
+    nowhere = tmp_path / "no" / "x"
+    bad: list[tuple[list[object], str]] = [
         ([], "Missing argument 'A.json B.json | MEASURED.json...'"),
-        ([path], "1 files were given: two are compared, or use --hardware"),
-        ([path] * 3, "3 files were given: two are compared, or use --hardware"),
+        ([path], "1 files were given: give two to compare, or measured ones and --hardware"),
+        ([path] * 3, "3 files were given: give two to compare"),
+        ([files[0], other], f"no policy in common: {files[0]} has cold, warm; {other} has hot"),
+        ([files[0], twice], f"{twice} has policy cold more than once"),
+        ([*files, "--json", nowhere], "No such file"),
+        ([files[0], nowhere], "cannot read"),
         ([path, "--hardware", "abacus"], "hardware 'abacus' is not known: use one of"),
-        ([str(predicted), "--hardware", "h200"], "none is a predicted Timeline"),
-        ([str(old), "--hardware", "h200"], "a Timeline of none does not tell its 'hosts'"),
-        ([str(tmp_path / "x.json"), "--hardware", "h200"], "cannot read"),
-        ([path, "--hardware", "h200", "--json", str(tmp_path / "no" / "x")], "No such file"),
+        ([predicted, "--hardware", "h200"], "none is a predicted Timeline"),
+        ([old, "--hardware", "h200"], "a Timeline of none lacks 'hosts'"),
+        ([nowhere, "--hardware", "h200"], "cannot read"),
+        ([path, "--hardware", "h200", "--json", nowhere], "No such file"),
     ]
     for arguments, words in bad:
         assert compare(*arguments) == 2, arguments
         captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and words in captured.err, captured.err
-        assert captured.err.count("\n") == 1 and captured.out == ""
-
-
-def test_two_files_are_compared_as_they_are(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
-    path = str(tmp_path / "run.json")
-    assert compare(path, path) == 0
-    captured = capsys.readouterr()
-    assert captured.err == "" and "(A-B)/B" in captured.out
-
-
-def test_what_differs_is_noted(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
-    other = measured(scenario(WarmupPolicy.NONE, tp=2, layers=2, stream=(5,)), another())
-    write_timelines(tmp_path / "other.json", [other])
-    assert compare(str(tmp_path / "run.json"), str(tmp_path / "other.json")) == 0
-    assert capsys.readouterr().err.splitlines() == [
-        "note: layers differs: 4 in A, 2 in B",
-        "note: stream differs: None in A, [5] in B",
-    ]
+        *notes, error = captured.err.splitlines()
+        assert error.startswith("error: ") and words in error, captured.err
+        assert all(note.startswith("note: ") for note in notes) and captured.out == ""

@@ -1,4 +1,4 @@
-"""Constants of a known machine come back out of runs that were made up with them."""
+"""Constants of a known profile come back out of runs that were simulated with it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 
-from runner.config.hf import with_layers
-from runner.config.parallel import ParallelConfig
-from runner.config.presets import DSV4
 from runner.config.warmup import WarmupPolicy
 from runner.timeline import Timeline
 from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out
-from sim.calibration.data import take_samples
-from sim.calibration.drift import Drift
-from sim.calibration.validation import judge, scenario_of
+from sim.calibration.data import read_calibration_data
+from sim.calibration.run_metadata import read_metadata
+from sim.calibration.validation import validate
 from sim.costs.compile_time import config_key, template_of
 from sim.costs.profile import Builder, Link, Probe, Profile, slowed
 from sim.costs.start_up import made_elements
@@ -52,7 +49,7 @@ def long_run() -> Timeline:
 
 @cache
 def base() -> Profile:
-    """The usual machine with a slow link, that the few bytes of these runs tell of."""
+    """The usual profile with a slow link, so that the few bytes of these runs matter."""
     return replace(usual(), links={**usual().links, "gloo": Link(0.001, 8e6, 2e6)})
 
 
@@ -61,7 +58,7 @@ def fitted() -> Calibration:
     return fit_profile(runs(), base(), "mine")
 
 
-def test_the_builders_start_comes_back_exactly_and_its_scale_near_what_was_known() -> None:
+def test_the_builders_start_comes_back_and_its_scale_lies_near_what_was_known() -> None:
     # What was known, 1.23, counts as one more build than the one of 1.9.
     assert (base().builder, KNOWN.builder) == (Builder(1.2, 1.23), Builder(2.5, 1.9))
     assert fitted().profile.builder == Builder(2.5, round((1.23 * 1.9) ** 0.5, 4))
@@ -71,19 +68,19 @@ def test_the_builders_start_comes_back_exactly_and_its_scale_near_what_was_known
     assert known.builder == KNOWN.builder
 
 
-def test_what_a_kernel_on_disk_takes_comes_back_exactly() -> None:
+def test_cache_times_come_back_exactly() -> None:
     assert fitted().profile.cache == KNOWN.cache
 
 
 def test_host_work_comes_back_within_a_thousandth() -> None:
-    """One of the runs is long: of few operations what was known before would tell as much."""
+    """One of the runs is long: few operations would weigh no more than what was known."""
     host = fit_profile([*runs(), long_run()], base(), "mine").profile.host
     assert host.call == pytest.approx(KNOWN.host.call, rel=1e-3)
     assert host.walk == pytest.approx(KNOWN.host.walk, rel=1e-3)
     assert host.walk_call == pytest.approx(KNOWN.host.walk_call, rel=1e-3)
 
 
-def test_without_company_compiles_come_back_exactly_and_contention_stays() -> None:
+def test_compiles_one_at_a_time_come_back_exactly_and_contention_stays() -> None:
     alone = measured(scenario(P.NONE), KNOWN)
     made = fit_profile([alone], usual(), "mine").profile.compile
     assert made.contention == pytest.approx(usual().compile.contention, abs=1e-4)
@@ -93,14 +90,14 @@ def test_without_company_compiles_come_back_exactly_and_contention_stays() -> No
     assert "transpose_fp32" in unlisted
     for name in unlisted:
         assert made.scale[name] == pytest.approx(KNOWN.compile.default_scale, rel=1e-3)
-    for sample in take_samples(alone, usual()).compiles:
+    for sample in read_calibration_data(alone, usual()).compiles:
         # The mean scale and the sample itself are the same number here.
         found = made.by_config[config_key(sample.kernel)]
         assert found == pytest.approx(sample.seconds, rel=0.1)
 
 
-def in_company(speeds: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[Timeline]:
-    """Runs in which all ranks compile side by side, and then one or two; and how slow they are."""
+def side_by_side(speeds: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[Timeline]:
+    """Runs with many and with few compiles at a time, on hosts of these factors."""
     layouts = (({"pp": 4}, 4), ({"pp": 2, "tp": 2}, 4), ({"pp": 4, "tp": 2}, 8))
     return [
         measured(
@@ -111,7 +108,7 @@ def in_company(speeds: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[Tim
 
 
 def test_contention_comes_back_within_a_tenth() -> None:
-    made = fit_profile(in_company(), usual(), "mine").profile.compile
+    made = fit_profile(side_by_side(), usual(), "mine").profile.compile
     assert usual().compile.contention == 0.2 and KNOWN.compile.contention == 0.5
     assert made.contention == pytest.approx(0.5, abs=0.05)
     for name, scale in KNOWN.compile.scale.items():
@@ -122,64 +119,36 @@ def test_contention_comes_back_within_a_tenth() -> None:
 def test_contention_comes_back_whatever_the_speeds_of_the_runs(
     speeds: tuple[float, float, float],
 ) -> None:
-    """Whether those with most company are the slowest or the fastest: nobody had looked at them."""
-    made = fit_profile(in_company(speeds), usual(), "mine").profile.compile
+    """None has a probe; those with most compiles at a time are the slowest, or the fastest."""
+    made = fit_profile(side_by_side(speeds), usual(), "mine").profile.compile
     assert made.contention == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.1])
-def test_the_spread_side_by_side_comes_back_roughly(spread: float) -> None:
-    """Eight tensor ranks that compile some 30 kernels each."""
-    uneven = replace(KNOWN, compile=replace(KNOWN.compile, spread=spread))
-    one = replace(
-        scenario(P.NONE, **VALUES), model=with_layers(DSV4, 4), parallel=ParallelConfig(tp=8)
-    )
-    run = measured(one, uneven, cores=64)
-    for known in (0.0, 0.07):
-        before = replace(usual(), compile=replace(usual().compile, spread=known))
-        made = fit_profile([run], before, "mine").profile.compile.spread
-        samples = take_samples(run, before).compiles
-        freedom = len(samples) - len({sample.kernel for sample in samples})
-        # What was known weighs as 20 more ranks.
-        expected = ((20 * known**2 + freedom * spread**2) / (20 + freedom)) ** 0.5
-        assert made == pytest.approx(expected, rel=0.1, abs=1e-4)
+def test_a_probe_is_the_geometric_mean_of_the_runs() -> None:
+    one = scenario(P.NONE, tp=2)
+    unprobed, same, slow = (measured(one, KNOWN, factor=factor) for factor in (None, 1.0, 2.25))
+    assert fit_profile([unprobed, same, slow], usual(), "mine").profile.probe == Probe(3.0)
+    assert fit_profile([unprobed], usual(), "mine").profile.probe == usual().probe
 
 
-def drifting(settling: float, *factors: float) -> list[Timeline]:
-    """One run on machines that were as much slower or faster, when somebody looked at them."""
-    known = replace(KNOWN, probe=Probe(2.0, settling))
-    one = scenario(P.NONE, tp=2, layers=8, **VALUES)
-    return [measured(one, known, drift=Drift(factor, settling)) for factor in factors]
-
-
-@pytest.mark.parametrize("settling", [20.0, 120.0])
-def test_how_long_a_look_holds_comes_back_within_a_twentieth(settling: float) -> None:
-    assert usual().probe.settling == 50.0
-    calibration = fit_profile(drifting(settling, 0.5, 2.0), usual(), "mine")
-    made = calibration.profile
-    assert made.probe.seconds == 2.0
-    assert made.probe.settling == pytest.approx(settling, rel=0.05)
-    (line,) = (one for one in calibration.fitted if one.name == "a probe's settling")
-    assert (line.value, line.samples) == (f"{made.probe.settling:.0f} s", 2)
-    even = fit_profile(2 * drifting(settling, 1.0), usual(), "mine").profile
-    for name, scale in even.compile.scale.items():
-        assert made.compile.scale[name] == pytest.approx(scale, rel=0.01)
-    for phase in ("imports", "process_group", "weights"):
-        found, expected = (getattr(p.start_up, phase) for p in (made, even))
-        assert found.of(2) == pytest.approx(expected.of(2), rel=0.01)
-
-
-def test_the_reference_kernel_takes_the_geometric_mean_of_what_it_took() -> None:
-    one, other = drifting(50.0, 1.0, 2.25)
-    nobody = replace(one, meta={**one.meta, "machine": {**one.meta["machine"], "probe": None}})
-    made = fit_profile([one, nobody, other], usual(), "mine").profile
-    assert made.probe.seconds == 3.0
-    assert fit_profile([nobody], usual(), "mine").profile.probe == usual().probe
-
-
-def test_a_machine_that_was_as_always_tells_nothing_of_how_long_it_holds() -> None:
-    made = fit_profile(2 * drifting(20.0, 1.0), usual(), "mine").profile
-    assert made.probe.settling == pytest.approx(50.0, rel=0.01)
+def test_runs_of_faster_and_slower_hosts_give_the_profile_between_them() -> None:
+    """Each a factor away from the known profile, which their probes make up for."""
+    values = (P.NONE, P.FAST, P.PLANNED, P.PREBUILT)
+    runs = {
+        factor: [measured(scenario(p, tp=2, **VALUES), KNOWN, factor=factor) for p in values]
+        for factor in (0.5, 1.0, 2.0)
+    }
+    made = fit_profile(runs[0.5] + runs[2.0], base(), "mine").profile
+    expected = fit_profile(2 * runs[1.0], base(), "mine").profile
+    assert made.probe == expected.probe == usual().probe
+    assert (made.cache, made.builder) == (expected.cache, expected.builder)
+    assert made.compile.scale == pytest.approx(expected.compile.scale, rel=1e-3)
+    for name in ("call", "first_forward", "walk", "walk_call"):
+        found = getattr(made.host, name)
+        assert found == pytest.approx(getattr(expected.host, name), rel=0.02), name
+    for phase in ("imports", "process_group"):
+        found, same = (getattr(p.start_up, phase).of(2) for p in (made, expected))
+        assert found == pytest.approx(same, rel=0.01)
 
 
 def test_a_first_forward_comes_back_within_a_twentieth() -> None:
@@ -237,7 +206,7 @@ def test_weights_that_are_made_up_come_back_within_a_tenth() -> None:
     assert made.weights_made == pytest.approx(4e6, rel=0.1)
     assert made.weights.per_rank == 0.0
     for run in seen:
-        one = scenario_of(run)
+        one = read_metadata(run).scenario
         elements = made_elements(one.model, one.parallel, run.meta["ranks_per_gpu"])
         found = made.weights.seconds + elements / made.weights_made
         assert found == pytest.approx(1.0 + elements / 4e6, rel=0.1)
@@ -256,7 +225,7 @@ def test_imports_follow_a_hosts_ranks() -> None:
     assert made.process_group.of(4) == pytest.approx(KNOWN.start_up.process_group.of(4), rel=0.1)
 
 
-def test_what_no_run_tells_is_the_bases() -> None:
+def test_what_no_run_says_is_the_bases() -> None:
     prebuilt = fit_profile([runs()[2]], base(), "mine").profile
     assert (prebuilt.compile, prebuilt.builder) == (base().compile, base().builder)
     assert (prebuilt.gpu, prebuilt.num_sms) == (base().gpu, base().num_sms)
@@ -283,12 +252,12 @@ def test_the_profile_says_where_it_is_from() -> None:
     assert made.provenance == [
         "fitted to 2 measured runs (a GPU): none, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), "
         "2026-11-22; planned, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), 2026-11-22",
-        "what they do not tell is from usual: " + " | ".join(usual().provenance),
+        "what they do not say is from usual: " + " | ".join(usual().provenance),
     ]
     assert Profile.from_json(made.to_json()) == made
 
 
-def test_every_fit_is_told_with_its_samples() -> None:
+def test_every_figure_has_its_samples() -> None:
     lines = {line.name: line for line in fitted().fitted}
     assert (lines["builder start"].value, lines["builder start"].samples) == ("2.50 s", 1)
     assert lines["builder scale"].value == "1.529"
@@ -300,49 +269,41 @@ def test_every_fit_is_told_with_its_samples() -> None:
     assert lines["phase weights"].value == (
         f"{start_up.weights.seconds:.2f} s, {start_up.weights_made / 1e9:.1f} G elements/s made up"
     )
-    assert "a probe's settling" not in lines, "nobody had looked"
     assert lines["host, one operation"].samples == 10
     assert lines["phase imports"].samples == len(runs())
-    compiles = [s for run in runs() for s in take_samples(run, base()).compiles]
+    compiles = [s for run in runs() for s in read_calibration_data(run, base()).compiles]
     assert lines["compile contention"].samples == len(compiles)
-    assert lines["compile spread, side by side"].samples == len(compiles)
-    assert lines["compile spread, side by side"].value == "0.000"
     for name in {template_of(sample.kernel) for sample in compiles}:
         of_name = sum(template_of(sample.kernel) == name for sample in compiles)
         assert lines[f"compile scale {name}"].samples == of_name
 
 
-# -- how good it is -------------------------------------------------------------------------------
+# -- accuracy ------------------------------------------------------------------------------------
 
 
-def test_a_fitted_profile_foretells_the_runs() -> None:
+def test_a_fitted_profile_predicts_its_runs() -> None:
     known = replace(base(), builder=KNOWN.builder)
-    for judged in judge(runs(), fit_profile(runs(), known, "mine").profile):
-        assert abs(judged.error) < 0.03 and judged.counts_agree
-    assert max(abs(judged.error) for judged in judge(runs(), base())) > 0.3
+    for found in validate(runs(), fit_profile(runs(), known, "mine").profile):
+        assert abs(found.error) < 0.03 and found.counts_agree
+    assert max(abs(found.error) for found in validate(runs(), base())) > 0.3
 
 
-def test_each_run_is_foretold_by_a_profile_of_the_others() -> None:
+def test_each_run_is_predicted_by_a_profile_of_the_others() -> None:
     three = runs()[:3]
-    judged = leave_one_out(three, base())
-    assert [item.measured for item in judged] == list(three)
-    for index, item in enumerate(judged):
+    found = leave_one_out(three, base())
+    assert [item.measured for item in found] == list(three)
+    for index, item in enumerate(found):
         others = [run for run in three if run is not three[index]]
-        (expected,) = judge([three[index]], fit_profile(others, base(), "others").profile)
+        (expected,) = validate([three[index]], fit_profile(others, base(), "others").profile)
         assert item.predicted.timeline.spans == expected.predicted.timeline.spans
+    (alone,) = leave_one_out(three[:1], base())
+    (expected,) = validate(three[:1], base())
+    assert alone.predicted.timeline.spans == expected.predicted.timeline.spans
 
 
-def test_of_one_run_nothing_is_left_but_the_base() -> None:
-    (judged,) = leave_one_out(runs()[:1], base())
-    (expected,) = judge(runs()[:1], base())
-    assert judged.predicted.timeline.spans == expected.predicted.timeline.spans
-
-
-def test_runs_that_make_no_weights_tell_only_the_rest_of_their_set_up() -> None:
+def test_runs_that_make_no_weights_say_only_the_rest_of_their_set_up() -> None:
     made = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
     skipped = replace(made, meta={**made.meta, "device": "cpu", "compute": "skip"})
-    assert take_samples(made, usual()).made_elements > 0
-    assert take_samples(skipped, usual()).made_elements == 0
     fitted = fit_profile([skipped], usual(), "skipped").profile.start_up
     assert fitted.weights_made == usual().start_up.weights_made
     assert fitted.weights.seconds > usual().start_up.weights.seconds
@@ -357,11 +318,3 @@ def test_a_first_forward_is_the_mean_of_both_kinds_of_gpu() -> None:
         for runs in ([shared], [of_two], [shared, of_two])
     ]
     assert firsts[2] == pytest.approx((firsts[0] + firsts[1]) / 2, abs=1e-3)
-
-
-def test_a_probe_that_tells_nothing_of_settling_leaves_it() -> None:
-    run = measured(scenario(WarmupPolicy.PLANNED, tp=2), another())
-    facts = {**run.meta["machine"], "probe": 3.0}
-    base = replace(usual(), probe=Probe(2.0, 1000.0))
-    fitted = fit_profile([replace(run, meta={**run.meta, "machine": facts})], base, "one")
-    assert fitted.profile.probe == Probe(3.0, 1000.0)

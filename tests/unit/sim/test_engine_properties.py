@@ -13,7 +13,7 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import KernelCall
 from runner.schedule import BARRIER, Collective, Mark, Op, Recv, Send, Walk
 from runner.timeline import Timeline, merge
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, simulate, walk, work
 
@@ -164,3 +164,17 @@ def test_limits_of_hosts_and_of_gpus_are_apart(ranks: list[list[Op]], limit: int
         assert lost.timeout.of_hosts and lost.timeout.needed > limit
         enough = simulate(*ranks, run_ahead=True, host_timeout=lost.timeout.needed, costs=COSTS)
         assert enough.timeout is None
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 4))
+def test_shared_cores_do_all_work_and_never_more_than_they_can(
+    starts: list[int], cores: int
+) -> None:
+    """Each rank starts a compile of 10 s at its time."""
+    ranks = [[work(start), call(index + 1)] for index, start in enumerate(starts)]
+    outcome = simulate(*ranks, costs=RoundCosts(cores=cores))
+    compiles = [span for span in outcome.spans if span.kind == "compile"]
+    assert sorted(span.start for span in compiles) == sorted(starts)
+    assert all(span.seconds >= 10 - 1e-6 for span in compiles)
+    last, total = max(span.end for span in compiles), 10 * len(starts)
+    assert min(starts) + total / cores - 1e-6 <= last <= max(starts) + total + 1e-6

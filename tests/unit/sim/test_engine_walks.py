@@ -128,11 +128,6 @@ def test_a_walk_waits_for_the_lock() -> None:
     ]
 
 
-def test_what_is_loaded_takes_no_lock() -> None:
-    outcome = simulate([call(1), work(1), call(1)], [work(20), call(1), call(1)], compile_lock=True)
-    assert [s for s in outcome.spans if s.kind == "wait"] == []
-
-
 def test_a_hit_on_disk_takes_its_turn_too() -> None:
     outcome = simulate(
         [call(1)],

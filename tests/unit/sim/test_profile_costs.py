@@ -14,10 +14,9 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute
-from sim.costs.compile_time import compile_seconds, luck, slowdown
-from sim.costs.model import Seconds
+from sim.costs.compile_time import compile_seconds, slowdown
 from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Profile
-from sim.costs.profile_costs import ProfileCosts, gemm_work
+from sim.costs.profile_costs import ProfileCosts, Seconds, gemm_work
 from tests.unit.tiny_runs import h200
 
 GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)
@@ -48,20 +47,6 @@ def test_compiles_are_those_of_the_table() -> None:
     crowded = costs(compile=times)
     assert [crowded.slowdown(n) for n in (1, 4, 8)] == [slowdown(times, n, 4) for n in (1, 4, 8)]
     assert crowded.slowdown(8) == 3.0
-
-
-def test_ranks_in_the_same_place_of_their_replicas_have_the_same_luck() -> None:
-    kernel = kernels_of(GEMM)[1]
-    times = replace(h200().compile, spread=0.2)
-    four = replace(costs(compile=times), replica=4)
-    assert four.luck(1, kernel) == four.luck(5, kernel) == four.luck(13, kernel)
-    assert len({four.luck(rank, kernel) for rank in range(12)}) == 4
-    assert [four.luck(rank, kernel) for rank in range(4)] == [
-        luck(times, rank, kernel) for rank in range(4)
-    ]
-    assert four.compile_seconds(kernel) == costs().compile_seconds(kernel)
-    exact = replace(costs(compile=replace(times, spread=0.0)), replica=4)
-    assert {exact.luck(rank, kernel) for rank in range(8)} == {1.0}
 
 
 def test_a_first_forward_and_a_call_are_the_profiles() -> None:

@@ -149,27 +149,11 @@ def test_hosts_must_divide_the_nodes(hosts: int) -> None:
 
 def test_a_host_shares_its_cores_among_its_nodes() -> None:
     one = scenario(pp=1, tp=2, nodes=2)
-    alike = replace(h200(), compile=replace(h200().compile, spread=0.0))
     apart, together = (
-        simulate(one, machine(profile=alike, hosts=hosts, cores_per_node=1)).timeline
-        for hosts in (2, 1)
+        simulate(one, machine(hosts=hosts, cores_per_node=1)).timeline for hosts in (2, 1)
     )
     assert together.kernels_compiled == apart.kernels_compiled
     assert together.compile_seconds == pytest.approx(2 * apart.compile_seconds)
-
-
-def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def build(self: object, kernels: object, cores: int) -> list[object]:
-        seen.append(cores)
-        return []
-
-    monkeypatch.setattr("sim.costs.profile_costs.ProfileCosts.build_spans", build)
-    one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
-    for hosts, cores in ((4, 12), (2, 12), (1, 3)):
-        simulate(one, machine(hosts=hosts, cores_per_node=cores))
-    assert seen == [12] * 4 + [6] * 4 + [1] * 4
 
 
 def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
@@ -230,19 +214,6 @@ def test_ranks_of_a_gpu_walk_side_by_side_where_all_of_them_walk(
     assert (costs.ranks_per_gpu, costs.walkers_per_gpu) == (2, 2 if walks else 1)
 
 
-def test_ranks_in_the_same_place_of_their_replicas_take_the_same_for_a_kernel() -> None:
-    one = scenario(pp=1, tp=2, replicas=3, nodes=3)
-    uneven = replace(h200(), compile=replace(h200().compile, spread=0.3))
-    for fold in (False, True):
-        timeline = simulate(one, machine(profile=uneven, fold=fold)).timeline
-        seconds = [
-            [(s.key, round(s.seconds, 9)) for s in timeline.of_rank(rank) if s.is_kernel]
-            for rank in range(6)
-        ]
-        assert seconds[0] == seconds[2] == seconds[4] and len(seconds[0]) > 10
-        assert seconds[1] == seconds[3] == seconds[5] != seconds[0]
-
-
 def test_a_limit_of_memory_ends_walks_earlier() -> None:
     values = {"walk_max_m": None, "max_tokens": 8192, "batch_sizes": (1,), "layers": 2}
     free, narrow = (
@@ -251,6 +222,20 @@ def test_a_limit_of_memory_ends_walks_earlier() -> None:
     )
     assert free.stalls < narrow.stalls
     assert free.timeline.up > narrow.timeline.up
+
+
+def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def build(self: object, kernels: object, cores: int) -> list[object]:
+        seen.append(cores)
+        return []
+
+    monkeypatch.setattr("sim.costs.profile_costs.ProfileCosts.build_spans", build)
+    one = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, nodes=4)
+    for hosts, cores in ((4, 12), (2, 12), (1, 3)):
+        simulate(one, machine(hosts=hosts, cores_per_node=cores))
+    assert seen == [12] * 4 + [6] * 4 + [1] * 4
 
 
 def test_a_lock_saves_duplicates() -> None:

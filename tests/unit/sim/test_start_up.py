@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 
 from runner.config.hf import from_hf, with_layers
-from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
-from runner.planning.weight_size import WeightSize, weight_size
+from runner.planning.weight_size import weight_size
 from sim.costs.profile import Phase, StartUp
 from sim.costs.start_up import PHASES, StartPhases, Weights, made_elements, start_phases
 from sim.simulate import simulate
@@ -84,12 +83,6 @@ def test_ranks_of_a_gpu_take_turns_at_making_weights_up() -> None:
     assert seconds(made_up, 4, UNEVEN)["weights"] == pytest.approx(2.25 + last / 4e6)
 
 
-def test_who_shares_a_gpu_changes_nothing_else() -> None:
-    for weights in (Weights.DISK, Weights.PAGE_CACHE):
-        alone, shared = (seconds(StartPhases(weights=weights), 2, UNEVEN, n) for n in (1, 4))
-        assert alone == shared
-
-
 def test_made_up_weights_of_one_kind_and_shape_are_made_once() -> None:
     """Two layers of a small model on two stages, counted by hand."""
     model = with_layers(from_hf(DSV3_SMALL, "dsv3-small"), 2)
@@ -105,24 +98,6 @@ def test_made_up_weights_of_one_kind_and_shape_are_made_once() -> None:
     assert made_elements(model, stages, 2) == first + embedding + last + head == 6_166_280
     # On one stage what both layers have is there once, and head and embedding are alike.
     assert made_elements(model, ParallelConfig(), 1) == first + embedding + experts
-
-
-@pytest.mark.parametrize("kind", Weights)
-def test_weights_of_a_layout_are_counted_once(
-    kind: Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted: list[int] = []
-
-    def counting(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
-        counted.append(rank)
-        return weight_size(model, parallel, rank)
-
-    monkeypatch.setattr("sim.costs.start_up.weight_size", counting)
-    own = replace(DSV4_TINY, name=f"counted {kind.value}")
-    for _ in range(2):
-        start_phases(StartPhases(("weights",), kind), COSTS, own, EVEN, 2)
-        made_elements(own, EVEN, 2)
-    assert counted == [0, 2]
 
 
 def test_a_run_begins_when_they_are_over() -> None:
@@ -153,3 +128,9 @@ def test_a_machines_ranks_share_its_gpus_while_weights_are_made_up() -> None:
         made = simulate(one, machine(start=start, ranks_per_gpu=ranks_per_gpu)).timeline
         expected = start_phases(start, h200().start_up, one.model, one.parallel, 1, ranks_per_gpu)
         assert made.phases()["weights"] == pytest.approx(dict(expected)["weights"])
+
+
+def test_who_shares_a_gpu_changes_nothing_else() -> None:
+    for weights in (Weights.DISK, Weights.PAGE_CACHE):
+        alone, shared = (seconds(StartPhases(weights=weights), 2, UNEVEN, n) for n in (1, 4))
+        assert alone == shared

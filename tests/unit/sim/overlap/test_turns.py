@@ -19,9 +19,8 @@ from runner.kernels.types import KernelCall
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy
 from runner.scenario import Scenario
 from runner.schedule import Begin, Collective, Compute, Op
-from sim.costs.model import Seconds
 from sim.costs.profile import Link, load_profile
-from sim.costs.profile_costs import ProfileCosts
+from sim.costs.profile_costs import ProfileCosts, Seconds
 from sim.engine.engine import Engine
 from sim.engine.rank_program import compile_program
 from sim.overlap.forward import Forward, LayerSteps, Part, Step, StepKind, Steps, Work, to_steps

@@ -1,7 +1,7 @@
 """Profiles of GPUs that nothing was measured on, from public figures and a measured profile.
 
-``python -m sim.costs.estimate`` rewrites the shipped ones from ``h200``. What is derived, and from
-which figures: docs/hardware_estimates.md.
+``PYTHONPATH=. python docs/hardware_estimates.py`` rewrites the shipped ones from ``h200``. The
+figures and how profiles follow from them: docs/hardware_estimates.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sim.costs.profile import Link, Profile, load_profile, write_profile
 
 @dataclass(frozen=True)
 class PublicFigures:
-    """What data sheets tell of a GPU and its usual host.
+    """What data sheets say about a GPU and its usual host.
 
     Attributes:
         num_sms: SMs.
@@ -76,9 +76,10 @@ def estimate(name: str, figures: PublicFigures, measured: Profile) -> Profile:
         ),
         links={**measured.links, "nvlink": _scaled(nvlink, figures.nvlink / H200.nvlink)},
         estimate=True,
+        validation=None,
         provenance=[
             f"an estimate: public figures of the {name} times what {measured.name} was measured "
-            "to reach of its own (docs/hardware_estimates.md, sim/costs/estimate.py)"
+            "to reach of its own (docs/hardware_estimates.md)"
             + (f"; {figures.note}" if figures.note else ""),
             f"everything else is from {measured.name}",
         ],
@@ -94,8 +95,8 @@ def _rounded(rate: float) -> float:
 
 
 def main() -> None:
-    """Write the shipped estimates beside the measured profile."""
-    folder = Path(__file__).parent / "profiles"
+    """Write the shipped estimates next to the measured profile."""
+    folder = Path(__file__).parents[1] / "sim" / "costs" / "profiles"
     measured = load_profile("h200")
     for name, figures in FIGURES.items():
         write_profile(folder / f"{name}.json", estimate(name, figures, measured))

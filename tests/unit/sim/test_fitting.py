@@ -22,48 +22,37 @@ def error(
     )
 
 
-# -- minimum --------------------------------------------------------------------------------------
-
-
 @given(st.floats(-3, 8), st.floats(0.1, 5))
-def test_the_bottom_of_a_valley_is_found(bottom: float, steep: float) -> None:
+def test_the_minimum_of_a_parabola_is_found(bottom: float, steep: float) -> None:
     found = minimum(lambda x: steep * (x - bottom) ** 2, 0.0, 5.0)
     assert found == pytest.approx(min(max(bottom, 0.0), 5.0), abs=1e-6)
 
 
-def test_a_valley_need_not_be_even() -> None:
+def test_the_minimum_of_an_uneven_valley_is_found() -> None:
     assert minimum(lambda x: abs(x - 1.25) + 3 * max(x - 1.25, 0), 0.0, 4.0) == pytest.approx(1.25)
     assert minimum(lambda x: -cos(x - 2), 0.0, 4.0) == pytest.approx(2.0, abs=1e-6)
 
 
-# -- non-negative least squares -------------------------------------------------------------------
-
-
-def test_what_is_exact_comes_back() -> None:
+def test_exact_coefficients_come_back() -> None:
     rows = [(1.0, 2.0, 0.0), (1.0, 0.0, 5.0), (1.0, 1.0, 1.0), (1.0, 7.0, 2.0)]
-    wanted = [0.5, 2.0, 0.25]
-    targets = [sum(a * x for a, x in zip(row, wanted, strict=True)) for row in rows]
-    assert non_negative(rows, targets) == pytest.approx(wanted)
-
-
-def test_columns_may_be_of_very_different_size() -> None:
-    rows = [(1.0, 1e9), (1.0, 5e9), (1.0, 2e9)]
-    targets = [3.0 + row[1] * 2e-9 for row in rows]
-    assert non_negative(rows, targets) == pytest.approx([3.0, 2e-9])
+    expected = [0.5, 2.0, 0.25]
+    targets = [sum(a * x for a, x in zip(row, expected, strict=True)) for row in rows]
+    assert non_negative(rows, targets) == pytest.approx(expected)
+    # Columns may be of very different size.
+    rows_2 = [(1.0, 1e9), (1.0, 5e9), (1.0, 2e9)]
+    targets = [3.0 + row[1] * 2e-9 for row in rows_2]
+    assert non_negative(rows_2, targets) == pytest.approx([3.0, 2e-9])
 
 
 def test_a_coefficient_is_never_below_zero() -> None:
-    # The line through these falls, so the best that rises is level.
+    # The line through these falls, so the best that does not fall is level.
     assert non_negative([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)], [3.0, 2.0, 1.0]) == [2.0, 0.0]
     assert non_negative([(1.0,), (2.0,)], [-1.0, -2.0]) == [0.0]
 
 
-def test_columns_that_say_the_same_are_not_both_taken() -> None:
+def test_dependent_columns_are_not_both_used() -> None:
     found = non_negative([(1.0, 2.0), (2.0, 4.0)], [4.0, 8.0])
     assert found in ([4.0, 0.0], [0.0, 2.0])
-
-
-def test_columns_of_zeros_stay_at_zero() -> None:
     assert non_negative([(0.0, 2.0), (0.0, 4.0)], [4.0, 8.0]) == [0.0, 2.0]
 
 
@@ -87,26 +76,20 @@ def test_no_point_of_a_grid_is_better(data: st.DataObject, width: int, many: int
         assert least <= error(rows, targets, near) + 1e-6
 
 
-# -- near what was known --------------------------------------------------------------------------
-
-
-def test_without_samples_that_tell_what_is_known_stays() -> None:
+def test_known_coefficients_stay_where_no_sample_depends_on_them() -> None:
     assert near_known([(0.0, 0.0)], [0.0], (2.0, 0.5)) == pytest.approx([2.0, 0.5])
-    # A column that no sample depends on stays; the other follows its samples.
     rows = [(100.0, 0.0)] * 50
     assert near_known(rows, [300.0] * 50, (2.0, 0.5)) == pytest.approx([3.0, 0.5], rel=1e-4)
+    # What was known as 0 has no weight.
+    assert near_known([(1.0, 1.0), (1.0, 2.0)], [3.0, 4.0], (0.0, 0.0)) == pytest.approx([2.0, 1.0])
 
 
-def test_a_known_value_weighs_as_a_sample_of_0_3_seconds() -> None:
-    # One sample of 0.3 s at 4 beside 0.3 s at the known 2: squares meet in the middle of
+def test_a_known_coefficient_weighs_as_a_sample_of_0_3_seconds() -> None:
+    # One sample of 0.3 s at 4, and 0.3 s at the known 2: squares meet in the middle of
     # (x * 0.3 / 2 - 0.3)^2 + (x * 0.3 / 4 - 0.3)^2.
     (found,) = near_known([(0.3 / 4,)], [0.3], (2.0,))
     a, b = 0.3 / 2, 0.3 / 4
     assert found == pytest.approx(0.3 * (a + b) / (a * a + b * b))
-
-
-def test_what_was_known_as_zero_has_no_weight() -> None:
-    assert near_known([(1.0, 1.0), (1.0, 2.0)], [3.0, 4.0], (0.0, 0.0)) == pytest.approx([2.0, 1.0])
 
 
 @settings(max_examples=80, deadline=None)

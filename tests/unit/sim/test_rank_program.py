@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
@@ -17,14 +16,13 @@ from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
-from sim.costs.model import Seconds
+from sim.costs.profile_costs import Seconds
 from sim.engine.rank_program import (
     FirstUse,
     Instruction,
     Run,
     WalkRun,
     compile_program,
-    used_before,
 )
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk, work
 
@@ -33,14 +31,13 @@ A, B, C = (kernel_of(k) for k in (1, 2, 3))
 REDUCE = Collective("all_reduce x", (0, 1), 8)
 
 
-def compiled(
-    *ops: Op, locked: bool = False, loaded: tuple[Kernel, ...] = (), costs: RoundCosts = COSTS
-) -> list[Instruction]:
-    return compile_program(ops, costs, RULES, locked=locked, loaded=loaded)
+def compiled(*ops: Op, locked: bool = False, costs: RoundCosts = COSTS) -> list[Instruction]:
+    return compile_program(ops, costs, RULES, locked=locked)
 
 
 def test_what_concerns_only_the_rank_is_one_run() -> None:
-    assert compiled(work(1, 2), call(1), call(1), work(3), loaded=(A,)) == [Run(8.0, 12.0)]
+    loaded = KernelWork("load", (A,))
+    assert compiled(loaded, work(1, 2), call(1), call(1), work(3))[1:] == [Run(8.0, 12.0)]
     assert compiled() == []
 
 
@@ -96,10 +93,6 @@ def test_loads_in_bulk_are_first_uses_of_what_is_new() -> None:
     ]
 
 
-def test_what_is_built_is_not_loaded() -> None:
-    assert FirstUse((A,)) in compiled(KernelWork("build", (A,)), call(1))
-
-
 def test_turns_are_taken_at_a_gemm_whatever_its_m() -> None:
     one = call(1)
     key = (one.type, one.n, one.k, one.num_groups)
@@ -120,17 +113,6 @@ def test_a_walk_is_its_own_cost_and_then_its_calls() -> None:
     assert made == WalkRun(walk(1, many=6).name, steps, ((6, 0.5),))
     (_, again) = compiled(KernelWork("load", (A,)), walk(1, many=6))
     assert isinstance(again, WalkRun) and again.steps == (((), 2.0), ((), 3.0))
-
-
-def test_what_a_walk_brings_in_is_there_afterwards() -> None:
-    assert compiled(walk(1), call(1))[1:] == [Run(2.0, 5.0)]
-
-
-class Asked(RoundCosts):
-    """Tells what a walk's calls were asked for."""
-
-    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
-        return Seconds(mean_m, float(max_m))
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,28 +147,6 @@ def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
     assert set(seen) == set(chain(*(kernels_of(shape.call(m)) for m in ms)))
 
 
-def test_a_call_of_a_walk_is_taken_at_its_parts_mean_m_and_the_walks_largest() -> None:
-    shape = GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132)
-    ms = range(1, 129)
-    (made,) = compiled(Walk(shape, steps_of(ms)), costs=Asked())
-    assert isinstance(made, WalkRun)
-    assert {device for _, device in made.calls} == {128.0}
-    many = [seconds / 128.0 for _, seconds in made.steps[1:]]
-    assert many == [float(count) for count, _ in made.calls]
-    assert sum(many) == 128
-
-    class HostBound(Asked):
-        def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
-            return Seconds(mean_m, 0.0)
-
-    (made,) = compiled(Walk(shape, steps_of(ms)), costs=HostBound())
-    assert isinstance(made, WalkRun)
-    at = 0
-    for (_, seconds), (count, _) in zip(made.steps[1:], made.calls, strict=True):
-        part, at = ms[at : at + count], at + count
-        assert seconds == count * fmean(part)
-
-
 # -- the first forward ----------------------------------------------------------------------------
 
 
@@ -196,7 +156,7 @@ READY = replace(COSTS, first_forward=100.0)
 def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() -> None:
     one = work(1, 2)
     assert compiled(one, one, work(3), costs=READY) == [Run(105.0, 4.0)]
-    assert compiled(call(1), call(1), loaded=(A,), costs=READY) == [Run(104.0, 10.0)]
+    assert compiled(call(1), call(1), costs=READY)[1:] == [Run(104.0, 10.0)]
     assert compiled(work(1), call(1), REDUCE, work(3), call(1), costs=READY) == [
         Run(101.0, 0.0),
         FirstUse((A,)),
@@ -208,46 +168,19 @@ def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() 
     assert compiled(call(1), costs=READY) == [FirstUse((A,)), Run(102.0, 5.0)]
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        REDUCE,
-        Send("x", 1, 8),
-        Recv("x", 1, 8),
-        Capture("graph DECODE 1", 7),
-        Mark("phase", "requests"),
-        Mark("forward", "EXTEND 1"),
-        Mark("layer", "0"),
-        KernelWork("build", (A,)),
-        KernelWork("load", (A,)),
-        walk(1),
-    ],
-    ids=lambda op: type(op).__name__,
-)
-def test_what_is_no_operation_of_a_forward_is_no_first_one(op: Op) -> None:
-    assert compiled(op, costs=READY) == compiled(op)
-    assert compiled(op, work(1), costs=READY) == [*compiled(op), Run(101.0, 0.0)]
+class Asked(RoundCosts):
+    """A walk's call takes its mean M on the host, and the walk's largest M on the GPU."""
+
+    def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
+        return Seconds(mean_m, float(max_m))
 
 
-def test_who_computes_nothing_has_no_first_forward() -> None:
-    assert compiled(costs=READY) == []
-
-
-# -- what a rank brings in ------------------------------------------------------------------------
-
-
-def test_what_comes_in_before_a_phase() -> None:
-    program = compiled(
-        KernelWork("build", (A,)),
-        call(2),
-        walk(3),
-        Mark("phase", "requests"),
-        call(4),
-    )
-    assert list(used_before(program, "requests")) == [A, B, C]
-    assert list(used_before(program, "none such")) == [A, B, C, kernel_of(4)]
-
-
-def test_costs_are_those_of_the_model() -> None:
-    costs = replace(COSTS, kernel=Seconds(0.0, 0.0))
-    assert compiled(call(1), costs=costs) == [FirstUse((A,))]
+def test_a_call_of_a_walk_is_taken_at_its_parts_mean_m_and_the_walks_largest() -> None:
+    shape = GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132)
+    (made,) = compiled(Walk(shape, ((1, 128, 1),)), costs=Asked())
+    assert isinstance(made, WalkRun)
+    counts = [count for count, _ in made.calls]
+    assert sum(counts) == 128 and {device for _, device in made.calls} == {128.0}
+    assert [seconds for _, seconds in made.steps[1:]] == [128.0 * count for count in counts]
+    (made,) = compiled(Walk(shape, ((1001, 1001, 1),)), costs=Asked())
+    assert isinstance(made, WalkRun) and made.steps[1][1] == 1001.0

@@ -1,4 +1,4 @@
-"""Collectives that go on beside what ranks do, in times that one can add up by hand."""
+"""Collectives that run while their ranks do other work, in times that one can add up by hand."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def ends(*ops: Op) -> float:
     return outcome.ends[0]
 
 
-def test_what_is_awaited_at_once_is_exposed_as_a_whole() -> None:
+def test_a_collective_that_is_awaited_at_once_is_exposed_completely() -> None:
     assert ends(gpu(2), begin("a", 5), Await("a"), gpu(3)) == 2 + 5 + 3
 
 
 @pytest.mark.parametrize(("between", "end"), [(1, 10), (5, 10), (7, 12)])
-def test_what_goes_on_beside_hides_as_much_as_it_takes(between: int, end: int) -> None:
+def test_work_before_the_await_hides_the_collective(between: int, end: int) -> None:
     assert ends(gpu(2), begin("a", 5), gpu(between), Await("a"), gpu(3)) == end
 
 
@@ -46,8 +46,8 @@ def test_a_collective_waits_for_its_last_member() -> None:
     fast: list[Op] = [gpu(2), begin("a", 5), gpu(1), Await("a"), gpu(3)]
     outcome = simulate(slow, fast, run_ahead=True)
     assert outcome.ends == (14.0, 17.0)
-    beside = [span for span in outcome.spans if span.kind == "beside"]
-    assert [(span.rank, span.start, span.end, span.name) for span in beside] == [
+    streams = [span for span in outcome.spans if span.kind == "beside"]
+    assert [(span.rank, span.start, span.end, span.name) for span in streams] == [
         (0, 9, 14, "a"),
         (1, 2, 14, "a"),
     ]
@@ -60,7 +60,7 @@ def test_a_host_that_does_not_run_ahead_waits_where_it_awaits() -> None:
     assert outcome.ends == (8.0, 8.0)
 
 
-def test_what_others_never_begin_is_told() -> None:
+def test_a_collective_that_others_never_begin_is_an_error() -> None:
     with pytest.raises(SimulationError, match="rank 0 in a, which others have not begun"):
         simulate([begin("a", 1), Await("a")], [gpu(1)], run_ahead=True)
 
@@ -108,7 +108,7 @@ def plain() -> float:
     return ends(*(op for stage in stages("before", 0) for op in stage))
 
 
-def test_a_batch_alone_shows_all_that_its_shared_experts_do_not_hide() -> None:
+def test_one_batch_exposes_what_its_shared_experts_do_not_hide() -> None:
     # Per layer: 4 + 1 + 2, what is left of the dispatch (2), 3, the combine (5), 1.
     assert plain() == 2 * (4 + 1 + 2 + (DISPATCH - SHARED) + 3 + COMBINE + 1)
 
@@ -151,12 +151,12 @@ def gather() -> Collective:
     return Collective("all_gather x", (0, 1), 1)
 
 
-def test_what_is_waited_for_at_once_waits_for_the_link() -> None:
+def test_a_blocking_collective_waits_for_the_link() -> None:
     # The link is busy from 2 to 7, and then three seconds for the gather.
     assert ends(gpu(2), begin("a", 5), gpu(1), gather(), gpu(3), Await("a")) == 2 + 5 + 3 + 3
 
 
-def test_what_is_begun_waits_for_what_is_waited_for_at_once() -> None:
+def test_a_begun_collective_waits_for_a_blocking_one() -> None:
     # The gather of ranks that came to it at 7 ends at 10; b goes on from there.
     assert ends(begin("a", 1), gpu(7), gather(), begin("b", 5), gpu(2), Await("b")) == 7 + 3 + 5
 

@@ -10,7 +10,6 @@ import pytest
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.scenario import Scenario
-from runner.timeline import Span
 from sim.costs.start_up import StartPhases
 from sim.engine.engine import Outcome
 from sim.engine.replica_folding import can_fold, unfold
@@ -77,14 +76,14 @@ LAID_OUT = {"pp": 2, "tp": 2, "replicas": 2, "nodes": 4}
     ],
     ids=["lock", "graphs", "split", "dies", "dies-ahead", "start-up", "hosts"],
 )
-def test_so_is_one_with_more_to_it(
+def test_folding_changes_nothing_with_other_options(
     policy: WarmupPolicy, values: dict[str, Any], on: dict[str, Any]
 ) -> None:
     assert_folds(scenario(policy, **{**LAID_OUT, **values}), **on)
 
 
-def test_replicas_that_share_a_host_share_its_cores() -> None:
-    """Then they are simulated each: their compiles are in each other's way."""
+def test_replicas_that_share_a_host_are_simulated_each() -> None:
+    """They share its cores, so their compiles slow each other down."""
     one = scenario(WarmupPolicy.NONE, **LAID_OUT)
     assert_folds(one, hosts=1, cores_per_node=2)
     alone = simulate(one, machine(cores_per_node=2)).timeline
@@ -116,30 +115,7 @@ def test_what_can_be_folded() -> None:
     assert not folds(3, 4, 4), "a node of parts of two replicas"
 
 
-def test_what_happens_before_the_replicas_part_is_each_ones_own() -> None:
-    """Two replicas of one rank: until 5 each for itself, from there on as the first."""
-    parallel = ParallelConfig(replicas=2, nodes=2)
-    spans = [
-        Span(0, 0, 2, "compile", "a", "a"),
-        Span(1, 0, 3, "compile", "b", "b"),
-        Span(0, 2, 5, "comm", "exchange kernels", "0,1 #1"),
-        Span(1, 3, 5, "comm", "exchange kernels", "0,1 #1"),
-        Span(0, 0, 6, "phase", "warm-up"),
-        Span(0, 5, 5, "comm", "send x", "0>0 #1"),
-        Span(0, 5, 6, "load", "b"),
-        Span(0, 6, 6, "phase", "requests"),
-    ]
-    outcome = Outcome(spans, None, {0: frozenset(), 1: frozenset()}, 2.0, (9.0, 5.0))
-    outcome.up.update({0: frozenset(), 1: frozenset()})
-    assert unfold(outcome, parallel).spans[len(spans) :] == [
-        Span(1, 0, 6, "phase", "warm-up"),
-        Span(1, 5, 5, "comm", "send x", "1:0>0 #1"),
-        Span(1, 5, 6, "load", "b"),
-        Span(1, 6, 6, "phase", "requests"),
-    ]
-
-
-def test_replicas_that_part_at_different_times_are_a_mistake() -> None:
+def test_replicas_that_part_at_different_times_are_refused() -> None:
     outcome = Outcome([], None, {}, 0.0, (9.0, 5.0, 6.0))
     with pytest.raises(AssertionError, match=r"part at different times: \[5.0, 6.0\]"):
         unfold(outcome, ParallelConfig(replicas=3, nodes=3))
