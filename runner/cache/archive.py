@@ -103,44 +103,39 @@ def unpack(
         UserError: not such an archive, an entry that differs from the archive's manifest, or a
             cache of another machine. Entries placed before the error stay, each of them whole.
     """
+    placed, entries = 0, {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            manifest = parse_manifest(
-                _read(tar, "manifest.json", archive), f"manifest.json of {archive}"
-            )
-            return _place(tar, archive, manifest, cache, progress)
+            text = _read(tar, "manifest.json", archive)
+            manifest = parse_manifest(text, f"manifest.json of {archive}")
+            check_target(cache.root, manifest)
+            before = read_manifest(cache.root)
+            for key in sorted(manifest.entries):
+                entry = manifest.entries[key]
+                files = _read_entry(tar, key, entry, archive)
+                if not _stays(cache, key, entry, before.entries.get(key) if before else None):
+                    cache.discard(key)
+                    source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
+                    placed += cache.put(key, source, cubin, files)
+                entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
+                progress(len(entries), len(manifest.entries))
+            if (more := tar.next()) is not None:
+                raise UserError(f"{archive} holds {more.name}, which its manifest does not name")
     except (OSError, tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {archive}: {error}") from None
-
-
-def _place(
-    tar: tarfile.TarFile,
-    archive: Path,
-    manifest: Manifest,
-    cache: KernelCache,
-    progress: Callable[[int, int], None],
-) -> tuple[Manifest, int]:
-    check_target(cache.root, manifest)
-    before = read_manifest(cache.root)
-    placed, entries = 0, {}
-    for key in sorted(manifest.entries):
-        entry, form = manifest.entries[key], format_of(key)
-        if form is None:  # It might even be a path to somewhere else.
-            raise UserError(f"{archive}: its manifest names {key!r}, which is not a kernel's key")
-        files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in form.files}
-        for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
-            if sha256(files[file]) != digest:
-                raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
-        known = before.entries.get(key) if before else None
-        if not _stays(cache, key, entry, known):
-            cache.discard(key)
-            source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
-            placed += cache.put(key, source, cubin, files)
-        entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
-        progress(len(entries), len(manifest.entries))
-    if (more := tar.next()) is not None:
-        raise UserError(f"{archive} holds {more.name}, which its manifest does not name")
     return replace(manifest, entries=entries), placed
+
+
+def _read_entry(tar: tarfile.TarFile, key: str, entry: Entry, archive: Path) -> dict[str, bytes]:
+    """The files of an entry, with the digests that the manifest names."""
+    form = format_of(key)
+    if form is None:  # It might even be a path to somewhere else.
+        raise UserError(f"{archive}: its manifest names {key!r}, which is not a kernel's key")
+    files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in form.files}
+    for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
+        if sha256(files[file]) != digest:
+            raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
+    return files
 
 
 def _stays(cache: KernelCache, key: str, packed: Entry, known: Entry | None) -> bool:

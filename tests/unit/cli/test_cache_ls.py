@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -168,16 +167,6 @@ def test_a_bad_manifest(
     assert captured.err.startswith(f"error: {directory}/manifest.json is not a manifest: ")
     assert captured.err.count("\n") == 1
     assert contents(directory) == before
-
-
-@pytest.mark.parametrize("values", [{"plans": 3}, {"plans": [3]}])
-def test_a_manifest_of_wrong_types(
-    values: dict[str, Any], directory: Path, capsys: Capture
-) -> None:
-    data = json.loads((directory / "manifest.json").read_text())
-    (directory / "manifest.json").write_text(json.dumps({**data, **values}))
-    assert cache("ls", directory) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", [["ls"], ["verify"], ["prune"], ["prune", "--yes"]])

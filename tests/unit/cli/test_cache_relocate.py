@@ -9,7 +9,6 @@ from runner.cache.manifest import Manifest, read_manifest
 from runner.kernels.installed import Library
 from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
 from tests.unit.elf import tiny_cubin
-from tests.unit.kept_cache import remove
 from tests.unit.small_cache import (
     NVCC_TEXT,
     contents,
@@ -89,30 +88,9 @@ def test_relocate_refuses_unsound_entries(
     assert captured.err.splitlines()[-1] == "error: 1 entries could not be relocated"
 
 
-def test_relocate_fails_for_missing_entries(
-    made: tuple[KernelCache, Manifest], tmp_path: Path
-) -> None:
-    cache_, manifest = made
-    remove(cache_.entry(min(manifest.entries)))
-    target = tmp_path / "target"
-    assert cache("relocate", cache_.root, "--target-root", ELSEWHERE, "--to", target) == 1
-
-
 def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
     refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
-
-
-def test_relocate_to_an_older_release(directory: Path, tmp_path: Path, capsys: Capture) -> None:
-    target = tmp_path / "target"
-    arguments = ["--target-root", ELSEWHERE, "--to", target, "--cuda-version", "12.9"]
-    assert cache("relocate", directory, *arguments) == 2
-    refuses(
-        capsys,
-        "the cache was built with CUDA 13.0 and cannot go to CUDA 12.9: a driver need not load "
-        "what a newer compiler made; build it with nvcc 12.9",
-    )
-    assert contents(target) == {}
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])

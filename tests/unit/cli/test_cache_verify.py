@@ -158,20 +158,6 @@ def test_flags_that_the_environment_changes(
     )
 
 
-def test_a_cache_for_another_library(
-    directory: Path, here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    other = Library(here.root, "vllm", "0.33.0")
-    monkeypatch.setattr("runner.target.find_library", lambda wanted: other)
-    assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
-        capsys,
-        "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
-        "kernels: build with that one (runner compile --library)",
-        err=f"error: {directory}: {AGAIN}\n",
-    )
-
-
 @pytest.fixture
 def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """A library of the second generation in place of what is installed."""
@@ -311,11 +297,6 @@ def test_bad_targets(
     refuses(capsys, words)
     assert not (tmp_path / "moved").exists()
     assert contents(directory) == before
-
-
-def test_another_release_alone_is_enough(directory: Path, here: Library, capsys: Capture) -> None:
-    assert cache("verify", directory, "--cuda-version", "13.1") == 1
-    says(capsys, compiler_line("13.1"), path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
 
 
 def test_a_directory_without_entries(tmp_path: Path, capsys: Capture) -> None:
