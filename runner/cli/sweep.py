@@ -134,6 +134,7 @@ def sweep(
         skipped=tuple(skipped),
         unfinished=tuple(case.point for case in cases if case.point not in reached),
     )
+<<<<<<< HEAD
     to_stdout = str(options.json) == "-"
     if not to_stdout:
         print_sweep(result, show_all=options.all)
@@ -145,6 +146,9 @@ def sweep(
         plot_sweep(options.plot, result)
         if not to_stdout:
             print(f"wrote {options.plot}")
+=======
+    _report(result, show_all=show_all, json_path=json_path, plot=plot)
+>>>>>>> reports
     if stopped is not None:
         raise stopped
 
@@ -214,3 +218,17 @@ def _settings(case: Case) -> dict[str, object]:
         "ranks_per_gpu": machine.ranks_per_gpu,
         "nccl_timeout": machine.nccl_timeout,
     }
+
+
+def _report(result: Sweep, *, show_all: bool, json_path: Path | None, plot: Path | None) -> None:
+    to_stdout = str(json_path) == "-"
+    if not to_stdout:
+        print_sweep(result, show_all=show_all)
+    if json_path is not None:
+        write_json(json_path, sweep_json(result), indent=1)
+    if plot is not None and result.results:
+        from runner.report.sweep_plot import plot_sweep
+
+        plot_sweep(plot, result)
+        if not to_stdout:
+            print(f"wrote {plot}")

@@ -269,8 +269,8 @@ def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> Non
     assert any(line.startswith("none: the watchdog ends this run at ") for line in lines)
     _, _, advice = " ".join(map(str.strip, lines)).partition("take ")
     assert re.fullmatch(
-        r"prebuilt: up after \d+ s; leaves no kernel to compile in traffic; wants a cache "
-        r"that was built beforehand; without one take planned: up after \d+ s, leaves no kernel "
+        r"prebuilt: up after \d+ s; leaves no kernel to compile in traffic; needs a prebuilt "
+        r"cache; without one take planned: up after \d+ s, leaves no kernel "
         r"to compile in traffic",
         advice,
     )
