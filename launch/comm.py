@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from launch.comm_stream import CommStream, Ran
 from launch.watchdog import CommunicationTimeoutError
-from runner.backend.shapes import NoComm
-from runner.backend.tensor import TensorSpec
+from runner.backend.tensor import Tensor, TensorSpec
 from runner.config.parallel import ParallelConfig
 
 _TORCH_DTYPES = {
@@ -99,7 +98,7 @@ def _groups_of(parallel: ParallelConfig, rank: int) -> Iterable[tuple[int, ...]]
 
 
 class TorchComm:
-    """Implements :class:`runner.backend.base.Communicator` on torch tensors.
+    """Implements :class:`runner.backend.step_runner.Communicator` on torch tensors.
 
     gloo moves host memory only, so tensors of a GPU go through the host there. NCCL's collectives
     go to a stream of their own.
@@ -162,8 +161,9 @@ class TorchComm:
         summed = len(group) if kind == "reduce_scatter" and self._gloo else 1
         return UnderWay(work, made, source, summed)
 
-    def end(self, begun: UnderWay) -> torch.Tensor:
+    def end(self, begun: object) -> torch.Tensor:
         """Wait for it: on a GPU with a communicator of its own, its stream does, not the host."""
+        assert isinstance(begun, UnderWay)
         if isinstance(begun.work, Ran):
             assert self._stream is not None
             self._stream.wait(begun.work)
@@ -216,41 +216,35 @@ class ScratchComm:
     """Really communicates for a forward of shapes: bytes of the right number, no content."""
 
     def __init__(self, comm: TorchComm) -> None:
-        self._comm, self._shapes = comm, NoComm()
+        self._comm = comm
         self._scratch: dict[tuple[int, str], torch.Tensor] = {}
 
-    def all_reduce(self, x: TensorSpec, group: tuple[int, ...]) -> TensorSpec:
+    def all_reduce(self, x: Tensor, group: tuple[int, ...]) -> Tensor:
         """Sum zeros over the group."""
-        self._comm.all_reduce(self._buffer(x), group)
-        return x
+        return self._comm.all_reduce(self._buffer(x), group)
 
-    def all_gather(self, x: TensorSpec, group: tuple[int, ...], dim: int) -> TensorSpec:
+    def all_gather(self, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
         """Gather zeros."""
-        self._comm.all_gather(self._buffer(x), group, 0)
-        return self._shapes.all_gather(x, group, dim)
+        return self._comm.all_gather(self._buffer(x), group, 0)
 
-    def begin(
-        self, kind: str, x: TensorSpec, group: tuple[int, ...]
-    ) -> tuple[UnderWay, TensorSpec]:
+    def begin(self, kind: str, x: Tensor, group: tuple[int, ...]) -> UnderWay:
         """Start it with zeros."""
-        under_way = self._comm.begin(kind, self._buffer(x).view(x.shape), group)
-        return under_way, self._shapes.begin(kind, x, group)
+        return self._comm.begin(kind, self._buffer(x).view(x.shape), group)
 
-    def end(self, begun: tuple[UnderWay, TensorSpec]) -> TensorSpec:
+    def end(self, begun: object) -> Tensor:
         """Wait for it."""
-        self._comm.end(begun[0])
-        return begun[1]
+        return self._comm.end(begun)
 
-    def send(self, x: TensorSpec, peer: int) -> None:
+    def send(self, x: Tensor, peer: int) -> None:
         """Send zeros."""
         self._comm.send(self._buffer(x), peer)
 
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> TensorSpec:
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> Tensor:
         """Receive and forget."""
-        self._comm.recv((prod(shape),), dtype, peer)
-        return TensorSpec(shape, dtype)
+        return self._comm.recv((prod(shape),), dtype, peer)
 
-    def _buffer(self, x: TensorSpec) -> torch.Tensor:
+    def _buffer(self, x: object) -> torch.Tensor:
+        assert isinstance(x, TensorSpec)
         key = (prod(x.shape), x.dtype)
         if key not in self._scratch:
             self._scratch[key] = torch.zeros(key[0], dtype=_TORCH_DTYPES[x.dtype])

@@ -26,7 +26,7 @@ from runner.scenario import Scenario
 from runner.watch.shim import CompileRecord, write_shim
 
 if TYPE_CHECKING:
-    from runner.backend.entry_points import EntryPoints
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RankJit:
     """
 
     loader: KernelLoader
-    entry_points: EntryPoints
+    entry_points: DeepGemmWrapper
     inside: bool
     log_dir: Path
     key_of: Callable[[CompileRecord], str]
@@ -76,9 +76,10 @@ def set_up_jit(
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
     """
-    from runner.backend.reference import ReferenceEntryPoints
+    from runner.backend import reference as reference_library
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
-    reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
+    reference = DeepGemmWrapper(reference_library, sanity_check=environ.sanity_check)
     log_dir = work_dir / "compiles"
     given = _given_cache(options, environ)
     cache = given or KernelCache(work_dir / "cache")
@@ -138,7 +139,7 @@ def _library_jit(
     wrapper = DeepGemmWrapper(lib, sanity_check=environ.sanity_check)
     loader = LibraryJit(
         lambda kernels: call_each(wrapper, scenario.plan, kernels),
-        lambda op: walk_list(wrapper, op, lib),
+        lambda op: walk_list(wrapper, op),
         scenario.table,
     )
     return RankJit(loader, wrapper, True, log_dir, _identity, f"deep_gemm, {where}")

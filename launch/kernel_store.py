@@ -36,7 +36,7 @@ Entry = tuple[str, bytes]
 
 @dataclass
 class NodeKernels:
-    """Implements :class:`runner.backend.base.KernelStore` for one rank.
+    """Implements :class:`runner.backend.step_runner.KernelStore` for one rank.
 
     Attributes:
         rank: world rank.

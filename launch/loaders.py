@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from runner.backend.m_lists import expand
 from runner.build.lazy import LazyJit
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
+from runner.kernels.types import expand
 from runner.schedule import Walk
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.backend.walk_memory import GIB
+from runner.backend.gemm_walks import GIB
 from runner.build.compiler import find_nvcc, nvcc_version
 from runner.config.environ import Environ
 from runner.config.hf import load_model, with_layers

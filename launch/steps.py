@@ -279,14 +279,8 @@ def _build(
     groups = make_groups(scenario.parallel, options.timeout, "nccl" if real else "gloo")
     stream = CommStream(device, sink.ran, sink.event) if real else None
     comm = TorchComm(groups, device, through_host=False, stream=stream)
-    entry_points = jit.entry_points
-    backend = Backend(
-        TorchMath(device, entry_points),
-        comm,
-        sink,
-        scenario.num_sms,
-        bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )
+    math = TorchMath(device, jit.entry_points)
+    backend = Backend(sink, scenario.num_sms, math, comm, bf16_fp32_algo=scenario.bf16_fp32_algo)
     return ModelRunner.build(
         scenario.model,
         scenario.parallel,

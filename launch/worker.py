@@ -36,15 +36,11 @@ from launch.streams import DeviceStream
 from launch.wait_limit import GlooLimit, NcclLimit, WaitLimit
 from launch.watchdog import TORCH_LIMITS, Communication, describe_timeout, wait_for_device
 from runner.backend.base import Backend
-from runner.backend.communicator import Communicator
-from runner.backend.kernel_store import NoKernels
-from runner.backend.math import Math
-from runner.backend.shapes import ShapeMath, ShapeWeights
+from runner.backend.step_runner import Communicator
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
-from runner.backend.weights import WeightSource
 from runner.config.environ import Environ, available_cores
-from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import WarmupPolicy
 from runner.planning.weight_size import model_elements
 from runner.scenario import Scenario, run_rank
@@ -256,25 +252,22 @@ class _RankRun:
         store: NodeKernels | None,
     ) -> ModelRunner:
         scenario = self.scenario
-        math: Math
-        link: Communicator
-        weights: WeightSource
-        buffers: BufferSource
-        if compute == "skip":
-            math, link = ShapeMath(), ScratchComm(comm)
-            weights, buffers = ShapeWeights(), NoBuffers()
-        else:
+        math: TorchMath | None = None
+        link: Communicator = ScratchComm(comm)
+        weights: TorchWeights | None = None
+        buffers: TorchBuffers | None = None
+        if compute == "real":
             math, link = TorchMath(self.device, jit.entry_points), comm
             share = model_elements(scenario.model) > REAL_MATH_LIMIT
             weights = TorchWeights(self.options.seed, self.device, share=share)
             buffers = TorchBuffers(self.device, scenario.model.vocab_size)
         backend = Backend(
-            math,
-            link,
             sink,
             scenario.num_sms,
+            math,
+            link,
+            store,
             bf16_fp32_algo=scenario.bf16_fp32_algo,
-            kernels=store or NoKernels(),
             hook=scenario.hook(self.place.rank, self._free_memory, self._warn),
         )
         return ModelRunner.build(

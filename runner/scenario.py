@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch
 from runner.backend.gemm_walks import ExecutionHook, relaxed_ms
-from runner.backend.m_lists import expand, steps_of
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.requests import Request, serve, serve_all
 from runner.driver.warmup import (
     PLANNING_POLICIES,
@@ -37,7 +35,7 @@ from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.source import KernelSource
 from runner.kernels.table import Demand, KernelTable
-from runner.kernels.types import GemmShape, KernelCall
+from runner.kernels.types import GemmShape, KernelCall, expand, steps_of
 from runner.model.strategy import OverlapStrategy
 from runner.planning.demands import Deployment, demands, plan_of
 from runner.planning.partition import share_out
@@ -119,7 +117,7 @@ class Scenario:
             overlap=self.overlap,
         )
 
-    def leads(self, rank: int) -> bool:
+    def is_node_leader(self, rank: int) -> bool:
         """Whether a rank is the first of its node."""
         return rank % self.parallel.ranks_per_node == 0
 
@@ -134,7 +132,7 @@ class Scenario:
         limit = budget or (lambda: inf)
         return ExecutionHook(
             m_list=walked_ms(self.warmup.policy, self.max_tokens, self.warmup.walk_max_m),
-            leads=self.leads(rank),
+            is_node_leader=self.is_node_leader(rank),
             budget=limit if given is None else lambda: given,
             warn=warn,
         )
@@ -146,7 +144,7 @@ class Scenario:
             return KernelSet(walks=self._relax_walks(stage))
         if self.warmup.policy not in PLANNING_POLICIES:
             return KernelSet()
-        leads = self.leads(rank)
+        leads = self.is_node_leader(rank)
         return KernelSet(
             total=len(self.plan.kernels),
             checked=tuple(item.kernel for item in self.plan.kernels) if leads else (),
@@ -234,7 +232,7 @@ def run_demands(scenario: Scenario) -> list[Demand]:
 
 def _walks_at_most(scenario: Scenario, shapes: Sequence[GemmShape]) -> Iterator[Walk]:
     """The walks that a rank would make if it called every GEMM."""
-    hook = replace(scenario.hook(0), leads=True)
+    hook = replace(scenario.hook(0), is_node_leader=True)
     for shape in shapes:
         yield from hook.before(shape.call(1))
     if scenario.warmup.policy is WarmupPolicy.RELAX:
@@ -294,20 +292,12 @@ def _record(
     scenario: Scenario, rank: int, part: Callable[[ModelRunner, Scenario], None]
 ) -> tuple[Op, ...]:
     recorder = ScheduleRecorder()
-    backend = Backend(
-        ShapeMath(),
-        NoComm(),
-        recorder,
-        num_sms=scenario.num_sms,
-        bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )
+    backend = Backend(recorder, scenario.num_sms, bf16_fp32_algo=scenario.bf16_fp32_algo)
     runner = ModelRunner.build(
         scenario.model,
         scenario.parallel,
         rank,
         backend=backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
         overlap=scenario.overlap,
     )
     part(runner, scenario)
@@ -380,7 +370,7 @@ def record_roles(scenario: Scenario, *, folded: bool = False) -> list[Role]:
         at = parallel.coordinates(rank)
         cut = bool(folded and at.replica)
         split = at.tp_rank if parallel.attn_cp > 1 else 0
-        key = (at.pp_rank, split, scenario.leads(rank), cut)
+        key = (at.pp_rank, split, scenario.is_node_leader(rank), cut)
         if key not in recorded:
             whole = recorded.get((*key[:3], False)) or Role(rank, record_rank(scenario, rank))
             ops = whole.ops[: common_end(whole.ops)] if cut else whole.ops

@@ -11,9 +11,8 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from runner.backend.m_lists import MSteps
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall, MSteps
 
 
 @dataclass(frozen=True, slots=True)

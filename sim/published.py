@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from runner.backend.m_lists import relax_m_list
+from runner.backend.gemm_walks import relax_m_list
 from runner.errors import UserError
 from runner.kernels.types import DeepGemmKernelType
 from runner.planning.plan import Plan

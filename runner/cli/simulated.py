@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from runner.backend.walk_memory import GIB
+from runner.backend.gemm_walks import GIB
 from runner.cli.common import (
     FACTOR,
     SECONDS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from runner.backend.forward_batch import ForwardMode
-from runner.backend.m_lists import fast_m_list, full_m_list
+from runner.backend.gemm_walks import fast_m_list, full_m_list
 from runner.driver.model_runner import ModelRunner
 from runner.errors import UserError
 from runner.kernels.heuristics_sm90 import align, ceil_div

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.token_to_m import (
     contiguous_rows,
@@ -23,7 +22,7 @@ from runner.backend.token_to_m import (
 from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import DisaggregationMode
 from runner.errors import UserError
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
@@ -283,20 +282,12 @@ def _shape_runner(
 ) -> tuple[ModelRunner, ScheduleRecorder]:
     recorder = ScheduleRecorder()
     parallel = deployment.parallel
-    backend = Backend(
-        ShapeMath(),
-        NoComm(),
-        recorder,
-        num_sms=deployment.num_sms,
-        bf16_fp32_algo=deployment.bf16_fp32_algo,
-    )
+    backend = Backend(recorder, deployment.num_sms, bf16_fp32_algo=deployment.bf16_fp32_algo)
     runner = ModelRunner.build(
         deployment.model,
         parallel,
         parallel.rank_of(stage, 0),
         backend=backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
         overlap=overlap,
     )
     return runner, recorder

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from runner.backend.m_lists import expand
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
-from runner.kernels.types import KernelCall
+from runner.kernels.types import KernelCall, expand
 from runner.schedule import EXCHANGE, Collective, KernelWork, Mark, Op, Schedule, Walk
 
 STALLS_AFTER = "requests"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.token_to_m import (
     MASKED_BUDGET,
@@ -22,7 +21,7 @@ from runner.backend.token_to_m import (
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import DisaggregationMode
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
@@ -210,9 +209,7 @@ def test_a_decode_node_that_overlaps_is_planned_exactly(
             made.model,
             made.parallel,
             made.parallel.rank_of(stage, 0),
-            backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-            weights=ShapeWeights(),
-            buffers=NoBuffers(),
+            backend=Backend(recorder, made.num_sms),
             overlap=made.overlap,
         )
         for size in sizes:
@@ -238,9 +235,7 @@ def calls_of_every_forward(made: Deployment, limit: int) -> set[KernelCall]:
         made.model,
         made.parallel,
         0,
-        backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
+        backend=Backend(recorder, made.num_sms),
         overlap=made.overlap,
     )
     for tokens in range(1, limit + 1):

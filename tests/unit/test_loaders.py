@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launch.loaders import LibraryJit, OwnJit
-from runner.backend.m_lists import steps_of
 from runner.build.lazy import Found, LazyJit
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
-from runner.kernels.types import DeepGemmKernelType, GemmShape
+from runner.kernels.types import DeepGemmKernelType, GemmShape, steps_of
 from runner.schedule import Walk
 
 DENSE = GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 512, 512, 1, 132)

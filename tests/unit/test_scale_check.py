@@ -1,8 +1,7 @@
-"""SGLANG_DEEPGEMM_SANITY_CHECK: scales that no quantisation makes are told before they are used."""
+"""SGLANG_DEEPGEMM_SANITY_CHECK: bad scales are reported before they are used."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,37 +12,36 @@ torch = pytest.importorskip("torch")
 
 from launch.jit_setup import set_up_jit  # noqa: E402
 from launch.options import LaunchOptions  # noqa: E402
-from runner.backend.base import Backend  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
-from runner.backend.quantise import quantise_blocks, quantise_tokens  # noqa: E402
-from runner.backend.reference import PAGE, ReferenceEntryPoints, pack_pages  # noqa: E402
-from runner.backend.scale_check import (  # noqa: E402
+from runner.backend.quantise import (  # noqa: E402
+    PAGE,
+    pack_pages,
+    quantise_blocks,
+    quantise_tokens,
+)
+from runner.config.environ import Environ  # noqa: E402
+from runner.config.model import ModelConfig  # noqa: E402
+from runner.deep_gemm_wrapper import calls, walker  # noqa: E402
+from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
+from runner.deep_gemm_wrapper.scale_check import (  # noqa: E402
     ScaleError,
     check_entry_scales,
     check_gemm_scales,
     check_page_scales,
     check_scales,
 )
-from runner.backend.shapes import NoComm  # noqa: E402
-from runner.backend.sink import ScheduleRecorder  # noqa: E402
-from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
-from runner.backend.torch_weights import TorchWeights  # noqa: E402
-from runner.config.environ import Environ  # noqa: E402
-from runner.config.hf import from_hf  # noqa: E402
-from runner.config.model import ModelConfig  # noqa: E402
-from runner.config.parallel import ParallelConfig  # noqa: E402
-from runner.config.presets import DSV4_TINY  # noqa: E402
-from runner.deep_gemm_wrapper import calls, walker  # noqa: E402
-from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
-from runner.driver.model_runner import ModelRunner  # noqa: E402
 from runner.driver.warmup import WarmupPolicy  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.planning.plan import GemmShape  # noqa: E402
-from tests.models import DSV3_SMALL  # noqa: E402
+from tests.unit.cpu_runner import (  # noqa: E402
+    FOUR_LAYERS,
+    SMALL_DSV3,
+    cpu_runner,
+    on_reference,
+)
 from tests.unit.entry_calls import CALLS, ENTRIES  # noqa: E402
 from tests.unit.test_entry_points import FalseLibrary  # noqa: E402
 
-CPU = torch.device("cpu")
 GEMMS = [
     "gemm_nt_f8f8bf16",
     "grouped_gemm_nt_f8f8bf16_contig",
@@ -56,15 +54,13 @@ BAD = [float("nan"), float("inf"), float("-inf"), 0.0, -1.0]
 bad_values = pytest.mark.parametrize("bad", BAD, ids=str)
 
 
-def reference(*, check: bool) -> Any:
-    return ReferenceEntryPoints(sanity_check=check)
-
-
-def wrapper(*, check: bool) -> Any:
+def on_false_library(*, check: bool) -> Any:
     return DeepGemmWrapper(FalseLibrary(), sanity_check=check)  # type: ignore[arg-type]
 
 
-both = pytest.mark.parametrize("make", [reference, wrapper], ids=["reference", "wrapper"])
+both = pytest.mark.parametrize(
+    "make", [on_reference, on_false_library], ids=["reference", "wrapper"]
+)
 
 
 # -- what is a bad scale ----------------------------------------------------------------------
@@ -127,11 +123,9 @@ def test_an_overflow_before_quantisation_is_found() -> None:
 
 
 @both
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", FP8_CALLS)
 def test_good_calls_pass(name: str, make: Any) -> None:
-    points = make(check=True)
-    if hasattr(points, name):
-        getattr(points, name)(*CALLS[name](6))
+    getattr(make(check=True), name)(*CALLS[name](6))
 
 
 @both
@@ -277,26 +271,10 @@ def test_nothing_is_checked_unless_asked_for(name: str, make: Any) -> None:
 # -- who asks for it --------------------------------------------------------------------------
 
 
-MODELS = {
-    "dsv4": replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4)),
-    "dsv3": from_hf(DSV3_SMALL, "dsv3-small"),
-}
-
-
 @pytest.mark.parametrize("mode", ForwardMode)
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", [FOUR_LAYERS, SMALL_DSV3], ids=["dsv4", "dsv3"])
 def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> None:
-    backend = Backend(
-        TorchMath(CPU, reference(check=True)), NoComm(), ScheduleRecorder(), num_sms=132
-    )
-    runner = ModelRunner.build(
-        model,
-        ParallelConfig(),
-        0,
-        backend=backend,
-        weights=TorchWeights(0, CPU),
-        buffers=TorchBuffers(CPU, model.vocab_size),
-    )
+    runner = cpu_runner(model, on_reference(check=True))
     with torch.inference_mode():
         assert runner._dummy_run(3, mode).isfinite().all()
 

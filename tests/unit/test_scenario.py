@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import DisaggregationMode, WarmupOptions, WarmupPolicy
 from runner.errors import UserError
 from runner.scenario import Scenario, common_end, record, record_rank, run_meta, run_rank
@@ -54,10 +53,8 @@ def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
     """What a backend with the scenario's hook announces while the rank runs, on shapes."""
     recorder = ScheduleRecorder()
     backend = Backend(
-        ShapeMath(),
-        NoComm(),
         recorder,
-        num_sms=made.num_sms,
+        made.num_sms,
         bf16_fp32_algo=made.bf16_fp32_algo,
         hook=made.hook(rank),
     )
@@ -66,8 +63,6 @@ def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
         made.parallel,
         rank,
         backend=backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
     )
     run_rank(runner, made)
     return tuple(recorder.ops)

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.backend.m_lists import expand
 from runner.config.parallel import ParallelConfig
 from runner.driver.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
-from runner.kernels.types import KernelCall
+from runner.kernels.types import KernelCall, expand
 from runner.planning.residency import STALLS_AFTER, Stall, kernels_before, stalls_of
 from runner.scenario import Scenario, record
 from runner.schedule import (

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
-from runner.backend.math import Tokens  # noqa: E402
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, Tokens  # noqa: E402
 from runner.backend.torch_cache import (  # noqa: E402
     KVCache,
     ids_of,

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.backend.forward_batch import ForwardMode
-from runner.backend.gemm_walks import relaxed_ms
-from runner.backend.m_lists import fast_m_list, full_m_list, steps_of
+from runner.backend.gemm_walks import fast_m_list, full_m_list, relaxed_ms
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
@@ -24,6 +23,7 @@ from runner.driver.warmup import (
     walked_ms,
 )
 from runner.errors import UserError
+from runner.kernels.types import steps_of
 from runner.scenario import Scenario, record, record_rank
 from runner.schedule import Capture, Mark, Op, Recv, Send, Walk
 from runner.timeline import FIRST_REQUEST
