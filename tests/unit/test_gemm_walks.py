@@ -50,23 +50,6 @@ def test_full_list(chunked: int, last: int) -> None:
     assert full_m_list(chunked) == range(1, last + 1)
 
 
-@pytest.mark.parametrize(
-    ("chunked", "count", "last"),
-    # 1..1024, then 512 - 1 or 512 more an octave, and the largest.
-    [
-        (8192, 1024 + 511 + 512 + 512 + 1, 8192),
-        (0, 3072, 16384),
-        (512, 1024, 1024),
-        (1025, 1024 + 511 + 1, 2046),
-        (6001, 1024 + 511 + 512 + 512 + 1, 8184),
-        (100000, 3584, 32768),
-    ],
-)
-def test_length_and_end_of_the_fast_list(chunked: int, count: int, last: int) -> None:
-    listed = fast_m_list(chunked)
-    assert (len(listed), listed[-1]) == (count, last)
-
-
 def upstreams_fast_list(chunked: int) -> list[int]:
     """SGLang 0.5.23's algorithm, word for word in what it does: lists that are joined and sorted.
 
@@ -126,21 +109,6 @@ def test_steps_hold_exactly_the_values(values: list[int]) -> None:
     assert expand(steps_of(values)) == values
 
 
-runs = st.lists(st.tuples(st.integers(1, 500), st.integers(1, 20), st.integers(1, 9)), max_size=5)
-
-
-@given(runs)
-def test_steps_of_regular_values_are_few(pieces: list[tuple[int, int, int]]) -> None:
-    values: list[int] = []
-    for gap, count, step in pieces:
-        start = (values[-1] if values else 0) + gap
-        values += range(start, start + count * step, step)
-    steps = steps_of(values)
-    assert expand(steps) == values
-    # A gap can at worst cut the piece behind it in two.
-    assert len(steps) <= 2 * len(pieces)
-
-
 # -- the execution hook ---------------------------------------------------------------------------
 
 
@@ -150,38 +118,9 @@ def test_a_key_is_walked_at_its_first_call_only() -> None:
     assert hook.before(DENSE.call(5)) == hook.before(DENSE.call(7)) == ()
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        GemmShape(T.GEMM_NT_BF16BF16F32, 4096, 2048, 1, 132),
-        GemmShape(T.GEMM_NT_F8F8BF16, 4224, 2048, 1, 132),
-        GemmShape(T.GEMM_NT_F8F8BF16, 4096, 4096, 1, 132),
-        GemmShape(T.GEMM_NT_F8F8BF16, 4096, 2048, 2, 132),
-    ],
-    ids=["type", "n", "k", "groups"],
-)
-def test_each_key_is_walked(other: GemmShape) -> None:
-    hook = ExecutionHook(UPTO)
-    assert [walk.shape for walk in hook.before(DENSE.call(5))] == [DENSE]
-    assert [walk.shape for walk in hook.before(other.call(5))] == [other]
-    assert hook.before(DENSE.call(9)) == hook.before(other.call(9)) == ()
-
-
-def test_the_number_of_sms_is_not_part_of_the_key() -> None:
-    hook = ExecutionHook(UPTO)
-    hook.before(DENSE.call(5))
-    assert hook.before(KernelCall(DENSE.type, 5, DENSE.n, DENSE.k, 1, 100)) == ()
-
-
 def test_nothing_is_walked_without_a_list_or_off_the_node_leader() -> None:
     for hook in (ExecutionHook(), ExecutionHook(UPTO, is_node_leader=False)):
         assert hook.before(DENSE.call(5)) == hook.before(HC.call(5)) == ()
-
-
-def test_a_call_of_no_rows_walks_nothing_and_is_no_first_call() -> None:
-    hook = ExecutionHook(UPTO)
-    assert hook.before(DENSE.call(0)) == ()
-    assert hook.before(DENSE.call(1)) == (Walk(DENSE, ((1, 16384, 1),)),)
 
 
 def test_einsum_logits_and_types_of_newer_libraries_are_not_walked() -> None:
@@ -227,11 +166,6 @@ def test_each_number_of_splits_is_walked_once() -> None:
     # Another number of splits is the same key.
     assert hook.before(GemmShape(HC.type, HC.n, HC.k, 1, 132).call(9000)) == ()
     assert len(hook.before(GemmShape(HC.type, HC.n, 2048, 8, 132).call(5))) > 1
-
-
-def test_splits_end_with_the_list() -> None:
-    walks = ExecutionHook(range(1, 200)).before(HC.call(5))
-    assert [walk.shape.num_groups for walk in walks] == [64, 44, 33]
 
 
 def walked(budget: float, ms: Sequence[int]) -> tuple[Sequence[int], list[str]]:

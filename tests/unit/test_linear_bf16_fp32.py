@@ -111,30 +111,22 @@ def products_on(device: str, algo: Bf16Fp32Algo) -> tuple[list[str], list[tuple[
 WIDENED = ["aten._to_copy.default", "aten._to_copy.default", "aten.mm.default"]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_only_deep_gemm_calls_the_entry_point(device: str) -> None:
-    assert products_on(device, Bf16Fp32Algo.DEEP_GEMM)[1] == [(5, 7, 256)]
-    assert products_on(device, Bf16Fp32Algo.CUBLAS)[1] == []
-    assert products_on(device, Bf16Fp32Algo.TORCH)[1] == []
-
-
-def test_cublas_on_a_gpu_reads_bf16_and_writes_fp32() -> None:
-    assert products_on("cuda", Bf16Fp32Algo.CUBLAS)[0] == ["aten.mm.dtype"]
-
-
-def test_cublas_without_a_gpu_widens_as_torch_has_no_such_product() -> None:
-    assert products_on("cpu", Bf16Fp32Algo.CUBLAS)[0] == WIDENED
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_torch_widens_everywhere(device: str) -> None:
-    assert products_on(device, Bf16Fp32Algo.TORCH)[0] == WIDENED
-
-
-def test_cublas_takes_operands_that_are_not_bf16() -> None:
-    x, y = torch.randn(3, 8), torch.randn(4, 8)
-    made = TorchMath(CPU, on_reference()).gemm_bf16_fp32(x, y, Bf16Fp32Algo.CUBLAS)
-    assert torch.equal(made, x @ y.T)
+@pytest.mark.parametrize(
+    ("device", "algo", "operators", "calls"),
+    [
+        ("cpu", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
+        ("cuda", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
+        # torch knows a product of bf16 with fp32 output on CUDA alone.
+        ("cpu", Bf16Fp32Algo.CUBLAS, WIDENED, []),
+        ("cuda", Bf16Fp32Algo.CUBLAS, ["aten.mm.dtype"], []),
+        ("cpu", Bf16Fp32Algo.TORCH, WIDENED, []),
+        ("cuda", Bf16Fp32Algo.TORCH, WIDENED, []),
+    ],
+)
+def test_what_each_algorithm_calls(
+    device: str, algo: Bf16Fp32Algo, operators: list[str], calls: list[tuple[int, int, int]]
+) -> None:
+    assert products_on(device, algo) == (operators, calls)
 
 
 # -- the model --------------------------------------------------------------------------------
@@ -249,24 +241,11 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_sim_takes_it_from_the_environment(
     clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = (
-        "sim",
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "1",
-        "--tp",
-        "1",
-        "--batch-sizes",
-        "1",
-        "--warmup",
-        "none",
-        "--json",
-        "-",
-    )
+    options = "--model dsv4-tiny --pp 1 --tp 1 --batch-sizes 1 --warmup none --json -"
 
     def compiled() -> int:
-        return int(json.loads(printed(capsys, *command))["predictions"][0]["distinct_kernels"])
+        (prediction,) = json.loads(printed(capsys, "sim", *options.split()))["predictions"]
+        return int(prediction["distinct_kernels"])
 
     unset = compiled()
     found = {}

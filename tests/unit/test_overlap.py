@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -215,18 +214,3 @@ def test_no_other_cut_is_more_even(lens: list[int]) -> None:
     assert halves is not None
     off = abs(halves[0].num_tokens - halves[1].num_tokens)
     assert off == min(abs(sum(lens) - 2 * sum(lens[:cut])) for cut in range(1, len(lens)))
-
-
-def test_permutations_are_not_all_legal() -> None:
-    """The property above sees both kinds."""
-    tail = ["combine_b", "output", "shared_experts"]
-    kinds = set()
-    for order in permutations(tail):
-        names = [name for name in NEEDS if name not in tail]
-        at = names.index("comm_postprocess_layer")
-        try:
-            OverlapStrategy("any", ForwardMode.DECODE, (*names[:at], *order, *names[at:]), 0)
-            kinds.add(True)
-        except UserError:
-            kinds.add(False)
-    assert kinds == {True, False}

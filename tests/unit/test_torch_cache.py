@@ -44,18 +44,6 @@ def test_what_is_kept_is_made_once_a_batch_and_name() -> None:
     assert made == ["one a", "one b", "two a", "again"]
 
 
-def test_nothing_is_kept_where_making_fails() -> None:
-    cache = KVCache(1, 4, CPU)
-    one = ForwardBatch.extend((2,), cache=cache)
-
-    def fail() -> int:
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        cache.keep(one, "a", fail)
-    assert cache.keep(one, "a", lambda: 5) == 5
-
-
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans(), st.data())
 def test_ids_and_last_places(lens: list[int], cached: bool, data: st.DataObject) -> None:
     """With a cache and without one, and again from what was kept."""
