@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +20,6 @@ _TORCH_DTYPES = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
-_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -98,31 +95,27 @@ def events_of(handle: object) -> CollectiveEvents | None:
     return work if isinstance(work, CollectiveEvents) else None
 
 
-T = TypeVar("T")
-
-
-class GroupComm(ABC, Generic[T]):
-    """Implements :class:`runner.backend.communicator.Communicator` over process groups.
+class TorchComm:
+    """Implements :class:`runner.backend.step_runner.Communicator` over process groups.
 
     NCCL's collectives run on ``stream``, which gloo does not have.
     """
 
     def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
-        self._groups, self._gloo = groups, link == "gloo"
+        self._groups, self._gloo, self._device = groups, link == "gloo", device
         # gloo moves host memory only, so a GPU's tensors take the way through the host.
         self._where = torch.device("cpu") if self._gloo else device
         self.stream = None if self._gloo else CollectiveStream(device)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
-    @abstractmethod
-    def _outbound(self, x: T) -> torch.Tensor:
+    def _outbound(self, x: torch.Tensor) -> torch.Tensor:
         """What moves for ``x``, in memory of its own."""
+        return x.detach().to("cpu", copy=True) if self._gloo else x.clone()
 
-    @abstractmethod
-    def _inbound(self, moved: torch.Tensor) -> T:
-        """What the forward gets for a tensor that was moved."""
+    def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
+        return moved.to(self._device)
 
-    def all_reduce(self, x: T, group: tuple[int, ...]) -> T:
+    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
         buffer = self._outbound(x)
         start = partial(dist.all_reduce, buffer, group=self._groups.of[group])
         if self.stream is None:
@@ -131,12 +124,12 @@ class GroupComm(ABC, Generic[T]):
             self.stream.wait(self.stream.start(start))
         return self._inbound(buffer)
 
-    def all_gather(self, x: T, group: tuple[int, ...], dim: int) -> T:
+    def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
         gathered = self._finished(self.begin("all_gather", x, group))
         parts = gathered.chunk(len(group))
         return self._inbound(gathered if dim == 0 else torch.cat(parts, dim))
 
-    def begin(self, kind: str, x: T, group: tuple[int, ...]) -> AsyncCollective:
+    def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> AsyncCollective:
         """Start a collective on the GPU's stream, or in gloo's threads.
 
         gloo cannot reduce-scatter asynchronously: blocks are exchanged, and summed at the end.
@@ -157,8 +150,9 @@ class GroupComm(ABC, Generic[T]):
         blocks = len(group) if kind == "reduce_scatter" and self._gloo else 1
         return AsyncCollective(work, result, source, blocks)
 
-    def end(self, begun: AsyncCollective) -> T:
+    def end(self, begun: object) -> torch.Tensor:
         """Wait for a collective; over NCCL the current stream waits, not the host."""
+        assert isinstance(begun, AsyncCollective)
         return self._inbound(self._finished(begun))
 
     def _finished(self, begun: AsyncCollective) -> torch.Tensor:
@@ -172,7 +166,7 @@ class GroupComm(ABC, Generic[T]):
             result = result.unflatten(0, (begun.blocks, -1)).sum(0)
         return result
 
-    def send(self, x: T, peer: int) -> None:
+    def send(self, x: torch.Tensor, peer: int) -> None:
         """Start a send, which a late receiver does not hold up.
 
         Only the first NCCL send to a peer waits for it: it connects the two.
@@ -183,7 +177,7 @@ class GroupComm(ABC, Generic[T]):
         self._sends = [(sent, kept) for sent, kept in self._sends if not sent.is_completed()]
         self._sends.append((work, buffer))
 
-    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> T:
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:
         """Wait for a tensor."""
         buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=self._where)
         dist.recv(buffer, peer, group=self._groups.pairs)
@@ -196,31 +190,15 @@ class GroupComm(ABC, Generic[T]):
         self._sends.clear()
 
 
-class TorchComm(GroupComm[torch.Tensor]):
-    """Moves tensors of ``device``."""
-
-    def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
-        super().__init__(groups, device, link)
-        self._device = device
-
-    def _outbound(self, x: torch.Tensor) -> torch.Tensor:
-        return x.detach().to("cpu", copy=True) if self._gloo else x.clone()
-
-    def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
-        return moved.to(self._device)
-
-
-class ScratchComm(GroupComm[TensorSpec]):
+class ScratchComm(TorchComm):
     """Moves as many bytes as the tensors of a forward on shapes would have, all of them zeros."""
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, torch.device("cpu"), "gloo")
         self._zeros: dict[TensorSpec, torch.Tensor] = {}
 
-    def _outbound(self, x: TensorSpec) -> torch.Tensor:
+    def _outbound(self, x: object) -> torch.Tensor:
+        assert isinstance(x, TensorSpec)
         if x not in self._zeros:
             self._zeros[x] = torch.zeros(x.shape, dtype=_TORCH_DTYPES[x.dtype])
         return self._zeros[x]
-
-    def _inbound(self, moved: torch.Tensor) -> TensorSpec:
-        return TensorSpec(tuple(moved.shape), _NAMES[moved.dtype])

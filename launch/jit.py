@@ -24,7 +24,7 @@ from runner.scenario import Scenario
 from runner.watch.shim import write_shim
 
 if TYPE_CHECKING:
-    from runner.backend.entry_points import EntryPoints
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RankJit:
     """
 
     loader: KernelLoader
-    entry_points: EntryPoints
+    entry_points: DeepGemmWrapper
     log_dir: Path
     description: str
     compiler: NvccCompiler | None = None
@@ -92,11 +92,12 @@ def set_up_jit(
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
     """
-    from runner.backend.reference import ReferenceEntryPoints
+    from runner.backend import reference as reference_library
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
     log_dir = work_dir / "compiles"
     tools = find_tools(options, environ)
-    reference = ReferenceEntryPoints(sanity_check=environ.sanity_check)
+    reference = DeepGemmWrapper(reference_library, sanity_check=environ.sanity_check)
     if isinstance(tools, str):
         if library:
             raise UserError(f"a GPU run compiles with nvcc, but {tools}")
@@ -141,7 +142,7 @@ def _library_jit(
     root = compiler.library.root
     module = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
     wrapper = DeepGemmWrapper(module, sanity_check=environ.sanity_check)
-    return LibraryJit(wrapper, module, scenario)
+    return LibraryJit(wrapper, scenario)
 
 
 def check_jit(options: LaunchOptions, environ: Environ) -> None:

@@ -8,19 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.backend.m_lists import expand
 from runner.build.compiler import LazyJit
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
-from runner.kernels.types import GemmShape, KernelCall
+from runner.kernels.types import GemmShape, KernelCall, expand
 from runner.planning.plan import plan_of, table_of
 from runner.scenario import Scenario
 from runner.schedule import Walk
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
@@ -59,8 +56,8 @@ class LibraryJit:
 
     loads_inside_calls = True
 
-    def __init__(self, wrapper: DeepGemmWrapper, library: ModuleType, scenario: Scenario) -> None:
-        self.wrapper, self._library, self._scenario = wrapper, library, scenario
+    def __init__(self, wrapper: DeepGemmWrapper, scenario: Scenario) -> None:
+        self.wrapper, self._scenario = wrapper, scenario
         self._loaded: set[Kernel] = set()
 
     def is_ready(self, call: KernelCall) -> bool:
@@ -78,7 +75,7 @@ class LibraryJit:
     def walk(self, walk: Walk) -> None:
         from runner.deep_gemm_wrapper.walker import walk_list
 
-        walk_list(self.wrapper, walk, self._library)
+        walk_list(self.wrapper, walk)
         self._loaded.update(table_of(self._scenario).kernel_ranges(walk.shape, expand(walk.steps)))
 
 

@@ -24,18 +24,14 @@ from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank import Rank
 from launch.rank_sink import RankSink, compiled_identity, split_loads
 from runner.backend.base import Backend
-from runner.backend.communicator import Communicator
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.kernel_store import KernelStore, NoKernels
-from runner.backend.math import Math
-from runner.backend.shapes import ShapeMath, ShapeWeights
 from runner.backend.sink import OpSink
+from runner.backend.step_runner import Communicator, KernelStore
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
-from runner.backend.weights import WeightSource
 from runner.config.environ import Environ, available_cores
 from runner.config.warmup import WarmupPolicy
-from runner.driver.model_runner import BufferSource, ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.run import run_rank
 from runner.driver.warmup import execution_hook
 from runner.planning.weight_size import model_elements
@@ -163,21 +159,21 @@ def build_runner(
 ) -> ModelRunner:
     """Build the rank's part of the model, with weights unless nothing is computed."""
     scenario, place, model = rank.scenario, rank.place, rank.scenario.model
-    math: Math = ShapeMath()
-    weights: WeightSource = ShapeWeights()
-    buffers: BufferSource = NoBuffers()
+    math: TorchMath | None = None
+    weights: TorchWeights | None = None
+    buffers: TorchBuffers | None = None
     if rank.compute == "real":
         math = TorchMath(rank.device, jit.entry_points)
         share = model_elements(model) > REAL_MATH_LIMIT
         weights = TorchWeights(rank.options.seed, rank.device, share=share)
         buffers = TorchBuffers(rank.device, model.vocab_size)
     backend = Backend(
-        math,
-        comm,
         sink,
         scenario.num_sms,
+        math,
+        comm,
+        kernels,
         bf16_fp32_algo=scenario.bf16_fp32_algo,
-        kernels=kernels or NoKernels(),
         hook=hook or ExecutionHook(),
     )
     return ModelRunner.build(

@@ -14,9 +14,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-from runner.backend.m_lists import MSteps
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall, MSteps
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from launch.gather import machine_facts
 from runner.build.compiler import find_nvcc
 from runner.config.environ import Environ
-from runner.deep_gemm_wrapper.calls import MAKERS
+from runner.deep_gemm_wrapper.calls import make_call
 from runner.deep_gemm_wrapper.configurer import import_deep_gemm
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.kernels.installed import find_library
@@ -78,7 +78,7 @@ def kernels() -> list[list[object]]:
         for sms in (132, 112) if kind is T.GEMM_NT_F8F8BF16 else (132,):
             copies = max(1, min(CALLS, int(COPIES_BYTES / (groups * n * k))))
             shape = GemmShape(kind, n, k, groups, sms)
-            calls = [MAKERS[kind](wrapper, shape, MS[-1]) for _ in range(copies)]
+            calls = [make_call(wrapper, shape, MS[-1]) for _ in range(copies)]
             for m in MS:
                 if kind is not T.GROUPED_GEMM_NT_F8F8BF16_CONTIG or m % 128 == 0:
                     with wrapper.configure_deep_gemm_num_sms(sms), torch.inference_mode():

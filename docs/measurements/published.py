@@ -23,7 +23,7 @@ from unittest import mock
 from rich.text import Text
 from runner.report.table import ReportTable, make_table
 
-from runner.backend.m_lists import relax_m_list
+from runner.backend.gemm_walks import relax_m_list
 from runner.cli import cli
 from runner.report.console import PIPED_WIDTH, make_console
 from runner.timeline import Timeline, read_timelines

@@ -1,134 +1,262 @@
-"""Steps of attention and of the hyper-connections around it."""
+"""Steps of attention, of the indexer, and of the hyper-connections around them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Generic, NamedTuple, TypeVar
 
-from runner.backend.announcer import Announcer
-from runner.backend.math import Tokens
-from runner.backend.pairs import causal_pairs, visible_entries
-from runner.config.model import Dsv3Config, Dsv4Config
+from runner.backend.forward_batch import Tokens
+from runner.backend.step_runner import StepRunner
+from runner.backend.tensor import Fp8Weight, Tensor, reshaped, spec
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
+from runner.kernels.types import DeepGemmKernelType as T
+
+C = TypeVar("C", bound=ModelConfig)
 
 
-class AttentionSteps(Announcer):
-    """Hyper-connections, DSV4 attention and MLA."""
+class LayerTokens(NamedTuple, Generic[C]):
+    """Tokens that an attention step works on, the layer whose cache they use, and the model."""
+
+    tokens: Tokens
+    layer: int
+    config: C
+
+
+class PoolWeights(NamedTuple):
+    """What pools a compressor's projections: ``ape`` [ratio, width] fp32, ``norm`` [head_dim]."""
+
+    ape: Tensor
+    norm: Tensor
+
+
+class AttentionSteps(StepRunner):
+    """Hyper-connections, DSV4 attention with its indexer, and MLA."""
+
+    # -- hyper-connections ------------------------------------------------------------------------
 
     def hc_pre(
-        self, x: Any, gemm: Any, base: Any, scale: Any, config: Dsv4Config
-    ) -> tuple[Any, Any, Any]:
-        """See :meth:`Math.hc_pre`."""
-        traffic = x.nbytes + x.nbytes // config.hc_mult
+        self,
+        x: Tensor,
+        gemm: tuple[Tensor, Tensor],
+        base: Tensor,
+        scale: Tensor,
+        config: Dsv4Config,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mix the copies into one input: ([T, H], post fp32 [T, M], comb fp32 [T, M, M])."""
+        tokens, copies = x.shape[0], config.hc_mult
         return self._compute(
-            "hc_pre", traffic, lambda: self.math.hc_pre(x, gemm, base, scale, config)
+            "hc_pre",
+            x.nbytes + x.nbytes // copies,
+            (
+                spec(tokens, x.shape[1] // copies),
+                spec(tokens, copies, dtype="fp32"),
+                spec(tokens, copies, copies, dtype="fp32"),
+            ),
+            lambda math: math.hc_pre(x, gemm, base, scale, config),
         )
 
-    def hc_post(self, y: Any, x: Any, post: Any, comb: Any) -> Any:
-        """See :meth:`Math.hc_post`."""
+    def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """New residual stream [T, M * H] from the sub-layer's output [T, H] and the old stream."""
         return self._compute(
-            "hc_post", 2 * x.nbytes + y.nbytes, lambda: self.math.hc_post(y, x, post, comb)
+            "hc_post", 2 * x.nbytes + y.nbytes, x, lambda math: math.hc_post(y, x, post, comb)
         )
 
-    def hc_head(self, x: Any, fn: Any, base: Any, scale: Any, config: Dsv4Config) -> Any:
-        """See :meth:`Math.hc_head`."""
-        traffic = x.nbytes + x.nbytes // config.hc_mult
+    def hc_head(
+        self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: Dsv4Config
+    ) -> Tensor:
+        """Collapse the residual stream at the end: [T, M * H] -> [T, H]."""
         return self._compute(
-            "hc_head", traffic, lambda: self.math.hc_head(x, fn, base, scale, config)
+            "hc_head",
+            x.nbytes + x.nbytes // config.hc_mult,
+            spec(x.shape[0], x.shape[1] // config.hc_mult),
+            lambda math: math.hc_head(x, fn, base, scale, config),
         )
 
-    def q_norm_rope(self, q: Any, tokens: Tokens, layer: int, config: Dsv4Config) -> Any:
-        """See :meth:`Math.q_norm_rope`."""
+    # -- DSV4 attention ---------------------------------------------------------------------------
+
+    def q_norm_rope(self, q: Tensor, at: LayerTokens[Dsv4Config]) -> Tensor:
+        """[T, h * D] -> [T, h, D], each head normed without weight, its last part rotated."""
+        dim = at.config.head_dim
         return self._compute(
-            "q_norm_rope", 2 * q.nbytes, lambda: self.math.q_norm_rope(q, tokens, layer, config)
+            "q_norm_rope",
+            2 * q.nbytes,
+            spec(q.shape[0], q.shape[1] // dim, dim),
+            lambda math: math.q_norm_rope(q, at),
         )
 
-    def store_kv(
-        self, kv: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv4Config
-    ) -> None:
-        """See :meth:`Math.store_kv`."""
-        self._compute(
-            "store_kv",
-            2 * kv.nbytes,
-            lambda: self.math.store_kv(kv, weight, tokens, layer, config),
-        )
+    def store_kv(self, kv: Tensor, weight: Tensor, at: LayerTokens[Dsv4Config]) -> None:
+        """Norm and rotate the shared key-value row [T, D] and put it into the cache."""
+        self._compute("store_kv", 2 * kv.nbytes, None, lambda math: math.store_kv(kv, weight, at))
 
-    def store_compressor(self, name: str, raw: Any, tokens: Tokens, layer: int) -> None:
-        """See :meth:`Math.store_compressor`."""
+    def store_compressor(self, name: str, raw: Tensor, at: LayerTokens[Dsv4Config]) -> None:
+        """Put a compressor's projections [T, N] fp32 into the cache."""
         self._compute(
             "store_compressor",
             2 * raw.nbytes,
-            lambda: self.math.store_compressor(name, raw, tokens, layer),
+            None,
+            lambda math: math.store_compressor(name, raw, at),
         )
 
-    def index_query(self, q: Any, tokens: Tokens, layer: int, config: Dsv4Config) -> Any:
-        """See :meth:`Math.index_query`."""
+    def index_query(self, q: Tensor, at: LayerTokens[Dsv4Config]) -> Tensor:
+        """Rotate the indexer's query: [T, heads * dim] -> [T, heads, dim]."""
         return self._compute(
-            "index_query", 2 * q.nbytes, lambda: self.math.index_query(q, tokens, layer, config)
+            "index_query",
+            2 * q.nbytes,
+            spec(q.shape[0], at.config.index_n_heads, at.config.index_head_dim),
+            lambda math: math.index_query(q, at),
         )
 
-    def top_entries(self, scores: Any, tokens: Tokens, config: Dsv4Config) -> Any:
-        """See :meth:`Math.top_entries`."""
+    def paged_mqa_metadata(self, tokens: Tokens) -> Tensor:
+        """Work split of the paged kernel over SMs for ratio-4 entries, once per forward."""
+        sms = self.gemm_sms
+        return self._kernel(
+            self._call(T.PAGED_MQA_LOGITS_METADATA, tokens.count, 1, 1, 1),
+            spec(sms + 1, 2, dtype="int32"),
+            lambda math: math.paged_mqa_metadata(tokens, sms),
+        )
+
+    def mqa_logits(
+        self,
+        q: Tensor,
+        weights: Tensor,
+        pool: PoolWeights,
+        at: LayerTokens[Dsv4Config],
+        metadata: Tensor | None,
+    ) -> Tensor:
+        """Index scores of each token against compressed entries: [T, entries] fp32.
+
+        Args:
+            q: [T, heads, dim].
+            weights: of the heads, [T, heads].
+            pool: weights of the index compressor.
+            at: the rank's own tokens.
+            metadata: of :meth:`paged_mqa_metadata`; None reads the keys without pages.
+        """
+        m, heads, dim = q.shape
+        self._quantise(q)
+        kind = T.FP8_MQA_LOGITS if metadata is None else T.FP8_PAGED_MQA_LOGITS
+        return self._kernel(
+            self._call(kind, m, heads, dim, 1),
+            spec(m, at.tokens.batch.compressed_entries(4), dtype="fp32"),
+            lambda math: math.mqa_logits(q, weights, pool, at, metadata),
+        )
+
+    def top_entries(self, scores: Tensor, at: LayerTokens[Dsv4Config]) -> Tensor:
+        """Which compressed entries each token attends to: [T, entries] bool."""
         return self._compute(
-            "top_entries", scores.nbytes, lambda: self.math.top_entries(scores, tokens, config)
+            "top_entries", scores.nbytes, scores, lambda math: math.top_entries(scores, at)
         )
 
     def attention(
         self,
-        q: Any,
-        selected: Any,
-        ape: Any,
-        norm: Any,
-        sink: Any,
-        tokens: Tokens,
-        layer: int,
-        config: Dsv4Config,
-    ) -> Any:
-        """See :meth:`Math.attention`."""
-        visible = visible_entries(tokens, config, layer)
+        q: Tensor,
+        selected: Tensor | None,
+        pool: PoolWeights | None,
+        sink: Tensor,
+        at: LayerTokens[Dsv4Config],
+    ) -> Tensor:
+        """Window and compressed attention with sink, output rotated back: [T, h, D]."""
+        visible = visible_entries(at)
         _, heads, dim = q.shape
         return self._compute(
             "attention",
             2 * q.nbytes + 2 * visible * dim,
-            lambda: self.math.attention(q, selected, ape, norm, sink, tokens, layer, config),
+            q,
+            lambda math: math.attention(q, selected, pool, sink, at),
             flops=4 * visible * heads * dim,
         )
 
-    def group_heads(self, x: Any, groups: int) -> Any:
-        """A view; no operation."""
-        return self.math.group_heads(x, groups)
+    # -- DSV3 attention ---------------------------------------------------------------------------
 
-    def flatten_heads(self, x: Any) -> Any:
-        """A view; no operation."""
-        return self.math.flatten_heads(x)
+    def mla_absorbed(self, weight: Fp8Weight, config: Dsv3Config) -> tuple[Tensor, Tensor]:
+        """From FP8 kv_b_proj: bf16 ([h, nope, kv_lora], [h, v, kv_lora]) for absorbed decode.
 
-    def mla_store(
-        self, latent: Any, weight: Any, tokens: Tokens, layer: int, config: Dsv3Config
-    ) -> Any:
-        """See :meth:`Math.mla_store`."""
+        Weights are made before a run, so this is no operation.
+        """
+        nope, v_dim = config.qk_nope_head_dim, config.v_head_dim
+        heads = weight.n // (nope + v_dim)
+        return self._without_operation(
+            (spec(heads, nope, weight.k), spec(heads, v_dim, weight.k)),
+            lambda math: math.mla_absorbed(weight, config),
+        )
+
+    def mla_store(self, latent: Tensor, weight: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
+        """Norm the latent, rotate its rope part, cache both; returns the normed latent."""
         return self._compute(
             "mla_store",
             2 * latent.nbytes,
-            lambda: self.math.mla_store(latent, weight, tokens, layer, config),
+            reshaped(latent, latent.shape[0], at.config.kv_lora_rank),
+            lambda math: math.mla_store(latent, weight, at),
         )
 
-    def mla_extend(self, q: Any, kv: Any, tokens: Tokens, layer: int, config: Dsv3Config) -> Any:
-        """See :meth:`Math.mla_extend`."""
-        pairs = causal_pairs(tokens)
+    def mla_extend(self, q: Tensor, kv: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
+        """Multi-head attention over the batch's own tokens: [T, h * v_head_dim]."""
+        config = at.config
+        heads = q.shape[1] // (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return self._compute(
             "mla_extend",
             q.nbytes + kv.nbytes,
-            lambda: self.math.mla_extend(q, kv, tokens, layer, config),
-            flops=4 * pairs * q.shape[1],
+            spec(q.shape[0], heads * config.v_head_dim),
+            lambda math: math.mla_extend(q, kv, at),
+            flops=4 * causal_pairs(at.tokens) * q.shape[1],
         )
 
     def mla_decode(
-        self, q: Any, w_kc: Any, w_vc: Any, tokens: Tokens, layer: int, config: Dsv3Config
-    ) -> Any:
-        """See :meth:`Math.mla_decode`."""
-        pairs = causal_pairs(tokens)
-        heads = w_kc.shape[0]
+        self, q: Tensor, absorbed: tuple[Tensor, Tensor], at: LayerTokens[Dsv3Config]
+    ) -> Tensor:
+        """Attention over cached latents by absorbed weights: [T, h * v_head_dim]."""
+        w_kc, w_vc = absorbed
+        pairs, heads, rank = causal_pairs(at.tokens), w_kc.shape[0], at.config.kv_lora_rank
         return self._compute(
             "mla_decode",
-            q.nbytes + w_kc.nbytes + w_vc.nbytes + 2 * pairs * config.kv_lora_rank,
-            lambda: self.math.mla_decode(q, w_kc, w_vc, tokens, layer, config),
-            flops=4 * pairs * heads * config.kv_lora_rank,
+            q.nbytes + w_kc.nbytes + w_vc.nbytes + 2 * pairs * rank,
+            spec(q.shape[0], heads * at.config.v_head_dim),
+            lambda math: math.mla_decode(q, absorbed, at),
+            flops=4 * pairs * heads * rank,
         )
+
+
+# -- how many (query, key) pairs attention works on -----------------------------------------------
+
+
+def causal_pairs(tokens: Tokens) -> int:
+    """(query, key) pairs under full causal attention."""
+    return sum(count * (position + 1) for position, count in _positions(tokens))
+
+
+def visible_entries(at: LayerTokens[Dsv4Config]) -> int:
+    """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
+    tokens, layer, config = at
+    return _count_visible(
+        _positions(tokens), config.compress_ratio(layer), config.sliding_window, config.index_topk
+    )
+
+
+@lru_cache(maxsize=256)
+def _count_visible(
+    positions: tuple[tuple[int, int], ...], ratio: int, window: int, top_k: int
+) -> int:
+    total = 0
+    for position, count in positions:
+        visible = min(position + 1, window)
+        if ratio:
+            entries = (position + 1) // ratio
+            visible += min(entries, top_k) if ratio == 4 else entries
+        total += count * visible
+    return total
+
+
+def _positions(tokens: Tokens) -> tuple[tuple[int, int], ...]:
+    """(position, number of tokens there) over the rank's tokens."""
+    batch = tokens.batch
+    return _count_positions(batch.seq_lens, batch.extend_seq_lens, tokens.start, tokens.stop)
+
+
+@lru_cache(maxsize=64)
+def _count_positions(
+    seq_lens: tuple[int, ...], new_lens: tuple[int, ...], start: int, stop: int
+) -> tuple[tuple[int, int], ...]:
+    each = (range(length - new, length) for length, new in zip(seq_lens, new_lens, strict=True))
+    return tuple(Counter(islice(chain.from_iterable(each), start, stop)).items())

@@ -1,76 +1,83 @@
 """``Backend``: what the model's forward is written against.
 
-Each method is one step of the forward. It announces the step's operations, with shapes taken from
-the tensors at hand, to a sink, and leaves the work to a ``Math``; communication goes to a
-``Communicator``. The same class serves the record backend and the torch backend, so the two
-cannot differ in what they call, only in how.
+Each method is one step of the forward. It says in one place which operation the step is, which
+shape its result has, and what computes it. The same class records a Schedule on shapes and runs
+torch, so the two cannot differ in what they call.
+
+Shapes: T new tokens, H hidden size, M copies of the residual stream (hyper-connections), h local
+attention heads, D head dimension, E local experts, k experts per token. Element types are bf16
+unless said otherwise.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
-
-from runner.backend.announcer import bf16_bytes
 from runner.backend.attention_steps import AttentionSteps
 from runner.backend.communication import Communication
 from runner.backend.expert_steps import ExpertSteps
-from runner.backend.kernel_steps import KernelSteps
-from runner.backend.math import Tokens
+from runner.backend.forward_batch import Tokens
+from runner.backend.gemm_steps import GemmSteps
+from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
 
 
-class Backend(KernelSteps, AttentionSteps, ExpertSteps, Communication):
-    """One rank's interpreter of the forward; see :class:`Announcer` for what it is made of."""
+class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
+    """One rank's interpreter of the forward; see :class:`StepRunner` for its fields."""
 
-    def embed(self, tokens: Tokens, weight: Any, first_row: int, hidden: int) -> Any:
-        """See :meth:`Math.embed`."""
+    def embed(self, tokens: Tokens, weight: Tensor, first_row: int) -> Tensor:
+        """Rows of a vocabulary shard that starts at ``first_row``, zero elsewhere: [T, H]."""
+        hidden = weight.shape[1]
         return self._compute(
-            "embed", 4 * tokens.count * hidden, lambda: self.math.embed(tokens, weight, first_row)
+            "embed",
+            4 * tokens.count * hidden,
+            spec(tokens.count, hidden),
+            lambda math: math.embed(tokens, weight, first_row),
         )
 
-    def repeat(self, x: Any, copies: int) -> Any:
-        """See :meth:`Math.repeat`."""
-        return self._compute("repeat", (1 + copies) * x.nbytes, lambda: self.math.repeat(x, copies))
-
-    def rows(self, x: Any, start: int, stop: int) -> Any:
-        """A view of some rows; no operation."""
-        return self.math.rows(x, start, stop)
-
-    def padded(self, x: Any, rows: int) -> Any:
-        """See :meth:`Math.padded`; no operation."""
-        return x if x.shape[0] == rows else self.math.padded(x, rows)
-
-    def joined(self, *parts: Any) -> Any:
-        """See :meth:`Math.joined`."""
-        traffic = 2 * sum(bf16_bytes(part) for part in parts)
-        return self._compute("join", traffic, lambda: self.math.joined(parts))
-
-    def columns(self, x: Any, *sizes: int) -> list[Any]:
-        """Cut [T, sum(sizes)] into pieces of the given widths; no operation."""
-        edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [self.math.columns(x, a, b) for a, b in pairwise(edges)]
-
-    def last_tokens(self, x: Any, tokens: Tokens) -> Any:
-        """See :meth:`Math.last_tokens`."""
-        return self.math.last_tokens(x, tokens.batch)
-
-    def argmax(self, logits: Any) -> Any:
-        """See :meth:`Math.argmax`."""
-        return self._compute("argmax", logits.nbytes, lambda: self.math.argmax(logits))
-
-    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
-        """See :meth:`Math.rms_norm`."""
-        return self._compute("rms_norm", 2 * x.nbytes, lambda: self.math.rms_norm(x, weight, eps))
-
-    def add(self, x: Any, y: Any) -> Any:
-        """See :meth:`Math.add`."""
-        return self._compute("add", 3 * bf16_bytes(x), lambda: self.math.add(x, y))
-
-    def linear(self, x: Any, weight: Any) -> Any:
-        """See :meth:`Math.linear`."""
-        m, k = x.shape
-        n = weight.shape[0]
-        traffic = 2 * (m * k + n * k + m * n)
+    def repeat(self, x: Tensor, copies: int) -> Tensor:
+        """[T, H] -> [T, copies * H]."""
         return self._compute(
-            "linear", traffic, lambda: self.math.linear(x, weight), flops=2 * m * n * k
+            "repeat",
+            (1 + copies) * x.nbytes,
+            reshaped(x, x.shape[0], copies * x.shape[1]),
+            lambda math: x.repeat(1, copies),
         )
+
+    def padded(self, x: Tensor, rows: int) -> Tensor:
+        """[T, ...] -> [rows, ...]: rows of zeros added, or rows cut off, at the end."""
+        if x.shape[0] == rows:
+            return x
+        shape = reshaped(x, rows, *x.shape[1:])
+        return self._without_operation(shape, lambda math: math.padded(x, rows))
+
+    def joined(self, *parts: Tensor) -> Tensor:
+        """Rows one after the other."""
+        rows = sum(part.shape[0] for part in parts)
+        return self._compute(
+            "join",
+            2 * sum(bf16_bytes(part) for part in parts),
+            reshaped(parts[0], rows, *parts[0].shape[1:]),
+            lambda math: math.joined(parts),
+        )
+
+    def last_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """The last new token of each sequence: [T, N] -> [sequences, N]; no operation."""
+        shape = reshaped(x, tokens.batch.batch_size, x.shape[1])
+        return self._without_operation(shape, lambda math: math.last_tokens(x, tokens.batch))
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Greedy sampling: [sequences, vocab] -> [sequences] int64."""
+        return self._compute(
+            "argmax",
+            logits.nbytes,
+            spec(logits.shape[0], dtype="int64"),
+            lambda math: logits.argmax(-1),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Root-mean-square norm over the last dimension."""
+        return self._compute(
+            "rms_norm", 2 * x.nbytes, x, lambda math: math.rms_norm(x, weight, eps)
+        )
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of two tensors of one shape."""
+        return self._compute("add", 3 * bf16_bytes(x), x, lambda math: x + y)

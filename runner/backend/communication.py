@@ -1,78 +1,101 @@
-"""Steps that communicate."""
+"""Steps that communicate: collectives, awaited at once or later, and messages between stages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-from runner.backend.announcer import Announcer, bf16_bytes
+from runner.backend.step_runner import StepRunner
+from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
 from runner.schedule import Await, Begin, Collective, Recv, Send
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A collective under way: its name, and what the communicator keeps of it."""
+    """A collective under way: its name, its result's shape, and the communicator's handle."""
 
     name: str
-    handle: Any
+    shape: Tensor
+    handle: object
 
 
-class Communication(Announcer):
-    """Collectives, awaited at once or begun, and messages between stages."""
+class Communication(StepRunner):
+    """Communication among world ranks; a collective in a group of one is nothing at all."""
 
-    def all_reduce(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
-        """Sum over ``group``; nothing happens in a group of one."""
-        if len(group) == 1:
-            return x
-        op = Collective(f"all_reduce {name}", group, x.nbytes)
-        return self.sink.run(op, lambda: self.comm.all_reduce(x, group))
+    def all_reduce(self, name: str, x: Tensor, group: tuple[int, ...]) -> Tensor:
+        """Sum [T, H] over ``group``.
 
-    def sum_hidden(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
-        """Sum partial results [T, H] over ``group`` into hidden states, bf16 on the wire.
-
-        The CPU reference really moves wider partial sums; the operation is the real model's.
+        The operation counts bf16, as on a GPU; a CPU really moves wider partial sums.
         """
-        if len(group) > 1:
-            op = Collective(f"all_reduce {name}", group, bf16_bytes(x))
-            x = self.sink.run(op, lambda: self.comm.all_reduce(x, group))
-        return self.math.round_hidden(x)
-
-    def all_gather(self, name: str, x: Any, group: tuple[int, ...], dim: int) -> Any:
-        """Concatenate over ``group`` along ``dim``; nothing happens in a group of one."""
         if len(group) == 1:
             return x
-        op = Collective(f"all_gather {name}", group, x.nbytes)
-        return self.sink.run(op, lambda: self.comm.all_gather(x, group, dim))
+        op = Collective(f"all_reduce {name}", group, bf16_bytes(x))
+        return self._communicate(op, x, lambda comm: comm.all_reduce(x, group))
 
-    def reduce_scatter(self, name: str, x: Any, group: tuple[int, ...]) -> Any:
-        """Sum partial results [T, H] over ``group``; each rank keeps its block of the rows."""
+    def all_gather(self, name: str, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
+        """Concatenate over ``group`` along ``dim``."""
+        if len(group) == 1:
+            return x
+        sizes = list(x.shape)
+        sizes[dim] *= len(group)
+        op = Collective(f"all_gather {name}", group, x.nbytes)
+        return self._communicate(
+            op, reshaped(x, *sizes), lambda comm: comm.all_gather(x, group, dim)
+        )
+
+    def reduce_scatter(self, name: str, x: Tensor, group: tuple[int, ...]) -> Tensor:
+        """Sum [T, H] over ``group``; each rank keeps its block of the rows."""
         op = Collective(f"reduce_scatter {name}", group, bf16_bytes(x))
-        return self.sink.run(op, lambda: self.comm.end(self.comm.begin("reduce_scatter", x, group)))
+        return self._communicate(
+            op,
+            _result_shape("reduce_scatter", x, len(group)),
+            lambda comm: comm.end(comm.begin("reduce_scatter", x, group)),
+        )
 
     def begin(
-        self, kind: str, name: str, x: Any, group: tuple[int, ...], *, width: int = 2
+        self, kind: str, name: str, x: Tensor, group: tuple[int, ...], *, width: int = 2
     ) -> Begun:
-        """Start a collective that goes on beside what follows; see :meth:`Communicator.begin`.
+        """Start a collective that runs while other operations do.
 
         Args:
-            kind: of the collective.
-            name: what is moved; no two that are under way have one.
-            x: what a rank gives.
+            kind: of the collective; see :meth:`Communicator.begin`.
+            name: what is moved; no two that are under way share a name.
+            x: this rank's input.
             group: world ranks.
             width: bytes of an element on the wire; the CPU reference may really move more.
         """
-        op = Begin(f"{kind} {name}", group, width * int(prod(x.shape)))
-        return Begun(op.name, self.sink.run(op, lambda: self.comm.begin(kind, x, group)))
+        op = Begin(f"{kind} {name}", group, width * prod(x.shape))
+        comm = self.comm
+        handle = self.sink.run(op, lambda: None if comm is None else comm.begin(kind, x, group))
+        return Begun(op.name, _result_shape(kind, x, len(group)), handle)
 
-    def finish(self, begun: Begun) -> Any:
+    def finish(self, begun: Begun) -> Tensor:
         """Wait for a collective and take its result."""
-        return self.sink.run(Await(begun.name), lambda: self.comm.end(begun.handle))
+        return self._communicate(
+            Await(begun.name), begun.shape, lambda comm: comm.end(begun.handle)
+        )
 
-    def send(self, name: str, x: Any, peer: int) -> None:
+    def send(self, name: str, x: Tensor, peer: int) -> None:
         """Send to a world rank."""
-        self.sink.run(Send(name, peer, x.nbytes), lambda: self.comm.send(x, peer))
+        comm = self.comm
+        self.sink.run(
+            Send(name, peer, x.nbytes), lambda: None if comm is None else comm.send(x, peer)
+        )
 
-    def recv(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int, peer: int) -> Any:
-        """Receive from a world rank; blocks until it is there."""
-        return self.sink.run(Recv(name, peer, nbytes), lambda: self.comm.recv(shape, dtype, peer))
+    def recv(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int, peer: int) -> Tensor:
+        """Receive from a world rank; blocks until the tensor is there."""
+        return self._communicate(
+            Recv(name, peer, nbytes),
+            spec(*shape, dtype=dtype),
+            lambda comm: comm.recv(shape, dtype, peer),
+        )
+
+
+def _result_shape(kind: str, x: Tensor, ranks: int) -> Tensor:
+    """Shape of a begun collective's result."""
+    rows, *rest = x.shape
+    if kind == "all_gather":
+        rows *= ranks
+    elif kind == "reduce_scatter":
+        rows //= ranks
+    return reshaped(x, rows, *rest)

@@ -1,34 +1,84 @@
-"""Steps of the mixture of experts."""
+"""Steps of the mixture of experts: choosing experts, and laying tokens out for them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-from runner.backend.announcer import Announcer, bf16_bytes
-from runner.backend.math import Dispatched, Routing, Tokens
-from runner.backend.token_to_m import contiguous_rows, masked_bytes, masked_expected_m, masked_rows
+from runner.backend.forward_batch import Tokens
+from runner.backend.step_runner import StepRunner
+from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
+from runner.backend.token_to_m import (
+    MASKED_BUDGET,
+    contiguous_rows,
+    masked_bytes,
+    masked_expected_m,
+    masked_rows,
+)
 from runner.config.model import MoeConfig
 
 
-class ExpertSteps(Announcer):
-    """Choosing experts, and laying tokens out for them."""
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Result of expert selection: ``weights`` [T, k] fp32 and expert ``ids`` [T, k] int64."""
 
-    def top_k(self, logits: Any, bias: Any, config: MoeConfig) -> Routing:
-        """See :meth:`Math.top_k`."""
-        return self._compute("top_k", logits.nbytes, lambda: self.math.top_k(logits, bias, config))
+    weights: Tensor
+    ids: Tensor
 
-    def hash_top_k(self, logits: Any, table: Any, tokens: Tokens, config: MoeConfig) -> Routing:
-        """See :meth:`Math.hash_top_k`."""
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Tokens laid out for a grouped GEMM, and the way back.
+
+    Attributes:
+        x: [rows, H], or [E, rows, H] in the masked layout.
+        groups: expert of each row, -1 for padding [rows] int32; masked: rows in use [E] int32.
+        slots: flat row of each (token, choice), -1 where the expert is not local: [T * k] int64.
+        expected_m: M that the GEMM's configuration is chosen by.
+    """
+
+    x: Tensor
+    groups: Tensor
+    slots: Tensor
+    expected_m: int
+
+
+class ExpertSteps(StepRunner):
+    """Selecting experts, dispatching tokens to them, and combining their outputs."""
+
+    def top_k(self, logits: Tensor, bias: Tensor, config: MoeConfig) -> Routing:
+        """Experts of the highest biased scores, from gate logits [T, experts] fp32."""
+        shape = _routing_shape(logits.shape[0], config.num_experts_per_tok)
+        return self._compute(
+            "top_k", logits.nbytes, shape, lambda math: math.top_k(logits, bias, config)
+        )
+
+    def hash_top_k(
+        self, logits: Tensor, table: Tensor, tokens: Tokens, config: MoeConfig
+    ) -> Routing:
+        """Experts looked up by token id in ``table`` [vocab, k] int64, weighted by the gate."""
+        shape = _routing_shape(logits.shape[0], config.num_experts_per_tok)
         return self._compute(
             "hash_top_k",
             logits.nbytes,
-            lambda: self.math.hash_top_k(logits, table, tokens, config),
+            shape,
+            lambda math: math.hash_top_k(logits, table, tokens, config),
         )
+
+    def pack_routing(self, routing: Routing, tokens: int) -> Tensor:
+        """Weights and ids side by side, [T, 2k] fp32; rows from ``tokens`` on choose no expert."""
+        rows, choices = routing.ids.shape
+        shape = spec(rows, 2 * choices, dtype="fp32")
+        return self._without_operation(shape, lambda math: math.pack_routing(routing, tokens))
+
+    def unpack_routing(self, packed: Tensor) -> Routing:
+        """The inverse of :meth:`pack_routing`."""
+        shape = _routing_shape(packed.shape[0], packed.shape[1] // 2)
+        return self._without_operation(shape, lambda math: math.unpack_routing(packed))
 
     def dispatch(
         self,
-        x: Any,
+        x: Tensor,
         routing: Routing,
         experts: tuple[int, int],
         config: MoeConfig,
@@ -36,49 +86,84 @@ class ExpertSteps(Announcer):
         *,
         decode: bool,
     ) -> Dispatched:
-        """Lay tokens out by local expert: masked in DECODE within the budget, else contiguous."""
+        """Lay tokens out by local expert.
+
+        DECODE uses the masked layout where its buffers fit :data:`MASKED_BUDGET`, as SGLang's
+        automatic choice does with a share of free memory; all else is contiguous.
+
+        Args:
+            x: [T, H].
+            routing: experts of each token.
+            experts: first local expert, and the one behind the last.
+            config: the mixture.
+            intermediate: width of an expert on this rank.
+            decode: whether this is a DECODE forward.
+        """
         tokens, hidden = x.shape
         local = experts[1] - experts[0]
-        rows = masked_rows(tokens)
-        fits = masked_bytes(local, rows, hidden, intermediate) <= self.masked_budget
         choices = tokens * config.num_experts_per_tok
-        if decode and fits:
+        slots = spec(prod(routing.ids.shape), dtype="int64")
+        nbytes, rows = 4 * choices * hidden, masked_rows(tokens)
+        if decode and masked_bytes(local, rows, hidden, intermediate) <= MASKED_BUDGET:
             expected_m = masked_expected_m(choices, config.n_routed_experts)
+            grid, used = spec(local, rows, hidden), spec(local, dtype="int32")
             return self._compute(
                 "dispatch_masked",
-                2 * choices * hidden * 2,
-                lambda: self.math.dispatch_masked(x, routing, experts, rows, expected_m),
+                nbytes,
+                Dispatched(grid, used, slots, expected_m),
+                lambda math: math.dispatch_masked(x, routing.ids, experts, rows, expected_m),
             )
-        rows = contiguous_rows(choices, local)
+        most = contiguous_rows(choices, local)
         return self._compute(
             "dispatch_contiguous",
-            2 * choices * hidden * 2,
-            lambda: self.math.dispatch_contiguous(x, routing, experts, rows),
+            nbytes,
+            Dispatched(spec(most, hidden), spec(most, dtype="int32"), slots, most),
+            lambda math: math.dispatch_contiguous(x, routing.ids, experts, most),
         )
 
-    def block_for_each(self, x: Any, routing: Routing, ranks: int, per_rank: int) -> Any:
-        """See :meth:`Math.block_for_each`."""
-        traffic = (1 + ranks) * bf16_bytes(x)
+    def block_for_each(self, x: Tensor, routing: Routing, ranks: int, per_rank: int) -> Tensor:
+        """A block of rows for each of ``ranks`` ranks: [T, H] -> [ranks * T, H].
+
+        A block holds the tokens that chose one of the rank's ``per_rank`` experts; the others' rows
+        are zero.
+        """
         return self._compute(
-            "block_for_each", traffic, lambda: self.math.block_for_each(x, routing, ranks, per_rank)
+            "block_for_each",
+            (1 + ranks) * bf16_bytes(x),
+            reshaped(x, ranks * x.shape[0], x.shape[1]),
+            lambda math: math.block_for_each(x, routing.ids, ranks, per_rank),
         )
 
-    def sum_blocks(self, x: Any, blocks: int) -> Any:
-        """See :meth:`Math.sum_blocks`."""
-        traffic = bf16_bytes(x) * (1 + blocks) // blocks
-        return self._compute("sum_blocks", traffic, lambda: self.math.sum_blocks(x, blocks))
-
-    def silu_and_mul(self, x: Any, limit: float) -> Any:
-        """See :meth:`Math.silu_and_mul`."""
+    def sum_blocks(self, x: Tensor, blocks: int) -> Tensor:
+        """Sum of equal blocks of rows: [blocks * T, H] -> [T, H]."""
         return self._compute(
-            "silu_and_mul", x.nbytes + x.nbytes // 2, lambda: self.math.silu_and_mul(x, limit)
+            "sum_blocks",
+            bf16_bytes(x) * (1 + blocks) // blocks,
+            reshaped(x, x.shape[0] // blocks, x.shape[1]),
+            lambda math: math.sum_blocks(x, blocks),
         )
 
-    def combine(self, y: Any, dispatched: Dispatched, routing: Routing, factor: float) -> Any:
-        """See :meth:`Math.combine`."""
-        choices = prod(routing.ids.shape)
+    def silu_and_mul(self, x: Tensor, limit: float) -> Tensor:
+        """[..., 2 * N] -> [..., N]: silu(first half) * second half, clamped where limit > 0."""
+        return self._compute(
+            "silu_and_mul",
+            x.nbytes + x.nbytes // 2,
+            reshaped(x, *x.shape[:-1], x.shape[-1] // 2),
+            lambda math: math.silu_and_mul(x, limit),
+        )
+
+    def combine_expert_outputs(
+        self, y: Tensor, dispatched: Dispatched, routing: Routing, factor: float
+    ) -> Tensor:
+        """Weighted sum of each token's expert outputs, times ``factor``: [T, H]."""
+        tokens, hidden = routing.ids.shape[0], y.shape[-1]
         return self._compute(
             "combine",
-            2 * choices * y.shape[-1],
-            lambda: self.math.combine(y, dispatched.slots, routing, factor),
+            2 * prod(routing.ids.shape) * hidden,
+            spec(tokens, hidden),
+            lambda math: math.combine_expert_outputs(y, dispatched.slots, routing, factor),
         )
+
+
+def _routing_shape(tokens: int, choices: int) -> Routing:
+    return Routing(spec(tokens, choices, dtype="fp32"), spec(tokens, choices, dtype="int64"))

@@ -1,4 +1,4 @@
-"""What one forward works on: the mode, the batch and the tensors between pipeline stages."""
+"""What one forward works on: the mode, the batch, its tokens, and the tensors between stages."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
+from runner.backend.tensor import Tensor
 from runner.errors import UserError
+
+if TYPE_CHECKING:
+    from runner.backend.torch_cache import KVCache
 
 
 class ForwardMode(Enum):
@@ -31,16 +36,15 @@ class ForwardBatch:
         mode: EXTEND processes ``extend_seq_lens[i]`` new tokens of each sequence, DECODE one.
         seq_lens: length of each sequence after this forward, in tokens.
         extend_seq_lens: new tokens of each sequence; all 1 in DECODE.
-        input_ids: token ids, one per new token, sequence after sequence; None means that a
-            backend without math needs none.
-        cache: the backend's key-value cache for these sequences; None as above.
+        input_ids: token ids, one per new token, sequence after sequence; a recording has none.
+        cache: key-value cache of these sequences; a recording has none.
     """
 
     mode: ForwardMode
     seq_lens: tuple[int, ...]
     extend_seq_lens: tuple[int, ...]
     input_ids: tuple[int, ...] | None = None
-    cache: Any = None
+    cache: KVCache | None = None
 
     def __post_init__(self) -> None:
         if len(self.seq_lens) != len(self.extend_seq_lens):
@@ -53,7 +57,11 @@ class ForwardBatch:
 
     @classmethod
     def extend(
-        cls, lengths: Sequence[int], *, input_ids: Sequence[int] | None = None, cache: Any = None
+        cls,
+        lengths: Sequence[int],
+        *,
+        input_ids: Sequence[int] | None = None,
+        cache: KVCache | None = None,
     ) -> ForwardBatch:
         """New prompts of the given lengths, without a cached prefix."""
         ids = None if input_ids is None else tuple(input_ids)
@@ -61,22 +69,41 @@ class ForwardBatch:
 
     @classmethod
     def decode(
-        cls, seq_lens: Sequence[int], *, input_ids: Sequence[int] | None = None, cache: Any = None
+        cls,
+        seq_lens: Sequence[int],
+        *,
+        input_ids: Sequence[int] | None = None,
+        cache: KVCache | None = None,
     ) -> ForwardBatch:
         """One more token of each sequence; ``seq_lens`` count that token."""
         ids = None if input_ids is None else tuple(input_ids)
         return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
 
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(self.seq_lens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of new tokens over all sequences."""
+        return sum(self.extend_seq_lens)
+
+    @property
+    def tokens(self) -> Tokens:
+        """All new tokens."""
+        return Tokens(self, 0, self.num_tokens)
+
     @cached_property
     def halves(self) -> tuple[ForwardBatch, ForwardBatch] | None:
-        """Two batches of about as many tokens, cut between sequences; None of fewer than two.
+        """Two batches of about as many tokens, cut between sequences; None for one sequence.
 
-        DECODE is cut in the middle, the second half the larger, as SGLang cuts it. They are the
-        same ones each time, so that what their cache keeps for them is kept.
+        DECODE is cut in the middle, the second half the larger, as SGLang cuts it. Every call
+        returns the same objects, so their cache keeps what it has made for them.
         """
         if self.batch_size < 2:
             return None
-        cut = _middle(self.extend_seq_lens)
+        cut = _most_even_cut(self.extend_seq_lens)
         return self._part(0, cut), self._part(cut, self.batch_size)
 
     def _part(self, first: int, last: int) -> ForwardBatch:
@@ -89,26 +116,29 @@ class ForwardBatch:
             None if self.cache is None else self.cache.part(first, last),
         )
 
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences."""
-        return len(self.seq_lens)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of new tokens over all sequences."""
-        return sum(self.extend_seq_lens)
+    def compressed_entries(self, ratio: int) -> int:
+        """Compressed entries of the longest sequence; at least one, as pages are never empty."""
+        return max(1, max(self.seq_lens) // ratio)
 
 
-def _middle(lens: Sequence[int]) -> int:
+def _most_even_cut(lens: Sequence[int]) -> int:
     """The cut, at least 1 on either side, whose parts differ least; the first of several."""
-    total, before, best, least = sum(lens), 0, 1, None
-    for cut in range(1, len(lens)):
-        before += lens[cut - 1]
-        off = abs(total - 2 * before)
-        if least is None or off < least:
-            best, least = cut, off
-    return best
+    total, sums = sum(lens), list(accumulate(lens))
+    return min(range(1, len(lens)), key=lambda cut: abs(total - 2 * sums[cut - 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The new tokens a rank works on: positions ``start`` to ``stop`` of the batch's token list."""
+
+    batch: ForwardBatch
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -119,10 +149,7 @@ class PPProxyTensors:
     ``residual``, each [tokens, hidden] bf16.
     """
 
-    tensors: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.tensors[name]
+    tensors: dict[str, Tensor]
 
 
 def proxy_widths(hidden_size: int, hc_mult: int) -> dict[str, int]:

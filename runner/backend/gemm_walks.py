@@ -1,99 +1,75 @@
-"""Walks over M lists: upstream's execution hook, and what it walks before a GEMM's first call.
+"""Walks: calls of a GEMM with every M of a list, made before it is first used.
 
-Source: SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py``. The hook sits where both interpreters
-pass, so that a recorded Schedule holds the walks that a real run makes.
+Sources: SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py`` (execution hook, full and fast lists,
+memory); vLLM ``model_executor/warmup/deep_gemm_warmup.py`` (relax). The hook runs in recordings and
+real runs alike, so a recorded Schedule holds the walks that a real run makes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf
 
-from runner.backend.m_lists import multiples_of, relax_m_list, steps_of
 from runner.backend.token_to_m import hc_num_splits
-from runner.backend.walk_memory import GIB, walk_bytes
-from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
-from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
+from runner.config.model import FP8_BLOCK
+from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, align, ceil_div
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall, steps_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import Walk
 
-HOOKED_TYPES = frozenset(
-    {
-        T.GEMM_NT_F8F8BF16,
-        T.GROUPED_GEMM_NT_F8F8BF16_CONTIG,
-        T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
-        T.GEMM_NT_BF16BF16F32,
-        T.GROUPED_GEMM_NT_BF16_CONTIG,
-        T.GROUPED_GEMM_NT_BF16_MASKED,
-        T.TF32_HC_PRENORM_GEMM,
-    }
-)
-"""Types that SGLang's warm-ups walk; einsum, logits and metadata compile at first use."""
+GIB = 1 << 30
 
+_DEFAULT_MAX = 16384
+_UNLIMITED_MAX = 65536
+_HARD_MAX = 131072
+_FAST_DENSE_UP_TO = 1024
+_FAST_MAX = 32768
+_RELAX_BLOCK_MS = (64, 128, 256)
+_RELAX_WAVES = 10
 _LEAST_HALVED = 2048
 
+# -- lists of M -----------------------------------------------------------------------------------
 
-@dataclass
-class ExecutionHook:
-    """Tells what to walk before a call: the whole M list, at a key's first call with M > 0.
 
-    A key is (type, n, k, num_groups), as upstream keys it. Contiguous GEMMs are walked only with
-    multiples of their alignment. The hyper-connection GEMM's kernel follows from its number of
-    splits, so its first call walks one M for each number that M up to the list's end ask for.
+def full_m_list(chunked_prefill_size: int) -> range:
+    """Every M of SGLang's full list; a size below 1 means that prefill is not chunked."""
+    if chunked_prefill_size < 1:
+        last = _UNLIMITED_MAX
+    elif chunked_prefill_size > _DEFAULT_MAX // 2:
+        last = min(2 * chunked_prefill_size, _HARD_MAX)
+    else:
+        last = _DEFAULT_MAX
+    return range(1, last + 1)
 
-    Attributes:
-        m_list: M to walk, None where nothing is walked.
-        leads: whether this is the first rank of its node; the others walk nothing.
-        budget: bytes of GPU memory that a walk may take, asked before each walk.
-        warn: told where the list is cut short for lack of memory.
+
+def fast_m_list(chunked_prefill_size: int) -> tuple[int, ...]:
+    """Every M up to 1024, then steps that double each octave, and the largest prefill.
+
+    As upstream, the octave that holds the largest prefill is sampled to its end.
     """
-
-    m_list: Sequence[int] | None = None
-    leads: bool = True
-    budget: Callable[[], float] = lambda: inf
-    warn: Callable[[str], None] = lambda line: None
-    _seen: set[tuple[T, int, int, int]] = field(default_factory=set, repr=False)
-
-    def before(self, call: KernelCall) -> tuple[Walk, ...]:
-        """Walks to make before ``call``; empty but for a key's first call on a leading rank."""
-        if self.m_list is None or not self.leads or call.type not in HOOKED_TYPES or call.m < 1:
-            return ()
-        splits = call.type is T.TF32_HC_PRENORM_GEMM
-        key = (call.type, call.n, call.k, 0 if splits else call.num_groups)
-        if key in self._seen:
-            return ()
-        self._seen.add(key)
-        if splits:
-            return tuple(_split_walks(call, self.m_list[-1]))
-        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-        ms = fitted(shape, walk_list(shape, self.m_list), self.budget(), self.warn)
-        return (Walk(shape, steps_of(ms)),) if ms else ()
+    limited = chunked_prefill_size >= 1
+    largest = min(chunked_prefill_size, _FAST_MAX) if limited else _DEFAULT_MAX
+    found = {*range(1, _FAST_DENSE_UP_TO + 1), largest}
+    start, step = _FAST_DENSE_UP_TO, 2
+    while start < largest:
+        found.update(range(start, 2 * start, step))
+        start, step = 2 * start, 2 * step
+    return tuple(sorted(found))
 
 
-def _split_walks(call: KernelCall, most: int) -> Iterator[Walk]:
-    """One call for each number of splits."""
-    for m, splits in _first_m_of_splits(call.k, call.num_sms, most):
-        shape = GemmShape(call.type, call.n, call.k, splits, call.num_sms)
-        yield Walk(shape, ((m, m, 1),))
-
-
-@lru_cache(maxsize=256)
-def _first_m_of_splits(k: int, num_sms: int, most: int) -> tuple[tuple[int, int], ...]:
-    """(first M, number of splits), as M grows to ``most``."""
-    found: dict[int, int] = {}
-    for m in range(1, most + 1):
-        found.setdefault(hc_num_splits(m, k, num_sms), m)
-    return tuple((m, splits) for splits, m in found.items())
-
-
-def walk_list(shape: GemmShape, m_list: Sequence[int]) -> Sequence[int]:
-    """The part of a list that a GEMM can be called with."""
-    if shape.type in CONTIGUOUS_TYPES:
-        return multiples_of(m_list, CONTIGUOUS_M_ALIGNMENT)
-    return m_list
+def relax_m_list(max_tokens: int, n: int, num_sms: int) -> tuple[int, ...]:
+    """vLLM's list for a dense GEMM of width ``n``: small M, block multiples, wave boundaries."""
+    found = {1, 2, 4, *range(8, 65, 8)}
+    for block_m in _RELAX_BLOCK_MS:
+        found.update(range(block_m, max_tokens + 1, block_m))
+        for block_n in range(16, min(256, n) + 1, 16):
+            columns = ceil_div(n, block_n)
+            waves = range(1, _RELAX_WAVES + 1)
+            found.update(wave * num_sms * block_m // columns for wave in waves)
+    return tuple(sorted(m for m in found if 1 <= m <= max_tokens))
 
 
 def relaxed_ms(shape: GemmShape, ms: Sequence[int], max_tokens: int) -> Sequence[int]:
@@ -105,7 +81,65 @@ def relaxed_ms(shape: GemmShape, ms: Sequence[int], max_tokens: int) -> Sequence
     return ()
 
 
-def fitted(
+# -- the execution hook ---------------------------------------------------------------------------
+
+
+@dataclass
+class ExecutionHook:
+    """Says what to walk before a call: the whole M list, at a key's first call with M > 0.
+
+    A key is (type, n, k, num_groups), as upstream keys it. Contiguous GEMMs are walked only with
+    multiples of their alignment. The hyper-connection GEMM's kernel follows from its number of
+    splits, so its first call walks one M for each number of splits that M up to the list's end
+    need.
+
+    Attributes:
+        m_list: M to walk; None walks nothing.
+        is_node_leader: whether this is the first rank of its node; the others walk nothing.
+        budget: returns the bytes of GPU memory that a walk may take, asked before each walk.
+        warn: called with a line of text where lack of memory cuts a list short.
+    """
+
+    m_list: Sequence[int] | None = None
+    is_node_leader: bool = True
+    budget: Callable[[], float] = lambda: inf
+    warn: Callable[[str], None] = lambda line: None
+    _seen: set[tuple[T, int, int, int]] = field(default_factory=set, repr=False)
+
+    def before(self, call: KernelCall) -> tuple[Walk, ...]:
+        """Walks to make before ``call``; empty but for a key's first call on a node leader."""
+        if self.m_list is None or not self.is_node_leader:
+            return ()
+        if call.type not in HOOKED_TYPES or call.m < 1:
+            return ()
+        by_splits = call.type is T.TF32_HC_PRENORM_GEMM
+        key = (call.type, call.n, call.k, 0 if by_splits else call.num_groups)
+        if key in self._seen:
+            return ()
+        self._seen.add(key)
+        if by_splits:
+            return tuple(
+                Walk(GemmShape(call.type, call.n, call.k, splits, call.num_sms), ((m, m, 1),))
+                for splits, m in _first_m_of_splits(call.k, call.num_sms, self.m_list[-1])
+            )
+        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
+        ms = self.m_list
+        if shape.type in CONTIGUOUS_TYPES:
+            ms = tuple(m for m in ms if m % CONTIGUOUS_M_ALIGNMENT == 0)
+        ms = truncate_to_memory(shape, ms, self.budget(), self.warn)
+        return (Walk(shape, steps_of(ms)),) if ms else ()
+
+
+@lru_cache(maxsize=256)
+def _first_m_of_splits(k: int, num_sms: int, most: int) -> tuple[tuple[int, int], ...]:
+    """(number of splits, first M that has it), as M grows to ``most``."""
+    found: dict[int, int] = {}
+    for m in range(1, most + 1):
+        found.setdefault(hc_num_splits(m, k, num_sms), m)
+    return tuple(found.items())
+
+
+def truncate_to_memory(
     shape: GemmShape, ms: Sequence[int], budget: float, warn: Callable[[str], None]
 ) -> Sequence[int]:
     """The list without the M whose buffers do not fit ``budget`` bytes.
@@ -116,12 +150,61 @@ def fitted(
     if not ms:
         return ms
     most = ms[-1]
-    wanted = walk_bytes(shape, most)
+    needed = walk_bytes(shape, most)
     while walk_bytes(shape, most) > budget and most > _LEAST_HALVED:
         most //= 2
-    if wanted > budget:
+    if needed > budget:
         warn(
-            f"a walk of {shape.describe()} wants {wanted / GIB:.1f} GiB of GPU memory and "
-            f"{budget / GIB:.1f} are free: its largest M is {most} instead of {ms[-1]}"
+            f"a walk of {shape.describe()} needs {needed / GIB:.1f} GiB of GPU memory, but "
+            f"{budget / GIB:.1f} GiB are free: its largest M is {most} instead of {ms[-1]}"
         )
     return ms[: bisect_right(ms, most)]
+
+
+# -- memory that a walk takes ---------------------------------------------------------------------
+
+
+def walk_bytes(shape: GemmShape, max_m: int) -> int:
+    """Bytes of the buffers for calls with up to ``max_m`` rows.
+
+    Follows SGLang's ``get_memory_requirement`` for Hopper, where FP32 scales stay alive while the
+    library brings them into its own layout. That release does not walk the hyper-connection GEMM;
+    its bytes follow from its operands.
+
+    Raises:
+        KeyError: a type that no warm-up walks.
+    """
+    return _BYTES[shape.type](max_m, shape.n, shape.k, shape.num_groups)
+
+
+def _lhs_fp8(m: int, k: int) -> int:
+    """Activations, their FP32 scales and the library's copy of those, column-major and aligned."""
+    return m * k + 4 * (m + align(m, 4)) * ceil_div(k, FP8_BLOCK)
+
+
+def _rhs_fp8(n: int, k: int) -> int:
+    return n * k + 4 * ceil_div(n, FP8_BLOCK) * ceil_div(k, FP8_BLOCK)
+
+
+_BYTES: dict[T, Callable[[int, int, int, int], int]] = {
+    T.GEMM_NT_F8F8BF16: lambda m, n, k, _: _lhs_fp8(m, k) + _rhs_fp8(n, k) + 2 * m * n,
+    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: lambda m, n, k, groups: (
+        _lhs_fp8(m, k) + groups * _rhs_fp8(n, k) + 4 * m + 2 * m * n
+    ),
+    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: lambda m, n, k, groups: (
+        groups * (_lhs_fp8(m, k) + _rhs_fp8(n, k) + 2 * m * n + 4)
+    ),
+    T.GEMM_NT_BF16BF16F32: lambda m, n, k, _: 2 * (m * k + n * k) + 4 * m * n,
+    T.GROUPED_GEMM_NT_BF16_CONTIG: lambda m, n, k, groups: (
+        2 * m * k + 2 * groups * n * k + 4 * m + 2 * m * n
+    ),
+    T.GROUPED_GEMM_NT_BF16_MASKED: lambda m, n, k, groups: (
+        groups * (2 * (m * k + n * k + m * n) + 4)
+    ),
+    T.TF32_HC_PRENORM_GEMM: lambda m, n, k, splits: (
+        2 * m * k + 4 * n * k + 4 * max(1, splits) * m * (n + 1)
+    ),
+}
+
+HOOKED_TYPES = frozenset(_BYTES)
+"""Types that SGLang's warm-ups walk; einsum, logits and metadata compile at first use."""

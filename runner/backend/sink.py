@@ -11,19 +11,19 @@ R = TypeVar("R")
 
 
 class OpSink(Protocol):
-    """Receives every operation of a rank in order; ``action`` does its work."""
+    """Receives every operation of a rank in order."""
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
-        """Take note of ``op`` and do it."""
+        """Note ``op`` and do its work, ``action``."""
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Take note of a graph capture of ``forward``, which announces its operations here."""
+        """Note a graph capture of ``forward``, which announces its operations to this sink."""
 
 
 class ScheduleRecorder:
-    """A sink that keeps the operations: what it holds is one rank's part of a Schedule.
+    """A sink that keeps the operations: one rank's part of a Schedule.
 
-    Equal operations are one object, so that whoever reads many can know them by identity.
+    Equal operations are one object, so readers of many can tell them apart by identity.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,6 @@ class ScheduleRecorder:
         self._known: dict[Op, Op] = {}
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
-        """Note ``op`` and do it."""
         self.ops.append(self._known.setdefault(op, op))
         return action()
 

@@ -1,10 +1,22 @@
-"""Tensors by shape alone, for forwards without torch."""
+"""The tensors of a forward: torch's in a real run, shapes in a recording.
+
+The forward is written and type-checked for ``torch.Tensor``. A recording runs the same code without
+torch: :class:`TensorSpec` stands in for a tensor and answers what the steps ask of one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensor = torch.Tensor
+    Cut = slice[int | None, int | None, None]
+else:
+    Tensor = object
 
 DTYPE_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "int32": 4, "int64": 8}
 
@@ -21,14 +33,67 @@ class TensorSpec:
         """Size in bytes."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    def __getitem__(self, index: Cut | tuple[Cut, ...]) -> TensorSpec:
+        slices = index if isinstance(index, tuple) else (index,)
+        cut = [len(range(size)[part]) for size, part in zip(self.shape, slices, strict=False)]
+        return TensorSpec((*cut, *self.shape[len(cut) :]), self.dtype)
 
-class Tensor(Protocol):
-    """What the forward may ask of a tensor of any backend."""
+    def reshape(self, *shape: int) -> TensorSpec:
+        """As torch's."""
+        return TensorSpec(shape, self.dtype)
+
+    def contiguous(self) -> TensorSpec:
+        """As torch's."""
+        return self
+
+    def bfloat16(self) -> TensorSpec:
+        """As torch's."""
+        return TensorSpec(self.shape)
+
+
+def spec(*shape: int, dtype: str = "bf16") -> Tensor:
+    """A tensor of that shape and element type without numbers."""
+    return cast("Tensor", TensorSpec(shape, dtype))
+
+
+def reshaped(x: Tensor, *shape: int) -> Tensor:
+    """A tensor of that shape and the element type of ``x`` without numbers."""
+    return cast("Tensor", TensorSpec(shape, cast(str, x.dtype)))
+
+
+def split_columns(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """[T, N] -> [T, first] and [T, N - first]."""
+    return x[:, :first].contiguous(), x[:, first:].contiguous()
+
+
+def bf16_bytes(x: Tensor) -> int:
+    """Bytes of ``x`` in bf16: what a GPU moves, also where a CPU keeps wider partial sums."""
+    return 2 * prod(x.shape)
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """``data`` [n, k] or [groups, n, k] e4m3; ``scales`` one fp32 per 128 x 128 block."""
+
+    data: Tensor
+    scales: Tensor
 
     @property
-    def shape(self) -> Any:
-        """Sizes, outermost first."""
+    def n(self) -> int:
+        """Output features."""
+        return self.data.shape[-2]
 
     @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
+    def k(self) -> int:
+        """Input features."""
+        return self.data.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, 1 for a dense weight."""
+        return self.data.shape[0] if len(self.data.shape) == 3 else 1
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(values, scales) as the entry points take them."""
+        return self.data, self.scales

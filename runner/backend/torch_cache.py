@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 
-from runner.backend.forward_batch import ForwardBatch
-from runner.backend.math import Tokens
+from runner.backend.forward_batch import ForwardBatch, Tokens
 
 K = TypeVar("K")
 
@@ -18,8 +18,8 @@ K = TypeVar("K")
 class Places:
     """Sequence and position of each token, int64 [T]."""
 
-    sequence: torch.Tensor
-    position: torch.Tensor
+    sequence: Tensor
+    position: Tensor
 
 
 class KVCache:
@@ -28,10 +28,10 @@ class KVCache:
     def __init__(self, sequences: int, max_len: int, device: torch.device) -> None:
         self.sequences, self.max_len = sequences, max_len
         self._device = device
-        self._rows: dict[tuple[int, str], torch.Tensor] = {}
-        self._kept: tuple[ForwardBatch, dict[str, Any]] | None = None
+        self._rows: dict[tuple[int, str], Tensor] = {}
+        self._kept: tuple[ForwardBatch, dict[str, object]] | None = None
 
-    def write(self, layer: int, name: str, rows: torch.Tensor, at: Places) -> None:
+    def write(self, layer: int, name: str, rows: Tensor, at: Places) -> None:
         """Store [T, width] rows at their places."""
         key = (layer, name)
         if key not in self._rows:
@@ -39,18 +39,18 @@ class KVCache:
             self._rows[key] = torch.zeros(shape, dtype=rows.dtype, device=self._device)
         self._rows[key][at.sequence, at.position] = rows
 
-    def read(self, layer: int, name: str) -> torch.Tensor:
+    def read(self, layer: int, name: str) -> Tensor:
         """[sequences, max_len, width]."""
         return self._rows[(layer, name)]
 
     def part(self, first: int, last: int) -> KVCache:
-        """The cache of some of the sequences; what is written there is written here."""
+        """A view of some of the sequences; writing to it writes here."""
         return _Part(self, first, last)
 
     def keep(self, batch: ForwardBatch, name: str, make: Callable[[], K]) -> K:
-        """What ``make`` gives for the batch at hand, made once.
+        """What ``make`` returns for the current batch, made once.
 
-        So a second forward of a batch moves nothing from host to GPU, which a graph cannot hold.
+        A second forward of a batch then moves nothing from host to GPU, as a graph requires.
         """
         if self._kept is None or self._kept[0] is not batch:
             self._kept = (batch, {})
@@ -79,18 +79,17 @@ class _Part(KVCache):
         super().__init__(last - first, whole.max_len, whole._device)
         self._whole, self._first = whole, first
 
-    def write(self, layer: int, name: str, rows: torch.Tensor, at: Places) -> None:
-        """See :class:`KVCache`."""
+    def write(self, layer: int, name: str, rows: Tensor, at: Places) -> None:
         self._whole.write(layer, name, rows, Places(at.sequence + self._first, at.position))
 
-    def read(self, layer: int, name: str) -> torch.Tensor:
-        """See :class:`KVCache`."""
+    def read(self, layer: int, name: str) -> Tensor:
         return self._whole.read(layer, name)[self._first : self._first + self.sequences]
 
 
 def cache_of(batch: ForwardBatch) -> KVCache:
-    """The batch's cache."""
-    return cast(KVCache, batch.cache)
+    """The batch's cache, which a real forward always has."""
+    assert batch.cache is not None
+    return batch.cache
 
 
 def places_of(tokens: Tokens) -> Places:
@@ -100,26 +99,26 @@ def places_of(tokens: Tokens) -> Places:
     return Places(every.sequence[part], every.position[part])
 
 
-def ids_of(tokens: Tokens, device: torch.device) -> torch.Tensor:
+def ids_of(tokens: Tokens, device: torch.device) -> Tensor:
     """Token ids of this rank's tokens, int64 [T]."""
     batch = tokens.batch
     ids = batch.input_ids
     assert ids is not None
 
-    def make() -> torch.Tensor:
+    def make() -> Tensor:
         return torch.tensor(ids, device=device)
 
     every = cache_of(batch).keep(batch, "ids", make) if batch.cache is not None else make()
     own = every[tokens.start : tokens.stop]
-    # Rows that only fill a rank's block up have no token.
+    # Padding rows of a rank's block have no token.
     short = tokens.count - len(own)
     return torch.nn.functional.pad(own, (0, short)) if short else own
 
 
-def last_places(batch: ForwardBatch, device: torch.device) -> torch.Tensor:
+def last_places(batch: ForwardBatch, device: torch.device) -> Tensor:
     """Index of each sequence's last new token, int64 [sequences]."""
 
-    def make() -> torch.Tensor:
+    def make() -> Tensor:
         return (torch.tensor(batch.extend_seq_lens).cumsum(0) - 1).to(device)
 
     return cache_of(batch).keep(batch, "last", make) if batch.cache is not None else make()

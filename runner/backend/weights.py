@@ -1,13 +1,37 @@
-"""What weights a stage asks for: global shape, this rank's slice, element type.
+"""Which weights a stage needs: global shape, this rank's slice, element type.
 
-A request names a slice of a global array, so that every tensor-, pipeline- or expert-parallel
-split of a model holds the same numbers.
+A request names a slice of a global array, so every tensor-, pipeline- or expert-parallel split of a
+model holds the same numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from math import prod
+from typing import NamedTuple, Protocol
+
+from runner.backend.tensor import Fp8Weight, Tensor, spec
+from runner.config.model import FP8_BLOCK
+from runner.kernels.heuristics_sm90 import ceil_div
+
+
+class Shard(NamedTuple):
+    """Part ``start`` to ``stop`` of a dimension of ``size``."""
+
+    size: int
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        """Length of the part."""
+        return self.stop - self.start
+
+
+def shard(size: int, parts: int, index: int) -> Shard:
+    """The ``index``-th of ``parts`` equal parts of a dimension."""
+    width = size // parts
+    return Shard(size, index * width, (index + 1) * width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +43,7 @@ class WeightRequest:
         name: name within the layer.
         kind: ``fp8`` (e4m3 with fp32 scales of 128 x 128 blocks over the last two dimensions),
             ``bf16``, ``fp32``, or ``ids`` (int64 in [0, ``high``)).
-        shape: global shape.
-        slices: per dimension the (start, stop) that this rank holds.
+        dims: the global dimensions, with the part of each that this rank holds.
         view: shape that the local slice is viewed as.
         scale: standard deviation of the values.
         mean: mean of the values.
@@ -30,42 +53,30 @@ class WeightRequest:
     layer: int
     name: str
     kind: str
-    shape: tuple[int, ...]
-    slices: tuple[tuple[int, int], ...]
+    dims: tuple[Shard, ...]
     view: tuple[int, ...]
     scale: float = 1.0
     mean: float = 0.0
     high: int = 0
 
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """Shape of the slice before it is viewed as :attr:`view`."""
-        return tuple(stop - start for start, stop in self.slices)
-
 
 class WeightSource(Protocol):
-    """Makes weights; what it returns is opaque to the model and understood by the math."""
+    """Makes weights: random numbers, or shapes alone."""
 
-    def make(self, request: WeightRequest) -> Any:
-        """The local part of a weight."""
+    def make(self, request: WeightRequest) -> Tensor:
+        """The local part of a bf16, fp32 or int64 weight."""
 
-
-def whole(
-    layer: int,
-    name: str,
-    kind: str,
-    shape: tuple[int, ...],
-    *,
-    scale: float = 1.0,
-    mean: float = 0.0,
-    high: int = 0,
-) -> WeightRequest:
-    """A weight that every rank holds whole."""
-    slices = tuple((0, size) for size in shape)
-    return WeightRequest(layer, name, kind, shape, slices, shape, scale, mean, high)
+    def make_fp8(self, request: WeightRequest) -> Fp8Weight:
+        """The local part of an FP8 weight."""
 
 
-def shard(size: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, stop) of the ``index``-th of ``parts`` equal parts of ``size``."""
-    part = size // parts
-    return (index * part, (index + 1) * part)
+class ShapeWeights:
+    """Weights that are only shapes."""
+
+    def make(self, request: WeightRequest) -> Tensor:
+        return spec(*request.view, dtype="int64" if request.kind == "ids" else request.kind)
+
+    def make_fp8(self, request: WeightRequest) -> Fp8Weight:
+        *groups, n, k = request.view
+        scales = spec(prod(groups), ceil_div(n, FP8_BLOCK), ceil_div(k, FP8_BLOCK), dtype="fp32")
+        return Fp8Weight(spec(*request.view, dtype="fp8"), scales)

@@ -134,21 +134,7 @@ def sweep(
         skipped=tuple(skipped),
         unfinished=tuple(case.point for case in cases if case.point not in reached),
     )
-<<<<<<< HEAD
-    to_stdout = str(options.json) == "-"
-    if not to_stdout:
-        print_sweep(result, show_all=options.all)
-    if options.json is not None:
-        write_json(options.json, sweep_json(result), indent=1)
-    if options.plot is not None and results:
-        from runner.report.sweep_plot import plot_sweep
-
-        plot_sweep(options.plot, result)
-        if not to_stdout:
-            print(f"wrote {options.plot}")
-=======
-    _report(result, show_all=show_all, json_path=json_path, plot=plot)
->>>>>>> reports
+    _report(result, options)
     if stopped is not None:
         raise stopped
 
@@ -220,15 +206,15 @@ def _settings(case: Case) -> dict[str, object]:
     }
 
 
-def _report(result: Sweep, *, show_all: bool, json_path: Path | None, plot: Path | None) -> None:
-    to_stdout = str(json_path) == "-"
+def _report(result: Sweep, options: SweepOptions) -> None:
+    to_stdout = str(options.json) == "-"
     if not to_stdout:
-        print_sweep(result, show_all=show_all)
-    if json_path is not None:
-        write_json(json_path, sweep_json(result), indent=1)
-    if plot is not None and result.results:
+        print_sweep(result, show_all=options.all)
+    if options.json is not None:
+        write_json(options.json, sweep_json(result), indent=1)
+    if options.plot is not None and result.results:
         from runner.report.sweep_plot import plot_sweep
 
-        plot_sweep(plot, result)
+        plot_sweep(options.plot, result)
         if not to_stdout:
-            print(f"wrote {plot}")
+            print(f"wrote {options.plot}")

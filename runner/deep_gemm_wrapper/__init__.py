@@ -1,4 +1,4 @@
-"""The one place that calls the real DeepGEMM, with SGLang's entry points and execution hook.
+"""The one place that calls DeepGEMM, with SGLang's entry points and walks.
 
-Import submodules directly: ``entrypoint`` needs a CUDA torch and the ``deep_gemm`` package.
+Import submodules directly: most need torch.
 """

@@ -29,10 +29,10 @@ def check_deep_gemm(environ: Environ, capability: tuple[int, int]) -> None:
 
 
 def import_library(root: Path) -> ModuleType:
-    """Import the ``deep_gemm`` package that lies in ``root``; vLLM's copy is one as well.
+    """Import the ``deep_gemm`` package of the folder ``root``, which may be vLLM's copy.
 
     Raises:
-        UserError: Python has another one.
+        UserError: Python finds another one.
     """
     sys.path.insert(0, str(root.parent))
     try:

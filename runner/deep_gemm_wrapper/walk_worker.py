@@ -1,8 +1,8 @@
 """One worker of :mod:`runner.kernels.library`: calls a library's entry points with every M.
 
-Runs on a stand-in GPU, whose own functions tell which JIT kernels each call launched. Orders come
-as JSON on stdin; one line of JSON a GEMM goes to stdout: ``runs`` ([first M, last M, numbers of
-kernels]) and ``kernels`` (paths of the cubins that the numbers mean).
+Runs on a stand-in GPU, whose own functions report which JIT kernels each call launched. Orders come
+as JSON on stdin. One line of JSON per GEMM goes to stdout: ``runs`` ([first M, last M, numbers of
+kernels]) and ``kernels`` (paths of the cubins behind the numbers).
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 _MOST_LAUNCHES = 64
 """Of one call; each has a handful."""
 
 
+class Orders(TypedDict):
+    """The JSON on stdin."""
+
+    library: str
+    demands: list[tuple[str, int, int, int, int, list[tuple[int, int, int]]]]
+    """Type, n, k, groups, SMs and (first, last, step) runs of M."""
+
+
 class Launches:
-    """What the stand-in GPU has seen launched; a real one tells nothing of it."""
+    """Launches that the stand-in GPU has seen; a real GPU reports none."""
 
     def __init__(self) -> None:
         self._native = ctypes.CDLL(None)
@@ -31,19 +38,19 @@ class Launches:
         self._buffer = (ctypes.c_uint32 * _MOST_LAUNCHES)()
 
     def take(self) -> tuple[int, ...]:
-        """Numbers of the JIT libraries launched since the last look, in order, each once."""
+        """Numbers of the JIT libraries launched since the last call, in order, each once."""
         if not self._stood_in:
             return ()
         count = self._native.standin_launches(self._buffer, _MOST_LAUNCHES)
         return tuple(dict.fromkeys(self._buffer[:count]))
 
     def path(self, number: int) -> str:
-        """The cubin that a number means."""
+        """The cubin behind a number."""
         loaded: bytes = self._native.standin_loaded(ctypes.c_uint32(number))
         return loaded.decode()
 
     def failed(self) -> list[str]:
-        """Functions that were called and are not stood in."""
+        """Functions that were called and that the stand-in lacks."""
         if not self._stood_in:
             return []
         text = ctypes.create_string_buffer(1 << 16)
@@ -53,7 +60,7 @@ class Launches:
 
 def main() -> int:
     """Carry out what stdin orders; exit code 1 and one line on stderr where that fails."""
-    orders = json.load(sys.stdin)
+    orders: Orders = json.load(sys.stdin)
     # What the library prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -66,11 +73,11 @@ def main() -> int:
     return 0
 
 
-def _walk_all(orders: dict[str, Any], answers: TextIO) -> None:
+def _walk_all(orders: Orders, answers: TextIO) -> None:
     from runner.deep_gemm_wrapper.configurer import import_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
     from runner.deep_gemm_wrapper.walker import walk
-    from runner.kernels.types import DeepGemmKernelType, GemmShape
+    from runner.kernels.types import DeepGemmKernelType, GemmShape, expand
 
     wrapper = DeepGemmWrapper(import_library(Path(orders["library"])))
     launches = Launches()
@@ -83,18 +90,13 @@ def _walk_all(orders: dict[str, Any], answers: TextIO) -> None:
 
         launches.take()
         try:
-            walk(wrapper, shape, list(_expanded(ranges)), note)
+            walk(wrapper, shape, expand(tuple(ranges)), note)
         except Exception as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise RuntimeError(f"{shape.describe()}: {words[0]}") from error
         if failed := launches.failed():
             raise RuntimeError(f"it called {', '.join(failed)}, which is not stood in")
         print(json.dumps(runs.answer(launches)), file=answers, flush=True)
-
-
-def _expanded(ranges: list[list[int]]) -> Iterator[int]:
-    for first, last, step in ranges:
-        yield from range(first, last + 1, step)
 
 
 class _Runs:
@@ -105,13 +107,13 @@ class _Runs:
         self._runs: list[tuple[int, int, tuple[int, ...]]] = []
 
     def add(self, m: int, numbers: tuple[int, ...]) -> None:
-        """What was not called is not known: a gap ends a run."""
+        """Note a call; a gap ends a run, since nothing is known of the M in it."""
         if self._runs and self._runs[-1][1:] == (m - self._step, numbers):
             self._runs[-1] = (self._runs[-1][0], m, numbers)
         else:
             self._runs.append((m, m, numbers))
 
-    def answer(self, launches: Launches) -> dict[str, Any]:
+    def answer(self, launches: Launches) -> dict[str, object]:
         used = sorted({number for _, _, numbers in self._runs for number in numbers})
         at = {number: index for index, number in enumerate(used)}
         return {

@@ -1,20 +1,43 @@
-"""Call an entry point with every M of a list: what a warm-up walk does, and what proves one."""
+"""Call an entry point with every M of a list: a warm-up's walk, and a library's question."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
 
-from runner.backend.m_lists import expand
-from runner.deep_gemm_wrapper.calls import MAKERS, MASKED_ROWS
-from runner.deep_gemm_wrapper.compile_mode import compile_only
+from runner.deep_gemm_wrapper.calls import MASKED_ROWS, make_call
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import MASKED_TYPES, GemmShape
+from runner.kernels.types import MASKED_TYPES, GemmShape, expand
 from runner.planning.plan import Plan
 from runner.schedule import Walk
+
+COMPILE_ONLY = 1
+"""The library's mode in which a call compiles its kernel and does not launch it."""
+
+
+@contextmanager
+def compile_only(library: ModuleType) -> Iterator[None]:
+    """Let calls inside the block only compile; the mode before is restored, also after an error.
+
+    Builds that lack ``get_compile_mode`` or ``set_compile_mode`` (``sgl-deep-gemm`` 0.1.4.post1
+    has neither) launch as ever, so a walk has to pass real buffers either way.
+
+    Args:
+        library: the imported ``deep_gemm``; the mode is one for the whole process.
+    """
+    if not (hasattr(library, "get_compile_mode") and hasattr(library, "set_compile_mode")):
+        yield
+        return
+    before = library.get_compile_mode()
+    library.set_compile_mode(COMPILE_ONLY)
+    try:
+        yield
+    finally:
+        library.set_compile_mode(before)
 
 
 def walk(
@@ -32,21 +55,20 @@ def walk(
     if not ms:
         return
     with wrapper.configure_deep_gemm_num_sms(shape.num_sms), torch.inference_mode():
-        most = masked_rows if shape.type in MASKED_TYPES else ms[-1]
-        call = MAKERS[shape.type](wrapper, shape, most)
+        call = make_call(wrapper, shape, masked_rows if shape.type in MASKED_TYPES else ms[-1])
         for m in ms:
             call(m)
             after_call(m)
         torch.cuda.synchronize()
 
 
-def walk_list(wrapper: DeepGemmWrapper, op: Walk, library: ModuleType) -> None:
+def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
     """A warm-up's walk, with the buffers that upstream's executors have.
 
     Builds of the library that can compile without launching do that.
     """
     ms = expand(op.steps)
-    with compile_only(library):
+    with compile_only(wrapper.library):
         walk(wrapper, op.shape, ms, masked_rows=ms[-1])
     torch.cuda.empty_cache()
 
@@ -54,13 +76,15 @@ def walk_list(wrapper: DeepGemmWrapper, op: Walk, library: ModuleType) -> None:
 def call_each(wrapper: DeepGemmWrapper, plan: Plan, kernels: Sequence[Kernel]) -> list[Kernel]:
     """Call each kernel once, at the first M that runs it, so that the library loads it.
 
-    GEMMs whose buffers do not fit the GPU's free memory are left to their first use; returned are
-    the kernels that were called.
+    GEMMs whose buffers do not fit the GPU's free memory are left to their first use.
+
+    Returns:
+        The kernels that were called.
     """
-    wanted, called = set(kernels), []
+    missing, called = set(kernels), []
     calls: dict[GemmShape, dict[int, list[Kernel]]] = {}
     for item in plan.kernels:
-        if item.kernel in wanted:
+        if item.kernel in missing:
             use = item.uses[0]
             calls.setdefault(use.shape, {}).setdefault(use.m_ranges[0][0], []).append(item.kernel)
     for shape, by_m in calls.items():

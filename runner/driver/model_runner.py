@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
-from runner.backend.tensor import TensorSpec
-from runner.backend.weights import WeightSource
+from runner.backend.tensor import Tensor, spec
+from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
@@ -17,38 +17,40 @@ from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
 from runner.model.strategy import OverlapStrategy
 
+if TYPE_CHECKING:
+    from runner.backend.torch_cache import KVCache
+
 
 class BufferSource(Protocol):
-    """Makes what a dummy forward works on; shapes alone or real tensors."""
+    """Makes what a dummy forward works on: real tensors, or shapes alone."""
 
-    def proxy(self, tokens: int, width: int) -> Any:
+    def proxy(self, tokens: int, width: int) -> Tensor:
         """[tokens, width] bf16."""
 
-    def cache(self, sequences: int, max_len: int) -> Any:
+    def cache(self, sequences: int, max_len: int) -> KVCache | None:
         """A key-value cache for that many sequences of at most ``max_len`` tokens."""
 
     def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
-        """Token ids for a dummy batch, None where the backend needs none."""
+        """Token ids for a dummy batch, None in a recording."""
 
-    def read_ids(self, ids: Any) -> tuple[int, ...] | None:
-        """Token ids of a tensor [sequences] int64, None where there are no numbers."""
+    def read_ids(self, ids: Tensor) -> tuple[int, ...] | None:
+        """Token ids of a tensor [sequences] int64, None in a recording."""
 
 
 class NoBuffers:
-    """Buffers of a backend that works on shapes alone."""
+    """Buffers of a recording: shapes alone."""
 
-    def proxy(self, tokens: int, width: int) -> TensorSpec:
-        """A shape."""
-        return TensorSpec((tokens, width))
+    def proxy(self, tokens: int, width: int) -> Tensor:
+        return spec(tokens, width)
 
     def cache(self, sequences: int, max_len: int) -> None:
-        """Nothing to keep."""
+        return None
 
     def dummy_ids(self, tokens: int) -> None:
-        """No ids."""
+        return None
 
-    def read_ids(self, ids: Any) -> None:
-        """No ids."""
+    def read_ids(self, ids: Tensor) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -75,24 +77,38 @@ class ModelRunner:
         rank: int,
         *,
         backend: Backend,
-        weights: WeightSource,
-        buffers: BufferSource,
+        weights: WeightSource | None = None,
+        buffers: BufferSource | None = None,
         overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
-        """Make the rank's stage with its weights; ``overlap``: see :class:`PipelineStage`.
+        """Make the rank's stage with its weights.
+
+        Args:
+            model: the whole model.
+            parallel: the layout.
+            rank: world rank.
+            backend: interprets the forward.
+            weights: makes the weights; None makes shapes, for a recording.
+            buffers: makes what dummy forwards work on; None makes shapes, for a recording.
+            overlap: see :class:`PipelineStage`.
 
         Raises:
             UserError: the model does not fit the layout.
         """
         parallel.check_fits(model)
-        stage = PipelineStage(RankContext(backend, weights, parallel, rank), model, overlap)
-        return cls(model, parallel, rank, backend, buffers, stage)
+        context = RankContext(backend, weights or ShapeWeights(), parallel, rank)
+        stage = PipelineStage(context, model, overlap)
+        return cls(model, parallel, rank, backend, buffers or NoBuffers(), stage)
 
-    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None = None) -> Any:
+    def forward(
+        self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
+    ) -> PPProxyTensors | Tensor:
         """Run this rank's stage; see :meth:`PipelineStage.forward`."""
         return self.stage.forward(batch, proxy)
 
-    def _dummy_run(self, batch_size: int, forward_mode_override: ForwardMode | None = None) -> Any:
+    def _dummy_run(
+        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    ) -> PPProxyTensors | Tensor:
         """Run this rank's stage alone on made-up input.
 
         The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
@@ -109,7 +125,7 @@ class ModelRunner:
 
     def prepared_dummy(
         self, batch_size: int, forward_mode_override: ForwardMode | None = None
-    ) -> Callable[[], Any]:
+    ) -> Callable[[], PPProxyTensors | Tensor]:
         """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
         if batch_size < 1 or batch_size % self.parallel.attn_cp:
             raise UserError(

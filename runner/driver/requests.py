@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.backend.tensor import Tensor
 from runner.driver.model_runner import ModelRunner
 from runner.errors import UserError
 
@@ -46,7 +46,9 @@ class Request:
 
 
 def serve(
-    runner: ModelRunner, request: Request, keep: Callable[[Any], None] = lambda logits: None
+    runner: ModelRunner,
+    request: Request,
+    keep: Callable[[Tensor | None], None] = lambda logits: None,
 ) -> None:
     """Run one request on this rank; every rank of the replica must call it.
 
@@ -72,18 +74,18 @@ def serve(
 
 
 def serve_all(
-    runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Any], None]
+    runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Tensor | None], None]
 ) -> None:
     """Run requests in order, as a queue of waiting ones: each starts once stage 0 is free."""
     for request in requests:
         serve(runner, request, keep)
 
 
-def _forward(runner: ModelRunner, batch: ForwardBatch) -> Any:
+def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:
     """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
     proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
     result = runner.forward(batch, proxy)
-    if runner.stage.is_last:
+    if not isinstance(result, PPProxyTensors):
         return result
     for name, tensor in result.tensors.items():
         runner.backend.send(name, tensor, _neighbour(runner, 1))
@@ -102,11 +104,11 @@ def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
     )
 
 
-def _next_ids(runner: ModelRunner, logits: Any, sequences: int) -> tuple[int, ...] | None:
+def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tuple[int, ...] | None:
     """Sampled tokens: from the last stage to the first, and on from stage to stage."""
     backend, last = runner.backend, runner.parallel.pp - 1
     at = runner.parallel.coordinates(runner.rank)
-    if runner.stage.is_last:
+    if logits is not None:
         ids = backend.argmax(logits)
         if last > 0:
             backend.send("next_ids", ids, _stage_peer(runner, 0))

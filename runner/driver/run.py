@@ -14,9 +14,9 @@ from functools import lru_cache
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import R, ScheduleRecorder
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.backend.tensor import Tensor
+from runner.driver.model_runner import ModelRunner
 from runner.driver.requests import Request, serve, serve_all
 from runner.driver.warmup import capture_graphs, dummy_modes, execution_hook, warm_up
 from runner.scenario import MAX_TOKENS, Scenario
@@ -25,7 +25,18 @@ from runner.timeline import FIRST_REQUEST
 
 
 def run_rank(
-    runner: ModelRunner, scenario: Scenario, keep: Callable[[object], None] = lambda logits: None
+from runner.schedule import (
+    OF_HOSTS,
+    Capture,
+    Collective,
+    Forward,
+    Op,
+    Part,
+    Schedule,
+    flatten,
+)
+    scenario: Scenario,
+    keep: Callable[[Tensor | None], None] = lambda logits: None,
 ) -> None:
     """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage.
 
@@ -83,7 +94,7 @@ def record_rank(
     """What one rank runs; ``host_collectives`` ends it behind the last of so many."""
     recorder = _PartRecorder(execution_hook(scenario, rank), host_collectives)
     forwards = _forwards_of(scenario, rank)
-    backend = Backend(ShapeMath(), NoComm(), recorder, num_sms=scenario.num_sms)
+    backend = Backend(recorder, scenario.num_sms)
     plain = forwards.runner
     runner = _RecordingRunner(
         scenario.model,
@@ -111,25 +122,17 @@ class _StageForwards:
 
     def __init__(self, scenario: Scenario, rank: int) -> None:
         self._recorder = ScheduleRecorder()
-        backend = Backend(
-            ShapeMath(),
-            NoComm(),
-            self._recorder,
-            num_sms=scenario.num_sms,
-            bf16_fp32_algo=scenario.bf16_fp32_algo,
-        )
+        backend = Backend(self._recorder, scenario.num_sms, bf16_fp32_algo=scenario.bf16_fp32_algo)
         self.runner = ModelRunner.build(
             scenario.model,
             scenario.parallel,
             rank,
             backend=backend,
-            weights=ShapeWeights(),
-            buffers=NoBuffers(),
             overlap=scenario.overlap,
         )
-        self._known: dict[tuple[object, ...], tuple[Forward, object]] = {}
+        self._known: dict[tuple[object, ...], tuple[Forward, PPProxyTensors | Tensor]] = {}
 
-    def of(self, batch: ForwardBatch) -> tuple[Forward, object]:
+    def of(self, batch: ForwardBatch) -> tuple[Forward, PPProxyTensors | Tensor]:
         """A forward's operations and its result, a shape."""
         key = (batch.mode, batch.seq_lens, batch.extend_seq_lens)
         if key not in self._known:
@@ -194,7 +197,9 @@ class _RecordingRunner(ModelRunner):
     forwards: _StageForwards = field(kw_only=True)
     recorder: _PartRecorder = field(kw_only=True)
 
-    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None = None) -> object:
+    def forward(
+        self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
+    ) -> PPProxyTensors | Tensor:
         forward, result = self.forwards.of(batch)
         self.recorder.forward(forward)
         return result

@@ -138,7 +138,7 @@ def execution_hook(
     limit = scenario.walk_memory
     return ExecutionHook(
         m_list=hook_m_list(scenario),
-        leads=scenario.is_node_leader(rank),
+        is_node_leader=scenario.is_node_leader(rank),
         budget=free_memory if limit is None else lambda: limit,
         warn=warn,
     )

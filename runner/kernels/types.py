@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
 
@@ -91,3 +92,27 @@ class GemmShape:
         always = self.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM
         groups = f":{self.num_groups}" if always or self.num_groups > 1 else ""
         return f"{self.type.name.lower()}:{self.n}:{self.k}{groups}"
+
+
+MSteps = tuple[tuple[int, int, int], ...]
+"""Ascending M as (first, last, step) runs."""
+
+
+def steps_of(values: Sequence[int]) -> MSteps:
+    """Ascending values as few runs of equal steps; :func:`expand` is the inverse."""
+    if isinstance(values, range):
+        return ((values[0], values[-1], values.step),) if values else ()
+    runs: list[tuple[int, int, int]] = []
+    for value in values:
+        if runs:
+            first, last, step = runs[-1]
+            if first == last or value - last == step:
+                runs[-1] = (first, value, value - last)
+                continue
+        runs.append((value, value, 1))
+    return tuple(runs)
+
+
+def expand(steps: MSteps) -> list[int]:
+    """The values that the runs hold, ascending."""
+    return [m for first, last, step in steps for m in range(first, last + 1, step)]

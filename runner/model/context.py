@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from math import prod
 
 from runner.backend.base import Backend
-from runner.backend.forward_batch import ForwardBatch
-from runner.backend.math import Tokens
-from runner.backend.weights import WeightRequest, WeightSource, shard, whole
+from runner.backend.forward_batch import ForwardBatch, Tokens
+from runner.backend.tensor import Fp8Weight, Tensor
+from runner.backend.weights import Shard, WeightRequest, WeightSource, shard
 from runner.config.parallel import ParallelConfig, RankCoordinates
 from runner.kernels.heuristics_sm90 import ceil_div
 
@@ -23,10 +24,22 @@ class RankContext:
     parallel: ParallelConfig
     rank: int
 
+    # -- the layout -------------------------------------------------------------------------------
+
     @cached_property
     def at(self) -> RankCoordinates:
         """This rank's replica, stage and tensor rank."""
         return self.parallel.coordinates(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.at.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return self.at.pp_rank == self.parallel.pp - 1
 
     @cached_property
     def tp_group(self) -> tuple[int, ...]:
@@ -45,14 +58,62 @@ class RankContext:
         """Ranks among which EXTEND tokens are split."""
         return self.parallel.attn_cp_group(self.rank)
 
-    def tp_shard(self, size: int) -> tuple[int, int]:
+    def tp_shard(self, size: int) -> Shard:
         """This rank's part of a dimension cut over the tensor-parallel ranks."""
         return shard(size, self.parallel.tp, self.at.tp_rank)
 
-    def attn_shard(self, size: int) -> tuple[int, int]:
+    def attn_shard(self, size: int) -> Shard:
         """This rank's part of a dimension cut over the attention's tensor-parallel ranks."""
-        size_of_group = self.parallel.attn_tp
-        return shard(size, size_of_group, self.at.tp_rank % size_of_group)
+        parts = self.parallel.attn_tp
+        return shard(size, parts, self.at.tp_rank % parts)
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def fp8(self, layer: int, name: str, *dims: int | Shard, grouped: bool = False) -> Fp8Weight:
+        """An FP8 weight [n, k], or [groups, n, k]: k is the last of ``dims``, n the others joined.
+
+        Its values have a standard deviation of k ** -0.5, with the global k.
+        """
+        parts = _shards(dims)
+        *outer, k = (part.width for part in parts)
+        view = (outer[0], prod(outer[1:]), k) if grouped else (prod(outer), k)
+        scale = parts[-1].size ** -0.5
+        return self.weights.make_fp8(WeightRequest(layer, name, "fp8", parts, view, scale))
+
+    def bf16(self, layer: int, name: str, *dims: int | Shard, scale: float | None = None) -> Tensor:
+        """A bf16 weight, by default with a standard deviation of its last dimension ** -0.5."""
+        default = _shards(dims)[-1].size ** -0.5
+        return self._weight(layer, name, "bf16", dims, default if scale is None else scale)
+
+    def fp32(
+        self, layer: int, name: str, *dims: int | Shard, scale: float, mean: float = 0.0
+    ) -> Tensor:
+        """An fp32 weight."""
+        return self._weight(layer, name, "fp32", dims, scale, mean)
+
+    def norm(self, layer: int, name: str, width: int) -> Tensor:
+        """Weights of a norm: bf16 around 1."""
+        return self._weight(layer, name, "bf16", (width,), 0.1, 1.0)
+
+    def ids(self, layer: int, name: str, *dims: int, high: int) -> Tensor:
+        """A table of int64 in [0, ``high``)."""
+        return self._weight(layer, name, "ids", dims, 1.0, high=high)
+
+    def _weight(
+        self,
+        layer: int,
+        name: str,
+        kind: str,
+        dims: Sequence[int | Shard],
+        scale: float,
+        mean: float = 0.0,
+        high: int = 0,
+    ) -> Tensor:
+        parts = _shards(dims)
+        view = tuple(part.width for part in parts)
+        return self.weights.make(WeightRequest(layer, name, kind, parts, view, scale, mean, high))
+
+    # -- which tokens this rank has ---------------------------------------------------------------
 
     def splits_tokens(self, batch: ForwardBatch) -> bool:
         """Whether each context-parallel rank holds only its part of the tokens."""
@@ -61,9 +122,10 @@ class RankContext:
     def tokens(self, batch: ForwardBatch) -> Tokens:
         """The new tokens that this rank's hidden states hold."""
         if not self.splits_tokens(batch):
-            return Tokens(batch, 0, batch.num_tokens)
+            return batch.tokens
         index = self.cp_group.index(self.rank)
-        return Tokens(batch, *shard(batch.num_tokens, self.parallel.attn_cp, index))
+        own = shard(batch.num_tokens, self.parallel.attn_cp, index)
+        return Tokens(batch, own.start, own.stop)
 
     @property
     def scatters(self) -> bool:
@@ -71,45 +133,44 @@ class RankContext:
         return self.parallel.moe_a2a and self.parallel.tp > 1
 
     def block_tokens(self, batch: ForwardBatch) -> Tokens:
-        """The tokens of this rank's block; as many on every rank, so the last may have none."""
+        """The tokens of this rank's block; blocks are equally long, so the last may have none."""
         rows = ceil_div(batch.num_tokens, self.parallel.tp)
         return Tokens(batch, self.at.tp_rank * rows, (self.at.tp_rank + 1) * rows)
 
-    def scatter(self, x: Any, batch: ForwardBatch) -> Any:
+    def own_rows(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Of rows of all tokens those that this rank's hidden states hold."""
+        own = self.tokens(batch)
+        return x if own.count == batch.num_tokens else x[own.start : own.stop]
+
+    def scatter(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """This rank's block of rows that every rank has: [T, ...] -> [block, ...]."""
-        if x is None or not self.scatters:
+        if not self.scatters:
             return x
         own = self.block_tokens(batch)
-        whole_blocks = self.backend.padded(x, own.count * self.parallel.tp)
-        return self.backend.rows(whole_blocks, own.start, own.stop)
+        return self.backend.padded(x, own.count * self.parallel.tp)[own.start : own.stop]
 
-    def gather(self, name: str, x: Any, batch: ForwardBatch) -> Any:
+    def gather(self, name: str, x: Tensor, batch: ForwardBatch) -> Tensor:
         """All tokens' rows from each tensor rank's block: [block, ...] -> [T, ...]."""
-        if x is None or not self.scatters:
+        if not self.scatters:
             return x
         every = self.backend.all_gather(name, x, self.tp_group, 0)
         return self.backend.padded(every, batch.num_tokens)
 
-    def sum_hidden(self, name: str, x: Any, group: tuple[int, ...], batch: ForwardBatch) -> Any:
-        """Partial results [T, H] summed over ``group``: all rows, or this rank's block."""
-        if not self.scatters:
-            return self.backend.sum_hidden(name, x, group)
-        rows = self.block_tokens(batch).count * self.parallel.tp
-        mine = self.backend.reduce_scatter(name, self.backend.padded(x, rows), group)
-        return self.backend.math.round_hidden(mine)
-
-    def gather_tokens(self, name: str, x: Any, batch: ForwardBatch) -> Any:
+    def gather_tokens(self, name: str, x: Tensor, batch: ForwardBatch) -> Tensor:
         """All tokens' rows from each context-parallel rank's own."""
         if not self.splits_tokens(batch):
             return x
         return self.backend.all_gather(name, x, self.cp_group, 0)
 
-    def make(self, request: WeightRequest) -> Any:
-        """A weight of this rank."""
-        return self.weights.make(request)
+    def sum_hidden(
+        self, name: str, x: Tensor, group: tuple[int, ...], batch: ForwardBatch
+    ) -> Tensor:
+        """Partial results [T, H] summed over ``group``: all rows, or this rank's block."""
+        if not self.scatters:
+            return self.backend.all_reduce(name, x, group).bfloat16()
+        rows = self.block_tokens(batch).count * self.parallel.tp
+        return self.backend.reduce_scatter(name, self.backend.padded(x, rows), group).bfloat16()
 
-    def replicated(
-        self, layer: int, name: str, kind: str, *shape: int, scale: float = 1.0, mean: float = 0.0
-    ) -> Any:
-        """A weight that every rank holds whole."""
-        return self.make(whole(layer, name, kind, shape, scale=scale, mean=mean))
+
+def _shards(dims: Sequence[int | Shard]) -> tuple[Shard, ...]:
+    return tuple(dim if isinstance(dim, Shard) else Shard(dim, 0, dim) for dim in dims)

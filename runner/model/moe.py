@@ -1,137 +1,218 @@
-"""Gate, expert selection, routed and shared experts: the operations of both model families.
+"""Gated MLPs and the mixture of experts: the operations of both model families.
 
 Without expert parallelism each rank holds a slice of every expert, with it whole experts of its
-own. How tokens come to them is :mod:`runner.model.dispatch`.
+own. With replicated tokens each rank's experts take what is theirs, and one all-reduce sums the
+results. With scattered ones (``moe_a2a``) a rank has a block of the tokens: with expert parallelism
+an all-to-all brings each expert's owner its tokens, without it a gather brings every rank all of
+them; the results go back by all-to-all or by a scatter that sums.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from runner.backend.weights import WeightRequest
+from runner.backend.communication import Begun
+from runner.backend.expert_steps import Dispatched, Routing
+from runner.backend.forward_batch import ForwardBatch, Tokens
+from runner.backend.tensor import Tensor
+from runner.backend.weights import Shard
 from runner.config.model import ModelConfig
 from runner.model.context import RankContext
-from runner.model.dispatch import make_dispatcher
-from runner.model.mlp import GatedMlp
-from runner.model.operations import OperationState
+from runner.model.operations import LayerState, Operation
+
+
+class GatedMlp:
+    """``down(silu(gate(x)) * up(x))`` on FP8 GEMMs: shared experts and the dense layers.
+
+    Cut over the tensor-parallel ranks, each with a partial sum, unless ``sharded`` is False.
+    """
+
+    def __init__(
+        self,
+        ctx: RankContext,
+        layer: int,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        limit: float,
+        *,
+        sharded: bool = True,
+    ) -> None:
+        self._backend, self._limit = ctx.backend, limit
+        inner = ctx.tp_shard(intermediate) if sharded else intermediate
+        self._gate_up = ctx.fp8(layer, f"{name}_gate_up", 2, inner, hidden)
+        self._down = ctx.fp8(layer, f"{name}_down", hidden, inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H], this rank's part of the sum where it is cut."""
+        gate_up = self._backend.gemm_fp8(x, self._gate_up)
+        activated = self._backend.silu_and_mul(gate_up, self._limit)
+        return self._backend.gemm_fp8(activated, self._down, partial=True)
 
 
 class MixtureOfExperts:
-    """One layer's mixture of experts, as operations."""
+    """One layer's mixture of experts where every rank has all tokens: nothing to wait for."""
 
     def __init__(
-        self, ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool
+        self, ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool = False
     ) -> None:
-        self._ctx, self._moe = ctx, model.moe
-        moe, hidden = model.moe, model.hidden_size
-        self._gate = ctx.replicated(
-            layer, "gate", "bf16", moe.n_routed_experts, hidden, scale=hidden**-0.5
-        )
-        self._hash_routed = hash_routed
+        self._ctx, self._moe, self._hash_routed = ctx, model.moe, hash_routed
+        moe, hidden, total = model.moe, model.hidden_size, model.moe.n_routed_experts
+        self._gate = ctx.bf16(layer, "gate", total, hidden)
         if hash_routed:
-            self._choice = ctx.make(_hash_table(layer, model))
+            table = (model.vocab_size, moe.num_experts_per_tok)
+            self._choice = ctx.ids(layer, "tid2eid", *table, high=total)
         else:
-            self._choice = ctx.replicated(
-                layer, "gate_bias", "fp32", moe.n_routed_experts, scale=0.1
-            )
-        everything = (0, moe.n_routed_experts)
-        self._experts = ctx.tp_shard(moe.n_routed_experts) if ctx.parallel.ep else everything
-        self._w13, self._w2 = self._expert_weights(layer, hidden)
-        shared = moe.n_shared_experts * moe.moe_intermediate_size
+            self._choice = ctx.fp32(layer, "gate_bias", total, scale=0.1)
+        width = moe.moe_intermediate_size
+        if ctx.parallel.ep:
+            experts, inner = ctx.tp_shard(total), Shard(width, 0, width)
+        else:
+            experts, inner = Shard(total, 0, total), ctx.tp_shard(width)
+        self._experts, self._intermediate = (experts.start, experts.stop), inner.width
+        self._w13 = ctx.fp8(layer, "experts_w13", experts, 2, inner, hidden, grouped=True)
+        self._w2 = ctx.fp8(layer, "experts_w2", experts, hidden, inner, grouped=True)
+        shared = moe.n_shared_experts * width
         self._shared = GatedMlp(
             ctx, layer, "shared", hidden, shared, moe.swiglu_limit, sharded=not ctx.scatters
         )
-        inner = self._intermediate
-        self._dispatcher = make_dispatcher(ctx, moe, self._experts, inner[1] - inner[0])
 
-    @property
-    def _intermediate(self) -> tuple[int, int]:
-        size = self._moe.moe_intermediate_size
-        return (0, size) if self._ctx.parallel.ep else self._ctx.tp_shard(size)
+    def operations(self) -> dict[str, Operation]:
+        """The operations between the two norms, or hyper-connections, around the experts."""
+        return {
+            "gate": self.gate,
+            "select_experts": self.select_experts,
+            "dispatch_a": self.dispatch_a,
+            "dispatch_b": self.dispatch_b,
+            "shared_experts": self.shared_experts,
+            "experts": self.experts,
+            "combine_a": self.combine_a,
+            "combine_b": self.combine_b,
+            "output": self.output,
+        }
 
-    def _expert_weights(self, layer: int, hidden: int) -> tuple[Any, Any]:
-        first, last = self._experts
-        inner = self._intermediate
-        width = inner[1] - inner[0]
-        experts, full = self._moe.n_routed_experts, self._moe.moe_intermediate_size
-        w13 = WeightRequest(
-            layer,
-            "experts_w13",
-            "fp8",
-            (experts, 2, full, hidden),
-            ((first, last), (0, 2), inner, (0, hidden)),
-            (last - first, 2 * width, hidden),
-            scale=hidden**-0.5,
-        )
-        w2 = WeightRequest(
-            layer,
-            "experts_w2",
-            "fp8",
-            (experts, hidden, full),
-            ((first, last), (0, hidden), inner),
-            (last - first, hidden, width),
-            scale=full**-0.5,
-        )
-        return self._ctx.make(w13), self._ctx.make(w2)
-
-    def gate(self, state: OperationState) -> None:
+    def gate(self, state: LayerState) -> None:
         """sublayer_input [T, H] -> router_logits [T, experts] fp32."""
-        hidden = self._ctx.gather_tokens(
-            "moe tokens", state.take("sublayer_input"), state.peek("batch")
-        )
-        logits = self._ctx.backend.gemm_bf16_fp32(hidden, self._gate)
-        state.put(moe_input=hidden, router_logits=logits)
+        hidden = self._ctx.gather_tokens("moe tokens", state.pop("sublayer_input"), state["batch"])
+        state["moe_input"] = hidden
+        state["router_logits"] = self._ctx.backend.gemm_bf16_fp32(hidden, self._gate)
 
-    def select_experts(self, state: OperationState) -> None:
+    def select_experts(self, state: LayerState) -> None:
         """router_logits -> routing."""
-        backend, logits = self._ctx.backend, state.take("router_logits")
+        backend, logits = self._ctx.backend, state.pop("router_logits")
         if self._hash_routed:
-            tokens = self._dispatcher.tokens(state.peek("batch"))
-            routing = backend.hash_top_k(logits, self._choice, tokens, self._moe)
+            tokens = self.routed_tokens(state["batch"])
+            state["routing"] = backend.hash_top_k(logits, self._choice, tokens, self._moe)
         else:
-            routing = backend.top_k(logits, self._choice, self._moe)
-        state.put(routing=routing)
+            state["routing"] = backend.top_k(logits, self._choice, self._moe)
 
-    def dispatch_a(self, state: OperationState) -> None:
-        """Start to bring tokens to their experts."""
-        self._dispatcher.dispatch_a(state)
-
-    def dispatch_b(self, state: OperationState) -> None:
-        """Wait until the tokens are there."""
-        self._dispatcher.dispatch_b(state)
-
-    def shared_experts(self, state: OperationState) -> None:
+    def shared_experts(self, state: LayerState) -> None:
         """moe_input -> shared_output, a partial sum unless this rank has a block of the tokens."""
-        state.put(shared_output=self._shared(state.peek("moe_input")))
+        state["shared_output"] = self._shared(state["moe_input"])
 
-    def experts(self, state: OperationState) -> None:
-        """Two grouped GEMMs with the activation between."""
-        backend, dispatched = self._ctx.backend, state.peek("dispatched")
-        inner = backend.silu_and_mul(
-            backend.experts_gemm(dispatched, self._w13), self._moe.swiglu_limit
-        )
-        narrow = replace(dispatched, x=inner)
-        expert_output = backend.experts_gemm(narrow, self._w2, partial=True)
-        state.put(expert_output=expert_output)
+    def experts(self, state: LayerState) -> None:
+        """dispatched -> expert_output: two grouped GEMMs with the activation between."""
+        backend, dispatched = self._ctx.backend, state["dispatched"]
+        inner = backend.experts_gemm(dispatched, self._w13)
+        narrow = replace(dispatched, x=backend.silu_and_mul(inner, self._moe.swiglu_limit))
+        state["expert_output"] = backend.experts_gemm(narrow, self._w2, partial=True)
 
-    def combine_a(self, state: OperationState) -> None:
-        """Start to bring expert outputs back to their tokens."""
-        self._dispatcher.combine_a(state)
+    def routed_tokens(self, batch: ForwardBatch) -> Tokens:
+        """The tokens that this rank selects experts for."""
+        return batch.tokens
 
-    def combine_b(self, state: OperationState) -> None:
-        """Wait until the outputs are back."""
-        self._dispatcher.combine_b(state)
+    def dispatch_a(self, state: LayerState) -> None:
+        """moe_input and routing: start to bring tokens to their experts."""
+        state["dispatched"] = self._lay_out(state["moe_input"], state["routing"], state["batch"])
 
-    def output(self, state: OperationState) -> None:
+    def dispatch_b(self, state: LayerState) -> None:
+        """Wait for them and lay them out: dispatched."""
+
+    def combine_a(self, state: LayerState) -> None:
+        """expert_output: start to bring results back to their tokens."""
+        state["routed_output"] = self._combine(state)
+
+    def combine_b(self, state: LayerState) -> None:
+        """Wait for them: routed_output."""
+
+    def output(self, state: LayerState) -> None:
         """Sum of routed and shared outputs -> sublayer_output [T, H]."""
-        state.take("moe_input")
-        total = self._ctx.backend.add(state.take("routed_output"), state.take("shared_output"))
-        self._dispatcher.output(state, total)
+        ctx, batch = self._ctx, state["batch"]
+        total = ctx.sum_hidden("moe output", self._add_outputs(state), ctx.tp_group, batch)
+        state["sublayer_output"] = ctx.own_rows(total, batch)
+
+    def _lay_out(self, x: Tensor, routing: Routing, batch: ForwardBatch) -> Dispatched:
+        decode = not batch.mode.is_extend
+        return self._ctx.backend.dispatch(
+            x, routing, self._experts, self._moe, self._intermediate, decode=decode
+        )
+
+    def _combine(self, state: LayerState) -> Tensor:
+        return self._ctx.backend.combine_expert_outputs(
+            state.pop("expert_output"),
+            state.pop("dispatched"),
+            state.pop("routing"),
+            self._moe.routed_scaling_factor,
+        )
+
+    def _add_outputs(self, state: LayerState) -> Tensor:
+        state.pop("moe_input")
+        return self._ctx.backend.add(state.pop("routed_output"), state.pop("shared_output"))
 
 
-def _hash_table(layer: int, model: ModelConfig) -> WeightRequest:
-    moe = model.moe
-    shape = (model.vocab_size, moe.num_experts_per_tok)
-    slices = tuple((0, size) for size in shape)
-    return WeightRequest(layer, "tid2eid", "ids", shape, slices, shape, high=moe.n_routed_experts)
+class ScatteredExperts(MixtureOfExperts):
+    """The same where every rank has a block of the tokens (``moe_a2a``)."""
+
+    def routed_tokens(self, batch: ForwardBatch) -> Tokens:
+        return self._ctx.block_tokens(batch)
+
+    def dispatch_a(self, state: LayerState) -> None:
+        """Send each owner its tokens, or everyone all, and what they are routed by."""
+        ctx, backend = self._ctx, self._ctx.backend
+        x, routing = state["moe_input"], state.pop("routing")
+        own = self.routed_tokens(state["batch"])
+        real = max(0, min(own.stop, own.batch.num_tokens) - own.start)
+        packed = backend.pack_routing(routing, real)
+        if ctx.parallel.ep:
+            per_rank = self._moe.n_routed_experts // ctx.parallel.tp
+            x = backend.block_for_each(x, routing, ctx.parallel.tp, per_rank)
+        kind = "all_to_all" if ctx.parallel.ep else "all_gather"
+        state["tokens_under_way"] = self._begin(state, kind, "tokens", x)
+        state["routing_under_way"] = self._begin(state, "all_gather", "routing", packed, width=4)
+
+    def dispatch_b(self, state: LayerState) -> None:
+        backend = self._ctx.backend
+        x = backend.finish(state.pop("tokens_under_way"))
+        routing = backend.unpack_routing(backend.finish(state.pop("routing_under_way")))
+        state["routing"] = routing
+        state["dispatched"] = self._lay_out(x, routing, state["batch"])
+
+    def combine_a(self, state: LayerState) -> None:
+        kind = "all_to_all" if self._ctx.parallel.ep else "reduce_scatter"
+        state["results_under_way"] = self._begin(state, kind, "results", self._combine(state))
+
+    def combine_b(self, state: LayerState) -> None:
+        backend = self._ctx.backend
+        results = backend.finish(state.pop("results_under_way"))
+        if self._ctx.parallel.ep:
+            results = backend.sum_blocks(results, self._ctx.parallel.tp)
+        state["routed_output"] = results
+
+    def output(self, state: LayerState) -> None:
+        """Nothing is left to sum over ranks."""
+        state["sublayer_output"] = self._add_outputs(state).bfloat16()
+
+    def _begin(
+        self, state: LayerState, kind: str, what: str, x: Tensor, *, width: int = 2
+    ) -> Begun:
+        # Two batches may have theirs under way at a time.
+        name = f"{what} of {state['half']}"
+        return self._ctx.backend.begin(kind, name, x, self._ctx.tp_group, width=width)
+
+
+def make_experts(
+    ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool = False
+) -> MixtureOfExperts:
+    """The mixture of a layer, for tokens that are replicated or scattered as the layout says."""
+    kind = ScatteredExperts if ctx.scatters else MixtureOfExperts
+    return kind(ctx, model, layer, hash_routed=hash_routed)

@@ -1,85 +1,66 @@
-"""A layer's forward as a list of named operations with yield marks, and its plain execution.
+"""A layer's forward as named operations, cut into stages, and their execution.
 
-Names and order follow SGLang's two-batch-overlap operations. Marks cut the list into stages.
-:func:`execute_operations` runs one batch and only records the marks;
-:func:`execute_overlapped_operations` runs two batches over the same stages, one stage of each in
-turn, so that what one has begun to communicate goes on while the other computes.
+Names and order follow SGLang's two-batch-overlap operations. A strategy orders a layer's operations
+and puts marks between them; marks cut the order into stages. Two batches run over the same stages
+in turns, so that what one has begun to communicate goes on while the other computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, TypeVar
+
+from runner.backend.communication import Begun
+from runner.backend.expert_steps import Dispatched, Routing
+from runner.backend.forward_batch import ForwardBatch
+from runner.backend.tensor import Tensor
 
 
-class OperationState:
-    """What operations of one batch hand to each other.
+class LayerState(TypedDict, total=False):
+    """What operations of one batch hand to each other, each value put once and popped once.
 
-    A value is put once and taken once: putting over a value, taking what is not there, and
-    leaving values behind are errors of the operations' author, not of the user.
+    ``batch``, ``half`` (which of two halves the batch is) and ``index_metadata`` (the indexer's
+    work split) stay for the whole forward. ``residual`` is DSV3's stream [T, H], ``mixing`` DSV4's
+    stream [T, M * H] with the weights that mix its copies.
     """
 
-    def __init__(self, **values: Any) -> None:
-        self._values = dict(values)
-
-    def put(self, **values: Any) -> None:
-        """Hand values on under new names."""
-        for name, value in values.items():
-            if name in self._values:
-                raise RuntimeError(f"operation overwrites state {name!r}")
-            self._values[name] = value
-
-    def take(self, name: str) -> Any:
-        """Take a value away."""
-        if name not in self._values:
-            raise RuntimeError(f"operation needs state {name!r}, which nothing has put")
-        return self._values.pop(name)
-
-    def peek(self, name: str) -> Any:
-        """Look at a value and leave it."""
-        if name not in self._values:
-            raise RuntimeError(f"operation needs state {name!r}, which nothing has put")
-        return self._values[name]
-
-    def replace(self, **values: Any) -> None:
-        """Take the old values and put new ones under the same names."""
-        for name in values:
-            self.take(name)
-        self.put(**values)
-
-    def finish(self, *kept: str) -> list[Any]:
-        """The values named, which must be all that is left."""
-        left = set(self._values) - set(kept)
-        if left:
-            raise RuntimeError(f"operations left state behind: {', '.join(sorted(left))}")
-        return [self.take(name) for name in kept]
+    batch: ForwardBatch
+    half: int
+    index_metadata: Tensor | None
+    hidden_states: Tensor
+    residual: Tensor
+    mixing: tuple[Tensor, Tensor, Tensor]
+    sublayer_input: Tensor
+    sublayer_output: Tensor
+    q: Tensor
+    latent: Tensor
+    selected: Tensor | None
+    moe_input: Tensor
+    router_logits: Tensor
+    routing: Routing
+    tokens_under_way: Begun
+    routing_under_way: Begun
+    dispatched: Dispatched
+    expert_output: Tensor
+    results_under_way: Begun
+    routed_output: Tensor
+    shared_output: Tensor
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One named step of a layer."""
-
-    name: str
-    run: Callable[[OperationState], None]
-
-
-@dataclass(frozen=True)
-class YieldOperation:
-    """A mark at which an overlapped execution may switch to the other batch."""
-
-
-Step = Operation | YieldOperation
-
+Operation = Callable[[LayerState], None]
+"""One step of a layer."""
 
 Stage = tuple[Operation, ...]
+S = TypeVar("S")
+Note = Callable[[str, str], None]
+"""Notes a point of the forward: its kind and its name."""
 
 
-def cut_stages(steps: Iterable[Step]) -> list[Stage]:
-    """The operations between the marks; marks with nothing between them are one."""
-    stages: list[list[Operation]] = [[]]
+def cut_stages(steps: Iterable[S | str]) -> list[tuple[S, ...]]:
+    """The operations between marks; marks with nothing between them are one."""
+    stages: list[list[S]] = [[]]
     for step in steps:
-        if isinstance(step, Operation):
+        if not isinstance(step, str):
             stages[-1].append(step)
         elif stages[-1]:
             stages.append([])
@@ -103,40 +84,24 @@ def overlapped_order(num_stages: int, delta_stages: int) -> list[tuple[int, int]
     return order + [(1, stage) for stage in range(num_stages - delta_stages, num_stages)]
 
 
-def execute_overlapped_operations(
-    states: tuple[OperationState, OperationState],
-    stages: tuple[Sequence[Stage], Sequence[Stage]],
-    delta_stages: int,
-    mark: Callable[[str, str], None],
+def run_overlapped(
+    states: tuple[LayerState, LayerState], stages: Sequence[Stage], delta_stages: int, note: Note
 ) -> None:
-    """Run two batches in turns.
+    """Run two batches over the same stages in turns.
+
+    Notes ``("batch", "0" or "1")`` before each stage, and ``("batch", "both")`` after all.
 
     Args:
         states: each batch's own; nothing goes from one to the other.
-        stages: each batch's stages, of which both have the same number.
+        stages: of all layers.
         delta_stages: how many stages the first batch is ahead.
-        mark: told ``("batch", "0" or "1")`` before each stage, and ``("batch", "both")`` after all.
+        note: see above.
 
     Raises:
-        ValueError: numbers of stages that differ, or a delta beyond them.
+        ValueError: ``delta_stages`` is above the number of stages.
     """
-    if len(stages[0]) != len(stages[1]):
-        raise ValueError(
-            f"the batches have {len(stages[0])} and {len(stages[1])} stages: they must agree"
-        )
-    for batch, stage in overlapped_order(len(stages[0]), delta_stages):
-        mark("batch", str(batch))
-        for operation in stages[batch][stage]:
-            operation.run(states[batch])
-    mark("batch", "both")
-
-
-def execute_operations(
-    state: OperationState, steps: Iterable[Step], mark: Callable[[str, str], None]
-) -> None:
-    """Run one batch through ``steps`` in order; ``mark(kind, name)`` is told each yield."""
-    for step in steps:
-        if isinstance(step, YieldOperation):
-            mark("yield", "")
-        else:
-            step.run(state)
+    for batch, stage in overlapped_order(len(stages), delta_stages):
+        note("batch", str(batch))
+        for operation in stages[stage]:
+            operation(states[batch])
+    note("batch", "both")

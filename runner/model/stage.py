@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
 
-from runner.backend.forward_batch import ForwardBatch, PPProxyTensors, proxy_widths
-from runner.backend.math import Tokens
-from runner.backend.weights import WeightRequest
+from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
+from runner.backend.tensor import Tensor
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
 from runner.errors import UserError
 from runner.model.context import RankContext
-from runner.model.dsv3 import Dsv3Family
-from runner.model.dsv4 import Dsv4Family
-from runner.model.operations import (
-    OperationState,
-    execute_operations,
-    execute_overlapped_operations,
-)
+from runner.model.dsv3 import Dsv3Decoder, Dsv3Layer
+from runner.model.dsv4 import Dsv4Decoder, Dsv4Layer
+from runner.model.operations import LayerState, run_overlapped
 from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
 
-Tensors = dict[str, Any]
+Tensors = dict[str, Tensor]
+Layers = Sequence[tuple[int, Dsv3Layer | Dsv4Layer]]
 
 OVERLAPPED = "overlapped by"
 """What the mark of layers that run in halves says between their numbers and the strategy."""
@@ -42,24 +37,17 @@ class PipelineStage:
     ) -> None:
         self._ctx, self._model = ctx, model
         self._overlap = {strategy.mode: strategy for strategy in overlap}
-        pp = ctx.parallel.pp
-        self.is_first = ctx.at.pp_rank == 0
-        self.is_last = ctx.at.pp_rank == pp - 1
+        self.is_first, self.is_last = ctx.is_first_stage, ctx.is_last_stage
         self.layer_ids = ctx.parallel.layer_range(model.num_hidden_layers, ctx.at.pp_rank)
-        self._family: Any = _make_family(ctx, model, self.layer_ids)
-        self._layers: list[tuple[int, Any]] = list(
-            zip(self.layer_ids, self._family.layers, strict=True)
-        )
-        self._first_row, last_row = ctx.tp_shard(model.vocab_size)
-        rows = (self._first_row, last_row)
+        self._decoder = _make_decoder(ctx, model, self.layer_ids)
+        self._layers: Layers = list(zip(self.layer_ids, self._decoder.layers, strict=True))
+        self._vocab = ctx.tp_shard(model.vocab_size)
+        hidden = model.hidden_size
         if self.is_first:
-            self._embedding = self._vocab_weight("embedding", rows, scale=1.0)
+            self._embedding = ctx.bf16(-1, "embedding", self._vocab, hidden, scale=1.0)
         if self.is_last:
-            self._norm = ctx.replicated(
-                -1, "final_norm", "bf16", model.hidden_size, scale=0.1, mean=1.0
-            )
-            self._collapse = self._family.make_head()
-            self._lm_head = self._vocab_weight("lm_head", rows, scale=model.hidden_size**-0.5)
+            self._norm = ctx.norm(-1, "final_norm", hidden)
+            self._lm_head = ctx.bf16(-1, "lm_head", self._vocab, hidden)
 
     def overlapped(self, overlap: Sequence[OverlapStrategy]) -> PipelineStage:
         """The same stage with other strategies."""
@@ -67,21 +55,7 @@ class PipelineStage:
         stage._overlap = {strategy.mode: strategy for strategy in overlap}
         return stage
 
-    def _vocab_weight(self, name: str, rows: tuple[int, int], *, scale: float) -> Any:
-        hidden = self._model.hidden_size
-        return self._ctx.make(
-            WeightRequest(
-                -1,
-                name,
-                "bf16",
-                (self._model.vocab_size, hidden),
-                (rows, (0, hidden)),
-                (rows[1] - rows[0], hidden),
-                scale=scale,
-            )
-        )
-
-    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> Any:
+    def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> PPProxyTensors | Tensor:
         """Run the stage.
 
         Args:
@@ -92,7 +66,11 @@ class PipelineStage:
             :class:`PPProxyTensors` on inner stages, logits [sequences, vocab] on the last.
         """
         self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
-        tensors = self._enter(batch, proxy)
+        if self.is_first:
+            tensors = self._embed(batch)
+        else:
+            assert proxy is not None, "inner stages need proxy tensors"
+            tensors = proxy.tensors
         strategy = self._overlap.get(batch.mode)
         halves = batch.halves if strategy else None
         if strategy is None or halves is None:
@@ -104,25 +82,28 @@ class PipelineStage:
             tensors = self._run_overlapped(sparse, tensors, halves, strategy)
         return self._logits(tensors, batch) if self.is_last else PPProxyTensors(tensors)
 
-    def _run_plain(
-        self, layers: Sequence[tuple[int, Any]], tensors: Tensors, batch: ForwardBatch
-    ) -> Tensors:
+    def _run_plain(self, layers: Layers, tensors: Tensors, batch: ForwardBatch) -> Tensors:
         """The whole batch through layers, one after the other."""
         if not layers:
             return tensors
-        backend = self._ctx.backend
+        mark = self._ctx.backend.mark
         state = self._begin(tensors, batch, half=0)
         for layer_id, layer in layers:
-            backend.mark("layer", str(layer_id))
+            mark("layer", str(layer_id))
             operations = layer.operations()
-            steps = PLAIN[batch.mode].arrange(operations) if layer.has_experts else operations
-            execute_operations(state, steps, backend.mark)
-        backend.mark("layer", "end")
+            strategy = PLAIN[batch.mode]
+            steps = strategy.arrange(operations) if layer.has_experts else operations.values()
+            for step in steps:
+                if isinstance(step, str):
+                    mark("yield", "")
+                else:
+                    step(state)
+        mark("layer", "end")
         return self._end(state, batch)
 
     def _run_overlapped(
         self,
-        layers: Sequence[tuple[int, Any]],
+        layers: Layers,
         tensors: Tensors,
         halves: tuple[ForwardBatch, ForwardBatch],
         strategy: OverlapStrategy,
@@ -132,76 +113,61 @@ class PipelineStage:
             return tensors
         backend = self._ctx.backend
         backend.mark("layer", f"{layers[0][0]}-{layers[-1][0]} {OVERLAPPED} {strategy.name}")
-        whole = concatenate((strategy, layer.operations()) for _, layer in layers)
-        with backend.leaving_sms(whole.comm_sms):
-            cut = halves[0].num_tokens
-            parts = (
-                self._rows(tensors, 0, cut),
-                self._rows(tensors, cut, cut + halves[1].num_tokens),
-            )
-            first, second = (
-                self._begin(part, half, half=index)
-                for index, (part, half) in enumerate(zip(parts, halves, strict=True))
-            )
-            execute_overlapped_operations(
-                (first, second), (whole.stages, whole.stages), whole.delta_stages, backend.mark
-            )
-            ends = self._end(first, halves[0]), self._end(second, halves[1])
-        return {
-            name: None if ends[0][name] is None else backend.joined(ends[0][name], ends[1][name])
-            for name in tensors
-        }
+        stages = concatenate(strategy, [layer.operations() for _, layer in layers])
+        cut = halves[0].num_tokens
+        first = {name: x[:cut] for name, x in tensors.items()}
+        second = {name: x[cut:] for name, x in tensors.items()}
+        with backend.leaving_sms(strategy.comm_sms):
+            states = self._begin(first, halves[0], half=0), self._begin(second, halves[1], half=1)
+            run_overlapped(states, stages, strategy.delta_stages, backend.mark)
+            ends = self._end(states[0], halves[0]), self._end(states[1], halves[1])
+        return {name: backend.joined(x, ends[1][name]) for name, x in ends[0].items()}
 
-    def _rows(self, tensors: Tensors, start: int, stop: int) -> Tensors:
-        return {
-            name: None if x is None else self._ctx.backend.rows(x, start, stop)
-            for name, x in tensors.items()
-        }
-
-    def _begin(self, tensors: Tensors, batch: ForwardBatch, *, half: int) -> OperationState:
+    def _begin(self, tensors: Tensors, batch: ForwardBatch, *, half: int) -> LayerState:
         """A batch's state before its first layer, its rows this rank's own."""
         own = {name: self._ctx.scatter(x, batch) for name, x in tensors.items()}
-        return OperationState(batch=batch, half=half, **self._family.batch_state(batch), **own)
-
-    def _end(self, state: OperationState, batch: ForwardBatch) -> Tensors:
-        """What is left after a batch's last layer, all its rows."""
-        names = list(proxy_widths(self._model.hidden_size, self._model.hc_mult))
-        shared = self._family.shared
-        values = state.finish("batch", "half", *shared, *names)[2 + len(shared) :]
-        return {
-            name: self._ctx.gather(name, x, batch) for name, x in zip(names, values, strict=True)
+        state: LayerState = {
+            "batch": batch,
+            "half": half,
+            "index_metadata": self._decoder.index_metadata(batch),
+            "hidden_states": own["hidden_states"],
         }
+        if "residual" in own:
+            state["residual"] = own["residual"]
+        return state
 
-    def _enter(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> dict[str, Any]:
-        if not self.is_first:
-            assert proxy is not None, "inner stages need proxy tensors"
-            return dict(proxy.tensors)
+    def _end(self, state: LayerState, batch: ForwardBatch) -> Tensors:
+        """The tensors after a batch's last layer, all its rows."""
+        tensors = {"hidden_states": state.pop("hidden_states")}
+        if "residual" in state:
+            tensors["residual"] = state.pop("residual")
+        left = set(state) - {"batch", "half", "index_metadata"}
+        if left:
+            raise RuntimeError(f"operations left state behind: {', '.join(sorted(left))}")
+        return {name: self._ctx.gather(name, x, batch) for name, x in tensors.items()}
+
+    def _embed(self, batch: ForwardBatch) -> Tensors:
+        """Tensors before the first layer; every rank embeds all tokens with its vocabulary part.
+
+        Context-parallel ranks keep their own tokens afterwards.
+        """
         ctx, backend = self._ctx, self._ctx.backend
-        # The vocabulary is cut over all tensor-parallel ranks, so all embed all tokens, and
-        # context-parallel ranks keep their own afterwards.
-        everyone = Tokens(batch, 0, batch.num_tokens)
-        embedded = backend.embed(
-            everyone, self._embedding, self._first_row, self._model.hidden_size
-        )
+        embedded = backend.embed(batch.tokens, self._embedding, self._vocab.start)
         embedded = backend.all_reduce("embedding", embedded, ctx.tp_group)
-        own = ctx.tokens(batch)
-        if own.count < batch.num_tokens:
-            embedded = backend.rows(embedded, own.start, own.stop)
-        first: dict[str, Any] = self._family.first_state(embedded)
-        return first
+        return self._decoder.first_state(ctx.own_rows(embedded, batch))
 
-    def _logits(self, tensors: dict[str, Any], batch: ForwardBatch) -> Any:
+    def _logits(self, tensors: Tensors, batch: ForwardBatch) -> Tensor:
         ctx, backend = self._ctx, self._ctx.backend
-        hidden = self._family.collapse(self._collapse, tensors)
+        hidden = self._decoder.collapse(tensors)
         hidden = backend.rms_norm(hidden, self._norm, self._model.rms_norm_eps)
         hidden = ctx.gather_tokens("hidden", hidden, batch)
         last = backend.last_tokens(hidden, ctx.tokens(batch))
         return backend.all_gather("logits", backend.linear(last, self._lm_head), ctx.tp_group, 1)
 
 
-def _make_family(ctx: RankContext, model: ModelConfig, layers: range) -> Dsv4Family | Dsv3Family:
+def _make_decoder(ctx: RankContext, model: ModelConfig, layers: range) -> Dsv4Decoder | Dsv3Decoder:
     if isinstance(model, Dsv4Config):
-        return Dsv4Family(ctx, model, layers)
+        return Dsv4Decoder(ctx, model, layers)
     if isinstance(model, Dsv3Config):
-        return Dsv3Family(ctx, model, layers)
-    raise UserError(f"model family {model.family!r} of {model.name} is not known")
+        return Dsv3Decoder(ctx, model, layers)
+    raise UserError(f"model family {model.family!r} of {model.name} is not supported")

@@ -1,23 +1,24 @@
-"""Where a layer's operation list yields: strategies of two-batch overlap, by name or from a file.
+"""Strategies of two-batch overlap, by name or from a file.
 
-A strategy is the order of a layer's operations with marks between them. Those with a name are
-SGLang's: its DeepSeek decode placement before and after PR 6711, its DeepSeek prefill placement
-and that of DeepSeek-V4, whose hyper-connections take the place of norms and residual additions.
+A strategy is the order of a layer's operations with marks, where a batch yields, between them. The
+named ones are SGLang's: its DeepSeek decode placement before and after PR 6711, its DeepSeek
+prefill placement, and that of DeepSeek-V4, whose hyper-connections take the place of norms and
+residual additions.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
-from runner.model.operations import Operation, Stage, Step, YieldOperation, cut_stages
+from runner.model.operations import Operation, Stage, cut_stages
 
 MARK = "|"
+"""Stands between two stages."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "comm_prepare_attn": (),
@@ -35,7 +36,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "output": ("combine_b", "shared_experts"),
     "comm_postprocess_layer": ("output",),
 }
-"""Operations of a layer with experts, and which of them each comes after."""
+"""Operations of a layer with experts, and which others each one needs before it."""
 
 COMM_SMS = 20
 """SMs that SGLang's dispatcher takes by default (``DeepEPConfig.num_sms``)."""
@@ -47,7 +48,7 @@ class OverlapStrategy:
 
     Attributes:
         name: for reports.
-        mode: forwards that it is for.
+        mode: which forwards it orders.
         steps: names of operations, :data:`MARK` between stages.
         delta_stages: how many stages the first batch is ahead.
         comm_sms: SMs that DeepGEMM leaves to communication while two batches overlap.
@@ -79,13 +80,12 @@ class OverlapStrategy:
         """Stages of one layer alone."""
         return len([stage for stage in " ".join(self.steps).split(MARK) if stage.strip()])
 
-    def arrange(self, operations: Iterable[Operation]) -> list[Step]:
+    def arrange(self, operations: Mapping[str, Operation]) -> list[Operation | str]:
         """A layer's operations in the strategy's order, with its marks."""
-        by_name = {operation.name: operation for operation in operations}
-        return [YieldOperation() if step == MARK else by_name[step] for step in self.steps]
+        return [step if step == MARK else operations[step] for step in self.steps]
 
     def check_lead(self, stages: int) -> None:
-        """Raise UserError where a batch would be further ahead than there are stages."""
+        """Raise UserError if a batch would be further ahead than there are stages."""
         if self.delta_stages > stages:
             raise UserError(
                 f"strategy {self.name}: delta_stages = {self.delta_stages} must be at most "
@@ -96,7 +96,7 @@ class OverlapStrategy:
         """The steps on one line."""
         return ", ".join(self.steps).replace(f", {MARK}", f" {MARK}").replace(f"{MARK},", MARK)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data; :meth:`from_json` is its inverse."""
         return {
             "name": self.name,
@@ -117,71 +117,54 @@ class OverlapStrategy:
         )
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> OverlapStrategy:
+    def from_json(cls, data: Mapping[str, object]) -> OverlapStrategy:
         """Rebuild a strategy.
 
         Raises:
-            UserError: it is none.
+            UserError: the data is not a strategy.
         """
-        fields = dict(data)
-        return _from_fields(str(fields.pop("name", "unnamed")), fields)
+        fields = {key: value for key, value in data.items() if key != "name"}
+        return _from_fields(str(data.get("name", "unnamed")), fields)
 
     def _check_operations(self) -> None:
-        where = f"strategy {self.name}"
-        seen: list[str] = []
-        for name in self.operations:
+        where, order = f"strategy {self.name}", self.operations
+        for index, name in enumerate(order):
             if name not in NEEDS:
                 raise UserError(f"{where}: there is no operation {name!r}: {', '.join(NEEDS)}")
-            if name in seen:
+            if name in order[:index]:
                 raise UserError(f"{where}: {name} is there twice")
-            seen.append(name)
-        missing = [name for name in NEEDS if name not in seen]
-        if missing:
+        if missing := [name for name in NEEDS if name not in order]:
             raise UserError(f"{where}: {', '.join(missing)} missing: a layer needs every operation")
-        for name in seen:
-            late = [need for need in NEEDS[name] if seen.index(need) > seen.index(name)]
-            if late:
-                raise UserError(f"{where}: {name} comes before {late[0]}, whose result it needs")
+        for index, name in enumerate(order):
+            for need in NEEDS[name]:
+                if order.index(need) > index:
+                    raise UserError(f"{where}: {name} comes before {need}, whose result it needs")
 
 
-def _strategy(
-    name: str, mode: ForwardMode, steps: str, delta: int, sms: int = 0
-) -> OverlapStrategy:
-    return OverlapStrategy(name, mode, tuple(steps.split()), delta, sms)
-
-
+_DECODE = """
+    comm_prepare_attn attn_prepare
+    | attn_core comm_prepare_mlp gate select_experts
+    | dispatch_a shared_experts
+    | dispatch_b experts combine_a
+    | combine_b
+"""
 _PREFILL = """
     comm_prepare_attn attn_prepare attn_core comm_prepare_mlp gate select_experts dispatch_a
     | dispatch_b experts combine_a
     | shared_experts combine_b output comm_postprocess_layer
 """
+_DECODE_BEFORE = f"{_DECODE} output comm_postprocess_layer |".split()
+_DECODE_NOW = f"{_DECODE} | output comm_postprocess_layer".split()
 
 STRATEGIES = {
     strategy.name: strategy
     for strategy in (
-        _strategy(
-            "deepseek-decode-before",
-            ForwardMode.DECODE,
-            """comm_prepare_attn attn_prepare
-            | attn_core comm_prepare_mlp gate select_experts
-            | dispatch_a shared_experts
-            | dispatch_b experts combine_a
-            | combine_b output comm_postprocess_layer |""",
-            2,
+        OverlapStrategy("deepseek-decode-before", ForwardMode.DECODE, tuple(_DECODE_BEFORE), 2),
+        OverlapStrategy("deepseek-decode", ForwardMode.DECODE, tuple(_DECODE_NOW), 2),
+        OverlapStrategy(
+            "deepseek-prefill", ForwardMode.EXTEND, tuple(_PREFILL.split()), 0, COMM_SMS
         ),
-        _strategy(
-            "deepseek-decode",
-            ForwardMode.DECODE,
-            """comm_prepare_attn attn_prepare
-            | attn_core comm_prepare_mlp gate select_experts
-            | dispatch_a shared_experts
-            | dispatch_b experts combine_a
-            | combine_b
-            | output comm_postprocess_layer""",
-            2,
-        ),
-        _strategy("deepseek-prefill", ForwardMode.EXTEND, _PREFILL, 0, COMM_SMS),
-        _strategy("dsv4-prefill", ForwardMode.EXTEND, _PREFILL, 0),
+        OverlapStrategy("dsv4-prefill", ForwardMode.EXTEND, tuple(_PREFILL.split()), 0),
     )
 }
 """Strategies by name."""
@@ -236,7 +219,7 @@ def load_strategies(names: Sequence[str]) -> tuple[OverlapStrategy, ...]:
 _FIELDS: dict[str, type] = {"mode": str, "operations": str, "delta_stages": int, "comm_sms": int}
 
 
-def _from_fields(name: str, data: dict[str, Any]) -> OverlapStrategy:
+def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     for key, value in data.items():
         if key not in _FIELDS:
             raise UserError(f"strategy {name}: {key!r} is not known: {', '.join(_FIELDS)}")
@@ -246,50 +229,22 @@ def _from_fields(name: str, data: dict[str, Any]) -> OverlapStrategy:
         if key not in data:
             raise UserError(f"strategy {name}: {key!r} is missing")
     modes = {mode.value: mode for mode in ForwardMode}
-    if data["mode"] not in modes:
-        raise UserError(f"strategy {name}: mode {data['mode']!r} must be {' or '.join(modes)}")
-    steps = data["operations"].replace(MARK, f" {MARK} ").replace(",", " ").split()
-    return OverlapStrategy(
-        name,
-        modes[data["mode"]],
-        tuple(steps),
-        data.get("delta_stages", 0),
-        data.get("comm_sms", 0),
-    )
-
-
-@dataclass(frozen=True)
-class Concatenated:
-    """The layers of a stage, one after the other.
-
-    Attributes:
-        stages: operations between marks; a stage may run from one layer into the next.
-        delta_stages: see :class:`OverlapStrategy`.
-        comm_sms: the same.
-    """
-
-    stages: tuple[Stage, ...]
-    delta_stages: int
-    comm_sms: int
+    mode = str(data["mode"])
+    if mode not in modes:
+        raise UserError(f"strategy {name}: mode {mode!r} must be {' or '.join(modes)}")
+    steps = str(data["operations"]).replace(MARK, f" {MARK} ").replace(",", " ").split()
+    delta_stages, comm_sms = (int(str(data.get(key, 0))) for key in ("delta_stages", "comm_sms"))
+    return OverlapStrategy(name, modes[mode], tuple(steps), delta_stages, comm_sms)
 
 
 def concatenate(
-    layers: Iterable[tuple[OverlapStrategy, Iterable[Operation]]],
-) -> Concatenated:
-    """Put layers, each with its strategy, one after the other.
+    strategy: OverlapStrategy, layers: Sequence[Mapping[str, Operation]]
+) -> list[Stage]:
+    """Stages of layers one after the other; a stage may run from one layer into the next.
 
     Raises:
-        UserError: strategies that differ in how far a batch is ahead, or in SMs, or a batch that
-            would be further ahead than there are stages.
+        UserError: a batch would be further ahead than there are stages.
     """
-    pairs = list(layers)
-    found = {(strategy.delta_stages, strategy.comm_sms) for strategy, _ in pairs}
-    if len(found) != 1:
-        told = sorted(
-            {f"{s.name}: delta_stages {s.delta_stages}, comm_sms {s.comm_sms}" for s, _ in pairs}
-        )
-        raise UserError(f"layers that overlap must agree: {'; '.join(told)}")
-    steps = [step for strategy, operations in pairs for step in strategy.arrange(operations)]
-    stages = tuple(cut_stages(steps))
-    pairs[0][0].check_lead(len(stages))
-    return Concatenated(stages, *found.pop())
+    stages = cut_stages(step for layer in layers for step in strategy.arrange(layer))
+    strategy.check_lead(len(stages))
+    return stages

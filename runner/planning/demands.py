@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.token_to_m import (
     contiguous_rows,
@@ -21,7 +20,7 @@ from runner.backend.token_to_m import (
     masked_token_limit,
 )
 from runner.config.warmup import DisaggregationMode
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.kernels.rules_sm90 import METADATA_MAX_ROWS
 from runner.kernels.table import Demand
@@ -166,20 +165,12 @@ def _probe_batches(tokens: _Tokens) -> Iterator[ForwardBatch]:
 
 def _shape_runner(scenario: Scenario, stage: int) -> tuple[ModelRunner, ScheduleRecorder]:
     recorder = ScheduleRecorder()
-    backend = Backend(
-        ShapeMath(),
-        NoComm(),
-        recorder,
-        num_sms=scenario.num_sms,
-        bf16_fp32_algo=scenario.bf16_fp32_algo,
-    )
+    backend = Backend(recorder, scenario.num_sms, bf16_fp32_algo=scenario.bf16_fp32_algo)
     runner = ModelRunner.build(
         scenario.model,
         scenario.parallel,
         scenario.parallel.rank_of(stage, 0),
         backend=backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
         overlap=scenario.overlap,
     )
     return runner, recorder

@@ -7,15 +7,14 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from runner.backend.gemm_walks import ExecutionHook, relaxed_ms
-from runner.backend.m_lists import expand, fast_m_list, full_m_list, steps_of
+from runner.backend.gemm_walks import ExecutionHook, fast_m_list, full_m_list, relaxed_ms
 from runner.cache.describe import config_of
 from runner.cache.keys import CacheKeys
 from runner.config.warmup import WarmupPolicy
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Demand, KernelTable, MRanges, union
-from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape
+from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, expand, steps_of
 from runner.planning.demands import demands
 from runner.scenario import Scenario
 from runner.schedule import Walk

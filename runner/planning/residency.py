@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from runner.backend.m_lists import expand
 from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
-from runner.kernels.types import KernelCall
+from runner.kernels.types import KernelCall, expand
 from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.schedule import EXCHANGE, Collective, Forward, KernelWork, Mark, Part, Walk

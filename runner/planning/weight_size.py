@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from runner.backend.base import Backend
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
-from runner.backend.weights import WeightRequest
+from runner.backend.tensor import Fp8Weight, Tensor
+from runner.backend.weights import ShapeWeights, WeightRequest
 from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import ceil_div
 
 _BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}
@@ -37,8 +36,8 @@ class WeightSize:
 def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
     """Weights of a rank."""
     counter = _CountingWeights()
-    backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
-    ModelRunner.build(model, parallel, rank, backend=backend, weights=counter, buffers=NoBuffers())
+    backend = Backend(ScheduleRecorder(), num_sms=1)
+    ModelRunner.build(model, parallel, rank, backend=backend, weights=counter)
     return WeightSize(counter.elements, counter.nbytes, sum(counter.shapes.values()))
 
 
@@ -51,14 +50,21 @@ class _CountingWeights(ShapeWeights):
     def __init__(self) -> None:
         self.elements = 0
         self.nbytes = 0
-        self.shapes: dict[tuple[Any, ...], int] = {}
+        self.shapes: dict[tuple[str, tuple[int, ...], int], int] = {}
 
-    def make(self, request: WeightRequest) -> Any:
+    def make(self, request: WeightRequest) -> Tensor:
+        self._count(request)
+        return super().make(request)
+
+    def make_fp8(self, request: WeightRequest) -> Fp8Weight:
+        self._count(request)
+        return super().make_fp8(request)
+
+    def _count(self, request: WeightRequest) -> None:
         size = prod(request.view)
         self.elements += size
         self.shapes[request.kind, request.view, request.high] = size
         self.nbytes += size * _BYTES[request.kind] + _scale_bytes(request)
-        return super().make(request)
 
 
 def _scale_bytes(request: WeightRequest) -> int:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
 
-from runner.backend.m_lists import expand
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
-from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
+from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall, expand
 from runner.schedule import Await, Capture, Compute, KernelWork, Mark, Message, Op, Walk
 from sim.costs.profile_costs import ProfileCosts, Seconds
 

@@ -93,7 +93,8 @@ def _random(*shape: int):  # type: ignore[no-untyped-def]
 
 def _random_experts(call: KernelCall):  # type: ignore[no-untyped-def]
     """Group by group: all groups' fp32 values at once would not fit beside other tests."""
-    from runner.backend.quantise import Fp8Weight, quantise_blocks
+    from runner.backend.quantise import quantise_blocks
+    from runner.backend.tensor import Fp8Weight
 
     parts = [quantise_blocks(_random(call.n, call.k)) for _ in range(call.num_groups)]
     return Fp8Weight(
@@ -236,7 +237,7 @@ def _metadata(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-de
 
 
 def _paged(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend.reference import PAGE, pack_pages
+    from runner.backend.quantise import PAGE, pack_pages
 
     values, weights, k_values, k_scales, entries = _index_inputs(call)
     lens = torch.randint(1, entries + 1, (call.m, 1), device="cuda", dtype=torch.int32)

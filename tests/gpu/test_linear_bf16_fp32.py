@@ -1,4 +1,4 @@
-"""Each algorithm of ``linear_bf16_fp32`` on a real GPU, against float64."""
+"""Each algorithm of bf16 x bf16 -> fp32 GEMMs on a real GPU, against float64."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _entry_points(algo: Bf16Fp32Algo):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(("n", "k"), [GATE, COMPRESSOR, WIDE_COMPRESSOR])
 @pytest.mark.parametrize("m", [1, 129, 1024])
 def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int) -> None:
-    from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
+    from runner.backend.torch_math import TorchMath
 
     torch.manual_seed(m + n)
     x = torch.randn((m, k), device="cuda", dtype=torch.bfloat16)
     y = torch.randn((n, k), device="cuda", dtype=torch.bfloat16)
-    out = linear_bf16_fp32(x, y, algo, _entry_points(algo))
+    out = TorchMath(x.device, _entry_points(algo)).gemm_bf16_fp32(x, y, algo)
     assert out.dtype == torch.float32 and out.shape == (m, n) and out.is_cuda
     expected = x.double() @ y.double().mT
     error = float((out.double() - expected).norm() / expected.norm())
@@ -52,10 +52,10 @@ def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int) -> None
 
 @each_algo
 def test_no_rows_are_no_rows(algo: Bf16Fp32Algo) -> None:
-    from runner.backend.linear_bf16_fp32 import linear_bf16_fp32
+    from runner.backend.torch_math import TorchMath
 
     n, k = GATE
     x = torch.empty((0, k), device="cuda", dtype=torch.bfloat16)
     y = torch.ones((n, k), device="cuda", dtype=torch.bfloat16)
-    out = linear_bf16_fp32(x, y, algo, _entry_points(algo))
+    out = TorchMath(x.device, _entry_points(algo)).gemm_bf16_fp32(x, y, algo)
     assert out.dtype == torch.float32 and out.shape == (0, n) and out.is_cuda

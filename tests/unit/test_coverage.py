@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runner.backend.walk_memory import GIB
+from runner.backend.gemm_walks import GIB
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.token_to_m import (
     MASKED_BUDGET,
@@ -23,7 +22,7 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.config.warmup import DisaggregationMode
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
@@ -218,9 +217,7 @@ def test_a_decode_node_that_overlaps_is_planned_exactly(
             made.model,
             made.parallel,
             made.parallel.rank_of(stage, 0),
-            backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-            weights=ShapeWeights(),
-            buffers=NoBuffers(),
+            backend=Backend(recorder, made.num_sms),
             overlap=made.overlap,
         )
         for size in sizes:
@@ -246,9 +243,7 @@ def calls_of_every_forward(made: Scenario, limit: int) -> set[KernelCall]:
         made.model,
         made.parallel,
         0,
-        backend=Backend(ShapeMath(), NoComm(), recorder, num_sms=made.num_sms),
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
+        backend=Backend(recorder, made.num_sms),
         overlap=made.overlap,
     )
     for tokens in range(1, limit + 1):

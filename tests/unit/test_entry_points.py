@@ -1,4 +1,4 @@
-"""Both kinds of entry points, on a CPU: the reference, and the wrapper around a false library."""
+"""The entry points on a CPU: around a false library, and around the reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runner.backend.reference import ReferenceEntryPoints  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
+from runner.deep_gemm_wrapper.walker import COMPILE_ONLY, compile_only  # noqa: E402
+from tests.unit.cpu_runner import on_reference  # noqa: E402
 from tests.unit.entry_calls import CALLS, GROUPS, N, masked  # noqa: E402
 
 
@@ -28,17 +29,9 @@ class FalseLibrary(SimpleNamespace):
         return function
 
 
-def public(kind: type) -> set[str]:
-    """Names of its calls; the one that limits SMs is none."""
-    names = {name for name, made in vars(kind).items() if callable(made) and name[0] != "_"}
-    return names - {"configure_deep_gemm_num_sms"}
-
-
 def test_the_calls_here_are_all_there_are() -> None:
-    assert public(DeepGemmWrapper) == set(CALLS)
-    assert public(ReferenceEntryPoints) <= set(CALLS)
-    for kind in (DeepGemmWrapper, ReferenceEntryPoints):
-        assert callable(kind.configure_deep_gemm_num_sms)
+    names = {name for name, made in vars(DeepGemmWrapper).items() if callable(made)}
+    assert {name for name in names if name[0] != "_"} == {*CALLS, "configure_deep_gemm_num_sms"}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -49,23 +42,11 @@ def test_rows_reach_the_library(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_without_rows_the_wrapper_returns_at_once(name: str) -> None:
+def test_without_rows_an_entry_point_returns_at_once(name: str) -> None:
     library = FalseLibrary()
     made = getattr(DeepGemmWrapper(library), name)(*CALLS[name](0))
     assert library.called == []
     assert_nothing(name, made)
-
-
-@pytest.mark.parametrize("name", sorted(public(ReferenceEntryPoints)))
-def test_without_rows_the_reference_returns_at_once(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("an operand was looked at")
-
-    for step in ("widen", "_activations", "_weights", "unpack_pages"):
-        monkeypatch.setattr(f"runner.backend.reference.{step}", refuse)
-    assert_nothing(name, getattr(ReferenceEntryPoints(), name)(*CALLS[name](0)))
 
 
 def assert_nothing(name: str, made: torch.Tensor | None) -> None:
@@ -91,7 +72,58 @@ def test_masked_calls_that_expect_no_row_have_none(name: str) -> None:
 def test_a_masked_reference_call_that_expects_no_row_writes_none() -> None:
     lhs, rhs, _, used, _ = masked(4)
     out = torch.full((GROUPS, 4, N), 7.0)
-    ReferenceEntryPoints().grouped_gemm_nt_f8f8bf16_masked(lhs, rhs, out, used, 0)
+    on_reference().grouped_gemm_nt_f8f8bf16_masked(lhs, rhs, out, used, 0)
     assert bool((out == 7).all())
-    ReferenceEntryPoints().grouped_gemm_nt_f8f8bf16_masked(lhs, rhs, out, used, 4)
+    on_reference().grouped_gemm_nt_f8f8bf16_masked(lhs, rhs, out, used, 4)
     assert bool((out[0] != 7).any()) and bool((out[1] == 7).all())
+
+
+def test_sms_are_limited_inside_the_block_only() -> None:
+    limits: list[int] = []
+    library = SimpleNamespace(get_num_sms=lambda: 132, set_num_sms=limits.append)
+    points = DeepGemmWrapper(library)
+    with points.configure_deep_gemm_num_sms(None):
+        assert limits == []
+    with pytest.raises(KeyError), points.configure_deep_gemm_num_sms(112):
+        assert limits == [112]
+        raise KeyError
+    assert limits == [112, 132]
+
+
+# -- the library's compile-only mode --------------------------------------------------------------
+
+
+def with_modes(mode: int = 0, *, without: tuple[str, ...] = ()) -> SimpleNamespace:
+    """A library with a mode; ``calls`` are the modes that it was set to."""
+    made = SimpleNamespace(mode=mode, calls=[])
+
+    def set_compile_mode(new: int) -> None:
+        made.mode = new
+        made.calls.append(new)
+
+    made.get_compile_mode = lambda: made.mode
+    made.set_compile_mode = set_compile_mode
+    for name in without:
+        delattr(made, name)
+    return made
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_the_compile_mode_is_restored(before: int) -> None:
+    library = with_modes(before)
+    with pytest.raises(KeyError, match="walk"), compile_only(library):
+        assert library.mode == COMPILE_ONLY == 1
+        raise KeyError("walk")
+    assert library.calls == [1, before]
+
+
+@pytest.mark.parametrize(
+    "without",
+    [("get_compile_mode",), ("set_compile_mode",), ("get_compile_mode", "set_compile_mode")],
+    ids=" ".join,
+)
+def test_a_library_without_modes_launches_as_ever(without: tuple[str, ...]) -> None:
+    library = with_modes(without=without)
+    with compile_only(library):
+        assert library.mode == 0
+    assert library.calls == []

@@ -1,10 +1,9 @@
-"""``linear_bf16_fp32``: three algorithms with one answer; who chooses, and what it changes."""
+"""bf16 x bf16 -> fp32 GEMMs: three algorithms with one answer, and who chooses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,22 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from launch.cli import main as launch  # noqa: E402
-from runner.backend.base import Backend  # noqa: E402
+from runner.backend import reference  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
-from runner.backend.linear_bf16_fp32 import linear_bf16_fp32  # noqa: E402
-from runner.backend.reference import ReferenceEntryPoints  # noqa: E402
-from runner.backend.shapes import NoComm  # noqa: E402
 from runner.backend.sink import ScheduleRecorder  # noqa: E402
-from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
-from runner.backend.torch_weights import TorchWeights  # noqa: E402
+from runner.backend.torch_math import TorchMath  # noqa: E402
 from runner.cli import cli  # noqa: E402
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
-from runner.config.hf import from_hf, with_layers  # noqa: E402
+from runner.config.hf import with_layers  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
-from runner.config.presets import DSV4, DSV4_TINY  # noqa: E402
+from runner.config.presets import DSV4  # noqa: E402
 from runner.config.warmup import WarmupPolicy  # noqa: E402
-from runner.driver.model_runner import ModelRunner  # noqa: E402
+from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
 from runner.driver.run import record  # noqa: E402
 from runner.errors import run_guarded  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
@@ -41,23 +36,27 @@ from runner.planning.demands import demands  # noqa: E402
 from runner.planning.plan import plan_of  # noqa: E402
 from runner.scenario import Scenario  # noqa: E402
 from runner.schedule import Compute  # noqa: E402
-from tests.models import DSV3_SMALL  # noqa: E402
+from tests.unit.cpu_runner import (  # noqa: E402
+    CPU,
+    FOUR_LAYERS,
+    SMALL_DSV3,
+    cpu_runner,
+    on_reference,
+)
 from tests.unit.test_launch_options import parsed  # noqa: E402
 
-CPU = torch.device("cpu")
 VARIABLE = "SGLANG_OPT_BF16_FP32_GEMM_ALGO"
-FOUR_LAYERS = replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
 each_algo = pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.value)
 others = pytest.mark.parametrize(
     "algo", [Bf16Fp32Algo.CUBLAS, Bf16Fp32Algo.TORCH], ids=lambda algo: algo.value
 )
 
 
-class Spy(ReferenceEntryPoints):
+class Spy(DeepGemmWrapper):
     """The reference, with the shapes of its bf16 GEMMs written down."""
 
     def __init__(self, *, compute: bool = True) -> None:
-        super().__init__()
+        super().__init__(reference)
         self.calls: list[tuple[int, int, int]] = []
         self._compute = compute
 
@@ -77,7 +76,7 @@ def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int, seed: i
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator).to(torch.bfloat16)
     y = torch.randn(n, k, generator=generator).to(torch.bfloat16)
-    out = linear_bf16_fp32(x, y, algo, ReferenceEntryPoints())
+    out = TorchMath(CPU, on_reference()).gemm_bf16_fp32(x, y, algo)
     assert out.dtype == torch.float32 and out.shape == (m, n) and out.device == x.device
     # A product of two bf16 is exact in fp32; a sum of k of them errs by at most k half steps of
     # the sum of their magnitudes.
@@ -106,7 +105,7 @@ def products_on(device: str, algo: Bf16Fp32Algo) -> tuple[list[str], list[tuple[
     with FakeTensorMode(), Log() as log:
         x = torch.empty(5, 256, dtype=torch.bfloat16, device=device)
         y = torch.empty(7, 256, dtype=torch.bfloat16, device=device)
-        made = linear_bf16_fp32(x, y, algo, spy)
+        made = TorchMath(x.device, spy).gemm_bf16_fp32(x, y, algo)
     assert made.dtype == torch.float32 and made.shape == (5, 7) and made.device.type == device
     return [name for name in log.names if "mm" in name or "_to_copy" in name], spy.calls
 
@@ -114,29 +113,22 @@ def products_on(device: str, algo: Bf16Fp32Algo) -> tuple[list[str], list[tuple[
 WIDENED = ["aten._to_copy.default", "aten._to_copy.default", "aten.mm.default"]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_only_deep_gemm_calls_the_entry_point(device: str) -> None:
-    assert products_on(device, Bf16Fp32Algo.DEEP_GEMM)[1] == [(5, 7, 256)]
-    assert products_on(device, Bf16Fp32Algo.CUBLAS)[1] == []
-    assert products_on(device, Bf16Fp32Algo.TORCH)[1] == []
-
-
-def test_cublas_on_a_gpu_reads_bf16_and_writes_fp32() -> None:
-    assert products_on("cuda", Bf16Fp32Algo.CUBLAS)[0] == ["aten.mm.dtype"]
-
-
-def test_cublas_without_a_gpu_widens_as_torch_has_no_such_product() -> None:
-    assert products_on("cpu", Bf16Fp32Algo.CUBLAS)[0] == WIDENED
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_torch_widens_everywhere(device: str) -> None:
-    assert products_on(device, Bf16Fp32Algo.TORCH)[0] == WIDENED
-
-
-def test_cublas_takes_operands_that_are_not_bf16() -> None:
-    x, y = torch.randn(3, 8), torch.randn(4, 8)
-    assert torch.equal(linear_bf16_fp32(x, y, Bf16Fp32Algo.CUBLAS, ReferenceEntryPoints()), x @ y.T)
+@pytest.mark.parametrize(
+    ("device", "algo", "operators", "calls"),
+    [
+        ("cpu", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
+        ("cuda", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
+        # torch knows a product of bf16 with fp32 output on CUDA alone.
+        ("cpu", Bf16Fp32Algo.CUBLAS, WIDENED, []),
+        ("cuda", Bf16Fp32Algo.CUBLAS, ["aten.mm.dtype"], []),
+        ("cpu", Bf16Fp32Algo.TORCH, WIDENED, []),
+        ("cuda", Bf16Fp32Algo.TORCH, WIDENED, []),
+    ],
+)
+def test_what_each_algorithm_calls(
+    device: str, algo: Bf16Fp32Algo, operators: list[str], calls: list[tuple[int, int, int]]
+) -> None:
+    assert products_on(device, algo) == (operators, calls)
 
 
 # -- the model --------------------------------------------------------------------------------
@@ -161,15 +153,7 @@ def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
 def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
     """Four layers, of which one slides a window, two compress by 4 and one by 128."""
     spy, recorder = Spy(), ScheduleRecorder()
-    backend = Backend(TorchMath(CPU, spy), NoComm(), recorder, num_sms=132, bf16_fp32_algo=algo)
-    runner = ModelRunner.build(
-        FOUR_LAYERS,
-        ParallelConfig(),
-        0,
-        backend=backend,
-        weights=TorchWeights(0, CPU),
-        buffers=TorchBuffers(CPU, FOUR_LAYERS.vocab_size),
-    )
+    runner = cpu_runner(FOUR_LAYERS, spy, algo=algo, recorder=recorder)
     with torch.inference_mode():
         assert runner._dummy_run(3, ForwardMode.DECODE).shape == (3, 1024)
     expected = wide_shapes(FOUR_LAYERS)
@@ -189,7 +173,7 @@ def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
     )
 
 
-MODELS = {"dsv4": FOUR_LAYERS, "dsv3": from_hf(DSV3_SMALL, "dsv3-small")}
+MODELS = {"dsv4": FOUR_LAYERS, "dsv3": SMALL_DSV3}
 
 
 @others
@@ -260,24 +244,11 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_sim_takes_it_from_the_environment(
     clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = (
-        "sim",
-        "--model",
-        "dsv4-tiny",
-        "--pp",
-        "1",
-        "--tp",
-        "1",
-        "--batch-sizes",
-        "1",
-        "--warmup",
-        "none",
-        "--json",
-        "-",
-    )
+    options = "--model dsv4-tiny --pp 1 --tp 1 --batch-sizes 1 --warmup none --json -"
 
     def compiled() -> int:
-        return int(json.loads(printed(capsys, *command))["predictions"][0]["distinct_kernels"])
+        (prediction,) = json.loads(printed(capsys, "sim", *options.split()))["predictions"]
+        return int(prediction["distinct_kernels"])
 
     unset = compiled()
     found = {}

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from launch.loaders import CompileLocks, LibraryJit, OwnJit
-from runner.backend.m_lists import steps_of
 from runner.build.compiler import LazyJit
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.kernels.types import GemmShape
+from runner.kernels.types import GemmShape, steps_of
 from runner.schedule import Walk
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 1, 132)

@@ -1,79 +1,35 @@
-"""Operations of a layer, their order and their yield marks."""
+"""Operations of a layer, their order, their yield marks, and turns of two batches."""
+
+from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
+from runner.backend.weights import ShapeWeights
 from runner.config.hf import with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4_TINY
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Layer
 from runner.model.dsv4 import Dsv4Layer
 from runner.model.operations import (
+    LayerState,
     Operation,
-    OperationState,
-    Step,
-    YieldOperation,
-    execute_operations,
+    cut_stages,
+    overlapped_order,
+    run_overlapped,
 )
+from runner.model.stage import PipelineStage
 from runner.model.strategy import PLAIN
 from runner.schedule import Mark, Op
-
-
-def test_state_hands_values_on_once() -> None:
-    state = OperationState(batch="b")
-    state.put(x=1, y=2)
-    assert state.peek("x") == 1
-    assert state.take("x") == 1
-    state.put(x=3)
-    state.replace(x=4, y=5)
-    assert state.finish("batch", "y", "x") == ["b", 5, 4]
-    assert state.finish() == []
-
-
-def test_state_refuses_to_overwrite() -> None:
-    state = OperationState(x=1)
-    with pytest.raises(RuntimeError, match=r"^operation overwrites state 'x'$"):
-        state.put(x=2)
-
-
-@pytest.mark.parametrize("method", ["take", "peek"])
-def test_state_refuses_what_nothing_has_put(method: str) -> None:
-    state = OperationState(x=1)
-    state.take("x")
-    with pytest.raises(RuntimeError, match=r"^operation needs state 'x', which nothing has put$"):
-        getattr(state, method)("x")
-
-
-def test_state_refuses_to_replace_what_is_not_there() -> None:
-    with pytest.raises(RuntimeError, match=r"^operation needs state 'x', which nothing has put$"):
-        OperationState().replace(x=1)
-
-
-def test_state_refuses_leftovers_and_gaps() -> None:
-    with pytest.raises(RuntimeError, match=r"^operations left state behind: a, b$"):
-        OperationState(b=1, a=2, kept=3).finish("kept")
-    with pytest.raises(RuntimeError, match=r"^operation needs state 'kept', which nothing has put"):
-        OperationState().finish("kept")
-
-
-def test_execution_in_order_with_marks() -> None:
-    seen: list[Any] = []
-
-    def operation(name: str) -> Operation:
-        return Operation(name, lambda state: seen.append((name, state.peek("batch"))))
-
-    steps = [operation("a"), YieldOperation(), operation("b"), YieldOperation()]
-    execute_operations(OperationState(batch=7), steps, lambda *mark: seen.append(mark))
-    assert seen == [("a", 7), ("yield", ""), ("b", 7), ("yield", "")]
-
 
 DSV3_DECODE = (
     "comm_prepare_attn, attn_prepare | attn_core, comm_prepare_mlp, gate, select_experts "
@@ -86,58 +42,40 @@ DSV3_EXTEND = (
     "comm_postprocess_layer"
 )
 DENSE = "comm_prepare_attn, attn_prepare, attn_core, comm_prepare_mlp, mlp, comm_postprocess_layer"
-MODES = list(ForwardMode)
-
-
-def show(steps: list[Step]) -> str:
-    words = [step.name if isinstance(step, Operation) else "|" for step in steps]
-    return ", ".join(words).replace(", |, ", " | ")
 
 
 def context(recorder: ScheduleRecorder, parallel: ParallelConfig) -> RankContext:
-    backend = Backend(ShapeMath(), NoComm(), recorder, num_sms=132)
-    return RankContext(backend, ShapeWeights(), parallel, rank=0)
-
-
-def dsv3_layer(layer: int) -> Dsv3Layer:
-    return Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, layer)
+    return RankContext(Backend(recorder, num_sms=132), ShapeWeights(), parallel, rank=0)
 
 
 def arranged(layer: Dsv3Layer | Dsv4Layer, mode: ForwardMode) -> str:
-    return show(PLAIN[mode].arrange(layer.operations()))
+    operations = layer.operations()
+    names = {operation: name for name, operation in operations.items()}
+    steps = PLAIN[mode].arrange(operations)
+    words = [step if isinstance(step, str) else names[step] for step in steps]
+    return ", ".join(words).replace(", |, ", " | ")
 
 
 ORDERS = [(ForwardMode.DECODE, DSV3_DECODE), (ForwardMode.EXTEND, DSV3_EXTEND)]
 
 
-@pytest.mark.parametrize("layer", [3, 60])
 @pytest.mark.parametrize(("mode", "expected"), ORDERS)
-def test_order_of_a_dsv3_layer(layer: int, mode: ForwardMode, expected: str) -> None:
-    assert arranged(dsv3_layer(layer), mode) == expected
+def test_layers_with_experts_have_the_same_order(mode: ForwardMode, expected: str) -> None:
+    dsv3 = Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, 3)
+    dsv4 = Dsv4Layer(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY, 1)
+    for layer in (dsv3, dsv4):
+        assert layer.has_experts and arranged(layer, mode) == expected
 
 
 def test_dense_layers_have_an_order_of_their_own() -> None:
-    layer = dsv3_layer(2)
-    assert not layer.has_experts and show(list(layer.operations())) == DENSE
-
-
-@pytest.mark.parametrize(("mode", "expected"), ORDERS)
-def test_dsv4_layers_have_the_same_operations(mode: ForwardMode, expected: str) -> None:
-    layer = Dsv4Layer(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY, 1)
-    assert layer.has_experts and arranged(layer, mode) == expected
+    layer = Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, 2)
+    assert not layer.has_experts and ", ".join(layer.operations()) == DENSE
 
 
 def recorded_forward(model: ModelConfig, mode: ForwardMode) -> list[Op]:
     recorder = ScheduleRecorder()
     parallel = ParallelConfig(tp=2)
-    runner = ModelRunner.build(
-        model,
-        parallel,
-        0,
-        backend=context(recorder, parallel).backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
-    )
+    runner = ModelRunner.build(model, parallel, 0, backend=Backend(recorder, num_sms=132))
     make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
     runner.forward(make((1,) * 8))
     return recorder.ops
@@ -154,8 +92,75 @@ def test_recorded_layers_hold_their_marks(mode: ForwardMode, yields: int) -> Non
     assert marks == [*expected, Mark("layer", "end")]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_tiny_layer_yields_alike(mode: ForwardMode) -> None:
-    ops = recorded_forward(DSV4_TINY, mode)
-    yields = [op for op in ops if op == Mark("yield", "")]
-    assert len(yields) == 8 * (2 if mode.is_extend else 5)
+def test_operations_must_leave_nothing_behind() -> None:
+    stage = PipelineStage(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY)
+    layer = stage._layers[0][1]
+    forgetful = {"forget": lambda state: state.update(latent=state["hidden_states"])}
+    layer.has_experts, layer.operations = False, lambda: forgetful  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"^operations left state behind: latent$"):
+        stage.forward(ForwardBatch.decode((1,)), None)
+
+
+# -- execution ------------------------------------------------------------------------------------
+
+
+def noting(seen: list[Any], name: str) -> Operation:
+    return lambda state: seen.append((name, state["half"]))
+
+
+def test_marks_with_nothing_between_are_one() -> None:
+    a, b = noting([], "a"), noting([], "b")
+    assert cut_stages(["|", a, "|", "|", b, "|"]) == [(a,), (b,)]
+    assert cut_stages(["|"]) == []
+
+
+def test_turns_with_a_batch_ahead() -> None:
+    assert overlapped_order(3, 2) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert overlapped_order(4, 1) == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (0, 2),
+        (1, 1),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    ]
+
+
+@given(st.integers(0, 40), st.data())
+def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataObject) -> None:
+    delta = data.draw(st.integers(0, stages))
+    order = overlapped_order(stages, delta)
+    for batch in (0, 1):
+        assert [stage for which, stage in order if which == batch] == list(range(stages))
+    ahead = 0
+    for which, _ in order:
+        ahead += 1 if which == 0 else -1
+        assert 0 <= ahead <= delta + 1
+
+
+@pytest.mark.parametrize("delta", [-1, 4])
+def test_a_delta_beyond_the_stages_is_refused(delta: int) -> None:
+    with pytest.raises(ValueError, match=rf"delta_stages={delta} must lie in 0\.\.3, the stages"):
+        overlapped_order(3, delta)
+
+
+def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
+    seen: list[Any] = []
+    stages = [(noting(seen, "a"), noting(seen, "b")), (noting(seen, "c"),)]
+    states: tuple[LayerState, LayerState] = ({"half": 0}, {"half": 1})
+    run_overlapped(states, stages, 1, lambda kind, name: seen.append(f"{kind} {name}"))
+    assert seen == [
+        "batch 0",
+        ("a", 0),
+        ("b", 0),
+        "batch 0",
+        ("c", 0),
+        "batch 1",
+        ("a", 1),
+        ("b", 1),
+        "batch 1",
+        ("c", 1),
+        "batch both",
+    ]

@@ -1,10 +1,9 @@
-"""Two-batch overlap: strategies, stages, turns, and halves of a batch."""
+"""Two-batch overlap: strategies and their files, and halves of a batch."""
 
 from __future__ import annotations
 
-from itertools import permutations
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,15 +11,7 @@ from hypothesis import strategies as st
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.errors import UserError
-from runner.model.operations import (
-    Operation,
-    OperationState,
-    Step,
-    YieldOperation,
-    cut_stages,
-    execute_overlapped_operations,
-    overlapped_order,
-)
+from runner.model.operations import LayerState, Operation, cut_stages
 from runner.model.strategy import (
     COMM_SMS,
     MARK,
@@ -31,7 +22,16 @@ from runner.model.strategy import (
     load_strategy,
 )
 
-OPERATIONS = [Operation(name, lambda state: None) for name in NEEDS]
+
+def operation(name: str) -> Operation:
+    def run(state: LayerState) -> None:
+        raise AssertionError(name)
+
+    run.__name__ = name
+    return run
+
+
+OPERATIONS = {name: operation(name) for name in NEEDS}
 PREFILL = (
     "comm_prepare_attn, attn_prepare, attn_core, comm_prepare_mlp, gate, select_experts, "
     "dispatch_a | dispatch_b, experts, combine_a | shared_experts, combine_b, output, "
@@ -83,88 +83,6 @@ def test_stages_without_a_mark_at_the_end_run_into_the_next_layer(
 ) -> None:
     steps = [step for _ in range(layers) for step in STRATEGIES[name].arrange(OPERATIONS)]
     assert len(cut_stages(steps)) == stages
-
-
-def test_marks_with_nothing_between_are_one() -> None:
-    a, b = Operation("a", lambda state: None), Operation("b", lambda state: None)
-    mark = YieldOperation()
-    assert cut_stages([mark, a, mark, mark, b, mark]) == [(a,), (b,)]
-    assert cut_stages([mark]) == []
-
-
-def test_turns_with_a_batch_ahead() -> None:
-    assert overlapped_order(3, 2) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    assert overlapped_order(4, 1) == [
-        (0, 0),
-        (0, 1),
-        (1, 0),
-        (0, 2),
-        (1, 1),
-        (0, 3),
-        (1, 2),
-        (1, 3),
-    ]
-
-
-@given(st.integers(0, 40), st.data())
-def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataObject) -> None:
-    delta = data.draw(st.integers(0, stages))
-    order = overlapped_order(stages, delta)
-    for batch in (0, 1):
-        assert [stage for which, stage in order if which == batch] == list(range(stages))
-    ahead = 0
-    for which, _ in order:
-        ahead += 1 if which == 0 else -1
-        assert 0 <= ahead <= delta + 1
-
-
-@pytest.mark.parametrize("delta", [-1, 4])
-def test_a_delta_beyond_the_stages_is_refused(delta: int) -> None:
-    with pytest.raises(ValueError, match=rf"delta_stages={delta} must lie in 0\.\.3, the stages"):
-        overlapped_order(3, delta)
-
-
-def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
-    seen: list[Any] = []
-
-    def operation(name: str) -> Operation:
-        return Operation(name, lambda state: seen.append((name, state.peek("batch"))))
-
-    stages = [(operation("a"), operation("b")), (operation("c"),)]
-    states = OperationState(batch="A"), OperationState(batch="B")
-    execute_overlapped_operations(
-        states, (stages, stages), 1, lambda kind, name: seen.append(f"{kind} {name}")
-    )
-    assert seen == [
-        "batch 0",
-        ("a", "A"),
-        ("b", "A"),
-        "batch 0",
-        ("c", "A"),
-        "batch 1",
-        ("a", "B"),
-        ("b", "B"),
-        "batch 1",
-        ("c", "B"),
-        "batch both",
-    ]
-
-
-def test_a_batch_cannot_use_what_the_other_has_put() -> None:
-    put = Operation("put", lambda state: state.put(x=1))
-    leaks = (Operation("put", lambda state: None),)
-    use = (Operation("use", lambda state: state.take("x")),)
-    states = OperationState(), OperationState()
-    with pytest.raises(RuntimeError, match="needs state 'x', which nothing has put"):
-        execute_overlapped_operations(
-            states, ([(put,), use], [leaks, use]), 0, lambda kind, name: None
-        )
-
-
-def test_batches_of_different_stages_are_refused() -> None:
-    states = OperationState(), OperationState()
-    with pytest.raises(ValueError, match="have 1 and 0 stages: they must agree"):
-        execute_overlapped_operations(states, ([()], []), 0, lambda kind, name: None)
 
 
 # -- strategies of a user's own ------------------------------------------------------------------
@@ -240,18 +158,22 @@ def test_a_name_that_is_neither_known_nor_a_file() -> None:
         load_strategy("decode")
 
 
-def test_layers_must_agree() -> None:
-    decode, prefill = STRATEGIES["deepseek-decode"], STRATEGIES["deepseek-prefill"]
-    whole = concatenate([(decode, OPERATIONS)] * 3)
-    assert (len(whole.stages), whole.delta_stages, whole.comm_sms) == (16, 2, 0)
-    assert [operation.name for operation in whole.stages[5]] == [
+def test_a_stage_runs_from_one_layer_into_the_next() -> None:
+    stages = concatenate(STRATEGIES["deepseek-decode"], [OPERATIONS] * 3)
+    assert len(stages) == 16
+    assert [step.__name__ for step in stages[5]] == [
         "output",
         "comm_postprocess_layer",
         "comm_prepare_attn",
         "attn_prepare",
     ]
-    with pytest.raises(UserError, match=r"must agree: deepseek-decode: delta_stages 2, comm_sms 0"):
-        concatenate([(decode, OPERATIONS), (prefill, OPERATIONS)])
+
+
+def test_a_batch_cannot_be_further_ahead_than_there_are_stages() -> None:
+    far = replace(STRATEGIES["deepseek-decode"], delta_stages=7)
+    assert len(concatenate(far, [OPERATIONS] * 2)) == 11
+    with pytest.raises(UserError, match="delta_stages = 7 must be at most 6, the stages of the"):
+        concatenate(far, [OPERATIONS])
 
 
 @given(st.permutations(list(NEEDS)))
@@ -264,12 +186,7 @@ def test_an_order_is_legal_or_refused_with_a_reason(order: list[str]) -> None:
     except UserError as error:
         assert not legal and "whose result it needs" in str(error)
     else:
-        assert legal and [step.name for step in arranged(strategy)] == order
-
-
-def arranged(strategy: OverlapStrategy) -> list[Operation]:
-    steps: list[Step] = strategy.arrange(OPERATIONS)
-    return [step for step in steps if isinstance(step, Operation)]
+        assert legal and [OPERATIONS[name] for name in order] == strategy.arrange(OPERATIONS)
 
 
 # -- halves ---------------------------------------------------------------------------------------
@@ -297,18 +214,3 @@ def test_no_other_cut_is_more_even(lens: list[int]) -> None:
     assert halves is not None
     off = abs(halves[0].num_tokens - halves[1].num_tokens)
     assert off == min(abs(sum(lens) - 2 * sum(lens[:cut])) for cut in range(1, len(lens)))
-
-
-def test_permutations_are_not_all_legal() -> None:
-    """The property above sees both kinds."""
-    tail = ["combine_b", "output", "shared_experts"]
-    kinds = set()
-    for order in permutations(tail):
-        names = [name for name in NEEDS if name not in tail]
-        at = names.index("comm_postprocess_layer")
-        try:
-            OverlapStrategy("any", ForwardMode.DECODE, (*names[:at], *order, *names[at:]), 0)
-            kinds.add(True)
-        except UserError:
-            kinds.add(False)
-    assert kinds == {True, False}

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
 from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.driver.run import record, record_rank, run_rank
 from runner.driver.warmup import execution_hook
 from runner.errors import UserError
@@ -61,10 +60,8 @@ def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
     """What a backend with the scenario's hook announces while the rank runs, on shapes."""
     recorder = ScheduleRecorder()
     backend = Backend(
-        ShapeMath(),
-        NoComm(),
         recorder,
-        num_sms=made.num_sms,
+        made.num_sms,
         bf16_fp32_algo=made.bf16_fp32_algo,
         hook=execution_hook(made, rank),
     )
@@ -73,8 +70,6 @@ def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
         made.parallel,
         rank,
         backend=backend,
-        weights=ShapeWeights(),
-        buffers=NoBuffers(),
         overlap=made.overlap,
     )
     run_rank(runner, made)

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.backend.m_lists import expand
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
-from runner.kernels.types import KernelCall
+from runner.kernels.types import KernelCall, expand
 from runner.planning.residency import (
     SERVING,
     Stall,

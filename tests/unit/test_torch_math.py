@@ -10,63 +10,32 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from runner.backend.base import Backend  # noqa: E402
+from runner.backend.expert_steps import Routing  # noqa: E402
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors  # noqa: E402
-from runner.backend.math import Routing  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     dequantise_blocks,
     dequantise_tokens,
+    pack_pages,
     quantise_blocks,
     quantise_tokens,
+    unpack_pages,
 )
-from runner.backend.reference import ReferenceEntryPoints, pack_pages, unpack_pages  # noqa: E402
-from runner.backend.shapes import NoComm  # noqa: E402
-from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
-from runner.backend.torch_math import TorchBuffers, TorchMath  # noqa: E402
-from runner.backend.torch_moe import (  # noqa: E402
-    combine,
-    dispatch_contiguous,
-    dispatch_masked,
-)
+from runner.backend.torch_moe import ExpertMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
-from runner.backend.weights import WeightRequest, shard  # noqa: E402
-from runner.config.hf import from_hf  # noqa: E402
+from runner.backend.weights import Shard, WeightRequest, shard  # noqa: E402
 from runner.config.model import ModelConfig  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
-from runner.config.presets import DSV4_TINY  # noqa: E402
-from runner.driver.model_runner import ModelRunner  # noqa: E402
-from tests.models import DSV3_SMALL  # noqa: E402
-
-CPU = torch.device("cpu")
+from tests.unit.cpu_runner import CPU, FOUR_LAYERS, SMALL_DSV3, cpu_runner  # noqa: E402
 
 
-def make_runner(model: ModelConfig, **parallel: int) -> ModelRunner:
-    backend = Backend(
-        TorchMath(CPU, ReferenceEntryPoints()), NoComm(), ScheduleRecorder(), num_sms=132
-    )
-    return ModelRunner.build(
-        model,
-        ParallelConfig(**parallel),
-        0,
-        backend=backend,
-        weights=TorchWeights(0, CPU),
-        buffers=TorchBuffers(CPU, model.vocab_size),
-    )
-
-
-LONG_WINDOW = replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
-
-
-@pytest.mark.parametrize(
-    ("model", "length"), [(LONG_WINDOW, 140), (from_hf(DSV3_SMALL, "dsv3-small"), 9)]
-)
+@pytest.mark.parametrize(("model", "length"), [(FOUR_LAYERS, 140), (SMALL_DSV3, 9)])
 def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> None:
     """A prompt's last logits are those of the same tokens with the last one decoded.
 
     140 tokens pass the sliding window, fill ratio-4 entries beyond the top-k, and one of ratio 128.
     """
-    runner = make_runner(model)
+    runner = cpu_runner(model)
     ids = runner.buffers.dummy_ids(length)
     with torch.inference_mode():
         whole = runner.forward(
@@ -77,11 +46,11 @@ def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> 
         last = runner.forward(ForwardBatch.decode([length], input_ids=ids[-1:], cache=cache))
     error = (whole - last).float().norm() / whole.float().norm()
     # DSV3 decodes with absorbed projections, which skip one rounding to bf16 and FP8.
-    assert error < (1e-6 if model is LONG_WINDOW else 0.2)
+    assert error < (1e-6 if model is FOUR_LAYERS else 0.2)
 
 
 def test_sequences_of_a_batch_do_not_see_each_other() -> None:
-    runner = make_runner(LONG_WINDOW)
+    runner = cpu_runner(FOUR_LAYERS)
     ids = runner.buffers.dummy_ids(12)
     with torch.inference_mode():
         both = runner.forward(
@@ -94,14 +63,14 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
 
 
 def test_dummy_run_returns_logits_on_the_last_stage() -> None:
-    runner = make_runner(LONG_WINDOW)
+    runner = cpu_runner(FOUR_LAYERS)
     with torch.inference_mode():
         assert runner._dummy_run(3).shape == (3, 1024)
         assert runner._dummy_run(3, ForwardMode.EXTEND).shape == (3, 1024)
 
 
 def test_dummy_run_returns_proxy_tensors_of_hyper_connection_width_on_inner_stages() -> None:
-    runner = make_runner(LONG_WINDOW, pp=2)
+    runner = cpu_runner(FOUR_LAYERS, pp=2)
     with torch.inference_mode():
         proxy = runner._dummy_run(3)
     assert isinstance(proxy, PPProxyTensors)
@@ -116,7 +85,7 @@ def test_dummy_proxy_is_sliced_for_context_parallel_extend_only(
 ) -> None:
     parallel = ParallelConfig(pp=2, tp=2, attn_cp=2)
     make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
-    inner = replace(make_runner(LONG_WINDOW, pp=2), parallel=parallel, rank=2)
+    inner = replace(cpu_runner(FOUR_LAYERS, pp=2), parallel=parallel, rank=2)
     assert inner.proxy_tokens(make((1,) * 8)) == rows
 
 
@@ -144,38 +113,34 @@ def test_weight_quantisation_has_one_scale_per_block_and_takes_partial_blocks() 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_weights_are_slices_of_one_global_array(parts: int) -> None:
-    def request(index: int) -> WeightRequest:
-        inner = shard(512, parts, index)
-        width = inner[1] - inner[0]
-        return WeightRequest(
-            3,
-            "experts",
-            "fp8",
-            (4, 2, 512, 256),
-            ((1, 3), (0, 2), inner, (0, 256)),
-            (2, 2 * width, 256),
-        )
+    def values(inner: Shard) -> torch.Tensor:
+        """Two of four experts, each with two parts of 512 x 256 of which ``inner`` is local."""
+        dims = (Shard(4, 1, 3), Shard(2, 0, 2), inner, Shard(256, 0, 256))
+        request = WeightRequest(3, "experts", "fp8", dims, (2, 2 * inner.width, 256))
+        made = TorchWeights(7, CPU).make_fp8(request)
+        return made.data.view(torch.uint8).view(2, 2, inner.width, 256)
 
-    weights = TorchWeights(7, CPU)
-    whole = WeightRequest(
-        3, "experts", "fp8", (4, 2, 512, 256), ((1, 3), (0, 2), (0, 512), (0, 256)), (2, 1024, 256)
-    )
-    expected = weights.make(whole).data.view(torch.uint8).view(2, 2, 512, 256)
-    pieces = [weights.make(request(i)).data.view(torch.uint8) for i in range(parts)]
-    joined = torch.cat([piece.view(2, 2, 512 // parts, 256) for piece in pieces], 2)
-    assert torch.equal(joined, expected)
+    joined = torch.cat([values(shard(512, parts, index)) for index in range(parts)], 2)
+    assert torch.equal(joined, values(Shard(512, 0, 512)))
+
+
+def request(name: str, kind: str, *shape: int, layer: int = 0, scale: float = 1.0) -> WeightRequest:
+    dims = tuple(Shard(size, 0, size) for size in shape)
+    return WeightRequest(layer, name, kind, dims, shape, scale)
 
 
 def test_shared_weights_are_one_buffer_per_shape() -> None:
-    weights = TorchWeights(0, CPU, share=True)
-    one = WeightRequest(0, "a", "bf16", (4, 4), ((0, 4), (0, 4)), (4, 4))
-    assert weights.make(one) is weights.make(replace(one, layer=9, name="b"))
-    assert TorchWeights(0, CPU).make(one) is not TorchWeights(0, CPU).make(one)
+    weights, alone = TorchWeights(0, CPU, share=True), TorchWeights(0, CPU)
+    one, other = request("a", "bf16", 4, 4), request("b", "bf16", 4, 4, layer=9)
+    assert weights.make(one) is weights.make(other)
+    assert alone.make(one) is not alone.make(one)
+    one, other = request("a", "fp8", 128, 128), request("b", "fp8", 128, 128)
+    assert weights.make_fp8(one) is weights.make_fp8(other)
+    assert alone.make_fp8(one) is not alone.make_fp8(one)
 
 
 def test_weights_have_the_scale_asked_for() -> None:
-    request = WeightRequest(0, "w", "fp32", (500, 500), ((0, 500), (0, 500)), (500, 500), scale=0.5)
-    made = TorchWeights(1, CPU).make(request)
+    made = TorchWeights(1, CPU).make(request("w", "fp32", 500, 500, scale=0.5))
     assert float(made.std()) == pytest.approx(0.5, rel=0.01)
     assert abs(float(made.mean())) < 0.01
 
@@ -190,18 +155,18 @@ def test_dispatch_and_combine_are_inverse(
     x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16)
     ids = torch.stack([torch.randperm(8, generator=generator)[:choices] for _ in range(tokens)])
     weights = torch.rand(tokens, choices, generator=generator) + 0.1
-    experts = (2, 6)
+    math, experts = ExpertMath(), (2, 6)
     if contiguous:
         rows = contiguous_rows(tokens * choices, 4)
-        sent = dispatch_contiguous(x, ids, experts, rows)
+        sent = math.dispatch_contiguous(x, ids, experts, rows)
         for block in sent.groups.view(-1, 128):
             used = block[block >= 0]
             assert len(used.unique()) <= 1, "a block of 128 rows serves one expert"
     else:
-        sent = dispatch_masked(x, ids, experts, 256, 1)
+        sent = math.dispatch_masked(x, ids, experts, 256, 1)
         local = (ids >= 2) & (ids < 6)
         assert int(sent.groups.sum()) == int(local.sum())
-    back = combine(sent.x, sent.slots, Routing(weights, ids), 2.0)
+    back = math.combine_expert_outputs(sent.x, sent.slots, Routing(weights, ids), 2.0)
     inside = torch.where((ids >= 2) & (ids < 6), weights, 0.0).sum(1, keepdim=True)
     expected = (2.0 * inside.double() * x.double()).to(torch.bfloat16)
     assert torch.allclose(back.float(), expected.float(), rtol=1e-2, atol=1e-3)

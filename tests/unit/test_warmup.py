@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.backend.forward_batch import ForwardMode
-from runner.backend.gemm_walks import relaxed_ms
-from runner.backend.m_lists import fast_m_list, full_m_list, steps_of
+from runner.backend.gemm_walks import fast_m_list, full_m_list, relaxed_ms
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
@@ -17,6 +16,7 @@ from runner.config.warmup import DisaggregationMode, WarmupPolicy, policy_of_fla
 from runner.driver.run import record, record_rank
 from runner.driver.warmup import dummy_modes
 from runner.errors import UserError
+from runner.kernels.types import steps_of
 from runner.planning.plan import hook_m_list, plan_of
 from runner.scenario import Scenario
 from runner.schedule import Capture, Mark, Op, Recv, Send, Walk, flatten

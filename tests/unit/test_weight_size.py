@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
-from runner.backend.shapes import NoComm, ShapeMath, ShapeWeights
 from runner.backend.sink import ScheduleRecorder
-from runner.backend.weights import WeightRequest
+from runner.backend.tensor import Fp8Weight, Tensor
+from runner.backend.weights import ShapeWeights, WeightRequest
 from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_TINY
-from runner.driver.model_runner import ModelRunner, NoBuffers
+from runner.driver.model_runner import ModelRunner
 from runner.planning.weight_size import WeightSize, model_elements, weight_size
 from tests.models import DSV3_SMALL
 
@@ -28,21 +28,25 @@ class Kept(ShapeWeights):
     def __init__(self) -> None:
         self.requests: list[WeightRequest] = []
 
-    def make(self, request: WeightRequest) -> Any:
+    def make(self, request: WeightRequest) -> Tensor:
         self.requests.append(request)
         return super().make(request)
+
+    def make_fp8(self, request: WeightRequest) -> Fp8Weight:
+        self.requests.append(request)
+        return super().make_fp8(request)
 
 
 def requests(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[WeightRequest]:
     kept = Kept()
-    backend = Backend(ShapeMath(), NoComm(), ScheduleRecorder(), num_sms=1)
-    ModelRunner.build(model, parallel, rank, backend=backend, weights=kept, buffers=NoBuffers())
+    backend = Backend(ScheduleRecorder(), num_sms=1)
+    ModelRunner.build(model, parallel, rank, backend=backend, weights=kept)
     return kept.requests
 
 
 def of_one(request: WeightRequest) -> tuple[int, int]:
     """Elements of the local slice, and bytes: FP8 has an fp32 scale a begun block of 128 x 128."""
-    elements = prod(request.local_shape)
+    elements = prod(dim.width for dim in request.dims)
     if request.kind == "fp8":
         *outer, n, k = request.view
         return elements, elements + 4 * prod(outer) * -(-n // 128) * -(-k // 128)
@@ -56,9 +60,7 @@ def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) ->
     for rank in range(parallel.world_size):
         sizes = [of_one(request) for request in requests(model, parallel, rank)]
         elements, nbytes = (sum(column) for column in zip(*sizes, strict=True))
-        shapes = {
-            (r.kind, r.view, r.high): prod(r.local_shape) for r in requests(model, parallel, rank)
-        }
+        shapes = {(r.kind, r.view, r.high): prod(r.view) for r in requests(model, parallel, rank)}
         assert weight_size(model, parallel, rank) == WeightSize(
             elements, nbytes, sum(shapes.values())
         )
@@ -74,15 +76,14 @@ def test_stages_hold_the_model_between_them() -> None:
 
 def test_the_weights_that_were_really_made() -> None:
     torch = pytest.importorskip("torch")
-    from runner.backend.quantise import Fp8Weight
     from runner.backend.torch_weights import TorchWeights
 
     parallel = ParallelConfig(pp=2, tp=2)
     maker = TorchWeights(0, torch.device("cpu"))
     tensors = []
     for request in requests(SMALL, parallel, 1):
-        made = maker.make(request)
-        tensors += [made.data, made.scales] if isinstance(made, Fp8Weight) else [made]
+        fp8 = request.kind == "fp8"
+        tensors += maker.make_fp8(request).pair if fp8 else [maker.make(request)]
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert weight_size(SMALL, parallel, 1).nbytes == nbytes
 
@@ -90,14 +91,15 @@ def test_the_weights_that_were_really_made() -> None:
 @pytest.mark.parametrize("model", [DSV4_TINY, SMALL], ids=lambda m: m.name)
 def test_what_is_made_where_shapes_share_a_buffer(model: ModelConfig) -> None:
     torch = pytest.importorskip("torch")
-    from runner.backend.quantise import Fp8Weight
     from runner.backend.torch_weights import TorchWeights
 
     parallel = ParallelConfig(pp=2, tp=2)
     for rank in range(4):
         maker = TorchWeights(0, torch.device("cpu"), share=True)
-        made = [maker.make(request) for request in requests(model, parallel, rank)]
-        data = [one.data if isinstance(one, Fp8Weight) else one for one in made]
+        data = [
+            maker.make_fp8(request).data if request.kind == "fp8" else maker.make(request)
+            for request in requests(model, parallel, rank)
+        ]
         buffers = {tensor.data_ptr(): tensor.numel() for tensor in data}
         assert weight_size(model, parallel, rank).shapes == sum(buffers.values())
 

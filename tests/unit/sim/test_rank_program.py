@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.backend.m_lists import steps_of
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.kernels.types import GemmShape
+from runner.kernels.types import GemmShape, steps_of
 from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
 from sim.costs.profile_costs import Seconds
 from sim.engine.rank_program import (

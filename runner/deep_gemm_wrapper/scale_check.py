@@ -1,41 +1,41 @@
 """The check behind ``SGLANG_DEEPGEMM_SANITY_CHECK``: are the scales of FP8 operands usable?
 
 SGLang checks scales where they must be powers of two (UE8M0, SM100). On SM90 they are plain fp32,
-and what can go wrong is an element type or layout that the kernels would read as other numbers,
-and a scale that is no positive number: values that overflowed before they were quantised, or
-memory that nothing wrote.
+so the check is for an element type or layout that the kernels would misread, and for scales that
+are not positive numbers: values overflowed before they were quantised, or memory was never written.
 
-A check reads its scales back from the device, so it makes a run slow and cannot be captured in a
+A check reads its scales back from the device, so it slows a run down and cannot be captured in a
 CUDA graph.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from runner.backend.entry_points import Fp8
+from runner.backend.reference import Fp8
 from runner.config.model import FP8_BLOCK
 from runner.kernels.heuristics_sm90 import ceil_div
 
 
 class ScaleError(ValueError):
-    """Scales that no quantisation of finite numbers makes."""
+    """Scales that quantising finite numbers cannot produce."""
 
 
 def check_scales(
     entry_point: str,
     operand: str,
-    scales: torch.Tensor,
+    scales: Tensor,
     shape: tuple[int, ...],
-    used: torch.Tensor | None = None,
+    used: Tensor | None = None,
 ) -> None:
     """Raise unless the scales are fp32, of that shape, finite and above 0.
 
     Args:
-        entry_point: who was called.
+        entry_point: name of the function called.
         operand: which of its operands has the scales.
         scales: any number of dimensions.
-        shape: what the operand's values ask for.
+        shape: the shape that the operand's values need.
         used: bool, by the leading dimensions of ``scales``; the others may hold anything.
 
     Raises:
@@ -56,13 +56,11 @@ def check_scales(
         )
 
 
-def check_gemm_scales(
-    entry_point: str, lhs: Fp8, rhs: Fp8, used: torch.Tensor | None = None
-) -> None:
+def check_gemm_scales(entry_point: str, lhs: Fp8, rhs: Fp8, used: Tensor | None = None) -> None:
     """Check the operands of a GEMM, dense or grouped.
 
     Args:
-        entry_point: who was called.
+        entry_point: name of the function called.
         lhs: activations [..., k], with a scale for 128 columns of a row [..., ceil(k / 128)].
         rhs: weights [..., n, k], with one for a block [..., ceil(n / 128), ceil(k / 128)].
         used: bool, which rows of ``lhs`` are in use, where not all are.
@@ -77,10 +75,11 @@ def check_gemm_scales(
     check_scales(entry_point, "rhs", rhs[1], (*groups, *blocks))
 
 
-def check_entry_scales(entry_point: str, kv: Fp8, starts: torch.Tensor, ends: torch.Tensor) -> None:
+def check_entry_scales(entry_point: str, kv: Fp8, starts: Tensor, ends: Tensor) -> None:
     """Check index keys: values [entries, dim] with a scale for each entry [entries].
 
-    Only entries that some row reads count: row r reads ``starts[r]`` to ``ends[r]`` ([rows] int32).
+    Only entries that some row reads are checked: row r reads ``starts[r]`` to ``ends[r]`` ([rows]
+    int32).
 
     Raises:
         ScaleError: see :func:`check_scales`.
@@ -89,7 +88,7 @@ def check_entry_scales(entry_point: str, kv: Fp8, starts: torch.Tensor, ends: to
     check_scales(entry_point, "kv", kv[1], (entries,), _entries_read(starts, ends, entries))
 
 
-def _entries_read(starts: torch.Tensor, ends: torch.Tensor, entries: int) -> torch.Tensor:
+def _entries_read(starts: Tensor, ends: Tensor, entries: int) -> Tensor:
     """[entries] bool: which lie in a row's range; without a grid of rows by entries."""
     some = ends > starts
     edges = torch.zeros(entries + 1, dtype=torch.int64, device=starts.device)
@@ -100,12 +99,12 @@ def _entries_read(starts: torch.Tensor, ends: torch.Tensor, entries: int) -> tor
 
 
 def check_page_scales(
-    entry_point: str, kv_cache: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor
+    entry_point: str, kv_cache: Tensor, context_lens: Tensor, block_table: Tensor
 ) -> None:
     """Check index keys in pages: the scales of the entries that each row reads.
 
     Args:
-        entry_point: who was called.
+        entry_point: name of the function called.
         kv_cache: [pages, block_kv, 1, dim + 4] uint8: each page its values, then its fp32 scales.
         context_lens: [rows, 1] int32, how many entries a row reads.
         block_table: [rows, n] int32, a row's pages; what lies past its length may be anything.
@@ -120,6 +119,6 @@ def check_page_scales(
     check_scales(entry_point, "kv_cache", scales, tuple(scales.shape), used)
 
 
-def rows_in_use(masked_m: torch.Tensor, rows: int) -> torch.Tensor:
+def rows_in_use(masked_m: Tensor, rows: int) -> Tensor:
     """[groups, rows] bool: the first ``masked_m[i]`` rows ([groups] int32) of each group."""
     return torch.arange(rows, device=masked_m.device) < masked_m.unsqueeze(1)

@@ -1,0 +1,195 @@
+"""How every step of the forward runs: its operation goes to a sink, with the work behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from runner.backend.gemm_walks import ExecutionHook
+from runner.backend.sink import OpSink, R
+from runner.backend.tensor import Tensor
+from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.errors import UserError
+from runner.kernels.kernel import Kernel
+from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
+from runner.schedule import BARRIER, EXCHANGE, Collective, Compute, KernelWork, Mark, Op, Walk
+
+if TYPE_CHECKING:
+    from runner.backend.torch_math import TorchMath
+
+
+class Communicator(Protocol):
+    """Moves tensors between ranks; groups and peers are world ranks."""
+
+    def all_reduce(self, x: Tensor, group: tuple[int, ...]) -> Tensor:
+        """Sum over the group."""
+
+    def all_gather(self, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
+        """Concatenate the group's tensors along ``dim``, in group order."""
+
+    def begin(self, kind: str, x: Tensor, group: tuple[int, ...]) -> object:
+        """Start a collective and return what :meth:`end` takes.
+
+        Args:
+            kind: ``all_gather`` along the first dimension; ``all_to_all``, of which each rank gets
+                its block of everyone's rows; or ``reduce_scatter``, which sums these blocks.
+            x: [blocks * rows, ...], a block for each rank; for ``all_gather`` [rows, ...].
+            group: world ranks.
+        """
+
+    def end(self, begun: object) -> Tensor:
+        """Wait for a collective and return its result."""
+
+    def send(self, x: Tensor, peer: int) -> None:
+        """Send to a world rank."""
+
+    def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> Tensor:
+        """Receive a tensor of the given shape and element type from a world rank."""
+
+
+class KernelStore(Protocol):
+    """Where a rank's compiled kernels come from."""
+
+    def build(self, kernels: tuple[Kernel, ...]) -> None:
+        """Compile kernels into this node's cache; nothing happens for none."""
+
+    def verify(self, kernels: tuple[Kernel, ...]) -> None:
+        """Make sure that this node's cache holds kernels, whole."""
+
+    def load(self, kernels: tuple[Kernel, ...]) -> None:
+        """Bring kernels into this process."""
+
+    def exchange(self) -> None:
+        """Wait for all nodes' builds and give every node's cache what the others built."""
+
+    def walk(self, walk: Walk) -> None:
+        """Call a GEMM with every M of a list."""
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """One rank's interpreter of the forward, without the steps themselves.
+
+    A step gives its operation to ``sink``, and the result is what ``math`` computes. Without
+    ``math`` nothing is computed and the result is a shape: so a Schedule is recorded.
+
+    Attributes:
+        sink: receives every operation in order.
+        num_sms: SMs of the GPU that runs, or would run, the kernels.
+        math: computes in torch; None leaves it at shapes.
+        comm: moves tensors between ranks; None moves nothing.
+        kernels: where compiled kernels come from; None compiles and loads nothing.
+        bf16_fp32_algo: what computes bf16 x bf16 -> fp32 GEMMs.
+        hook: says what to walk before a call.
+        comm_sms: SMs that GEMMs leave to communication, the innermost block's last.
+    """
+
+    sink: OpSink
+    num_sms: int
+    math: TorchMath | None = None
+    comm: Communicator | None = None
+    kernels: KernelStore | None = None
+    bf16_fp32_algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO
+    hook: ExecutionHook = field(default_factory=ExecutionHook)
+    comm_sms: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def gemm_sms(self) -> int:
+        """SMs that GEMMs use at the moment."""
+        return self.num_sms - self.comm_sms[-1]
+
+    @contextmanager
+    def leaving_sms(self, count: int) -> Iterator[None]:
+        """GEMMs inside the block leave ``count`` SMs to communication.
+
+        Raises:
+            UserError: no SM would be left.
+        """
+        if count >= self.num_sms:
+            raise UserError(f"comm_sms = {count} leaves none of the GPU's {self.num_sms} SMs")
+        self.comm_sms.append(count)
+        try:
+            if self.math is None:
+                yield
+            else:
+                with self.math.gemm_sms(self.gemm_sms if count else None):
+                    yield
+        finally:
+            self.comm_sms.pop()
+
+    def mark(self, kind: str, name: str) -> None:
+        """Note a point of the forward: a phase, a layer, a yield."""
+        self.sink.run(Mark(kind, name), lambda: None)
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Capture a CUDA graph of ``forward``; its operations are counted, not announced."""
+        self.sink.capture(name, forward)
+
+    # -- work on kernels, apart from any call -----------------------------------------------------
+
+    def walk(self, walk: Walk) -> None:
+        """See :meth:`KernelStore.walk`."""
+        self._on_kernels(walk, lambda store: store.walk(walk))
+
+    def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.build`."""
+        self._on_kernels(KernelWork("build", kernels), lambda store: store.build(kernels))
+
+    def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.verify`."""
+        self._on_kernels(KernelWork("verify", kernels), lambda store: store.verify(kernels))
+
+    def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
+        """See :meth:`KernelStore.load`."""
+        self._on_kernels(KernelWork("load", kernels), lambda store: store.load(kernels))
+
+    def barrier(self, group: tuple[int, ...]) -> None:
+        """Wait for all ranks; ``group`` holds every one."""
+        self._on_kernels(Collective(BARRIER, group, 0), lambda store: store.wait())
+
+    def exchange_kernels(self, group: tuple[int, ...], nbytes: int) -> None:
+        """See :meth:`KernelStore.exchange`; every rank of ``group`` takes part."""
+        self._on_kernels(Collective(EXCHANGE, group, nbytes), lambda store: store.exchange())
+
+    # -- how steps run ----------------------------------------------------------------------------
+
+    def _without_operation(self, shape: R, work: Callable[[TorchMath], R]) -> R:
+        return shape if self.math is None else work(self.math)
+
+    def _run(self, op: Op, shape: R, work: Callable[[TorchMath], R]) -> R:
+        return self.sink.run(op, lambda: self._without_operation(shape, work))
+
+    def _compute(
+        self, name: str, nbytes: int, shape: R, work: Callable[[TorchMath], R], *, flops: int = 0
+    ) -> R:
+        return self._run(Compute(name, flops, nbytes), shape, work)
+
+    def _kernel(self, call: KernelCall, shape: R, work: Callable[[TorchMath], R]) -> R:
+        for walk in self.hook.before(call):
+            self.walk(walk)
+        return self._run(call, shape, work)
+
+    def _call(self, kind: T, m: int, n: int, k: int, groups: int) -> KernelCall:
+        # The hyper-connection GEMM asks for the whole GPU, communication or not.
+        sms = self.num_sms if kind is T.TF32_HC_PRENORM_GEMM else self.gemm_sms
+        return KernelCall(kind, m, n, k, groups, sms)
+
+    def _quantise(self, x: Tensor) -> None:
+        """Announce the quantisation of activations; the GEMM that follows does the work."""
+        self.sink.run(Compute("quantise_fp8", 0, x.nbytes + x.nbytes // 2), lambda: None)
+
+    def _communicate(self, op: Op, shape: Tensor, work: Callable[[Communicator], Tensor]) -> Tensor:
+        def act() -> Tensor:
+            moved = shape if self.comm is None else work(self.comm)
+            return shape if self.math is None else moved
+
+        return self.sink.run(op, act)
+
+    def _on_kernels(self, op: Op, work: Callable[[KernelStore], None]) -> None:
+        self.sink.run(op, lambda: None if self.kernels is None else work(self.kernels))
