@@ -20,11 +20,6 @@ from runner.driver.model_runner import ModelRunner
 from runner.driver.requests import Request, serve, serve_all
 from runner.driver.warmup import capture_graphs, dummy_modes, execution_hook, warm_up
 from runner.scenario import MAX_TOKENS, Scenario
-from runner.schedule import OF_HOSTS, Capture, Collective, Forward, Op, Part, Schedule, flatten
-from runner.timeline import FIRST_REQUEST
-
-
-def run_rank(
 from runner.schedule import (
     OF_HOSTS,
     Capture,
@@ -35,6 +30,11 @@ from runner.schedule import (
     Schedule,
     flatten,
 )
+from runner.timeline import FIRST_REQUEST
+
+
+def run_rank(
+    runner: ModelRunner,
     scenario: Scenario,
     keep: Callable[[Tensor | None], None] = lambda logits: None,
 ) -> None:

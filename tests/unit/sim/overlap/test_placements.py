@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runner.backend.forward_batch import ForwardMode
 from runner.errors import UserError
-from runner.model.operations import Operation, Step, YieldOperation, cut_stages, overlapped_order
+from runner.model.operations import cut_stages, overlapped_order
 from runner.model.strategy import MARK, NEEDS, STRATEGIES, OverlapStrategy, load_strategy
 from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
 
@@ -90,17 +90,15 @@ def test_named_strategies_are_among_them(name: str) -> None:
 def as_run(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
     """Operations that the other half has done when a half comes to each of its own."""
     place = {name: index for index, name in enumerate(strategy.operations)}
-    steps: list[Step] = []
-    for layer in range(LAYERS):
-        for step in strategy.steps:
-            name = f"{layer * OPERATIONS + place.get(step, 0)}"
-            made = YieldOperation() if step == MARK else Operation(name, lambda state: None)
-            steps.append(made)
-    stages = cut_stages(steps)
+    stages = cut_stages(
+        MARK if step == MARK else layer * OPERATIONS + place[step]
+        for layer in range(LAYERS)
+        for step in strategy.steps
+    )
     done, found = [0, 0], {}
     for half, stage in overlapped_order(len(stages), strategy.delta_stages):
         for operation in stages[stage]:
-            assert int(operation.name) == done[half]
+            assert operation == done[half]
             found[half, done[half]] = done[1 - half]
             done[half] += 1
     assert done == [LAYERS * OPERATIONS] * 2
