@@ -146,7 +146,7 @@ def take_target(
     generation = 2 if library is None else library.generation
     text = _version_text(values.pop("compiler_text", None), release, generation, environ)
     source = choose_source(
-        gpu, library or wanted, environ, version_text=text, ask=ask, progress=progress
+        gpu, library or wanted, environ, version_text=text, always_ask=ask, progress=progress
     )
     return Target(gpu, library, root, text, source)
 

@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
 
     monkeypatch.setattr("launch.options.find_library", find)
     monkeypatch.setattr("launch.options.find_nvcc", lambda environ: None)
-    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", tmp_path / "tables")
+    monkeypatch.setattr("runner.kernels.table_file.BUNDLED_FOLDER", tmp_path / "tables")
     return found
 
 
