@@ -196,7 +196,7 @@ def target_of(
     generation = 2 if library is None else library.generation
     root, text = compiler.root(), compiler.version_text(generation, environ)
     source = choose_source(
-        gpu, library or name, environ, version_text=text, ask=ask, progress=progress
+        gpu, library or name, environ, version_text=text, always_ask=ask, progress=progress
     )
     return Target(gpu, library, root, text, source)
 

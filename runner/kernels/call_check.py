@@ -48,28 +48,13 @@ def call_on_cache(
     other arguments and the errors.
     """
     demands = _demands(manifest)
-    has_gpu = _GPU_DRIVER.exists()
     with tempfile.TemporaryDirectory(prefix="deepgemm-verify-") as folder:
         work = Path(folder)
         entries = work / "cache" / "cache"
         entries.mkdir(parents=True)
         for entry in cache.entries():
             (entries / entry.name).symlink_to(entry.resolve())
-        if has_gpu:
-            nvcc = find_nvcc(machine.environ)
-            if nvcc is None:
-                raise UserError("--call on a GPU needs nvcc: the library asks it for its version")
-            shim = write_shim(work / "nvcc", nvcc=nvcc, log_dir=work / "log", forbid=work)
-            compiler = {"DG_JIT_NVCC_COMPILER": str(shim), "DG_JIT_USE_NVRTC": "0"}
-            environment = {**os.environ, **compiler}
-        else:
-            environment = standin_environment(
-                gpu_named(manifest.gpu, manifest.num_sms),
-                python=Path(sys.executable),
-                environment=os.environ,
-                version_text=machine.version_text,
-                work_dir=work,
-            )
+        environment = _environment(work, manifest, machine)
         environment["DG_JIT_CACHE_DIR"] = str(work / "cache")
         failure = None
         try:
@@ -81,8 +66,25 @@ def call_on_cache(
         if failure is not None and not compiled:
             raise failure
         added = sorted(path.name for path in entries.iterdir() if not path.is_symlink())
-    where = "the GPU here" if has_gpu else f"a stand-in {manifest.gpu}"
+    where = "the GPU here" if _GPU_DRIVER.exists() else f"a stand-in {manifest.gpu}"
     return CallReport(where, sum(len(demand.ms) for demand in demands), compiled, added)
+
+
+def _environment(work: Path, manifest: Manifest, machine: Machine) -> dict[str, str]:
+    """The GPU here with a compiler that refuses to compile, else a stand-in with its compiler."""
+    if not _GPU_DRIVER.exists():
+        return standin_environment(
+            gpu_named(manifest.gpu, manifest.num_sms),
+            python=Path(sys.executable),
+            environment=os.environ,
+            version_text=machine.version_text,
+            work_dir=work,
+        )
+    nvcc = find_nvcc(machine.environ)
+    if nvcc is None:
+        raise UserError("--call on a GPU needs nvcc: the library asks it for its version")
+    shim = write_shim(work / "nvcc", nvcc=nvcc, log_dir=work / "log", forbid=work)
+    return {**os.environ, "DG_JIT_NVCC_COMPILER": str(shim), "DG_JIT_USE_NVRTC": "0"}
 
 
 def _demands(manifest: Manifest) -> list[Demand]:

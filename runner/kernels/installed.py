@@ -106,24 +106,24 @@ def own_headers(text: str) -> list[str]:
     return _INCLUDE.findall(text)
 
 
-def find_library(wanted: str | None = None) -> Library | None:
+def find_library(name: str | None = None) -> Library | None:
     """The library to use, or None if there is none.
 
     Args:
-        wanted: a name of :data:`LIBRARIES`, ``NAME==VERSION``, or a path: the package's folder, or
+        name: a name of :data:`LIBRARIES`, ``NAME==VERSION``, or a path: the package's folder, or
             one that holds it. None takes the ``deep_gemm`` that this Python imports, else vLLM's
             copy.
 
     Raises:
         UserError: a path that is no such library.
     """
-    if wanted is None:
+    if name is None:
         return next(_installed("deep_gemm", "vllm"), None)
-    name, _, version = wanted.partition("==")
-    if name in LIBRARIES:
-        fitting = (found for found in _installed(name) if version in ("", found.version))
+    distribution, _, version = name.partition("==")
+    if distribution in LIBRARIES:
+        fitting = (found for found in _installed(distribution) if version in ("", found.version))
         return next(fitting, None)
-    path = Path(wanted)
+    path = Path(name)
     for root in _packages([path, path / "deep_gemm", path / LIBRARIES["vllm"]]):
         return _identify(root.absolute())
     raise UserError(

@@ -1,4 +1,4 @@
-"""Where kernel tables come from: our rules, tables that ship, or the library itself."""
+"""Where kernel tables come from: our rules, bundled tables, or the library itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
 from runner.kernels.table import Demand, KernelTable, Origin, RecordedTable, by_shape
-from runner.kernels.table_file import shipped_gpu, shipped_libraries, shipped_table
+from runner.kernels.table_file import bundled_gpu, bundled_libraries, bundled_table
 from runner.standin.gpus import Gpu
 
 _ANY_NVCC = (
@@ -43,21 +43,21 @@ class KernelSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ShippedFirst:
-    """A table that ships, if it covers all demands; otherwise another source, if there is one."""
+class BundledFirst:
+    """A bundled table, if it covers all demands; otherwise another source, if there is one."""
 
-    shipped: RecordedTable
+    bundled: RecordedTable
     gpu: Gpu
     fallback: KernelSource | None
 
     @property
     def origin(self) -> Origin:
-        return self.shipped.origin
+        return self.bundled.origin
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
         merged = by_shape(demands())
-        if not any(self.shipped.lacking(demand) for demand in merged):
-            return self.shipped
+        if not any(self.bundled.lacking(demand) for demand in merged):
+            return self.bundled
         # One source answers everything, so that the kernels are one library's.
         return _known(self.fallback, self.gpu).table(lambda: merged)
 
@@ -68,7 +68,7 @@ def choose_source(
     environ: Environ,
     *,
     version_text: str | None = None,
-    ask: bool = False,
+    always_ask: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> KernelSource:
     """The best source for a library on a GPU.
@@ -78,32 +78,31 @@ def choose_source(
             installed; None takes any.
         environ: the variables that change the compiler's flags.
         version_text: what ``nvcc --version`` prints on the machine that will run, if known.
-        ask: ask the library even if rules or a table that ships know the answer.
+        always_ask: ask the library even if our rules or a bundled table have the answer.
         progress: called with (GEMMs asked, of how many).
 
     Raises:
         UserError: nothing knows the kernels, and there is no library to ask.
     """
-    asked = None
+    fallback: KernelSource | None = None
     if isinstance(library, Library):
         # Imported late: most commands never ask a library.
         from runner.kernels.library import LibrarySource
 
-        asked = LibrarySource(library, gpu, version_text or _ANY_NVCC, environ, progress)
-    if ask:
-        return _known(asked, gpu)
+        fallback = LibrarySource(library, gpu, version_text or _ANY_NVCC, environ, progress)
+    if always_ask:
+        return _known(fallback, gpu)
     title = _choose_title(gpu, library)
-    fallback: KernelSource | None = asked
     if gpu.arch == RULES_ARCH and (library is None or title == RULES.origin.library):
         fallback = RULES.on(gpu.name, gpu.num_sms, first_recipe(environ))
-    table = shipped_table(title, shipped_gpu(gpu))
+    table = bundled_table(title, bundled_gpu(gpu))
     if table is None or table.origin.num_sms != gpu.num_sms:
         return _known(fallback, gpu)
     if isinstance(library, Library) and not _same_headers(library, table):
         return _known(fallback, gpu)  # A patched build that kept its version number.
     origin = replace(table.origin, gpu=gpu.name)
     recipe = with_variables(table.recipe, environ)
-    return ShippedFirst(replace(table, origin=origin, recipe=recipe), gpu, fallback)
+    return BundledFirst(replace(table, origin=origin, recipe=recipe), gpu, fallback)
 
 
 def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
@@ -114,7 +113,7 @@ def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
     """
     if isinstance(library, Library):
         return library.title
-    titles = shipped_libraries(shipped_gpu(gpu))
+    titles = bundled_libraries(bundled_gpu(gpu))
     if gpu.arch == RULES_ARCH:
         titles.append(RULES.origin.library)
     if library is None:

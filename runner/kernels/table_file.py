@@ -1,4 +1,4 @@
-"""Kernel tables as files, gzipped JSON, and those that ship with the package."""
+"""Kernel tables as files, gzipped JSON, and those that are bundled with the package."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.standin.gpus import Gpu, gpu_named
 
-SHIPPED_GPUS = ("h200", "h20", "b200", "gb300", "rtx-pro-6000")
-SHIPPED_FOLDER = Path(str(resources.files("runner.kernels"))) / "tables"
+BUNDLED_GPUS = ("h200", "h20", "b200", "gb300", "rtx-pro-6000")
+BUNDLED_FOLDER = Path(str(resources.files("runner.kernels"))) / "tables"
 
 _VERSION = 1
 
 
-def shipped_gpu(gpu: Gpu) -> str:
+def bundled_gpu(gpu: Gpu) -> str:
     """The GPU whose tables also hold for ``gpu``: architecture and SMs alone decide kernels."""
-    for name in SHIPPED_GPUS:
+    for name in BUNDLED_GPUS:
         other = gpu_named(name)
         if (other.major, other.minor, other.num_sms) == (gpu.major, gpu.minor, gpu.num_sms):
             return name
     return gpu.name
 
 
-def shipped_libraries(gpu: str) -> list[str]:
+def bundled_libraries(gpu: str) -> list[str]:
     """Names and versions of the libraries with a table for a GPU, the newest first.
 
     SGLang's library comes before all others, because more than one server ships it.
@@ -43,14 +43,14 @@ def shipped_libraries(gpu: str) -> list[str]:
         return title.startswith("sgl-deep-gemm "), [int(x) for x in re.findall(r"\d+", title)]
 
     suffix = f"-{gpu}.json.gz"
-    stems = (path.name.removesuffix(suffix) for path in SHIPPED_FOLDER.glob(f"*{suffix}"))
+    stems = (path.name.removesuffix(suffix) for path in BUNDLED_FOLDER.glob(f"*{suffix}"))
     return sorted((" ".join(stem.rsplit("-", 1)) for stem in stems), key=rank, reverse=True)
 
 
 @lru_cache(maxsize=8)
-def shipped_table(title: str, gpu: str) -> RecordedTable | None:
-    """The table of a library (name and version) on a GPU, None if none ships."""
-    path = SHIPPED_FOLDER / f"{title.replace(' ', '-')}-{gpu}.json.gz"
+def bundled_table(title: str, gpu: str) -> RecordedTable | None:
+    """The table of a library (name and version) on a GPU, None if none is bundled."""
+    path = BUNDLED_FOLDER / f"{title.replace(' ', '-')}-{gpu}.json.gz"
     return read_table(path) if path.is_file() else None
 
 

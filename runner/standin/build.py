@@ -64,7 +64,22 @@ def standin_environment(
         version_file.write_bytes(version_text.encode())
     except OSError as error:
         raise UserError(f"cannot write {work_dir}: {error.strerror}") from None
-    settings = {
+    return {
+        **environment,
+        **_loader_variables(root, environment),
+        **_gpu_variables(gpu),
+        PREFIX + "DEVICES": str(devices),
+        PREFIX + "CUDA_VERSION": str(cuda_version),
+        PREFIX + "VERSION_FILE": str(version_file.absolute()),
+        COMPILES: str((work_dir / _COMPILES_FILE).absolute()),
+        FAILURES: str((work_dir / "failures.txt").absolute()),
+        "DG_JIT_NVCC_COMPILER": str(root / NVCC),
+        "DG_JIT_USE_NVRTC": "0",
+    }
+
+
+def _gpu_variables(gpu: Gpu) -> dict[str, str]:
+    values = {
         "NAME": gpu.device_name,
         "MAJOR": gpu.major,
         "MINOR": gpu.minor,
@@ -74,19 +89,8 @@ def standin_environment(
         "L2": gpu.l2,
         "MEMORY": gpu.memory,
         "THREADS_PER_SM": gpu.threads_per_sm,
-        "DEVICES": devices,
-        "CUDA_VERSION": cuda_version,
-        "VERSION_FILE": version_file.absolute(),
     }
-    return {
-        **environment,
-        **_loader_variables(root, environment),
-        **{PREFIX + name: str(value) for name, value in settings.items()},
-        COMPILES: str((work_dir / _COMPILES_FILE).absolute()),
-        FAILURES: str((work_dir / "failures.txt").absolute()),
-        "DG_JIT_NVCC_COMPILER": str(root / NVCC),
-        "DG_JIT_USE_NVRTC": "0",
-    }
+    return {PREFIX + name: str(value) for name, value in values.items()}
 
 
 def read_compiles(work_dir: Path) -> list[list[str]]:

@@ -63,7 +63,7 @@ def _asked() -> tuple[KernelTable, CacheKeys]:
         library,
         Environ.read(os.environ),
         version_text=nvcc_version(nvcc),
-        ask=True,
+        always_ask=True,
     )
     demands = [
         Demand(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms), (call.m,))

@@ -144,7 +144,7 @@ def here(tmp_path: Path, fake_nvcc: Path, monkeypatch: pytest.MonkeyPatch) -> Li
     """A small library and an nvcc of release 13.0 in place of what is installed."""
     library = small_library(tmp_path / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
-    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", tmp_path / "tables")
+    monkeypatch.setattr("runner.kernels.table_file.BUNDLED_FOLDER", tmp_path / "tables")
     monkeypatch.setenv("DG_JIT_NVCC_COMPILER", str(fake_nvcc))
     return library
 

@@ -1,4 +1,4 @@
-"""Which source is chosen: our rules, a table that ships, or the library itself."""
+"""Which source is chosen: our rules, a bundled table, or the library itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,9 +12,9 @@ from runner.errors import UserError
 from runner.kernels.installed import Library
 from runner.kernels.library import LibrarySource
 from runner.kernels.rules import RULES
-from runner.kernels.source import KernelSource, ShippedFirst, choose_source
+from runner.kernels.source import BundledFirst, KernelSource, choose_source
 from runner.kernels.table import Demand, KernelTable, Origin, Source
-from runner.kernels.table_file import shipped_libraries, shipped_table, write_table
+from runner.kernels.table_file import bundled_libraries, bundled_table, write_table
 from runner.standin.gpus import GPUS, gpu_named
 from tests.unit.kernel_tables import DENSE, ORIGIN, RECIPE, A, B, table
 
@@ -25,16 +25,16 @@ VLLM = Library(Path("/dg"), "vllm", "0.1.4.post1")
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder of tables that ship, empty."""
+    """The folder of bundled tables, empty."""
     folder = tmp_path / "tables"
     folder.mkdir()
-    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", folder)
-    shipped_table.cache_clear()
+    monkeypatch.setattr("runner.kernels.table_file.BUNDLED_FOLDER", folder)
+    bundled_table.cache_clear()
     yield folder
-    shipped_table.cache_clear()
+    bundled_table.cache_clear()
 
 
-def ship(folder: Path, version: str, gpu: str = "b200", name: str = "sgl-deep-gemm") -> None:
+def bundle(folder: Path, version: str, gpu: str = "b200", name: str = "sgl-deep-gemm") -> None:
     origin = replace(ORIGIN, library=f"{name} {version}", gpu=gpu, num_sms=gpu_named(gpu).num_sms)
     made = replace(table([(1, 16, (A,)), (17, 32, (B,))]), origin=origin)
     write_table(folder / f"{name}-{version}-{gpu}.json.gz", made)
@@ -67,7 +67,7 @@ def test_rules_cover_one_version_on_hopper(
 )
 def test_otherwise_the_library_is_asked(gpu: str, library: Library, ask: bool) -> None:
     text = "release 13.1"
-    source = choose_source(gpu_named(gpu), library, Environ(), version_text=text, ask=ask)
+    source = choose_source(gpu_named(gpu), library, Environ(), version_text=text, always_ask=ask)
     assert isinstance(source, LibrarySource)
     assert (source.library, source.gpu, source.version_text) == (library, gpu_named(gpu), text)
     assert source.origin == Origin(
@@ -81,22 +81,24 @@ def test_without_a_library_other_gpus_are_refused() -> None:
             with pytest.raises(UserError, match=UNKNOWN.format(gpu.name, gpu.arch)):
                 choose(gpu.name, None)
     with pytest.raises(UserError, match=UNKNOWN.format("h200", "sm_90a")):
-        choose_source(gpu_named("h200"), None, Environ(), ask=True)
+        choose_source(gpu_named("h200"), None, Environ(), always_ask=True)
 
 
-# -- tables that ship -----------------------------------------------------------------------------
+# -- bundled tables -------------------------------------------------------------------------------
 
 
 def test_a_table_of_the_installed_library_comes_first(tables: Path) -> None:
-    ship(tables, "0.1.5")
+    bundle(tables, "0.1.5")
     source = choose("b200", NEWER)
-    assert isinstance(source, ShippedFirst)
+    assert isinstance(source, BundledFirst)
     assert source.origin == Origin(
         "sgl-deep-gemm 0.1.5", 2, "b200", 148, "sm_100f", Source.RECORDED
     )
     made = source.table(lambda: [Demand(DENSE, range(1, 33))])
     assert made.parts(DENSE, range(1, 33)) == [((A,), 0, 16), ((B,), 16, 32)]
-    assert isinstance(choose_source(gpu_named("b200"), NEWER, Environ(), ask=True), LibrarySource)
+    assert isinstance(
+        choose_source(gpu_named("b200"), NEWER, Environ(), always_ask=True), LibrarySource
+    )
     assert isinstance(choose("b200", VLLM), LibrarySource), "the table is another library's"
     assert isinstance(choose("gb300", NEWER), LibrarySource), "the table is for another GPU"
     fewer_sms = choose_source(gpu_named("b200", 100), NEWER, Environ())
@@ -112,7 +114,7 @@ def test_a_table_is_not_used_for_a_build_with_other_headers(tables: Path, tmp_pa
         table([(1, 16, (A,))]), headers={"deep_gemm/a.cuh": library.header_hash("deep_gemm/a.cuh")}
     )
     write_table(tables / "sgl-deep-gemm-0.1.5-b200.json.gz", made)
-    assert isinstance(choose("b200", library), ShippedFirst)
+    assert isinstance(choose("b200", library), BundledFirst)
     header.write_text("int patched;\n")
     patched = Library(tmp_path / "dg", "sgl-deep-gemm", "0.1.5")
     assert isinstance(choose("b200", patched), LibrarySource)
@@ -122,17 +124,17 @@ def test_a_table_is_not_used_for_a_build_with_other_headers(tables: Path, tmp_pa
 
 
 def test_the_environment_changes_a_tables_recipe(tables: Path) -> None:
-    ship(tables, "0.1.5")
+    bundle(tables, "0.1.5")
     source = choose("b200", NEWER, Environ(dg_jit_cpp_standard=17))
-    assert isinstance(source, ShippedFirst)
+    assert isinstance(source, BundledFirst)
     flags = ("-std=c++17", "--gpu-architecture=sm_100f")
-    assert source.shipped.recipe == replace(RECIPE, flags=flags)
+    assert source.bundled.recipe == replace(RECIPE, flags=flags)
 
 
 def test_the_library_is_asked_for_all_that_a_table_does_not_fully_cover(
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ship(tables, "0.1.5")
+    bundle(tables, "0.1.5")
     asked: list[list[Demand]] = []
 
     def answer(self: LibrarySource, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
@@ -147,9 +149,9 @@ def test_the_library_is_asked_for_all_that_a_table_does_not_fully_cover(
 
 def test_without_a_library_the_newest_table_is_used(tables: Path) -> None:
     for version in ("0.9.0", "0.10.0", "0.2.3"):
-        ship(tables, version)
-    ship(tables, "0.33.0", name="vllm")
-    assert shipped_libraries("b200") == [
+        bundle(tables, version)
+    bundle(tables, "0.33.0", name="vllm")
+    assert bundled_libraries("b200") == [
         "sgl-deep-gemm 0.10.0",
         "sgl-deep-gemm 0.9.0",
         "sgl-deep-gemm 0.2.3",
@@ -174,7 +176,7 @@ def test_without_a_library_the_newest_table_is_used(tables: Path) -> None:
 
 
 def test_rules_follow_a_table_only_if_no_other_library_was_named(tables: Path) -> None:
-    ship(tables, "0.2.3", gpu="h200")
+    bundle(tables, "0.2.3", gpu="h200")
     demands = [Demand(DENSE, (64,))]
     assert choose("h200", None).table(lambda: demands).origin.source is Source.RULES
     with pytest.raises(UserError, match=UNKNOWN.format("h200", "sm_90a")):

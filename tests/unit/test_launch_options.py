@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
 
     monkeypatch.setattr("runner.target.find_library", find)
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
-    monkeypatch.setattr("runner.kernels.table_file.SHIPPED_FOLDER", tmp_path / "tables")
+    monkeypatch.setattr("runner.kernels.table_file.BUNDLED_FOLDER", tmp_path / "tables")
     return found
 
 

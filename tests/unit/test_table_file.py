@@ -1,4 +1,4 @@
-"""Kernel tables as files: written, read back, refused; and the files that ship."""
+"""Kernel tables as files: written, read back, refused; and the bundled files."""
 
 import gzip
 import json
@@ -16,12 +16,12 @@ from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.table_file import (
-    SHIPPED_FOLDER,
-    SHIPPED_GPUS,
+    BUNDLED_FOLDER,
+    BUNDLED_GPUS,
+    bundled_gpu,
+    bundled_libraries,
+    bundled_table,
     read_table,
-    shipped_gpu,
-    shipped_libraries,
-    shipped_table,
     write_table,
 )
 from runner.kernels.types import DeepGemmKernelType as T
@@ -138,8 +138,8 @@ def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED_FOLDER.iterdir()), ids=lambda path: path.name)
-def test_a_table_that_ships_is_written_as_it_is(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", sorted(BUNDLED_FOLDER.iterdir()), ids=lambda path: path.name)
+def test_a_bundled_table_is_written_as_it_is(path: Path, tmp_path: Path) -> None:
     table = read_table(path)
     write_table(tmp_path / "t", table)
     assert gzip.decompress((tmp_path / "t").read_bytes()) == gzip.decompress(path.read_bytes())
@@ -148,16 +148,16 @@ def test_a_table_that_ships_is_written_as_it_is(path: Path, tmp_path: Path) -> N
     assert path.name == f"{table.origin.library.replace(' ', '-')}-{gpu.name}.json.gz"
 
 
-def test_what_ships() -> None:
-    for gpu in SHIPPED_GPUS:
-        assert shipped_libraries(gpu) == ["sgl-deep-gemm 0.2.5", "vllm 0.33.0"]
-        table = shipped_table("vllm 0.33.0", gpu)
+def test_the_bundled_tables() -> None:
+    for gpu in BUNDLED_GPUS:
+        assert bundled_libraries(gpu) == ["sgl-deep-gemm 0.2.5", "vllm 0.33.0"]
+        table = bundled_table("vllm 0.33.0", gpu)
         assert table is not None and table.origin.library == "vllm 0.33.0"
-    assert shipped_table("vllm 0.32.0", "h200") is None
+    assert bundled_table("vllm 0.32.0", "h200") is None
 
 
 def test_a_gpu_shares_the_tables_of_one_with_the_same_architecture_and_sms() -> None:
-    assert shipped_gpu(gpu_named("h100")) == "h200"
-    assert shipped_gpu(gpu_named("b300")) == "b300"
-    assert shipped_gpu(gpu_named("h200", 78)) == "h20"
-    assert shipped_gpu(gpu_named("h200", 100)) == "h200"
+    assert bundled_gpu(gpu_named("h100")) == "h200"
+    assert bundled_gpu(gpu_named("b300")) == "b300"
+    assert bundled_gpu(gpu_named("h200", 78)) == "h20"
+    assert bundled_gpu(gpu_named("h200", 100)) == "h200"

@@ -1,6 +1,6 @@
-"""Write the tables that ship: the presets' GEMMs on the GPUs that profiles are for.
+"""Write the bundled tables: the presets' GEMMs on the GPUs that profiles are for.
 
-    python docs/measurements/ship_tables.py LIBRARY...
+    python docs/measurements/bundle_tables.py LIBRARY...
 
 asks each library, which must be installed along with a CUDA build of torch.
 """
@@ -21,7 +21,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.kernels.installed import find_library
 from runner.kernels.library import LibrarySource
 from runner.kernels.table import Demand
-from runner.kernels.table_file import SHIPPED_FOLDER, SHIPPED_GPUS, write_table
+from runner.kernels.table_file import BUNDLED_FOLDER, BUNDLED_GPUS, write_table
 from runner.planning.plan import run_demands
 from runner.report.progress import counting, progress
 from runner.scenario import Scenario
@@ -49,13 +49,13 @@ def main(libraries: Sequence[str]) -> None:
     environ = Environ.read(os.environ)
     nvcc = find_nvcc(environ)
     assert nvcc is not None, "headers are hashed for a compiler"
-    for name, gpu in product(libraries, map(gpu_named, SHIPPED_GPUS)):
+    for name, gpu in product(libraries, map(gpu_named, BUNDLED_GPUS)):
         library = find_library(name)
         assert library is not None, f"{name} is not installed"
         with progress(f"{library.title} on {gpu.name}") as shown:
             source = LibrarySource(library, gpu, nvcc_version(nvcc), environ, counting(shown))
             table = source.table(partial(preset_demands, gpu.num_sms))
-        path = SHIPPED_FOLDER / f"{library.name}-{library.version}-{gpu.name}.json.gz"
+        path = BUNDLED_FOLDER / f"{library.name}-{library.version}-{gpu.name}.json.gz"
         write_table(path, table)
         print(f"{path.name}: {len(table.runs)} GEMMs, {path.stat().st_size} bytes", flush=True)
 
