@@ -70,7 +70,7 @@ def call_on_cache(
     return CallReport(where, sum(len(demand.ms) for demand in demands), compiled, added)
 
 
-def _environment(work: Path, manifest: Manifest, machine: Machine) -> dict[str, str]:
+def _environment(work: Path, manifest: Manifest, machine: TargetMachine) -> dict[str, str]:
     """The GPU here with a compiler that refuses to compile, else a stand-in with its compiler."""
     if not _GPU_DRIVER.exists():
         return standin_environment(

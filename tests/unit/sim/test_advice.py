@@ -198,14 +198,19 @@ def printed(
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_title_death_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    both = prediction("none", 90, 40, timeout=LOST), prediction("planned", 20)
-    lines = printed(capsys, *both, start=StartPhases())
-    assert lines[:5] == [
+def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(
+        capsys,
+        prediction("none", 90, 40, timeout=LOST),
+        prediction("planned", 20),
+        start=StartPhases(),
+    )
+    assert lines[:6] == [
         "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",
         "before the warm-up: imports, process group, weights",
         "kernels: of a library",
+        "predictions of h200 were within 13% (median), 33% (worst) of 25 measured runs",
         "",
     ]
     assert lines[-3:] == [
