@@ -14,7 +14,7 @@ from itertools import chain
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Protocol, TypeVar, get_args, get_origin
+from typing import TypeVar, get_args, get_origin
 
 import click
 
@@ -196,38 +196,39 @@ def to_argv(value: object) -> list[str]:
     ]
 
 
-class OptionGroup(Protocol):
-    """Options that together make one argument of a command."""
-
-    def decorate(self, function: F) -> F:
-        """Add the options."""
-
-    def take(self, values: dict[str, object]) -> object:
-        """Take the options' values out of click's and make the argument."""
-
-
 @dataclass(frozen=True)
-class _DataclassGroup:
-    cls: Callable[..., object]
+class OptionGroup:
+    """Options that together make one argument of a command; ``make`` takes their values by field."""
+
     options: Sequence[Option]
+    make: Callable[[dict[str, object]], object]
 
     def decorate(self, function: F) -> F:
+        """Add the options to a command's function."""
         for item in reversed(self.options):
             function = item.decorate(function)
         return function
 
     def take(self, values: dict[str, object]) -> object:
-        return self.cls(**{item.name: item.value(values.pop(item.name)) for item in self.options})
+        """Take the options' values out of click's and make the argument."""
+        return self.make({item.name: item.value(values.pop(item.name)) for item in self.options})
+
+
+def options_of(cls: Callable[..., object], *, without: Sequence[str] = ()) -> OptionGroup:
+    """The options of a dataclass, but for fields that then keep their defaults."""
+    assert isinstance(cls, type)
+    options = [item for item in _options_of(cls) if item.name not in without]
+    return OptionGroup(options, lambda values: cls(**values))
 
 
 def with_options(
     *groups: type | OptionGroup,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of dataclasses (or groups); it gets a value of each, in order."""
-    made = [
-        _DataclassGroup(each, _options_of(each)) if isinstance(each, type) else each
-        for each in groups
-    ]
+    made = [options_of(each) if isinstance(each, type) else each for each in groups]
+
+    names = [item.name for each in made for item in each.options]
+    assert len(names) == len(set(names)), f"two options of one name among {names}"
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -320,20 +321,6 @@ class _ModelOptions:
     )
 
 
-@dataclass(frozen=True)
-class _ScenarioGroup:
-    options: Sequence[Option]
-
-    def decorate(self, function: F) -> F:
-        for item in reversed(self.options):
-            function = item.decorate(function)
-        return function
-
-    def take(self, values: dict[str, object]) -> ScenarioOptions:
-        given = {item.name: item.value(values.pop(item.name)) for item in self.options}
-        return ScenarioOptions(self.options, given)
-
-
 def scenario_options(*groups: str, without: Sequence[str] = (), **defaults: object) -> OptionGroup:
     """Groups of a scenario's options, which make one :class:`ScenarioOptions`.
 
@@ -350,7 +337,7 @@ def scenario_options(*groups: str, without: Sequence[str] = (), **defaults: obje
         for item in _options_of(cls, groups)
         if item.name not in without
     ]
-    return _ScenarioGroup(found)
+    return OptionGroup(found, lambda values: ScenarioOptions(found, values))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,7 +294,31 @@ _OWN_FIELDS = tuple(
 )
 """Fields that stand in JSON under their own names."""
 
-_ALWAYS_WRITTEN = ("pp", "tp", "nodes", "num_sms", "max_tokens", "batch_sizes")
+_ALWAYS_WRITTEN = frozenset(
+    [
+        "pp",
+        "tp",
+        "ep",
+        "attn_cp",
+        "replicas",
+        "nodes",
+        "stage_layers",
+        "policy",
+        "num_sms",
+        "max_tokens",
+        "disaggregation",
+        "batch_sizes",
+        "prompt_len",
+        "stream",
+        "graph_batch_sizes",
+        "walk_max_m",
+        "walk_memory",
+        "compile_lock",
+        "speculative",
+        "bf16_fp32_algo",
+    ]
+)
+"""Fields that every version that wrote Timelines has written; others came later."""
 
 
 def _read_fields(cls: type, data: Mapping[str, object]) -> dict[str, object]:

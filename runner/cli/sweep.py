@@ -15,7 +15,7 @@ from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
-from runner.options import ScenarioOptions, scenario_options, with_options
+from runner.options import ScenarioOptions, options_of, scenario_options, with_options
 from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs
 from runner.report.progress import counting, progress
@@ -100,7 +100,7 @@ class SweepOptions:
     ),
     AxisOptions,
     LibraryOptions,
-    MachineOptions,
+    options_of(MachineOptions, without=("cores",)),
     SweepOptions,
 )
 def sweep(

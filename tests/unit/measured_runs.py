@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.costs.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Probe, Profile
@@ -68,7 +69,7 @@ def measured(
 def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
     """Bulk loads and walks have their operation's name, as in launch's Timelines."""
     planning = scenario.policy.plans
-    name = f"load {len(scenario.plan.kernels)} kernels"
+    name = f"load {len(plan_of(scenario).kernels)} kernels"
     walk = ""
     for span in spans:
         if span.kind == "load" and span.name.startswith("walk "):

@@ -12,14 +12,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from runner.build.build import Built, Way
-from runner.build.unit import Job
-
 from launch import kernel_store
 from launch.jit import RankJit
 from launch.kernel_store import NodeKernels
 from launch.rank import Place
 from launch.rank_sink import split_loads
+from runner.build.builder import BuildResult, Job
 from runner.build.compiler import CompileError, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import first_recipe
@@ -46,14 +44,14 @@ class FakeBuilder:
         self._on_shared("front end", time.time(), time.time())
         for job in jobs:
             cubin = None if job.kernel.name == "broken" else tiny_cubin(b"code")
-            self._take(Built(job, cubin, Way.FAST, time.time(), "it is broken"))
+            self._take(BuildResult(job, cubin, time.time(), error="it is broken"))
 
 
 @pytest.fixture
 def store(
     fake_library: Library, fake_nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> NodeKernels:
-    monkeypatch.setattr(kernel_store, "Builder", FakeBuilder)
+    monkeypatch.setattr(kernel_store, "KernelBuilder", FakeBuilder)
     cache = KernelCache(tmp_path / "cache")
     cache.prepare()
     compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
@@ -88,3 +86,23 @@ def test_a_built_kernel_that_is_compiled_again_is_a_duplicate(store: NodeKernels
     assert {span.key for span in spans if span.is_kernel} == {GOOD.identity}
     timeline = Timeline("planned", "measured", 4, tuple(spans))
     assert (timeline.kernels_compiled, timeline.duplicates) == (2, 1)
+
+
+def test_what_another_launch_has_built_meanwhile_stays(
+    store: NodeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one commits after this one has found the entry missing."""
+    key, source = store.compiler.keys.cache_key(GOOD), store.compiler.keys.source(GOOD)
+    holds = KernelCache.holds
+
+    def overtaken(cache: KernelCache, *arguments: str) -> bool:
+        found = holds(cache, *arguments)
+        cache.put(key, source, tiny_cubin(b"the other launch's"))
+        return found
+
+    monkeypatch.setattr(KernelCache, "holds", overtaken)
+    store.build((GOOD,))
+    cache = store.cache
+    assert (cache.entry(key) / "kernel.cubin").read_bytes() == tiny_cubin(b"the other launch's")
+    assert [path.name for path in cache.entries()] == [key]
+    assert list((cache.root / "tmp").iterdir()) == []

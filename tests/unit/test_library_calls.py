@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache.machine import Machine
+from runner.cache.machine import TargetMachine
 from runner.cli import main
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
@@ -157,7 +157,7 @@ def check(
     library = small_library(tmp_path / "deep_gemm")
     cache, manifest = fill(tmp_path / "cache", keys_for(library))
     manifest = replace(manifest, gpu="h200", num_sms=132)
-    machine = Machine(library, library.root, NVCC_TEXT, Environ())
+    machine = TargetMachine(library, library.root, NVCC_TEXT, Environ())
 
     def run() -> CallReport:
         before = contents(cache.root)

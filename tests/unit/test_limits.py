@@ -29,7 +29,6 @@ from launch.limits import (
     lost_a_peer,
     rank_failure,
 )
-from launch.options import LaunchOptions
 from launch.rank import Place, Rank
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
@@ -37,6 +36,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.rules_sm90 import transpose_fp32
 from runner.schedule import BARRIER, Begin, Collective, Recv, Send
+from tests.unit.test_launch_options import parsed
 
 RECV = Recv("hidden_states", 0, 64)
 SUM = Collective("all_reduce attention", (0, 1, 2), 64)
@@ -159,7 +159,7 @@ def test_torchs_time_outs_are_recognised(error: Exception, expected: bool) -> No
 
 
 def rank_1(link: str) -> Rank:
-    options = LaunchOptions(model="dsv4-tiny", nccl_timeout=0.3, jit=False)
+    options = parsed("--model", "dsv4-tiny", "--nccl-timeout", "0.3", "--no-jit")
     scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
     place = Place(1, 16, 1, 8)
     cpu = torch.device("cpu")

@@ -36,8 +36,7 @@ def rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def library_jit() -> LibraryJit:
     wrapper: Any = "wrapper"
-    library: Any = "library"
-    return LibraryJit(wrapper, library, SCENARIO)
+    return LibraryJit(wrapper, SCENARIO)
 
 
 def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +46,7 @@ def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPat
     jit = library_jit()
     assert not jit.is_ready(CALL)
     jit.walk(DENSE_WALK)
-    assert walked == [("wrapper", DENSE_WALK, "library")]
+    assert walked == [("wrapper", DENSE_WALK)]
     assert jit.is_ready(CALL)
     assert not jit.is_ready(OTHER)
 

@@ -15,11 +15,11 @@ from runner.errors import UserError
 torch = pytest.importorskip("torch")
 
 from launch.cli import main  # noqa: E402
-from launch.options import LaunchOptions  # noqa: E402
 from launch.rank import check_graphs, compute_mode, pick_backend, process_start  # noqa: E402
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.presets import PRESETS  # noqa: E402
 from runner.driver.warmup import WarmupPolicy  # noqa: E402
+from tests.unit.test_launch_options import parsed  # noqa: E402
 
 
 def picked(
@@ -90,7 +90,7 @@ def test_nccl_without_data_on_gpus_is_refused_before_ranks_start(
 
 # -- what a rank computes ---------------------------------------------------------------------
 
-OPTIONS = LaunchOptions(model="dsv4-tiny")
+OPTIONS = parsed("--model", "dsv4-tiny")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,8 @@ def test_a_cpu_skips_the_math_of_many_weights() -> None:
 def test_a_graph_cannot_hold_collectives_over_gloo(
     tp: int, sizes: tuple[int, ...], on_gpu: bool, backend: str, refused: bool
 ) -> None:
-    options = replace(OPTIONS, tp=tp, cuda_graphs=sizes)
+    graphs = ["--cuda-graphs", ",".join(map(str, sizes))] if sizes else []
+    options = parsed("--model", "dsv4-tiny", "--tp", str(tp), *graphs)
     scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
     if not refused:
         check_graphs(scenario, on_gpu=on_gpu, backend=backend)

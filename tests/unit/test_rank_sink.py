@@ -12,13 +12,12 @@ torch = pytest.importorskip("torch")
 
 from launch.comm import AsyncCollective  # noqa: E402
 from launch.device import CollectiveEvents  # noqa: E402
-from launch.limits import Communication  # noqa: E402
 from launch.loaders import OwnJit  # noqa: E402
 from launch.rank_sink import RankSink, split_loads  # noqa: E402
 from runner.kernels.kernel import Kernel  # noqa: E402
 from runner.kernels.rules import RULES  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall  # noqa: E402
-from runner.schedule import (  # noqa: E402
+from runner.schedule import Message, (  # noqa: E402
     Await,
     Begin,
     Capture,
@@ -75,12 +74,12 @@ class Around:
         self.events.append("captured")
 
     @contextmanager
-    def over(self, op: Communication) -> Iterator[None]:
+    def over(self, op: Message) -> Iterator[None]:
         self.events.append(("in", op))
         yield
         self.events.append("out")
 
-    def started(self, op: Communication, is_done: Callable[[], bool]) -> None:
+    def started(self, op: Message, is_done: Callable[[], bool]) -> None:
         self.events.append(("started", op, is_done()))
 
     @contextmanager

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from launch.jit import set_up_jit  # noqa: E402
-from launch.options import LaunchOptions  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     PAGE,
@@ -41,6 +40,7 @@ from tests.unit.cpu_runner import (  # noqa: E402
 )
 from tests.unit.entry_calls import CALLS, ENTRIES  # noqa: E402
 from tests.unit.test_entry_points import FalseLibrary  # noqa: E402
+from tests.unit.test_launch_options import parsed  # noqa: E402
 
 GEMMS = [
     "gemm_nt_f8f8bf16",
@@ -251,7 +251,7 @@ def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> 
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
     environ = Environ.read({"SGLANG_DEEPGEMM_SANITY_CHECK": str(asked)})
-    options = LaunchOptions(model="dsv4-tiny", jit=False, batch_sizes=(1,))
+    options = parsed("--model", "dsv4-tiny", "--no-jit", "--batch-sizes", "1")
     scenario = options.scenario(environ, policy=WarmupPolicy.NONE)
     made = set_up_jit(options, environ, scenario, 0, tmp_path, library=False)
     arguments = CALLS["gemm_nt_f8f8bf16"](6)

@@ -198,13 +198,9 @@ def printed(
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_all_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = shown(
-        capsys,
-        prediction("none", 90, 40, timeout=LOST),
-        prediction("planned", 20),
-        start=StartPhases(),
-    )
+def test_title_validation_death_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    both = prediction("none", 90, 40, timeout=LOST), prediction("planned", 20)
+    lines = printed(capsys, *both, start=StartPhases())
     assert lines[:6] == [
         "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",

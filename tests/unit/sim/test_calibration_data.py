@@ -8,7 +8,9 @@ import pytest
 
 from runner.driver.run import record
 from runner.driver.warmup import WarmupPolicy as P
+from runner.driver.warmup import planned_kernels
 from runner.kernels.types import KernelCall
+from runner.planning.plan import plan_of
 from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span, Timeline
 from sim.calibration.calibrate import fit_profile
@@ -85,7 +87,7 @@ def test_loads_are_counted_by_their_purpose() -> None:
     first_use = (compiled, pytest.approx(0.02 * compiled))
     assert data_of().loads == {"verify": nothing, "load": nothing, "first_use": first_use}
     prebuilt = data_of(P.PREBUILT)
-    count = len(prebuilt.metadata.scenario.plan.kernels)
+    count = len(plan_of(prebuilt.metadata.scenario).kernels)
     assert prebuilt.loads == {
         "verify": (count, pytest.approx(0.0009 * count)),
         "load": (count, pytest.approx(0.004 * count)),
@@ -128,7 +130,7 @@ def test_without_a_gpu_a_run_says_nothing_about_one(facts: dict[str, str]) -> No
 def test_a_build_is_the_largest_share_of_a_node() -> None:
     run, build = run_of(P.PLANNED), data_of(P.PLANNED).build
     assert build is not None
-    plan = scenario(P.PLANNED, pp=1, tp=1).plan
+    plan = plan_of(scenario(P.PLANNED, pp=1, tp=1))
     assert set(build.kernels) == {item.kernel for item in plan.kernels}
     spans = [s for s in run.spans if s.kind == "compile"]
     assert (build.workers, build.start) == (16, pytest.approx(2.5))
@@ -136,7 +138,7 @@ def test_a_build_is_the_largest_share_of_a_node() -> None:
     one = scenario(P.PLANNED, pp=2, tp=2, nodes=4)
     shared = read_calibration_data(measured(one, another(), hosts=2), usual()).build
     assert shared is not None and shared.workers == 8
-    assert len(shared.kernels) == max(len(one.kernel_set(rank).share) for rank in range(4))
+    assert len(shared.kernels) == max(len(planned_kernels(one, rank).share) for rank in range(4))
     assert data_of(P.NONE).build is data_of(P.PREBUILT).build is None
 
 

@@ -136,7 +136,10 @@ def refusal(run: Timeline) -> str:
     return messages[0]
 
 
-OPTIONAL = {"moe_a2a", "overlap", "library", "gpu", "ranks"}
+OPTIONAL = {
+    *("moe_a2a", "overlap", "library", "gpu", "ranks"),
+    *("reduced_num_sms", "decode_batch_sizes", "without"),
+}
 """What Timelines of older versions may lack."""
 
 NEEDED = [name for name in run_of(scenario()).meta if name not in OPTIONAL]
@@ -153,19 +156,19 @@ def test_an_older_timeline_is_refused_with_what_it_lacks(name: str) -> None:
     )
 
 
-COUNT, COUNTS = "not a whole number of at least 1", "not a list of whole numbers of at least 1"
+COUNT, LIST = "not a whole number from 1 on", "not a list"
 ABOVE_0 = "not a number above 0"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("disaggregation", "both", "'both' is not a valid"),
-        ("batch_sizes", 3, COUNTS),
-        ("batch_sizes", [0], COUNTS),
-        ("stage_layers", 3, COUNTS),
-        ("graph_batch_sizes", None, COUNTS),
-        ("stream", ["7"], COUNTS),
+        ("disaggregation", "both", "'both', not one of none, prefill, decode"),
+        ("batch_sizes", 3, LIST),
+        ("batch_sizes", [0], COUNT),
+        ("stage_layers", 3, LIST),
+        ("graph_batch_sizes", None, LIST),
+        ("stream", ["7"], COUNT),
         ("nodes", None, COUNT),
         ("layers", 4.0, COUNT),
         ("pp", True, COUNT),
@@ -177,16 +180,16 @@ ABOVE_0 = "not a number above 0"
         ("tp", 2, "it has 1 ranks, its layout has 2"),
         ("ep", 1, "not true or false"),
         ("compile_lock", None, "not true or false"),
-        ("model", 7, "not a string"),
-        ("jit", None, "not a string"),
-        ("device", 1, "not a string"),
+        ("model", 7, "not a word"),
+        ("jit", None, "not a word"),
+        ("device", 1, "not a word"),
         ("walk_memory", inf, ABOVE_0),
         ("walk_memory", "1", ABOVE_0),
-        ("machine", None, "its 'machine' is None, not an object"),
+        ("machine", None, "its 'machine' is not an object"),
         ("machine.cores", "16", f"its 'cores' is '16', {COUNT}"),
         ("machine.cores", None, COUNT),
-        ("machine.date", 2026, "not a string"),
-        ("machine.gpu", 1, "not a string"),
+        ("machine.date", 2026, "not a word"),
+        ("machine.gpu", 1, "not a word"),
         ("machine.probe", 0, ABOVE_0),
         ("machine.probe", -1.5, ABOVE_0),
         ("machine.probe", float("nan"), ABOVE_0),
