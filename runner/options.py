@@ -117,16 +117,18 @@ class Option:
             default = None
         flag = f"{self.flag}/{self._off}" if self._off else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
-        return click.option(
+        if default is not None:
+            kind["default"] = default
+        add: Callable[..., Callable[[F], F]] = click.option
+        return add(
             flag,
             self.name,
-            default=default,
             metavar=self.details.metavar or self.details.unit or None,
             hidden=self.details.hidden,
             required=self.details.required,
             help=explained,
             show_default=default not in (None, False) and "[default" not in explained,
-            **({"is_flag": True} if self.kind is bool else kind),
+            **({"is_flag": True, "default": default} if self.kind is bool else kind),
         )(function)
 
     def _click_type(self) -> object:
@@ -150,8 +152,7 @@ class Option:
         """The field's value for what click gives."""
         if given is None or given == ():
             return self.default
-        if self._repeats and get_args(self.kind)[0] is not str:
-            assert isinstance(given, tuple)
+        if isinstance(given, tuple) and self._repeats:
             return from_plain(self.kind, list(chain(*given) if self.details.listed else given))
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
             return from_plain(self.kind, given)
@@ -198,7 +199,7 @@ def to_argv(value: object) -> list[str]:
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that together make one argument of a command; ``make`` takes their values by field."""
+    """Options that together make one argument of a command, from their values by field."""
 
     options: Sequence[Option]
     make: Callable[[dict[str, object]], object]

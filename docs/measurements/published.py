@@ -21,11 +21,10 @@ from typing import Any
 from unittest import mock
 
 from rich.text import Text
-from runner.report.table import ReportTable, make_table
 
 from runner.backend.gemm_walks import relax_m_list
 from runner.cli import cli
-from runner.report.console import PIPED_WIDTH, make_console
+from runner.report.console import PIPED_WIDTH, ReportTable, make_console, make_table
 from runner.timeline import Timeline, read_timelines
 from sim.costs.profile import load_profile
 

@@ -148,6 +148,7 @@ def _cases(
         UserError: options that contradict each other, the model or the profile.
     """
     environ, profile = Environ.read(os.environ), load_profile(machine.hardware)
+    given.model  # noqa: B018  # A bad model is not each point's own reason.
     cases: list[Case] = []
     skipped: list[Skipped] = []
     with progress("ask the library") as shown:

@@ -10,7 +10,8 @@ import pytest
 
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
-from runner.planning.residency import stalls_of
+from runner.planning.plan import table_of
+from runner.planning.residency import kernels_at_start, stalls_of
 from runner.schedule import Collective
 from runner.timeline import Timeline, read_timelines
 from sim.calibration.run_metadata import read_metadata
@@ -43,7 +44,9 @@ def test_the_recorded_stalls_are_those_predicted(timeline: Timeline) -> None:
     scenario = read_metadata(timeline).scenario
     node_of = scenario.parallel.node_of
     recorded = {(i, name, node_of(rank), key) for i, name, rank, key in timeline.meta["stalls"]}
-    stalls = stalls_of(record(scenario), scenario.table, node_of)
+    stalls = stalls_of(
+        record(scenario).ranks, table_of(scenario), node_of, kernels_at_start(scenario)
+    )
     predicted = {(stall.forward, stall.name, stall.node, stall.kernel) for stall in stalls}
     if scenario.policy in (WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT):
         assert recorded == set()

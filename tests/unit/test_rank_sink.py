@@ -17,7 +17,7 @@ from launch.rank_sink import RankSink, split_loads  # noqa: E402
 from runner.kernels.kernel import Kernel  # noqa: E402
 from runner.kernels.rules import RULES  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall  # noqa: E402
-from runner.schedule import Message, (  # noqa: E402
+from runner.schedule import (  # noqa: E402
     Await,
     Begin,
     Capture,
@@ -25,6 +25,7 @@ from runner.schedule import Message, (  # noqa: E402
     Compute,
     KernelWork,
     Mark,
+    Message,
     Op,
     Recv,
     Send,
