@@ -198,7 +198,7 @@ class Scenario:
                 f"{self.policy.value} prepares: give smaller ones"
             )
 
-    @property
+    @cached_property
     def deployment(self) -> Scenario:
         """The same server without its warm-up, requests and nodes: all that decides its plan."""
         run_fields = {

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from operator import attrgetter
 
+from runner.config.parallel import ParallelConfig
 from runner.config.timeouts import HOST_TIMEOUT, TORCH_TIMEOUTS
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
 from runner.errors import UserError
-from runner.kernels.kernel import Kernel
-from runner.planning.coverage import missing_kernels, node_coverage, node_stages
+from runner.planning.coverage import missing_kernels, nodes_coverage
 from runner.planning.plan import table_of
 from runner.planning.residency import kernels_at_start
 from runner.scenario import Scenario
-from runner.schedule import flatten
 from runner.timeline import Span, Timeline, merge
 from sim.costs.profile import Profile, slowed
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import StartPhases, start_phases
 from sim.engine.engine import Engine, Outcome
-from sim.engine.rank_program import Instruction, compile_program
+from sim.engine.rank_program import ProgramCompiler
 from sim.engine.replica_folding import can_fold, unfold
 from sim.engine.timeout_diagnosis import CollectiveTimeout
 
@@ -40,6 +40,24 @@ class Machine:
     start: StartPhases = field(default_factory=lambda: StartPhases(()))  # before the warm-up
     fold: bool = True  # simulate replicas that behave alike once
 
+    @cached_property
+    def costs(self) -> ProfileCosts:
+        """How long operations take here."""
+        profile = slowed(self.profile, self.host_factor)
+        cores = self.cores_per_node or profile.cores_per_node
+        return ProfileCosts(profile, profile.links[self.link], cores, self.ranks_per_gpu)
+
+    def hosts_of(self, parallel: ParallelConfig) -> int:
+        """Machines that a layout's nodes are on.
+
+        Raises:
+            UserError: the nodes do not fit them.
+        """
+        hosts = parallel.nodes if self.hosts is None else self.hosts
+        if hosts < 1 or parallel.nodes % hosts:
+            raise UserError(f"hosts={hosts} must divide the {parallel.nodes} nodes")
+        return hosts
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -58,38 +76,28 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     Raises:
         UserError: the model does not fit the layout, or the nodes do not fit the hosts.
     """
-    parallel = scenario.parallel
-    hosts = parallel.nodes if machine.hosts is None else machine.hosts
-    if hosts < 1 or parallel.nodes % hosts:
-        raise UserError(f"hosts={hosts} must divide the {parallel.nodes} nodes")
-    profile = slowed(machine.profile, machine.host_factor)
-    shared = machine.ranks_per_gpu
-    before = start_phases(machine.start, profile.start_up, scenario.model, parallel, hosts, shared)
-    costs = ProfileCosts(
-        profile,
-        profile.links[machine.link],
-        machine.cores_per_node or profile.cores_per_node,
-        shared,
-        # Otherwise a node's first rank walks alone.
-        walkers_per_gpu=shared if scenario.policy is WarmupPolicy.RELAX else 1,
+    parallel, costs = scenario.parallel, machine.costs
+    hosts = machine.hosts_of(parallel)
+    before = start_phases(
+        machine.start, costs.profile.start_up, scenario.model, parallel, hosts, costs.ranks_per_gpu
     )
-    outcome = _replay(scenario, machine, costs, hosts, sum(seconds for _, seconds in before))
+    outcome = _replay(scenario, machine, sum(seconds for _, seconds in before))
     spans = [*_phase_spans(before, parallel.world_size), *outcome.spans]
     timeline = Timeline(
         policy=scenario.policy.value,
         source="predicted",
         world_size=parallel.world_size,
-        spans=tuple(sorted(spans, key=lambda span: (span.rank, span.start))),
+        spans=tuple(sorted(spans, key=attrgetter("rank", "start"))),
         meta={
             **scenario.timeline_meta(),
-            "hardware": profile.name,
+            "hardware": costs.profile.name,
             "cores_per_node": costs.cores,
             "hosts": hosts,
             "host_factor": machine.host_factor,
             "link": machine.link,
-            "ranks_per_gpu": shared,
-            "coverage": _coverage(scenario, outcome.disks),
-            "coverage_up": _coverage(scenario, outcome.up),
+            "ranks_per_gpu": costs.ranks_per_gpu,
+            "coverage": nodes_coverage(scenario, outcome.disks),
+            "coverage_up": nodes_coverage(scenario, outcome.up),
         },
     )
     missing = missing_kernels(scenario, outcome.up)
@@ -102,40 +110,33 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     )
 
 
-def _replay(
-    scenario: Scenario, machine: Machine, costs: ProfileCosts, hosts: int, start: float
-) -> Outcome:
+def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:
     """The run from ``start`` on, its spans merged."""
-    parallel, link = scenario.parallel, costs.link
+    parallel, costs, hosts = scenario.parallel, machine.costs, machine.hosts_of(scenario.parallel)
     folds = machine.fold and can_fold(parallel, hosts)
     nodes_per_host = parallel.nodes // hosts
-    timeout = machine.nccl_timeout
-    if timeout is None:
-        timeout = TORCH_TIMEOUTS["nccl" if link.queues else "gloo"]
+    queues, timeout = costs.link.queues, machine.nccl_timeout
+    compiler = ProgramCompiler(
+        costs,
+        table_of(scenario),
+        locked=scenario.compile_lock,
+        # A node's first rank walks alone under all policies but one.
+        walkers_per_gpu=costs.ranks_per_gpu if scenario.policy is WarmupPolicy.RELAX else 1,
+    )
     outcome = Engine(
-        _programs(scenario, costs, folds=folds),
+        [compiler.program(parts) for parts in record_parts(scenario, folded=folds)],
         costs,
         node_of=[parallel.node_of(rank) for rank in range(parallel.world_size)],
         cores_per_node=max(1, costs.cores // nodes_per_host),
         host_of=[node // nodes_per_host for node in range(parallel.nodes)],
-        timeout=timeout,
+        timeout=TORCH_TIMEOUTS["nccl" if queues else "gloo"] if timeout is None else timeout,
         host_timeout=HOST_TIMEOUT,
         cached=kernels_at_start(scenario),
-        run_ahead=link.queues if machine.run_ahead is None else machine.run_ahead,
+        run_ahead=queues if machine.run_ahead is None else machine.run_ahead,
         start=start,
     ).run()
     outcome = replace(outcome, spans=list(merge(outcome.spans)))
     return unfold(outcome, parallel) if folds else outcome
-
-
-def _programs(
-    scenario: Scenario, costs: ProfileCosts, *, folds: bool
-) -> list[Sequence[Instruction]]:
-    table, locked = table_of(scenario), scenario.compile_lock
-    return [
-        compile_program(flatten(parts), costs, table, locked=locked)
-        for parts in record_parts(scenario, folded=folds)
-    ]
 
 
 def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
@@ -146,16 +147,3 @@ def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
             spans += [Span(rank, start, start + seconds, kind, name) for rank in range(ranks)]
         start += seconds
     return spans
-
-
-def _coverage(scenario: Scenario, disks: dict[int, frozenset[Kernel]]) -> list[dict[str, object]]:
-    """Coverage of every node; found once for nodes of the same stages with the same disk."""
-    parallel = scenario.parallel
-    known: dict[object, dict[str, object]] = {}
-    found = []
-    for node, disk in sorted(disks.items()):
-        key = (node_stages(parallel, node), disk)
-        if key not in known:
-            known[key] = node_coverage(scenario, node, disk)
-        found.append({**known[key], "node": node})
-    return found

@@ -168,7 +168,25 @@ def _candidates(desc: GemmDesc) -> list[_Candidate]:
             f"no {operands} kernel of {desc.gemm_type.value} exists for n={desc.n}, k={desc.k}: "
             "its tiles do not fit in shared memory"
         )
-    return [_Candidate(desc, layout) for layout in layouts]
+    return _contenders([_Candidate(desc, layout) for layout in layouts])
+
+
+def _contenders(candidates: list[_Candidate]) -> list[_Candidate]:
+    """Without candidates that cannot win at any M, which leaves fewer to look at for each M.
+
+    Candidates of one number of blocks take the same number of waves; one that takes two cycles a
+    block more than another is above :func:`best_layout`'s bound whenever that other one is legal.
+    """
+    least: dict[tuple[int, int, bool], float] = {}
+    for item in candidates:
+        blocks = (item.block_m, item.blocks_per_row, item.is_cluster)
+        least[blocks] = min(item.cycles_per_block, least.get(blocks, inf))
+    return [
+        item
+        for item in candidates
+        if item.cycles_per_block
+        <= least[item.block_m, item.blocks_per_row, item.is_cluster] * (1 + 1e-6) + 2
+    ]
 
 
 def legal_layouts(desc: GemmDesc) -> list[Layout]:

@@ -77,12 +77,13 @@ def _uncovered(
     )
 
 
-def missing_kernels(scenario: Scenario, disks: Mapping[int, Collection[Kernel]]) -> set[Kernel]:
+def missing_kernels(scenario: Scenario, disks: Mapping[int, frozenset[Kernel]]) -> set[Kernel]:
     """Planned kernels that some node which can need them lacks."""
+    plan, parallel = plan_of(scenario), scenario.parallel
     return {
         item.kernel
-        for node, disk in disks.items()
-        for item in plan_of(scenario).needed_by(node_stages(scenario.parallel, node))
+        for stages, disk in {(node_stages(parallel, node), disk) for node, disk in disks.items()}
+        for item in plan.needed_by(stages)
         if item.kernel not in disk
     }
 
@@ -108,3 +109,20 @@ def node_coverage(scenario: Scenario, node: int, present: Collection[Kernel]) ->
         "present": sum(item.kernel in present for item in needed),
         "stalls": [use_to_json(use) for use in plan.uncovered(present, stages)],
     }
+
+
+def nodes_coverage(
+    scenario: Scenario, disks: Mapping[int, frozenset[Kernel]]
+) -> list[dict[str, object]]:
+    """:func:`node_coverage` of every node, by what its disk holds.
+
+    It is found once for nodes of the same stages with the same disk.
+    """
+    known: dict[object, dict[str, object]] = {}
+    found = []
+    for node, disk in sorted(disks.items()):
+        key = (node_stages(scenario.parallel, node), disk)
+        if key not in known:
+            known[key] = node_coverage(scenario, node, disk)
+        found.append({**known[key], "node": node})
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from runner.backend.gemm_walks import ExecutionHook, fast_m_list, full_m_list, relaxed_ms
 from runner.cache.describe import config_of
@@ -29,19 +29,19 @@ class KernelUse:
     stages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlannedKernel:
     """A kernel and all that needs it."""
 
     kernel: Kernel
     uses: tuple[KernelUse, ...]
 
-    @property
+    @cached_property
     def m_ranges(self) -> MRanges:
         """M of any of its GEMMs."""
         return union(use.m_ranges for use in self.uses)
 
-    @property
+    @cached_property
     def stages(self) -> tuple[int, ...]:
         """Pipeline stages that need it."""
         return tuple(sorted({stage for use in self.uses for stage in use.stages}))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from runner.config.model import ModelConfig
 from runner.config.presets import PRESETS
 from runner.config.warmup import WarmupPolicy
-from runner.driver.run import record
+from runner.driver.run import record_parts
 from runner.driver.warmup import planned_kernels
 from runner.kernels.kernel import Kernel
 from runner.planning.plan import table_of
@@ -25,7 +25,7 @@ from sim.calibration.run_metadata import RunMetadata, read_metadata
 from sim.costs.profile import Profile
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import made_elements
-from sim.engine.rank_program import FirstUse, Instruction, Run, WalkRun, compile_program
+from sim.engine.rank_program import FirstUse, Instruction, ProgramCompiler, Run, WalkRun
 
 
 class CompileSample(NamedTuple):
@@ -90,10 +90,8 @@ def read_calibration_data(
     # Operations are counted by what they cost, so nothing else may be in that cost.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
     costs = ProfileCosts(counting, link, run.cores, run.ranks_per_gpu)
-    programs = [
-        compile_program(ops, costs, table_of(scenario), locked=False)
-        for ops in record(scenario).ranks
-    ]
+    compiler = ProgramCompiler(costs, table_of(scenario))
+    programs = [compiler.program(parts) for parts in record_parts(scenario)]
     factor = run.host_factor(profile)
     planned = scenario.policy is WarmupPolicy.PLANNED
     walks, loads = _walks_and_loads(timeline, programs, factor)

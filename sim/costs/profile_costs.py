@@ -40,7 +40,7 @@ class Seconds(NamedTuple):
     device: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProfileCosts:
     """Seconds of the operations of a Schedule on the machine of a profile."""
 
@@ -48,8 +48,7 @@ class ProfileCosts:
     link: Link  # of collectives and transfers
     cores: int  # CPU cores of a machine
     ranks_per_gpu: int = 1  # its time is divided among them
-    walkers_per_gpu: int = 1  # how many of them walk at a time
-    _compile_seconds: dict[Kernel, float] = field(default_factory=dict, init=False, compare=False)
+    _compile_seconds: dict[Kernel, float] = field(default_factory=dict, init=False)
 
     @property
     def host_call(self) -> float:
@@ -116,7 +115,7 @@ class ProfileCosts:
             device = scales / self.profile.gpu.memory_bandwidth
         else:
             device = self._device(shape.call(round(mean_m)))
-        return Seconds(self.profile.host.walk_call, device * self.walkers_per_gpu)
+        return Seconds(self.profile.host.walk_call, device)
 
     def compute_seconds(self, op: Compute) -> Seconds:
         """Work that is no DeepGEMM kernel."""

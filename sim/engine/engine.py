@@ -51,7 +51,7 @@ class Engine:
     """Replays the programs of all ranks.
 
     Args:
-        programs: what every rank does; see :func:`sim.engine.rank_program.compile_program`.
+        programs: what every rank does; see :func:`sim.engine.rank_program.ProgramCompiler`.
         costs: how long it takes.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses.

@@ -7,7 +7,7 @@ keeps every kernel that it has loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import fmean
@@ -15,7 +15,18 @@ from statistics import fmean
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall, expand
-from runner.schedule import Await, Capture, Compute, KernelWork, Mark, Message, Op, Walk
+from runner.schedule import (
+    Await,
+    Capture,
+    Compute,
+    Forward,
+    KernelWork,
+    Mark,
+    Message,
+    Op,
+    Part,
+    Walk,
+)
 from sim.costs.profile_costs import ProfileCosts, Seconds
 
 LockKey = tuple[DeepGemmKernelType, int, int, int]
@@ -52,76 +63,92 @@ class WalkRun:
 Instruction = Run | FirstUse | WalkRun | Message | Await | KernelWork | Mark | Capture
 
 
-def compile_program(
-    ops: Sequence[Op], costs: ProfileCosts, table: KernelTable, *, locked: bool
-) -> list[Instruction]:
-    """Instructions of one rank.
+class ProgramCompiler:
+    """Makes the programs of the ranks of one run.
 
     Args:
-        ops: its operations. Each object is looked at once, however often it occurs.
-        costs: how long they take.
+        costs: how long operations take.
         table: which kernels they run.
         locked: whether first uses take turns on a node.
+        walkers_per_gpu: how many of the ranks that share a GPU walk at a time.
     """
-    keys = list(map(id, ops))
-    first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
-    seconds = {key: _own_seconds(ops[index], costs) for key, index in first.items()}
-    host = {key: 0.0 if own is None else own.host for key, own in seconds.items()}
-    device = {key: 0.0 if own is None else own.device for key, own in seconds.items()}
-    shared = {key for key, own in seconds.items() if own is None}
-    stops = [index for index, key in enumerate(keys) if key in shared]
-    stops += [index for index in first.values() if isinstance(ops[index], KernelCall)]
-    work = [index for index in first.values() if isinstance(ops[index], Compute | KernelCall)]
-    warm = min(work, default=-1)
-    loader = _Loader(costs, table, locked)
-    program: list[Instruction] = []
-    start = 0
 
-    def sum_up(stop: int) -> None:
-        on_host = sum(map(host.__getitem__, keys[start:stop]))
-        on_device = sum(map(device.__getitem__, keys[start:stop]))
-        if start <= warm < stop:
-            on_host += costs.first_forward
-        if on_host or on_device:
-            program.append(Run(on_host, on_device))
+    def __init__(
+        self,
+        costs: ProfileCosts,
+        table: KernelTable,
+        *,
+        locked: bool = False,
+        walkers_per_gpu: int = 1,
+    ) -> None:
+        self.costs, self.table = costs, table
+        self.locked, self.walkers_per_gpu = locked, walkers_per_gpu
 
-    for stop in sorted(stops):
-        instruction = loader.instruction(ops[stop])
-        if instruction is not None:
-            sum_up(stop)
-            program.append(instruction)
-            start = stop
-    sum_up(len(ops))
-    return program
+    def program(self, parts: Iterable[Part]) -> list[Instruction]:
+        """Instructions of the rank that runs these parts."""
+        rank = _RankProgram(self)
+        for part in parts:
+            if isinstance(part, Forward):
+                rank.add_forward(part)
+            else:
+                rank.add(part)
+        rank.end_work()
+        return rank.instructions
 
 
-def _own_seconds(op: Op, costs: ProfileCosts) -> Seconds | None:
-    """Seconds of an operation that concerns only the rank; None for others."""
-    if isinstance(op, Compute):
-        return costs.compute_seconds(op)
-    if isinstance(op, KernelCall):
-        return costs.kernel_seconds(op)
-    return Seconds(0.0) if isinstance(op, Mark) and op.kind not in ("phase", "forward") else None
+class _RankProgram:
+    """A rank's instructions as they are made. Its process loads each kernel once."""
 
-
-class _Loader:
-    """Finds first uses of kernels: one process loads each kernel once."""
-
-    def __init__(self, costs: ProfileCosts, table: KernelTable, locked: bool) -> None:
-        self._costs, self._table, self._locked = costs, table, locked
+    def __init__(self, compiler: ProgramCompiler) -> None:
+        self.instructions: list[Instruction] = []
+        self._compiler, self._costs = compiler, compiler.costs
+        self._host = self._device = 0.0  # work since the last instruction
+        self._has_computed = False
         self._loaded: set[Kernel] = set()
 
-    def instruction(self, op: Op) -> Instruction | None:
-        """What the engine does at this operation apart from the rank's own work."""
+    def add(self, op: Op) -> None:
+        self._meet(op)
+        if not self._has_computed and isinstance(op, Compute | KernelCall):
+            self._host += self._costs.first_forward
+            self._has_computed = True
+        self._work(_own_seconds(op, self._costs))
+
+    def add_forward(self, forward: Forward) -> None:
+        if not self._has_computed:
+            for op in forward.ops:
+                self.add(op)
+            return
+        for op, after in stops_of(forward, self._costs):
+            self._meet(op)
+            self._work(after)
+
+    def end_work(self) -> None:
+        """Put the work since the last instruction into one."""
+        if self._host or self._device:
+            self.instructions.append(Run(self._host, self._device))
+        self._host = self._device = 0.0
+
+    def _work(self, seconds: Seconds) -> None:
+        self._host += seconds.host
+        self._device += seconds.device
+
+    def _meet(self, op: Op) -> None:
+        """Add what the engine does at an operation apart from the rank's own work."""
+        instruction = self._instruction(op)
+        if instruction is not None:
+            self.end_work()
+            self.instructions.append(instruction)
+
+    def _instruction(self, op: Op) -> Instruction | None:
         if isinstance(op, KernelCall):
-            kernels = self._new(self._table.kernels_of(op))
+            kernels = self._new(self._compiler.table.kernels_of(op))
             return FirstUse(kernels, lock=self._lock(op)) if kernels else None
         if isinstance(op, Walk):
             return self._walk(op)
         if isinstance(op, KernelWork) and op.action == "load":
             kernels = self._new(op.kernels)
             return FirstUse(kernels, bulk=True) if kernels else None
-        return None if isinstance(op, Compute) else op
+        return op if _is_shared(op) else None
 
     def _new(self, kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
         new = tuple(kernel for kernel in kernels if kernel not in self._loaded)
@@ -129,16 +156,48 @@ class _Loader:
         return new
 
     def _lock(self, gemm: KernelCall | GemmShape) -> LockKey | None:
-        return (gemm.type, gemm.n, gemm.k, gemm.num_groups) if self._locked else None
+        return (gemm.type, gemm.n, gemm.k, gemm.num_groups) if self._compiler.locked else None
 
     def _walk(self, walk: Walk) -> WalkRun:
         steps: list[tuple[tuple[Kernel, ...], float]] = [((), self._costs.walk_seconds())]
         calls = []
-        for kernels, count, mean_m in _walk_parts(walk, self._table):
+        for kernels, count, mean_m in _walk_parts(walk, self._compiler.table):
             one = self._costs.walk_call_seconds(walk.shape, mean_m, walk.steps[-1][1])
-            steps.append((self._new(kernels), count * max(one)))
-            calls.append((count, one.device))
+            device = one.device * self._compiler.walkers_per_gpu
+            steps.append((self._new(kernels), count * max(one.host, device)))
+            calls.append((count, device))
         return WalkRun(walk.name, tuple(steps), tuple(calls), self._lock(walk.shape))
+
+
+def _is_shared(op: Op) -> bool:
+    """Whether an operation concerns other ranks, or the engine's view of this one."""
+    if isinstance(op, Mark):
+        return op.kind in ("phase", "forward")
+    return not isinstance(op, Compute | KernelCall)
+
+
+def _own_seconds(op: Op, costs: ProfileCosts) -> Seconds:
+    if isinstance(op, Compute):
+        return costs.compute_seconds(op)
+    return costs.kernel_seconds(op) if isinstance(op, KernelCall) else Seconds(0.0)
+
+
+@lru_cache(maxsize=4096)
+def stops_of(forward: Forward, costs: ProfileCosts) -> tuple[tuple[Op, Seconds], ...]:
+    """Operations of a forward at which a rank may meet others or load a kernel.
+
+    Each comes with the rank's own work from there to the next one.
+    """
+    first_calls = {index for index, _ in forward.calls}
+    stops: list[tuple[Op, Seconds]] = []
+    for index, op in enumerate(forward.ops):
+        own = _own_seconds(op, costs)
+        if not stops or index in first_calls or _is_shared(op):
+            stops.append((op, own))
+        else:
+            stop, (host, device) = stops[-1]
+            stops[-1] = stop, Seconds(host + own.host, device + own.device)
+    return tuple(stops)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge
 from sim.costs.profile_costs import Seconds
 from sim.engine.engine import Engine, Outcome
-from sim.engine.rank_program import compile_program
+from sim.engine.rank_program import ProgramCompiler
 
 TWO = Seconds(2.0)
 
@@ -104,7 +104,7 @@ def simulate(
 ) -> Outcome:
     costs = costs or RoundCosts()
     return Engine(
-        [compile_program(ops, costs, RULES, locked=compile_lock) for ops in ranks],
+        [ProgramCompiler(costs, RULES, locked=compile_lock).program(ops) for ops in ranks],
         costs,
         node_of=node_of or [0] * len(ranks),
         cores_per_node=8,

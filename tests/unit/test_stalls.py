@@ -34,7 +34,7 @@ from runner.schedule import (
     Walk,
 )
 from sim.engine.engine import Engine, Outcome
-from sim.engine.rank_program import compile_program
+from sim.engine.rank_program import ProgramCompiler
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk
 from tests.unit.tiny_runs import scenario
 
@@ -193,7 +193,7 @@ def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
 def simulated(one: Scenario, made: Schedule) -> Outcome:
     costs = RoundCosts()
     return Engine(
-        [compile_program(ops, costs, RULES, locked=False) for ops in made.ranks],
+        [ProgramCompiler(costs, RULES).program(ops) for ops in made.ranks],
         costs,
         node_of=[one.parallel.node_of(rank) for rank in range(4)],
         cores_per_node=4,

@@ -126,18 +126,6 @@ def test_a_walked_masked_gemm_has_no_rows_and_transposes_all_scales() -> None:
     assert made == Seconds(0.125, 8 * 8 * 1000 * 4 / 1e9)
 
 
-def test_ranks_that_walk_side_by_side_share_the_gpu() -> None:
-    """By default one rank of a GPU walks, however many there are."""
-    dense = GemmShape(T.GEMM_NT_F8F8BF16, 1000, 500, 1, 132)
-    masked = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1000, 512, 8, 132)
-    for shape in (dense, masked):
-        alone = costs().walk_call_seconds(shape, 100.0, 1000)
-        assert costs(ranks_per_gpu=4).walk_call_seconds(shape, 100.0, 1000) == alone
-        three = replace(costs(ranks_per_gpu=4), walkers_per_gpu=3)
-        assert three.walk_call_seconds(shape, 100.0, 1000) == (0.125, 3 * alone.device)
-        assert three.kernel_seconds(GEMM) == costs(ranks_per_gpu=4).kernel_seconds(GEMM)
-
-
 def test_a_capture_grows_with_its_operations() -> None:
     assert costs().capture_seconds(Capture("graph DECODE 1", 6)) == 6.0
 

@@ -14,14 +14,14 @@ from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, steps_of
-from runner.schedule import Capture, Collective, KernelWork, Mark, Op, Recv, Send, Walk
+from runner.schedule import Capture, Collective, Forward, KernelWork, Mark, Op, Recv, Send, Walk
 from sim.costs.profile_costs import Seconds
 from sim.engine.rank_program import (
     FirstUse,
     Instruction,
+    ProgramCompiler,
     Run,
     WalkRun,
-    compile_program,
 )
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, walk, work
 
@@ -31,7 +31,7 @@ REDUCE = Collective("all_reduce x", (0, 1), 8)
 
 
 def compiled(*ops: Op, locked: bool = False, costs: RoundCosts = COSTS) -> list[Instruction]:
-    return compile_program(ops, costs, RULES, locked=locked)
+    return ProgramCompiler(costs, RULES, locked=locked).program(ops)
 
 
 def test_what_concerns_only_the_rank_is_one_run() -> None:
@@ -100,6 +100,36 @@ def test_turns_are_taken_at_a_gemm_whatever_its_m() -> None:
     assert locks == [key, (one.type, one.n, 128, one.num_groups), None]
     unlocked = compiled(call(1), walk(2))
     assert {item.lock for item in unlocked if isinstance(item, FirstUse | WalkRun)} == {None}
+
+
+_OPERATIONS = st.sampled_from(
+    [
+        work(1),
+        work(0.5, 2),
+        call(1),
+        call(2),
+        call(3),
+        walk(2),
+        REDUCE,
+        Mark("layer", "0"),
+        Mark("forward", "EXTEND 1"),
+    ]
+)
+
+
+@given(st.lists(st.lists(_OPERATIONS, min_size=1), max_size=4), st.lists(st.integers(0, 3)))
+def test_forwards_are_their_operations(forwards: list[list[Op]], order: list[int]) -> None:
+    """Repeated ones too, whose kernels are loaded by then."""
+    made = [Forward(tuple(ops)) for ops in forwards]
+    parts = [made[index] for index in order if index < len(made)]
+    program = ProgramCompiler(COSTS, RULES).program(parts)
+    assert program == compiled(*(op for forward in parts for op in forward.ops))
+
+
+def test_ranks_that_walk_side_by_side_share_the_gpu() -> None:
+    (made,) = ProgramCompiler(COSTS, RULES, walkers_per_gpu=3).program([walk(1, many=6)])
+    assert isinstance(made, WalkRun)
+    assert (made.steps[1:], made.calls) == ((((A,), 9.0),), ((6, 1.5),))
 
 
 # -- walks ----------------------------------------------------------------------------------------

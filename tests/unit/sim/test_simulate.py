@@ -203,15 +203,23 @@ def test_limits_are_those_of_the_link_unless_given(
     assert (settings["timeout"], settings["host_timeout"]) == (limit, 7200.0)
 
 
-@pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
+@pytest.mark.parametrize(
+    ("policy", "slower"), [(WarmupPolicy.RELAX, 2.0), (WarmupPolicy.FULL, 1.0)]
+)
 def test_ranks_of_a_gpu_walk_side_by_side_where_all_of_them_walk(
-    engines: list[tuple[Any, dict[str, Any]]], policy: WarmupPolicy
+    policy: WarmupPolicy, slower: float
 ) -> None:
     """Otherwise a node's first rank walks alone."""
-    simulate(scenario(policy, tp=2, pp=1), machine(ranks_per_gpu=2))
-    ((costs, _),) = engines
-    walks = policy is WarmupPolicy.RELAX
-    assert (costs.ranks_per_gpu, costs.walkers_per_gpu) == (2, 2 if walks else 1)
+    slow = replace(h200(), gpu=replace(h200().gpu, memory_bandwidth=1e6))
+    alone, shared = (
+        simulate(scenario(policy, tp=2, pp=1), machine(profile=slow, ranks_per_gpu=ranks)).timeline
+        for ranks in (1, 2)
+    )
+    walked = [
+        sum(span.seconds for span in run.spans if span.name.startswith("walk "))
+        for run in (alone, shared)
+    ]
+    assert walked[1] == pytest.approx(slower * walked[0], rel=0.05)
 
 
 def test_a_limit_of_memory_ends_walks_earlier() -> None:

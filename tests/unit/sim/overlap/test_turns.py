@@ -22,7 +22,7 @@ from runner.schedule import Begin, Collective, Compute, Op
 from sim.costs.profile import Link, load_profile
 from sim.costs.profile_costs import ProfileCosts, Seconds
 from sim.engine.engine import Engine
-from sim.engine.rank_program import compile_program
+from sim.engine.rank_program import ProgramCompiler
 from sim.overlap.forward import Forward, LayerSteps, Part, Step, StepKind, Steps, Work, to_steps
 from sim.overlap.turns import LayerTotals, Turns, Waits, explain_waits, run, run_in_turns
 from tests.models import DSV3_SMALL
@@ -297,7 +297,7 @@ class BusyCosts(RoundCosts):
 def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, ...]:
     """When ranks are done: each does one thing at a time, or its host takes no time at all."""
     costs = BusyCosts(on_host=not run_ahead)
-    programs = [compile_program(its, costs, RULES, locked=False) for its in ops]
+    programs = [ProgramCompiler(costs, RULES).program(its) for its in ops]
     node_of = [0] * len(ops)
     engine = Engine(programs, costs, node_of=node_of, cores_per_node=8, run_ahead=run_ahead)
     return engine.run().ends
