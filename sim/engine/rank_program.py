@@ -148,7 +148,7 @@ class _RankProgram:
         if isinstance(op, KernelWork) and op.action == "load":
             kernels = self._new(op.kernels)
             return FirstUse(kernels, bulk=True) if kernels else None
-        return op if _is_shared(op) else None
+        return None if isinstance(op, Compute) or not _is_shared(op) else op
 
     def _new(self, kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
         new = tuple(kernel for kernel in kernels if kernel not in self._loaded)
