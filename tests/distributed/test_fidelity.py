@@ -9,7 +9,7 @@ import pytest
 
 from runner.build.compiler import NvccCompiler
 from runner.config.hf import load_model
-from runner.driver.run import record
+from runner.driver.run import record_parts
 from runner.planning.plan import table_of
 from runner.planning.residency import stalls_of
 from runner.timeline import Timeline, read_timelines
@@ -56,7 +56,7 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
     for timeline in (none, parallel, full, planned):
         scenario = read_metadata(timeline, models).scenario
         # Every node is one rank.
-        said = stalls_of(record(scenario), table_of(scenario), scenario.parallel.node_of)
+        said = stalls_of(record_parts(scenario), table_of(scenario), scenario.parallel.node_of)
         assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
         assert bool(said) == (timeline is not planned)
     assert locked.kernels_compiled > locked.duplicates == 0

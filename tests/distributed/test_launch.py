@@ -241,7 +241,7 @@ def test_planned_builds_each_kernel_once_and_prebuilt_none(
     scenario = _planned_scenario(config)
     everything = len(plan_of(scenario).kernels)
     assert planned.kernels_compiled == planned.distinct_kernels == everything > 2
-    identities = {item.kernel.identity for item in scenario.plan.kernels}
+    identities = {item.kernel.identity for item in plan_of(scenario).kernels}
     assert {span.key for span in planned.spans if span.is_kernel} == identities
     assert {span.rank for span in planned.spans if span.kind == "compile"} == {0, 2}
     assert [node["present"] for node in planned.meta["coverage"]] == [everything] * 2
@@ -284,8 +284,8 @@ BAD_INPUT = {
     "--tp 4 --model dsv4-tiny": "tp=4 must divide o_groups=2 of dsv4-tiny",
     "--pp 2 --stage-layers 3,4 --model dsv4-tiny": "stage sizes 3,4 must each be at least 1",
     "--model dsv4-tiny --layers 99": "99 layers",
-    "--model dsv4-tiny --batch-sizes 0": "batch sizes 0 must all be at least 1",
-    "--model dsv4-tiny --batch-sizes x": "'x' is not a list of integers",
+    "--model dsv4-tiny --batch-sizes 0": "'0' must be whole numbers from 1 on",
+    "--model dsv4-tiny --batch-sizes x": "'x' must be whole numbers from 1 on",
     "--model dsv4-tiny --device cuda": "--device cuda: torch sees no CUDA device",
     "--model dsv4-tiny --warmup slow": "'slow'",
     "--model dsv4-tiny --warmup planned --max-tokens 64": "is above --max-tokens 64",
