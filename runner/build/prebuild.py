@@ -14,7 +14,7 @@ from runner.build.compiler import NvccCompiler, release_of
 from runner.build.estimates import plain_seconds
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
-from runner.cache.lock import Lock, locked
+from runner.cache.lock import locked
 from runner.cache.manifest import (
     Manifest,
     check_target,
@@ -80,19 +80,15 @@ class BuildRequest:
 
     def manifest(self, kernels: Mapping[str, PlannedKernel]) -> Manifest:
         """A manifest that names every given kernel that is in the cache, whoever built it."""
-        origin, recipe = self.plan.table.origin, self.keys.recipe
+        origin = self.plan.table.origin
         entries = {
             key: describe_entry(folder, item.kernel.name, list(map(use_to_json, item.uses)))
             for key, item in kernels.items()
             if (folder := self.cache.entry(key)).is_dir()
         }
-        return Manifest(
-            library=origin.library,
-            arch=recipe.arch,
-            signature=self.keys.signature,
-            flags=self.keys.flags,
-            generation=recipe.generation,
-            extra_signature=recipe.extra_signature,
+        return Manifest.of_keys(
+            self.keys,
+            origin.library,
             gpu=origin.gpu,
             num_sms=origin.num_sms,
             built_with=self.compiler.signature,
@@ -137,8 +133,8 @@ def prebuild(
             return BuildReport(len(request.plan.kernels), present=len(request.plan.kernels))
         raise
     with locked(cache.root, wait=False) as lock:
-        if lock is not Lock.BUSY:
-            return _build(request, progress, alone=lock is Lock.HELD)
+        if lock is not False:
+            return _build(request, progress, alone=bool(lock))
     on_wait()
     with locked(cache.root):
         return _build(request, progress, alone=True)

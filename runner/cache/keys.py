@@ -19,7 +19,7 @@ from runner.cache.digest import DeepJitDigest, Digest
 from runner.cache.entry import CUBIN, SOURCE
 from runner.config.environ import Environ
 from runner.kernels.installed import Headers, include_hash, own_headers
-from runner.kernels.kernel import HASH_LINE, Kernel
+from runner.kernels.kernel import Kernel
 
 _ARCH = re.compile(r"\bsm_\w+")
 
@@ -188,9 +188,3 @@ class CacheKeys:
             "compiler_options": json.loads(self.recipe.options or "{}"),
         }
         return {"meta.json": json.dumps(recipe).encode(), ".committed": b""}
-
-
-def body_of(source: str) -> str:
-    """A generated source without the first generation's line with the digest of the headers."""
-    match = HASH_LINE.match(source)
-    return source[match.end() :] if match else source

@@ -111,13 +111,11 @@ def test_what_is_wrong_in_words() -> None:
     for other in (b"\x7f", b"#!/bin/sh\n" * 20, b"\x7fELF\x01\x01" + whole[6:]):
         assert words(other) == "not an ELF64 file"
     assert words(b"\x7fELF\x02\x02" + whole[6:]) == "not an ELF64 file"  # big-endian
-    assert words(whole[:63]) == "cut short: 63 bytes"
-    for cut in (64, 70, len(whole) - 1):
-        assert words(whole[:cut]) == f"cut short: {cut} bytes, its tables end later"
+    for cut in (63, 64, 70, len(whole) - 1):
+        assert words(whole[:cut]) == f"cut short: {cut} bytes"
     text_size_at = len(whole) - SECTION + 0x20
-    assert words(changed(whole, text_size_at, "<Q", len(whole))) == (
-        f"cut short: {len(whole)} bytes, a section ends later"
-    )
+    too_long = changed(whole, text_size_at, "<Q", len(whole))
+    assert words(too_long) == f"cut short: {len(whole)} bytes"
 
 
 @pytest.mark.parametrize(
