@@ -30,7 +30,6 @@ _FRONT_END_PER_MEGABYTE = 2.35
 _MOST_COPIES = 4
 _UNROLLED = 8
 
-PREPROCESS_SECONDS = 0.55
 NVCC_SECONDS = 0.4
 """What an nvcc process takes in addition to the stages that it runs."""
 

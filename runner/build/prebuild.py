@@ -58,7 +58,6 @@ class BuildRequest:
     """What is built, where, and with what.
 
     Attributes:
-        title: what the plan is for.
         keys: for the machine that will run.
         compiler: this machine's.
         jobs: compiler processes at a time.
@@ -109,7 +108,6 @@ def prebuild(
     killed build leaves whole entries behind, and the next one goes on from them.
 
     Args:
-        request: what to build.
         on_wait: called when another builder is at work and this one waits.
         progress: called with (kernels done, of how many, fraction of the work).
 

@@ -79,7 +79,7 @@ _BY_VARIABLES = {_VERBOSE, _SPILLS, _LOCAL_MEMORY, _LINES, _FIRST_VERBOSE, *_FIR
 
 
 def first_recipe(environ: Environ) -> Recipe:
-    """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
+    """The recipe of the first generation on SM90."""
     return with_variables(FIRST_RECIPE, environ)
 
 
@@ -145,8 +145,6 @@ class CacheKeys:
 
     def key_of(self, name: str, source: str) -> str:
         """Cache key of a generated source: the name of its folder.
-
-        ``kernel.<name>.<hex>`` in the first generation, ``<name>.<hex>`` in the second.
 
         Raises:
             OSError: the source includes a header that the library lacks.

@@ -177,22 +177,13 @@ def _locked(memo: Path) -> Iterator[None]:
 def _code_digest() -> str:
     """Digest of the code that calls the library and stands in for its GPU."""
     package = Path(__file__).parents[1]
-    code = (
-        "deep_gemm_wrapper/*.py",
-        "standin/native/*.[ch]",
-        "standin/*.py",
-        "kernels/library*.py",
-    )
+    code = "deep_gemm_wrapper/*.py", "standin/native/*.[ch]", "standin/*.py", "kernels/library*.py"
     files = sorted(path for pattern in code for path in package.glob(pattern))
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _read_recipe(library: Library, compiles: Sequence[Sequence[str]], entries: Path) -> Recipe:
-    """How the library compiles, from the arguments that it gave its compiler.
-
-    Raises:
-        UserError: its compiles differ.
-    """
+    """How the library compiles, from the arguments that it gave its compiler."""
     flags = {_flags(arguments, library.include_path) for arguments in compiles}
     if len(flags) != 1:
         raise UserError(

@@ -106,11 +106,7 @@ def choose_source(
 
 
 def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
-    """Name and version of the library; of several that fit, the newest with a table.
-
-    Raises:
-        UserError: no library of that name is known here.
-    """
+    """Name and version of the library; of several that fit, the newest with a table."""
     if isinstance(library, Library):
         return library.title
     titles = bundled_libraries(bundled_gpu(gpu))

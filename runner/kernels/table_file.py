@@ -87,11 +87,7 @@ def write_table(path: Path, table: RecordedTable) -> None:
 
 
 def read_table(path: Path) -> RecordedTable:
-    """Read a table.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """Read a table; UserError if the file is none."""
     try:
         with gzip.open(path) as file:
             return _parse(file.read())

@@ -82,7 +82,6 @@ class CompileRecord:
 
     @property
     def kernel_name(self) -> str:
-        """The library's kernel name, read from the source."""
         return name_of_source(self.source)
 
 
