@@ -22,14 +22,10 @@ from runner.cache.manifest import (
     merge_manifest,
     read_manifest,
 )
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.planning.plan import Plan, PlannedKernel, use_to_json
 
 Progress = Callable[[int, int, float], None]
-
-
-class BuildStoppedError(Exception):
-    """The build could not go on; what was built is kept. The text is one line."""
 
 
 @dataclass
@@ -114,7 +110,7 @@ def prebuild(
     Raises:
         UserError: a cache that cannot be written or is another machine's, or an nvcc of another
             release than the target's.
-        BuildStoppedError: the disk is full or the like.
+        WorkFailedError: the disk is full or the like; what was built is kept.
     """
     ours, theirs = release_of(request.compiler.signature), release_of(request.keys.signature)
     if ours != theirs:
@@ -177,7 +173,7 @@ def _build(request: BuildRequest, progress: Progress, *, alone: bool) -> BuildRe
             merge_manifest(cache.root, request.manifest(kernels))
     except OSError as error:
         words = error.strerror or str(error) or type(error).__name__
-        raise BuildStoppedError(
+        raise WorkFailedError(
             f"the build stopped after {report.built} of {len(missing)} kernels: {words}; what was "
             "built is kept, run it again to go on"
         ) from None
