@@ -312,12 +312,6 @@ def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, data: bytes) -
     assert len(target.entries()) == 0
 
 
-def test_an_archive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        unpack(tmp_path / "x.tar.gz", KernelCache(tmp_path / "target"))
-    assert one_line(caught).startswith(f"cannot read {tmp_path}/x.tar.gz: ")
-
-
 def outcome(data: bytes, manifest: Manifest) -> str:
     """What unpacking gives; the cache holds whole entries in any case."""
     with tempfile.TemporaryDirectory() as name:
