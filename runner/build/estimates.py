@@ -45,7 +45,7 @@ def assemble_seconds(ptx_bytes: float) -> float:
 
 
 def expected_assemble_seconds(kernel: Kernel) -> float:
-    """The assembler on one kernel, before there is PTX."""
+    """:func:`assemble_seconds`, before there is PTX."""
     return assemble_seconds(1e6 * _ptx_megabytes(kernel))
 
 

@@ -21,7 +21,7 @@ class EntryFormat:
     Attributes:
         pattern: of an entry's folder name; its group is the kernel's name.
         files: what a whole entry holds, in the order in which they are packed.
-        on_damage: what the library does when one of them is missing.
+        on_damage: what the library does without one of them.
     """
 
     generation: int

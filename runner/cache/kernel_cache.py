@@ -122,11 +122,8 @@ class KernelCache:
         """Keys without an entry, or with a broken one, which is discarded.
 
         Several processes may ask at once: an entry that another one has completed meanwhile
-        stays, because only what is still broken under a lock is discarded.
-
-        Args:
-            sources: text of ``kernel.cu`` by key.
-            cubin_sha256: digests of cubins by key; a cubin without one only has to be whole.
+        stays, because only what is still broken under a lock is discarded. A cubin without a
+        digest only has to be whole.
         """
         missing = []
         for key, source in sources.items():
@@ -152,12 +149,8 @@ class KernelCache:
     ) -> bool:
         """Write an entry to a temporary directory and move it into place.
 
-        Args:
-            extra: its other files.
-            prefix: of the temporary directory; :meth:`remove_leftovers` knows the default.
-
-        Returns:
-            False if another process was first; its entry stays.
+        Returns False if another process was first, whose entry stays. Directories of the default
+        ``prefix`` are those that :meth:`remove_leftovers` removes.
         """
         temporary = self._temporary(prefix)
         temporary.mkdir(parents=True)

@@ -52,8 +52,7 @@ class LibrarySource:
     """Asks an installed library of any version about any GPU.
 
     Attributes:
-        library: the library; this Python has a CUDA build of torch that it works with.
-        gpu: the GPU to stand in for.
+        library: this Python has a CUDA build of torch that it works with.
         version_text: what ``nvcc --version`` prints on the machine that will run.
         environ: the variables that change the compiler's flags.
         progress: called with (GEMMs asked, of how many).

@@ -22,19 +22,16 @@ _ANY_NVCC = (
 
 
 class KernelSource(Protocol):
-    """Gives kernel tables of one library on one GPU."""
+    """Gives kernel tables of one library on one GPU; hashable, because callers cache by source."""
 
-    def __hash__(self) -> int:
-        """Callers cache one table for each source."""
+    def __hash__(self) -> int: ...
 
     @property
     def origin(self) -> Origin:
         """Whose kernels the tables list; known before any table is made."""
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
-        """A table that knows at least what ``demands()`` names.
-
-        Sources that know everything never call ``demands``.
+        """A table that knows at least what ``demands()`` names, which not every source calls.
 
         Raises:
             UserError: the source does not know; the message says what does.

@@ -51,12 +51,10 @@ class Watched:
 
     @property
     def forbidden(self) -> list[CompileRecord]:
-        """Compiles that were refused."""
         return [record for record in self.records if record.exit_code == FORBIDDEN_EXIT]
 
     @property
     def compiled(self) -> list[CompileRecord]:
-        """Compiles that the real compiler did."""
         return [record for record in self.records if record.exit_code != FORBIDDEN_EXIT]
 
 
