@@ -53,7 +53,6 @@ def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Itera
         UserError: the directory cannot be written.
     """
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
         file = (cache_dir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot lock {cache_dir}: {error.strerror}") from None

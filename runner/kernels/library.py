@@ -7,12 +7,13 @@ in the user's cache folder.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -21,7 +22,6 @@ from pathlib import Path
 from runner.build.compiler import keys_for
 from runner.cache.entry import SOURCE, kernel_name
 from runner.cache.keys import INCLUDE, Recipe, with_variables
-from runner.cache.lock import locked
 from runner.config.environ import Environ, available_cores, cache_folder
 from runner.errors import UserError
 from runner.kernels.installed import Library, own_headers
@@ -78,7 +78,7 @@ class LibrarySource:
         self._table = self._table or self._read_memo()
         if _lacking(self._table, merged):
             # All ranks of a node come here at once: one asks, the others read its answers.
-            with locked(self._memo.parent):
+            with _locked(self._memo):
                 self._table = self._read_memo()
                 if missing := _lacking(self._table, merged):
                     asked = self._ask(missing)
@@ -155,6 +155,21 @@ def _lacking(known: RecordedTable | None, demands: Sequence[Demand]) -> Sequence
         return demands
     lacking = (replace(demand, ms=known.lacking(demand)) for demand in demands)
     return [demand for demand in lacking if demand.ms]
+
+
+@contextmanager
+def _locked(memo: Path) -> Iterator[None]:
+    """Keep other processes from the memo; if that is impossible, all of them ask."""
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        lock = memo.with_suffix(".lock").open("w")
+    except OSError:
+        yield
+        return
+    with lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @lru_cache
