@@ -86,7 +86,7 @@ class CompileRecord:
 
 
 def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = None) -> Path:
-    """Write the shim for ``nvcc``, which records to ``log_dir``; with ``forbid``, compiles fail."""
+    """Write the shim for ``nvcc``; compiles fail once the file ``forbid`` exists."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
         _SCRIPT.format(
