@@ -111,7 +111,7 @@ def set_up_jit(
     shim = write_shim(work_dir / f"nvcc-{rank}", nvcc=compiler.nvcc, log_dir=log_dir)
     # Keys do not depend on nvcc's path, so the shim's are the real compiler's.
     recorded = replace(compiler, nvcc=shim)
-    size = f"{cache.count()} kernels" if cache.count() else "cold"
+    size = f"{len(cache.entries())} kernels" if len(cache.entries()) else "cold"
     where = "cold (temporary)" if work_dir in cache.root.parents else f"{cache.root} ({size})"
     described = "nvcc {}.{}, cache {}".format(*release_of(compiler.version_text), where)
     if not library:

@@ -11,8 +11,7 @@ from launch.device import CollectiveEvents, Device
 from launch.limits import WaitLimit
 from launch.loaders import CompileLocks, KernelLoader
 from runner.backend.sink import R
-from runner.cache.keys import body_of
-from runner.kernels.kernel import identity_of
+from runner.kernels.kernel import body_of, identity_of
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import (
     Await,

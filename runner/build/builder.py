@@ -18,12 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from runner.build.compiler import CompileError, NvccCompiler
-from runner.build.estimates import (
-    PREPROCESS_SECONDS,
-    assemble_seconds,
-    plain_seconds,
-    seconds_to_end,
-)
+from runner.build.estimates import assemble_seconds, plain_seconds, seconds_to_end
 from runner.build.stages import StageError, Stages, UnusualError, find_stages, split_ptx
 from runner.build.task_pool import TaskPool
 from runner.build.units import Unit, match_entries, split_into_units, unit_text
@@ -50,10 +45,9 @@ class BuildResult:
     """The outcome of a job.
 
     Attributes:
-        cubin: None if the compiler refused the kernel.
+        cubin: None if the compiler refused the kernel, and said ``error``.
         started: when work on it alone began, in seconds since the epoch.
         fallback: why nvcc compiled it alone; empty if it was built the fast way.
-        error: the compiler's text if it refused the kernel.
     """
 
     job: Job
@@ -104,18 +98,14 @@ class KernelBuilder:
             kernels = [kernel for kernel in self._jobs if kernel.entry]
             alone = [kernel for kernel in self._jobs if not kernel.entry]
             self._add_plain(alone, "a source of a form of its own")
-            self._add_headers(stages, split_into_units(kernels, self.workers))
+            by_header: dict[str, list[Unit]] = defaultdict(list)
+            for unit in split_into_units(kernels, self.workers):
+                by_header[unit[0].header].append(unit)
+            for number, (header, same) in enumerate(by_header.items()):
+                folder = self.scratch / f"header{number}"
+                task = partial(self._preprocess, stages, header, same, folder)
+                self._pool.add(_FIRST + max(map(seconds_to_end, same)), task)
         self._pool.run()
-
-    def _add_headers(self, stages: Stages, units: Iterable[Unit]) -> None:
-        by_header: dict[str, list[Unit]] = defaultdict(list)
-        for unit in units:
-            by_header[unit[0].header].append(unit)
-        for number, (header, same) in enumerate(by_header.items()):
-            self._pool.add(
-                _FIRST + PREPROCESS_SECONDS + max(map(seconds_to_end, same)),
-                partial(self._preprocess, stages, header, same, self.scratch / f"header{number}"),
-            )
 
     def _preprocess(self, stages: Stages, header: str, units: Sequence[Unit], folder: Path) -> None:
         folder.mkdir()
@@ -186,11 +176,10 @@ class KernelBuilder:
         folder.mkdir(parents=True)
         started = time.time()
         try:
-            cubin = self.compiler.compile(job.source, folder)
+            result = BuildResult(job, self.compiler.compile(job.source, folder), started, reason)
         except CompileError as error:
-            self.on_result(BuildResult(job, None, started, reason, str(error)))
-        else:
-            self.on_result(BuildResult(job, cubin, started, reason))
+            result = BuildResult(job, None, started, reason, str(error))
+        self.on_result(result)
 
 
 @contextmanager

@@ -44,30 +44,22 @@ class NvccCompiler:
 
     @cached_property
     def version_text(self) -> str:
-        """All that ``nvcc --version`` prints; see :func:`nvcc_version` for its errors."""
         return nvcc_version(self.nvcc)
 
     @property
     def signature(self) -> str:
-        """What cache keys hold of the program."""
         return signature_of(self.version_text, self.recipe.generation)
 
     @property
     def arguments(self) -> list[str]:
-        """nvcc's arguments besides source and output."""
         return self.recipe.arguments(self.library.include_path)
 
     @cached_property
     def keys(self) -> CacheKeys:
-        """Keys for this machine."""
         return keys_for(self.library, self.recipe, self.version_text, self.library.root)
 
     def compile(self, source: str, folder: Path) -> bytes:
-        """The cubin of a source; nvcc runs in ``folder``, and both files are left there.
-
-        Raises:
-            CompileError: nvcc failed.
-        """
+        """The cubin of a source; nvcc runs in ``folder``, and both files are left there."""
         source_path, cubin_path = folder.absolute() / SOURCE, folder.absolute() / CUBIN
         source_path.write_bytes(source.encode())
         command = [str(self.nvcc.absolute()), str(source_path), "-cubin", "-o", str(cubin_path)]
@@ -84,9 +76,6 @@ class NvccCompiler:
         """How fast this machine compiles now: the median time of one always equal kernel.
 
         Machines of one type differ, and a shared one changes by the minute.
-
-        Raises:
-            CompileError: nvcc refuses the kernel.
         """
         source = self.keys.source(kernels_of(_REFERENCE)[-1])
         found = []
@@ -112,11 +101,7 @@ class LazyJit:
         return kernel in self._loaded
 
     def ensure(self, kernel: Kernel) -> None:
-        """Load the kernel, and compile it if neither memory nor disk has it.
-
-        Raises:
-            CompileError: nvcc refused the kernel.
-        """
+        """Load the kernel, and compile it if neither memory nor disk has it."""
         if kernel in self._loaded:
             return
         keys = self._compiler.keys
@@ -133,13 +118,7 @@ class LazyJit:
 
 
 def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) -> CacheKeys:
-    """Keys of a library for a machine.
-
-    Args:
-        library: its headers, on this machine.
-        recipe: how it compiles there.
-        version_text: what ``nvcc --version`` prints there.
-        root: the ``deep_gemm`` folder there; only the first generation's keys hold it.
+    """Keys of a library for the machine where ``root`` is its folder and nvcc prints that text.
 
     Raises:
         UserError: the library's JIT is of another generation than the recipe.

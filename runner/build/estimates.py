@@ -30,7 +30,6 @@ _FRONT_END_PER_MEGABYTE = 2.35
 _MOST_COPIES = 4
 _UNROLLED = 8
 
-PREPROCESS_SECONDS = 0.55
 NVCC_SECONDS = 0.4
 """What an nvcc process takes in addition to the stages that it runs."""
 
@@ -46,7 +45,7 @@ def assemble_seconds(ptx_bytes: float) -> float:
 
 
 def expected_assemble_seconds(kernel: Kernel) -> float:
-    """The assembler on one kernel, before there is PTX."""
+    """:func:`assemble_seconds`, before there is PTX."""
     return assemble_seconds(1e6 * _ptx_megabytes(kernel))
 
 

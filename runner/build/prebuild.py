@@ -14,7 +14,7 @@ from runner.build.compiler import NvccCompiler, release_of
 from runner.build.estimates import plain_seconds
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys
-from runner.cache.lock import Lock, locked
+from runner.cache.lock import locked
 from runner.cache.manifest import (
     Manifest,
     check_target,
@@ -22,14 +22,10 @@ from runner.cache.manifest import (
     merge_manifest,
     read_manifest,
 )
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.planning.plan import Plan, PlannedKernel, use_to_json
 
 Progress = Callable[[int, int, float], None]
-
-
-class BuildStoppedError(Exception):
-    """The build could not go on; what was built is kept. The text is one line."""
 
 
 @dataclass
@@ -58,7 +54,6 @@ class BuildRequest:
     """What is built, where, and with what.
 
     Attributes:
-        title: what the plan is for.
         keys: for the machine that will run.
         compiler: this machine's.
         jobs: compiler processes at a time.
@@ -80,19 +75,15 @@ class BuildRequest:
 
     def manifest(self, kernels: Mapping[str, PlannedKernel]) -> Manifest:
         """A manifest that names every given kernel that is in the cache, whoever built it."""
-        origin, recipe = self.plan.table.origin, self.keys.recipe
+        origin = self.plan.table.origin
         entries = {
             key: describe_entry(folder, item.kernel.name, list(map(use_to_json, item.uses)))
             for key, item in kernels.items()
             if (folder := self.cache.entry(key)).is_dir()
         }
-        return Manifest(
-            library=origin.library,
-            arch=recipe.arch,
-            signature=self.keys.signature,
-            flags=self.keys.flags,
-            generation=recipe.generation,
-            extra_signature=recipe.extra_signature,
+        return Manifest.of_keys(
+            self.keys,
+            origin.library,
             gpu=origin.gpu,
             num_sms=origin.num_sms,
             built_with=self.compiler.signature,
@@ -113,14 +104,13 @@ def prebuild(
     killed build leaves whole entries behind, and the next one goes on from them.
 
     Args:
-        request: what to build.
         on_wait: called when another builder is at work and this one waits.
         progress: called with (kernels done, of how many, fraction of the work).
 
     Raises:
         UserError: a cache that cannot be written or is another machine's, or an nvcc of another
             release than the target's.
-        BuildStoppedError: the disk is full or the like.
+        WorkFailedError: the disk is full or the like; what was built is kept.
     """
     ours, theirs = release_of(request.compiler.signature), release_of(request.keys.signature)
     if ours != theirs:
@@ -137,8 +127,8 @@ def prebuild(
             return BuildReport(len(request.plan.kernels), present=len(request.plan.kernels))
         raise
     with locked(cache.root, wait=False) as lock:
-        if lock is not Lock.BUSY:
-            return _build(request, progress, alone=lock is Lock.HELD)
+        if lock is not False:
+            return _build(request, progress, alone=bool(lock))
     on_wait()
     with locked(cache.root):
         return _build(request, progress, alone=True)
@@ -183,7 +173,7 @@ def _build(request: BuildRequest, progress: Progress, *, alone: bool) -> BuildRe
             merge_manifest(cache.root, request.manifest(kernels))
     except OSError as error:
         words = error.strerror or str(error) or type(error).__name__
-        raise BuildStoppedError(
+        raise WorkFailedError(
             f"the build stopped after {report.built} of {len(missing)} kernels: {words}; what was "
             "built is kept, run it again to go on"
         ) from None

@@ -26,13 +26,7 @@ class StageError(UnusualError):
 class Stages:
     """Command lines of the three stages, made for one folder; they run in any other.
 
-    Attributes:
-        folder: the folder that stands in the command lines.
-        preprocess: ``kernel.cu`` to preprocessed text.
-        front_end: preprocessed text to ``kernel.ptx``.
-        assemble: ``kernel.ptx`` to ``kernel.cubin``.
-        preprocessed: file name of the preprocessed text.
-        environment: variables that the stages need.
+    From ``kernel.cu`` over the file ``preprocessed`` and ``kernel.ptx`` to ``kernel.cubin``.
     """
 
     folder: str
@@ -43,12 +37,7 @@ class Stages:
     environment: Mapping[str, str]
 
     def run(self, stage: _Argv, folder: Path) -> None:
-        """Run a stage in ``folder``.
-
-        Raises:
-            StageError: it failed.
-            UnusualError: it cannot be run.
-        """
+        """Run a stage in ``folder``."""
         here = [word.replace(self.folder, str(folder)) for word in stage]
         program = Path(here[0]).name
         try:
@@ -104,15 +93,9 @@ def _dry_run(
     nvcc: Path, flags: Sequence[str], folder: Path, kind: str, environment: Mapping[str, str]
 ) -> tuple[list[_Argv], dict[str, str]]:
     """Commands and variables that nvcc would use, with its temporary files in ``folder``."""
-    command = [
-        str(nvcc.absolute()),
-        f"{folder}/kernel.cu",
-        f"-{kind}",
-        "-o",
-        f"{folder}/kernel.{kind}",
-    ]
+    files = [f"{folder}/kernel.cu", f"-{kind}", "-o", f"{folder}/kernel.{kind}"]
     done = subprocess.run(
-        [*command, *flags, "--dryrun"],
+        [str(nvcc.absolute()), *files, *flags, "--dryrun"],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -18,9 +18,7 @@ class TaskPool:
         self._error: BaseException | None = None
 
     def add(self, seconds_to_end: float, task: Callable[[], None]) -> None:
-        """Queue a task: the one from whose start to the end of all that follows takes longest
-        goes first.
-        """
+        """Queue a task; the one with the most seconds to the end of all that follows goes first."""
         self._tasks.put((-seconds_to_end, next(self._order), task))
 
     def run(self) -> None:

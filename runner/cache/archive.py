@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from runner.cache.entry import CUBIN, SOURCE, format_of
+from runner.cache.entry import CUBIN, SOURCE, files_of
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import (
     Entry,
@@ -27,6 +26,7 @@ from runner.cache.manifest import (
     sha256,
 )
 from runner.errors import UserError
+from runner.files import replacing
 
 _LARGEST_FILE = 256 << 20
 
@@ -39,20 +39,17 @@ def pack(cache: KernelCache, manifest: Manifest, archive: Path) -> int:
             be written.
     """
     _check_complete(cache, manifest)
-    temporary = archive.with_name(f".{archive.name}.{os.getpid()}")
     try:
-        try:
-            with (
-                temporary.open("wb") as raw,
-                gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
-                tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
-            ):
-                _add(tar, "manifest.json", manifest_text(manifest).encode())
-                for key, file in _files(manifest):
+        with (
+            replacing(archive) as temporary,
+            temporary.open("wb") as raw,
+            gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            _add(tar, "manifest.json", manifest_text(manifest).encode())
+            for key in sorted(manifest.entries):
+                for file in files_of(key):
                     _add(tar, f"cache/{key}/{file}", (cache.entry(key) / file).read_bytes())
-            temporary.rename(archive)
-        finally:
-            temporary.unlink(missing_ok=True)
         return archive.stat().st_size
     except OSError as error:
         raise UserError(f"cannot write {archive}: {error.strerror}") from None
@@ -70,13 +67,6 @@ def _check_complete(cache: KernelCache, manifest: Manifest) -> None:
             raise UserError(
                 f"{cache.entry(key)} is not what was built: runner cache verify {cache.root}"
             )
-
-
-def _files(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """(key, file) of all files of the manifest's entries, in the order of an archive."""
-    for key in sorted(manifest.entries):
-        form = format_of(key)
-        yield from ((key, file) for file in (form.files if form else ()))
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -128,10 +118,9 @@ def unpack(
 
 def _read_entry(tar: tarfile.TarFile, key: str, entry: Entry, archive: Path) -> dict[str, bytes]:
     """The files of an entry, with the digests that the manifest names."""
-    form = format_of(key)
-    if form is None:  # It might even be a path to somewhere else.
+    if not files_of(key):  # It might even be a path to somewhere else.
         raise UserError(f"{archive}: its manifest names {key!r}, which is not a kernel's key")
-    files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in form.files}
+    files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in files_of(key)}
     for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
         if sha256(files[file]) != digest:
             raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
@@ -144,11 +133,7 @@ def _stays(cache: KernelCache, key: str, packed: Entry, known: Entry | None) -> 
         there = describe_entry(cache.entry(key), packed.name, packed.uses)
     except OSError:
         return False
-    return any(
-        (there.source_sha256, there.cubin_sha256) == (entry.source_sha256, entry.cubin_sha256)
-        for entry in (packed, known)
-        if entry is not None
-    )
+    return there == packed or (known is not None and there == replace(known, uses=packed.uses))
 
 
 def _read(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:

@@ -55,13 +55,17 @@ _NAMES_BY_GEMM_TYPE = {
 
 def config_of(kernel: Kernel) -> Config:
     """Template arguments of a kernel by name; empty if the template is not known."""
-    return _named(kernel.entry.removeprefix("sched::"), ", ".join(kernel.arguments))
+    return config_of_source(kernel.body)
 
 
 def config_of_source(source: str) -> Config:
     """Template arguments of a generated source by name; empty if the template is not known."""
     match = _INSTANTIATION.search(source)
-    return _named(match[1], match[2]) if match else {}
+    if not match:
+        return {}
+    values = [word.strip() for word in match[2].split(",")]
+    names = _PARAMETERS.get((match[1], len(values)), [])
+    return {name: _value(word) for name, word in zip(names, values, strict=False)}
 
 
 def name_of_source(source: str) -> str:
@@ -92,12 +96,6 @@ def in_words(config: Config) -> str:
     words += ", n {compiled_n} k {compiled_k}" if config["compiled_n"] else ""
     words += ", fp32 out" if config["cd_type"] == "float" else ""
     return (words + ", {num_sms} SMs").format_map(config)
-
-
-def _named(template: str, arguments: str) -> Config:
-    values = [word.strip() for word in arguments.split(",")]
-    names = _PARAMETERS.get((template, len(values)), [])
-    return {name: _value(word) for name, word in zip(names, values, strict=False)}
 
 
 def _value(word: str) -> int | str | bool:

@@ -21,7 +21,7 @@ class EntryFormat:
     Attributes:
         pattern: of an entry's folder name; its group is the kernel's name.
         files: what a whole entry holds, in the order in which they are packed.
-        on_damage: what the library does when one of them is missing.
+        on_damage: what the library does without one of them.
     """
 
     generation: int
@@ -58,10 +58,15 @@ def kernel_name(key: str) -> str:
     return match[1] if match else key
 
 
+def files_of(key: str) -> tuple[str, ...]:
+    """What a whole entry of this name holds; nothing if no entry is named like that."""
+    form = format_of(key)
+    return form.files if form else ()
+
+
 def missing_files(folder: Path) -> list[str]:
-    """Files that the entry in this folder lacks; none if the folder has no entry's name."""
-    form = format_of(folder.name)
-    return [name for name in form.files if not (folder / name).is_file()] if form else []
+    """Files that the entry in this folder lacks."""
+    return [name for name in files_of(folder.name) if not (folder / name).is_file()]
 
 
 def cubin_damage(cubin: bytes) -> str:
@@ -94,12 +99,13 @@ def _sections(cubin: bytes) -> dict[str, bytes]:
     """Content of each section by name."""
     if cubin[:6] != b"\x7fELF\x02\x01":
         raise NotACubinError("not an ELF64 file" if cubin else "empty")
+    cut_short = NotACubinError(f"cut short: {len(cubin)} bytes")
     if len(cubin) < _HEADER_BYTES:
-        raise NotACubinError(f"cut short: {len(cubin)} bytes")
+        raise cut_short
     programs, offset = struct.unpack_from("<QQ", cubin, 0x20)
     program_size, program_count, size, count, names = struct.unpack_from("<HHHHH", cubin, 0x36)
     if max(offset + size * count, programs + program_size * program_count) > len(cubin):
-        raise NotACubinError(f"cut short: {len(cubin)} bytes, its tables end later")
+        raise cut_short
     headers = [struct.unpack_from("<IIQQQQ", cubin, offset + i * size) for i in range(count)]
     name_table = headers[names][4]
     found = {}
@@ -107,7 +113,7 @@ def _sections(cubin: bytes) -> dict[str, bytes]:
         if kind == _NOBITS:
             continue
         if start + length > len(cubin):
-            raise NotACubinError(f"cut short: {len(cubin)} bytes, a section ends later")
+            raise cut_short
         name = cubin[name_table + name_at : cubin.index(b"\0", name_table + name_at)]
         found[name.decode()] = cubin[start : start + length]
     return found

@@ -9,16 +9,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, missing_files
 from runner.cache.lock import folder_lock
 from runner.errors import UserError
-
-_NONE: Mapping[str, str] = MappingProxyType({})
-_NO_FILES: Mapping[str, bytes] = MappingProxyType({})
-_TEMPORARY = ("build-", "discarded-")
-"""How the names of our own temporary folders begin."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +83,6 @@ class KernelCache:
                 found.setdefault(path.name, path)
         return [found[name] for name in sorted(found)]
 
-    def count(self) -> int:
-        return len(self.entries())
-
     def entry(self, key: str) -> Path:
         """Directory of a kernel; if no place has it, the one where it would be written."""
         places = [root / "cache" / key for root in (self.root, *self.below)]
@@ -126,20 +117,17 @@ class KernelCache:
         return same and digest == cubin_sha256 and not cubin_damage(cubin)
 
     def keys_to_build(
-        self, sources: Mapping[str, str], cubin_sha256: Mapping[str, str] = _NONE
+        self, sources: Mapping[str, str], cubin_sha256: Mapping[str, str] | None = None
     ) -> list[str]:
         """Keys without an entry, or with a broken one, which is discarded.
 
         Several processes may ask at once: an entry that another one has completed meanwhile
-        stays, because only what is still broken under a lock is discarded.
-
-        Args:
-            sources: text of ``kernel.cu`` by key.
-            cubin_sha256: digests of cubins by key; a cubin without one only has to be whole.
+        stays, because only what is still broken under a lock is discarded. A cubin without a
+        digest only has to be whole.
         """
         missing = []
         for key, source in sources.items():
-            wanted = (key, source, cubin_sha256.get(key, ""))
+            wanted = (key, source, (cubin_sha256 or {}).get(key, ""))
             if self.holds(*wanted):
                 continue
             if (self.root / "cache" / key).exists():
@@ -155,26 +143,19 @@ class KernelCache:
         key: str,
         source: str,
         cubin: bytes,
-        extra: Mapping[str, bytes] = _NO_FILES,
+        extra: Mapping[str, bytes] | None = None,
         *,
         prefix: str = "build-",
     ) -> bool:
         """Write an entry to a temporary directory and move it into place.
 
-        Args:
-            key: its name.
-            source: text of ``kernel.cu``.
-            cubin: content of ``kernel.cubin``.
-            extra: its other files.
-            prefix: of the temporary directory; :meth:`remove_leftovers` knows the default.
-
-        Returns:
-            False if another process was first; its entry stays.
+        Returns False if another process was first, whose entry stays. Directories of the default
+        ``prefix`` are those that :meth:`remove_leftovers` removes.
         """
         temporary = self._temporary(prefix)
         temporary.mkdir(parents=True)
         try:
-            for name, data in {SOURCE: source.encode(), CUBIN: cubin, **extra}.items():
+            for name, data in {SOURCE: source.encode(), CUBIN: cubin, **(extra or {})}.items():
                 (temporary / name).write_bytes(data)
                 _fsync(temporary / name)
             _fsync(temporary)
@@ -205,7 +186,7 @@ class KernelCache:
 
     def remove_leftovers(self) -> None:
         """Remove temporary folders of processes that were killed; nobody else may be building."""
-        for prefix in _TEMPORARY:
+        for prefix in ("build-", "discarded-"):
             for path in (self.root / "tmp").glob(f"{prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from runner.cache.digest import DeepJitDigest, Digest
 from runner.cache.entry import CUBIN, SOURCE
 from runner.config.environ import Environ
 from runner.kernels.installed import Headers, include_hash, own_headers
-from runner.kernels.kernel import HASH_LINE, Kernel
+from runner.kernels.kernel import Kernel
 
 _ARCH = re.compile(r"\bsm_\w+")
 
@@ -79,7 +79,7 @@ _BY_VARIABLES = {_VERBOSE, _SPILLS, _LOCAL_MEMORY, _LINES, _FIRST_VERBOSE, *_FIR
 
 
 def first_recipe(environ: Environ) -> Recipe:
-    """The recipe of the first generation on SM90 (csrc/jit/compiler.hpp of 0.1.4.post1)."""
+    """The recipe of the first generation on SM90."""
     return with_variables(FIRST_RECIPE, environ)
 
 
@@ -146,8 +146,6 @@ class CacheKeys:
     def key_of(self, name: str, source: str) -> str:
         """Cache key of a generated source: the name of its folder.
 
-        ``kernel.<name>.<hex>`` in the first generation, ``<name>.<hex>`` in the second.
-
         Raises:
             OSError: the source includes a header that the library lacks.
         """
@@ -188,9 +186,3 @@ class CacheKeys:
             "compiler_options": json.loads(self.recipe.options or "{}"),
         }
         return {"meta.json": json.dumps(recipe).encode(), ".committed": b""}
-
-
-def body_of(source: str) -> str:
-    """A generated source without the first generation's line with the digest of the headers."""
-    match = HASH_LINE.match(source)
-    return source[match.end() :] if match else source

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import IO
 
@@ -18,30 +17,20 @@ _NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 """What ``flock`` fails with where there are no locks; EBADF is NFS's answer for a folder."""
 
 
-class Lock(Enum):
-    """Whether a lock was taken."""
-
-    HELD = "held"
-    BUSY = "busy"
-    NOT_SUPPORTED = "not supported"
-
-
 def take_lock(
     file: IO[str] | int, folder: Path, *, shared: bool = False, wait: bool = True
-) -> Lock:
+) -> bool | None:
     """Lock an open file until it is closed, however its process ends.
 
-    Where the file system has no locks, one warning for each ``folder`` says so, and the caller
-    goes on without one.
-
     Returns:
-        HELD, NOT_SUPPORTED, or BUSY if another process holds it and ``wait`` is off.
+        Whether it was taken: False if another process holds it and ``wait`` is off. None where the
+        file system has no locks: one warning for each ``folder`` says so, and the caller goes on.
     """
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(file, operation if wait else operation | fcntl.LOCK_NB)
     except BlockingIOError:
-        return Lock.BUSY
+        return False
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
@@ -49,12 +38,12 @@ def take_lock(
             f"the file system of {folder} has no file locks: use it from one process at a time",
             stacklevel=1,  # So that Python shows it once for each folder.
         )
-        return Lock.NOT_SUPPORTED
-    return Lock.HELD
+        return None
+    return True
 
 
 @contextmanager
-def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Iterator[Lock]:
+def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool | None]:
     """Hold a cache's lock among builders; the library itself does not take it.
 
     Builders that hold it ``shared``, each with kernels of its own to build, do not exclude each

@@ -58,8 +58,7 @@ class TargetMachine:
     """The machine on which a server will look for a cache's kernels.
 
     Attributes:
-        library: its DeepGEMM, as installed here.
-        root: the folder of that library there.
+        library: its DeepGEMM, as installed here; ``root`` is its folder there.
         version_text: what ``nvcc --version`` prints there.
         environ: the server's variables.
         device: its GPU, None if it is not known.
@@ -72,14 +71,10 @@ class TargetMachine:
     device: Device | None = None
 
     def recipe(self, built: Manifest | None) -> Recipe:
-        """How the library compiles there, given how it did where a cache was built for.
-
-        Without that, only the first generation's recipe is known.
-        """
+        """How the library compiles there; without a manifest, as the first generation does."""
         return with_variables(built.recipe if built else FIRST_RECIPE, self.environ)
 
     def keys(self, built: Manifest | None) -> CacheKeys:
-        """Keys as the server's library makes them."""
         return keys_for(self.library, self.recipe(built), self.version_text, self.root)
 
     def changed_flags(self, built: Manifest) -> list[str]:
@@ -155,11 +150,10 @@ def relocate(
     """Copy every sound entry of ``source`` to ``target`` under the keys of another machine.
 
     Args:
-        source: where the entries are; left as it is.
         manifest: what ``source`` was built for.
         keys: of the machine that will run.
-        library: the headers of its library, to compare with.
-        target: where they go; another directory than ``source``.
+        library: its library, whose headers sources must name.
+        target: another directory than ``source``.
         progress: called with (entries done, of how many).
 
     Returns:

@@ -19,6 +19,7 @@ from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache, size_of
 from runner.cache.keys import INCLUDE, CacheKeys, Recipe
 from runner.errors import UserError
+from runner.files import replacing
 from runner.kernels.installed import Headers
 from runner.kernels.table import union
 
@@ -31,12 +32,7 @@ Use = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel of the cache.
-
-    Attributes:
-        name: the library's kernel name.
-        cubin_bytes: size of ``kernel.cubin``.
-    """
+    """One kernel of the cache; ``name`` is the library's name of it."""
 
     name: str
     uses: list[Use]
@@ -54,8 +50,6 @@ class Manifest:
         signature: what the keys hold of the running machine's compiler.
         flags: what they hold of its flags, including that machine's include path if any.
         built_with: signature of the compiler that built them.
-        generation: of the JIT whose entries they are.
-        extra_signature: see :class:`runner.cache.keys.Recipe`.
         gpu: name of the GPU, of several the one with the most SMs; empty in old manifests.
         num_sms: its SMs; 0 in old manifests.
         plans: titles of the plans that were built.
@@ -119,6 +113,20 @@ class Manifest:
         uses = (use for entry in self.entries.values() for use in entry.uses)
         return {self.num_sms, *(use["num_sms"] for use in uses if "num_sms" in use)} - {0}
 
+    @classmethod
+    def of_keys(cls, keys: CacheKeys, library: str, **more: Any) -> Manifest:
+        """A manifest for the machine of ``keys``, whose compiler also built what it lists."""
+        recipe, signature = keys.recipe, keys.signature
+        return cls(
+            library,
+            recipe.arch,
+            signature,
+            keys.flags,
+            generation=recipe.generation,
+            extra_signature=recipe.extra_signature,
+            **{"built_with": signature, **more},
+        )
+
     def without(self, keys: Collection[str]) -> Manifest:
         kept = {key: entry for key, entry in self.entries.items() if key not in keys}
         return replace(self, entries=kept)
@@ -175,8 +183,11 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
             raise ValueError("unknown version")
         manifest = Manifest(**data, entries=entries)
         _check_types(manifest)
+        if not all(isinstance(plan, str) for plan in manifest.plans):
+            raise TypeError("plans must be text")
         for entry in entries.values():
             _check_types(entry)
+            check_uses(entry.uses)
         if manifest.generation not in (1, 2):
             raise ValueError(f"generation {manifest.generation} must be 1 or 2")
         return manifest
@@ -185,16 +196,11 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 
 def _check_types(value: Manifest | Entry) -> None:
-    """Raise TypeError or KeyError if a field has another type than its annotation."""
-    types = {"str": str, "int": int}
+    """Raise TypeError if a field has another type than its annotation."""
+    types = {"str": str, "int": int, "list[str]": list}
     for each in fields(value):
-        found = getattr(value, each.name)
-        if each.name == "uses":
-            check_uses(found)
-        elif each.name == "plans":
-            if not all(isinstance(plan, str) for plan in found):
-                raise TypeError("plans must be text")
-        elif each.name != "entries" and not isinstance(found, types[str(each.type)]):
+        kind = types.get(str(each.type), object)
+        if not isinstance(getattr(value, each.name), kind):
             raise TypeError(f"{each.name} must be of type {each.type}")
 
 
@@ -220,23 +226,14 @@ def manifest_text(manifest: Manifest) -> str:
 
 def write_manifest(cache_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest; readers see the old one or the new one."""
-    temporary = cache_dir / f".{_NAME}.{os.getpid()}"
-    try:
-        with temporary.open("w") as file:
-            file.write(manifest_text(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(cache_dir / _NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(cache_dir / _NAME) as temporary, temporary.open("w") as file:
+        file.write(manifest_text(manifest))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_target(cache_dir: Path, newer: Manifest) -> None:
-    """Refuse to mix kernels of two machines in one cache.
-
-    Raises:
-        UserError: the cache was built for another machine.
-    """
+    """Raise UserError if the cache was built for another machine: one cache is for one."""
     older = read_manifest(cache_dir)
     if older is not None and older.entries and not older.same_target(newer):
         raise UserError(
@@ -246,11 +243,7 @@ def check_target(cache_dir: Path, newer: Manifest) -> None:
 
 
 def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
-    """Add to a cache's manifest; the caller holds the lock.
-
-    Raises:
-        UserError: the cache was built for another machine.
-    """
+    """Add to a cache's manifest, of the same machine; the caller holds the lock."""
     check_target(cache_dir, newer)
     older = read_manifest(cache_dir)
     merged = older.merged(newer) if older is not None and older.entries else newer
@@ -259,11 +252,7 @@ def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
 
 
 def remove_entries(cache: KernelCache, entries: Collection[Path]) -> int:
-    """Remove entries, from the manifest first; the caller holds the lock.
-
-    Returns:
-        The bytes that they held.
-    """
+    """Remove entries, from the manifest first, under the caller's lock; returns their bytes."""
     manifest = read_manifest(cache.root)
     if manifest is not None:
         write_manifest(cache.root, manifest.without({path.name for path in entries}))

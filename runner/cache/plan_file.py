@@ -26,12 +26,7 @@ class PlannedEntry:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What tools need of a plan.
-
-    Attributes:
-        title: what was planned.
-        target: what the keys are for, as a manifest without entries; None if there are no keys.
-    """
+    """What tools need of a plan; ``target`` is what its keys are for, None if it has none."""
 
     title: str
     kernels: list[PlannedEntry]
@@ -72,16 +67,10 @@ def read_plan_file(path: Path) -> PlanFile:
         for item in kernels:
             check_uses(item.uses)
         target = None
-        if data.get("signature") is not None and data.get("flags") is not None:
-            target = Manifest(
-                library=data["library"],
-                arch=data["arch"],
-                signature=data["signature"],
-                flags=data["flags"],
-                generation=data.get("generation", 1),
-                extra_signature=data.get("extra_signature", ""),
-                built_with=data["signature"],
-            )
+        if data.get("signature") and data.get("flags"):
+            names = ("library", "arch", "signature", "flags", "generation", "extra_signature")
+            known = {name: data[name] for name in names if name in data}
+            target = Manifest(**known, built_with=data["signature"])
         return PlanFile(data["for"], kernels, target)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, kernel_name, missing_files
@@ -15,22 +14,11 @@ from runner.kernels.installed import Library, include_hash
 from runner.kernels.kernel import HASH_LINE
 
 
-class Problem(Enum):
-    """What can be wrong with a cache."""
-
-    MISSING = "missing"
-    FOREIGN = "foreign"
-    TRUNCATED = "truncated"
-    CHANGED = "changed"
-    WRONG_KEY = "wrong key"
-    WRONG_VERSION = "wrong version"
-
-
 @dataclass(frozen=True)
 class Finding:
-    """One problem; ``key`` names the entry, ``words`` say what is wrong with it."""
+    """What is wrong with the entry of that key: the kind of problem, and the problem in words."""
 
-    problem: Problem
+    problem: str
     key: str
     words: str
 
@@ -58,7 +46,7 @@ def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
     """Every problem of the cache, missing entries first."""
     present = {path.name: path for path in cache.entries()}
     findings = [
-        Finding(Problem.MISSING, key, "is not in the cache")
+        Finding("missing", key, "is not in the cache")
         for key in expected.wanted
         if key not in present
     ]
@@ -67,33 +55,36 @@ def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
     return findings
 
 
-def _problems(path: Path, expected: Expectation) -> Iterator[tuple[Problem, str]]:
+def _problems(path: Path, expected: Expectation) -> Iterator[tuple[str, str]]:
     key = path.name
     form = format_of(key)
     if form is None or not path.is_dir():
-        yield Problem.FOREIGN, "is not a kernel's folder"
+        yield "foreign", "is not a kernel's folder"
         return
     if expected.known is not None and key not in expected.known:
-        yield Problem.FOREIGN, "is not in the manifest or the plan"
+        yield "foreign", "is not in the manifest or the plan"
     if missing := missing_files(path):
-        yield Problem.TRUNCATED, f"{missing[0]} is missing: {form.on_damage}"
+        yield "truncated", f"{missing[0]} is missing: {form.on_damage}"
         return
     source, cubin = (path / SOURCE).read_bytes(), (path / CUBIN).read_bytes()
     if damage := cubin_damage(cubin):
-        yield Problem.TRUNCATED, f"{CUBIN} {damage}"
+        yield "truncated", f"{CUBIN} {damage}"
         return
     text = source.decode(errors="replace")
     if expected.keys is not None and key != _key(expected.keys, kernel_name(key), text):
-        yield Problem.WRONG_KEY, "is not this source's key for this machine"
+        yield "wrong key", "is not this source's key for this machine"
     # In the second generation the key itself digests the headers.
-    library = expected.library if form.generation == 1 else None
-    if library is not None and not _names_headers_of(library, text):
-        yield Problem.WRONG_VERSION, "was generated from headers of another version"
-    entry = expected.manifest.entries.get(key) if expected.manifest is not None else None
-    if entry is not None and sha256(source) != entry.source_sha256:
-        yield Problem.CHANGED, f"{SOURCE} is not what was built"
-    if entry is not None and sha256(cubin) != entry.cubin_sha256:
-        yield Problem.CHANGED, f"{CUBIN} is not what was built"
+    if (
+        form.generation == 1
+        and expected.library is not None
+        and not _names_headers_of(expected.library, text)
+    ):
+        yield "wrong version", "was generated from headers of another version"
+    if expected.manifest is not None and (entry := expected.manifest.entries.get(key)):
+        if sha256(source) != entry.source_sha256:
+            yield "changed", f"{SOURCE} is not what was built"
+        if sha256(cubin) != entry.cubin_sha256:
+            yield "changed", f"{CUBIN} is not what was built"
 
 
 def _key(keys: CacheKeys, name: str, source: str) -> str:

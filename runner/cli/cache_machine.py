@@ -94,14 +94,14 @@ def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -
         print(line)
     _print_findings(findings)
     if differences or findings:
-        kinds = Counter(finding.problem.value for finding in findings)
+        kinds = Counter(finding.problem for finding in findings)
         words = [f"{count} {kind}" for kind, count in kinds.items()]
         words += ["a server here would compile all of it again"] if differences else []
         raise WorkFailedError(f"{directory}: {', '.join(words)}")
-    if built is None and not found.count():
+    if built is None and not len(found.entries()):
         raise WorkFailedError(f"{directory} holds no entries")
     checked = {
-        f"{found.count()} entries": True,
+        f"{len(found.entries())} entries": True,
         "manifest": manifest is not None,
         "plan": plan is not None,
         "this machine": machine is not None,
@@ -140,7 +140,7 @@ def _expectation(
 
 def _print_findings(findings: list[Finding]) -> None:
     for finding in findings[:_SHOWN]:
-        print(f"{finding.problem.value}: {finding.key} {finding.words}")
+        print(f"{finding.problem}: {finding.key} {finding.words}")
     if len(findings) > _SHOWN:
         print(f"... and {len(findings) - _SHOWN} more")
 
@@ -249,14 +249,7 @@ def _manifest_of(
         for path in source.entries()
         if path.is_dir() and format_of(path.name) and source.has(path.name)
     }
-    return Manifest(
-        library=machine.library.title,
-        arch=keys.recipe.arch,
-        signature=keys.signature,
-        flags=keys.flags,
-        built_with=keys.signature,
-        entries=entries,
-    )
+    return Manifest.of_keys(keys, machine.library.title, entries=entries)
 
 
 def existing(directory: Path) -> KernelCache:

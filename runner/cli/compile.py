@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from runner.build.compiler import NvccCompiler, find_nvcc
-from runner.build.prebuild import BuildRequest, BuildStoppedError, prebuild
+from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.entry import CUBIN, kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
@@ -106,11 +106,8 @@ def _build(request: BuildRequest, what: str) -> None:
     def say_waiting() -> None:
         click.echo(f"another builder is at work in {request.cache.root}: waiting for it", err=True)
 
-    try:
-        with progress(what) as shown:
-            report = prebuild(request, on_wait=say_waiting, progress=shown)
-    except BuildStoppedError as error:
-        raise WorkFailedError(str(error)) from None
+    with progress(what) as shown:
+        report = prebuild(request, on_wait=say_waiting, progress=shown)
     replaced = f", {report.replaced} of them in place of broken ones" if report.replaced else ""
     print(
         f"{report.built} built{replaced}, {report.present} were there; "

@@ -22,8 +22,8 @@ class Orders(TypedDict):
     """The JSON on stdin."""
 
     library: str
-    demands: list[tuple[str, int, int, int, int, list[tuple[int, int, int]]]]
-    """Type, n, k, groups, SMs and (first, last, step) runs of M."""
+    demands: list[tuple[int, int, int, int, int, int, list[int]]]
+    """Type, n, k, groups, SMs, step from one M to the next, every M."""
 
 
 class Launches:
@@ -77,20 +77,20 @@ def _walk_all(orders: Orders, answers: TextIO) -> None:
     from runner.deep_gemm_wrapper.configurer import import_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
     from runner.deep_gemm_wrapper.walker import walk
-    from runner.kernels.types import DeepGemmKernelType, GemmShape, expand
+    from runner.kernels.types import DeepGemmKernelType, GemmShape
 
     wrapper = DeepGemmWrapper(import_library(Path(orders["library"])))
     launches = Launches()
-    for kind, n, k, groups, num_sms, ranges in orders["demands"]:
-        shape = GemmShape(DeepGemmKernelType[kind], n, k, groups, num_sms)
-        runs = _Runs(ranges[0][2])
+    for kind, n, k, groups, num_sms, step, ms in orders["demands"]:
+        shape = GemmShape(DeepGemmKernelType(kind), n, k, groups, num_sms)
+        runs = _Runs(step)
 
         def note(m: int, runs: _Runs = runs) -> None:
             runs.add(m, launches.take())
 
         launches.take()
         try:
-            walk(wrapper, shape, expand(tuple(ranges)), note)
+            walk(wrapper, shape, ms, note)
         except Exception as error:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise RuntimeError(f"{shape.describe()}: {words[0]}") from error

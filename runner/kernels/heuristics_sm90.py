@@ -32,8 +32,8 @@ class GemmType(Enum):
     """DeepGEMM's ``GemmType``; the value is its C++ spelling."""
 
     NORMAL = "GemmType::Normal"
-    M_GROUPED_CONTIGUOUS = "GemmType::MGroupedContiguous"
-    M_GROUPED_MASKED = "GemmType::MGroupedMasked"
+    CONTIGUOUS = "GemmType::MGroupedContiguous"
+    MASKED = "GemmType::MGroupedMasked"
     BATCHED = "GemmType::Batched"
 
 
@@ -124,7 +124,7 @@ class _Candidate:
     def __init__(self, desc: GemmDesc, layout: Layout) -> None:
         block_m, block_n = layout.block_m, layout.block_n
         # The rows of the contiguous layout are one sequence of tiles, whatever the groups.
-        contiguous = desc.gemm_type is GemmType.M_GROUPED_CONTIGUOUS
+        contiguous = desc.gemm_type is GemmType.CONTIGUOUS
         row_bytes = desc.k * desc.ab_bytes
         output = block_m * block_n * desc.cd_bytes
         tensor_core = row_bytes * (max(_WGMMA_M, block_m) + block_n) + output
@@ -202,9 +202,9 @@ def legal_layouts(desc: GemmDesc) -> list[Layout]:
 
 
 def _block_ms(desc: GemmDesc) -> list[int]:
-    if desc.gemm_type is GemmType.M_GROUPED_CONTIGUOUS:
+    if desc.gemm_type is GemmType.CONTIGUOUS:
         return [CONTIGUOUS_M_ALIGNMENT]
-    if desc.gemm_type is GemmType.M_GROUPED_MASKED:
+    if desc.gemm_type is GemmType.MASKED:
         return [64, 128]
     small = [16] * (desc.m <= 16) + [32] * (desc.m <= 32)
     return [64, 128, *small, *[256] * (not desc.fp32_output)]
@@ -215,7 +215,7 @@ def _is_legal(desc: GemmDesc, layout: Layout) -> bool:
     excess = block_n - block_k
     if desc.is_fp8 and excess > 0 and block_n % excess and block_k % excess:
         return False
-    masked = desc.gemm_type is GemmType.M_GROUPED_MASKED
+    masked = desc.gemm_type is GemmType.MASKED
     if masked and ceil_div(desc.n, block_n) % layout.cluster_size:
         return False
     if block_m > 128 and block_n > 128:

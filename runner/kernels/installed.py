@@ -54,12 +54,10 @@ class Library:
 
     @property
     def include_path(self) -> Path:
-        """Folder given to the compiler as its include path."""
         return self.root / "include"
 
     @property
     def title(self) -> str:
-        """Name and version."""
         return f"{self.name} {self.version}"
 
     @cached_property
@@ -69,7 +67,6 @@ class Library:
 
     @property
     def extensions(self) -> list[Path]:
-        """Its compiled modules."""
         return sorted(self.root.glob("_C*.so"))
 
     @cached_property

@@ -43,7 +43,7 @@ class Kernel:
     @classmethod
     def of_source(cls, name: str, source: str) -> Kernel:
         """The kernel with that generated source (text of ``kernel.cu``)."""
-        body = source[match.end() :] if (match := HASH_LINE.match(source)) else source
+        body = body_of(source)
         whole = cls(name, "", "", (), body)
         parts = _BODY.fullmatch(body)
         if parts is None:
@@ -75,6 +75,12 @@ class Kernel:
 @lru_cache(maxsize=65536)
 def _identity(kernel: Kernel) -> str:
     return identity_of(kernel.name, kernel.body)
+
+
+def body_of(source: str) -> str:
+    """A generated source without the first generation's line with the digest of the headers."""
+    match = HASH_LINE.match(source)
+    return source[match.end() :] if match else source
 
 
 def identity_of(name: str, body: str) -> str:

@@ -52,8 +52,7 @@ class LibrarySource:
     """Asks an installed library of any version about any GPU.
 
     Attributes:
-        library: the library; this Python has a CUDA build of torch that it works with.
-        gpu: the GPU to stand in for.
+        library: this Python has a CUDA build of torch that it works with.
         version_text: what ``nvcc --version`` prints on the machine that will run.
         environ: the variables that change the compiler's flags.
         progress: called with (GEMMs asked, of how many).
@@ -177,22 +176,13 @@ def _locked(memo: Path) -> Iterator[None]:
 def _code_digest() -> str:
     """Digest of the code that calls the library and stands in for its GPU."""
     package = Path(__file__).parents[1]
-    code = (
-        "deep_gemm_wrapper/*.py",
-        "standin/native/*.[ch]",
-        "standin/*.py",
-        "kernels/library*.py",
-    )
+    code = "deep_gemm_wrapper/*.py", "standin/native/*.[ch]", "standin/*.py", "kernels/library*.py"
     files = sorted(path for pattern in code for path in package.glob(pattern))
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _read_recipe(library: Library, compiles: Sequence[Sequence[str]], entries: Path) -> Recipe:
-    """How the library compiles, from the arguments that it gave its compiler.
-
-    Raises:
-        UserError: its compiles differ.
-    """
+    """How the library compiles, from the arguments that it gave its compiler."""
     flags = {_flags(arguments, library.include_path) for arguments in compiles}
     if len(flags) != 1:
         raise UserError(

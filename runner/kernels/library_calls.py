@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count, groupby
+from dataclasses import astuple
+from itertools import count
 from pathlib import Path
 
 from runner.errors import UserError, WorkFailedError
@@ -77,7 +78,10 @@ def _run_worker(
     environment: Mapping[str, str],
     report_done: Callable[[], None],
 ) -> list[EntryRuns]:
-    orders = {"library": str(library.root), "demands": [_order(demand) for demand in demands]}
+    orders = {
+        "library": str(library.root),
+        "demands": [(*astuple(each.shape), m_step(each.shape), list(each.ms)) for each in demands],
+    }
     here, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH")
     lines = []
     with tempfile.TemporaryFile() as errors:
@@ -105,15 +109,6 @@ def _run_worker(
         last = f": {printed[-1]}" if printed else ""
         raise WorkFailedError(f"{failed}: its process died with {how}{last}")
     return [_entry_runs(**json.loads(line)) for line in lines]
-
-
-def _order(demand: Demand) -> tuple[str, int, int, int, int, list[tuple[int, int, int]]]:
-    shape, step, ranges = demand.shape, m_step(demand.shape), []
-    # M that are one step apart have the same difference to their position.
-    for _, run in groupby(enumerate(demand.ms), key=lambda pair: pair[1] - step * pair[0]):
-        ms = [m for _, m in run]
-        ranges.append((ms[0], ms[-1], step))
-    return shape.type.name, shape.n, shape.k, shape.num_groups, shape.num_sms, ranges
 
 
 def _entry_runs(runs: list[tuple[int, int, list[int]]], kernels: list[str]) -> EntryRuns:

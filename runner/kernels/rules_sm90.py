@@ -16,13 +16,13 @@ from runner.kernels.heuristics_sm90 import (
     M_GRANULE,
     SMEM_CAPACITY,
     GemmDesc,
-    GemmType,
     align,
     best_layout,
     ceil_div,
     num_stages,
     swizzle_mode,
 )
+from runner.kernels.heuristics_sm90 import GemmType as G
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
@@ -35,39 +35,23 @@ _HC_MAX_N = 32
 _MQA_HEADS = (32, 64)
 _MQA_HEAD_DIMS = (32, 64, 128)
 
-_GEMMS: dict[T, tuple[str, GemmType, bool]] = {
-    T.GEMM_NT_F8F8BF16: ("sm90_fp8_gemm_1d2d", GemmType.NORMAL, True),
-    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: (
-        "sm90_m_grouped_fp8_gemm_contiguous_1d2d",
-        GemmType.M_GROUPED_CONTIGUOUS,
-        True,
-    ),
-    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: (
-        "sm90_fp8_m_grouped_gemm_masked_1d2d",
-        GemmType.M_GROUPED_MASKED,
-        True,
-    ),
-    T.FP8_EINSUM_BHR_HDR_BHD: ("sm90_fp8_gemm_1d2d", GemmType.BATCHED, True),
-    T.GEMM_NT_BF16BF16F32: ("sm90_bf16_gemm", GemmType.NORMAL, False),
-    T.GEMM_NT_BF16BF16BF16: ("sm90_bf16_gemm", GemmType.NORMAL, False),
-    T.GROUPED_GEMM_NT_BF16_CONTIG: (
-        "sm90_m_grouped_bf16_gemm_contiguous",
-        GemmType.M_GROUPED_CONTIGUOUS,
-        False,
-    ),
-    T.GROUPED_GEMM_NT_BF16_MASKED: (
-        "sm90_bf16_m_grouped_gemm_masked",
-        GemmType.M_GROUPED_MASKED,
-        False,
-    ),
+_GEMMS: dict[T, tuple[str, G]] = {
+    T.GEMM_NT_F8F8BF16: ("sm90_fp8_gemm_1d2d", G.NORMAL),
+    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: ("sm90_m_grouped_fp8_gemm_contiguous_1d2d", G.CONTIGUOUS),
+    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: ("sm90_fp8_m_grouped_gemm_masked_1d2d", G.MASKED),
+    T.FP8_EINSUM_BHR_HDR_BHD: ("sm90_fp8_gemm_1d2d", G.BATCHED),
+    T.GEMM_NT_BF16BF16F32: ("sm90_bf16_gemm", G.NORMAL),
+    T.GEMM_NT_BF16BF16BF16: ("sm90_bf16_gemm", G.NORMAL),
+    T.GROUPED_GEMM_NT_BF16_CONTIG: ("sm90_m_grouped_bf16_gemm_contiguous", G.CONTIGUOUS),
+    T.GROUPED_GEMM_NT_BF16_MASKED: ("sm90_bf16_m_grouped_gemm_masked", G.MASKED),
 }
-"""Kernel name, layout, and whether the operands are FP8, for every type with a tiled GEMM."""
+"""Kernel name and layout of every type with a tiled GEMM."""
 
 _GEMM_M_CLASSES = {
-    GemmType.NORMAL: ((1, 17, 33), M_GRANULE),
-    GemmType.M_GROUPED_CONTIGUOUS: ((1,), CONTIGUOUS_M_ALIGNMENT),
-    GemmType.M_GROUPED_MASKED: ((1,), M_GRANULE),
-    GemmType.BATCHED: ((1, 2, 17, 33), M_GRANULE),
+    G.NORMAL: ((1, 17, 33), M_GRANULE),
+    G.CONTIGUOUS: ((1,), CONTIGUOUS_M_ALIGNMENT),
+    G.MASKED: ((1,), M_GRANULE),
+    G.BATCHED: ((1, 2, 17, 33), M_GRANULE),
 }
 
 
@@ -109,8 +93,9 @@ def transpose_fp32(k: int) -> Kernel:
 
 
 def _gemm(call: KernelCall) -> tuple[Kernel, ...]:
-    name, gemm_type, is_fp8 = _GEMMS[call.type]
-    normal = gemm_type is GemmType.NORMAL
+    name, gemm_type = _GEMMS[call.type]
+    is_fp8 = "fp8" in name
+    normal = gemm_type is G.NORMAL
     num_groups = 1 if normal else call.num_groups
     fp32_output = call.type is T.GEMM_NT_BF16BF16F32
     desc = GemmDesc(
@@ -138,7 +123,7 @@ def _gemm(call: KernelCall) -> tuple[Kernel, ...]:
     gemm = Kernel(name, f"deep_gemm/impls/{impl}.cuh", f"{impl}_impl", arguments)
     # The einsum's scales arrive permuted to [groups, m, k / 128]. Only if that is still contiguous
     # does the library transpose them with a kernel of its own; otherwise torch copies them.
-    permuted = gemm_type is GemmType.BATCHED and call.m > 1 and call.num_groups > 1
+    permuted = gemm_type is G.BATCHED and call.m > 1 and call.num_groups > 1
     return (transpose_fp32(call.k), gemm) if is_fp8 and not permuted else (gemm,)
 
 

@@ -22,19 +22,16 @@ _ANY_NVCC = (
 
 
 class KernelSource(Protocol):
-    """Gives kernel tables of one library on one GPU."""
+    """Gives kernel tables of one library on one GPU; hashable, because callers cache by source."""
 
-    def __hash__(self) -> int:
-        """Callers cache one table for each source."""
+    def __hash__(self) -> int: ...
 
     @property
     def origin(self) -> Origin:
         """Whose kernels the tables list; known before any table is made."""
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
-        """A table that knows at least what ``demands()`` names.
-
-        Sources that know everything never call ``demands``.
+        """A table that knows at least what ``demands()`` names, which not every source calls.
 
         Raises:
             UserError: the source does not know; the message says what does.
@@ -106,11 +103,7 @@ def choose_source(
 
 
 def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
-    """Name and version of the library; of several that fit, the newest with a table.
-
-    Raises:
-        UserError: no library of that name is known here.
-    """
+    """Name and version of the library; of several that fit, the newest with a table."""
     if isinstance(library, Library):
         return library.title
     titles = bundled_libraries(bundled_gpu(gpu))

@@ -48,7 +48,6 @@ class Origin:
     Attributes:
         library: name and version, such as ``sgl-deep-gemm 0.2.5``.
         generation: of the library's JIT: 1 up to sgl-deep-gemm 0.1.x, 2 from 0.2.0 on.
-        gpu: name of the GPU.
         arch: nvcc's name of the target, such as ``sm_100f``.
     """
 
@@ -87,11 +86,7 @@ class KernelTable(ABC):
 
     @abstractmethod
     def kernels_of(self, call: KernelCall) -> Kernels:
-        """Kernels that the library runs for one call; none if ``m`` is 0.
-
-        Raises:
-            UserError: a call that the table does not know.
-        """
+        """Kernels that the library runs for one call; none if ``m`` is 0."""
 
     def kernel_ranges(self, shape: GemmShape, ms: Sequence[int]) -> dict[Kernel, MRanges]:
         """Kernels of one GEMM over ascending ``ms``, each with the M that run it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import zlib
 from functools import lru_cache
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from runner.cache.keys import Recipe
 from runner.errors import UserError
+from runner.files import replacing
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType, GemmShape
@@ -55,11 +55,7 @@ def bundled_table(title: str, gpu: str) -> RecordedTable | None:
 
 
 def write_table(path: Path, table: RecordedTable) -> None:
-    """Write a table atomically; equal tables give equal bytes.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a table atomically; equal tables give equal bytes."""
     indices: dict[Kernel, int] = {}
     gemms = []
     for shape, runs in sorted(table.runs.items()):
@@ -82,21 +78,16 @@ def write_table(path: Path, table: RecordedTable) -> None:
         "kernels": [(k.name, k.header, k.entry, k.arguments, k.prelude) for k in indices],
         "gemms": gemms,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed:
-            packed.write(json.dumps(data, separators=(",", ":")).encode())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+    ):
+        packed.write(json.dumps(data, separators=(",", ":")).encode())
 
 
 def read_table(path: Path) -> RecordedTable:
-    """Read a table.
-
-    Raises:
-        UserError: not such a file.
-    """
+    """Read a table; UserError if the file is none."""
     try:
         with gzip.open(path) as file:
             return _parse(file.read())

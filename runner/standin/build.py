@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from runner.config.environ import cache_folder
@@ -48,22 +49,15 @@ def standin_environment(
     Args:
         python: the interpreter whose torch will run on it.
         version_text: what ``nvcc --version`` prints, to the byte: it goes into cache keys.
-        work_dir: where compiles and calls of missing functions are recorded.
-        devices: number of such GPUs.
+        work_dir: a folder, where compiles and calls of missing functions are recorded.
 
     Raises:
-        UserError: no torch with CUDA 13, no C compiler, or a folder that cannot be written.
+        UserError: no torch with CUDA 13, no C compiler, or a cache folder that cannot be written.
     """
-    if not 1 <= devices <= MOST_DEVICES:
-        raise UserError(f"{devices} devices: a stand-in has 1 to {MOST_DEVICES}")
     cuda_version, libraries = find_cuda_libraries(python, environment)
     root = build_standin(libraries, environment)
     version_file = work_dir / "nvcc-version.txt"
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        version_file.write_bytes(version_text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {work_dir}: {error.strerror}") from None
+    version_file.write_bytes(version_text.encode())
     return {
         **environment,
         **_loader_variables(root, environment),
@@ -79,18 +73,12 @@ def standin_environment(
 
 
 def _gpu_variables(gpu: Gpu) -> dict[str, str]:
-    values = {
-        "NAME": gpu.device_name,
-        "MAJOR": gpu.major,
-        "MINOR": gpu.minor,
-        "SMS": gpu.num_sms,
-        "SHARED_OPTIN": gpu.shared_optin,
-        "SHARED_PER_SM": gpu.shared_per_sm,
-        "L2": gpu.l2,
-        "MEMORY": gpu.memory,
-        "THREADS_PER_SM": gpu.threads_per_sm,
+    values = {PREFIX + name.upper(): str(value) for name, value in asdict(gpu).items()}
+    return {
+        **values,
+        PREFIX + "NAME": gpu.device_name,
+        PREFIX + "SMS": str(gpu.num_sms),
     }
-    return {PREFIX + name: str(value) for name, value in values.items()}
 
 
 def read_compiles(work_dir: Path) -> list[list[str]]:
@@ -114,11 +102,7 @@ def _loader_variables(root: Path, environment: Mapping[str, str]) -> dict[str, s
 
 
 def build_standin(libraries: Sequence[Path], environment: Mapping[str, str]) -> Path:
-    """Folder of the stand-in for these CUDA libraries; it is built only once.
-
-    Raises:
-        UserError: no C compiler, one that fails, or a cache folder that cannot be written.
-    """
+    """Folder of the stand-in for these CUDA libraries; it is built only once."""
     compiler = _find_compiler(environment)
     version = _run([*compiler, "--version"], environment).stdout
     stubs = stub_source(names_to_stub(libraries))

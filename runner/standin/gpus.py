@@ -18,10 +18,8 @@ class Gpu:
     Attributes:
         name: what ``--gpu`` calls it.
         device_name: what the driver calls it.
-        l2: size of the L2 cache.
         memory: what a process sees in total.
         shared_optin: most shared memory that a block can opt in to.
-        shared_per_sm: shared memory of an SM.
     """
 
     name: str

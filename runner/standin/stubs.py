@@ -34,11 +34,7 @@ _HEAD = """\
 
 
 def names_to_stub(libraries: Iterable[Path]) -> list[str]:
-    """Functions of these libraries, and of the driver, that must not be reached.
-
-    Raises:
-        UserError: a library cannot be read.
-    """
+    """Functions of these libraries, and of the driver, that must not be reached."""
     found = {name for path in libraries for name in exported_functions(path)}
     kept = {name for name in found if _STUBBED.fullmatch(name) and not _LEFT_REAL.match(name)}
     return sorted(kept.union(_DRIVER_NAMES.read_text().split()))

@@ -39,7 +39,6 @@ class Watched:
     Attributes:
         exit_code: the command's; 128 + n if signal n ended it.
         started: seconds since the epoch.
-        seconds: how long it ran.
         records: finished compiles, including forbidden ones.
         unfinished: compiles that had begun and never ended.
     """
@@ -52,12 +51,10 @@ class Watched:
 
     @property
     def forbidden(self) -> list[CompileRecord]:
-        """Compiles that were refused."""
         return [record for record in self.records if record.exit_code == FORBIDDEN_EXIT]
 
     @property
     def compiled(self) -> list[CompileRecord]:
-        """Compiles that the real compiler did."""
         return [record for record in self.records if record.exit_code != FORBIDDEN_EXIT]
 
 
@@ -73,8 +70,6 @@ def watch(
     """Run ``command`` to its end.
 
     Args:
-        command: program and arguments.
-        nvcc: the real compiler.
         environment: the command's; the shim is added.
         work_dir: for the shim and its records.
         forbid_after: compiles fail after so many seconds, or once this file exists.

@@ -82,15 +82,11 @@ class CompileRecord:
 
     @property
     def kernel_name(self) -> str:
-        """The library's kernel name, read from the source."""
         return name_of_source(self.source)
 
 
 def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = None) -> Path:
-    """Write the shim script for ``nvcc`` to ``path``; records go to ``log_dir``, which is made.
-
-    Once the file ``forbid`` exists, compiles fail.
-    """
+    """Write the shim for ``nvcc``; compiles fail once the file ``forbid`` exists."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
         _SCRIPT.format(

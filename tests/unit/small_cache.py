@@ -91,16 +91,9 @@ def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
 def manifest_for(keys: CacheKeys, title: str = "small") -> Manifest:
     """A manifest without entries, for the machine of ``keys``."""
     second = keys.recipe.generation == 2
-    return Manifest(
-        library=f"sgl-deep-gemm {SECOND_VERSION if second else '0.1.4.post1'}",
-        arch="sm_90a",
-        signature=keys.signature,
-        flags=keys.flags,
-        generation=keys.recipe.generation,
-        extra_signature=keys.recipe.extra_signature,
-        built_with=NVCC_TEXT if second else "NVCC13.0",
-        plans=[title],
-    )
+    library = f"sgl-deep-gemm {SECOND_VERSION if second else '0.1.4.post1'}"
+    built_with = NVCC_TEXT if second else "NVCC13.0"
+    return Manifest.of_keys(keys, library, built_with=built_with, plans=[title])
 
 
 def fill(

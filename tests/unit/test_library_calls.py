@@ -72,8 +72,8 @@ def test_what_a_worker_is_asked_and_answers(worker: Worker, tmp_path: Path) -> N
     assert json.loads((tmp_path / "orders").read_text()) == {
         "library": "/dg",
         "demands": [
-            ["GEMM_NT_F8F8BF16", 4096, 1024, 1, 132, [[1, 4, 1], [6, 6, 1]]],
-            ["GROUPED_GEMM_NT_F8F8BF16_CONTIG", 64, 128, 4, 132, [[128, 256, 128]]],
+            [DENSE.type, 4096, 1024, 1, 132, 1, [1, 2, 3, 4, 6]],
+            [GROUPED.type, 64, 128, 4, 132, 128, [128, 256]],
         ],
     }
 
@@ -178,7 +178,7 @@ def test_a_complete_cache_compiles_nothing(
         path.name for path in (tmp_path / "cache" / "cache").iterdir()
     )
     orders = json.loads((tmp_path / "orders").read_text())
-    assert orders["demands"] == [["GEMM_NT_F8F8BF16", 4096, 1024, 1, 132, [[1, 64, 1]]]]
+    assert orders["demands"] == [[DENSE.type, 4096, 1024, 1, 132, 1, [*range(1, 65)]]]
 
 
 COMPILE = r"""

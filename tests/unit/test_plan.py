@@ -101,7 +101,7 @@ def f32(value: float) -> float:
 
 def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout) -> int:
     """``get_layout_info`` of csrc/jit_kernels/heuristics/sm90.hpp, line by line."""
-    groups = 1 if desc.gemm_type is sm90.GemmType.M_GROUPED_CONTIGUOUS else desc.num_groups
+    groups = 1 if desc.gemm_type is sm90.GemmType.CONTIGUOUS else desc.num_groups
     blocks = sm90.ceil_div(desc.m, layout.block_m) * sm90.ceil_div(desc.n, layout.block_n) * groups
     waves = sm90.ceil_div(blocks, desc.num_sms)
     ab, cd = desc.ab_bytes, desc.cd_bytes

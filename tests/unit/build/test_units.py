@@ -83,19 +83,8 @@ def masked_of(k: int, kind: T = T.GROUPED_GEMM_NT_F8F8BF16_MASKED) -> Kernel:
 
 
 def test_a_main_loop_is_unrolled_eight_times_or_as_long_as_a_compiled_k() -> None:
-    assert [estimates.unrolled_k_blocks(masked_of(128 * many)) for many in range(1, 12)] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-        8,
-        8,
-        8,
-        8,
-    ]
+    blocks = [estimates.unrolled_k_blocks(masked_of(128 * many)) for many in range(1, 12)]
+    assert blocks == [*range(1, 9), 8, 8, 8]
     # A K-block of bf16 is 64 long.
     bf16 = [masked_of(k, T.GROUPED_GEMM_NT_BF16_MASKED) for k in (64, 256, 448, 512, 1024)]
     assert list(map(estimates.unrolled_k_blocks, bf16)) == [1, 4, 7, 8, 8]
@@ -140,12 +129,6 @@ def test_every_kernel_is_in_one_unit_of_its_header(kernels: list[Kernel], worker
     for unit in units:
         assert len({kernel.header for kernel in unit}) == 1
         assert len(set(map(signature, unit))) == len(unit)
-
-
-def test_the_planned_kernels_hold_some_that_look_alike() -> None:
-    signatures = Counter(map(signature, planned_kernels()))
-    assert len(planned_kernels()) > 40 and max(signatures.values()) > 1
-    assert len({kernel.header for kernel in planned_kernels()}) == 7
 
 
 @settings(max_examples=60, deadline=None)

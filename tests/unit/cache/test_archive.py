@@ -149,7 +149,7 @@ def test_an_entry_that_nothing_names_is_replaced(
     manifest, placed = unpack(archive, target)
     assert placed == 4
     assert manifest == made[1]
-    assert target.count() == 4
+    assert len(target.entries()) == 4
     assert unpack(archive, target) == (made[1], 0)
 
 
@@ -309,13 +309,7 @@ def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, data: bytes) -
     with pytest.raises(UserError) as caught:
         unpack(path, target)
     assert one_line(caught).startswith(f"cannot read {path}: ")
-    assert target.count() == 0
-
-
-def test_an_archive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        unpack(tmp_path / "x.tar.gz", KernelCache(tmp_path / "target"))
-    assert one_line(caught).startswith(f"cannot read {tmp_path}/x.tar.gz: ")
+    assert len(target.entries()) == 0
 
 
 def outcome(data: bytes, manifest: Manifest) -> str:
@@ -330,7 +324,7 @@ def outcome(data: bytes, manifest: Manifest) -> str:
             assert "\n" not in str(error)
             assert_whole(target, manifest)
             return "refused"
-        assert target.count() == len(manifest.entries)
+        assert len(target.entries()) == len(manifest.entries)
         assert_whole(target, manifest)
         return "placed"
 
@@ -432,4 +426,4 @@ def test_an_archive_that_lacks_a_file_is_refused(
     assert one_line(caught) == (
         f"{tmp_path}/bad.tar.gz is not a packed cache: {words} where {name} was expected"
     )
-    assert target.count() == (3 if dropped == -1 else 0)
+    assert len(target.entries()) == (3 if dropped == -1 else 0)

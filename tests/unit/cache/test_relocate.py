@@ -9,7 +9,7 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import relocate
 from runner.cache.manifest import Manifest, write_manifest
-from runner.cache.verify import Problem, verify
+from runner.cache.verify import verify
 from runner.errors import UserError
 from runner.kernels.installed import Library
 from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
@@ -92,10 +92,10 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem", "words"),
     [
-        (cut, Problem.TRUNCATED, "kernel.cubin is cut short: "),
-        (change, Problem.CHANGED, "kernel.cubin is not what was built"),
-        (halve, Problem.TRUNCATED, "kernel.cubin is missing: the library aborts on this entry"),
-        (remove, Problem.MISSING, "is not in the cache"),
+        (cut, "truncated", "kernel.cubin is cut short"),
+        (change, "changed", "kernel.cubin is not what was built"),
+        (halve, "truncated", "kernel.cubin is missing: the library aborts on this entry"),
+        (remove, "missing", "is not in the cache"),
     ],
     ids=["cut", "changed", "halved", "missing"],
 )
@@ -104,7 +104,7 @@ def test_unsound_entries_are_refused(
     here: Library,
     tmp_path: Path,
     damage: Callable[[Path], None],
-    problem: Problem,
+    problem: str,
     words: str,
 ) -> None:
     key, path = first_of(made)
@@ -113,7 +113,7 @@ def test_unsound_entries_are_refused(
     moved, placed, (refused,) = relocate(*made, there, here, target)
     assert (refused.problem, refused.key) == (problem, key)
     assert refused.words.startswith(words)
-    assert (placed, len(moved.entries), target.count()) == (3, 3, 3)
+    assert (placed, len(moved.entries), len(target.entries())) == (3, 3, 3)
     assert verify(target, expected(moved, here)) == []
 
 
@@ -123,8 +123,8 @@ def test_sources_of_other_headers_are_refused(
     other = small_library(tmp_path / "newer", "int b;\n")
     target = KernelCache(tmp_path / "target")
     moved, placed, refused = relocate(*made, keys_for(other, OTHER_ROOT), other, target)
-    assert [each.problem for each in refused] == [Problem.WRONG_VERSION] * 4
-    assert (placed, target.count(), moved.entries) == (0, 0, {})
+    assert [each.problem for each in refused] == ["wrong version"] * 4
+    assert (placed, len(target.entries()), moved.entries) == (0, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_an_older_release_is_refused(
         f"the cache was built with CUDA {built} and cannot go to CUDA {wanted}: a driver need not "
         f"load what a newer compiler made; build it with nvcc {wanted}"
     )
-    assert target.count() == 0
+    assert len(target.entries()) == 0
 
 
 def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest
-from runner.cache.verify import Expectation, Finding, Problem, verify
+from runner.cache.verify import Expectation, Finding, verify
 from runner.kernels.installed import Library
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import expected, first_of, remove
@@ -31,7 +31,7 @@ def test_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
     key, path = first_of(made)
     remove(path)
     found = verify(made[0], expected(made[1], here))
-    assert found == [Finding(Problem.MISSING, key, "is not in the cache")]
+    assert found == [Finding("missing", key, "is not in the cache")]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "kernel.gemm.12", "kernel..".ljust(41, "0"), "a/b"])
@@ -41,7 +41,7 @@ def test_a_file_without_a_kernels_name_is_foreign(
     path = made[0].entry(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text("")
-    finding = Finding(Problem.FOREIGN, name.removesuffix("/b"), "is not a kernel's folder")
+    finding = Finding("foreign", name.removesuffix("/b"), "is not a kernel's folder")
     assert verify(made[0], expected(made[1])) == [finding]
     assert verify(made[0], ANYTHING) == [finding]
 
@@ -51,7 +51,7 @@ def test_a_file_of_a_kernels_name_is_foreign(made: tuple[KernelCache, Manifest])
     remove(path)
     path.write_text("")
     found = verify(made[0], expected(made[1]))
-    assert found == [Finding(Problem.FOREIGN, key, "is not a kernel's folder")]
+    assert found == [Finding("foreign", key, "is not a kernel's folder")]
 
 
 def test_an_entry_that_is_not_named_is_foreign(
@@ -61,7 +61,7 @@ def test_an_entry_that_is_not_named_is_foreign(
     key, _ = first_of(made)
     rest = manifest.without({key})
     found = verify(cache, expected(rest, here))
-    assert found == [Finding(Problem.FOREIGN, key, "is not in the manifest or the plan")]
+    assert found == [Finding("foreign", key, "is not in the manifest or the plan")]
     assert verify(cache, expected(rest, here, known=None)) == []
     assert verify(cache, expected(rest, here, known=set(manifest.entries))) == []
 
@@ -79,7 +79,7 @@ def test_any_shorter_cubin_is_truncated(data: st.DataObject) -> None:
         assert verify(KernelCache(Path(name)), ANYTHING) == []
         (folder / "kernel.cubin").write_bytes(whole[:length])
         (found,) = verify(KernelCache(Path(name)), ANYTHING)
-    assert (found.problem, found.key) == (Problem.TRUNCATED, folder.name)
+    assert (found.problem, found.key) == ("truncated", folder.name)
     if length == 0:
         assert found.words == "kernel.cubin is empty"
     elif length < 6:
@@ -94,7 +94,7 @@ def test_half_an_entry(made: tuple[KernelCache, Manifest], here: Library, file: 
     (path / file).unlink()
     words = f"{file} is missing: the library aborts on this entry"
     found = verify(made[0], expected(made[1], here))
-    assert found == [Finding(Problem.TRUNCATED, key, words)]
+    assert found == [Finding("truncated", key, words)]
 
 
 def test_a_cubin_without_a_kernel(made: tuple[KernelCache, Manifest]) -> None:
@@ -103,7 +103,7 @@ def test_a_cubin_without_a_kernel(made: tuple[KernelCache, Manifest]) -> None:
     (path / "kernel.cubin").write_bytes(cubin)
     words = "kernel.cubin holds 0 kernels instead of one"
     found = verify(made[0], expected(made[1]))
-    assert found == [Finding(Problem.TRUNCATED, key, words)]
+    assert found == [Finding("truncated", key, words)]
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_a_garbled_cubin_is_a_finding(made: tuple[KernelCache, Manifest], cubin:
     key, path = first_of(made)
     (path / "kernel.cubin").write_bytes(cubin)
     found = verify(made[0], expected(made[1]))
-    assert [(each.problem, each.key) for each in found] == [(Problem.TRUNCATED, key)]
+    assert [(each.problem, each.key) for each in found] == [("truncated", key)]
 
 
 def test_another_cubin_is_a_change(made: tuple[KernelCache, Manifest], here: Library) -> None:
     key, path = first_of(made)
     (path / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
     found = verify(made[0], expected(made[1], here))
-    assert found == [Finding(Problem.CHANGED, key, "kernel.cubin is not what was built")]
+    assert found == [Finding("changed", key, "kernel.cubin is not what was built")]
     assert verify(made[0], expected(made[1], here, manifest=None)) == []
 
 
@@ -135,8 +135,8 @@ def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here
     with (path / "kernel.cu").open("a") as file:
         file.write("// more\n")
     assert verify(made[0], expected(made[1], here)) == [
-        Finding(Problem.WRONG_KEY, key, "is not this source's key for this machine"),
-        Finding(Problem.CHANGED, key, "kernel.cu is not what was built"),
+        Finding("wrong key", key, "is not this source's key for this machine"),
+        Finding("changed", key, "kernel.cu is not what was built"),
     ]
 
 
@@ -148,7 +148,7 @@ def test_keys_of_another_machine(
 ) -> None:
     found = verify(made[0], expected(made[1], keys=replace(made[1], **values).keys(here)))
     assert [(each.problem, each.key) for each in found] == [
-        (Problem.WRONG_KEY, key) for key in sorted(made[1].entries)
+        ("wrong key", key) for key in sorted(made[1].entries)
     ]
 
 
@@ -158,13 +158,13 @@ def test_a_renamed_entry_has_the_wrong_key(made: tuple[KernelCache, Manifest]) -
     path.rename(path.with_name(name))
     words = "is not this source's key for this machine"
     found = verify(made[0], expected(made[1], wanted=(), known=None))
-    assert found == [Finding(Problem.WRONG_KEY, name, words)]
+    assert found == [Finding("wrong key", name, words)]
 
 
 def test_headers_of_another_version(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
     words = "was generated from headers of another version"
     other = small_library(tmp_path / "newer", "int b;\n")
-    everything = [Finding(Problem.WRONG_VERSION, key, words) for key in sorted(made[1].entries)]
+    everything = [Finding("wrong version", key, words) for key in sorted(made[1].entries)]
     assert verify(made[0], expected(made[1], other)) == everything
     assert verify(made[0], expected(made[1], Library(tmp_path / "nowhere"))) == everything
 
@@ -175,7 +175,7 @@ def test_a_source_without_the_hash_line(made: tuple[KernelCache, Manifest], here
     (path / "kernel.cu").write_text(text.partition("\n")[2])
     found = verify(made[0], expected(made[1], here, keys=None, manifest=None))
     words = "was generated from headers of another version"
-    assert found == [Finding(Problem.WRONG_VERSION, key, words)]
+    assert found == [Finding("wrong version", key, words)]
 
 
 def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
@@ -184,7 +184,7 @@ def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
     (cache.entry(first) / "kernel.cubin").unlink()
     remove(cache.entry(last))
     found = [(each.problem, each.key) for each in verify(cache, expected(manifest))]
-    assert found == [(Problem.MISSING, last), (Problem.TRUNCATED, first)]
+    assert found == [("missing", last), ("truncated", first)]
 
 
 # Entries of the second generation
@@ -215,14 +215,14 @@ def test_half_an_entry_of_the_second_generation(
     (path / file).unlink()
     words = f"{file} is missing: the library compiles it again, or fails on it"
     found = verify(second[0], expected(second[1], newer))
-    assert found == [Finding(Problem.TRUNCATED, key, words)]
+    assert found == [Finding("truncated", key, words)]
 
 
 def test_headers_are_in_the_keys_of_the_second_generation(
     second: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     words = "is not this source's key for this machine"
-    everything = [Finding(Problem.WRONG_KEY, key, words) for key in sorted(second[1].entries)]
+    everything = [Finding("wrong key", key, words) for key in sorted(second[1].entries)]
     other = second_library(tmp_path / "other_gemm", "int b;\n")
     assert verify(second[0], expected(second[1], other)) == everything
     gone = second_library(tmp_path / "gone_gemm")

@@ -63,6 +63,7 @@ class Child:
     def __init__(self, packages: Path, cache: Path, work: Path) -> None:
         self.packages = packages
         self.work = work
+        work.mkdir(exist_ok=True)
         self.base = {
             **{name: value for name, value in os.environ.items() if not name.startswith("DG_")},
             "PYTHONPATH": str(packages),
