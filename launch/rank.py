@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.limits import NcclWaitLimit, WaitingRank, WaitLimit
+from launch.limits import WaitLimit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
@@ -108,8 +108,7 @@ class Rank:
         place = self.place
         first = place.rank - place.local_rank
         host_ranks = range(first, first + place.local_world_size)
-        waiting = WaitingRank(place.rank, self.communication_timeout, log_dir, host_ranks)
-        return NcclWaitLimit(waiting) if self.link == "nccl" else WaitLimit(waiting)
+        return WaitLimit(place.rank, self.communication_timeout, log_dir, host_ranks)
 
     def setup_spans(self, end: float) -> list[Span]:
         """Spans of the phases before the warm-up, each of which ends where the next begins."""

@@ -183,7 +183,7 @@ class _Steps:
         jit = set_up_jit(
             rank.options, rank.environ, scenario, number, work_dir, library=rank.on_gpu
         )
-        groups = make_groups(scenario.parallel, rank.options.timeout, rank.link)
+        groups = make_groups(scenario.parallel, rank.options.timeout)
         comm = TorchComm(groups, rank.device, rank.link)
         self.sink = StepSink(comm.stream)
         self._runner = build_runner(rank, jit, self.sink, comm)

@@ -22,7 +22,7 @@ from launch.limits import Deadline
 from launch.loaders import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank import Rank
-from launch.rank_sink import RankSink, compiled_identity, split_loads
+from launch.rank_sink import RankSink, split_loads
 from runner.backend.base import Backend
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import OpSink
@@ -86,7 +86,7 @@ def _run(
 ) -> RunResult | None:
     options, scenario, number = rank.options, rank.scenario, rank.place.rank
     torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
-    groups = make_groups(scenario.parallel, rank.communication_timeout, rank.link)
+    groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
     jit = set_up_jit(options, rank.environ, scenario, number, work_dir, library=rank.on_gpu)
     store = NodeKernels(rank, jit, groups) if jit.compiler else None
@@ -112,13 +112,13 @@ def _run(
     logits.save()
     spans += [*sink.spans, *(store.spans if store else ())]
     compiles = [record for record in read_records(jit.log_dir) if record.rank == number]
-    names = [compiled_identity(record) for record in compiles]
+    spans = split_loads(spans, compiles)
     record = RankRecord(
         started=rank.phases[0][1],
-        spans=split_loads(spans, compiles),
+        spans=spans,
         ops=sink.ops,
         coverage=store.coverage() if store else None,
-        stalls=find_stalls(compiles, sink.forwards, names, number),
+        stalls=find_stalls(spans, sink.served),
         walk_memory=memory.least,
     )
     return gather(record, scenario, _facts(rank, jit))
