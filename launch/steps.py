@@ -179,11 +179,8 @@ class _Steps:
     """One rank's measurement."""
 
     def __init__(self, rank: Rank, work_dir: Path, options: StepOptions) -> None:
-        number, scenario = rank.place.rank, rank.scenario
-        jit = set_up_jit(
-            rank.options, rank.environ, scenario, number, work_dir, library=rank.on_gpu
-        )
-        groups = make_groups(scenario.parallel, rank.options.timeout)
+        jit = set_up_jit(rank, work_dir)
+        groups = make_groups(rank.scenario.parallel, rank.options.timeout)
         comm = TorchComm(groups, rank.device, rank.link)
         self.sink = StepSink(comm.stream)
         self._runner = build_runner(rank, jit, self.sink, comm)

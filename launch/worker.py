@@ -88,7 +88,7 @@ def _run(
     torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
     groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
-    jit = set_up_jit(options, rank.environ, scenario, number, work_dir, library=rank.on_gpu)
+    jit = set_up_jit(rank, work_dir)
     store = NodeKernels(rank, jit, groups) if jit.compiler else None
     real = rank.compute == "real"
     device = Device(rank.device if real else torch.device("cpu"), rank.link)
