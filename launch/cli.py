@@ -83,7 +83,12 @@ def launch(
     elif world_size == 1:
         _start_ranks(options, environ)
     else:
-        raise UserError(_wrong_world_size(options, world_size))
+        pp, tp = given.given["pp"], given.given["tp"]
+        raise UserError(
+            f"WORLD_SIZE={world_size} but --pp {pp} --tp {tp} needs {options.num_ranks} "
+            f"ranks: run torchrun --nproc-per-node {options.num_ranks} -m launch --pp {pp} "
+            f"--tp {tp}, or torchrun -m launch with the same options"
+        )
 
 
 def _check(options: LaunchOptions, environ: Environ) -> None:
@@ -97,15 +102,6 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         raise UserError("--probe needs launch to start the ranks itself: run it without torchrun")
     for scenario in scenarios if alone else ():
         check_prebuilt(options, environ, scenario)
-
-
-def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
-    pp, tp = options.given.given["pp"], options.given.given["tp"]
-    return (
-        f"WORLD_SIZE={world_size} but --pp {pp} --tp {tp} needs {options.num_ranks} "
-        f"ranks: run torchrun --nproc-per-node {options.num_ranks} -m launch --pp {pp} "
-        f"--tp {tp}, or torchrun -m launch with the same options"
-    )
 
 
 def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> None:

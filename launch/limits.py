@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -62,20 +62,17 @@ def end_process(rank: int, error: Exception) -> NoReturn:
         os._exit(1)
 
 
-class Operating(Protocol):
-    """What knows the operation that a rank is in."""
-
-    last: str
-
-
 class Deadline:
     """Ends the process when its run takes longer than ``seconds``, saying what it was doing.
 
     The time starts at once and stops at the end of the block.
+
+    Attributes:
+        where: says what the run is doing.
     """
 
     def __init__(self, seconds: float, rank: int) -> None:
-        self.sink: Operating | None = None
+        self.where: Callable[[], str] = lambda: "setting up"
         self._seconds, self._rank = seconds, rank
         self._timer = threading.Timer(seconds, self._abort)
         self._timer.daemon = True
@@ -88,8 +85,7 @@ class Deadline:
         self._timer.cancel()
 
     def _abort(self) -> None:
-        where = self.sink.last if self.sink else "setting up"
-        error = OutOfTimeError(f"no end after --timeout {self._seconds:g} s, in: {where}")
+        error = OutOfTimeError(f"no end after --timeout {self._seconds:g} s, in: {self.where()}")
         end_process(self._rank, error)
 
 

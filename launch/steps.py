@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -188,27 +189,27 @@ class _Steps:
         self._device = rank.device
         self._repeat = options.repeat
 
+    @torch.inference_mode()
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
         """Measure steps by a strategy; None is one batch."""
         stage = self._runner.stage.overlapped([strategy] if strategy else [])
 
-        def forward() -> None:
+        def forward(listening: bool) -> None:
+            self.sink.listen(listening)
             stage.forward(self._batch, None)
 
-        def noted() -> None:
-            self.sink.listen(True)
-            forward()
-
-        self.sink.listen(False)
         for _ in range(_EAGER_RUNS):
-            forward()
-        step = self._captured(forward)
+            forward(False)
+        step = self._captured(partial(forward, False))
         rounds = [self._timed(step) for _ in range(_ROUNDS)]
-        step = self._captured(noted)
+        step = self._captured(partial(forward, True))
         for _ in range(_EAGER_RUNS):
             dist.barrier()
             step()
         self._synchronise()
+        if dist.get_rank() == 0:
+            name = strategy.name if strategy else "one batch"
+            print(f"{name}: {1e3 * median(rounds):.3f} ms a step", flush=True)
         return {
             "strategy": None if strategy is None else strategy.to_json(),
             "step_seconds": median(rounds),
@@ -249,7 +250,7 @@ class _Steps:
     ),
     StepOptions,
 )
-def steps(given: ScenarioOptions, options: StepOptions) -> None:
+def main(given: ScenarioOptions, options: StepOptions) -> None:
     """Measure a forward as one batch and by strategies of two-batch overlap.
 
     Run by torchrun with --nproc-per-node as --tp says.
@@ -257,7 +258,6 @@ def steps(given: ScenarioOptions, options: StepOptions) -> None:
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
     launched = _launch_options(given, options, environ.world_size or 1)
-    runs = []
     with (
         Deadline(options.timeout, environ.rank or 0) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
@@ -265,25 +265,21 @@ def steps(given: ScenarioOptions, options: StepOptions) -> None:
         rank = Rank.meet(launched, environ, WarmupPolicy.NONE)
         if rank.device.type == "cuda" and rank.link == "gloo":
             raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
-        measured = _Steps(rank, Path(work_dir), options)
-        deadline.sink = measured.sink
-        with torch.inference_mode():
-            for strategy in (None, *options.strategies):
-                runs.append(measured.measure(strategy))
-                if rank.place.rank == 0:
-                    name = strategy.name if strategy else "one batch"
-                    print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
+        steps = _Steps(rank, Path(work_dir), options)
+        deadline.where = lambda: steps.sink.last
+        runs = [steps.measure(strategy) for strategy in (None, *options.strategies)]
         dist.barrier()
     dist.destroy_process_group()
     if rank.place.rank == 0:
+        settings = {name: given.given[name] for name in _OF_SCENARIO}
+        settings |= {
+            "mode": options.mode.value,
+            "batch": options.batch,
+            "prompt_len": options.prompt_len,
+        }
         data = {
             "version": 1,
-            "settings": {
-                **{name: given.given[name] for name in _OF_SCENARIO},
-                "mode": options.mode.value,
-                "batch": options.batch,
-                "prompt_len": options.prompt_len,
-            },
+            "settings": settings,
             "num_sms": rank.scenario.num_sms,
             "link": rank.link,
             "machine": machine_facts(rank.device),
@@ -325,4 +321,4 @@ def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(steps, None, program="torchrun -m launch.steps"))
+    sys.exit(run_guarded(main, None, program="torchrun -m launch.steps"))

@@ -94,7 +94,7 @@ def _run(
     device = Device(rank.device if real else torch.device("cpu"), rank.link)
     comm = TorchComm(groups, rank.device, rank.link) if real else ScratchComm(groups)
     sink = _make_sink(rank, jit, device, store, say)
-    deadline.sink = sink
+    deadline.where = lambda: sink.last
     for line in _introduction(rank, jit):
         say(line)
     memory = _WalkMemory(rank)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -216,7 +215,7 @@ def test_ranks_that_do_not_connect_in_time_say_so(monkeypatch: pytest.MonkeyPatc
 
 def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
     with Deadline(0.5, 1) as deadline:
-        deadline.sink = SimpleNamespace(last="all_reduce attention")
+        deadline.where = lambda: "all_reduce attention"
         assert ended.event.wait(ENOUGH)
     (error,) = ended.errors
     assert isinstance(error, OutOfTimeError)
