@@ -82,12 +82,6 @@ class AsyncCollective:
     source: torch.Tensor
     blocks: int
 
-    def is_done(self) -> bool:
-        """Whether it has ended, asked from any thread."""
-        if isinstance(self.work, CollectiveEvents):
-            return bool(self.work.done.query())
-        return self.work.is_completed()
-
 
 class TorchComm:
     """Implements :class:`runner.backend.step_runner.Communicator` over process groups.

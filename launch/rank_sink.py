@@ -146,9 +146,9 @@ class RankSink:
     def _begin(self, op: Begin, action: Callable[[], R]) -> R:
         with self._span("compute", op.name), self._limit.over(op):
             handle = action()
-        if isinstance(handle, AsyncCollective):
-            self._limit.started(op, handle.is_done)
         work = handle.work if isinstance(handle, AsyncCollective) else None
+        if work is not None:
+            self._limit.started(op, work.is_completed)
         events = work if isinstance(work, CollectiveEvents) else None
         self._begun[op.name] = op, time.time(), events
         return handle

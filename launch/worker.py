@@ -101,7 +101,7 @@ def _run(
     hook = execution_hook(scenario, number, memory.free, memory.warn)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
     device.synchronise()
-    spans = rank.setup_spans(time.time())
+    setup = rank.setup_spans(time.time())
     dist.barrier()
     logits = Logits(options.logits, scenario.parallel, number)
     with torch.inference_mode():
@@ -110,9 +110,8 @@ def _run(
     device.synchronise()
     device.release_graphs()
     logits.save()
-    spans += [*sink.spans, *(store.spans if store else ())]
     compiles = [record for record in read_records(jit.log_dir) if record.rank == number]
-    spans = split_loads(spans, compiles)
+    spans = split_loads([*setup, *sink.spans, *(store.spans if store else ())], compiles)
     record = RankRecord(
         started=rank.phases[0][1],
         spans=spans,
