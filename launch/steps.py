@@ -27,7 +27,7 @@ from launch.device import CollectiveStream, capture_graph, replayed_event
 from launch.gather import machine_facts
 from launch.jit import set_up_jit
 from launch.limits import Deadline
-from launch.options import LaunchOptions
+from launch.options import LaunchOptions, RankOptions
 from launch.rank import Rank
 from launch.worker import build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
@@ -55,7 +55,7 @@ _OF_SCENARIO = ("model", "layers", "pp", "tp", "ep")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepOptions:
+class StepOptions(RankOptions):
     """What is measured, and where it goes. Times in seconds."""
 
     mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
@@ -80,12 +80,7 @@ class StepOptions:
         10,
         OptionDetails(f"Steps in a row of each of {_ROUNDS} measurements.", metavar="N", least=1),
     )
-    device: str = option(
-        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
-    )
     cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
-    seed: int = option(0, OptionDetails("Seed of the weights."))
-    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
     json: Path = option(
         Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
     )

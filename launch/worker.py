@@ -63,6 +63,7 @@ def run_worker(
     with Deadline(options.timeout, environ.rank or 0) as deadline:
         rank = Rank.meet(options, environ, policy)
         folder = work_dir or _shared_work_dir()
+        torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
         result = _run(rank, folder, deadline, say)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
@@ -85,7 +86,6 @@ def _run(
     rank: Rank, work_dir: Path, deadline: Deadline, say: Callable[[str], None]
 ) -> RunResult | None:
     options, scenario, number = rank.options, rank.scenario, rank.place.rank
-    torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
     groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
     jit = set_up_jit(rank, work_dir)
@@ -95,8 +95,7 @@ def _run(
     comm = TorchComm(groups, rank.device, rank.link) if real else ScratchComm(groups)
     sink = _make_sink(rank, jit, device, store, say)
     deadline.where = lambda: sink.last
-    for line in _introduction(rank, jit):
-        say(line)
+    say(_introduction(rank, jit))
     memory = _WalkMemory(rank)
     hook = execution_hook(scenario, number, memory.free, memory.warn)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
@@ -207,17 +206,17 @@ class _WalkMemory:
         print(f"[rank {self._rank.place.rank}] warning: {line}", flush=True)
 
 
-def _introduction(rank: Rank, jit: RankJit) -> list[str]:
+def _introduction(rank: Rank, jit: RankJit) -> str:
     scenario, parallel = rank.scenario, rank.scenario.parallel
     sizes = ",".join(map(str, scenario.resolved_batch_sizes))
-    return [
+    return (
         f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
         f"pp {parallel.pp} x tp {parallel.tp} = {parallel.world_size} ranks over {rank.link} on "
-        f"{rank.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs",
+        f"{rank.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs\n"
         f"policy {scenario.policy.value}, batch sizes {sizes}, "
-        f"math: {rank.compute} ({rank.reason})",
-        f"JIT: {jit.description}",
-    ]
+        f"math: {rank.compute} ({rank.reason})\n"
+        f"JIT: {jit.description}"
+    )
 
 
 def _facts(rank: Rank, jit: RankJit) -> dict[str, object]:

@@ -107,7 +107,6 @@ def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationDa
         for ops in record(scenario).ranks
     ]
     factor = run.host_factor(profile)
-    planned = scenario.policy is WarmupPolicy.PLANNED
     walks, loads = _walks_and_loads(timeline, programs, factor)
     ranks = [
         _rank_sample(totals, program, costs.host_call)
@@ -117,8 +116,8 @@ def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationDa
     return CalibrationData(
         metadata=run,
         host_factor=factor,
-        compiles=[] if planned else _compiles(timeline, programs, run.cores, factor),
-        build=_build(timeline, run, factor) if planned else None,
+        compiles=_compiles(timeline, programs, run, factor),
+        build=_build(timeline, run, factor),
         # Without a GPU, forwards and walks are the host's work or none at all.
         ranks=ranks if run.on_gpu else [rank._replace(runs=()) for rank in ranks],
         loads=loads,
@@ -129,8 +128,13 @@ def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationDa
 
 
 def _compiles(
-    timeline: Timeline, programs: Sequence[Sequence[Instruction]], cores: int, factor: float
+    timeline: Timeline,
+    programs: Sequence[Sequence[Instruction]],
+    run: RunMetadata,
+    factor: float,
 ) -> list[CompileSample]:
+    if run.scenario.policy is WarmupPolicy.PLANNED:
+        return []
     kernels = {
         kernel.identity: kernel
         for program in programs
@@ -140,7 +144,10 @@ def _compiles(
     spans = [span for span in timeline.spans if span.is_kernel]
     return [
         CompileSample(
-            kernels[span.key], span.seconds / factor, _overlap(span, spans) / span.seconds, cores
+            kernels[span.key],
+            span.seconds / factor,
+            _overlap(span, spans) / span.seconds,
+            run.cores,
         )
         for span in spans
         if span.key in kernels and span.seconds > 0
@@ -163,9 +170,9 @@ def _overlap(span: Span, spans: Sequence[Span]) -> float:
 def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample | None:
     spans = [span for span in timeline.spans if span.kind == "compile"]
     begun = [s.start for s in timeline.spans if s.kind == "phase" and s.name == "warm-up"]
-    if not spans or not begun:
-        return None
     scenario, parallel = run.scenario, run.scenario.parallel
+    if scenario.policy is not WarmupPolicy.PLANNED or not spans or not begun:
+        return None
     shares = [
         planned_kernels(scenario, node * parallel.ranks_per_node).share
         for node in range(parallel.nodes)

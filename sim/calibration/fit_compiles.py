@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import exp, log
@@ -40,27 +40,33 @@ def fit_compile_times(
     logs = _log_scales(samples, alone)
     scale = {name: round(exp(logs[name]), 4) for name in sorted(logs)}
     default = exp(fmean(log(scale[sample.template]) for sample in samples))
-    seconds: dict[str, list[float]] = defaultdict(list)
-    expected = {}
-    for sample in samples:
-        seconds[sample.config].append(_log_seconds(sample, alone))
-        expected[sample.config] = log(scale[sample.template] * sample.plain)
-    by_config = {
-        config: (sum(found) + _EXPECTED_SAMPLES * expected[config])
-        / (len(found) + _EXPECTED_SAMPLES)
-        for config, found in sorted(seconds.items())
-    }
+    by_config = _config_seconds(samples, alone, scale)
     note("compile contention", f"{contention:.3f}", len(samples))
     note("compile seconds, by configuration", f"{len(by_config)} of them", len(samples))
     counts = Counter(sample.template for sample in samples)
     for name, value in scale.items():
         note(f"compile scale {name}", f"{value:.3f}", counts[name])
     return CompileTimes(
-        by_config={config: round(exp(value), 4) for config, value in by_config.items()},
+        by_config=by_config,
         scale={**base.scale, **scale},
         default_scale=round(default, 4),
         contention=round(contention, 4),
     )
+
+
+def _config_seconds(
+    samples: Iterable[CompileSample], alone: CompileTimes, scale: Mapping[str, float]
+) -> dict[str, float]:
+    found: dict[str, list[float]] = defaultdict(list)
+    expected = {}
+    for one in samples:
+        found[one.config].append(_log_seconds(one, alone))
+        expected[one.config] = log(scale[one.template] * one.plain)
+    weight = _EXPECTED_SAMPLES
+    return {
+        config: round(exp((sum(logs) + weight * expected[config]) / (len(logs) + weight)), 4)
+        for config, logs in sorted(found.items())
+    }
 
 
 def _disagreement(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, TypeVar
+from typing import Any
 
 from runner.config.environ import Environ
 from runner.config.fields import read_count, read_plain, read_text
@@ -19,8 +19,6 @@ from runner.timeline import Timeline
 from sim.costs.profile import Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine
-
-Value = TypeVar("Value")
 
 _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
 """A profile's link by the backend of torch.distributed that a run used."""
