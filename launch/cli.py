@@ -115,19 +115,12 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> No
             "--nproc-per-node)"
         )
     rank = environ.rank or 0
-    say = _say if rank == 0 else lambda line: None
     try:
-        outcome = run_worker(
-            options, environ, options.policies[0], say=say, work_dir=files.work_dir
-        )
+        outcome = run_worker(options, environ, files.work_dir)
         if outcome is not None:
             outcome.write(options, files.result)
     except Exception as error:
         raise rank_failure(rank, error) from error
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _start_ranks(options: LaunchOptions, environ: Environ) -> None:

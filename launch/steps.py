@@ -257,7 +257,7 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
         Deadline(options.timeout, environ.rank or 0) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
-        rank = Rank.meet(launched, environ, WarmupPolicy.NONE)
+        rank = Rank.meet(launched, environ)
         if rank.device.type == "cuda" and rank.link == "gloo":
             raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
         steps = _Steps(rank, Path(work_dir), options)

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from runner.backend.step_runner import Communicator, KernelStore
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores
-from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
 from runner.driver.run import run_rank
 from runner.driver.warmup import execution_hook
@@ -38,21 +36,12 @@ from runner.planning.weight_size import model_elements
 from runner.watch.shim import FINISHED, read_records
 
 
-def run_worker(
-    options: LaunchOptions,
-    environ: Environ,
-    policy: WarmupPolicy,
-    *,
-    say: Callable[[str], None],
-    work_dir: Path | None,
-) -> RunResult | None:
+def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) -> RunResult | None:
     """Run this rank from its process group to the gathered Timeline, which rank 0 returns.
 
     Args:
-        options: the launch.
+        options: the launch, of one policy.
         environ: holds this rank's place.
-        policy: the policy to run.
-        say: prints a line on rank 0.
         work_dir: temporary directory that the process which started the ranks removes; None makes
             one and removes it after a good end.
 
@@ -61,10 +50,10 @@ def run_worker(
         runner.build.compiler.CompileError: a kernel does not compile.
     """
     with Deadline(options.timeout, environ.rank or 0) as deadline:
-        rank = Rank.meet(options, environ, policy)
+        rank = Rank.meet(options, environ)
         folder = work_dir or _shared_work_dir()
         torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
-        result = _run(rank, folder, deadline, say)
+        result = _run(rank, folder, deadline)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
     if rank.place.local_rank == 0 and work_dir is None:
@@ -82,9 +71,7 @@ def _shared_work_dir() -> Path:
     return path
 
 
-def _run(
-    rank: Rank, work_dir: Path, deadline: Deadline, say: Callable[[str], None]
-) -> RunResult | None:
+def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
     options, scenario, number = rank.options, rank.scenario, rank.place.rank
     groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
@@ -93,9 +80,10 @@ def _run(
     real = rank.compute == "real"
     device = Device(rank.device if real else torch.device("cpu"), rank.link)
     comm = TorchComm(groups, rank.device, rank.link) if real else ScratchComm(groups)
-    sink = _make_sink(rank, jit, device, store, say)
+    sink = _make_sink(rank, jit, device, store)
     deadline.where = lambda: sink.last
-    say(_introduction(rank, jit))
+    if number == 0:
+        print(_introduction(rank, jit), flush=True)
     memory = _WalkMemory(rank)
     hook = execution_hook(scenario, number, memory.free, memory.warn)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
@@ -122,19 +110,14 @@ def _run(
     return gather(record, scenario, _facts(rank, jit))
 
 
-def _make_sink(
-    rank: Rank,
-    jit: RankJit,
-    device: Device,
-    store: NodeKernels | None,
-    say: Callable[[str], None],
-) -> RankSink:
+def _make_sink(rank: Rank, jit: RankJit, device: Device, store: NodeKernels | None) -> RankSink:
     """The rank's sink; on rank 0 it says at each forward how much was compiled so far."""
     began = time.time()
 
     def report(phase: str, name: str) -> None:
         compiles = len(list(jit.log_dir.glob(FINISHED))) + (store.built if store else 0)
-        say(f"{time.time() - began:7.1f} s  {phase}: {name}, {compiles} compiles so far")
+        seconds = time.time() - began
+        print(f"{seconds:7.1f} s  {phase}: {name}, {compiles} compiles so far", flush=True)
 
     return RankSink(
         rank.place.rank,
