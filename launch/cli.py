@@ -83,7 +83,12 @@ def launch(
     elif world_size == 1:
         _start_ranks(options, environ)
     else:
-        raise UserError(_wrong_world_size(options, world_size))
+        pp, tp = given.given["pp"], given.given["tp"]
+        raise UserError(
+            f"WORLD_SIZE={world_size} but --pp {pp} --tp {tp} needs {options.num_ranks} "
+            f"ranks: run torchrun --nproc-per-node {options.num_ranks} -m launch --pp {pp} "
+            f"--tp {tp}, or torchrun -m launch with the same options"
+        )
 
 
 def _check(options: LaunchOptions, environ: Environ) -> None:
@@ -99,15 +104,6 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
         check_prebuilt(options, environ, scenario)
 
 
-def _wrong_world_size(options: LaunchOptions, world_size: int) -> str:
-    pp, tp = options.given.given["pp"], options.given.given["tp"]
-    return (
-        f"WORLD_SIZE={world_size} but --pp {pp} --tp {tp} needs {options.num_ranks} "
-        f"ranks: run torchrun --nproc-per-node {options.num_ranks} -m launch --pp {pp} "
-        f"--tp {tp}, or torchrun -m launch with the same options"
-    )
-
-
 def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> None:
     from launch.limits import rank_failure
     from launch.worker import run_worker
@@ -119,19 +115,12 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> No
             "--nproc-per-node)"
         )
     rank = environ.rank or 0
-    say = _say if rank == 0 else lambda line: None
     try:
-        outcome = run_worker(
-            options, environ, options.policies[0], say=say, work_dir=files.work_dir
-        )
+        outcome = run_worker(options, environ, files.work_dir)
         if outcome is not None:
             outcome.write(options, files.result)
     except Exception as error:
         raise rank_failure(rank, error) from error
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _start_ranks(options: LaunchOptions, environ: Environ) -> None:

@@ -36,8 +36,8 @@ class Groups:
     leaders: dist.ProcessGroup | None
 
 
-def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
-    """Make all process groups, for communication over ``link`` that may take ``timeout`` seconds.
+def make_groups(parallel: ParallelConfig, timeout: float) -> Groups:
+    """Make all process groups, for communication that may take ``timeout`` seconds.
 
     Raises:
         CommunicationTimeoutError: the ranks did not connect in time.
@@ -50,27 +50,21 @@ def make_groups(parallel: ParallelConfig, timeout: float, link: str) -> Groups:
         for group in (tp_group, parallel.attn_cp_group(rank), tp_group[first : first + size]):
             if len(group) > 1:
                 needed[group] = None
-    ours = timedelta(seconds=timeout)
-    # Our own limit comes before NCCL's watchdog, which says less.
-    later = ours + timedelta(seconds=30) if link == "nccl" else ours
+    # Our own limit comes before torch's, which says less.
+    new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout + 30))
+    leaders: dist.ProcessGroup | None = None
     try:
-        of = {group: dist.new_group(list(group), timeout=later) for group in needed}
-        pairs = dist.new_group(timeout=later)
-        everyone = dist.new_group(timeout=ours, backend="gloo")
-        # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
-        # communicator, in which a gloo group has no part, and they wait forever.
-        first_ranks = list(range(0, parallel.world_size, parallel.ranks_per_node))
-        leaders = (
-            dist.new_group(
-                first_ranks, timeout=ours, backend="gloo", use_local_synchronization=True
-            )
-            if parallel.nodes > 1
-            else None
-        )
+        of = {group: new_group(list(group)) for group in needed}
+        pairs, everyone = new_group(), new_group(backend="gloo")
+        if parallel.nodes > 1:
+            # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
+            # communicator, in which a gloo group has no part, and they wait forever.
+            first_ranks = list(range(0, parallel.world_size, parallel.ranks_per_node))
+            leaders = new_group(first_ranks, backend="gloo", use_local_synchronization=True)
     except dist.DistStoreError:
-        waited, more = later.total_seconds(), " and 30 s more" if later > ours else ""
         raise CommunicationTimeoutError(
-            f"the ranks did not connect within {waited:g} s, the limit of --nccl-timeout{more}"
+            f"the ranks did not connect within {timeout:g} s, the limit of --nccl-timeout, "
+            "and 30 s more"
         ) from None
     assert pairs is not None and everyone is not None
     return Groups(of, pairs, everyone, leaders)
@@ -87,12 +81,6 @@ class AsyncCollective:
     result: torch.Tensor
     source: torch.Tensor
     blocks: int
-
-
-def events_of(handle: object) -> CollectiveEvents | None:
-    """Events of a collective that was started on a GPU's stream; None for any other handle."""
-    work = handle.work if isinstance(handle, AsyncCollective) else None
-    return work if isinstance(work, CollectiveEvents) else None
 
 
 class TorchComm:

@@ -93,6 +93,10 @@ class CollectiveEvents:
     end: torch.cuda.Event
     done: torch.cuda.Event
 
+    def is_completed(self) -> bool:
+        """Whether the collective has ended, as :class:`torch.distributed.Work` says it."""
+        return bool(self.done.query())
+
 
 class CollectiveStream:
     """Runs collectives one after the other, while the current stream goes on.

@@ -19,12 +19,10 @@ from runner.config.environ import available_cores
 from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
 from runner.files import write_json
-from runner.planning.residency import SERVING
 from runner.report.outputs import print_timelines, write_reports
 from runner.scenario import Scenario
 from runner.schedule import Op, Schedule
 from runner.timeline import Span, Timeline, merge, write_timelines
-from runner.watch.shim import CompileRecord
 
 
 @dataclass(frozen=True)
@@ -66,27 +64,17 @@ class RankRecord:
     walk_memory: float | None = None
 
 
-def find_stalls(
-    records: Sequence[CompileRecord],
-    forwards: Sequence[tuple[float, str, str]],
-    names: Sequence[str],
-    rank: int,
-) -> list[list[Any]]:
-    """Compiles in requests after the first one, by the forward that they held up.
+def find_stalls(spans: Sequence[Span], served: Sequence[tuple[float, str]]) -> list[list[Any]]:
+    """A rank's compiles in requests after the first one, by the forward that they held up.
 
-    Args:
-        records: this rank's compiles.
-        forwards: (start, phase, name) of each of its forwards, in order.
-        names: identity of each record's kernel.
-        rank: world rank.
+    ``served`` holds start and name of each forward, in order.
     """
-    served = [(start, name) for start, phase, name in forwards if phase == SERVING]
     starts = [start for start, _ in served]
     found = []
-    for record, identity in zip(records, names, strict=True):
-        index = bisect_right(starts, record.start) - 1
-        if index >= 0:
-            found.append([index, served[index][1], rank, identity])
+    for span in spans:
+        index = bisect_right(starts, span.start) - 1
+        if span.is_kernel and index >= 0:
+            found.append([index, served[index][1], span.rank, span.key])
     return found
 
 

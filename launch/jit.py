@@ -12,11 +12,11 @@ from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
 from runner.build.compiler import LazyJit, NvccCompiler, find_nvcc, nvcc_version, release_of
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, Recipe, first_recipe
+from runner.cache.keys import CacheKeys, first_recipe
 from runner.config.environ import Environ
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.kernels.installed import Library, find_library
+from runner.kernels.installed import find_library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
 from runner.planning.plan import plan_of, table_of
@@ -24,22 +24,12 @@ from runner.scenario import Scenario
 from runner.watch.shim import write_shim
 
 if TYPE_CHECKING:
+    from launch.rank import Rank
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What kernels are compiled with."""
-
-    nvcc: Path
-    library: Library
-
-    def compiler(self, recipe: Recipe) -> NvccCompiler:
-        return NvccCompiler(self.nvcc, self.library, recipe)
-
-
-def find_tools(options: LaunchOptions, environ: Environ) -> Tools | str:
-    """nvcc and the library, or the reason why nothing is compiled.
+def find_compiler(options: LaunchOptions, environ: Environ) -> NvccCompiler | str:
+    """The compiler, with the recipe that probes use, or the reason why nothing is compiled.
 
     Raises:
         UserError: the library that was asked for is not there.
@@ -54,7 +44,7 @@ def find_tools(options: LaunchOptions, environ: Environ) -> Tools | str:
     nvcc = find_nvcc(environ)
     if nvcc is None:
         return "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
-    return Tools(nvcc, library)
+    return NvccCompiler(nvcc, library, first_recipe(environ))
 
 
 @dataclass(frozen=True)
@@ -76,18 +66,10 @@ class RankJit:
     cache: KernelCache | None = None
 
 
-def set_up_jit(
-    options: LaunchOptions,
-    environ: Environ,
-    scenario: Scenario,
-    rank: int,
-    work_dir: Path,
-    *,
-    library: bool,
-) -> RankJit:
+def set_up_jit(rank: Rank, work_dir: Path) -> RankJit:
     """Set up a rank's JIT with its node's cache and the compiler shim, both in ``work_dir``.
 
-    ``library`` says whether GEMMs run in the real library (on a GPU, with real math).
+    GEMMs run in the real library on a GPU with real math.
 
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
@@ -95,54 +77,51 @@ def set_up_jit(
     from runner.backend import reference as reference_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
-    log_dir = work_dir / "compiles"
-    tools = find_tools(options, environ)
-    reference = DeepGemmWrapper(reference_library, sanity_check=environ.sanity_check)
-    if isinstance(tools, str):
-        if library:
-            raise UserError(f"a GPU run compiles with nvcc, but {tools}")
+    scenario, log_dir = rank.scenario, work_dir / "compiles"
+    compiler = find_compiler(rank.options, rank.environ)
+    reference = DeepGemmWrapper(reference_library, sanity_check=rank.environ.sanity_check)
+    if isinstance(compiler, str):
+        if rank.on_gpu:
+            raise UserError(f"a GPU run compiles with nvcc, but {compiler}")
         own = OwnJit(None, table_of(scenario))
-        return RankJit(own, reference, log_dir, f"off, kernels are not compiled: {tools}")
-    cache = _node_cache(options, environ, scenario, rank, work_dir)
-    cache.check_generation(tools.library.generation)
+        return RankJit(own, reference, log_dir, f"off, kernels are not compiled: {compiler}")
+    compiler = replace(compiler, recipe=table_of(scenario).recipe)
+    cache = _node_cache(rank, work_dir)
+    cache.check_generation(compiler.library.generation)
     if scenario.policy is not WarmupPolicy.PREBUILT:  # That one may be read-only.
         cache.prepare()
-    compiler = tools.compiler(table_of(scenario).recipe)
-    shim = write_shim(work_dir / f"nvcc-{rank}", nvcc=compiler.nvcc, log_dir=log_dir)
+    shim = write_shim(work_dir / f"nvcc-{rank.place.rank}", nvcc=compiler.nvcc, log_dir=log_dir)
     # Keys do not depend on nvcc's path, so the shim's are the real compiler's.
     recorded = replace(compiler, nvcc=shim)
     size = f"{len(cache.entries())} kernels" if len(cache.entries()) else "cold"
     where = "cold (temporary)" if work_dir in cache.root.parents else f"{cache.root} ({size})"
     described = "nvcc {}.{}, cache {}".format(*release_of(compiler.version_text), where)
-    if not library:
+    if not rank.on_gpu:
         own = OwnJit(LazyJit(recorded, cache), table_of(scenario))
         return RankJit(own, reference, log_dir, f"own, {described}", compiler, cache)
-    loader = _library_jit(environ, scenario, cache, recorded)
+    loader = _library_jit(rank, cache, recorded)
     return RankJit(loader, loader.wrapper, log_dir, f"deep_gemm, {described}", compiler, cache)
 
 
-def _node_cache(
-    options: LaunchOptions, environ: Environ, scenario: Scenario, rank: int, work_dir: Path
-) -> KernelCache:
-    cache = _given_cache(options, environ) or KernelCache(work_dir / "cache")
-    if options.virtual_nodes > 1 and scenario.policy is not WarmupPolicy.PREBUILT:
-        return replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank)}")
+def _node_cache(rank: Rank, work_dir: Path) -> KernelCache:
+    scenario = rank.scenario
+    cache = _given_cache(rank.options, rank.environ) or KernelCache(work_dir / "cache")
+    if rank.options.virtual_nodes > 1 and scenario.policy is not WarmupPolicy.PREBUILT:
+        return replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank.place.rank)}")
     return cache
 
 
-def _library_jit(
-    environ: Environ, scenario: Scenario, cache: KernelCache, compiler: NvccCompiler
-) -> LibraryJit:
+def _library_jit(rank: Rank, cache: KernelCache, compiler: NvccCompiler) -> LibraryJit:
     import torch
 
     from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
+    environ = rank.environ
     check_deep_gemm(environ, torch.cuda.get_device_capability())
     root = compiler.library.root
     module = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
-    wrapper = DeepGemmWrapper(module, sanity_check=environ.sanity_check)
-    return LibraryJit(wrapper, scenario)
+    return LibraryJit(DeepGemmWrapper(module, sanity_check=environ.sanity_check), rank.scenario)
 
 
 def check_jit(options: LaunchOptions, environ: Environ) -> None:
@@ -151,10 +130,10 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
     Raises:
         UserError: an unusable nvcc, an unknown library, a cache that cannot be written.
     """
-    tools = find_tools(options, environ)
-    if isinstance(tools, str):
+    compiler = find_compiler(options, environ)
+    if isinstance(compiler, str):
         return
-    nvcc_version(tools.nvcc)
+    nvcc_version(compiler.nvcc)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     given = _given_cache(options, environ)
@@ -170,8 +149,8 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
     Raises:
         UserError: kernels are missing, or there is no such cache.
     """
-    tools = find_tools(options, environ)
-    if isinstance(tools, str) or scenario.policy is not WarmupPolicy.PREBUILT:
+    compiler = find_compiler(options, environ)
+    if isinstance(compiler, str) or scenario.policy is not WarmupPolicy.PREBUILT:
         return
     given = _given_cache(options, environ)
     if given is None:
@@ -182,7 +161,8 @@ def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario)
 
     if options.device == "cpu" or not torch.cuda.is_available():
         planned = [item.kernel for item in plan_of(scenario).kernels]
-        check_holds(given, tools.compiler(table_of(scenario).recipe).keys, planned)
+        keys = replace(compiler, recipe=table_of(scenario).recipe).keys
+        check_holds(given, keys, planned)
 
 
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
@@ -197,11 +177,11 @@ def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) 
 
 def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
     """Seconds that the reference compile takes now, None if nothing is compiled."""
-    tools = find_tools(options, environ)
+    compiler = find_compiler(options, environ)
     # Profiles know the time of this library's reference kernel only.
-    if isinstance(tools, str) or tools.library.title != RULES.origin.library:
+    if isinstance(compiler, str) or compiler.library.title != RULES.origin.library:
         return None
-    return round(tools.compiler(first_recipe(environ)).reference_seconds(), 4)
+    return round(compiler.reference_seconds(), 4)
 
 
 def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -42,13 +41,11 @@ class NodeKernels:
         nodes_here = max(1, rank.place.local_world_size // ranks_per_node)
         self.workers = max(1, available_cores() // nodes_here)
         self.spans: list[Span] = []
-        self._lock = threading.Lock()
 
     @property
     def built(self) -> int:
         """Kernels that this rank has built."""
-        with self._lock:
-            return sum(span.is_kernel for span in self.spans)
+        return sum(span.is_kernel for span in self.spans)
 
     def build(self, kernels: tuple[Kernel, ...]) -> None:
         """Build the kernels that the node's cache lacks, on all its cores.
@@ -61,25 +58,21 @@ class NodeKernels:
         keys = self.compiler.keys
         by_key = {keys.cache_key(kernel): kernel for kernel in kernels}
         sources = {key: keys.source(kernel) for key, kernel in by_key.items()}
-        # Nodes that share a directory build their shares at the same time; a ``runner compile``
-        # in it would remove what they are writing.
-        with locked(self.cache.root, shared=True):
-            missing = self.cache.keys_to_build(sources)
-            self._build_jobs([Job(key, by_key[key], sources[key]) for key in missing])
-
-    def _build_jobs(self, jobs: list[Job]) -> None:
         # Rank 0 alone shows progress: all nodes build shares of about the same size.
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
-        with scratch_folder() as folder, shown as show:
+        # Nodes that share a directory build their shares at the same time; a ``runner compile``
+        # in it would remove what they are writing.
+        with locked(self.cache.root, shared=True), scratch_folder() as folder, shown as show:
+            missing = self.cache.keys_to_build(sources)
 
             def take(result: BuildResult) -> None:
                 self._take(result)
-                show(self.built, len(jobs), self.built / len(jobs))
+                show(self.built, len(missing), self.built / len(missing))
 
             builder = KernelBuilder(
                 self.compiler, folder, self.workers, os.environ, take, on_shared=self._note
             )
-            builder.build(jobs)
+            builder.build([Job(key, by_key[key], sources[key]) for key in missing])
 
     def _holds(self, kernel: Kernel) -> bool:
         keys = self.compiler.keys
@@ -89,16 +82,12 @@ class NodeKernels:
         job, kernel = result.job, result.job.kernel
         if result.cubin is None:
             raise CompileError(f"{kernel.name}: {result.error}")
-        self._put(job.key, job.source, result.cubin)
+        self.cache.put(job.key, job.source, result.cubin, self.compiler.keys.extra_files)
         self._note(kernel.name, result.started, time.time(), kernel.identity)
 
     def _note(self, name: str, start: float, end: float, identity: str = "") -> None:
         """Keep the span of a kernel's build, or of a step that several kernels share."""
-        with self._lock:
-            self.spans.append(Span(self.rank, start, end, "compile", name, identity))
-
-    def _put(self, key: str, source: str, cubin: bytes) -> None:
-        self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
+        self.spans.append(Span(self.rank, start, end, "compile", name, identity))
 
     def exchange(self) -> None:
         """Wait for everyone; then leaders give each other the kernels that their caches lack.
@@ -132,7 +121,8 @@ class NodeKernels:
             received = dict(zip(keys, entries, strict=True))
             mine_here = {key: received[key][0] for key in keys if key in mine}
             for key in self.cache.keys_to_build(mine_here):
-                self._put(key, *received[key])
+                source, cubin = received[key]
+                self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
     def verify(self, kernels: tuple[Kernel, ...]) -> None:
         """Check that the node's cache holds kernels, whole.

@@ -22,7 +22,18 @@ compute the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RankOptions:
+    """What runs of every kind can be told."""
+
+    device: str = option(
+        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
+    )
+    seed: int = option(0, OptionDetails("Seed of the weights."))
+    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RankOptions):
     """How the scenario is run here. Times in seconds."""
 
     virtual_nodes: int = option(
@@ -39,9 +50,6 @@ class RunOptions:
         ),
     )
     jit: bool = option(True, OptionDetails("Compile kernels."))
-    device: str = option(
-        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
-    )
     backend: str = option(
         "auto",
         OptionDetails(
@@ -60,8 +68,6 @@ class RunOptions:
         None,
         OptionDetails("Kernel cache.  [default: DG_JIT_CACHE_DIR, else cold and temporary]"),
     )
-    seed: int = option(0, OptionDetails("Seed of the weights."))
-    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
     nccl_timeout: float | None = option(
         None,
         OptionDetails(

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.limits import NcclWaitLimit, WaitingRank, WaitLimit
+from launch.limits import WaitLimit
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from runner.config.environ import Environ
 from runner.config.model import ModelConfig
 from runner.config.timeouts import TORCH_TIMEOUTS
-from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.planning.weight_size import model_elements
 from runner.scenario import Scenario
@@ -67,8 +66,8 @@ class Rank:
     phases: list[tuple[str, float]]
 
     @classmethod
-    def meet(cls, options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Rank:
-        """Find out what this rank runs, and meet the others.
+    def meet(cls, options: LaunchOptions, environ: Environ) -> Rank:
+        """Find out what this rank runs of one policy, and meet the others.
 
         Raises:
             UserError: bad input.
@@ -76,7 +75,7 @@ class Rank:
         place = Place.read(environ)
         device = pick_device(options.device, place.local_rank)
         gpu = gpu_of(device) if device.type == "cuda" else options.meant_gpu
-        scenario = options.scenario(environ, gpu=gpu, policy=policy)
+        scenario = options.scenario(environ, gpu=gpu, policy=options.policies[0])
         phases = [("imports", process_start()), ("process group", time.time())]
         parallel = scenario.parallel
         per_node, local = parallel.ranks_per_node, place.local_world_size
@@ -108,8 +107,7 @@ class Rank:
         place = self.place
         first = place.rank - place.local_rank
         host_ranks = range(first, first + place.local_world_size)
-        waiting = WaitingRank(place.rank, self.communication_timeout, log_dir, host_ranks)
-        return NcclWaitLimit(waiting) if self.link == "nccl" else WaitLimit(waiting)
+        return WaitLimit(place.rank, self.communication_timeout, log_dir, host_ranks)
 
     def setup_spans(self, end: float) -> list[Span]:
         """Spans of the phases before the warm-up, each of which ends where the next begins."""

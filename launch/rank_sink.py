@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from launch.comm import events_of
+from launch.comm import AsyncCollective
 from launch.device import CollectiveEvents, Device
 from launch.limits import WaitLimit
 from launch.loaders import CompileLocks, KernelLoader
 from runner.backend.sink import R
 from runner.kernels.kernel import body_of, identity_of
 from runner.kernels.types import GemmShape, KernelCall
+from runner.planning.residency import SERVING
 from runner.schedule import (
     Await,
     Begin,
@@ -40,7 +41,7 @@ class RankSink:
     that the shim recorded out of it.
 
     Attributes:
-        forwards: (start, phase, mode and tokens) of each forward.
+        served: (start, mode and tokens) of each forward that serves requests after the first.
         last: the operation at hand.
 
     Args:
@@ -60,7 +61,7 @@ class RankSink:
     ) -> None:
         self.ops: list[Op] = []
         self.spans: list[Span] = []
-        self.forwards: list[tuple[float, str, str]] = []
+        self.served: list[tuple[float, str]] = []
         self.last = "start"
         self._rank, self._loader, self._device = rank, loader, device
         self._limit, self._locks, self._on_forward = limit, locks, on_forward
@@ -68,7 +69,7 @@ class RankSink:
         self._awaited: list[tuple[str, float, float, CollectiveEvents | None]] = []
         self._capturing = False
         self._keys = MessageKeys(rank)
-        self._phase: tuple[str, float] | None = None
+        self._phase = "", 0.0
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
         """Keep ``op``, do it, and time it."""
@@ -99,18 +100,16 @@ class RankSink:
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
         """Capture a CUDA graph of ``forward``; its operations are counted and not timed."""
-        before, self.ops = self.ops, []
-        start = time.time()
+        before = len(self.ops)
         self._capturing = True
         try:
-            self._device.synchronise()
-            with self._limit.quiet():
-                self._device.capture(forward)
+            with self._span("compute", name):
+                self._device.synchronise()
+                with self._limit.quiet:
+                    self._device.capture(forward)
         finally:
             self._capturing = False
-            before.append(Capture(name, len(self.ops)))
-            self.ops = before
-        self._add("compute", name, start, time.time())
+            self.ops[before:] = [Capture(name, len(self.ops) - before)]
 
     def _kernel(self, call: KernelCall, action: Callable[[], R]) -> R:
         name = call.type.name.lower()
@@ -146,9 +145,10 @@ class RankSink:
     def _begin(self, op: Begin, action: Callable[[], R]) -> R:
         with self._span("compute", op.name), self._limit.over(op):
             handle = action()
-        events = events_of(handle)
-        if events is not None:
-            self._limit.started(op, events.done.query)
+        work = handle.work if isinstance(handle, AsyncCollective) else None
+        if work is not None:
+            self._limit.started(op, work.is_completed)
+        events = work if isinstance(work, CollectiveEvents) else None
         self._begun[op.name] = op, time.time(), events
         return handle
 
@@ -167,20 +167,21 @@ class RankSink:
         self._awaited.clear()
 
     def _mark(self, mark: Mark) -> None:
-        if mark.kind == "forward" and self._phase is not None:
-            self.forwards.append((time.time(), self._phase[0], mark.name))
+        phase, start = self._phase
+        if mark.kind == "forward":
+            if phase == SERVING:
+                self.served.append((time.time(), mark.name))
             if self._on_forward is not None:
-                self._on_forward(self._phase[0], mark.name)
+                self._on_forward(phase, mark.name)
         if mark.kind != "phase":
             return
         with self._span("compute", "device"):
             self._device.synchronise()
         self._add_asynchronous_collectives()
         now = time.time()
-        if self._phase is not None:
-            name, start = self._phase
-            self._add("phase", name, start, now)
-        self._phase = None if mark.name == "end" else (mark.name, now)
+        if phase:
+            self._add("phase", phase, start, now)
+        self._phase = ("" if mark.name == "end" else mark.name), now
 
     def _lock(self, shape: GemmShape) -> AbstractContextManager[None]:
         return nullcontext() if self._locks is None else self._locks.held(shape)
@@ -196,17 +197,12 @@ class RankSink:
         self.spans.append(Span(self._rank, start, end, kind, name, key))
 
 
-def compiled_identity(record: CompileRecord) -> str:
-    """:attr:`runner.kernels.kernel.Kernel.identity` of the kernel that was compiled."""
-    return identity_of(record.kernel_name, body_of(record.source))
-
-
 def split_loads(spans: Sequence[Span], compiles: Sequence[CompileRecord]) -> list[Span]:
     """Take the compiles that the shim recorded out of one rank's ``load`` spans."""
-    result = [
-        Span(c.rank, c.start, c.end, "compile", c.kernel_name, compiled_identity(c))
-        for c in compiles
-    ]
+    result = []
+    for c in compiles:
+        identity = identity_of(c.kernel_name, body_of(c.source))
+        result.append(Span(c.rank, c.start, c.end, "compile", c.kernel_name, identity))
     for span in spans:
         if span.kind != "load":
             result.append(span)

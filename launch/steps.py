@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ from launch.device import CollectiveStream, capture_graph, replayed_event
 from launch.gather import machine_facts
 from launch.jit import set_up_jit
 from launch.limits import Deadline
-from launch.options import LaunchOptions
+from launch.options import LaunchOptions, RankOptions
 from launch.rank import Rank
 from launch.worker import build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
@@ -35,6 +36,7 @@ from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
+from runner.driver.requests import Request
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.kernels.types import KernelCall
@@ -54,7 +56,7 @@ _OF_SCENARIO = ("model", "layers", "pp", "tp", "ep")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepOptions:
+class StepOptions(RankOptions):
     """What is measured, and where it goes. Times in seconds."""
 
     mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
@@ -79,12 +81,7 @@ class StepOptions:
         10,
         OptionDetails(f"Steps in a row of each of {_ROUNDS} measurements.", metavar="N", least=1),
     )
-    device: str = option(
-        "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
-    )
     cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
-    seed: int = option(0, OptionDetails("Seed of the weights."))
-    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
     json: Path = option(
         Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
     )
@@ -179,11 +176,8 @@ class _Steps:
     """One rank's measurement."""
 
     def __init__(self, rank: Rank, work_dir: Path, options: StepOptions) -> None:
-        number, scenario = rank.place.rank, rank.scenario
-        jit = set_up_jit(
-            rank.options, rank.environ, scenario, number, work_dir, library=rank.on_gpu
-        )
-        groups = make_groups(scenario.parallel, rank.options.timeout, rank.link)
+        jit = set_up_jit(rank, work_dir)
+        groups = make_groups(rank.scenario.parallel, rank.options.timeout)
         comm = TorchComm(groups, rank.device, rank.link)
         self.sink = StepSink(comm.stream)
         self._runner = build_runner(rank, jit, self.sink, comm)
@@ -191,27 +185,27 @@ class _Steps:
         self._device = rank.device
         self._repeat = options.repeat
 
+    @torch.inference_mode()
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
         """Measure steps by a strategy; None is one batch."""
         stage = self._runner.stage.overlapped([strategy] if strategy else [])
 
-        def forward() -> None:
+        def forward(listening: bool) -> None:
+            self.sink.listen(listening)
             stage.forward(self._batch, None)
 
-        def noted() -> None:
-            self.sink.listen(True)
-            forward()
-
-        self.sink.listen(False)
         for _ in range(_EAGER_RUNS):
-            forward()
-        step = self._captured(forward)
+            forward(False)
+        step = self._captured(partial(forward, False))
         rounds = [self._timed(step) for _ in range(_ROUNDS)]
-        step = self._captured(noted)
+        step = self._captured(partial(forward, True))
         for _ in range(_EAGER_RUNS):
             dist.barrier()
             step()
         self._synchronise()
+        if dist.get_rank() == 0:
+            name = strategy.name if strategy else "one batch"
+            print(f"{name}: {1e3 * median(rounds):.3f} ms a step", flush=True)
         return {
             "strategy": None if strategy is None else strategy.to_json(),
             "step_seconds": median(rounds),
@@ -252,7 +246,7 @@ class _Steps:
     ),
     StepOptions,
 )
-def steps(given: ScenarioOptions, options: StepOptions) -> None:
+def main(given: ScenarioOptions, options: StepOptions) -> None:
     """Measure a forward as one batch and by strategies of two-batch overlap.
 
     Run by torchrun with --nproc-per-node as --tp says.
@@ -260,33 +254,28 @@ def steps(given: ScenarioOptions, options: StepOptions) -> None:
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
     launched = _launch_options(given, options, environ.world_size or 1)
-    runs = []
     with (
         Deadline(options.timeout, environ.rank or 0) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
-        rank = Rank.meet(launched, environ, WarmupPolicy.NONE)
+        rank = Rank.meet(launched, environ)
         if rank.device.type == "cuda" and rank.link == "gloo":
             raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
-        measured = _Steps(rank, Path(work_dir), options)
-        deadline.sink = measured.sink
-        with torch.inference_mode():
-            for strategy in (None, *options.strategies):
-                runs.append(measured.measure(strategy))
-                if rank.place.rank == 0:
-                    name = strategy.name if strategy else "one batch"
-                    print(f"{name}: {1e3 * runs[-1]['step_seconds']:.3f} ms a step", flush=True)
+        steps = _Steps(rank, Path(work_dir), options)
+        deadline.where = lambda: steps.sink.last
+        runs = [steps.measure(strategy) for strategy in (None, *options.strategies)]
         dist.barrier()
     dist.destroy_process_group()
     if rank.place.rank == 0:
+        settings = {name: given.given[name] for name in _OF_SCENARIO}
+        settings |= {
+            "mode": options.mode.value,
+            "batch": options.batch,
+            "prompt_len": options.prompt_len,
+        }
         data = {
             "version": 1,
-            "settings": {
-                **{name: given.given[name] for name in _OF_SCENARIO},
-                "mode": options.mode.value,
-                "batch": options.batch,
-                "prompt_len": options.prompt_len,
-            },
+            "settings": settings,
             "num_sms": rank.scenario.num_sms,
             "link": rank.link,
             "machine": machine_facts(rank.device),
@@ -316,16 +305,15 @@ def _launch_options(given: ScenarioOptions, options: StepOptions, world_size: in
 
 
 def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
-    tokens, prompt_len = options.batch, options.prompt_len
-    ids = runner.buffers.dummy_ids(tokens)
+    ids = runner.buffers.dummy_ids(options.batch)
     if options.mode.is_extend:
-        full, rest = divmod(tokens, prompt_len)
-        lens = (prompt_len,) * full + ((rest,) if rest else ())
-        cache = runner.buffers.cache(len(lens), prompt_len)
+        lens = Request(options.batch, options.prompt_len).prompt_lens
+        cache = runner.buffers.cache(len(lens), options.prompt_len)
         return ForwardBatch.extend(lens, input_ids=ids, cache=cache)
-    cache = runner.buffers.cache(tokens, prompt_len + 1)
-    return ForwardBatch.decode((prompt_len + 1,) * tokens, input_ids=ids, cache=cache)
+    longer = options.prompt_len + 1
+    cache = runner.buffers.cache(options.batch, longer)
+    return ForwardBatch.decode((longer,) * options.batch, input_ids=ids, cache=cache)
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(steps, None, program="torchrun -m launch.steps"))
+    sys.exit(run_guarded(main, None, program="torchrun -m launch.steps"))

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from math import inf
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from launch.limits import Deadline
 from launch.loaders import CompileLocks
 from launch.options import REAL_MATH_LIMIT, LaunchOptions
 from launch.rank import Rank
-from launch.rank_sink import RankSink, compiled_identity, split_loads
+from launch.rank_sink import RankSink, split_loads
 from runner.backend.base import Backend
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import OpSink
@@ -30,7 +29,6 @@ from runner.backend.step_runner import Communicator, KernelStore
 from runner.backend.torch_math import TorchBuffers, TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores
-from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
 from runner.driver.run import run_rank
 from runner.driver.warmup import execution_hook
@@ -38,21 +36,12 @@ from runner.planning.weight_size import model_elements
 from runner.watch.shim import FINISHED, read_records
 
 
-def run_worker(
-    options: LaunchOptions,
-    environ: Environ,
-    policy: WarmupPolicy,
-    *,
-    say: Callable[[str], None],
-    work_dir: Path | None,
-) -> RunResult | None:
+def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) -> RunResult | None:
     """Run this rank from its process group to the gathered Timeline, which rank 0 returns.
 
     Args:
-        options: the launch.
+        options: the launch, of one policy.
         environ: holds this rank's place.
-        policy: the policy to run.
-        say: prints a line on rank 0.
         work_dir: temporary directory that the process which started the ranks removes; None makes
             one and removes it after a good end.
 
@@ -61,9 +50,10 @@ def run_worker(
         runner.build.compiler.CompileError: a kernel does not compile.
     """
     with Deadline(options.timeout, environ.rank or 0) as deadline:
-        rank = Rank.meet(options, environ, policy)
+        rank = Rank.meet(options, environ)
         folder = work_dir or _shared_work_dir()
-        result = _run(rank, folder, deadline, say)
+        torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
+        result = _run(rank, folder, deadline)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
     if rank.place.local_rank == 0 and work_dir is None:
@@ -81,27 +71,24 @@ def _shared_work_dir() -> Path:
     return path
 
 
-def _run(
-    rank: Rank, work_dir: Path, deadline: Deadline, say: Callable[[str], None]
-) -> RunResult | None:
+def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
     options, scenario, number = rank.options, rank.scenario, rank.place.rank
-    torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
-    groups = make_groups(scenario.parallel, rank.communication_timeout, rank.link)
+    groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
-    jit = set_up_jit(options, rank.environ, scenario, number, work_dir, library=rank.on_gpu)
+    jit = set_up_jit(rank, work_dir)
     store = NodeKernels(rank, jit, groups) if jit.compiler else None
     real = rank.compute == "real"
     device = Device(rank.device if real else torch.device("cpu"), rank.link)
     comm = TorchComm(groups, rank.device, rank.link) if real else ScratchComm(groups)
-    sink = _make_sink(rank, jit, device, store, say)
-    deadline.sink = sink
-    for line in _introduction(rank, jit):
-        say(line)
+    sink = _make_sink(rank, jit, device, store)
+    deadline.where = lambda: sink.last
+    if number == 0:
+        print(_introduction(rank, jit), flush=True)
     memory = _WalkMemory(rank)
     hook = execution_hook(scenario, number, memory.free, memory.warn)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
     device.synchronise()
-    spans = rank.setup_spans(time.time())
+    setup = rank.setup_spans(time.time())
     dist.barrier()
     logits = Logits(options.logits, scenario.parallel, number)
     with torch.inference_mode():
@@ -110,33 +97,27 @@ def _run(
     device.synchronise()
     device.release_graphs()
     logits.save()
-    spans += [*sink.spans, *(store.spans if store else ())]
     compiles = [record for record in read_records(jit.log_dir) if record.rank == number]
-    names = [compiled_identity(record) for record in compiles]
+    spans = split_loads([*setup, *sink.spans, *(store.spans if store else ())], compiles)
     record = RankRecord(
         started=rank.phases[0][1],
-        spans=split_loads(spans, compiles),
+        spans=spans,
         ops=sink.ops,
         coverage=store.coverage() if store else None,
-        stalls=find_stalls(compiles, sink.forwards, names, number),
+        stalls=find_stalls(spans, sink.served),
         walk_memory=memory.least,
     )
     return gather(record, scenario, _facts(rank, jit))
 
 
-def _make_sink(
-    rank: Rank,
-    jit: RankJit,
-    device: Device,
-    store: NodeKernels | None,
-    say: Callable[[str], None],
-) -> RankSink:
+def _make_sink(rank: Rank, jit: RankJit, device: Device, store: NodeKernels | None) -> RankSink:
     """The rank's sink; on rank 0 it says at each forward how much was compiled so far."""
     began = time.time()
 
     def report(phase: str, name: str) -> None:
         compiles = len(list(jit.log_dir.glob(FINISHED))) + (store.built if store else 0)
-        say(f"{time.time() - began:7.1f} s  {phase}: {name}, {compiles} compiles so far")
+        seconds = time.time() - began
+        print(f"{seconds:7.1f} s  {phase}: {name}, {compiles} compiles so far", flush=True)
 
     return RankSink(
         rank.place.rank,
@@ -208,17 +189,17 @@ class _WalkMemory:
         print(f"[rank {self._rank.place.rank}] warning: {line}", flush=True)
 
 
-def _introduction(rank: Rank, jit: RankJit) -> list[str]:
+def _introduction(rank: Rank, jit: RankJit) -> str:
     scenario, parallel = rank.scenario, rank.scenario.parallel
     sizes = ",".join(map(str, scenario.resolved_batch_sizes))
-    return [
+    return (
         f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
         f"pp {parallel.pp} x tp {parallel.tp} = {parallel.world_size} ranks over {rank.link} on "
-        f"{rank.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs",
+        f"{rank.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs\n"
         f"policy {scenario.policy.value}, batch sizes {sizes}, "
-        f"math: {rank.compute} ({rank.reason})",
-        f"JIT: {jit.description}",
-    ]
+        f"math: {rank.compute} ({rank.reason})\n"
+        f"JIT: {jit.description}"
+    )
 
 
 def _facts(rank: Rank, jit: RankJit) -> dict[str, object]:

@@ -258,19 +258,12 @@ class Scenario:
         return {**{k: v for k, v in self.to_json().items() if k != "policy"}, "ranks": ranks}
 
     @classmethod
-    def from_json(
-        cls,
-        data: Mapping[str, object],
-        *,
-        source: KernelSource = RULES,
-        models: Mapping[str, ModelConfig] | None = None,
-    ) -> Scenario:
+    def from_json(cls, data: Mapping[str, object], *, source: KernelSource = RULES) -> Scenario:
         """The Scenario of :meth:`to_json`'s data; an absent field has its default.
 
         Args:
             data: the data; what names no field is ignored.
             source: says which kernels a GEMM runs.
-            models: whole models by name, looked up before the presets.
 
         Raises:
             KeyError: a field that no version has left out is absent.
@@ -278,7 +271,7 @@ class Scenario:
             UserError: a model that is not known, or values that contradict each other.
         """
         name, layers = read_text("model", data), read_count("layers", data)
-        whole = models[name] if models and name in models else load_model(name)
+        whole = load_model(name)
         layout: Callable[..., ParallelConfig] = ParallelConfig
         make: Callable[..., Scenario] = cls
         return make(

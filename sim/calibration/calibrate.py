@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean
 
-from runner.config.model import ModelConfig
-from runner.config.presets import PRESETS
 from runner.timeline import Timeline
 from sim.calibration.data import read_calibration_data
 from sim.calibration.fit_compiles import fit_compile_times
@@ -26,43 +24,28 @@ class Calibration:
     fitted: list[FittedLine]
 
 
-def fit_profile(
-    measured: Sequence[Timeline],
-    base: Profile,
-    name: str,
-    models: Mapping[str, ModelConfig] = PRESETS,
-) -> Calibration:
-    """Fit a profile; what no run says is taken from ``base``.
-
-    Args:
-        measured: the runs.
-        base: the profile before.
-        name: the new profile's name.
-        models: see :func:`sim.calibration.run_metadata.read_metadata`.
+def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calibration:
+    """Fit a profile called ``name``; what no run says is taken from ``base``.
 
     Raises:
         UserError: a Timeline's metadata cannot be read.
     """
-    probes = [read_metadata(timeline, models).probe for timeline in measured]
+    probes = [read_metadata(timeline).probe for timeline in measured]
     timed = [seconds for seconds in probes if seconds is not None]
     if timed:
         base = replace(base, probe=Probe(round(exp(fmean(map(log, timed))), 4)))
     # Host work is what the GPU leaves, so the GPU's rates come first, in a reading of their own.
-    fit = SectionFits(
-        base, [read_calibration_data(timeline, base, models) for timeline in measured]
-    )
-    base = replace(base, gpu=fit.gpu())
-    data = [read_calibration_data(timeline, base, models) for timeline in measured]
-    fit = SectionFits(base, data, fit.lines)
-    compile_times = fit_compile_times([run.compiles for run in data], base.compile, fit.note)
-    builder, cache = fit.builder(), fit.cache()
+    first = SectionFits(base, [read_calibration_data(timeline, base) for timeline in measured])
+    base = replace(base, gpu=first.gpu())
+    data = [read_calibration_data(timeline, base) for timeline in measured]
+    fit = SectionFits(base, data, first.lines)
     profile = replace(
         base,
         name=name,
-        compile=compile_times,
-        builder=builder,
-        cache=cache,
-        host=fit.host(cache.first_use),
+        compile=fit_compile_times([run.compiles for run in data], base.compile, fit.note),
+        builder=fit.builder(),
+        cache=fit.cache,
+        host=fit.host(),
         links=fit.links(),
         start_up=fit.start_up(),
         provenance=_provenance(measured, base),
@@ -79,10 +62,7 @@ def leave_one_out(
 ) -> list[ValidatedRun]:
     """Each run, predicted by a profile that is fitted to the others.
 
-    Args:
-        measured: the runs.
-        base: see :func:`fit_profile`.
-        on_step: called with how many runs are done, and of how many.
+    ``on_step`` is called with how many runs are done, and of how many.
     """
     validated = []
     for index, timeline in enumerate(measured):

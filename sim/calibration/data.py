@@ -8,12 +8,12 @@ takes it into account.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
-from runner.config.model import ModelConfig
-from runner.config.presets import PRESETS
+from runner.build.estimates import plain_seconds
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
 from runner.driver.warmup import planned_kernels
@@ -22,19 +22,34 @@ from runner.planning.plan import table_of
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import RankTotals, Span, Timeline
 from sim.calibration.run_metadata import RunMetadata, read_metadata
+from sim.costs.compile_time import config_key, template_of
 from sim.costs.profile import Profile
 from sim.costs.profile_costs import ProfileCosts
 from sim.costs.start_up import made_elements
 from sim.engine.rank_program import FirstUse, Instruction, ProgramCompiler, Run, WalkRun
 
 
-class CompileSample(NamedTuple):
+@dataclass(frozen=True)
+class CompileSample:
     """A compile of one nvcc process."""
 
     kernel: Kernel
     seconds: float  # over the host factor
     concurrency: float  # mean number of compiles that ran meanwhile, itself included
     cores: int  # CPU cores of the machine
+
+    @cached_property
+    def template(self) -> str:
+        return template_of(self.kernel)
+
+    @cached_property
+    def config(self) -> str:
+        return config_key(self.kernel)
+
+    @cached_property
+    def plain(self) -> float:
+        """Seconds by the kernel's size alone."""
+        return plain_seconds(self.kernel)
 
 
 class BuildSample(NamedTuple):
@@ -72,20 +87,17 @@ class CalibrationData:
     made_elements: int  # of dummy weights that a GPU makes
 
 
-def read_calibration_data(
-    timeline: Timeline, profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
-) -> CalibrationData:
+def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationData:
     """Read one measured run.
 
     Args:
         timeline: the run.
         profile: its probe gives the host factor, its GPU rates the GPU seconds of operations.
-        models: see :func:`sim.calibration.run_metadata.read_metadata`.
 
     Raises:
         UserError: the Timeline's metadata cannot be read, or the profile lacks the run's link.
     """
-    run = read_metadata(timeline, models)
+    run = read_metadata(timeline)
     scenario, link = run.scenario, profile.links[run.machine(profile).link]
     # Operations are counted by what they cost, so nothing else may be in that cost.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
@@ -93,7 +105,6 @@ def read_calibration_data(
     compiler = ProgramCompiler(costs, table_of(scenario))
     programs = [compiler.program(parts) for parts in record_parts(scenario)]
     factor = run.host_factor(profile)
-    planned = scenario.policy is WarmupPolicy.PLANNED
     walks, loads = _walks_and_loads(timeline, programs, factor)
     ranks = [
         _rank_sample(totals, program, costs.host_call)
@@ -103,8 +114,8 @@ def read_calibration_data(
     return CalibrationData(
         metadata=run,
         host_factor=factor,
-        compiles=[] if planned else _compiles(timeline, programs, run.cores, factor),
-        build=_build(timeline, run, factor) if planned else None,
+        compiles=_compiles(timeline, programs, run, factor),
+        build=_build(timeline, run, factor),
         # Without a GPU, forwards and walks are the host's work or none at all.
         ranks=ranks if run.on_gpu else [rank._replace(runs=()) for rank in ranks],
         loads=loads,
@@ -115,8 +126,13 @@ def read_calibration_data(
 
 
 def _compiles(
-    timeline: Timeline, programs: Sequence[Sequence[Instruction]], cores: int, factor: float
+    timeline: Timeline,
+    programs: Sequence[Sequence[Instruction]],
+    run: RunMetadata,
+    factor: float,
 ) -> list[CompileSample]:
+    if run.scenario.policy is WarmupPolicy.PLANNED:
+        return []
     kernels = {
         kernel.identity: kernel
         for program in programs
@@ -126,7 +142,10 @@ def _compiles(
     spans = [span for span in timeline.spans if span.is_kernel]
     return [
         CompileSample(
-            kernels[span.key], span.seconds / factor, _overlap(span, spans) / span.seconds, cores
+            kernels[span.key],
+            span.seconds / factor,
+            _overlap(span, spans) / span.seconds,
+            run.cores,
         )
         for span in spans
         if span.key in kernels and span.seconds > 0
@@ -149,9 +168,9 @@ def _overlap(span: Span, spans: Sequence[Span]) -> float:
 def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample | None:
     spans = [span for span in timeline.spans if span.kind == "compile"]
     begun = [s.start for s in timeline.spans if s.kind == "phase" and s.name == "warm-up"]
-    if not spans or not begun:
-        return None
     scenario, parallel = run.scenario, run.scenario.parallel
+    if scenario.policy is not WarmupPolicy.PLANNED or not spans or not begun:
+        return None
     shares = [
         planned_kernels(scenario, node * parallel.ranks_per_node).share
         for node in range(parallel.nodes)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from math import exp, log
 from statistics import fmean
 
-from runner.build.estimates import plain_seconds
 from sim.calibration.data import CompileSample
 from sim.calibration.fitting import minimum
-from sim.costs.compile_time import config_key, slowdown, template_of
+from sim.costs.compile_time import slowdown
 from sim.costs.profile import CompileTimes
 
 _MOST_CONTENTION = 4.0
@@ -28,74 +27,73 @@ def fit_compile_times(
     base: CompileTimes,
     note: Callable[[str, str, int], None],
 ) -> CompileTimes:
-    """Fit compile times to the compiles of runs.
+    """Fit compile times to the compiles of each run; what they do not say is from ``base``.
 
     The contention is the one that makes compiles within each run agree best: between runs the
     machine differs. Scales are geometric means over a template, seconds over a configuration.
-
-    Args:
-        runs: the compiles of each run.
-        base: what was known before.
-        note: called with the name, value and number of samples of each figure.
     """
     samples = list(chain.from_iterable(runs))
     if not samples:
         return base
-    plain = {sample.kernel: plain_seconds(sample.kernel) for sample in samples}
-    template = {sample.kernel: template_of(sample.kernel) for sample in samples}
-
-    def disagreement(contention: float) -> float:
-        means = log_scales(contention)
-        total = _KNOWN_CONTENTION * (contention - base.contention) ** 2
-        for run in filter(None, runs):
-            left = [log_ratio(one, contention) - means[template[one.kernel]] for one in run]
-            middle = fmean(left)
-            total += sum((value - middle) ** 2 for value in left)
-        return total
-
-    def log_scales(contention: float) -> dict[str, float]:
-        ratios: dict[str, list[float]] = defaultdict(list)
-        for one in samples:
-            ratios[template[one.kernel]].append(log_ratio(one, contention))
-        return {name: fmean(values) for name, values in sorted(ratios.items())}
-
-    def log_ratio(one: CompileSample, contention: float) -> float:
-        return log(_seconds_alone(one, contention, base) / plain[one.kernel])
-
-    contention = minimum(disagreement, 0.0, _MOST_CONTENTION)
-    scale = {name: round(exp(value), 4) for name, value in log_scales(contention).items()}
-    default = exp(fmean(log(scale[template[one.kernel]]) for one in samples))
-
-    by_config: dict[str, list[float]] = defaultdict(list)
-    expected = {}
-    for one in samples:
-        key = config_key(one.kernel)
-        by_config[key].append(log(_seconds_alone(one, contention, base)))
-        expected[key] = log(scale[template[one.kernel]] * plain[one.kernel])
-    seconds = {
-        key: exp((sum(logs) + _EXPECTED_SAMPLES * expected[key]) / (len(logs) + _EXPECTED_SAMPLES))
-        for key, logs in sorted(by_config.items())
-    }
-
+    contention = minimum(lambda value: _disagreement(runs, base, value), 0.0, _MOST_CONTENTION)
+    alone = replace(base, contention=contention)
+    logs = _log_scales(samples, alone)
+    scale = {name: round(exp(logs[name]), 4) for name in sorted(logs)}
+    default = exp(fmean(log(scale[sample.template]) for sample in samples))
+    by_config = _config_seconds(samples, alone, scale)
     note("compile contention", f"{contention:.3f}", len(samples))
     note("compile seconds, by configuration", f"{len(by_config)} of them", len(samples))
+    counts = Counter(sample.template for sample in samples)
     for name, value in scale.items():
-        count = sum(template[one.kernel] == name for one in samples)
-        note(f"compile scale {name}", f"{value:.3f}", count)
-    return replace(
-        base,
-        by_config={key: round(value, 4) for key, value in seconds.items()},
+        note(f"compile scale {name}", f"{value:.3f}", counts[name])
+    return CompileTimes(
+        by_config=by_config,
         scale={**base.scale, **scale},
         default_scale=round(default, 4),
         contention=round(contention, 4),
     )
 
 
-def _seconds_alone(sample: CompileSample, contention: float, base: CompileTimes) -> float:
-    """Seconds that the compile would have taken with no other at the same time."""
-    times = replace(base, contention=contention)
+def _config_seconds(
+    samples: Iterable[CompileSample], alone: CompileTimes, scale: Mapping[str, float]
+) -> dict[str, float]:
+    found: dict[str, list[float]] = defaultdict(list)
+    expected = {}
+    for one in samples:
+        found[one.config].append(_log_seconds(one, alone))
+        expected[one.config] = log(scale[one.template] * one.plain)
+    weight = _EXPECTED_SAMPLES
+    return {
+        config: round(exp((sum(logs) + weight * expected[config]) / (len(logs) + weight)), 4)
+        for config, logs in sorted(found.items())
+    }
+
+
+def _disagreement(
+    runs: Iterable[Sequence[CompileSample]], base: CompileTimes, contention: float
+) -> float:
+    """Sum of squares around the means of the runs and of the templates."""
+    alone = replace(base, contention=contention)
+    scales = _log_scales(chain.from_iterable(runs), alone)
+    total = _KNOWN_CONTENTION * (contention - base.contention) ** 2
+    for run in filter(None, runs):
+        left = [_log_seconds(one, alone) - log(one.plain) - scales[one.template] for one in run]
+        middle = fmean(left)
+        total += sum((value - middle) ** 2 for value in left)
+    return total
+
+
+def _log_scales(samples: Iterable[CompileSample], times: CompileTimes) -> dict[str, float]:
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for one in samples:
+        ratios[one.template].append(_log_seconds(one, times) - log(one.plain))
+    return {template: fmean(values) for template, values in ratios.items()}
+
+
+def _log_seconds(sample: CompileSample, times: CompileTimes) -> float:
+    """Log of the seconds that the compile would have taken with no other at the same time."""
     low = int(sample.concurrency)
     share = sample.concurrency - low
     slow = (1 - share) * slowdown(times, max(low, 1), sample.cores)
     slow += share * slowdown(times, low + 1, sample.cores)
-    return sample.seconds / slow
+    return log(sample.seconds / slow)

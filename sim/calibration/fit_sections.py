@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import exp, log
 from statistics import fmean
 from typing import NamedTuple
@@ -90,6 +91,7 @@ class SectionFits:
         self.note("builder scale", f"{scale:.3f}", len(builds))
         return Builder(round(start, 3), round(scale, 4))
 
+    @cached_property
     def cache(self) -> Cache:
         def mean(name: str, purpose: str, known: float) -> float:
             kernels = sum(run.loads[purpose][0] for run in self.data)
@@ -106,10 +108,9 @@ class SectionFits:
             first_use=mean("load at first use", "first_use", cache.first_use),
         )
 
-    def host(self, first_use: float) -> Host:
-        """Host times; ``first_use`` is the fitted time of a kernel that a walk loads."""
+    def host(self) -> Host:
         known = self.base.host
-        walk, walk_call = self._walks(first_use)
+        walk, walk_call = self._walks()
         calls, firsts = {False: known.call, True: known.shared_call}, []
         for shared, name in ((False, ""), (True, " on a shared GPU")):
             ranks = [
@@ -128,7 +129,7 @@ class SectionFits:
             self.note("host, first forward", f"{first:.2f} s", len(firsts))
         return Host(calls[False], calls[True], round(first, 4), walk, walk_call)
 
-    def _walks(self, first_use: float) -> tuple[float, float]:
+    def _walks(self) -> tuple[float, float]:
         """Seconds of a walk, and of each of its calls that the GPU is done with before the host."""
         host = self.base.host
         rows, targets = [], []
@@ -138,7 +139,7 @@ class SectionFits:
                     continue
                 gpu = sum(count * device for count, device in item.calls if device > host.walk_call)
                 calls = sum(count for count, device in item.calls if device <= host.walk_call)
-                loads = first_use * sum(len(kernels) for kernels, _ in item.steps)
+                loads = self.cache.first_use * sum(len(kernels) for kernels, _ in item.steps)
                 rows.append((1.0, float(calls)))
                 targets.append((seconds - gpu) / run.host_factor - loads)
         if not rows:
@@ -176,22 +177,19 @@ class SectionFits:
         weights, weights_made = self._weights()
         return replace(
             base,
-            imports=self._phase(
-                "imports", base.imports, lambda run: len(run.ranks) // run.metadata.hosts
-            ),
-            process_group=self._phase(
-                "process group", base.process_group, lambda run: len(run.ranks)
-            ),
+            imports=self._phase("imports", base.imports, per_host=True),
+            process_group=self._phase("process group", base.process_group),
             weights=weights,
             weights_made=weights_made,
         )
 
-    def _phase(self, name: str, known: Phase, ranks_of: Callable[[CalibrationData], int]) -> Phase:
+    def _phase(self, name: str, known: Phase, *, per_host: bool = False) -> Phase:
         """A phase as a line through (ranks, seconds)."""
         runs = [run for run in self.data if name in run.phases]
         if not runs:
             return known
-        rows = [(1.0, float(ranks_of(run))) for run in runs]
+        hosts = [run.metadata.hosts if per_host else 1 for run in runs]
+        rows = [(1.0, float(len(run.ranks) // n)) for run, n in zip(runs, hosts, strict=True)]
         targets = [run.phases[name] / run.host_factor for run in runs]
         seconds, per_rank = near_known(rows, targets, (known.seconds, known.per_rank))
         self.note(f"phase {name}", f"{seconds:.2f} s + {per_rank:.3f} s a rank", len(runs))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, TypeVar
+from typing import Any
 
 from runner.config.environ import Environ
 from runner.config.fields import read_count, read_plain, read_text
-from runner.config.model import ModelConfig
-from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.kernels.installed import find_library
 from runner.kernels.rules import RULES
@@ -21,8 +19,6 @@ from runner.timeline import Timeline
 from sim.costs.profile import Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine
-
-Value = TypeVar("Value")
 
 _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
 """A profile's link by the backend of torch.distributed that a run used."""
@@ -75,19 +71,14 @@ class RunMetadata:
         )
 
 
-def read_metadata(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESETS) -> RunMetadata:
+def read_metadata(timeline: Timeline) -> RunMetadata:
     """Read and check the metadata of a measured Timeline.
 
-    Args:
-        timeline: the run.
-        models: models with all their layers, by the name that Timelines give them.
-
     Raises:
-        UserError: a field is missing or malformed, the model is neither in ``models`` nor a
-            preset, or the run had no JIT.
+        UserError: a field is missing or malformed, the model is no preset, or the run had no JIT.
     """
     try:
-        run = _read(timeline, models)
+        run = _read(timeline)
     except KeyError as error:
         raise UserError(
             f"a Timeline of {timeline.policy} lacks {error}: an older version wrote it, "
@@ -106,11 +97,9 @@ def read_metadata(timeline: Timeline, models: Mapping[str, ModelConfig] = PRESET
     return run
 
 
-def _read(timeline: Timeline, models: Mapping[str, ModelConfig]) -> RunMetadata:
+def _read(timeline: Timeline) -> RunMetadata:
     meta = timeline.meta
-    scenario = Scenario.from_json(
-        {**meta, "policy": timeline.policy}, source=_source(meta), models=models
-    )
+    scenario = Scenario.from_json({**meta, "policy": timeline.policy}, source=_source(meta))
     parallel = scenario.parallel
     if parallel.world_size != timeline.world_size:
         raise ValueError(

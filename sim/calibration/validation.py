@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from runner.config.model import ModelConfig
-from runner.config.presets import PRESETS
 from runner.errors import UserError
 from runner.timeline import Timeline, read_timelines
 from sim.calibration.run_metadata import read_metadata
@@ -49,22 +47,15 @@ class ValidatedRun:
         )
 
 
-def validate(
-    measured: Sequence[Timeline], profile: Profile, models: Mapping[str, ModelConfig] = PRESETS
-) -> list[ValidatedRun]:
+def validate(measured: Sequence[Timeline], profile: Profile) -> list[ValidatedRun]:
     """Predict every measured run on its own machine: its cores, link and probe.
-
-    Args:
-        measured: the runs.
-        profile: what things cost.
-        models: see :func:`sim.calibration.run_metadata.read_metadata`.
 
     Raises:
         UserError: a Timeline's metadata cannot be read.
     """
     validated = []
     for timeline in measured:
-        run = read_metadata(timeline, models)
+        run = read_metadata(timeline)
         validated.append(ValidatedRun(timeline, simulate(run.scenario, run.machine(profile))))
     return validated
 

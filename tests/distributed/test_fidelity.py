@@ -9,6 +9,7 @@ import pytest
 
 from runner.build.compiler import NvccCompiler
 from runner.config.hf import load_model
+from runner.config.presets import PRESETS
 from runner.driver.run import record_parts
 from runner.planning.plan import table_of
 from runner.planning.residency import stalls_of
@@ -41,28 +42,28 @@ def measure(folder: Path, arguments: str, policies: list[str]) -> list[Timeline]
 
 
 def test_real_runs_stall_where_predicted_and_take_about_as_long(
-    nvcc_compiler: NvccCompiler, tmp_path: Path
+    nvcc_compiler: NvccCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A profile fitted to some runs predicts the others."""
     folder = tmp_path / "few"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(FEW_KERNELS))
-    models = {"few": load_model(str(folder / "config.json"))}
+    monkeypatch.setitem(PRESETS, "few", load_model(str(folder / "config.json")))
     none, parallel, full, planned = measure(
         folder, STAGES, ["none", "pp-parallel", "full", "planned"]
     )
     (locked,) = measure(folder, SHARDS, ["full"])
 
     for timeline in (none, parallel, full, planned):
-        scenario = read_metadata(timeline, models).scenario
+        scenario = read_metadata(timeline).scenario
         # Every node is one rank.
         said = stalls_of(record_parts(scenario), table_of(scenario), scenario.parallel.node_of)
         assert timeline.meta["stalls"] == [[s.forward, s.name, s.node, s.kernel] for s in said]
         assert bool(said) == (timeline is not planned)
     assert locked.kernels_compiled > locked.duplicates == 0
 
-    made = fit_profile([none, planned], load_profile("h200"), "here", models)
-    for item in validate([none, planned, parallel, full, locked], made.profile, models):
+    made = fit_profile([none, planned], load_profile("h200"), "here")
+    for item in validate([none, planned, parallel, full, locked], made.profile):
         print(f"{item.name}: {item.measured.wall:.1f} s, off by {item.error:+.0%}")
         assert item.counts_agree, item.name
         if item.measured not in (none, planned):

@@ -19,37 +19,22 @@ from runner.errors import UserError
 from runner.scenario import Scenario
 from runner.schedule import Compute, Mark
 from runner.timeline import Span
-from runner.watch.shim import CompileRecord
-
-FORWARDS = [
-    (10.0, "warm-up", "DECODE 1"),
-    (20.0, "first request", "EXTEND 1"),
-    (30.0, "requests", "EXTEND 8"),
-    (40.0, "requests", "DECODE 8"),
-]
 
 
-def stalls(*starts: float) -> list[list[Any]]:
-    records = [CompileRecord(start, start + 1, 0, 1, 0, "") for start in starts]
-    return find_stalls(records, FORWARDS, [f"kernel {start:g}" for start in starts], 3)
-
-
-def test_compiles_before_the_second_request_are_no_stalls() -> None:
-    assert stalls(5, 11, 25, 29.9) == []
-
-
-def test_a_stall_belongs_to_the_forward_that_it_delays() -> None:
-    assert stalls(15, 30, 39.5, 40, 99) == [
+def test_a_stall_is_a_compile_after_the_first_request_of_the_forward_that_it_delays() -> None:
+    served = [(30.0, "EXTEND 8"), (40.0, "DECODE 8")]
+    spans = [
+        Span(3, start, start + 1, "compile", "gemm", f"kernel {start:g}")
+        for start in (5, 29.9, 30, 39.5, 40, 99)
+    ]
+    spans.append(Span(3, 50, 51, "load", "gemm", ""))
+    assert find_stalls(spans, served) == [
         [0, "EXTEND 8", 3, "kernel 30"],
         [0, "EXTEND 8", 3, "kernel 39.5"],
         [1, "DECODE 8", 3, "kernel 40"],
         [1, "DECODE 8", 3, "kernel 99"],
     ]
-
-
-def test_without_a_second_request_there_are_no_stalls() -> None:
-    record = CompileRecord(50, 51, 0, 1, 0, "")
-    assert find_stalls([record], FORWARDS[:2], ["kernel"], 0) == []
+    assert find_stalls(spans, []) == []
 
 
 SCENARIO = Scenario(

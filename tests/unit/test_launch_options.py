@@ -94,47 +94,16 @@ def test_defaults() -> None:
     )
 
 
-EVERYTHING = [
-    "--model",
-    "dsv4-tiny",
-    "--layers",
-    "4",
-    "--pp",
-    "2",
-    "--tp",
-    "2",
-    "--ep",
-    "--attn-cp",
-    "2",
-    "--stage-layers",
-    "1,3",
-    "--batch-sizes",
-    "2,4",
-    "--prompt-len",
-    "3",
-    "--max-tokens",
-    "64",
-    "--speculative",
-    "--disaggregation-mode",
-    "decode",
-    "--stream",
-    "5,6",
-    "--cuda-graphs",
-    "8",
-    "--walk-max-m",
-    "32",
-    "--walk-memory",
-    "1.5",
-    "--compile-lock",
-    "--virtual-nodes",
-    "4",
-    "--num-sms",
-    "78",
-]
+EVERYTHING = (
+    "--model dsv4-tiny --layers 4 --pp 2 --tp 2 --ep --attn-cp 2 --stage-layers 1,3 "
+    "--batch-sizes 2,4 --prompt-len 3 --max-tokens 64 --speculative --disaggregation-mode "
+    "decode --stream 5,6 --cuda-graphs 8 --walk-max-m 32 --walk-memory 1.5 --compile-lock "
+    "--virtual-nodes 4 --num-sms 78"
+)
 
 
 def test_everything() -> None:
-    assert scenario(*EVERYTHING) == Scenario(
+    assert scenario(*EVERYTHING.split()) == Scenario(
         model=with_layers(DSV4_TINY, 4),
         parallel=ParallelConfig(pp=2, tp=2, ep=True, attn_cp=2, nodes=4, stage_layers=(1, 3)),
         policy=WarmupPolicy.FAST,
@@ -154,36 +123,12 @@ def test_everything() -> None:
 
 
 def test_ranks_get_the_same_options() -> None:
-    rest = [
-        "--warmup",
-        "fast",
-        "--warmup",
-        "planned",
-        "--library",
-        "vllm",
-        "--gpu",
-        "h20",
-        "--compute",
-        "skip",
-        "--no-jit",
-        "--device",
-        "cpu",
-        "--backend",
-        "gloo",
-        "--cache-dir",
-        "/a/b",
-        "--seed",
-        "7",
-        "--timeout",
-        "60",
-        "--nccl-timeout",
-        "5.5",
-        "--logits",
-        "x.pt",
-        "--schedule",
-        "y.json",
-    ]
-    options = parsed(*EVERYTHING, *rest)
+    rest = (
+        "--warmup fast --warmup planned --library vllm --gpu h20 --compute skip --no-jit "
+        "--device cpu --backend gloo --cache-dir /a/b --seed 7 --timeout 60 --nccl-timeout "
+        "5.5 --logits x.pt --schedule y.json"
+    )
+    options = parsed(*EVERYTHING.split(), *rest.split())
     assert parsed(*options.to_argv()) == options
     # The files of Timelines are the parent's to write.
     assert parsed(*parsed("--timeline", "t.json").to_argv()).files == ReportOptions()

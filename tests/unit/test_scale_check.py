@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,7 +254,10 @@ def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
     environ = Environ.read({"SGLANG_DEEPGEMM_SANITY_CHECK": str(asked)})
     options = parsed("--model", "dsv4-tiny", "--no-jit", "--batch-sizes", "1")
     scenario = options.scenario(environ, policy=WarmupPolicy.NONE)
-    made = set_up_jit(options, environ, scenario, 0, tmp_path, library=False)
+    rank: Any = SimpleNamespace(
+        options=options, environ=environ, scenario=scenario, on_gpu=False, place=None
+    )
+    made = set_up_jit(rank, tmp_path)
     arguments = CALLS["gemm_nt_f8f8bf16"](6)
     arguments[0][1].fill_(float("nan"))
     if asked:

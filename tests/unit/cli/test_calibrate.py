@@ -129,16 +129,3 @@ def test_bad_input(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> Non
         assert captured.err.startswith("error: ") and words in captured.err, captured.err
         assert captured.err.count("\n") == 1 and captured.out == ""
     assert not Path(output).exists()
-
-
-def test_runs_of_an_older_version_are_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
-    folder = Path(__file__).parents[3] / "docs" / "measurements"
-    for name in ("h200_dsv4_pp4tp2_none.json", "h200_dsv4_pp4tp2_planned.json"):
-        for command in (
-            ["calibrate", "-o", str(tmp_path / "x.json")],
-            ["compare", "--hardware", "h200"],
-        ):
-            assert run_guarded(cli, [*command, str(folder / name)], program="runner") == 2
-            captured = capsys.readouterr()
-            assert "an older version wrote it, measure the run again" in captured.err
-            assert captured.err.count("\n") == 1 and captured.out == ""

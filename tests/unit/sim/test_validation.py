@@ -80,11 +80,8 @@ def test_a_scenario_comes_back_from_its_timeline(policy: WarmupPolicy) -> None:
     assert read_metadata(run_of(one)).scenario == one
     plain = scenario(policy, pp=2, tp=2, walk_max_m=None)
     assert read_metadata(run_of(plain)).scenario == plain
-
-
-def test_a_layout_with_context_parallelism_and_replicas_comes_back() -> None:
-    one = scenario(pp=1, tp=2, attn_cp=2, replicas=3, nodes=3, batch_sizes=(2, 64))
-    assert read_metadata(run_of(one)).scenario == one
+    wide = scenario(policy, pp=1, tp=2, attn_cp=2, replicas=3, nodes=3, batch_sizes=(2, 64))
+    assert read_metadata(run_of(wide)).scenario == wide
 
 
 def test_default_batch_sizes_come_back_as_their_values() -> None:
