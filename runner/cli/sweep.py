@@ -23,7 +23,7 @@ from runner.report.sweep_table import print_sweep, sweep_json
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
 from sim.sweep.points import AXES, Axes, Result, Skipped, Sweep, by_start_up, count_reasons
-from sim.sweep.run import Case, Ended, WorkerLostError, run_cases
+from sim.sweep.run import Case, Ended, run_cases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +118,8 @@ def sweep(
     try:
         if cases:
             _run(cases, options.jobs or available_cores(), ended)
-    except KeyboardInterrupt as interrupt:
-        stopped = interrupt
-    except WorkerLostError as error:
-        stopped = WorkFailedError(f"{error}: try fewer --jobs")
+    except (KeyboardInterrupt, WorkFailedError) as error:
+        stopped = error
     found = _in_order(cases, ended)
     skipped += [item for item in found if isinstance(item, Skipped)]
     results = [item for item in found if isinstance(item, Result)]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.errors import UserError
-from runner.report.picture import INK, add_legend, check_plot, draw_panels, save_picture
+from runner.report.picture import INK, add_legend, draw_panels, save_picture
 from runner.report.timelines import BUSY_KINDS, busy_segments
 from runner.timeline import Timeline
 
@@ -30,16 +29,9 @@ _COLORS = {
 def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
     """Draw a panel per Timeline, all on one time axis in seconds, a row per rank.
 
-    Args:
-        path: the file to write; its suffix, one of ``picture.SUFFIXES``, says the format.
-        timelines: what to draw, from top to bottom.
-
     Raises:
-        UserError: unknown suffix, no Timelines, no matplotlib, or the file cannot be written.
+        UserError: unknown suffix, no matplotlib, or the file cannot be written.
     """
-    check_plot(path)
-    if not timelines:
-        raise UserError(f"cannot plot to {path}: no timelines")
     save_picture(path, lambda: _figure(timelines))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Of Okabe and Ito's palette: the halves differ in lightness too.
 _COLORS = {0: "#0072B2", 1: "#E69F00"}
 _WAIT = "#D4D4D4"
-_LETTERS = 220.0
+_LETTERS = 185.0
 """Letters that fit on the width of the picture; names are cut to what fits on their bar."""
 
 

@@ -64,11 +64,7 @@ def add_legend(figure: Figure, colors: Mapping[str, str], *others: Artist) -> No
 
 
 def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a figure and write it; the same figure makes the same SVG file, byte for byte.
-
-    Args:
-        path: the file to write; its suffix says the format.
-        draw: makes the figure, under the settings of all our pictures.
+    """Draw a figure under our settings and write it; the same one is the same SVG, byte for byte.
 
     Raises:
         UserError: unknown suffix, no matplotlib, or the file cannot be written.

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
-from runner.report.picture import INK, check_plot, new_figure, save_picture
+from runner.report.picture import INK, new_figure, save_picture
 from sim.sweep.points import AXES, Point, Result, Sweep
 
 if TYPE_CHECKING:
@@ -33,17 +32,15 @@ _SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}
 
 
 def plot_sweep(path: Path, sweep: Sweep) -> None:
-    """Draw every point, start-up seconds (log) against coverage, a marker a policy.
+    """Draw the points (one at least): start-up seconds (log) against coverage.
 
     The frontier is a step line: the best coverage that a start-up of so many seconds can have.
-    Its points are labelled by what varies. Hollow markers are runs that the watchdog ends.
+    Its points are labelled by what varies. A marker's look is its policy; hollow ones are runs
+    that the watchdog ends.
 
     Raises:
-        UserError: unknown suffix, no points, no matplotlib, or the file cannot be written.
+        UserError: unknown suffix, no matplotlib, or the file cannot be written.
     """
-    check_plot(path)
-    if not sweep.results:
-        raise UserError(f"cannot plot to {path}: no points")
     save_picture(path, lambda: _figure(sweep))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -124,8 +124,12 @@ def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
     Raises:
         UserError: the forward has other operations than were measured.
     """
+    halves = forward.in_halves(0 if step.strategy is None else step.strategy.comm_sms)
+    parts: Iterable[Part[Ops]] = (
+        forward.whole(halves.layers) if step.strategy is None else halves.in_turns(step.strategy)
+    )
     turns = Turns(seconds=step.ends[-1])
-    for part, op, ran, on_link in _timed(_parts(forward, step), step):
+    for part, op, ran, on_link in _timed(parts, step):
         waits = isinstance(op, Collective | Await)
         name = without_half(op.name) if isinstance(op, Begin | Collective | Await) else part.name
         lane, of = ("wait", name) if waits else ("compute", part.name)
@@ -162,15 +166,8 @@ def measured_work(forward: Forward, step: MeasuredStep) -> Work:
     return Halves(before, (first, second), after, halves.layers)
 
 
-def _parts(forward: Forward, step: MeasuredStep) -> Iterator[Part[Ops]]:
-    """The forward in the order in which it ran."""
-    if step.strategy is not None:
-        return forward.in_halves(step.strategy.comm_sms).in_turns(step.strategy)
-    return iter(forward.whole(forward.in_halves(0).layers))
-
-
 def _timed(
-    parts: Iterator[Part[Ops]], step: MeasuredStep
+    parts: Iterable[Part[Ops]], step: MeasuredStep
 ) -> Iterator[tuple[Part[Ops], Op, Span, Span]]:
     """Every operation and the part it belongs to, when it ran, and when its collective did.
 
@@ -222,15 +219,14 @@ def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) 
             raise UserError("a measured strategy is not among those compared")
         by_parts = None
         if step.strategy is not None:
-            source = _another(step, step.strategy.comm_sms, measured.steps)
+            source = _another(step.strategy, measured.steps)
             by_parts = run_in_turns(measured_work(forward, source), step.strategy)
         rows.append(Validation(run.name, step.step_seconds, turns, by_parts, run.turns))
     return rows
 
 
-def _another(step: MeasuredStep, sms: int, steps: Sequence[MeasuredStep]) -> MeasuredStep:
-    """Another step in halves with as many SMs; the step itself if there is none."""
-    for other in steps:
-        if other is not step and other.strategy is not None and other.strategy.comm_sms == sms:
-            return other
-    return step
+def _another(strategy: OverlapStrategy, steps: Sequence[MeasuredStep]) -> MeasuredStep:
+    """Another strategy's step with as many SMs; the strategy's own if there is none."""
+    sms = strategy.comm_sms
+    alike = [s for s in steps if s.strategy is not None and s.strategy.comm_sms == sms]
+    return next((step for step in alike if step.strategy != strategy), alike[0])

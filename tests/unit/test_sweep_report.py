@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
 from runner.report.sweep_plot import plot_sweep
 from runner.report.sweep_table import print_sweep, shown_results, skipped_lines, sweep_json
 from sim.sweep.points import Skipped, Sweep
@@ -173,14 +172,6 @@ def svg_of(sweep: Sweep, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return path.read_text()
 
 
-def test_the_same_sweep_is_the_same_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name in ("1.svg", "2.svg", "3.PNG"):
-        plot_sweep(tmp_path / name, SMALL)
-    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
-    assert (tmp_path / "3.PNG").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_frontier_is_labelled_by_what_varies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,9 +190,3 @@ def test_odd_sweeps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ">frontier<" in svg_of(alone, tmp_path / "1.svg", monkeypatch)
     lost = replace(alone, results=(result(900.0, 1, timeout_seconds=600.0),))
     assert ">frontier<" not in svg_of(lost, tmp_path / "2.svg", monkeypatch)
-
-
-def test_a_sweep_without_points_cannot_be_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=r"cannot plot to .*chart\.png: no points"):
-        plot_sweep(tmp_path / "chart.png", replace(SMALL, results=()))

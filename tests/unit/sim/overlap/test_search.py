@@ -199,7 +199,6 @@ def test_the_best_is_the_least_of_all_with_fewest_marks_and_least_lead(
     size, lead, *order, _ = min(key for key, its in waits.items() if its <= least + ROUNDING)
     best = found.best
     assert found.placements == len(waits)
-    assert found.waits == pytest.approx(least, abs=ROUNDING)
     assert waits_of(work, best) == pytest.approx(least, abs=ROUNDING)
     assert (best.steps.count("|"), best.delta_stages) == (size, lead)
     assert [best.operations != own, orders.index(best.operations)] == order
@@ -314,8 +313,6 @@ def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
     assert its.strategy is not None and best.strategy is not None
     assert best.strategy.comm_sms == its.strategy.comm_sms
     assert best.turns.compute == pytest.approx(its.turns.compute, rel=1e-9)
-    inside = sum(layer.exposed for layer in best.turns.by_layer())
-    assert comparison.found.waits == pytest.approx(inside, rel=1e-9)
     reasons = explain_waits(its.turns, best.turns)
     for at, turns in enumerate((its.turns, best.turns)):
         waited = sum(waits.waited[at] for waits in reasons)
@@ -356,7 +353,7 @@ def test_where_nothing_waits_none_is_better(mode: ForwardMode) -> None:
         comparison = of_all(mode, scenario, free)
     finally:
         patch.undo()
-    assert comparison.found is not None and comparison.found.waits == 0
+    assert comparison.found is not None
     assert comparison.best.turns.seconds == pytest.approx(comparison.reference.turns.seconds)
     count, name = f"{comparison.found.placements:,}", comparison.reference.name
     text = text_of(comparison)
