@@ -23,12 +23,7 @@ from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.overlap_plot import plot_turns
-from runner.report.overlap_table import (
-    comparison_json,
-    print_comparison,
-    validation_json,
-    validation_table,
-)
+from runner.report.overlap_table import comparison_json, print_comparison, validation_table
 from runner.report.progress import counting, progress
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
@@ -149,7 +144,7 @@ def overlap(given: ScenarioOptions, options: OverlapOptions) -> None:
     rows = [] if measured is None else validate(forward, measured, comparison)
     if options.json is not None:
         data = {"version": 1, **options.to_json(given), **comparison_json(comparison)}
-        data |= {"measured": [validation_json(row) for row in rows]} if rows else {}
+        data |= {"measured": rows} if rows else {}
         write_json(options.json, data, indent=1)
     quiet = str(options.json) == "-"
     if not quiet:

@@ -35,6 +35,9 @@ from sim.overlap.turns import Piece, Turns, run_in_turns, without_half
 Span = tuple[float, float]
 """Start and end in seconds."""
 
+Row = dict[str, str | float | None]
+"""A line of a table as plain data."""
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -185,33 +188,19 @@ def _timed(
         yield part, op, ran, next(link) if isinstance(op, Begin | Collective) else (0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """A measured forward and its predictions.
-
-    Attributes:
-        name: the strategy, or one batch.
-        step_seconds: of a step in which nothing was timed in between.
-        measured: the same step with every operation timed.
-        by_parts: what the rules make of the parts that another strategy's run measured; None for
-            one batch, which has other parts.
-        predicted: by the profile.
-    """
-
-    name: str
-    step_seconds: float
-    measured: Turns
-    by_parts: Turns | None
-    predicted: Turns
-
-
-def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) -> list[Validation]:
+def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) -> list[Row]:
     """Compare each measured step with its prediction.
+
+    Returns:
+        A row a step: its strategy's name; seconds of a step in which nothing was timed in between;
+        then seconds, and those that the GPU only waited, of the same step with every operation
+        timed, of what the rules make of the parts that another strategy's run measured (None for
+        one batch, which has other parts), and of the profile's prediction.
 
     Raises:
         UserError: the forward has other operations than were measured.
     """
-    rows = []
+    rows: list[Row] = []
     for step in measured.steps:
         turns = measured_turns(forward, step)
         run = next((run for run in comparison.runs if run.strategy == step.strategy), None)
@@ -221,7 +210,13 @@ def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) 
         if step.strategy is not None:
             source = _another(step.strategy, measured.steps)
             by_parts = run_in_turns(measured_work(forward, source), step.strategy)
-        rows.append(Validation(run.name, step.step_seconds, turns, by_parts, run.turns))
+        row: Row = {"name": run.name, "step_seconds": step.step_seconds}
+        kinds = {"noted": turns, "by_parts": by_parts, "predicted": run.turns}
+        for kind, its in kinds.items():
+            prefix = "" if kind == "noted" else f"{kind}_"
+            row[f"{kind}_seconds"] = None if its is None else its.seconds
+            row[f"{prefix}exposed_seconds"] = None if its is None else its.exposed
+        rows.append(row)
     return rows
 
 

@@ -205,23 +205,6 @@ def test_the_best_is_the_least_of_all_with_fewest_marks_and_least_lead(
     assert (best.name, best.mode, best.comm_sms) == ("best of all", ForwardMode.DECODE, 7)
 
 
-@settings(deadline=None, max_examples=5)
-@given(TRAFFIC, st.sampled_from(ORDERS))
-def test_of_placements_that_do_not_differ_the_first_stays(
-    traffic: Traffic, order: tuple[str, ...]
-) -> None:
-    """They do not differ where each half is equally far at every event of the other."""
-    halves = [(layer(half, traffic, [1] * 28, [1] * 7, 1.0),) for half in (0, 1)]
-    work = Work((), (halves[0], halves[1]), (), range(1))
-    choices = some(list(range(0, len(every().sizes), 11)))
-    first, second = (line_up(half, order) for half in work.halves)
-    where = [*map(choices.ahead, first.ops), *map(choices.behind, second.ops)]
-    _, expected = np.unique(np.stack(where), axis=1, return_index=True)
-    found = Placements.of(work, order, choices).which
-    assert found.tolist() == sorted(expected.tolist())
-    assert len(found) < len(choices.sizes)
-
-
 # -- bounds ---------------------------------------------------------------------------------------
 
 
