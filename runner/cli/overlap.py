@@ -207,7 +207,7 @@ def _with_settings(
     given: ScenarioOptions, options: OverlapOptions, settings: StepSettings
 ) -> tuple[ScenarioOptions, OverlapOptions]:
     """The options with what a measurement was of in place of theirs."""
-    values = {**vars(settings), "mode": ForwardMode(settings.mode)}
+    values = dict(vars(settings))
     of_scenario = {name: values.pop(name) for name in given.given if name in values}
     change: Callable[..., OverlapOptions] = partial(replace, options)
     return replace(given, given={**given.given, **of_scenario}), change(**values)

@@ -28,7 +28,6 @@ _LOOKS = (
     (">", "#7F7F7F"),
     ("p", "#4B0092"),
 )
-_SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}
 
 
 def plot_sweep(path: Path, sweep: Sweep) -> None:
@@ -50,7 +49,11 @@ def _figure(sweep: Sweep) -> Figure:
     figure = new_figure(5.6)
     axes = figure.subplots()
     _draw_axes(axes, sweep)
-    _draw_titles(axes, sweep, varied)
+    settings, fixed = sweep.settings, [name for name in AXES if name not in ("policy", *varied)]
+    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
+    title += f"; {_label(sweep.results[0].point, fixed)}"
+    # A dollar sign in a model's name would start a formula.
+    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10)
     # Slowest first, so that the frontier's markers lie on top.
     for result in reversed(sweep.results):
         marker = _marker(result.point.policy, hollow=result.timeout_seconds is not None)
@@ -82,19 +85,6 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_titles(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
-    """On the left what all points share, on the right what labels mean."""
-    settings, point = sweep.settings, sweep.results[0].point
-    # A dollar sign in a model's name would start a formula.
-    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
-    fixed = [f"{name} {getattr(point, name)}" for name in _SHORT if name not in varied]
-    fixed += ["ep"] * (point.ep and "ep" not in varied)
-    shared = title.replace("$", r"\$") + (f"; {', '.join(fixed)}" if fixed else "")
-    axes.set_title(shared, loc="left", fontsize=10)
-    key = [f"{s} {name}" for name, s in _SHORT.items() if name in varied and name[0] == s]
-    axes.set_title(", ".join(key), loc="right", fontsize=7)
-
-
 def _draw_frontier(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
     """The step line to the right edge, and a label a corner; equal points share the first's."""
     corners = {
@@ -112,18 +102,18 @@ def _draw_frontier(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
         axes.annotate(label, corner, (4, 5), textcoords="offset points", fontsize=7.5, color=INK)
 
 
-def _marker(policy: WarmupPolicy, *, hollow: bool = False, color: str = "") -> Line2D:
+def _marker(policy: WarmupPolicy, *, hollow: bool = False) -> Line2D:
     from matplotlib.lines import Line2D
 
-    marker, its_color = _LOOKS[list(WarmupPolicy).index(policy) % len(_LOOKS)]
+    marker, color = _LOOKS[list(WarmupPolicy).index(policy) % len(_LOOKS)]
     return Line2D(
         [],
         [],
         marker=marker,
         linestyle="",
         markersize=7.0,
-        markerfacecolor="none" if hollow else its_color,
-        markeredgecolor=color or its_color if hollow else "white",
+        markerfacecolor="none" if hollow else color,
+        markeredgecolor=color if hollow else "white",
         markeredgewidth=1.0 if hollow else 0.3,
         zorder=2,
     )
@@ -138,9 +128,7 @@ def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
     if not all(lost):
         entries["frontier"] = Line2D([], [], color=INK, linewidth=1.2)
     if any(lost):
-        entries["hollow: ended by the watchdog"] = _marker(
-            WarmupPolicy.NONE, hollow=True, color=INK
-        )
+        entries["hollow: ended by the watchdog"] = _marker(WarmupPolicy.NONE, hollow=True)
     figure.legend(
         entries.values(),
         entries.keys(),
@@ -154,6 +142,7 @@ def _percent(result: Result) -> float:
     return 100 * float(result.coverage)
 
 
-def _label(point: Point, varied: Sequence[str]) -> str:
-    words = [f"{short}{getattr(point, name)}" for name, short in _SHORT.items() if name in varied]
-    return " ".join([*words, *["ep"] * (point.ep and "ep" in varied)])
+def _label(point: Point, names: Sequence[str]) -> str:
+    """The values of some axes."""
+    words = [f"{name} {getattr(point, name)}" for name in names if name not in ("policy", "ep")]
+    return ", ".join([*words, *["ep"] * (point.ep and "ep" in names)])

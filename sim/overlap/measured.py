@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import get_type_hints
 
 from runner.backend.forward_batch import ForwardMode
+from runner.config.fields import field_types, read_plain
 from runner.errors import UserError
 from runner.model.strategy import OverlapStrategy
 from runner.schedule import Await, Begin, Collective, Op
@@ -48,22 +48,17 @@ class StepSettings:
     pp: int
     tp: int
     ep: bool
-    mode: str
+    mode: ForwardMode
     batch: int
     prompt_len: int
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> StepSettings:
-        """Take the settings out of a file's.
-
-        Raises:
-            KeyError, TypeError, ValueError: one is missing or has a wrong type or value.
-        """
-        for name, kind in get_type_hints(cls).items():
-            if not isinstance(data[name], kind):
-                raise TypeError(f"{name} is {data[name]!r}")
-        ForwardMode(data["mode"])
-        return cls(**{name: data[name] for name in get_type_hints(cls)})  # type: ignore[arg-type]
+        """Take the settings out of a file's; KeyError or ValueError where one is not there."""
+        make: Callable[..., StepSettings] = cls
+        return make(
+            **{name: read_plain(kind, name, data) for name, kind in field_types(cls).items()}
+        )
 
 
 @dataclass(frozen=True)

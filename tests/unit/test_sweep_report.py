@@ -176,8 +176,8 @@ def test_the_frontier_is_labelled_by_what_varies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = svg_of(SMALL, tmp_path / "x.svg", monkeypatch)
-    labels = re.findall(r">(pp\d[^<]*)<", text)
-    assert sorted(labels) == ["pp4 n4 c128", "pp4 n4 c16 ep"]
+    labels = re.findall(r">(pp \d[^<]*)<", text)
+    assert sorted(labels) == ["pp 4, nodes 4, cores 128", "pp 4, nodes 4, cores 16, ep"]
     assert ">a model, 3 layers, a machine; tp 2<" in text
     assert ">hollow: ended by the watchdog<" in text
     for policy in WarmupPolicy:
