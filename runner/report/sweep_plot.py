@@ -51,7 +51,7 @@ def _figure(sweep: Sweep) -> Figure:
     _draw_axes(axes, sweep)
     settings, fixed = sweep.settings, [name for name in AXES if name not in ("policy", *varied)]
     title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
-    title += f"; {_label(sweep.results[0].point, fixed)}"
+    title = f"{title}; {_label(sweep.results[0].point, fixed)}".removesuffix("; ")
     # A dollar sign in a model's name would start a formula.
     axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10)
     # Slowest first, so that the frontier's markers lie on top.
