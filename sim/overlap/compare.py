@@ -69,7 +69,7 @@ def compare(
         UserError: there is nothing to overlap.
     """
     work = {
-        sms: forward.in_halves(sms).map(lambda ops: to_steps(ops, costs))
+        sms: forward.in_halves(sms).map(lambda part: to_steps(part.content, costs))
         for sms in {strategy.comm_sms for strategy in strategies}
     }
     runs = [Run(its, run_in_turns(work[its.comm_sms], its)) for its in strategies]

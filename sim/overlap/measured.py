@@ -21,7 +21,6 @@ from runner.schedule import Await, Begin, Collective, Op
 from sim.overlap.compare import Comparison
 from sim.overlap.forward import (
     Forward,
-    Halves,
     Ops,
     Part,
     Step,
@@ -153,15 +152,7 @@ def measured_work(forward: Forward, step: MeasuredStep) -> Work:
         else:
             made = Step(StepKind.COMPUTE, "", end - start)
         steps[part.half, part.layer, part.name] += (made,)
-    first, second = (
-        tuple(
-            {name: steps[half, layer, name] for name in its}
-            for layer, its in enumerate(halves.halves[half])
-        )
-        for half in (0, 1)
-    )
-    before, after = steps[-1, -1, "before"], steps[-1, -1, "after"]
-    return Halves(before, (first, second), after, halves.layers)
+    return halves.map(lambda part: steps[part.half, part.layer, part.name])
 
 
 def _timed(

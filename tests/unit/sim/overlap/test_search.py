@@ -307,7 +307,7 @@ def test_bounds_of_a_recorded_forward_are_of_use(mode: ForwardMode) -> None:
     """Twenty layers: most of what the placements wait is in the window."""
     scenario, costs = forward("dsv4", 20, "h200")
     halves = Forward(scenario, 0, BATCHES[mode]).in_halves(0)
-    work = halves.map(lambda ops: to_steps(ops, costs))
+    work = halves.map(lambda part: to_steps(part.content, costs))
     assert find_window(work) == (range(2, 6), 3)
     pairs = check_waits(work, some(list(range(0, len(every().sizes), 1801))), ORDERS[0])
     bounds, waits = np.array(pairs).T

@@ -240,7 +240,7 @@ def scenario(model: ModelConfig, *, ep: bool) -> Scenario:
 
 
 def record_work(its: Scenario, batch: ForwardBatch, sms: int = 0) -> Work:
-    return Forward(its, 0, batch).in_halves(sms).map(lambda ops: to_steps(ops, COSTS))
+    return Forward(its, 0, batch).in_halves(sms).map(lambda part: to_steps(part.content, COSTS))
 
 
 @dataclass(frozen=True)
