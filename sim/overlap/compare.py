@@ -55,15 +55,9 @@ def compare(
     strategies: Sequence[OverlapStrategy],
     progress: Progress | None,
 ) -> Comparison:
-    """Run a forward by each strategy, and search for the best placement.
+    """Run a forward by each strategy (one at least), and search for the best placement.
 
-    The search keeps the SMs of the fastest strategy.
-
-    Args:
-        forward: what runs.
-        costs: how long it takes.
-        strategies: at least one, all for the batch's mode.
-        progress: see :func:`sim.overlap.search.search`; None means no search.
+    The search keeps the SMs of the fastest strategy; without ``progress`` there is none.
 
     Raises:
         UserError: there is nothing to overlap.

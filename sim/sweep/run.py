@@ -77,12 +77,7 @@ def cpu_seconds(timeline: Timeline, cores: int) -> float:
 
 
 def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], None]) -> None:
-    """Simulate all cases on ``jobs`` processes.
-
-    Args:
-        cases: what to simulate.
-        jobs: the number of processes.
-        on_end: called with each result as it comes, in any order.
+    """Simulate all cases on ``jobs`` processes; ``on_end`` gets each result as it comes.
 
     Raises:
         WorkFailedError: a process died.
