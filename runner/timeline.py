@@ -144,7 +144,7 @@ class Timeline:
 
     def of_rank(self, rank: int) -> list[Span]:
         """Spans of one rank in order of start."""
-        return [span for span in self.spans if span.rank == rank]
+        return self.by_rank()[rank]
 
     def phases(self) -> dict[str, float]:
         """Longest duration over the ranks of each phase, in order of first appearance."""
@@ -199,12 +199,11 @@ class Timeline:
             meta=dict(data["meta"]),
         )
         for span in timeline.spans:
-            if not 0 <= span.rank < timeline.world_size or span.kind not in KINDS:
+            exists = 0 <= span.rank < timeline.world_size and span.kind in KINDS
+            in_order = isfinite(span.start) and isfinite(span.end) and span.start <= span.end
+            named = isinstance(span.name, str) and isinstance(span.key, str)
+            if not (exists and in_order and named):
                 raise ValueError(f"no such span in {timeline.world_size} ranks: {span}")
-            if not (isfinite(span.start) and isfinite(span.end) and span.start <= span.end):
-                raise ValueError(f"the times of a span must be finite and in order: {span}")
-            if not (isinstance(span.name, str) and isinstance(span.key, str)):
-                raise ValueError(f"the name and key of a span must be texts: {span}")
         return timeline
 
 

@@ -20,11 +20,12 @@ from textwrap import wrap
 from typing import Any
 from unittest import mock
 
+from rich.table import Table
 from rich.text import Text
 
 from runner.backend.gemm_walks import relax_m_list
 from runner.cli import cli
-from runner.report.console import PIPED_WIDTH, ReportTable, make_console, make_table
+from runner.report.console import PIPED_WIDTH, make_console, make_table
 from runner.timeline import Timeline, read_timelines
 from sim.costs.profile import load_profile
 
@@ -119,7 +120,7 @@ def shown(row: Row, predicted: float) -> str:
     return f"{predicted / 60:.1f} min" if minutes else f"{predicted:.1f} s"
 
 
-def comparison_table(rows: list[Row], predicted: list[float]) -> ReportTable:
+def comparison_table(rows: list[Row], predicted: list[float]) -> Table:
     """One row each; deviations are from the nearer end of what was reported."""
     title, headers = "Published figures and predictions", ["reported", "predicted", "deviation"]
     table = make_table(title, ["row", "source", "figure"], headers)

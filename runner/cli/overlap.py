@@ -23,12 +23,7 @@ from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.console import make_console
 from runner.report.outputs import check_outputs
 from runner.report.overlap_plot import plot_turns
-from runner.report.overlap_table import (
-    comparison_json,
-    print_comparison,
-    validation_json,
-    validation_table,
-)
+from runner.report.overlap_table import comparison_json, print_comparison, validation_table
 from runner.report.progress import counting, progress
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
@@ -149,7 +144,7 @@ def overlap(given: ScenarioOptions, options: OverlapOptions) -> None:
     rows = [] if measured is None else validate(forward, measured, comparison)
     if options.json is not None:
         data = {"version": 1, **options.to_json(given), **comparison_json(comparison)}
-        data |= {"measured": [validation_json(row) for row in rows]} if rows else {}
+        data |= {"measured": rows} if rows else {}
         write_json(options.json, data, indent=1)
     quiet = str(options.json) == "-"
     if not quiet:
@@ -212,7 +207,7 @@ def _with_settings(
     given: ScenarioOptions, options: OverlapOptions, settings: StepSettings
 ) -> tuple[ScenarioOptions, OverlapOptions]:
     """The options with what a measurement was of in place of theirs."""
-    values = {**vars(settings), "mode": ForwardMode(settings.mode)}
+    values = dict(vars(settings))
     of_scenario = {name: values.pop(name) for name in given.given if name in values}
     change: Callable[..., OverlapOptions] = partial(replace, options)
     return replace(given, given={**given.given, **of_scenario}), change(**values)

@@ -22,8 +22,17 @@ from runner.report.progress import counting, progress
 from runner.report.sweep_table import print_sweep, sweep_json
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
-from sim.sweep.points import AXES, Axes, Result, Skipped, Sweep, by_start_up, count_reasons
-from sim.sweep.run import Case, Ended, WorkerLostError, run_cases
+from sim.sweep.points import (
+    AXES,
+    Point,
+    Result,
+    Skipped,
+    Sweep,
+    by_start_up,
+    combine,
+    count_reasons,
+)
+from sim.sweep.run import Case, Ended, run_cases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +71,14 @@ class AxisOptions:
         ),
     )
 
-    def axes(self, profile: Profile) -> Axes:
-        """The axes, with the profile's cores unless others are given."""
-        return Axes(
+    def points(self, profile: Profile) -> list[Point]:
+        """The combinations, with the profile's cores unless others are given."""
+        return combine(
             policies=self.warmup,
             pp=self.pp,
             tp=self.tp,
             ep=[word == "on" for word in self.ep],
-            nodes=self.nodes or None,
+            nodes=self.nodes,
             cores=self.cores or [profile.cores_per_node],
         )
 
@@ -118,10 +127,8 @@ def sweep(
     try:
         if cases:
             _run(cases, options.jobs or available_cores(), ended)
-    except KeyboardInterrupt as interrupt:
-        stopped = interrupt
-    except WorkerLostError as error:
-        stopped = WorkFailedError(f"{error}: try fewer --jobs")
+    except (KeyboardInterrupt, WorkFailedError) as error:
+        stopped = error
     found = _in_order(cases, ended)
     skipped += [item for item in found if isinstance(item, Skipped)]
     results = [item for item in found if isinstance(item, Result)]
@@ -155,7 +162,7 @@ def _cases(
         gpu = library.chosen_gpu(machine.hardware)
         target = target_of(library, gpu, environ, progress=counting(shown))
         fixed = {"num_sms": target.gpu.num_sms, "source": target.source}
-        for point in axes.axes(profile).points():
+        for point in axes.points(profile):
             there = replace(machine, cores=point.cores).machine(profile)
             try:
                 scenario = given.scenario(environ, **fixed, **vars(point))

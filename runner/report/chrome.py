@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from runner.files import write_json
 from runner.timeline import Span, Timeline
 
 _THREADS_PER_PROCESS = 1_000_000
@@ -24,15 +22,6 @@ def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, object]:
     for index, timeline in enumerate(timelines):
         events += _process_events(index + 1, timeline)
     return {"displayTimeUnit": "ms", "traceEvents": events}
-
-
-def write_chrome_trace(path: Path, timelines: Sequence[Timeline]) -> None:
-    """Write :func:`chrome_trace`'s JSON to a file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_json(path, chrome_trace(timelines))
 
 
 def _process_events(pid: int, timeline: Timeline) -> Iterator[Event]:

@@ -17,12 +17,15 @@ _SHOWN_AS_ZERO = 0.005
 """Half of the last digit that tables show: an error relative to less than that means nothing."""
 
 
+_COUNTS = ("kernels compiled", "distinct kernels", "duplicates")
+"""Figures that are not seconds."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number of both Timelines; None where a Timeline does not have it."""
 
     name: str
-    unit: str  # ``s`` for seconds, empty for a count
     a: float | None
     b: float | None  # the reference
 
@@ -36,14 +39,11 @@ class Figure:
     @property
     def cells(self) -> list[str]:
         """Name, values and error as a table shows them."""
-        error = self.relative_error
+        error, seconds = self.relative_error, self.name not in _COUNTS
         percent = 0.0 if error is None else round(100 * error, 1)
         return [
-            f"{self.name} {self.unit}".rstrip(),
-            *(
-                "-" if value is None else f"{value:.{2 if self.unit else 0}f}"
-                for value in (self.a, self.b)
-            ),
+            f"{self.name} s" if seconds else self.name,
+            *("-" if x is None else f"{x:.{2 if seconds else 0}f}" for x in (self.a, self.b)),
             "-" if error is None else f"{percent:+.1f} %" if percent else "0.0 %",
         ]
 
@@ -71,32 +71,29 @@ def compare_timelines(a: Timeline, b: Timeline) -> TimelineComparison:
             f"cannot compare {a.label} on {a.world_size} ranks with "
             f"{b.label} on {b.world_size} ranks: world sizes must be equal"
         )
-    totals, phases = (a.totals(), b.totals()), (a.phases(), b.phases())
-    return TimelineComparison(
-        a,
-        b,
-        summary=(
-            Figure("wall", "s", a.wall, b.wall),
-            Figure("kernels compiled", "", a.kernels_compiled, b.kernels_compiled),
-            Figure("distinct kernels", "", a.distinct_kernels, b.distinct_kernels),
-            Figure("duplicates", "", a.duplicates, b.duplicates),
-        ),
-        phases=tuple(
-            Figure(name, "s", phases[0].get(name), phases[1].get(name))
-            for name in {**phases[1], **phases[0]}
-        ),
-        kinds=tuple(
-            Figure(kind, "s", *(sum(getattr(rank, kind) for rank in ranks) for ranks in totals))
-            for kind in BUSY_KINDS
-        ),
-        ranks=tuple(
-            (
-                *(Figure(n, "s", getattr(x, n), getattr(y, n)) for n in (*BUSY_KINDS, "total")),
-                Figure("kernels compiled", "", x.kernels_compiled, y.kernels_compiled),
-            )
-            for x, y in zip(*totals, strict=True)
-        ),
+    summary, phases, kinds, *ranks = (
+        tuple(Figure(name, x.get(name), y.get(name)) for name in {**y, **x})
+        for x, y in zip(_numbers(a), _numbers(b), strict=True)
     )
+    return TimelineComparison(a, b, summary, phases, kinds, tuple(ranks))
+
+
+def _numbers(timeline: Timeline) -> list[dict[str, float]]:
+    """The summary, phases and kinds of a Timeline, then those of every rank, by name."""
+    totals = timeline.totals()
+    summary = {
+        "wall": timeline.wall,
+        "kernels compiled": timeline.kernels_compiled,
+        "distinct kernels": timeline.distinct_kernels,
+        "duplicates": timeline.duplicates,
+    }
+    kinds = {kind: sum(getattr(rank, kind) for rank in totals) for kind in BUSY_KINDS}
+    ranks = [
+        {kind: getattr(rank, kind) for kind in (*BUSY_KINDS, "total")}
+        | {"kernels compiled": rank.kernels_compiled}
+        for rank in totals
+    ]
+    return [summary, timeline.phases(), kinds, *ranks]
 
 
 def comparison_tables(found: TimelineComparison) -> Iterator[Table]:

@@ -8,7 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from runner.errors import UserError
+from runner.files import write_json
+from runner.report.chrome import chrome_trace
 from runner.report.console import make_console
+from runner.report.gantt import plot_gantt
+from runner.report.picture import check_plot
 from runner.report.plan_table import coverage_line
 from runner.report.timelines import policy_table, rank_bars, timeline_table
 from runner.timeline import Timeline, write_timelines
@@ -30,7 +34,7 @@ def print_ranks(timelines: Sequence[Timeline], console: Console, *, tables: bool
     scale = max((timeline.wall for timeline in timelines), default=0.0)
     for timeline in timelines:
         console.print(timeline_table(timeline) if tables else timeline.label)
-        console.print(rank_bars(timeline, scale_seconds=scale or None))
+        console.print(rank_bars(timeline, scale))
         console.print()
 
 
@@ -41,12 +45,7 @@ def check_outputs(
     plot: Path | None,
     others: Sequence[Path | None] = (),
 ) -> None:
-    """Check before a long run that its files can be written after it.
-
-    Raises:
-        UserError: a missing folder, a picture of unknown kind or without matplotlib, ``-`` where
-            only a file will do, or two outputs for standard output.
-    """
+    """Check before a long run that its files can be written after it; UserError if not."""
     if "-" in (str(trace), str(plot)):
         raise UserError("--trace and --plot need a file: - is only for JSON outputs")
     given = [path for path in (timeline, trace, plot, *others) if path is not None]
@@ -56,8 +55,6 @@ def check_outputs(
         if str(path) != "-" and not path.absolute().parent.is_dir():
             raise UserError(f"cannot write {path}: its folder does not exist")
     if plot is not None:
-        from runner.report.picture import check_plot
-
         check_plot(plot)
 
 
@@ -77,19 +74,12 @@ def write_reports(
         trace: the Chrome trace.
         plot: the Gantt picture.
         quiet: standard output already holds JSON.
-
-    Raises:
-        UserError: a file cannot be written, or the picture's suffix is unknown.
     """
     if timeline is not None:
         write_timelines(timeline, timelines)
     if trace is not None:
-        from runner.report.chrome import write_chrome_trace
-
-        write_chrome_trace(trace, timelines)
+        write_json(trace, chrome_trace(timelines))
     if plot is not None:
-        from runner.report.gantt import plot_gantt
-
         plot_gantt(plot, timelines)
     for path in (timeline, trace, plot):
         if path is not None and not quiet and str(timeline) != "-":

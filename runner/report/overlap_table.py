@@ -10,7 +10,7 @@ from rich.text import Text
 
 from runner.report.console import make_table
 from sim.overlap.compare import Comparison, Run
-from sim.overlap.measured import Validation
+from sim.overlap.measured import Row
 from sim.overlap.turns import explain_waits
 
 
@@ -99,36 +99,19 @@ def _why_table(comparison: Comparison) -> Table:
     return table
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
+def _ms(seconds: str | float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * float(seconds):.2f}"
 
 
-def validation_table(rows: Sequence[Validation], machine: Mapping[str, object]) -> Table:
+def validation_table(rows: Sequence[Row], machine: Mapping[str, object]) -> Table:
     """Measured steps and their predictions, in milliseconds."""
     headers = ["step", "noted", "exposed", "by parts", "exposed", "predicted", "exposed"]
     title = f"Measured on {machine['gpu'] or 'CPU'}, {machine['date']}: ms"
     table = make_table(title, ["strategy"], headers)
     for row in rows:
-        table.add_row(Text(row.name), *map(_ms, _validation_seconds(row).values()))
+        name, *seconds = row.values()
+        table.add_row(Text(str(name)), *map(_ms, seconds))
     return table
-
-
-def validation_json(row: Validation) -> dict[str, object]:
-    """A measured step and its predictions as plain data, in seconds."""
-    return {"name": row.name, **_validation_seconds(row)}
-
-
-def _validation_seconds(row: Validation) -> dict[str, float | None]:
-    parts = row.by_parts
-    return {
-        "step_seconds": row.step_seconds,
-        "noted_seconds": row.measured.seconds,
-        "exposed_seconds": row.measured.exposed,
-        "by_parts_seconds": None if parts is None else parts.seconds,
-        "by_parts_exposed_seconds": None if parts is None else parts.exposed,
-        "predicted_seconds": row.predicted.seconds,
-        "predicted_exposed_seconds": row.predicted.exposed,
-    }
 
 
 def comparison_json(comparison: Comparison) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 from runner.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
 
 INK = "#333333"
 """Colour of text and lines."""
-
-DPI = 150
-"""Pixels an inch of PNG files."""
 
 
 def check_plot(path: Path) -> None:
@@ -29,12 +28,43 @@ def check_plot(path: Path) -> None:
         raise UserError("plotting needs matplotlib: pip install 'deepgemm-coldstart[plot]'")
 
 
-def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a figure and write it; the same figure makes the same SVG file, byte for byte.
+def new_figure(height: float) -> Figure:
+    """An empty figure of our width; not pyplot's, which would pick a backend for the process."""
+    from matplotlib.figure import Figure
 
-    Args:
-        path: the file to write; its suffix says the format.
-        draw: makes the figure, under the settings of all our pictures.
+    return Figure(figsize=(10.0, height), layout="constrained")
+
+
+def draw_panels(
+    titles: Sequence[str], heights: Sequence[float], xlabel: str, right: float
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a titled panel for bars for each height in inches, all on one x axis."""
+    figure = new_figure(sum(heights) + 0.9)
+    grid = figure.subplots(
+        len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    panels = list(grid[:, 0])
+    for axes, title in zip(panels, titles, strict=True):
+        # A dollar sign in a policy's name would start a formula.
+        axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    panels[-1].set_xlim(0, right)
+    panels[-1].set_xlabel(xlabel.replace("$", r"\$"))
+    return figure, panels
+
+
+def add_legend(figure: Figure, colors: Mapping[str, str], *others: Artist) -> None:
+    """Explain the colours of bars, and other artists by their labels, below the panels."""
+    from matplotlib.patches import Patch
+
+    patches = [Patch(color=color, label=label) for label, color in colors.items()]
+    handles = [*patches, *others]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+
+
+def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
+    """Draw a figure under our settings and write it; the same one is the same SVG, byte for byte.
 
     Raises:
         UserError: unknown suffix, no matplotlib, or the file cannot be written.
@@ -48,6 +78,6 @@ def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
     with mpl.rc_context(settings):  # type: ignore[arg-type]
         figure = draw()
         try:
-            figure.savefig(path, format=suffix[1:], dpi=DPI, metadata=metadata)
+            figure.savefig(path, format=suffix[1:], dpi=150, metadata=metadata)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -21,19 +21,12 @@ _SHOWN_RANGES = 6
 
 @dataclass(frozen=True)
 class Machine:
-    """What compiling would cost on a machine, all estimates.
-
-    Attributes:
-        name: the machine's.
-        cores: its CPU cores.
-        seconds_of: seconds of one nvcc process for a kernel.
-        build_seconds: of ``runner compile`` for all planned kernels.
-    """
+    """What compiling would cost on a machine, all estimates."""
 
     name: str
     cores: int
-    seconds_of: Callable[[Kernel], float]
-    build_seconds: float
+    seconds_of: Callable[[Kernel], float]  # of one nvcc process
+    build_seconds: float  # of ``runner compile`` for all planned kernels
 
 
 def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
@@ -59,7 +52,7 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
         needs = [sum(stage in item.stages for item in plan.kernels) for stage in range(pp)]
         counts += f"; by stage {', '.join(map(str, needs))}, unshared {sum(needs)}"
     console.print(counts)
-    total = seconds_one_by_one(plan, machine.seconds_of)
+    total = sum(machine.seconds_of(item.kernel) for item in plan.kernels)
     console.print(
         f"compiled one by one {total:.0f} s, by runner compile on {machine.cores} cores "
         f"{machine.build_seconds:.0f} s (estimates for {machine.name})"
@@ -73,11 +66,6 @@ def _table(*left: str, right: Sequence[str] = ()) -> Table:
     for name in right:
         table.add_column(name, justify="right")
     return table
-
-
-def seconds_one_by_one(plan: Plan, seconds_of: Callable[[Kernel], float]) -> float:
-    """Seconds to compile every planned kernel, one after the other."""
-    return sum(seconds_of(item.kernel) for item in plan.kernels)
 
 
 def print_coverage(covered: Coverage, plan: Plan) -> None:

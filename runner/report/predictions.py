@@ -66,11 +66,7 @@ def print_predictions(
 ) -> None:
     """Print what was simulated, the policies in one table, which runs die, and the advice.
 
-    Args:
-        predictions: one for each policy.
-        machine: where the runs are.
-        kernels: whose kernels they compile.
-        bars: also draw every rank, and say where the time of the last one goes.
+    With ``bars`` also draw every rank, and say where the time of the last one goes.
     """
     print(_title(predictions[0], machine))
     print(f"kernels: {kernels}")
@@ -146,15 +142,12 @@ def _reached(seconds: float, lost: CollectiveTimeout | None) -> str:
 
 
 def _print_death(policy: str, lost: CollectiveTimeout, console: Console) -> None:
-    who, remedy = "the watchdog ends", f"--nccl-timeout {ceil(lost.needed)} would survive"
-    if lost.of_hosts:
-        # Hosts that talk to each other have a limit that no option sets.
-        who, remedy = (
-            "its hosts' limit ends",
-            f"its hosts would have to wait {ceil(lost.needed)} s",
-        )
+    if lost.of_hosts:  # Hosts that talk to each other have a limit that no option sets.
+        who, remedy = "its hosts' limit", f"its hosts would have to wait {ceil(lost.needed)} s"
+    else:
+        who, remedy = "the watchdog", f"--nccl-timeout {ceil(lost.needed)} would survive"
     words = (
-        f"{policy}: {who} this run at {lost.time:.0f} s: rank {lost.rank} waits for rank "
+        f"{policy}: {who} ends this run at {lost.time:.0f} s: rank {lost.rank} waits for rank "
         f"{lost.waiting_for} in {lost.operation} while that does {lost.busy_with}; {remedy}"
     )
     console.print(Text(words))

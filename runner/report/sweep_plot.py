@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
-from runner.report.picture import DPI, INK, check_plot, save_picture
-from runner.report.point_labels import XY, place_labels
+from runner.report.picture import INK, new_figure, save_picture
 from sim.sweep.points import AXES, Point, Result, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-
-_MARKER_POINTS = 7.0
 
 # Okabe and Ito's palette first; a marker's shape tells the policy as well as its colour does.
 _LOOKS = (
@@ -32,48 +28,39 @@ _LOOKS = (
     (">", "#7F7F7F"),
     ("p", "#4B0092"),
 )
-_POLICIES = list(WarmupPolicy)
-
-_SHORT = {"pp": "pp", "tp": "tp", "nodes": "n", "cores": "c"}
 
 
 def plot_sweep(path: Path, sweep: Sweep) -> None:
-    """Draw every point, start-up seconds (log) against coverage, a marker a policy.
+    """Draw the points (one at least): start-up seconds (log) against coverage.
 
     The frontier is a step line: the best coverage that a start-up of so many seconds can have.
-    Points are labelled where there is room, those on the frontier first. Hollow markers are runs
+    Its points are labelled by what varies. A marker's look is its policy; hollow ones are runs
     that the watchdog ends.
 
     Raises:
-        UserError: unknown suffix, no points, no matplotlib, or the file cannot be written.
+        UserError: unknown suffix, no matplotlib, or the file cannot be written.
     """
-    check_plot(path)
-    if not sweep.results:
-        raise UserError(f"cannot plot to {path}: no points")
     save_picture(path, lambda: _figure(sweep))
 
 
 def _figure(sweep: Sweep) -> Figure:
-    # Not pyplot: it would keep the figure and pick a backend for the whole process.
-    from matplotlib.figure import Figure
-
     points = [vars(result.point) for result in sweep.results]
     varied = [name for name in AXES if len({point[name] for point in points}) > 1]
-    figure = Figure(figsize=(10.0, 5.6), dpi=DPI, layout="constrained")
+    figure = new_figure(5.6)
     axes = figure.subplots()
     _draw_axes(axes, sweep)
-    _draw_titles(axes, sweep, varied)
-    line = _frontier_line(axes, sweep)
-    if line:
-        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, zorder=1)
+    settings, fixed = sweep.settings, [name for name in AXES if name not in ("policy", *varied)]
+    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
+    title = f"{title}; {_label(sweep.results[0].point, fixed)}".removesuffix("; ")
+    # A dollar sign in a model's name would start a formula.
+    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=10)
     # Slowest first, so that the frontier's markers lie on top.
     for result in reversed(sweep.results):
-        hollow = result.timeout_seconds is not None
-        axes.add_line(_marker(result.point.policy, [_position(result)], hollow=hollow))
+        marker = _marker(result.point.policy, hollow=result.timeout_seconds is not None)
+        marker.set_data([result.up_seconds], [_percent(result)])
+        axes.add_line(marker)
+    _draw_frontier(axes, sweep, varied)
     _add_legend(figure, sweep.results)
-    first = sorted(sweep.results, key=lambda result: result.point not in sweep.frontier)
-    labels = [(*_position(result), _label(result.point, varied)) for result in first]
-    place_labels(figure, axes, labels, marker_points=_MARKER_POINTS, line=line)
     return figure
 
 
@@ -90,7 +77,7 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("start-up, seconds")
-    axes.set_ylim(-14, 122)  # room for labels
+    axes.set_ylim(-5, 110)  # room for labels
     axes.set_yticks(range(0, 101, 20), [f"{value} %" for value in range(0, 101, 20)])
     axes.set_ylabel("planned kernels present afterwards")
     axes.grid(color="#E8E8E8", linewidth=0.6)
@@ -98,46 +85,35 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_titles(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
-    """On the left what all points share, on the right what labels mean."""
-    settings, point = sweep.settings, sweep.results[0].point
-    # A dollar sign in a model's name would start a formula.
-    title = f"{settings['model']}, {settings['layers']} layers, {settings['hardware']}"
-    fixed = [f"{name} {getattr(point, name)}" for name in _SHORT if name not in varied]
-    fixed += ["ep"] * (point.ep and "ep" not in varied)
-    shared = title.replace("$", r"\$") + (f"; {', '.join(fixed)}" if fixed else "")
-    axes.set_title(shared, loc="left", fontsize=10)
-    key = [f"{s} {name}" for name, s in _SHORT.items() if name in varied and name[0] == s]
-    key.append("+1: one more point in the same place")
-    axes.set_title(", ".join(key), loc="right", fontsize=7)
+def _draw_frontier(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
+    """The step line to the right edge, and a label a corner; equal points share the first's."""
+    corners = {
+        (result.up_seconds, _percent(result)): _label(result.point, varied)
+        for result in reversed(sweep.results)
+        if result.point in sweep.frontier
+    }
+    if not corners:
+        return
+    xs, ys = zip(*sorted(corners), strict=True)
+    bottom, right = axes.get_ylim()[0], axes.get_xlim()[1]
+    line = ([xs[0], *xs, right], [bottom, *ys, ys[-1]])
+    axes.step(*line, where="post", color=INK, linewidth=1.2, zorder=1)
+    for corner, label in corners.items():
+        axes.annotate(label, corner, (4, 5), textcoords="offset points", fontsize=7.5, color=INK)
 
 
-def _frontier_line(axes: Axes, sweep: Sweep) -> list[XY]:
-    """Corners of the step line, from the bottom of the axes to their right edge."""
-    line: list[XY] = []
-    height = axes.get_ylim()[0]
-    for result in sweep.results:
-        if result.point in sweep.frontier:
-            seconds, percent = _position(result)
-            line += [(seconds, height), (seconds, percent)]
-            height = percent
-    return [*line, (axes.get_xlim()[1], height)] if line else []
-
-
-def _marker(
-    policy: WarmupPolicy, at: Sequence[XY] = (), *, hollow: bool = False, color: str = ""
-) -> Line2D:
+def _marker(policy: WarmupPolicy, *, hollow: bool = False) -> Line2D:
     from matplotlib.lines import Line2D
 
-    marker, its_color = _LOOKS[_POLICIES.index(policy) % len(_LOOKS)]
+    marker, color = _LOOKS[list(WarmupPolicy).index(policy) % len(_LOOKS)]
     return Line2D(
-        [x for x, _ in at],
-        [y for _, y in at],
+        [],
+        [],
         marker=marker,
         linestyle="",
-        markersize=_MARKER_POINTS,
-        markerfacecolor="none" if hollow else its_color,
-        markeredgecolor=color or its_color if hollow else "white",
+        markersize=7.0,
+        markerfacecolor="none" if hollow else color,
+        markeredgecolor=color if hollow else "white",
         markeredgewidth=1.0 if hollow else 0.3,
         zorder=2,
     )
@@ -147,22 +123,26 @@ def _add_legend(figure: Figure, results: Sequence[Result]) -> None:
     from matplotlib.lines import Line2D
 
     used = {result.point.policy for result in results}
-    policies = [policy for policy in _POLICIES if policy in used]
-    handles, labels = [_marker(its) for its in policies], [its.value for its in policies]
-    if any(result.timeout_seconds is None for result in results):
-        handles.append(Line2D([], [], color=INK, linewidth=1.2))
-        labels.append("frontier")
-    if any(result.timeout_seconds is not None for result in results):
-        handles.append(_marker(WarmupPolicy.NONE, hollow=True, color=INK))
-        labels.append("hollow: ended by the watchdog")
-    columns = min(len(handles), 6)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    entries = {policy.value: _marker(policy) for policy in WarmupPolicy if policy in used}
+    lost = [result.timeout_seconds is not None for result in results]
+    if not all(lost):
+        entries["frontier"] = Line2D([], [], color=INK, linewidth=1.2)
+    if any(lost):
+        entries["hollow: ended by the watchdog"] = _marker(WarmupPolicy.NONE, hollow=True)
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=min(len(entries), 6),
+        frameon=False,
+    )
 
 
-def _position(result: Result) -> XY:
-    return result.up_seconds, 100 * float(result.coverage)
+def _percent(result: Result) -> float:
+    return 100 * float(result.coverage)
 
 
-def _label(point: Point, varied: Sequence[str]) -> str:
-    words = [f"{short}{getattr(point, name)}" for name, short in _SHORT.items() if name in varied]
-    return " ".join([*words, *["ep"] * (point.ep and "ep" in varied)])
+def _label(point: Point, names: Sequence[str]) -> str:
+    """The values of some axes."""
+    words = [f"{name} {getattr(point, name)}" for name in names if name not in ("policy", "ep")]
+    return ", ".join([*words, *["ep"] * (point.ep and "ep" in names)])

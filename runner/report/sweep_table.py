@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rich import box
+from rich.table import Table
 
-from runner.report.console import ReportTable, make_console
+from runner.report.console import make_console
 from sim.sweep.points import Point, Result, Sweep, count_reasons
 
 _SHOWN_OTHERS = 20
@@ -40,17 +41,17 @@ def shown_results(sweep: Sweep) -> list[Result]:
     return [result for result in sweep.results if result.point not in hidden]
 
 
-def _table(sweep: Sweep, results: list[Result]) -> ReportTable:
+def _table(sweep: Sweep, results: list[Result]) -> Table:
     """One point a row; those on the frontier have a ``*``.
 
     The percentage covered is rounded down, so that 100.0 is all.
     """
     # Gaps of one column: a policy's whole name and every axis then fit on 100.
-    table = ReportTable(box=box.SIMPLE, padding=0, pad_edge=False)
-    table.add_column("", min_width=1, no_wrap=True)
-    table.add_column("policy", no_wrap=True)
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
+    table.add_column("", min_width=1)
+    table.add_column("policy", overflow="fold")
     for header in _HEADERS:
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(header, justify="right", overflow="fold")
     for result in results:
         point = result.point
         table.add_row(

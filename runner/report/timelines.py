@@ -31,16 +31,10 @@ _CELLS = {
 
 
 def busy_segments(spans: Iterable[Span]) -> list[Segment]:
-    """Cut one rank's time so that every moment counts for one kind only.
+    """Cut one rank's time so that every moment counts for one kind only, in order of time.
 
     Spans can overlap (compiles that run in parallel), so their sum can exceed the time that went
     by; segments never overlap. Neighbours of the same kind are joined; gaps stay gaps.
-
-    Args:
-        spans: spans of one rank in any order; kinds that are not busy are left out.
-
-    Returns:
-        Segments in order of time.
     """
     edges: list[tuple[float, str, int]] = []
     for span in spans:
@@ -61,11 +55,7 @@ def busy_segments(spans: Iterable[Span]) -> list[Segment]:
 
 
 def critical_rank(timeline: Timeline) -> RankTotals:
-    """Totals of the rank that finishes last; the lowest such rank if several do.
-
-    Raises:
-        ValueError: the Timeline has no ranks.
-    """
+    """Totals of the rank that finishes last; the lowest such rank if several do."""
     return max(timeline.totals(), key=lambda totals: totals.total)
 
 
@@ -135,7 +125,7 @@ def phase_summary(timeline: Timeline) -> Table:
     return table
 
 
-def rank_bars(timeline: Timeline, width: int = 60, scale_seconds: float | None = None) -> Text:
+def rank_bars(timeline: Timeline, scale: float, width: int = 60) -> Text:
     """Draw one bar a rank, time from left to right, each cell the kind that dominates its slice.
 
     ``idle`` is time before the rank's end that no span accounts for; after its end the bar is
@@ -143,19 +133,9 @@ def rank_bars(timeline: Timeline, width: int = 60, scale_seconds: float | None =
 
     Args:
         timeline: what to draw.
+        scale: seconds that ``width`` columns stand for, at least the wall.
         width: columns of the longest bar.
-        scale_seconds: time that ``width`` columns stand for, so that several Timelines can be
-            drawn on one scale; by default the Timeline's wall.
-
-    Raises:
-        ValueError: ``width`` is below 1, or ``scale_seconds`` is less than the wall.
     """
-    scale = timeline.wall if scale_seconds is None else scale_seconds
-    if width < 1 or scale < timeline.wall:
-        raise ValueError(
-            f"width={width} must be at least 1 and scale_seconds={scale} at least the wall, "
-            f"{timeline.wall}"
-        )
     step = scale / width
     digits = len(str(timeline.world_size - 1))
     text = Text()

@@ -55,21 +55,15 @@ def compare(
     strategies: Sequence[OverlapStrategy],
     progress: Progress | None,
 ) -> Comparison:
-    """Run a forward by each strategy, and search for the best placement.
+    """Run a forward by each strategy (one at least), and search for the best placement.
 
-    The search keeps the SMs of the fastest strategy.
-
-    Args:
-        forward: what runs.
-        costs: how long it takes.
-        strategies: at least one, all for the batch's mode.
-        progress: see :func:`sim.overlap.search.search`; None means no search.
+    The search keeps the SMs of the fastest strategy; without ``progress`` there is none.
 
     Raises:
         UserError: there is nothing to overlap.
     """
     work = {
-        sms: forward.in_halves(sms).map(lambda ops: to_steps(ops, costs))
+        sms: forward.in_halves(sms).map(lambda part: to_steps(part.content, costs))
         for sms in {strategy.comm_sms for strategy in strategies}
     }
     runs = [Run(its, run_in_turns(work[its.comm_sms], its)) for its in strategies]

@@ -90,13 +90,18 @@ class Halves(Generic[T]):
     after: T
     layers: range
 
-    def map(self, function: Callable[[T], U]) -> Halves[U]:
+    def map(self, function: Callable[[Part[T]], U]) -> Halves[U]:
         """The same forward with other content."""
         first, second = (
-            tuple({name: function(content) for name, content in layer.items()} for layer in half)
-            for half in self.halves
+            tuple(
+                {name: function(Part(half, at, name, content)) for name, content in layer.items()}
+                for at, layer in enumerate(layers)
+            )
+            for half, layers in enumerate(self.halves)
         )
-        return Halves(function(self.before), (first, second), function(self.after), self.layers)
+        before = function(Part(-1, -1, "before", self.before))
+        after = function(Part(-1, -1, "after", self.after))
+        return Halves(before, (first, second), after, self.layers)
 
     def in_turns(self, strategy: OverlapStrategy) -> Iterator[Part[T]]:
         """The parts in the order in which a strategy runs them.

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import get_type_hints
 
 from runner.backend.forward_batch import ForwardMode
+from runner.config.fields import field_types, read_plain
 from runner.errors import UserError
 from runner.model.strategy import OverlapStrategy
 from runner.schedule import Await, Begin, Collective, Op
 from sim.overlap.compare import Comparison
 from sim.overlap.forward import (
     Forward,
-    Halves,
     Ops,
     Part,
     Step,
@@ -35,6 +34,9 @@ from sim.overlap.turns import Piece, Turns, run_in_turns, without_half
 Span = tuple[float, float]
 """Start and end in seconds."""
 
+Row = dict[str, str | float | None]
+"""A line of a table as plain data."""
+
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -45,22 +47,17 @@ class StepSettings:
     pp: int
     tp: int
     ep: bool
-    mode: str
+    mode: ForwardMode
     batch: int
     prompt_len: int
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> StepSettings:
-        """Take the settings out of a file's.
-
-        Raises:
-            KeyError, TypeError, ValueError: one is missing or has a wrong type or value.
-        """
-        for name, kind in get_type_hints(cls).items():
-            if not isinstance(data[name], kind):
-                raise TypeError(f"{name} is {data[name]!r}")
-        ForwardMode(data["mode"])
-        return cls(**{name: data[name] for name in get_type_hints(cls)})  # type: ignore[arg-type]
+        """Take the settings out of a file's; KeyError or ValueError where one is not there."""
+        make: Callable[..., StepSettings] = cls
+        return make(
+            **{name: read_plain(kind, name, data) for name, kind in field_types(cls).items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -124,8 +121,12 @@ def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
     Raises:
         UserError: the forward has other operations than were measured.
     """
+    halves = forward.in_halves(0 if step.strategy is None else step.strategy.comm_sms)
+    parts: Iterable[Part[Ops]] = (
+        forward.whole(halves.layers) if step.strategy is None else halves.in_turns(step.strategy)
+    )
     turns = Turns(seconds=step.ends[-1])
-    for part, op, ran, on_link in _timed(_parts(forward, step), step):
+    for part, op, ran, on_link in _timed(parts, step):
         waits = isinstance(op, Collective | Await)
         name = without_half(op.name) if isinstance(op, Begin | Collective | Await) else part.name
         lane, of = ("wait", name) if waits else ("compute", part.name)
@@ -151,26 +152,11 @@ def measured_work(forward: Forward, step: MeasuredStep) -> Work:
         else:
             made = Step(StepKind.COMPUTE, "", end - start)
         steps[part.half, part.layer, part.name] += (made,)
-    first, second = (
-        tuple(
-            {name: steps[half, layer, name] for name in its}
-            for layer, its in enumerate(halves.halves[half])
-        )
-        for half in (0, 1)
-    )
-    before, after = steps[-1, -1, "before"], steps[-1, -1, "after"]
-    return Halves(before, (first, second), after, halves.layers)
-
-
-def _parts(forward: Forward, step: MeasuredStep) -> Iterator[Part[Ops]]:
-    """The forward in the order in which it ran."""
-    if step.strategy is not None:
-        return forward.in_halves(step.strategy.comm_sms).in_turns(step.strategy)
-    return iter(forward.whole(forward.in_halves(0).layers))
+    return halves.map(lambda part: steps[part.half, part.layer, part.name])
 
 
 def _timed(
-    parts: Iterator[Part[Ops]], step: MeasuredStep
+    parts: Iterable[Part[Ops]], step: MeasuredStep
 ) -> Iterator[tuple[Part[Ops], Op, Span, Span]]:
     """Every operation and the part it belongs to, when it ran, and when its collective did.
 
@@ -188,33 +174,19 @@ def _timed(
         yield part, op, ran, next(link) if isinstance(op, Begin | Collective) else (0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """A measured forward and its predictions.
-
-    Attributes:
-        name: the strategy, or one batch.
-        step_seconds: of a step in which nothing was timed in between.
-        measured: the same step with every operation timed.
-        by_parts: what the rules make of the parts that another strategy's run measured; None for
-            one batch, which has other parts.
-        predicted: by the profile.
-    """
-
-    name: str
-    step_seconds: float
-    measured: Turns
-    by_parts: Turns | None
-    predicted: Turns
-
-
-def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) -> list[Validation]:
+def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) -> list[Row]:
     """Compare each measured step with its prediction.
+
+    Returns:
+        A row a step: its strategy's name; seconds of a step in which nothing was timed in between;
+        then seconds, and those that the GPU only waited, of the same step with every operation
+        timed, of what the rules make of the parts that another strategy's run measured (None for
+        one batch, which has other parts), and of the profile's prediction.
 
     Raises:
         UserError: the forward has other operations than were measured.
     """
-    rows = []
+    rows: list[Row] = []
     for step in measured.steps:
         turns = measured_turns(forward, step)
         run = next((run for run in comparison.runs if run.strategy == step.strategy), None)
@@ -222,15 +194,20 @@ def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) 
             raise UserError("a measured strategy is not among those compared")
         by_parts = None
         if step.strategy is not None:
-            source = _another(step, step.strategy.comm_sms, measured.steps)
+            source = _another(step.strategy, measured.steps)
             by_parts = run_in_turns(measured_work(forward, source), step.strategy)
-        rows.append(Validation(run.name, step.step_seconds, turns, by_parts, run.turns))
+        row: Row = {"name": run.name, "step_seconds": step.step_seconds}
+        kinds = {"noted": turns, "by_parts": by_parts, "predicted": run.turns}
+        for kind, its in kinds.items():
+            prefix = "" if kind == "noted" else f"{kind}_"
+            row[f"{kind}_seconds"] = None if its is None else its.seconds
+            row[f"{prefix}exposed_seconds"] = None if its is None else its.exposed
+        rows.append(row)
     return rows
 
 
-def _another(step: MeasuredStep, sms: int, steps: Sequence[MeasuredStep]) -> MeasuredStep:
-    """Another step in halves with as many SMs; the step itself if there is none."""
-    for other in steps:
-        if other is not step and other.strategy is not None and other.strategy.comm_sms == sms:
-            return other
-    return step
+def _another(strategy: OverlapStrategy, steps: Sequence[MeasuredStep]) -> MeasuredStep:
+    """Another strategy's step with as many SMs; the strategy's own if there is none."""
+    sms = strategy.comm_sms
+    alike = [s for s in steps if s.strategy is not None and s.strategy.comm_sms == sms]
+    return next((step for step in alike if step.strategy != strategy), alike[0])

@@ -40,12 +40,10 @@ class Found:
         best: the placement that waits least; of several the one with the fewest marks, then the
             smallest lead, then the order of operations that the named strategy has.
         placements: how many were decided.
-        waits: seconds that the GPU waits in the overlapped layers of the best one.
     """
 
     best: OverlapStrategy
     placements: int
-    waits: float
 
 
 def search(
@@ -78,7 +76,7 @@ def search(
         progress(index + 1, len(orders))
     *_, index, row = min(rank for waits, rank in found if waits <= least + SLACK)
     best = to_strategy(like, orders[index], choices, row)
-    return Found(best, len(orders) * len(choices.sizes), float(least))
+    return Found(best, len(orders) * len(choices.sizes))
 
 
 def find_window(work: Work) -> tuple[range, int]:

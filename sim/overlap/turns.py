@@ -39,9 +39,6 @@ class Piece:
     def seconds(self) -> float:
         return self.end - self.start
 
-    def overlaps(self, other: Piece) -> bool:
-        return self.start < other.end and other.start < self.end
-
 
 @dataclass(frozen=True)
 class LayerTotals:
@@ -98,47 +95,36 @@ def run(parts: Iterable[Part[Steps]]) -> Turns:
     for part in parts:
         for step in part.content:
             gpu.run(step, part)
-    gpu.turns.seconds = gpu.now
     return gpu.turns
 
 
 def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
-    """Run both halves by a strategy.
-
-    Raises:
-        UserError: the strategy's ``delta_stages`` exceeds the number of stages.
-    """
+    """Run both halves by a strategy; UserError if its lead exceeds the number of stages."""
     return run(work.in_turns(strategy))
 
 
 class _Gpu:
-    """When the GPU is free (``now``), when its link is, and when each collective ends."""
+    """What it has done until when, when its link is free, and when each collective ends."""
 
     def __init__(self) -> None:
         self.turns = Turns()
-        self.now = 0.0
         self._link_free = 0.0
         self._ends: dict[str, float] = {}
 
     def run(self, step: Step, part: Part[Steps]) -> None:
         if step.kind is StepKind.COMPUTE:
-            end = self.now + step.seconds
-            self._note(self.now, end, "compute", part, part.name)
-            self.now = end
-        elif step.kind is StepKind.AWAIT:
-            self._wait(self._ends.pop(step.name), step, part)
-        else:
-            start = max(self.now, self._link_free)
-            self._link_free = start + step.seconds
+            self._go_on(self.turns.seconds + step.seconds, "compute", part, part.name)
+            return
+        if step.kind is not StepKind.AWAIT:
+            start = max(self.turns.seconds, self._link_free)
+            self._ends[step.name] = self._link_free = start + step.seconds
             self._note(start, self._link_free, "link", part, step.name)
-            if step.kind is StepKind.BEGIN:
-                self._ends[step.name] = self._link_free
-            else:
-                self._wait(self._link_free, step, part)
+        if step.kind is not StepKind.BEGIN:
+            self._go_on(self._ends.pop(step.name), "wait", part, step.name)
 
-    def _wait(self, end: float, step: Step, part: Part[Steps]) -> None:
-        self._note(self.now, end, "wait", part, step.name)
-        self.now = max(self.now, end)
+    def _go_on(self, end: float, lane: str, part: Part[Steps], name: str) -> None:
+        self._note(self.turns.seconds, end, lane, part, name)
+        self.turns.seconds = max(self.turns.seconds, end)
 
     def _note(self, start: float, end: float, lane: str, part: Part[Steps], name: str) -> None:
         if end > start:
@@ -196,6 +182,7 @@ def _computed_during(pieces: list[Piece], name: str) -> str:
     names = dict.fromkeys(
         piece.name if piece.half else f"own {piece.name}"
         for piece in pieces
-        if piece.lane == "compute" and any(piece.overlaps(its) for its in under_way)
+        if piece.lane == "compute"
+        and any(max(piece.start, its.start) < min(piece.end, its.end) for its in under_way)
     )
     return ", ".join(names) or "nothing"

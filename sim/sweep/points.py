@@ -28,26 +28,23 @@ class Point:
 AXES = tuple(field.name for field in fields(Point))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """The values of each axis; ``nodes`` None is a node for each stage."""
-
-    policies: Sequence[WarmupPolicy]
-    pp: Sequence[int]
-    tp: Sequence[int]
-    ep: Sequence[bool]
-    nodes: Sequence[int] | None
-    cores: Sequence[int]
-
-    def points(self) -> list[Point]:
-        """Every combination once; those of one layout, which share a plan, are neighbours."""
-        points = (
-            Point(policy=policy, pp=pp, tp=tp, ep=ep, nodes=nodes, cores=cores)
-            for pp, tp, ep in product(self.pp, self.tp, self.ep)
-            for nodes in ((pp,) if self.nodes is None else self.nodes)
-            for cores, policy in product(self.cores, self.policies)
-        )
-        return list(dict.fromkeys(points))
+def combine(
+    *,
+    policies: Sequence[WarmupPolicy],
+    pp: Sequence[int],
+    tp: Sequence[int],
+    ep: Sequence[bool],
+    nodes: Sequence[int],
+    cores: Sequence[int],
+) -> list[Point]:
+    """Every combination once, layouts (which share a plan) together; by default a node a stage."""
+    points = (
+        Point(policy=policy, pp=stages, tp=ranks, ep=whole, nodes=count, cores=each)
+        for stages, ranks, whole in product(pp, tp, ep)
+        for count in nodes or (stages,)
+        for each, policy in product(cores, policies)
+    )
+    return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)

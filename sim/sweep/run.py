@@ -15,17 +15,13 @@ from fractions import Fraction
 from itertools import pairwise
 from multiprocessing import active_children, get_context, parent_process
 
-from runner.errors import UserError
+from runner.errors import UserError, WorkFailedError
 from runner.scenario import Scenario
 from runner.timeline import Timeline
 from sim.simulate import Machine, simulate
 from sim.sweep.points import Point, Result, Skipped
 
 Ended = Result | Skipped
-
-
-class WorkerLostError(Exception):
-    """A process of the sweep died, most likely because memory ran out."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +77,10 @@ def cpu_seconds(timeline: Timeline, cores: int) -> float:
 
 
 def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], None]) -> None:
-    """Simulate all cases on ``jobs`` processes.
-
-    Args:
-        cases: what to simulate.
-        jobs: the number of processes.
-        on_end: called with each result as it comes, in any order.
+    """Simulate all cases on ``jobs`` processes; ``on_end`` gets each result as it comes.
 
     Raises:
-        WorkerLostError: a process died.
+        WorkFailedError: a process died.
         KeyboardInterrupt: Ctrl-C was pressed; the processes have been ended.
     """
     jobs = min(jobs, len(cases))
@@ -123,8 +114,9 @@ def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
             process.terminate()
         pool.shutdown(cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            line = "a process of the sweep died, perhaps because memory ran out"
-            raise WorkerLostError(line) from None
+            raise WorkFailedError(
+                "a process of the sweep died, perhaps because memory ran out: try fewer --jobs"
+            ) from None
         raise
     pool.shutdown()
 

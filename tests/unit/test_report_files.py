@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import UserError
-from runner.report.chrome import chrome_trace, write_chrome_trace
+from runner.report.chrome import chrome_trace
 from runner.report.gantt import plot_gantt
 from runner.timeline import KINDS, Span, Timeline
 
@@ -106,14 +106,6 @@ def assert_nested(events):
         ends.append(start + length)
 
 
-def test_write_chrome_trace(tmp_path):
-    path = tmp_path / "trace.json"
-    write_chrome_trace(path, [COLD])
-    assert json.loads(path.read_text()) == chrome_trace([COLD])
-    with pytest.raises(UserError, match=r"cannot write .*trace\.json: No such file"):
-        write_chrome_trace(tmp_path / "missing" / "trace.json", [COLD])
-
-
 def test_plot_gantt_png(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "chart.PNG"
@@ -137,18 +129,17 @@ def test_plot_gantt_takes_dollar_signs_and_empty_timelines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "timelines", "message"),
+    ("name", "message"),
     [
-        ("chart.pdf", [COLD], r"suffix must be one of \.png, \.svg"),
-        ("chart", [COLD], r"suffix must be one of \.png, \.svg"),
-        ("chart.png", [], "no timelines"),
-        ("missing/chart.png", [COLD], r"cannot write .*: No such file"),
+        ("chart.pdf", r"suffix must be one of \.png, \.svg"),
+        ("chart", r"suffix must be one of \.png, \.svg"),
+        ("missing/chart.png", r"cannot write .*: No such file"),
     ],
 )
-def test_plot_gantt_says_why_it_cannot(tmp_path, name, timelines, message):
+def test_plot_gantt_says_why_it_cannot(tmp_path, name, message):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
-        plot_gantt(tmp_path / name, timelines)
+        plot_gantt(tmp_path / name, [COLD])
 
 
 def test_plot_gantt_without_matplotlib(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.config.warmup import WarmupPolicy
-from sim.sweep.points import Axes, Skipped, Sweep, by_start_up, count_reasons
+from sim.sweep.points import Skipped, Sweep, by_start_up, combine, count_reasons
 from tests.unit.sweeps import SETTINGS, point, result
 
 Pair = tuple[float, Fraction]
@@ -87,7 +87,7 @@ def test_fastest_first_then_more_covered_then_as_given() -> None:
 
 
 def test_points_are_every_combination_once_layouts_together() -> None:
-    axes = Axes(
+    points = combine(
         policies=[WarmupPolicy.NONE, WarmupPolicy.PLANNED, WarmupPolicy.NONE],
         pp=[1, 2],
         tp=[4],
@@ -95,7 +95,7 @@ def test_points_are_every_combination_once_layouts_together() -> None:
         nodes=[1, 2, 1],
         cores=[16],
     )
-    assert axes.points() == [
+    assert points == [
         point(policy, pp=pp, tp=4, ep=ep, nodes=nodes)
         for pp in (1, 2)
         for ep in (False, True)
@@ -105,10 +105,10 @@ def test_points_are_every_combination_once_layouts_together() -> None:
 
 
 def test_without_nodes_each_stage_has_one() -> None:
-    axes = Axes(
-        policies=[WarmupPolicy.NONE], pp=[1, 2, 4], tp=[1], ep=[False], nodes=None, cores=[8]
+    points = combine(
+        policies=[WarmupPolicy.NONE], pp=[1, 2, 4], tp=[1], ep=[False], nodes=[], cores=[8]
     )
-    assert [(at.pp, at.nodes) for at in axes.points()] == [(1, 1), (2, 2), (4, 4)]
+    assert [(at.pp, at.nodes) for at in points] == [(1, 1), (2, 2), (4, 4)]
 
 
 def test_reasons_are_counted_the_most_frequent_first() -> None:

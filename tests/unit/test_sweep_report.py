@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from runner.config.warmup import WarmupPolicy
-from runner.errors import UserError
-from runner.report.point_labels import clusters, place_labels
 from runner.report.sweep_plot import plot_sweep
 from runner.report.sweep_table import print_sweep, shown_results, skipped_lines, sweep_json
 from sim.sweep.points import Skipped, Sweep
@@ -176,21 +172,12 @@ def svg_of(sweep: Sweep, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return path.read_text()
 
 
-def test_the_same_sweep_is_the_same_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name in ("1.svg", "2.svg", "3.PNG"):
-        plot_sweep(tmp_path / name, SMALL)
-    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
-    assert (tmp_path / "3.PNG").read_bytes().startswith(b"\x89PNG")
-
-
-def test_points_are_labelled_by_what_varies(
+def test_the_frontier_is_labelled_by_what_varies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = svg_of(SMALL, tmp_path / "x.svg", monkeypatch)
-    # The third point lies where the second does and has no label of its own.
-    labels = re.findall(r">(pp\d[^<]*)<", text)
-    assert sorted(labels) == ["pp1 n1 c16", "pp4 n4 c128", "pp4 n4 c16 ep +1"]
+    labels = re.findall(r">(pp \d[^<]*)<", text)
+    assert sorted(labels) == ["pp 4, nodes 4, cores 128", "pp 4, nodes 4, cores 16, ep"]
     assert ">a model, 3 layers, a machine; tp 2<" in text
     assert ">hollow: ended by the watchdog<" in text
     for policy in WarmupPolicy:
@@ -203,48 +190,3 @@ def test_odd_sweeps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ">frontier<" in svg_of(alone, tmp_path / "1.svg", monkeypatch)
     lost = replace(alone, results=(result(900.0, 1, timeout_seconds=600.0),))
     assert ">frontier<" not in svg_of(lost, tmp_path / "2.svg", monkeypatch)
-
-
-@pytest.mark.parametrize(
-    ("name", "sweep", "message"),
-    [
-        ("chart.pdf", SMALL, r"suffix must be one of \.png, \.svg"),
-        ("chart.png", replace(SMALL, results=()), r"cannot plot to .*chart\.png: no points"),
-    ],
-)
-def test_what_cannot_be_drawn(tmp_path: Path, name: str, sweep: Sweep, message: str) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=message):
-        plot_sweep(tmp_path / name, sweep)
-
-
-def test_the_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'deepgemm-coldstart\[plot\]'"):
-        plot_sweep(tmp_path / "chart.png", SMALL)
-
-
-def test_labels_lie_apart_and_inside(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-    from matplotlib.text import Annotation, Text
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    points = [(float(x), float(y), f"point {x} {y}") for x in range(12) for y in range(3)]
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-    place_labels(figure, axes, points, marker_points=6.0)
-    labels = [child for child in axes.get_children() if isinstance(child, Annotation)]
-    boxes = [Text.get_window_extent(label) for label in labels]
-    assert len(labels) > 12 and labels[0].get_text() == "point 0 0"
-    room = axes.get_window_extent()
-    assert all(room.contains(*corner) for box in boxes for corner in (box.min, box.max))
-    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-
-
-def test_points_that_overlap_share_a_label() -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.transforms import Bbox
-
-    boxes = [Bbox.from_extents(x, 0, x + 2, 2) for x in (0, 1, 3.5, 1.5, 9)]
-    assert clusters(boxes) == [(0, 2), (2, 0), (4, 0)]

@@ -11,6 +11,7 @@ import pytest
 
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.errors import WorkFailedError
 from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
@@ -18,7 +19,7 @@ from sim.costs.profile import load_profile
 from sim.simulate import Machine, simulate
 from sim.sweep import run as sweep
 from sim.sweep.points import Result, Skipped
-from sim.sweep.run import Case, Ended, WorkerLostError, cpu_seconds, run_cases, simulate_case
+from sim.sweep.run import Case, Ended, cpu_seconds, run_cases, simulate_case
 from tests.unit.sweeps import point
 
 
@@ -178,7 +179,7 @@ def _kill_itself(one: Case) -> Ended:
 
 def test_a_process_that_dies_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "simulate_case", _kill_itself)
-    with pytest.raises(WorkerLostError, match="a process of the sweep died"):
+    with pytest.raises(WorkFailedError, match="a process of the sweep died"):
         ended_of([case(), case(cores=4)], 2)
 
 

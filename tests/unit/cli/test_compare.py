@@ -112,7 +112,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 def test_an_error_is_relative_to_the_reference(
     a: float | None, b: float | None, error: float | None
 ) -> None:
-    assert Figure("x", "s", a, b).relative_error == error
+    assert Figure("x", a, b).relative_error == error
 
 
 def test_common_policies_are_compared_and_others_named(

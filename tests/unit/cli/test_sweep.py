@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from runner.cli import cli
-from runner.errors import run_guarded
+from runner.errors import WorkFailedError, run_guarded
 from runner.report.picture import SUFFIXES
-from sim.sweep.run import Case, WorkerLostError, simulate_case
+from sim.sweep.run import Case, simulate_case
 
 AT_ONCE = "--skip-phase imports --skip-phase process-group --skip-phase weights"
 Capture = pytest.CaptureFixture[str]
@@ -219,7 +219,7 @@ def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     ("stop", "code", "line"),
     [
         (KeyboardInterrupt(), 130, "error: interrupted"),
-        (WorkerLostError("it died"), 1, "error: it died: try fewer --jobs"),
+        (WorkFailedError("it died"), 1, "error: it died"),
     ],
     ids=["interrupted", "lost"],
 )

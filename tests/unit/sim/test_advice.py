@@ -182,15 +182,6 @@ def test_times_after_a_death_are_in_brackets(up: float, shown: str) -> None:
     assert f"none {alive} 2 1 4 25% 0 0 17.2 -" in rows_of(prediction("none", up))
 
 
-def test_two_compiles_at_a_time_on_one_core_take_the_time_of_one() -> None:
-    one = prediction("none", 20)
-    spans = tuple(replace(span, start=0.0) for span in one.timeline.spans)
-    for cores, seconds in ((1, 4), (2, 7)):
-        crowded = with_meta(one, cores_per_node=cores)
-        crowded = replace(crowded, timeline=replace(crowded.timeline, spans=spans))
-        assert f"none 20.0 30.0 2 1 {seconds} 25% 0 0 17.2 -" in rows_of(crowded)
-
-
 def printed(
     capsys: pytest.CaptureFixture[str], *predictions: Prediction, **where: Any
 ) -> list[str]:

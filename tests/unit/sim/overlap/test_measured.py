@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runner.backend.forward_batch import ForwardBatch
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
@@ -81,21 +81,20 @@ def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps
 def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     """One second an operation; collectives begun run from their start for three."""
     strategy = STRATEGIES["deepseek-decode"]
-    settings = StepSettings("dsv4-tiny", 1, 1, 2, True, "decode", 4, 8)
+    settings = StepSettings("dsv4-tiny", 1, 1, 2, True, ForwardMode.DECODE, 4, 8)
     forward = forward_of(settings)
     recorded = record_forward(replace(forward.scenario, overlap=(strategy,)), 0, forward.batch)
     ops = [op for op in recorded.ops if not isinstance(op, Mark)]
     link = [(i, i + 3) for i, op in enumerate(ops) if isinstance(op, Begin | Collective)]
     path = tmp_path / "steps.json"
+    plain = {**vars(settings), "mode": "decode"}
     run = {
         "strategy": strategy.to_json(),
         "step_seconds": 1.5,
         "ends": [*range(len(ops) + 1)],
         "link": link,
     }
-    path.write_text(
-        json.dumps({"settings": vars(settings), "machine": {"gpu": None}, "runs": [run]})
-    )
+    path.write_text(json.dumps({"settings": plain, "machine": {"gpu": None}, "runs": [run]}))
     (step,) = read_steps(path).steps
     turns = measured_turns(forward, step)
     waits = sum(isinstance(op, Await | Collective) for op in ops)
@@ -153,9 +152,9 @@ def test_the_profiles_kernels_are_what_single_calls_took() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("tp", "2", "tp is '2'"),
-        ("mode", "sideways", "'sideways' is not a valid ForwardMode"),
-        ("batch", None, "batch is None"),
+        ("tp", "2", "'tp' is '2', not a whole number"),
+        ("mode", "sideways", "'mode' is 'sideways', not one of"),
+        ("batch", None, "'batch' is None"),
     ],
 )
 def test_bad_settings_are_refused(name: str, value: Any, message: str, tmp_path: Path) -> None:

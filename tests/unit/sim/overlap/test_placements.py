@@ -51,11 +51,6 @@ def test_legal_orders_are_those_that_a_strategy_accepts() -> None:
     assert {order for order in tried if accepted(order)} == set(ORDERS)
 
 
-@given(st.permutations(list(NEEDS)))
-def test_any_other_order_is_refused(order: list[str]) -> None:
-    assert accepted(tuple(order)) == (tuple(order) in ORDERS)
-
-
 def test_every_set_of_marks_is_there_with_every_lead() -> None:
     """Those with fewer marks come first, then those with smaller leads."""
     choices = all_choices()
@@ -117,16 +112,6 @@ def test_where_the_other_half_is(placement: tuple[tuple[str, ...], set[int], int
             start, last = layer * OPERATIONS, LAYERS * OPERATIONS
             assert run[0, start + op] == min(max(start + ahead, 0), last)
             assert run[1, start + op] == min(max(start + behind, 0), last)
-
-
-def test_many_placements_at_once_are_each_as_on_its_own() -> None:
-    choices = all_choices()
-    for op in (0, 6, 13):
-        ahead, behind = choices.ahead(op), choices.behind(op)
-        for at in range(0, len(choices.sizes), 4001):
-            marks = set(choices.marks[at, : choices.sizes[at]].tolist())
-            alone = one_choice(marks, int(choices.leads[at]))
-            assert alone.ahead(op) == [ahead[at]] and alone.behind(op) == [behind[at]]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
