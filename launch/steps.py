@@ -317,13 +317,13 @@ def _launch_options(given: ScenarioOptions, options: StepOptions, world_size: in
 
 def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
     tokens, prompt_len = options.batch, options.prompt_len
-    ids = runner.buffers.dummy_ids(tokens)
+    ids = runner.dummy_ids(tokens)
     if options.mode.is_extend:
         full, rest = divmod(tokens, prompt_len)
         lens = (prompt_len,) * full + ((rest,) if rest else ())
-        cache = runner.buffers.cache(len(lens), prompt_len)
+        cache = runner.backend.new_cache(len(lens), prompt_len)
         return ForwardBatch.extend(lens, input_ids=ids, cache=cache)
-    cache = runner.buffers.cache(tokens, prompt_len + 1)
+    cache = runner.backend.new_cache(tokens, prompt_len + 1)
     return ForwardBatch.decode((prompt_len + 1,) * tokens, input_ids=ids, cache=cache)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import OpSink, R
 from runner.backend.tensor import Tensor
-from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType as T

@@ -19,7 +19,7 @@ from runner.backend.tensor import Fp8Weight
 from runner.backend.torch_attention import AttentionMath, rms_norm
 from runner.backend.torch_cache import KVCache, ids_of, last_places
 from runner.backend.torch_moe import ExpertMath
-from runner.config.gemm_algo import Bf16Fp32Algo
+from runner.config.environ import Bf16Fp32Algo
 from runner.config.model import Dsv4Config
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
@@ -38,6 +38,12 @@ class TorchMath(AttentionMath, ExpertMath):
     def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
         """Inside the block GEMMs use ``count`` SMs; None changes nothing."""
         return self._gemms.configure_deep_gemm_num_sms(count)
+
+    def zeros(self, tokens: int, width: int) -> Tensor:
+        return torch.zeros((tokens, width), dtype=torch.bfloat16, device=self._device)
+
+    def new_cache(self, sequences: int, max_len: int) -> KVCache:
+        return KVCache(sequences, max_len, self._device)
 
     # -- plain steps ----------------------------------------------------------------------------
 
@@ -177,24 +183,3 @@ def _sinkhorn(comb: Tensor, iterations: int, eps: float) -> Tensor:
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
     return comb
-
-
-class TorchBuffers:
-    """Buffers of real tensors; implements :class:`runner.driver.model_runner.BufferSource`."""
-
-    def __init__(self, device: torch.device, vocab_size: int) -> None:
-        self._device, self._vocab_size = device, vocab_size
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        """Zeros [tokens, width] bf16, as SGLang's dummy proxies."""
-        return torch.zeros((tokens, width), dtype=torch.bfloat16, device=self._device)
-
-    def cache(self, sequences: int, max_len: int) -> KVCache:
-        return KVCache(sequences, max_len, self._device)
-
-    def dummy_ids(self, tokens: int) -> tuple[int, ...]:
-        """Ids spread over the vocabulary, the same on every rank."""
-        return tuple((17 + 7919 * i) % self._vocab_size for i in range(tokens))
-
-    def read_ids(self, ids: Tensor) -> tuple[int, ...]:
-        return tuple(ids.tolist())

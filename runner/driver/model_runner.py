@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
-from runner.backend.tensor import Tensor, spec
+from runner.backend.tensor import Tensor
 from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
@@ -16,41 +15,6 @@ from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
 from runner.model.strategy import OverlapStrategy
-
-if TYPE_CHECKING:
-    from runner.backend.torch_cache import KVCache
-
-
-class BufferSource(Protocol):
-    """Makes what a dummy forward works on: real tensors, or shapes alone."""
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        """[tokens, width] bf16."""
-
-    def cache(self, sequences: int, max_len: int) -> KVCache | None:
-        """A key-value cache for that many sequences of at most ``max_len`` tokens."""
-
-    def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
-        """Token ids for a dummy batch, None in a recording."""
-
-    def read_ids(self, ids: Tensor) -> tuple[int, ...] | None:
-        """Token ids of a tensor [sequences] int64, None in a recording."""
-
-
-class NoBuffers:
-    """Buffers of a recording: shapes alone."""
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        return spec(tokens, width)
-
-    def cache(self, sequences: int, max_len: int) -> None:
-        return None
-
-    def dummy_ids(self, tokens: int) -> None:
-        return None
-
-    def read_ids(self, ids: Tensor) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -65,7 +29,6 @@ class ModelRunner:
     parallel: ParallelConfig
     rank: int
     backend: Backend
-    buffers: BufferSource
     stage: PipelineStage
     is_generation: bool = True
 
@@ -78,7 +41,6 @@ class ModelRunner:
         *,
         backend: Backend,
         weights: WeightSource | None = None,
-        buffers: BufferSource | None = None,
         overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
         """Make the rank's stage with its weights.
@@ -89,7 +51,6 @@ class ModelRunner:
             rank: world rank.
             backend: interprets the forward.
             weights: makes the weights; None makes shapes, for a recording.
-            buffers: makes what dummy forwards work on; None makes shapes, for a recording.
             overlap: see :class:`PipelineStage`.
 
         Raises:
@@ -98,7 +59,7 @@ class ModelRunner:
         parallel.check_fits(model)
         context = RankContext(backend, weights or ShapeWeights(), parallel, rank)
         stage = PipelineStage(context, model, overlap)
-        return cls(model, parallel, rank, backend, buffers or NoBuffers(), stage)
+        return cls(model, parallel, rank, backend, stage)
 
     def forward(
         self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
@@ -138,11 +99,15 @@ class ModelRunner:
         make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
         batch = make(
             (1,) * batch_size,
-            input_ids=self.buffers.dummy_ids(batch_size),
-            cache=self.buffers.cache(batch_size, 1),
+            input_ids=self.dummy_ids(batch_size),
+            cache=self.backend.new_cache(batch_size, 1),
         )
         proxy = self.dummy_proxy(batch)
         return lambda: self.forward(batch, proxy)
+
+    def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
+        """Token ids for a dummy batch; a recording has none."""
+        return self.backend.dummy_ids(tokens, self.model.vocab_size)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
         """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
@@ -151,7 +116,7 @@ class ModelRunner:
         tokens = self.proxy_tokens(batch)
         widths = proxy_widths(self.model.hidden_size, self.model.hc_mult)
         return PPProxyTensors(
-            {name: self.buffers.proxy(tokens, width) for name, width in widths.items()}
+            {name: self.backend.zeros(tokens, width) for name, width in widths.items()}
         )
 
     def proxy_tokens(self, batch: ForwardBatch) -> int:

@@ -59,16 +59,16 @@ def serve(
             else holds on to them, since those of a large batch are gigabytes.
     """
     lens = request.prompt_lens
-    cache = runner.buffers.cache(len(lens), max(lens) + 1)
+    cache = runner.backend.new_cache(len(lens), max(lens) + 1)
     extends = ForwardMode.EXTEND in request.modes
     logits = None
     if extends:
-        ids = runner.buffers.dummy_ids(request.tokens)
+        ids = runner.dummy_ids(request.tokens)
         logits = _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
         keep(logits)
     if ForwardMode.DECODE in request.modes:
         many = len(lens)
-        ids = _next_ids(runner, logits, many) if extends else runner.buffers.dummy_ids(many)
+        ids = _next_ids(runner, logits, many) if extends else runner.dummy_ids(many)
         grown = tuple(length + 1 for length in lens)
         keep(_forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache)))
 
@@ -112,12 +112,12 @@ def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tup
         ids = backend.argmax(logits)
         if last > 0:
             backend.send("next_ids", ids, _stage_peer(runner, 0))
-        return runner.buffers.read_ids(ids)
+        return runner.backend.read_ids(ids)
     peer = _stage_peer(runner, last if runner.stage.is_first else at.pp_rank - 1)
     ids = backend.recv("next_ids", (sequences,), "int64", 8 * sequences, peer)
     if at.pp_rank + 1 < last:
         backend.send("next_ids", ids, _stage_peer(runner, at.pp_rank + 1))
-    return runner.buffers.read_ids(ids)
+    return runner.backend.read_ids(ids)
 
 
 def _neighbour(runner: ModelRunner, step: int) -> int:

@@ -101,7 +101,6 @@ def record_rank(
         scenario.parallel,
         rank,
         backend,
-        plain.buffers,
         plain.stage,
         forwards=forwards,
         recorder=recorder,

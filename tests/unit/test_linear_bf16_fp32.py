@@ -21,8 +21,7 @@ from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.torch_math import TorchMath  # noqa: E402
 from runner.cli import cli  # noqa: E402
-from runner.config.environ import Environ  # noqa: E402
-from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
+from runner.config.environ import Bf16Fp32Algo, Environ  # noqa: E402
 from runner.config.hf import with_layers  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.presets import DSV4  # noqa: E402
