@@ -127,12 +127,8 @@ class AttentionSteps(StepRunner):
     ) -> Tensor:
         """Index scores of each token against compressed entries: [T, entries] fp32.
 
-        Args:
-            q: [T, heads, dim].
-            weights: of the heads, [T, heads].
-            pool: weights of the index compressor.
-            at: the rank's own tokens.
-            metadata: of :meth:`paged_mqa_metadata`; None reads the keys without pages.
+        From q [T, heads, dim] and weights of the heads [T, heads]; without ``metadata``, which
+        :meth:`paged_mqa_metadata` makes, keys are read without pages.
         """
         m, heads, dim = q.shape
         self._quantise(q)
@@ -157,7 +153,11 @@ class AttentionSteps(StepRunner):
         sink: Tensor,
         at: LayerTokens[Dsv4Config],
     ) -> Tensor:
-        """Window and compressed attention with sink, output rotated back: [T, h, D]."""
+        """Softmax over window rows, compressed entries and a sink, rotated back: [T, h, D].
+
+        ``selected`` [T, entries] is there at ratio 4 only, ``pool`` in layers with compression;
+        ``sink`` [h] fp32 are logits of a virtual key without value.
+        """
         visible = visible_entries(at)
         _, heads, dim = q.shape
         return self._compute(
@@ -192,7 +192,7 @@ class AttentionSteps(StepRunner):
         )
 
     def mla_extend(self, q: Tensor, kv: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
-        """Multi-head attention over the batch's own tokens: [T, h * v_head_dim]."""
+        """Causal attention of own q over kv [all tokens, h * (nope + v)]: [T, h * v_head_dim]."""
         config = at.config
         heads = q.shape[1] // (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return self._compute(

@@ -82,13 +82,11 @@ class Communication(StepRunner):
             Send(name, peer, x.nbytes), lambda: None if comm is None else comm.send(x, peer)
         )
 
-    def recv(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int, peer: int) -> Tensor:
+    def recv(self, name: str, shape: tuple[int, ...], dtype: str, peer: int) -> Tensor:
         """Receive from a world rank; blocks until the tensor is there."""
-        return self._communicate(
-            Recv(name, peer, nbytes),
-            spec(*shape, dtype=dtype),
-            lambda comm: comm.recv(shape, dtype, peer),
-        )
+        coming = spec(*shape, dtype=dtype)
+        op = Recv(name, peer, coming.nbytes)
+        return self._communicate(op, coming, lambda comm: comm.recv(shape, dtype, peer))
 
 
 def _result_shape(kind: str, x: Tensor, ranks: int) -> Tensor:

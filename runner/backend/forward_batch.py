@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from runner.backend.tensor import Tensor
-from runner.errors import UserError
 
 if TYPE_CHECKING:
     from runner.backend.torch_cache import KVCache
@@ -45,15 +44,6 @@ class ForwardBatch:
     extend_seq_lens: tuple[int, ...]
     input_ids: tuple[int, ...] | None = None
     cache: KVCache | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.seq_lens) != len(self.extend_seq_lens):
-            raise UserError(
-                f"{len(self.seq_lens)} sequence lengths but {len(self.extend_seq_lens)} "
-                "extend lengths: one of each is needed per sequence"
-            )
-        if self.mode is ForwardMode.DECODE and set(self.extend_seq_lens) - {1}:
-            raise UserError("a DECODE batch has exactly one new token per sequence")
 
     @classmethod
     def extend(
@@ -103,7 +93,8 @@ class ForwardBatch:
         """
         if self.batch_size < 2:
             return None
-        cut = _most_even_cut(self.extend_seq_lens)
+        sums = list(accumulate(self.extend_seq_lens))
+        cut = min(range(1, self.batch_size), key=lambda cut: abs(sums[-1] - 2 * sums[cut - 1]))
         return self._part(0, cut), self._part(cut, self.batch_size)
 
     def _part(self, first: int, last: int) -> ForwardBatch:
@@ -121,12 +112,6 @@ class ForwardBatch:
         return max(1, max(self.seq_lens) // ratio)
 
 
-def _most_even_cut(lens: Sequence[int]) -> int:
-    """The cut, at least 1 on either side, whose parts differ least; the first of several."""
-    total, sums = sum(lens), list(accumulate(lens))
-    return min(range(1, len(lens)), key=lambda cut: abs(total - 2 * sums[cut - 1]))
-
-
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """The new tokens a rank works on: positions ``start`` to ``stop`` of the batch's token list."""
@@ -141,19 +126,9 @@ class Tokens:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class PPProxyTensors:
-    """Tensors that a pipeline stage hands to the next.
+PPProxyTensors = dict[str, Tensor]
+"""Tensors that a pipeline stage hands to the next.
 
-    DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
-    ``residual``, each [tokens, hidden] bf16.
-    """
-
-    tensors: dict[str, Tensor]
-
-
-def proxy_widths(hidden_size: int, hc_mult: int) -> dict[str, int]:
-    """Names and widths of the proxy tensors of a model."""
-    if hc_mult > 1:
-        return {"hidden_states": hc_mult * hidden_size}
-    return {"hidden_states": hidden_size, "residual": hidden_size}
+DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
+``residual``, each [tokens, hidden] bf16.
+"""

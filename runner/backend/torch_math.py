@@ -25,7 +25,7 @@ from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
 class TorchMath(AttentionMath, ExpertMath):
-    """The work behind each step; see the module's docstring."""
+    """The work behind each step, on DeepGEMM's entry points or on those of its reference."""
 
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         super().__init__(device, gemms)
@@ -36,7 +36,6 @@ class TorchMath(AttentionMath, ExpertMath):
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
-        """Inside the block GEMMs use ``count`` SMs; None changes nothing."""
         return self._gemms.configure_deep_gemm_num_sms(count)
 
     def zeros(self, tokens: int, width: int) -> Tensor:
@@ -88,18 +87,8 @@ class TorchMath(AttentionMath, ExpertMath):
         return out
 
     def gemm_bf16_fp32(self, x: Tensor, weight: Tensor, algo: Bf16Fp32Algo) -> Tensor:
-        """``x @ weight.T`` with sums and output in fp32, by one of SGLang's algorithms.
-
-        Args:
-            x: activations [m, k] bf16; ``m`` may be 0.
-            weight: [n, k] bf16, on the device of ``x``.
-            algo: whose code computes it.
-
-        Returns:
-            [m, n] fp32 on the device of ``x``.
-        """
         if algo is Bf16Fp32Algo.DEEP_GEMM:
-            out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+            out = self._empty(x.shape[0], weight.shape[0], dtype=torch.float32)
             self._gemms.gemm_nt_bf16bf16f32(x, weight, out)
             return out
         if algo is Bf16Fp32Algo.TORCH:
@@ -145,7 +134,6 @@ class TorchMath(AttentionMath, ExpertMath):
         scale: Tensor,
         config: Dsv4Config,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinkhorn-normalised mixing as in DeepSeek-V4."""
         copies, eps = config.hc_mult, config.hc_eps
         out, squares = gemm
         mean_square = squares.sum(0) / x.shape[1]

@@ -84,18 +84,9 @@ def check_entry_scales(entry_point: str, kv: Fp8, starts: Tensor, ends: Tensor) 
     Raises:
         ScaleError: see :func:`check_scales`.
     """
-    entries = kv[0].shape[0]
-    check_scales(entry_point, "kv", kv[1], (entries,), _entries_read(starts, ends, entries))
-
-
-def _entries_read(starts: Tensor, ends: Tensor, entries: int) -> Tensor:
-    """[entries] bool: which lie in a row's range; without a grid of rows by entries."""
-    some = ends > starts
-    edges = torch.zeros(entries + 1, dtype=torch.int64, device=starts.device)
-    for bounds, step in ((starts, 1), (ends, -1)):
-        at = bounds[some].long().clamp(0, entries)
-        edges.index_add_(0, at, torch.full_like(at, step))
-    return edges.cumsum(0)[:-1] > 0
+    entries = torch.arange(kv[0].shape[0], device=starts.device)
+    read = (entries >= starts.unsqueeze(1)) & (entries < ends.unsqueeze(1))
+    check_scales(entry_point, "kv", kv[1], tuple(entries.shape), read.any(0))
 
 
 def check_page_scales(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runner.backend.base import Backend
-from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
 from runner.backend.tensor import Tensor
 from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
-from runner.config.parallel import ParallelConfig
+from runner.config.parallel import ParallelConfig, RankCoordinates
 from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
@@ -61,6 +61,11 @@ class ModelRunner:
         stage = PipelineStage(context, model, overlap)
         return cls(model, parallel, rank, backend, stage)
 
+    @property
+    def at(self) -> RankCoordinates:
+        """Where the rank is in the layout; ``stage`` may be another tensor rank's in recordings."""
+        return self.parallel.coordinates(self.rank)
+
     def forward(
         self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
     ) -> PPProxyTensors | Tensor:
@@ -75,9 +80,6 @@ class ModelRunner:
         The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
         Everything after that follows the resulting mode. As in SGLang the batch has
         ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens.
-
-        Returns:
-            Proxy tensors on inner stages, logits on the last.
 
         Raises:
             UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
@@ -113,11 +115,14 @@ class ModelRunner:
         """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
         if self.stage.is_first:
             return None
-        tokens = self.proxy_tokens(batch)
-        widths = proxy_widths(self.model.hidden_size, self.model.hc_mult)
-        return PPProxyTensors(
-            {name: self.backend.zeros(tokens, width) for name, width in widths.items()}
-        )
+        rows = self.proxy_tokens(batch)
+        return {name: self.backend.zeros(rows, width) for name, width in self.proxy_widths.items()}
+
+    @property
+    def proxy_widths(self) -> dict[str, int]:
+        """Names and widths of the proxy tensors."""
+        names = ("hidden_states",) if self.model.hc_mult > 1 else ("hidden_states", "residual")
+        return dict.fromkeys(names, self.model.hc_hidden_size)
 
     def proxy_tokens(self, batch: ForwardBatch) -> int:
         """Rows of the proxy tensors: stage 0 has already split EXTEND tokens over attn_cp."""

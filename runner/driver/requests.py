@@ -7,10 +7,10 @@ stages compile a request's kernels in turn, on arrival.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
 from runner.backend.tensor import Tensor
 from runner.driver.model_runner import ModelRunner
 from runner.errors import UserError
@@ -45,11 +45,7 @@ class Request:
         return (self.prompt_len,) * full + ((rest,) if rest else ())
 
 
-def serve(
-    runner: ModelRunner,
-    request: Request,
-    keep: Callable[[Tensor | None], None] = lambda logits: None,
-) -> None:
+def serve(runner: ModelRunner, request: Request, keep: Callable[[Tensor | None], None]) -> None:
     """Run one request on this rank; every rank of the replica must call it.
 
     Args:
@@ -73,57 +69,43 @@ def serve(
         keep(_forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache)))
 
 
-def serve_all(
-    runner: ModelRunner, requests: Sequence[Request], keep: Callable[[Tensor | None], None]
-) -> None:
-    """Run requests in order, as a queue of waiting ones: each starts once stage 0 is free."""
-    for request in requests:
-        serve(runner, request, keep)
-
-
 def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:
     """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
     proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
     result = runner.forward(batch, proxy)
-    if not isinstance(result, PPProxyTensors):
+    if not isinstance(result, dict):
         return result
-    for name, tensor in result.tensors.items():
-        runner.backend.send(name, tensor, _neighbour(runner, 1))
+    for name, tensor in result.items():
+        runner.backend.send(name, tensor, _peer(runner, runner.at.pp_rank + 1))
     return None
 
 
 def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
     rows = runner.proxy_tokens(batch)
-    widths = proxy_widths(runner.model.hidden_size, runner.model.hc_mult)
-    peer = _neighbour(runner, -1)
-    return PPProxyTensors(
-        {
-            name: runner.backend.recv(name, (rows, width), "bf16", 2 * rows * width, peer)
-            for name, width in widths.items()
-        }
-    )
+    peer = _peer(runner, runner.at.pp_rank - 1)
+    return {
+        name: runner.backend.recv(name, (rows, width), "bf16", peer)
+        for name, width in runner.proxy_widths.items()
+    }
 
 
 def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tuple[int, ...] | None:
     """Sampled tokens: from the last stage to the first, and on from stage to stage."""
     backend, last = runner.backend, runner.parallel.pp - 1
-    at = runner.parallel.coordinates(runner.rank)
+    at = runner.at
     if logits is not None:
         ids = backend.argmax(logits)
         if last > 0:
-            backend.send("next_ids", ids, _stage_peer(runner, 0))
+            backend.send("next_ids", ids, _peer(runner, 0))
         return runner.backend.read_ids(ids)
-    peer = _stage_peer(runner, last if runner.stage.is_first else at.pp_rank - 1)
-    ids = backend.recv("next_ids", (sequences,), "int64", 8 * sequences, peer)
+    peer = _peer(runner, last if runner.stage.is_first else at.pp_rank - 1)
+    ids = backend.recv("next_ids", (sequences,), "int64", peer)
     if at.pp_rank + 1 < last:
-        backend.send("next_ids", ids, _stage_peer(runner, at.pp_rank + 1))
+        backend.send("next_ids", ids, _peer(runner, at.pp_rank + 1))
     return runner.backend.read_ids(ids)
 
 
-def _neighbour(runner: ModelRunner, step: int) -> int:
-    return _stage_peer(runner, runner.parallel.coordinates(runner.rank).pp_rank + step)
-
-
-def _stage_peer(runner: ModelRunner, pp_rank: int) -> int:
-    at = runner.parallel.coordinates(runner.rank)
+def _peer(runner: ModelRunner, pp_rank: int) -> int:
+    """The same tensor rank of another stage."""
+    at = runner.at
     return runner.parallel.rank_of(pp_rank, at.tp_rank, at.replica)

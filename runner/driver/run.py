@@ -17,7 +17,7 @@ from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import R, ScheduleRecorder
 from runner.backend.tensor import Tensor
 from runner.driver.model_runner import ModelRunner
-from runner.driver.requests import Request, serve, serve_all
+from runner.driver.requests import Request, serve
 from runner.driver.warmup import capture_graphs, dummy_modes, execution_hook, warm_up
 from runner.scenario import MAX_TOKENS, Scenario
 from runner.schedule import (
@@ -53,7 +53,8 @@ def run_rank(
     serve(runner, first, keep)
     if others:
         backend.mark("phase", "requests")
-        serve_all(runner, others, keep)
+        for request in others:  # Each starts once stage 0 is free.
+            serve(runner, request, keep)
     backend.mark("phase", "end")
 
 

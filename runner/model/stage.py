@@ -15,7 +15,6 @@ from runner.model.dsv4 import Dsv4Decoder, Dsv4Layer
 from runner.model.operations import LayerState, run_overlapped
 from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
 
-Tensors = dict[str, Tensor]
 Layers = Sequence[tuple[int, Dsv3Layer | Dsv4Layer]]
 
 OVERLAPPED = "overlapped by"
@@ -70,7 +69,7 @@ class PipelineStage:
             tensors = self._embed(batch)
         else:
             assert proxy is not None, "inner stages need proxy tensors"
-            tensors = proxy.tensors
+            tensors = proxy
         strategy = self._overlap.get(batch.mode)
         halves = batch.halves if strategy else None
         if strategy is None or halves is None:
@@ -80,9 +79,11 @@ class PipelineStage:
             sparse = [pair for pair in self._layers if pair[1].has_experts]
             tensors = self._run_plain(dense, tensors, batch)
             tensors = self._run_overlapped(sparse, tensors, halves, strategy)
-        return self._logits(tensors, batch) if self.is_last else PPProxyTensors(tensors)
+        return self._logits(tensors, batch) if self.is_last else tensors
 
-    def _run_plain(self, layers: Layers, tensors: Tensors, batch: ForwardBatch) -> Tensors:
+    def _run_plain(
+        self, layers: Layers, tensors: PPProxyTensors, batch: ForwardBatch
+    ) -> PPProxyTensors:
         """The whole batch through layers, one after the other."""
         if not layers:
             return tensors
@@ -104,10 +105,10 @@ class PipelineStage:
     def _run_overlapped(
         self,
         layers: Layers,
-        tensors: Tensors,
+        tensors: PPProxyTensors,
         halves: tuple[ForwardBatch, ForwardBatch],
         strategy: OverlapStrategy,
-    ) -> Tensors:
+    ) -> PPProxyTensors:
         """Both halves through all layers' stages, in turns."""
         if not layers:
             return tensors
@@ -123,7 +124,7 @@ class PipelineStage:
             ends = self._end(states[0], halves[0]), self._end(states[1], halves[1])
         return {name: backend.joined(x, ends[1][name]) for name, x in ends[0].items()}
 
-    def _begin(self, tensors: Tensors, batch: ForwardBatch, *, half: int) -> LayerState:
+    def _begin(self, tensors: PPProxyTensors, batch: ForwardBatch, *, half: int) -> LayerState:
         """A batch's state before its first layer, its rows this rank's own."""
         own = {name: self._ctx.scatter(x, batch) for name, x in tensors.items()}
         state: LayerState = {
@@ -136,7 +137,7 @@ class PipelineStage:
             state["residual"] = own["residual"]
         return state
 
-    def _end(self, state: LayerState, batch: ForwardBatch) -> Tensors:
+    def _end(self, state: LayerState, batch: ForwardBatch) -> PPProxyTensors:
         """The tensors after a batch's last layer, all its rows."""
         tensors = {"hidden_states": state.pop("hidden_states")}
         if "residual" in state:
@@ -146,7 +147,7 @@ class PipelineStage:
             raise RuntimeError(f"operations left state behind: {', '.join(sorted(left))}")
         return {name: self._ctx.gather(name, x, batch) for name, x in tensors.items()}
 
-    def _embed(self, batch: ForwardBatch) -> Tensors:
+    def _embed(self, batch: ForwardBatch) -> PPProxyTensors:
         """Tensors before the first layer; every rank embeds all tokens with its vocabulary part.
 
         Context-parallel ranks keep their own tokens afterwards.
@@ -156,7 +157,7 @@ class PipelineStage:
         embedded = backend.all_reduce("embedding", embedded, ctx.tp_group)
         return self._decoder.first_state(ctx.own_rows(embedded, batch))
 
-    def _logits(self, tensors: Tensors, batch: ForwardBatch) -> Tensor:
+    def _logits(self, tensors: PPProxyTensors, batch: ForwardBatch) -> Tensor:
         ctx, backend = self._ctx, self._ctx.backend
         hidden = self._decoder.collapse(tensors)
         hidden = backend.rms_norm(hidden, self._norm, self._model.rms_norm_eps)

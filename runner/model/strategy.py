@@ -75,11 +75,6 @@ class OverlapStrategy:
         """The operations in order, without the marks."""
         return tuple(step for step in self.steps if step != MARK)
 
-    @property
-    def num_stages(self) -> int:
-        """Stages of one layer alone."""
-        return len([stage for stage in " ".join(self.steps).split(MARK) if stage.strip()])
-
     def arrange(self, operations: Mapping[str, Operation]) -> list[Operation | str]:
         """A layer's operations in the strategy's order, with its marks."""
         return [step if step == MARK else operations[step] for step in self.steps]
@@ -240,11 +235,7 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
 def concatenate(
     strategy: OverlapStrategy, layers: Sequence[Mapping[str, Operation]]
 ) -> list[Stage]:
-    """Stages of layers one after the other; a stage may run from one layer into the next.
-
-    Raises:
-        UserError: a batch would be further ahead than there are stages.
-    """
+    """Stages of layers one after the other; a stage may run from one layer into the next."""
     stages = cut_stages(step for layer in layers for step in strategy.arrange(layer))
     strategy.check_lead(len(stages))
     return stages

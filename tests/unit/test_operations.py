@@ -140,12 +140,6 @@ def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataOb
         assert 0 <= ahead <= delta + 1
 
 
-@pytest.mark.parametrize("delta", [-1, 4])
-def test_a_delta_beyond_the_stages_is_refused(delta: int) -> None:
-    with pytest.raises(ValueError, match=rf"delta_stages={delta} must lie in 0\.\.3, the stages"):
-        overlapped_order(3, delta)
-
-
 def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
     seen: list[Any] = []
     stages = [(noting(seen, "a"), noting(seen, "b")), (noting(seen, "c"),)]
