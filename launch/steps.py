@@ -35,6 +35,7 @@ from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
+from runner.driver.requests import prompt_lens
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.kernels.types import KernelCall
@@ -319,8 +320,7 @@ def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
     tokens, prompt_len = options.batch, options.prompt_len
     ids = runner.dummy_ids(tokens)
     if options.mode.is_extend:
-        full, rest = divmod(tokens, prompt_len)
-        lens = (prompt_len,) * full + ((rest,) if rest else ())
+        lens = prompt_lens(tokens, prompt_len)
         cache = runner.backend.new_cache(len(lens), prompt_len)
         return ForwardBatch.extend(lens, input_ids=ids, cache=cache)
     cache = runner.backend.new_cache(tokens, prompt_len + 1)

@@ -228,22 +228,17 @@ def causal_pairs(tokens: Tokens) -> int:
 
 def visible_entries(at: LayerTokens[Dsv4Config]) -> int:
     """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
-    tokens, layer, config = at
-    return _count_visible(
-        _positions(tokens), config.compress_ratio(layer), config.sliding_window, config.index_topk
-    )
+    return _count_visible(_positions(at.tokens), at.config.compress_ratio(at.layer), at.config)
 
 
 @lru_cache(maxsize=256)
-def _count_visible(
-    positions: tuple[tuple[int, int], ...], ratio: int, window: int, top_k: int
-) -> int:
+def _count_visible(positions: tuple[tuple[int, int], ...], ratio: int, config: Dsv4Config) -> int:
     total = 0
     for position, count in positions:
-        visible = min(position + 1, window)
+        visible = min(position + 1, config.sliding_window)
         if ratio:
             entries = (position + 1) // ratio
-            visible += min(entries, top_k) if ratio == 4 else entries
+            visible += min(entries, config.index_topk) if ratio == 4 else entries
         total += count * visible
     return total
 

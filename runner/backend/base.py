@@ -54,7 +54,6 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         return self._without_operation(shape, lambda math: math.padded(x, rows))
 
     def joined(self, *parts: Tensor) -> Tensor:
-        """Rows one after the other."""
         rows = sum(part.shape[0] for part in parts)
         return self._compute(
             "join",
@@ -100,11 +99,9 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension."""
         return self._compute(
             "rms_norm", 2 * x.nbytes, x, lambda math: math.rms_norm(x, weight, eps)
         )
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of two tensors of one shape."""
         return self._compute("add", 3 * bf16_bytes(x), x, lambda math: x + y)

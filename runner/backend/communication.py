@@ -33,7 +33,6 @@ class Communication(StepRunner):
         return self._communicate(op, x, lambda comm: comm.all_reduce(x, group))
 
     def all_gather(self, name: str, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
-        """Concatenate over ``group`` along ``dim``."""
         if len(group) == 1:
             return x
         sizes = list(x.shape)
@@ -70,13 +69,11 @@ class Communication(StepRunner):
         return Begun(op.name, _result_shape(kind, x, len(group)), handle)
 
     def finish(self, begun: Begun) -> Tensor:
-        """Wait for a collective and take its result."""
         return self._communicate(
             Await(begun.name), begun.shape, lambda comm: comm.end(begun.handle)
         )
 
     def send(self, name: str, x: Tensor, peer: int) -> None:
-        """Send to a world rank."""
         comm = self.comm
         self.sink.run(
             Send(name, peer, x.nbytes), lambda: None if comm is None else comm.send(x, peer)

@@ -72,7 +72,6 @@ class ExpertSteps(StepRunner):
         return self._without_operation(shape, lambda math: math.pack_routing(routing, tokens))
 
     def unpack_routing(self, packed: Tensor) -> Routing:
-        """The inverse of :meth:`pack_routing`."""
         shape = _routing_shape(packed.shape[0], packed.shape[1] // 2)
         return self._without_operation(shape, lambda math: math.unpack_routing(packed))
 

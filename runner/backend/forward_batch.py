@@ -14,6 +14,8 @@ from runner.backend.tensor import Tensor
 if TYPE_CHECKING:
     from runner.backend.torch_cache import KVCache
 
+Ids = Sequence[int] | None
+
 
 class ForwardMode(Enum):
     """Kinds of forward, named as in SGLang."""
@@ -23,7 +25,6 @@ class ForwardMode(Enum):
 
     @property
     def is_extend(self) -> bool:
-        """Whether prompt tokens are processed."""
         return self is ForwardMode.EXTEND
 
 
@@ -42,36 +43,25 @@ class ForwardBatch:
     mode: ForwardMode
     seq_lens: tuple[int, ...]
     extend_seq_lens: tuple[int, ...]
-    input_ids: tuple[int, ...] | None = None
+    input_ids: Ids = None
     cache: KVCache | None = None
 
     @classmethod
     def extend(
-        cls,
-        lengths: Sequence[int],
-        *,
-        input_ids: Sequence[int] | None = None,
-        cache: KVCache | None = None,
+        cls, lengths: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
     ) -> ForwardBatch:
         """New prompts of the given lengths, without a cached prefix."""
-        ids = None if input_ids is None else tuple(input_ids)
-        return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), ids, cache)
+        return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), input_ids, cache)
 
     @classmethod
     def decode(
-        cls,
-        seq_lens: Sequence[int],
-        *,
-        input_ids: Sequence[int] | None = None,
-        cache: KVCache | None = None,
+        cls, seq_lens: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
     ) -> ForwardBatch:
         """One more token of each sequence; ``seq_lens`` count that token."""
-        ids = None if input_ids is None else tuple(input_ids)
-        return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
+        return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), input_ids, cache)
 
     @property
     def batch_size(self) -> int:
-        """Number of sequences."""
         return len(self.seq_lens)
 
     @property
@@ -81,7 +71,6 @@ class ForwardBatch:
 
     @property
     def tokens(self) -> Tokens:
-        """All new tokens."""
         return Tokens(self, 0, self.num_tokens)
 
     @cached_property
@@ -122,7 +111,6 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Number of tokens."""
         return self.stop - self.start
 
 

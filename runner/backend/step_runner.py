@@ -134,19 +134,15 @@ class StepRunner:
     # -- work on kernels, apart from any call -----------------------------------------------------
 
     def walk(self, walk: Walk) -> None:
-        """See :meth:`KernelStore.walk`."""
         self._on_kernels(walk, lambda store: store.walk(walk))
 
     def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.build`."""
         self._on_kernels(KernelWork("build", kernels), lambda store: store.build(kernels))
 
     def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.verify`."""
         self._on_kernels(KernelWork("verify", kernels), lambda store: store.verify(kernels))
 
     def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.load`."""
         self._on_kernels(KernelWork("load", kernels), lambda store: store.load(kernels))
 
     def barrier(self, group: tuple[int, ...]) -> None:

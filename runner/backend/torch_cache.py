@@ -104,7 +104,8 @@ def ids_of(tokens: Tokens, device: torch.device) -> Tensor:
     every = cache_of(batch).keep(batch, "ids", lambda: torch.tensor(ids, device=device))
     own = every[tokens.start : tokens.stop]
     # Padding rows of a rank's block have no token.
-    return torch.nn.functional.pad(own, (0, tokens.count - len(own)))
+    short = tokens.count - len(own)
+    return torch.nn.functional.pad(own, (0, short)) if short else own
 
 
 def last_places(batch: ForwardBatch, device: torch.device) -> Tensor:

@@ -70,10 +70,7 @@ def _activations(kind: T, *shape: int) -> Callable[[int | None], Operand]:
     if kind not in FP4_TYPES:
         return lambda m: (values[:m], scales[:m])
     *rows, k = shape
-    return lambda m: (
-        values[:m],
-        _packed_scales(*(rows if m is None else (m,)), k, scaled=128),
-    )
+    return lambda m: (values[:m], _packed_scales(*(rows if m is None else (m,)), k, scaled=128))
 
 
 def _weight(kind: T, *shape: int) -> Operand:

@@ -21,7 +21,6 @@ from runner.deep_gemm_wrapper.scale_check import (
     check_entry_scales,
     check_gemm_scales,
     check_page_scales,
-    rows_in_use,
 )
 from runner.kernels.types import DeepGemmKernelType as T
 
@@ -121,7 +120,7 @@ class DeepGemmWrapper:
         if rows == 0 or expected_m == 0:
             return
         if self._sanity_check:
-            used = rows_in_use(masked_m, rows)
+            used = torch.arange(rows, device=masked_m.device) < masked_m.unsqueeze(1)
             check_gemm_scales("grouped_gemm_nt_f8f8bf16_masked", lhs, rhs, used)
         masked = library_function(self.library, T.GROUPED_GEMM_NT_F8F8BF16_MASKED)
         masked(lhs, rhs, out, masked_m, expected_m)

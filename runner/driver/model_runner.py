@@ -69,7 +69,6 @@ class ModelRunner:
     def forward(
         self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
     ) -> PPProxyTensors | Tensor:
-        """Run this rank's stage; see :meth:`PipelineStage.forward`."""
         return self.stage.forward(batch, proxy)
 
     def _dummy_run(
@@ -120,7 +119,6 @@ class ModelRunner:
 
     @property
     def proxy_widths(self) -> dict[str, int]:
-        """Names and widths of the proxy tensors."""
         names = ("hidden_states",) if self.model.hc_mult > 1 else ("hidden_states", "residual")
         return dict.fromkeys(names, self.model.hc_hidden_size)
 

@@ -8,61 +8,39 @@ stages compile a request's kernels in turn, on arrival.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
 from runner.backend.tensor import Tensor
 from runner.driver.model_runner import ModelRunner
-from runner.errors import UserError
+from runner.driver.warmup import dummy_modes
+from runner.scenario import Scenario
 
 
-@dataclass(frozen=True)
-class Request:
-    """One request of the driver.
+def prompt_lens(tokens: int, prompt_len: int) -> tuple[int, ...]:
+    """Length of each prompt of a request; the last one may be shorter."""
+    full, rest = divmod(tokens, prompt_len)
+    return (prompt_len,) * full + ((rest,) if rest else ())
 
-    Attributes:
-        tokens: prompt tokens over all sequences.
-        prompt_len: prompt length of a sequence; the last one may be shorter. With 1, the default,
-            EXTEND and DECODE both see ``tokens`` tokens, as a dummy run of that batch size does.
-        modes: forwards to run; a prefill node stops after EXTEND, a decode node starts at DECODE.
+
+def serve(
+    runner: ModelRunner, scenario: Scenario, tokens: int, keep: Callable[[Tensor | None], None]
+) -> None:
+    """Run one request of ``tokens`` tokens on this rank; every rank of the replica must call it.
+
+    A prefill node stops after EXTEND, a decode node starts at DECODE. With prompts of one token,
+    the default, both see ``tokens`` tokens, as a dummy run of that batch size does. On the last
+    stage ``keep`` is called with the logits [sequences, vocab] of each forward; nothing else holds
+    on to them, since those of a large batch are gigabytes.
     """
-
-    tokens: int
-    prompt_len: int = 1
-    modes: tuple[ForwardMode, ...] = (ForwardMode.EXTEND, ForwardMode.DECODE)
-
-    def __post_init__(self) -> None:
-        if self.tokens < 1 or self.prompt_len < 1:
-            raise UserError(
-                f"a request needs at least one token and one token per prompt, "
-                f"not tokens={self.tokens}, prompt_len={self.prompt_len}"
-            )
-
-    @property
-    def prompt_lens(self) -> tuple[int, ...]:
-        """Prompt length of each sequence."""
-        full, rest = divmod(self.tokens, self.prompt_len)
-        return (self.prompt_len,) * full + ((rest,) if rest else ())
-
-
-def serve(runner: ModelRunner, request: Request, keep: Callable[[Tensor | None], None]) -> None:
-    """Run one request on this rank; every rank of the replica must call it.
-
-    Args:
-        runner: this rank.
-        request: what to run.
-        keep: on the last stage called with the logits [sequences, vocab] of each forward; nothing
-            else holds on to them, since those of a large batch are gigabytes.
-    """
-    lens = request.prompt_lens
+    lens, modes = prompt_lens(tokens, scenario.prompt_len), dummy_modes(scenario)
     cache = runner.backend.new_cache(len(lens), max(lens) + 1)
-    extends = ForwardMode.EXTEND in request.modes
+    extends = ForwardMode.EXTEND in modes
     logits = None
     if extends:
-        ids = runner.dummy_ids(request.tokens)
+        ids = runner.dummy_ids(tokens)
         logits = _forward(runner, ForwardBatch.extend(lens, input_ids=ids, cache=cache))
         keep(logits)
-    if ForwardMode.DECODE in request.modes:
+    if ForwardMode.DECODE in modes:
         many = len(lens)
         ids = _next_ids(runner, logits, many) if extends else runner.dummy_ids(many)
         grown = tuple(length + 1 for length in lens)

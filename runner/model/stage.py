@@ -8,7 +8,6 @@ from copy import copy
 from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
 from runner.backend.tensor import Tensor
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
-from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Decoder, Dsv3Layer
 from runner.model.dsv4 import Dsv4Decoder, Dsv4Layer
@@ -169,6 +168,5 @@ class PipelineStage:
 def _make_decoder(ctx: RankContext, model: ModelConfig, layers: range) -> Dsv4Decoder | Dsv3Decoder:
     if isinstance(model, Dsv4Config):
         return Dsv4Decoder(ctx, model, layers)
-    if isinstance(model, Dsv3Config):
-        return Dsv3Decoder(ctx, model, layers)
-    raise UserError(f"model family {model.family!r} of {model.name} is not supported")
+    assert isinstance(model, Dsv3Config)
+    return Dsv3Decoder(ctx, model, layers)

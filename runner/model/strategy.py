@@ -72,7 +72,6 @@ class OverlapStrategy:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """The operations in order, without the marks."""
         return tuple(step for step in self.steps if step != MARK)
 
     def arrange(self, operations: Mapping[str, Operation]) -> list[Operation | str]:
@@ -88,7 +87,6 @@ class OverlapStrategy:
             )
 
     def describe(self) -> str:
-        """The steps on one line."""
         return ", ".join(self.steps).replace(f", {MARK}", f" {MARK}").replace(f"{MARK},", MARK)
 
     def to_json(self) -> dict[str, object]:

@@ -38,12 +38,11 @@ def cpu_runner(
     gemms: Any = None,
     *,
     algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO,
-    recorder: ScheduleRecorder | None = None,
     **parallel: int,
 ) -> ModelRunner:
     """Rank 0 of a layout, alone."""
     math = TorchMath(CPU, gemms or on_reference())
-    backend = Backend(recorder or ScheduleRecorder(), 132, math, bf16_fp32_algo=algo)
+    backend = Backend(ScheduleRecorder(), 132, math, bf16_fp32_algo=algo)
     return ModelRunner.build(
         model,
         ParallelConfig(**parallel),
