@@ -31,18 +31,21 @@ class PoolWeights(NamedTuple):
     norm: Tensor
 
 
+class MixWeights(NamedTuple):
+    """What mixes the copies of the residual stream [M * H], all fp32: a GEMM, then affine."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+
+
 class AttentionSteps(StepRunner):
     """Hyper-connections, DSV4 attention with its indexer, and MLA."""
 
     # -- hyper-connections ------------------------------------------------------------------------
 
     def hc_pre(
-        self,
-        x: Tensor,
-        gemm: tuple[Tensor, Tensor],
-        base: Tensor,
-        scale: Tensor,
-        config: Dsv4Config,
+        self, x: Tensor, gemm: tuple[Tensor, Tensor], mix: MixWeights, config: Dsv4Config
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the copies into one input: ([T, H], post fp32 [T, M], comb fp32 [T, M, M])."""
         tokens, copies = x.shape[0], config.hc_mult
@@ -54,7 +57,7 @@ class AttentionSteps(StepRunner):
                 spec(tokens, copies, dtype="fp32"),
                 spec(tokens, copies, copies, dtype="fp32"),
             ),
-            lambda math: math.hc_pre(x, gemm, base, scale, config),
+            lambda math: math.hc_pre(x, gemm, mix, config),
         )
 
     def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -63,15 +66,13 @@ class AttentionSteps(StepRunner):
             "hc_post", 2 * x.nbytes + y.nbytes, x, lambda math: math.hc_post(y, x, post, comb)
         )
 
-    def hc_head(
-        self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: Dsv4Config
-    ) -> Tensor:
+    def hc_head(self, x: Tensor, mix: MixWeights, config: Dsv4Config) -> Tensor:
         """Collapse the residual stream at the end: [T, M * H] -> [T, H]."""
         return self._compute(
             "hc_head",
             x.nbytes + x.nbytes // config.hc_mult,
             spec(x.shape[0], x.shape[1] // config.hc_mult),
-            lambda math: math.hc_head(x, fn, base, scale, config),
+            lambda math: math.hc_head(x, mix, config),
         )
 
     # -- DSV4 attention ---------------------------------------------------------------------------

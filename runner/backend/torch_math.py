@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from runner.backend.attention_steps import MixWeights
 from runner.backend.expert_steps import Dispatched
 from runner.backend.forward_batch import ForwardBatch, Tokens
 from runner.backend.quantise import in_slabs, quantise_tokens, widen
@@ -127,24 +128,19 @@ class TorchMath(AttentionMath, ExpertMath):
         return out, squares
 
     def hc_pre(
-        self,
-        x: Tensor,
-        gemm: tuple[Tensor, Tensor],
-        base: Tensor,
-        scale: Tensor,
-        config: Dsv4Config,
+        self, x: Tensor, gemm: tuple[Tensor, Tensor], mix: MixWeights, config: Dsv4Config
     ) -> tuple[Tensor, Tensor, Tensor]:
         copies, eps = config.hc_mult, config.hc_eps
-        out, squares = gemm
+        (out, squares), (_, base, scale) = gemm, mix
         mean_square = squares.sum(0) / x.shape[1]
-        mix = out.sum(0) * torch.rsqrt(mean_square + config.rms_norm_eps).unsqueeze(1)
-        pre, post, comb = mix.split((copies, copies, copies * copies), 1)
+        mixed = out.sum(0) * torch.rsqrt(mean_square + config.rms_norm_eps).unsqueeze(1)
+        pre, post, comb = mixed.split((copies, copies, copies * copies), 1)
         base_pre, base_post, base_comb = base.split((copies, copies, copies * copies))
         pre = (pre * scale[0] + base_pre).sigmoid() + eps
         post = 2 * (post * scale[1] + base_post).sigmoid()
         comb = (comb * scale[2] + base_comb).unflatten(1, (copies, copies))
-        mixed = (widen(pre).unsqueeze(-1) * widen(x).unflatten(1, (copies, -1))).sum(1)
-        return mixed.to(x.dtype), post, _sinkhorn(comb, config.hc_sinkhorn_iters, eps)
+        hidden = (widen(pre).unsqueeze(-1) * widen(x).unflatten(1, (copies, -1))).sum(1)
+        return hidden.to(x.dtype), post, _sinkhorn(comb, config.hc_sinkhorn_iters, eps)
 
     def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         stream = widen(x).unflatten(1, (post.shape[1], -1))
@@ -152,13 +148,11 @@ class TorchMath(AttentionMath, ExpertMath):
         added = widen(post).unsqueeze(-1) * widen(y).unsqueeze(1)
         return (kept + added).flatten(1).to(x.dtype)
 
-    def hc_head(
-        self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: Dsv4Config
-    ) -> Tensor:
-        wide = widen(x)
+    def hc_head(self, x: Tensor, mix: MixWeights, config: Dsv4Config) -> Tensor:
+        wide, (fn, base, scale) = widen(x), mix
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + config.rms_norm_eps)
-        mix = (wide @ widen(fn).T) * inverse
-        weights = (mix * widen(scale) + widen(base)).sigmoid() + config.hc_eps
+        mixed = (wide @ widen(fn).T) * inverse
+        weights = (mixed * widen(scale) + widen(base)).sigmoid() + config.hc_eps
         copies: Tensor = wide.unflatten(1, (config.hc_mult, -1))
         return (weights.unsqueeze(-1) * copies).sum(1).to(x.dtype)
 

@@ -11,7 +11,6 @@ from runner.backend.tensor import Tensor
 from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig, RankCoordinates
-from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
 from runner.model.strategy import OverlapStrategy
@@ -78,10 +77,8 @@ class ModelRunner:
 
         The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
         Everything after that follows the resulting mode. As in SGLang the batch has
-        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens.
-
-        Raises:
-            UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
+        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens; it is
+        a multiple of ``attn_cp``.
         """
         return self.prepared_dummy(batch_size, forward_mode_override)()
 
@@ -89,11 +86,6 @@ class ModelRunner:
         self, batch_size: int, forward_mode_override: ForwardMode | None = None
     ) -> Callable[[], PPProxyTensors | Tensor]:
         """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
-        if batch_size < 1 or batch_size % self.parallel.attn_cp:
-            raise UserError(
-                f"dummy batch size {batch_size} must be a positive multiple of "
-                f"attn_cp={self.parallel.attn_cp}"
-            )
         mode = forward_mode_override or (
             ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
         )

@@ -8,7 +8,7 @@ rebuilt. Formulas: docs/models.md.
 
 from __future__ import annotations
 
-from runner.backend.attention_steps import LayerTokens, PoolWeights
+from runner.backend.attention_steps import LayerTokens, MixWeights, PoolWeights
 from runner.backend.forward_batch import ForwardBatch, Tokens
 from runner.backend.tensor import Tensor, split_columns
 from runner.config.model import Dsv4Config
@@ -126,17 +126,15 @@ class HyperConnection:
         self._backend, self._config = ctx.backend, config
         mixes = config.hc_mult * (2 + config.hc_mult)
         width = config.hc_hidden_size
-        self._fn = ctx.fp32(layer, f"{name}_hc_fn", mixes, width, scale=0.02)
-        self._base = ctx.fp32(layer, f"{name}_hc_base", mixes, scale=0.1)
-        self._scale = ctx.fp32(layer, f"{name}_hc_scale", 3, scale=0.1, mean=1.0)
+        self._mix = _mix_weights(ctx, layer, f"{name}_hc", (mixes, width), 3)
         self._norm = ctx.norm(layer, f"{name}_norm", config.hidden_size)
 
     def pre(self, state: LayerState) -> None:
         """hidden_states [T, M * H] -> sublayer_input [T, H]; keeps the stream and its mixing."""
         backend, config = self._backend, self._config
         stream = state.pop("hidden_states")
-        gemm = backend.hc_prenorm(stream, self._fn)
-        mixed, post, comb = backend.hc_pre(stream, gemm, self._base, self._scale, config)
+        gemm = backend.hc_prenorm(stream, self._mix.fn)
+        mixed, post, comb = backend.hc_pre(stream, gemm, self._mix, config)
         state["sublayer_input"] = backend.rms_norm(mixed, self._norm, config.rms_norm_eps)
         state["mixing"] = (stream, post, comb)
 
@@ -144,6 +142,16 @@ class HyperConnection:
         """sublayer_output [T, H] -> hidden_states [T, M * H]."""
         output = state.pop("sublayer_output")
         state["hidden_states"] = self._backend.hc_post(output, *state.pop("mixing"))
+
+
+def _mix_weights(
+    ctx: RankContext, layer: int, name: str, shape: tuple[int, int], scales: int
+) -> MixWeights:
+    return MixWeights(
+        ctx.fp32(layer, f"{name}_fn", *shape, scale=0.02),
+        ctx.fp32(layer, f"{name}_base", shape[0], scale=0.1),
+        ctx.fp32(layer, f"{name}_scale", scales, scale=0.1, mean=1.0),
+    )
 
 
 class Dsv4Layer:
@@ -188,11 +196,8 @@ class Dsv4Decoder:
         self.layers = [Dsv4Layer(ctx, config, layer) for layer in layers]
         self._indexed = any(config.compress_ratio(layer) == 4 for layer in layers)
         if ctx.is_last_stage:
-            copies = config.hc_mult
-            self._head = (
-                ctx.fp32(-1, "hc_head_fn", copies, config.hc_hidden_size, scale=0.02),
-                ctx.fp32(-1, "hc_head_base", copies, scale=0.1),
-                ctx.fp32(-1, "hc_head_scale", 1, scale=0.1, mean=1.0),
+            self._head = _mix_weights(
+                ctx, -1, "hc_head", (config.hc_mult, config.hc_hidden_size), 1
             )
 
     def first_state(self, embedded: Tensor) -> dict[str, Tensor]:
@@ -213,4 +218,4 @@ class Dsv4Decoder:
 
     def collapse(self, tensors: dict[str, Tensor]) -> Tensor:
         """Hidden states [T, H] after the last layer."""
-        return self._ctx.backend.hc_head(tensors["hidden_states"], *self._head, self._config)
+        return self._ctx.backend.hc_head(tensors["hidden_states"], self._head, self._config)
