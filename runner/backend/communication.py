@@ -54,14 +54,9 @@ class Communication(StepRunner):
     def begin(
         self, kind: str, name: str, x: Tensor, group: tuple[int, ...], *, width: int = 2
     ) -> Begun:
-        """Start a collective that runs while other operations do.
+        """Start a collective that runs while other operations do; see :meth:`Communicator.begin`.
 
-        Args:
-            kind: of the collective; see :meth:`Communicator.begin`.
-            name: what is moved; no two that are under way share a name.
-            x: this rank's input.
-            group: world ranks.
-            width: bytes of an element on the wire; the CPU reference may really move more.
+        No two that are under way share a name; ``width`` is bytes of an element on the wire.
         """
         op = Begin(f"{kind} {name}", group, width * prod(x.shape))
         comm = self.comm

@@ -85,18 +85,11 @@ class ExpertSteps(StepRunner):
         *,
         decode: bool,
     ) -> Dispatched:
-        """Lay tokens out by local expert.
+        """Lay tokens [T, H] out by local expert: ``experts`` is the first, and behind the last.
 
-        DECODE uses the masked layout where its buffers fit :data:`MASKED_BUDGET`, as SGLang's
-        automatic choice does with a share of free memory; all else is contiguous.
-
-        Args:
-            x: [T, H].
-            routing: experts of each token.
-            experts: first local expert, and the one behind the last.
-            config: the mixture.
-            intermediate: width of an expert on this rank.
-            decode: whether this is a DECODE forward.
+        DECODE uses the masked layout where its buffers, with experts ``intermediate`` wide, fit
+        :data:`MASKED_BUDGET`, as SGLang's automatic choice does with a share of free memory; all
+        else is contiguous.
         """
         tokens, hidden = x.shape
         local = experts[1] - experts[0]

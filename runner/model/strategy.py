@@ -61,7 +61,7 @@ class OverlapStrategy:
     name: str
     mode: ForwardMode
     steps: tuple[str, ...]
-    delta_stages: int
+    delta_stages: int = 0
     comm_sms: int = 0
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     for key, value in data.items():
         if key not in _FIELDS:
             raise UserError(f"strategy {name}: {key!r} is not known: {', '.join(_FIELDS)}")
-        if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
+        if type(value) is not _FIELDS[key]:
             raise UserError(f"strategy {name}: {key} = {value!r} must be a {_FIELDS[key].__name__}")
     for key in ("mode", "operations"):
         if key not in data:
@@ -226,8 +226,8 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     if mode not in modes:
         raise UserError(f"strategy {name}: mode {mode!r} must be {' or '.join(modes)}")
     steps = str(data["operations"]).replace(MARK, f" {MARK} ").replace(",", " ").split()
-    delta_stages, comm_sms = (int(str(data.get(key, 0))) for key in ("delta_stages", "comm_sms"))
-    return OverlapStrategy(name, modes[mode], tuple(steps), delta_stages, comm_sms)
+    counts = {key: value for key, value in data.items() if isinstance(value, int)}
+    return OverlapStrategy(name, modes[mode], tuple(steps), **counts)
 
 
 def concatenate(
