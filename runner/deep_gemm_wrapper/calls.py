@@ -34,10 +34,7 @@ _FP8 = torch.float8_e4m3fn
 def make_call(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     """A function that calls the GEMM with the first ``m`` of ``most`` rows of its buffers.
 
-    Args:
-        wrapper: the library.
-        shape: which GEMM.
-        most: rows; of a masked GEMM rows of each group, whatever ``m`` is.
+    A masked GEMM has ``most`` rows in each group, whatever ``m`` is.
     """
     return _OTHERS.get(shape.type, _gemm)(wrapper, shape, most)
 

@@ -42,15 +42,7 @@ class ModelRunner:
         weights: WeightSource | None = None,
         overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
-        """Make the rank's stage with its weights.
-
-        Args:
-            model: the whole model.
-            parallel: the layout.
-            rank: world rank.
-            backend: interprets the forward.
-            weights: makes the weights; None makes shapes, for a recording.
-            overlap: see :class:`PipelineStage`.
+        """Make the rank's stage; without ``weights`` from shapes alone, for a recording.
 
         Raises:
             UserError: the model does not fit the layout.

@@ -23,11 +23,8 @@ OVERLAPPED = "overlapped by"
 class PipelineStage:
     """The part of the model that one rank holds, and its forward.
 
-    Args:
-        ctx: the rank.
-        model: the whole model.
-        overlap: strategies by which two halves of a batch overlap; forwards of other modes, and
-            batches of one sequence, run as they are.
+    By the strategies of ``overlap`` two halves of a batch overlap; forwards of other modes, and
+    batches of one sequence, run as they are.
     """
 
     def __init__(
@@ -48,20 +45,14 @@ class PipelineStage:
             self._lm_head = ctx.bf16(-1, "lm_head", self._vocab, hidden)
 
     def overlapped(self, overlap: Sequence[OverlapStrategy]) -> PipelineStage:
-        """The same stage with other strategies."""
         stage = copy(self)
         stage._overlap = {strategy.mode: strategy for strategy in overlap}
         return stage
 
     def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> PPProxyTensors | Tensor:
-        """Run the stage.
+        """Run the stage: logits [sequences, vocab] on the last, proxy tensors on the others.
 
-        Args:
-            batch: what to run.
-            proxy: the stage before's tensors; None on the first stage.
-
-        Returns:
-            :class:`PPProxyTensors` on inner stages, logits [sequences, vocab] on the last.
+        ``proxy`` holds those of the stage before; None on the first.
         """
         self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
         if self.is_first:
