@@ -36,7 +36,7 @@ from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.driver.model_runner import ModelRunner
-from runner.driver.requests import Request
+from runner.driver.requests import prompt_lens
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.kernels.types import KernelCall
@@ -305,14 +305,14 @@ def _launch_options(given: ScenarioOptions, options: StepOptions, world_size: in
 
 
 def _batch(runner: ModelRunner, options: StepOptions) -> ForwardBatch:
-    ids = runner.buffers.dummy_ids(options.batch)
+    tokens, prompt_len = options.batch, options.prompt_len
+    ids = runner.dummy_ids(tokens)
     if options.mode.is_extend:
-        lens = Request(options.batch, options.prompt_len).prompt_lens
-        cache = runner.buffers.cache(len(lens), options.prompt_len)
+        lens = prompt_lens(tokens, prompt_len)
+        cache = runner.backend.new_cache(len(lens), prompt_len)
         return ForwardBatch.extend(lens, input_ids=ids, cache=cache)
-    longer = options.prompt_len + 1
-    cache = runner.buffers.cache(options.batch, longer)
-    return ForwardBatch.decode((longer,) * options.batch, input_ids=ids, cache=cache)
+    cache = runner.backend.new_cache(tokens, prompt_len + 1)
+    return ForwardBatch.decode((prompt_len + 1,) * tokens, input_ids=ids, cache=cache)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from runner.backend.base import Backend
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import OpSink
 from runner.backend.step_runner import Communicator, KernelStore
-from runner.backend.torch_math import TorchBuffers, TorchMath
+from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores
 from runner.driver.model_runner import ModelRunner
@@ -142,12 +142,10 @@ def build_runner(
     scenario, place, model = rank.scenario, rank.place, rank.scenario.model
     math: TorchMath | None = None
     weights: TorchWeights | None = None
-    buffers: TorchBuffers | None = None
     if rank.compute == "real":
         math = TorchMath(rank.device, jit.entry_points)
         share = model_elements(model) > REAL_MATH_LIMIT
         weights = TorchWeights(rank.options.seed, rank.device, share=share)
-        buffers = TorchBuffers(rank.device, model.vocab_size)
     backend = Backend(
         sink,
         scenario.num_sms,
@@ -163,7 +161,6 @@ def build_runner(
         place.rank,
         backend=backend,
         weights=weights,
-        buffers=buffers,
         overlap=scenario.overlap,
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 
+from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.fields import (
     OptionDetails,
     field_types,
@@ -19,7 +20,6 @@ from runner.config.fields import (
     read_text,
     to_plain,
 )
-from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig

@@ -31,18 +31,21 @@ class PoolWeights(NamedTuple):
     norm: Tensor
 
 
+class MixWeights(NamedTuple):
+    """What mixes the copies of the residual stream [M * H], all fp32: a GEMM, then affine."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+
+
 class AttentionSteps(StepRunner):
     """Hyper-connections, DSV4 attention with its indexer, and MLA."""
 
     # -- hyper-connections ------------------------------------------------------------------------
 
     def hc_pre(
-        self,
-        x: Tensor,
-        gemm: tuple[Tensor, Tensor],
-        base: Tensor,
-        scale: Tensor,
-        config: Dsv4Config,
+        self, x: Tensor, gemm: tuple[Tensor, Tensor], mix: MixWeights, config: Dsv4Config
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mix the copies into one input: ([T, H], post fp32 [T, M], comb fp32 [T, M, M])."""
         tokens, copies = x.shape[0], config.hc_mult
@@ -54,7 +57,7 @@ class AttentionSteps(StepRunner):
                 spec(tokens, copies, dtype="fp32"),
                 spec(tokens, copies, copies, dtype="fp32"),
             ),
-            lambda math: math.hc_pre(x, gemm, base, scale, config),
+            lambda math: math.hc_pre(x, gemm, mix, config),
         )
 
     def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -63,15 +66,13 @@ class AttentionSteps(StepRunner):
             "hc_post", 2 * x.nbytes + y.nbytes, x, lambda math: math.hc_post(y, x, post, comb)
         )
 
-    def hc_head(
-        self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: Dsv4Config
-    ) -> Tensor:
+    def hc_head(self, x: Tensor, mix: MixWeights, config: Dsv4Config) -> Tensor:
         """Collapse the residual stream at the end: [T, M * H] -> [T, H]."""
         return self._compute(
             "hc_head",
             x.nbytes + x.nbytes // config.hc_mult,
             spec(x.shape[0], x.shape[1] // config.hc_mult),
-            lambda math: math.hc_head(x, fn, base, scale, config),
+            lambda math: math.hc_head(x, mix, config),
         )
 
     # -- DSV4 attention ---------------------------------------------------------------------------
@@ -127,12 +128,8 @@ class AttentionSteps(StepRunner):
     ) -> Tensor:
         """Index scores of each token against compressed entries: [T, entries] fp32.
 
-        Args:
-            q: [T, heads, dim].
-            weights: of the heads, [T, heads].
-            pool: weights of the index compressor.
-            at: the rank's own tokens.
-            metadata: of :meth:`paged_mqa_metadata`; None reads the keys without pages.
+        From q [T, heads, dim] and weights of the heads [T, heads]; without ``metadata``, which
+        :meth:`paged_mqa_metadata` makes, keys are read without pages.
         """
         m, heads, dim = q.shape
         self._quantise(q)
@@ -157,7 +154,11 @@ class AttentionSteps(StepRunner):
         sink: Tensor,
         at: LayerTokens[Dsv4Config],
     ) -> Tensor:
-        """Window and compressed attention with sink, output rotated back: [T, h, D]."""
+        """Softmax over window rows, compressed entries and a sink, rotated back: [T, h, D].
+
+        ``selected`` [T, entries] is there at ratio 4 only, ``pool`` in layers with compression;
+        ``sink`` [h] fp32 are logits of a virtual key without value.
+        """
         visible = visible_entries(at)
         _, heads, dim = q.shape
         return self._compute(
@@ -192,7 +193,7 @@ class AttentionSteps(StepRunner):
         )
 
     def mla_extend(self, q: Tensor, kv: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
-        """Multi-head attention over the batch's own tokens: [T, h * v_head_dim]."""
+        """Causal attention of own q over kv [all tokens, h * (nope + v)]: [T, h * v_head_dim]."""
         config = at.config
         heads = q.shape[1] // (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return self._compute(
@@ -228,22 +229,17 @@ def causal_pairs(tokens: Tokens) -> int:
 
 def visible_entries(at: LayerTokens[Dsv4Config]) -> int:
     """(query, key) pairs of one DSV4 layer: window plus compressed entries."""
-    tokens, layer, config = at
-    return _count_visible(
-        _positions(tokens), config.compress_ratio(layer), config.sliding_window, config.index_topk
-    )
+    return _count_visible(_positions(at.tokens), at.config.compress_ratio(at.layer), at.config)
 
 
 @lru_cache(maxsize=256)
-def _count_visible(
-    positions: tuple[tuple[int, int], ...], ratio: int, window: int, top_k: int
-) -> int:
+def _count_visible(positions: tuple[tuple[int, int], ...], ratio: int, config: Dsv4Config) -> int:
     total = 0
     for position, count in positions:
-        visible = min(position + 1, window)
+        visible = min(position + 1, config.sliding_window)
         if ratio:
             entries = (position + 1) // ratio
-            visible += min(entries, top_k) if ratio == 4 else entries
+            visible += min(entries, config.index_topk) if ratio == 4 else entries
         total += count * visible
     return total
 

@@ -11,12 +11,17 @@ unless said otherwise.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from runner.backend.attention_steps import AttentionSteps
 from runner.backend.communication import Communication
 from runner.backend.expert_steps import ExpertSteps
 from runner.backend.forward_batch import Tokens
 from runner.backend.gemm_steps import GemmSteps
 from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
+
+if TYPE_CHECKING:
+    from runner.backend.torch_cache import KVCache
 
 
 class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
@@ -49,7 +54,6 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         return self._without_operation(shape, lambda math: math.padded(x, rows))
 
     def joined(self, *parts: Tensor) -> Tensor:
-        """Rows one after the other."""
         rows = sum(part.shape[0] for part in parts)
         return self._compute(
             "join",
@@ -57,6 +61,28 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
             reshaped(parts[0], rows, *parts[0].shape[1:]),
             lambda math: math.joined(parts),
         )
+
+    # -- what a dummy forward works on; a recording has neither cache nor ids ----------------------
+
+    def zeros(self, tokens: int, width: int) -> Tensor:
+        """[tokens, width], as SGLang's dummy proxies."""
+        return self._without_operation(spec(tokens, width), lambda math: math.zeros(tokens, width))
+
+    def new_cache(self, sequences: int, max_len: int) -> KVCache | None:
+        """A key-value cache for that many sequences of at most ``max_len`` tokens."""
+        return None if self.math is None else self.math.new_cache(sequences, max_len)
+
+    def dummy_ids(self, tokens: int, vocab_size: int) -> tuple[int, ...] | None:
+        """Ids spread over the vocabulary, the same on every rank."""
+        if self.math is None:
+            return None
+        return tuple((17 + 7919 * i) % vocab_size for i in range(tokens))
+
+    def read_ids(self, ids: Tensor) -> tuple[int, ...] | None:
+        """Token ids of a tensor [sequences] int64."""
+        return None if self.math is None else tuple(ids.tolist())
+
+    # -- plain steps ------------------------------------------------------------------------------
 
     def last_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
         """The last new token of each sequence: [T, N] -> [sequences, N]; no operation."""
@@ -73,11 +99,9 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Root-mean-square norm over the last dimension."""
         return self._compute(
             "rms_norm", 2 * x.nbytes, x, lambda math: math.rms_norm(x, weight, eps)
         )
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of two tensors of one shape."""
         return self._compute("add", 3 * bf16_bytes(x), x, lambda math: x + y)

@@ -33,7 +33,6 @@ class Communication(StepRunner):
         return self._communicate(op, x, lambda comm: comm.all_reduce(x, group))
 
     def all_gather(self, name: str, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
-        """Concatenate over ``group`` along ``dim``."""
         if len(group) == 1:
             return x
         sizes = list(x.shape)
@@ -55,14 +54,9 @@ class Communication(StepRunner):
     def begin(
         self, kind: str, name: str, x: Tensor, group: tuple[int, ...], *, width: int = 2
     ) -> Begun:
-        """Start a collective that runs while other operations do.
+        """Start a collective that runs while other operations do; see :meth:`Communicator.begin`.
 
-        Args:
-            kind: of the collective; see :meth:`Communicator.begin`.
-            name: what is moved; no two that are under way share a name.
-            x: this rank's input.
-            group: world ranks.
-            width: bytes of an element on the wire; the CPU reference may really move more.
+        No two that are under way share a name; ``width`` is bytes of an element on the wire.
         """
         op = Begin(f"{kind} {name}", group, width * prod(x.shape))
         comm = self.comm
@@ -70,25 +64,21 @@ class Communication(StepRunner):
         return Begun(op.name, _result_shape(kind, x, len(group)), handle)
 
     def finish(self, begun: Begun) -> Tensor:
-        """Wait for a collective and take its result."""
         return self._communicate(
             Await(begun.name), begun.shape, lambda comm: comm.end(begun.handle)
         )
 
     def send(self, name: str, x: Tensor, peer: int) -> None:
-        """Send to a world rank."""
         comm = self.comm
         self.sink.run(
             Send(name, peer, x.nbytes), lambda: None if comm is None else comm.send(x, peer)
         )
 
-    def recv(self, name: str, shape: tuple[int, ...], dtype: str, nbytes: int, peer: int) -> Tensor:
+    def recv(self, name: str, shape: tuple[int, ...], dtype: str, peer: int) -> Tensor:
         """Receive from a world rank; blocks until the tensor is there."""
-        return self._communicate(
-            Recv(name, peer, nbytes),
-            spec(*shape, dtype=dtype),
-            lambda comm: comm.recv(shape, dtype, peer),
-        )
+        coming = spec(*shape, dtype=dtype)
+        op = Recv(name, peer, coming.nbytes)
+        return self._communicate(op, coming, lambda comm: comm.recv(shape, dtype, peer))
 
 
 def _result_shape(kind: str, x: Tensor, ranks: int) -> Tensor:

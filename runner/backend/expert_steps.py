@@ -72,7 +72,6 @@ class ExpertSteps(StepRunner):
         return self._without_operation(shape, lambda math: math.pack_routing(routing, tokens))
 
     def unpack_routing(self, packed: Tensor) -> Routing:
-        """The inverse of :meth:`pack_routing`."""
         shape = _routing_shape(packed.shape[0], packed.shape[1] // 2)
         return self._without_operation(shape, lambda math: math.unpack_routing(packed))
 
@@ -86,18 +85,11 @@ class ExpertSteps(StepRunner):
         *,
         decode: bool,
     ) -> Dispatched:
-        """Lay tokens out by local expert.
+        """Lay tokens [T, H] out by local expert: ``experts`` is the first, and behind the last.
 
-        DECODE uses the masked layout where its buffers fit :data:`MASKED_BUDGET`, as SGLang's
-        automatic choice does with a share of free memory; all else is contiguous.
-
-        Args:
-            x: [T, H].
-            routing: experts of each token.
-            experts: first local expert, and the one behind the last.
-            config: the mixture.
-            intermediate: width of an expert on this rank.
-            decode: whether this is a DECODE forward.
+        DECODE uses the masked layout where its buffers, with experts ``intermediate`` wide, fit
+        :data:`MASKED_BUDGET`, as SGLang's automatic choice does with a share of free memory; all
+        else is contiguous.
         """
         tokens, hidden = x.shape
         local = experts[1] - experts[0]

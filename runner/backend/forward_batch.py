@@ -10,10 +10,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from runner.backend.tensor import Tensor
-from runner.errors import UserError
 
 if TYPE_CHECKING:
     from runner.backend.torch_cache import KVCache
+
+Ids = Sequence[int] | None
 
 
 class ForwardMode(Enum):
@@ -24,7 +25,6 @@ class ForwardMode(Enum):
 
     @property
     def is_extend(self) -> bool:
-        """Whether prompt tokens are processed."""
         return self is ForwardMode.EXTEND
 
 
@@ -43,45 +43,25 @@ class ForwardBatch:
     mode: ForwardMode
     seq_lens: tuple[int, ...]
     extend_seq_lens: tuple[int, ...]
-    input_ids: tuple[int, ...] | None = None
+    input_ids: Ids = None
     cache: KVCache | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.seq_lens) != len(self.extend_seq_lens):
-            raise UserError(
-                f"{len(self.seq_lens)} sequence lengths but {len(self.extend_seq_lens)} "
-                "extend lengths: one of each is needed per sequence"
-            )
-        if self.mode is ForwardMode.DECODE and set(self.extend_seq_lens) - {1}:
-            raise UserError("a DECODE batch has exactly one new token per sequence")
 
     @classmethod
     def extend(
-        cls,
-        lengths: Sequence[int],
-        *,
-        input_ids: Sequence[int] | None = None,
-        cache: KVCache | None = None,
+        cls, lengths: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
     ) -> ForwardBatch:
         """New prompts of the given lengths, without a cached prefix."""
-        ids = None if input_ids is None else tuple(input_ids)
-        return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), ids, cache)
+        return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), input_ids, cache)
 
     @classmethod
     def decode(
-        cls,
-        seq_lens: Sequence[int],
-        *,
-        input_ids: Sequence[int] | None = None,
-        cache: KVCache | None = None,
+        cls, seq_lens: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
     ) -> ForwardBatch:
         """One more token of each sequence; ``seq_lens`` count that token."""
-        ids = None if input_ids is None else tuple(input_ids)
-        return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), ids, cache)
+        return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), input_ids, cache)
 
     @property
     def batch_size(self) -> int:
-        """Number of sequences."""
         return len(self.seq_lens)
 
     @property
@@ -91,7 +71,6 @@ class ForwardBatch:
 
     @property
     def tokens(self) -> Tokens:
-        """All new tokens."""
         return Tokens(self, 0, self.num_tokens)
 
     @cached_property
@@ -103,7 +82,8 @@ class ForwardBatch:
         """
         if self.batch_size < 2:
             return None
-        cut = _most_even_cut(self.extend_seq_lens)
+        sums = list(accumulate(self.extend_seq_lens))
+        cut = min(range(1, self.batch_size), key=lambda cut: abs(sums[-1] - 2 * sums[cut - 1]))
         return self._part(0, cut), self._part(cut, self.batch_size)
 
     def _part(self, first: int, last: int) -> ForwardBatch:
@@ -121,12 +101,6 @@ class ForwardBatch:
         return max(1, max(self.seq_lens) // ratio)
 
 
-def _most_even_cut(lens: Sequence[int]) -> int:
-    """The cut, at least 1 on either side, whose parts differ least; the first of several."""
-    total, sums = sum(lens), list(accumulate(lens))
-    return min(range(1, len(lens)), key=lambda cut: abs(total - 2 * sums[cut - 1]))
-
-
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """The new tokens a rank works on: positions ``start`` to ``stop`` of the batch's token list."""
@@ -137,23 +111,12 @@ class Tokens:
 
     @property
     def count(self) -> int:
-        """Number of tokens."""
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
-class PPProxyTensors:
-    """Tensors that a pipeline stage hands to the next.
+PPProxyTensors = dict[str, Tensor]
+"""Tensors that a pipeline stage hands to the next.
 
-    DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
-    ``residual``, each [tokens, hidden] bf16.
-    """
-
-    tensors: dict[str, Tensor]
-
-
-def proxy_widths(hidden_size: int, hc_mult: int) -> dict[str, int]:
-    """Names and widths of the proxy tensors of a model."""
-    if hc_mult > 1:
-        return {"hidden_states": hc_mult * hidden_size}
-    return {"hidden_states": hidden_size, "residual": hidden_size}
+DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
+``residual``, each [tokens, hidden] bf16.
+"""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import OpSink, R
 from runner.backend.tensor import Tensor
-from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType as T
@@ -134,19 +134,15 @@ class StepRunner:
     # -- work on kernels, apart from any call -----------------------------------------------------
 
     def walk(self, walk: Walk) -> None:
-        """See :meth:`KernelStore.walk`."""
         self._on_kernels(walk, lambda store: store.walk(walk))
 
     def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.build`."""
         self._on_kernels(KernelWork("build", kernels), lambda store: store.build(kernels))
 
     def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.verify`."""
         self._on_kernels(KernelWork("verify", kernels), lambda store: store.verify(kernels))
 
     def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        """See :meth:`KernelStore.load`."""
         self._on_kernels(KernelWork("load", kernels), lambda store: store.load(kernels))
 
     def barrier(self, group: tuple[int, ...]) -> None:

@@ -30,7 +30,6 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def __getitem__(self, index: Cut | tuple[Cut, ...]) -> TensorSpec:
@@ -39,15 +38,12 @@ class TensorSpec:
         return TensorSpec((*cut, *self.shape[len(cut) :]), self.dtype)
 
     def reshape(self, *shape: int) -> TensorSpec:
-        """As torch's."""
         return TensorSpec(shape, self.dtype)
 
     def contiguous(self) -> TensorSpec:
-        """As torch's."""
         return self
 
     def bfloat16(self) -> TensorSpec:
-        """As torch's."""
         return TensorSpec(self.shape)
 
 

@@ -21,12 +21,7 @@ _CHUNK_ELEMENTS = 1 << 26
 
 
 class AttentionMath:
-    """The work behind ``AttentionSteps``, but for hyper-connections.
-
-    Args:
-        device: where the tensors are.
-        gemms: the entry points of DeepGEMM or of its reference.
-    """
+    """The work behind ``AttentionSteps``, but for hyper-connections; shapes are stated there."""
 
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         self._device, self._gemms = device, gemms
@@ -98,15 +93,6 @@ class AttentionMath:
         sink: Tensor,
         at: LayerTokens[Dsv4Config],
     ) -> Tensor:
-        """Softmax over window rows, compressed entries and a sink; output rotated back.
-
-        Args:
-            q: [T, h, D].
-            selected: [T, entries] bool at ratio 4, None elsewhere.
-            pool: weights of the compressor, None in layers without compression.
-            sink: [h] fp32 logits of a virtual key without value.
-            at: this rank's own tokens.
-        """
         tokens, layer, config = at
         ratio, places = config.compress_ratio(layer), places_of(tokens)
         keys = cache_of(tokens.batch).read(layer, "kv")
@@ -147,13 +133,6 @@ class AttentionMath:
         return normed
 
     def mla_extend(self, q: Tensor, kv: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
-        """Causal multi-head attention of new prompts over themselves.
-
-        Args:
-            q: [T, h * (nope + rope)] of this rank's tokens.
-            kv: [all tokens, h * (nope + v)].
-            at: this rank's own tokens.
-        """
         tokens, layer, config = at
         batch, cache = tokens.batch, cache_of(tokens.batch)
         every, own = cache.places(batch), places_of(tokens)
@@ -178,13 +157,6 @@ class AttentionMath:
     def mla_decode(
         self, q: Tensor, absorbed: tuple[Tensor, Tensor], at: LayerTokens[Dsv3Config]
     ) -> Tensor:
-        """Attention of one token a sequence over cached latents, projections absorbed.
-
-        Args:
-            q: [T, h * (nope + rope)].
-            absorbed: w_kc [h, nope, kv_lora] and w_vc [h, v, kv_lora].
-            at: this rank's own tokens.
-        """
         (tokens, layer, config), (w_kc, w_vc) = at, absorbed
         cache, places = cache_of(tokens.batch), places_of(tokens)
         nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -202,14 +174,7 @@ class AttentionMath:
 
 
 def rotate(x: Tensor, position: Tensor, theta: float, *, inverse: bool = False) -> Tensor:
-    """Rotate interleaved pairs of the last dimension by position; keeps the element type.
-
-    Args:
-        x: [T, ..., even].
-        position: [T].
-        theta: base of the frequencies.
-        inverse: rotate back.
-    """
+    """Rotate interleaved pairs of [T, ..., even] by position [T]; keeps the element type."""
     half = x.shape[-1] // 2
     steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
     angle = position.float().unsqueeze(-1) * theta**-steps

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from runner.backend.forward_batch import ForwardBatch, Tokens
 K = TypeVar("K")
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Sequence and position of each token, int64 [T]."""
 
     sequence: Tensor
@@ -101,14 +99,9 @@ def places_of(tokens: Tokens) -> Places:
 
 def ids_of(tokens: Tokens, device: torch.device) -> Tensor:
     """Token ids of this rank's tokens, int64 [T]."""
-    batch = tokens.batch
-    ids = batch.input_ids
+    batch, ids = tokens.batch, tokens.batch.input_ids
     assert ids is not None
-
-    def make() -> Tensor:
-        return torch.tensor(ids, device=device)
-
-    every = cache_of(batch).keep(batch, "ids", make) if batch.cache is not None else make()
+    every = cache_of(batch).keep(batch, "ids", lambda: torch.tensor(ids, device=device))
     own = every[tokens.start : tokens.stop]
     # Padding rows of a rank's block have no token.
     short = tokens.count - len(own)
@@ -121,4 +114,4 @@ def last_places(batch: ForwardBatch, device: torch.device) -> Tensor:
     def make() -> Tensor:
         return (torch.tensor(batch.extend_seq_lens).cumsum(0) - 1).to(device)
 
-    return cache_of(batch).keep(batch, "last", make) if batch.cache is not None else make()
+    return cache_of(batch).keep(batch, "last", make)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from runner.backend.attention_steps import MixWeights
 from runner.backend.expert_steps import Dispatched
 from runner.backend.forward_batch import ForwardBatch, Tokens
 from runner.backend.quantise import in_slabs, quantise_tokens, widen
@@ -19,13 +20,13 @@ from runner.backend.tensor import Fp8Weight
 from runner.backend.torch_attention import AttentionMath, rms_norm
 from runner.backend.torch_cache import KVCache, ids_of, last_places
 from runner.backend.torch_moe import ExpertMath
-from runner.config.gemm_algo import Bf16Fp32Algo
+from runner.config.environ import Bf16Fp32Algo
 from runner.config.model import Dsv4Config
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
 
 class TorchMath(AttentionMath, ExpertMath):
-    """The work behind each step; see the module's docstring."""
+    """The work behind each step, on DeepGEMM's entry points or on those of its reference."""
 
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         super().__init__(device, gemms)
@@ -36,8 +37,13 @@ class TorchMath(AttentionMath, ExpertMath):
         return torch.empty(shape, dtype=dtype, device=self._device)
 
     def gemm_sms(self, count: int | None) -> AbstractContextManager[None]:
-        """Inside the block GEMMs use ``count`` SMs; None changes nothing."""
         return self._gemms.configure_deep_gemm_num_sms(count)
+
+    def zeros(self, tokens: int, width: int) -> Tensor:
+        return torch.zeros((tokens, width), dtype=torch.bfloat16, device=self._device)
+
+    def new_cache(self, sequences: int, max_len: int) -> KVCache:
+        return KVCache(sequences, max_len, self._device)
 
     # -- plain steps ----------------------------------------------------------------------------
 
@@ -82,18 +88,8 @@ class TorchMath(AttentionMath, ExpertMath):
         return out
 
     def gemm_bf16_fp32(self, x: Tensor, weight: Tensor, algo: Bf16Fp32Algo) -> Tensor:
-        """``x @ weight.T`` with sums and output in fp32, by one of SGLang's algorithms.
-
-        Args:
-            x: activations [m, k] bf16; ``m`` may be 0.
-            weight: [n, k] bf16, on the device of ``x``.
-            algo: whose code computes it.
-
-        Returns:
-            [m, n] fp32 on the device of ``x``.
-        """
         if algo is Bf16Fp32Algo.DEEP_GEMM:
-            out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
+            out = self._empty(x.shape[0], weight.shape[0], dtype=torch.float32)
             self._gemms.gemm_nt_bf16bf16f32(x, weight, out)
             return out
         if algo is Bf16Fp32Algo.TORCH:
@@ -132,25 +128,19 @@ class TorchMath(AttentionMath, ExpertMath):
         return out, squares
 
     def hc_pre(
-        self,
-        x: Tensor,
-        gemm: tuple[Tensor, Tensor],
-        base: Tensor,
-        scale: Tensor,
-        config: Dsv4Config,
+        self, x: Tensor, gemm: tuple[Tensor, Tensor], mix: MixWeights, config: Dsv4Config
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sinkhorn-normalised mixing as in DeepSeek-V4."""
         copies, eps = config.hc_mult, config.hc_eps
-        out, squares = gemm
+        (out, squares), (_, base, scale) = gemm, mix
         mean_square = squares.sum(0) / x.shape[1]
-        mix = out.sum(0) * torch.rsqrt(mean_square + config.rms_norm_eps).unsqueeze(1)
-        pre, post, comb = mix.split((copies, copies, copies * copies), 1)
+        mixed = out.sum(0) * torch.rsqrt(mean_square + config.rms_norm_eps).unsqueeze(1)
+        pre, post, comb = mixed.split((copies, copies, copies * copies), 1)
         base_pre, base_post, base_comb = base.split((copies, copies, copies * copies))
         pre = (pre * scale[0] + base_pre).sigmoid() + eps
         post = 2 * (post * scale[1] + base_post).sigmoid()
         comb = (comb * scale[2] + base_comb).unflatten(1, (copies, copies))
-        mixed = (widen(pre).unsqueeze(-1) * widen(x).unflatten(1, (copies, -1))).sum(1)
-        return mixed.to(x.dtype), post, _sinkhorn(comb, config.hc_sinkhorn_iters, eps)
+        hidden = (widen(pre).unsqueeze(-1) * widen(x).unflatten(1, (copies, -1))).sum(1)
+        return hidden.to(x.dtype), post, _sinkhorn(comb, config.hc_sinkhorn_iters, eps)
 
     def hc_post(self, y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         stream = widen(x).unflatten(1, (post.shape[1], -1))
@@ -158,13 +148,11 @@ class TorchMath(AttentionMath, ExpertMath):
         added = widen(post).unsqueeze(-1) * widen(y).unsqueeze(1)
         return (kept + added).flatten(1).to(x.dtype)
 
-    def hc_head(
-        self, x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, config: Dsv4Config
-    ) -> Tensor:
-        wide = widen(x)
+    def hc_head(self, x: Tensor, mix: MixWeights, config: Dsv4Config) -> Tensor:
+        wide, (fn, base, scale) = widen(x), mix
         inverse = torch.rsqrt(wide.square().mean(1, keepdim=True) + config.rms_norm_eps)
-        mix = (wide @ widen(fn).T) * inverse
-        weights = (mix * widen(scale) + widen(base)).sigmoid() + config.hc_eps
+        mixed = (wide @ widen(fn).T) * inverse
+        weights = (mixed * widen(scale) + widen(base)).sigmoid() + config.hc_eps
         copies: Tensor = wide.unflatten(1, (config.hc_mult, -1))
         return (weights.unsqueeze(-1) * copies).sum(1).to(x.dtype)
 
@@ -177,24 +165,3 @@ def _sinkhorn(comb: Tensor, iterations: int, eps: float) -> Tensor:
         comb = comb / (comb.sum(-1, keepdim=True) + eps)
         comb = comb / (comb.sum(-2, keepdim=True) + eps)
     return comb
-
-
-class TorchBuffers:
-    """Buffers of real tensors; implements :class:`runner.driver.model_runner.BufferSource`."""
-
-    def __init__(self, device: torch.device, vocab_size: int) -> None:
-        self._device, self._vocab_size = device, vocab_size
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        """Zeros [tokens, width] bf16, as SGLang's dummy proxies."""
-        return torch.zeros((tokens, width), dtype=torch.bfloat16, device=self._device)
-
-    def cache(self, sequences: int, max_len: int) -> KVCache:
-        return KVCache(sequences, max_len, self._device)
-
-    def dummy_ids(self, tokens: int) -> tuple[int, ...]:
-        """Ids spread over the vocabulary, the same on every rank."""
-        return tuple((17 + 7919 * i) % self._vocab_size for i in range(tokens))
-
-    def read_ids(self, ids: Tensor) -> tuple[int, ...]:
-        return tuple(ids.tolist())

@@ -17,7 +17,6 @@ class ExpertMath:
     """The work behind ``ExpertSteps``."""
 
     def top_k(self, logits: Tensor, bias: Tensor, config: MoeConfig) -> Routing:
-        """Experts by biased score, weighted by unbiased score; of the best groups if there are."""
         scores = _scores(logits, config)
         ranked = scores + bias
         if config.n_group > 1:
@@ -31,7 +30,7 @@ class ExpertMath:
         return _weighted(_scores(logits, config), ids, config)
 
     def pack_routing(self, routing: Routing, tokens: int) -> Tensor:
-        """As the step says; fp32 holds ids below 2**24 exactly."""
+        # fp32 holds ids below 2**24 exactly.
         packed = torch.cat([routing.weights, routing.ids.to(routing.weights.dtype)], -1)
         packed[tokens:, : routing.ids.shape[1]] = 0.0
         packed[tokens:, routing.ids.shape[1] :] = -1.0

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import click
 from click.core import ParameterSource
 
-from runner.config.environ import Environ
+from runner.config.environ import Bf16Fp32Algo, Environ
 from runner.config.fields import OptionDetails, option
-from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.warmup import DisaggregationMode
 from runner.errors import UserError
 from runner.kernels.table import Demand

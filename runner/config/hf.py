@@ -131,34 +131,23 @@ def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) ->
 
 
 def _read_field(item: Field[Any], value: Any) -> Any:
-    kind = str(item.type)
-    if kind == "int":
-        lowest = 0 if item.name in _MAY_BE_ZERO else 1
-        if _is_int(value) and value >= lowest:
-            return value
-        expected = f"an integer of at least {lowest}"
-    elif kind == "float":
+    kind, lowest = str(item.type), 0 if item.name in _MAY_BE_ZERO else 1
+    good, expected = {
+        "int": (type(value) is int and value >= lowest, f"an integer of at least {lowest}"),
         # Refuses NaN, Infinity and integers beyond a float's range as well.
-        if (_is_int(value) or isinstance(value, float)) and abs(value) < 1e300:
-            return float(value)
-        expected = "a number"
-    elif kind == "bool":
-        if isinstance(value, bool):
-            return value
-        expected = "true or false"
-    elif kind == "str":
-        if isinstance(value, str):
-            return value
-        expected = "a string"
-    else:
-        if isinstance(value, list) and all(_is_int(entry) for entry in value):
-            return tuple(value)
-        expected = "a list of integers"
-    raise UserError(f"{item.name}={_show(value)} must be {expected}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        "float": (type(value) in (int, float) and abs(value) < 1e300, "a number"),
+        "bool": (isinstance(value, bool), "true or false"),
+        "str": (isinstance(value, str), "a string"),
+        "tuple[int, ...]": (
+            isinstance(value, list) and all(type(entry) is int for entry in value),
+            "a list of integers",
+        ),
+    }[kind]
+    if not good:
+        raise UserError(f"{item.name}={_show(value)} must be {expected}")
+    if kind == "float":
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _show(value: object) -> str:

@@ -62,7 +62,6 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
 
-    family = ""
     hc_mult = 1
 
     def __post_init__(self) -> None:
@@ -110,8 +109,6 @@ class Dsv4Config(ModelConfig):
     hc_eps: float = 1e-6
     compress_rope_theta: float = 160000.0
 
-    family = "dsv4"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.compress_ratios) < self.num_hidden_layers:
@@ -131,11 +128,9 @@ class Dsv4Config(ModelConfig):
         _require_blocks("o_lora_rank", self.o_lora_rank)
 
     def compress_ratio(self, layer_id: int) -> int:
-        """0, 4 or 128 for the given layer."""
         return self.compress_ratios[layer_id]
 
     def tensor_parallel_sizes(self) -> dict[str, int]:
-        """See :meth:`ModelConfig.tensor_parallel_sizes`."""
         return {**super().tensor_parallel_sizes(), "o_groups": self.o_groups}
 
 
@@ -149,15 +144,12 @@ class Dsv3Config(ModelConfig):
     intermediate_size: int
     first_k_dense_replace: int
 
-    family = "dsv3"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_blocks("kv_lora_rank", self.kv_lora_rank)
         _require_blocks("intermediate_size", self.intermediate_size)
 
     def fp8_head_widths(self) -> dict[str, int]:
-        """See :meth:`ModelConfig.fp8_head_widths`."""
         return {
             "q_b_proj": self.qk_nope_head_dim + self.qk_rope_head_dim,
             "kv_b_proj": self.qk_nope_head_dim + self.v_head_dim,
@@ -165,7 +157,6 @@ class Dsv3Config(ModelConfig):
         }
 
     def is_dense(self, layer_id: int) -> bool:
-        """Whether the layer has a dense MLP instead of a mixture of experts."""
         return layer_id < self.first_k_dense_replace
 
 

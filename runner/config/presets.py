@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
+from dataclasses import replace
 
-_FLASH_LAYERS, _PRO_LAYERS = 43, 61
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
 
 DSV4 = Dsv4Config(
     name="dsv4",
     hidden_size=4096,
-    num_hidden_layers=_FLASH_LAYERS,
+    num_hidden_layers=43,
     num_attention_heads=64,
     head_dim=512,
     qk_rope_head_dim=64,
@@ -34,31 +34,18 @@ DSV4 = Dsv4Config(
     ),
 )
 
-DSV4_PRO = Dsv4Config(
+DSV4_PRO = replace(
+    DSV4,
     name="dsv4-pro",
     hidden_size=7168,
-    num_hidden_layers=_PRO_LAYERS,
+    num_hidden_layers=61,
     num_attention_heads=128,
-    head_dim=512,
-    qk_rope_head_dim=64,
     q_lora_rank=1536,
     o_groups=16,
-    o_lora_rank=1024,
-    index_n_heads=64,
-    index_head_dim=128,
     index_topk=1024,
-    sliding_window=128,
     compress_ratios=(128, 128) + (4, 128) * 29 + (4,),
-    num_hash_layers=3,
-    vocab_size=129280,
-    moe=MoeConfig(
-        n_routed_experts=384,
-        num_experts_per_tok=6,
-        n_shared_experts=1,
-        moe_intermediate_size=3072,
-        routed_scaling_factor=2.5,
-        scoring_func="sqrtsoftplus",
-        swiglu_limit=10.0,
+    moe=replace(
+        DSV4.moe, n_routed_experts=384, moe_intermediate_size=3072, routed_scaling_factor=2.5
     ),
 )
 
@@ -86,7 +73,8 @@ DSV3 = Dsv3Config(
     ),
 )
 
-DSV4_TINY = Dsv4Config(
+DSV4_TINY = replace(
+    DSV4,
     name="dsv4-tiny",
     hidden_size=512,
     num_hidden_layers=8,
@@ -98,21 +86,12 @@ DSV4_TINY = Dsv4Config(
     o_lora_rank=128,
     # SM90 MQA-logits kernels take 32 or 64 heads of 32, 64 or 128.
     index_n_heads=32,
-    index_head_dim=128,
     index_topk=8,
     sliding_window=16,
     compress_ratios=(0, 4, 128, 4, 128, 4, 128, 4),
     num_hash_layers=2,
     vocab_size=1024,
-    moe=MoeConfig(
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=256,
-        routed_scaling_factor=1.5,
-        scoring_func="sqrtsoftplus",
-        swiglu_limit=10.0,
-    ),
+    moe=replace(DSV4.moe, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=256),
 )
 
 PRESETS: dict[str, ModelConfig] = {

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from runner.backend.quantise import PAGE, pack_pages
-from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, library_function
 from runner.kernels.heuristics_sm90 import align, ceil_div
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape
 from runner.kernels.types import DeepGemmKernelType as T
@@ -24,13 +22,6 @@ from runner.kernels.types import DeepGemmKernelType as T
 Call = Callable[[int], object]
 Pair = tuple[Tensor, Tensor]
 Operand = Tensor | Pair
-
-
-class Gemm(Protocol):
-    """A function of the wrapper or of the library."""
-
-    def __call__(self, *args: object, **options: object) -> object:
-        """Its own arguments."""
 
 
 MASKED_ROWS = 128
@@ -43,23 +34,21 @@ _FP8 = torch.float8_e4m3fn
 def make_call(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     """A function that calls the GEMM with the first ``m`` of ``most`` rows of its buffers.
 
-    Args:
-        wrapper: the library.
-        shape: which GEMM.
-        most: rows; of a masked GEMM rows of each group, whatever ``m`` is.
+    A masked GEMM has ``most`` rows in each group, whatever ``m`` is.
     """
     return _OTHERS.get(shape.type, _gemm)(wrapper, shape, most)
 
 
 def _gemm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     """A GEMM, dense or grouped: contiguous ones take each row's group, masked ones the rows."""
-    masked, contiguous = shape.type in MASKED_TYPES, shape.type in CONTIGUOUS_TYPES
+    kind, n, k = shape.type, shape.n, shape.k
+    masked, contiguous = kind in MASKED_TYPES, kind in CONTIGUOUS_TYPES
     groups = (shape.num_groups,) if masked or contiguous else ()
     rows = (*groups, most) if masked else (most,)
-    entry, lhs = _entry_and_activations(wrapper, shape, rows)
-    rhs = _weight(shape.type, *groups, shape.n, shape.k)
-    wide = shape.type is T.GEMM_NT_BF16BF16F32
-    out = _zeros(*rows, shape.n, dtype=torch.float32 if wide else torch.bfloat16)
+    entry = partial(library_function(wrapper.library, kind), **_RECIPES.get(kind, {}))
+    lhs, rhs = _activations(kind, *rows, k), _weight(kind, *groups, n, k)
+    wide = kind is T.GEMM_NT_BF16BF16F32
+    out = _zeros(*rows, n, dtype=torch.float32 if wide else torch.bfloat16)
     if masked:
         used, every = _zeros(*groups, dtype=torch.int32), lhs(None)
         return lambda m: entry(every, rhs, out, used, m)
@@ -69,58 +58,40 @@ def _gemm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
     return lambda m: entry(lhs(m), rhs, out[:m])
 
 
-def _entry_and_activations(
-    wrapper: DeepGemmWrapper, shape: GemmShape, rows: tuple[int, ...]
-) -> tuple[Gemm, Callable[[int | None], Operand]]:
-    """Entry point, and the first ``m`` rows of the activations; None is all of them."""
-    kind, k = shape.type, shape.k
-    if kind in _FP4_NAMES:
-        values = _zeros(*rows, k, dtype=_FP8)
-        gemm = _function(wrapper.library, *_FP4_NAMES[kind])
-        return partial(gemm, recipe_a=(1, 128), recipe_b=(1, 32)), lambda m: (
-            values[:m],
-            _packed_scales(*(rows if m is None else (m,)), k, scaled=128),
-        )
-    if kind is T.GEMM_NT_F8F8BF16_BLOCK32:
-        x, scales = _fp8_rows(*rows, k, scaled=32)
-        gemm = partial(wrapper.library.fp8_gemm_nt, recipe=(1, 32, 32))
-        return gemm, lambda m: (x[:m], scales[:m])
-    gemm = getattr(wrapper, kind.name.lower())
+def _activations(kind: T, *shape: int) -> Callable[[int | None], Operand]:
+    """The first ``m`` rows; None is all of them."""
     if _is_bf16(kind):
-        x = _zeros(*rows, k, dtype=torch.bfloat16)
-        return gemm, lambda m: x[:m]
-    x, scales = _fp8_rows(*rows, k)
-    return gemm, lambda m: (x[:m], scales[:m])
+        x = _zeros(*shape, dtype=torch.bfloat16)
+        return lambda m: x[:m]
+    values, scales = _fp8_rows(*shape, scaled=_scaled(kind))
+    if kind not in FP4_TYPES:
+        return lambda m: (values[:m], scales[:m])
+    *rows, k = shape
+    return lambda m: (values[:m], _packed_scales(*(rows if m is None else (m,)), k, scaled=128))
 
 
 def _weight(kind: T, *shape: int) -> Operand:
-    if kind in _FP4_NAMES:  # Two values a byte, and a scale for 32 of them.
+    if kind in FP4_TYPES:  # Two values a byte, and a scale for 32 of them.
         packed = _zeros(*shape[:-1], shape[-1] // 2, dtype=torch.int8)
         return packed, _packed_scales(*shape, scaled=32)
     if _is_bf16(kind):
         return _zeros(*shape, dtype=torch.bfloat16)
-    return _fp8_blocks(*shape, block=32 if kind is T.GEMM_NT_F8F8BF16_BLOCK32 else 128)
+    return _fp8_blocks(*shape, block=_scaled(kind))
 
 
 def _is_bf16(kind: T) -> bool:
     return "_NT_BF16" in kind.name
 
 
-_FP4_NAMES = {
-    T.GEMM_NT_F8F4BF16: ("fp8_fp4_gemm_nt",),
-    T.GROUPED_GEMM_NT_F8F4BF16_CONTIG: ("m_grouped_fp8_fp4_gemm_nt_contiguous",),
-    T.GROUPED_GEMM_NT_F8F4BF16_MASKED: (
-        "fp8_m_grouped_gemm_nt_masked",
-        "m_grouped_fp8_fp4_gemm_nt_masked",
-    ),
+def _scaled(kind: T) -> int:
+    return 32 if kind is T.GEMM_NT_F8F8BF16_BLOCK32 else 128
+
+
+FP4_TYPES = {kind for kind in T if "F8F4" in kind.name}
+_RECIPES: dict[T, dict[str, tuple[int, ...]]] = {
+    T.GEMM_NT_F8F8BF16_BLOCK32: {"recipe": (1, 32, 32)},
+    **{kind: {"recipe_a": (1, 128), "recipe_b": (1, 32)} for kind in FP4_TYPES},
 }
-"""The library's functions, which the wrapper has no entry points for; of two the first it has."""
-
-
-def _function(library: ModuleType, *names: str) -> Gemm:
-    name = next((name for name in names if hasattr(library, name)), names[-1])
-    found: Gemm = getattr(library, name)
-    return found
 
 
 # -- what is no plain GEMM ------------------------------------------------------------------------

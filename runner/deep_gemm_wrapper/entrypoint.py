@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.utils.dlpack
@@ -20,8 +21,44 @@ from runner.deep_gemm_wrapper.scale_check import (
     check_entry_scales,
     check_gemm_scales,
     check_page_scales,
-    rows_in_use,
 )
+from runner.kernels.types import DeepGemmKernelType as T
+
+LIBRARY_NAMES = {
+    T.GEMM_NT_F8F8BF16: ("fp8_gemm_nt",),
+    T.GEMM_NT_F8F8BF16_BLOCK32: ("fp8_gemm_nt",),
+    T.GEMM_NT_F8F4BF16: ("fp8_fp4_gemm_nt",),
+    T.GEMM_NT_BF16BF16F32: ("bf16_gemm_nt",),
+    T.GEMM_NT_BF16BF16BF16: ("bf16_gemm_nt",),
+    T.GROUPED_GEMM_NT_F8F8BF16_CONTIG: ("m_grouped_fp8_gemm_nt_contiguous",),
+    T.GROUPED_GEMM_NT_F8F4BF16_CONTIG: ("m_grouped_fp8_fp4_gemm_nt_contiguous",),
+    T.GROUPED_GEMM_NT_BF16_CONTIG: ("m_grouped_bf16_gemm_nt_contiguous",),
+    T.GROUPED_GEMM_NT_F8F8BF16_MASKED: (
+        "m_grouped_fp8_gemm_nt_masked",
+        "fp8_m_grouped_gemm_nt_masked",
+    ),
+    T.GROUPED_GEMM_NT_F8F4BF16_MASKED: (
+        "fp8_m_grouped_gemm_nt_masked",
+        "m_grouped_fp8_fp4_gemm_nt_masked",
+    ),
+    T.GROUPED_GEMM_NT_BF16_MASKED: ("m_grouped_bf16_gemm_nt_masked",),
+}
+"""The library's function for each plain GEMM; of several names the first that it has."""
+
+
+class LibraryFunction(Protocol):
+    """One of the library's functions."""
+
+    def __call__(self, *args: object, **options: object) -> object:
+        """Its own arguments."""
+
+
+def library_function(library: ModuleType, kind: T) -> LibraryFunction:
+    """The function of :data:`LIBRARY_NAMES` that this release of the library has."""
+    names = LIBRARY_NAMES[kind]
+    name = next((name for name in names if hasattr(library, name)), names[-1])
+    found: LibraryFunction = getattr(library, name)
+    return found
 
 
 class DeepGemmWrapper:
@@ -83,10 +120,9 @@ class DeepGemmWrapper:
         if rows == 0 or expected_m == 0:
             return
         if self._sanity_check:
-            used = rows_in_use(masked_m, rows)
+            used = torch.arange(rows, device=masked_m.device) < masked_m.unsqueeze(1)
             check_gemm_scales("grouped_gemm_nt_f8f8bf16_masked", lhs, rhs, used)
-        newer = getattr(self.library, "m_grouped_fp8_gemm_nt_masked", None)
-        masked = newer or self.library.fp8_m_grouped_gemm_nt_masked
+        masked = library_function(self.library, T.GROUPED_GEMM_NT_F8F8BF16_MASKED)
         masked(lhs, rhs, out, masked_m, expected_m)
 
     def fp8_einsum_bhr_hdr_bhd(self, lhs: Fp8, rhs: Fp8, out: Tensor) -> None:
@@ -103,25 +139,6 @@ class DeepGemmWrapper:
         """out [m, n] fp32 = lhs [m, k] bf16 @ rhs [n, k] bf16 .T."""
         if lhs.shape[0]:
             self.library.bf16_gemm_nt(lhs, rhs, out)
-
-    def gemm_nt_bf16bf16bf16(self, lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
-        """out [m, n] bf16 = lhs [m, k] bf16 @ rhs [n, k] bf16 .T."""
-        if lhs.shape[0]:
-            self.library.bf16_gemm_nt(lhs, rhs, out)
-
-    def grouped_gemm_nt_bf16_contig(
-        self, lhs: Tensor, rhs: Tensor, out: Tensor, m_indices: Tensor
-    ) -> None:
-        """As ``grouped_gemm_nt_f8f8bf16_contig`` with bf16 operands and no scales."""
-        if lhs.shape[0]:
-            self.library.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, m_indices)
-
-    def grouped_gemm_nt_bf16_masked(
-        self, lhs: Tensor, rhs: Tensor, out: Tensor, masked_m: Tensor, expected_m: int
-    ) -> None:
-        """As ``grouped_gemm_nt_f8f8bf16_masked`` with bf16 operands and no scales."""
-        if lhs.shape[1] and expected_m:
-            self.library.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m)
 
     def tf32_hc_prenorm_gemm(
         self, x: Tensor, fn: Tensor, out: Tensor, sqrsum: Tensor, n_splits: int

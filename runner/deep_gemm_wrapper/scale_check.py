@@ -57,17 +57,7 @@ def check_scales(
 
 
 def check_gemm_scales(entry_point: str, lhs: Fp8, rhs: Fp8, used: Tensor | None = None) -> None:
-    """Check the operands of a GEMM, dense or grouped.
-
-    Args:
-        entry_point: name of the function called.
-        lhs: activations [..., k], with a scale for 128 columns of a row [..., ceil(k / 128)].
-        rhs: weights [..., n, k], with one for a block [..., ceil(n / 128), ceil(k / 128)].
-        used: bool, which rows of ``lhs`` are in use, where not all are.
-
-    Raises:
-        ScaleError: see :func:`check_scales`.
-    """
+    """:func:`check_scales` of a GEMM's operands, of ``lhs`` only the rows that are ``used``."""
     *rows, k = lhs[0].shape
     check_scales(entry_point, "lhs", lhs[1], (*rows, ceil_div(k, FP8_BLOCK)), used)
     *groups, n, k = rhs[0].shape
@@ -76,49 +66,22 @@ def check_gemm_scales(entry_point: str, lhs: Fp8, rhs: Fp8, used: Tensor | None 
 
 
 def check_entry_scales(entry_point: str, kv: Fp8, starts: Tensor, ends: Tensor) -> None:
-    """Check index keys: values [entries, dim] with a scale for each entry [entries].
-
-    Only entries that some row reads are checked: row r reads ``starts[r]`` to ``ends[r]`` ([rows]
-    int32).
-
-    Raises:
-        ScaleError: see :func:`check_scales`.
-    """
-    entries = kv[0].shape[0]
-    check_scales(entry_point, "kv", kv[1], (entries,), _entries_read(starts, ends, entries))
-
-
-def _entries_read(starts: Tensor, ends: Tensor, entries: int) -> Tensor:
-    """[entries] bool: which lie in a row's range; without a grid of rows by entries."""
-    some = ends > starts
-    edges = torch.zeros(entries + 1, dtype=torch.int64, device=starts.device)
-    for bounds, step in ((starts, 1), (ends, -1)):
-        at = bounds[some].long().clamp(0, entries)
-        edges.index_add_(0, at, torch.full_like(at, step))
-    return edges.cumsum(0)[:-1] > 0
+    """:func:`check_scales` of index keys: row r reads entries ``starts[r]`` to ``ends[r]``."""
+    entries = torch.arange(kv[0].shape[0], device=starts.device)
+    read = (entries >= starts.unsqueeze(1)) & (entries < ends.unsqueeze(1))
+    check_scales(entry_point, "kv", kv[1], tuple(entries.shape), read.any(0))
 
 
 def check_page_scales(
     entry_point: str, kv_cache: Tensor, context_lens: Tensor, block_table: Tensor
 ) -> None:
-    """Check index keys in pages: the scales of the entries that each row reads.
+    """:func:`check_scales` of index keys in pages: those of the entries that each row reads.
 
-    Args:
-        entry_point: name of the function called.
-        kv_cache: [pages, block_kv, 1, dim + 4] uint8: each page its values, then its fp32 scales.
-        context_lens: [rows, 1] int32, how many entries a row reads.
-        block_table: [rows, n] int32, a row's pages; what lies past its length may be anything.
-
-    Raises:
-        ScaleError: the index in it is [row, entry of that row]; see :func:`check_scales`.
+    An error's index is [row, entry of that row]; what the table has past a row's length may be
+    anything.
     """
     pages, block_kv = kv_cache.shape[:2]
     tails = kv_cache.reshape(pages, -1)[:, -4 * block_kv :].contiguous().view(torch.float32)
     scales = tails[block_table.long().clamp(0, pages - 1)].flatten(1)
     used = torch.arange(scales.shape[1], device=scales.device) < context_lens
     check_scales(entry_point, "kv_cache", scales, tuple(scales.shape), used)
-
-
-def rows_in_use(masked_m: Tensor, rows: int) -> Tensor:
-    """[groups, rows] bool: the first ``masked_m[i]`` rows ([groups] int32) of each group."""
-    return torch.arange(rows, device=masked_m.device) < masked_m.unsqueeze(1)

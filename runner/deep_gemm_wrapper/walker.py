@@ -25,9 +25,6 @@ def compile_only(library: ModuleType) -> Iterator[None]:
 
     Builds that lack ``get_compile_mode`` or ``set_compile_mode`` (``sgl-deep-gemm`` 0.1.4.post1
     has neither) launch as ever, so a walk has to pass real buffers either way.
-
-    Args:
-        library: the imported ``deep_gemm``; the mode is one for the whole process.
     """
     if not (hasattr(library, "get_compile_mode") and hasattr(library, "set_compile_mode")):
         yield

@@ -4,53 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from runner.backend.base import Backend
-from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors, proxy_widths
-from runner.backend.tensor import Tensor, spec
+from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
+from runner.backend.tensor import Tensor
 from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
-from runner.config.parallel import ParallelConfig
-from runner.errors import UserError
+from runner.config.parallel import ParallelConfig, RankCoordinates
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
 from runner.model.strategy import OverlapStrategy
-
-if TYPE_CHECKING:
-    from runner.backend.torch_cache import KVCache
-
-
-class BufferSource(Protocol):
-    """Makes what a dummy forward works on: real tensors, or shapes alone."""
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        """[tokens, width] bf16."""
-
-    def cache(self, sequences: int, max_len: int) -> KVCache | None:
-        """A key-value cache for that many sequences of at most ``max_len`` tokens."""
-
-    def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
-        """Token ids for a dummy batch, None in a recording."""
-
-    def read_ids(self, ids: Tensor) -> tuple[int, ...] | None:
-        """Token ids of a tensor [sequences] int64, None in a recording."""
-
-
-class NoBuffers:
-    """Buffers of a recording: shapes alone."""
-
-    def proxy(self, tokens: int, width: int) -> Tensor:
-        return spec(tokens, width)
-
-    def cache(self, sequences: int, max_len: int) -> None:
-        return None
-
-    def dummy_ids(self, tokens: int) -> None:
-        return None
-
-    def read_ids(self, ids: Tensor) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -65,7 +28,6 @@ class ModelRunner:
     parallel: ParallelConfig
     rank: int
     backend: Backend
-    buffers: BufferSource
     stage: PipelineStage
     is_generation: bool = True
 
@@ -78,19 +40,9 @@ class ModelRunner:
         *,
         backend: Backend,
         weights: WeightSource | None = None,
-        buffers: BufferSource | None = None,
         overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
-        """Make the rank's stage with its weights.
-
-        Args:
-            model: the whole model.
-            parallel: the layout.
-            rank: world rank.
-            backend: interprets the forward.
-            weights: makes the weights; None makes shapes, for a recording.
-            buffers: makes what dummy forwards work on; None makes shapes, for a recording.
-            overlap: see :class:`PipelineStage`.
+        """Make the rank's stage; without ``weights`` from shapes alone, for a recording.
 
         Raises:
             UserError: the model does not fit the layout.
@@ -98,12 +50,16 @@ class ModelRunner:
         parallel.check_fits(model)
         context = RankContext(backend, weights or ShapeWeights(), parallel, rank)
         stage = PipelineStage(context, model, overlap)
-        return cls(model, parallel, rank, backend, buffers or NoBuffers(), stage)
+        return cls(model, parallel, rank, backend, stage)
+
+    @property
+    def at(self) -> RankCoordinates:
+        """Where the rank is in the layout; ``stage`` may be another tensor rank's in recordings."""
+        return self.parallel.coordinates(self.rank)
 
     def forward(
         self, batch: ForwardBatch, proxy: PPProxyTensors | None = None
     ) -> PPProxyTensors | Tensor:
-        """Run this rank's stage; see :meth:`PipelineStage.forward`."""
         return self.stage.forward(batch, proxy)
 
     def _dummy_run(
@@ -113,13 +69,8 @@ class ModelRunner:
 
         The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
         Everything after that follows the resulting mode. As in SGLang the batch has
-        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens.
-
-        Returns:
-            Proxy tensors on inner stages, logits on the last.
-
-        Raises:
-            UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
+        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens; it is
+        a multiple of ``attn_cp``.
         """
         return self.prepared_dummy(batch_size, forward_mode_override)()
 
@@ -127,32 +78,33 @@ class ModelRunner:
         self, batch_size: int, forward_mode_override: ForwardMode | None = None
     ) -> Callable[[], PPProxyTensors | Tensor]:
         """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
-        if batch_size < 1 or batch_size % self.parallel.attn_cp:
-            raise UserError(
-                f"dummy batch size {batch_size} must be a positive multiple of "
-                f"attn_cp={self.parallel.attn_cp}"
-            )
         mode = forward_mode_override or (
             ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
         )
         make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
         batch = make(
             (1,) * batch_size,
-            input_ids=self.buffers.dummy_ids(batch_size),
-            cache=self.buffers.cache(batch_size, 1),
+            input_ids=self.dummy_ids(batch_size),
+            cache=self.backend.new_cache(batch_size, 1),
         )
         proxy = self.dummy_proxy(batch)
         return lambda: self.forward(batch, proxy)
+
+    def dummy_ids(self, tokens: int) -> tuple[int, ...] | None:
+        """Token ids for a dummy batch; a recording has none."""
+        return self.backend.dummy_ids(tokens, self.model.vocab_size)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
         """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
         if self.stage.is_first:
             return None
-        tokens = self.proxy_tokens(batch)
-        widths = proxy_widths(self.model.hidden_size, self.model.hc_mult)
-        return PPProxyTensors(
-            {name: self.buffers.proxy(tokens, width) for name, width in widths.items()}
-        )
+        rows = self.proxy_tokens(batch)
+        return {name: self.backend.zeros(rows, width) for name, width in self.proxy_widths.items()}
+
+    @property
+    def proxy_widths(self) -> dict[str, int]:
+        names = ("hidden_states",) if self.model.hc_mult > 1 else ("hidden_states", "residual")
+        return dict.fromkeys(names, self.model.hc_hidden_size)
 
     def proxy_tokens(self, batch: ForwardBatch) -> int:
         """Rows of the proxy tensors: stage 0 has already split EXTEND tokens over attn_cp."""

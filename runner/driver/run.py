@@ -17,8 +17,8 @@ from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import R, ScheduleRecorder
 from runner.backend.tensor import Tensor
 from runner.driver.model_runner import ModelRunner
-from runner.driver.requests import Request, serve, serve_all
-from runner.driver.warmup import capture_graphs, dummy_modes, execution_hook, warm_up
+from runner.driver.requests import serve
+from runner.driver.warmup import capture_graphs, execution_hook, warm_up
 from runner.scenario import MAX_TOKENS, Scenario
 from runner.schedule import (
     OF_HOSTS,
@@ -48,19 +48,14 @@ def run_rank(
     if scenario.graph_batch_sizes:
         backend.mark("phase", "graph capture")
         capture_graphs(runner, scenario)
-    first, *others = requests_of(scenario)
+    first, *others = scenario.request_tokens
     backend.mark("phase", FIRST_REQUEST)
-    serve(runner, first, keep)
+    serve(runner, scenario, first, keep)
     if others:
         backend.mark("phase", "requests")
-        serve_all(runner, others, keep)
+        for tokens in others:  # Each starts once stage 0 is free.
+            serve(runner, scenario, tokens, keep)
     backend.mark("phase", "end")
-
-
-def requests_of(scenario: Scenario) -> tuple[Request, ...]:
-    """Requests sent after the warm-up."""
-    modes = dummy_modes(scenario)
-    return tuple(Request(size, scenario.prompt_len, modes) for size in scenario.request_tokens)
 
 
 def record(scenario: Scenario, *, folded: bool = False) -> Schedule:
@@ -101,7 +96,6 @@ def record_rank(
         scenario.parallel,
         rank,
         backend,
-        plain.buffers,
         plain.stage,
         forwards=forwards,
         recorder=recorder,

@@ -28,7 +28,6 @@ class RankContext:
 
     @cached_property
     def at(self) -> RankCoordinates:
-        """This rank's replica, stage and tensor rank."""
         return self.parallel.coordinates(self.rank)
 
     @property
@@ -88,7 +87,6 @@ class RankContext:
     def fp32(
         self, layer: int, name: str, *dims: int | Shard, scale: float, mean: float = 0.0
     ) -> Tensor:
-        """An fp32 weight."""
         return self._weight(layer, name, "fp32", dims, scale, mean)
 
     def norm(self, layer: int, name: str, width: int) -> Tensor:

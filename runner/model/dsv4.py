@@ -1,4 +1,4 @@
-"""The DSV4 decoder: hyper-connections around attention and around the experts.
+"""The DSV4 decoder: hyper-connections around compressed attention and around the experts.
 
 Manifold-constrained hyper-connections keep several copies of the residual stream, mixed per token.
 Before a sub-layer one GEMM (``TF32_HC_PRENORM_GEMM``) of the flattened stream with a
@@ -8,13 +8,115 @@ rebuilt. Formulas: docs/models.md.
 
 from __future__ import annotations
 
-from runner.backend.forward_batch import ForwardBatch
-from runner.backend.tensor import Tensor
+from runner.backend.attention_steps import LayerTokens, MixWeights, PoolWeights
+from runner.backend.forward_batch import ForwardBatch, Tokens
+from runner.backend.tensor import Tensor, split_columns
 from runner.config.model import Dsv4Config
 from runner.model.context import RankContext
-from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS, Dsv4Attention
 from runner.model.moe import make_experts
 from runner.model.operations import LayerState, Operation
+
+NONPAGED_MIN_QUERY_TOKENS = 8192
+"""From this many query tokens of a single prompt on, SGLang 0.5.23 scores without pages."""
+
+
+class Compressor:
+    """Pools ``ratio`` tokens into one key-value entry; the projections are cached per token.
+
+    Ratio 4 overlaps with the block before, so each token has a second set of projections.
+    """
+
+    def __init__(
+        self, ctx: RankContext, config: Dsv4Config, layer: int, name: str, head_dim: int
+    ) -> None:
+        self._ctx, self._config, self._layer, self._name = ctx, config, layer, name
+        ratio = config.compress_ratio(layer)
+        width = head_dim * (2 if ratio == 4 else 1)
+        self._wkv_gate = ctx.bf16(layer, f"{name}_wkv_gate", 2 * width, config.hidden_size)
+        self.pool = PoolWeights(
+            ctx.fp32(layer, f"{name}_ape", ratio, width, scale=0.1),
+            ctx.norm(layer, f"{name}_norm", head_dim),
+        )
+
+    def store(self, x: Tensor, tokens: Tokens) -> None:
+        """Project [T, H] and put the projections of all the batch's new tokens into the cache."""
+        backend, batch = self._ctx.backend, tokens.batch
+        raw = backend.gemm_bf16_fp32(x, self._wkv_gate)
+        raw = self._ctx.gather_tokens(self._name, raw, batch)
+        at = LayerTokens(batch.tokens, self._layer, self._config)
+        backend.store_compressor(self._name, raw, at)
+
+
+class Indexer:
+    """Scores compressed entries and picks the ``index_topk`` best for each token."""
+
+    def __init__(self, ctx: RankContext, config: Dsv4Config, layer: int) -> None:
+        self._backend, self._config, self._layer = ctx.backend, config, layer
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self._wq_b = ctx.fp8(layer, "index_wq_b", heads * dim, config.q_lora_rank)
+        self._weights_proj = ctx.bf16(layer, "index_weights", heads, config.hidden_size)
+        self._compressor = Compressor(ctx, config, layer, "index_compressor", dim)
+
+    def select(self, x: Tensor, q_lora: Tensor, tokens: Tokens, metadata: Tensor | None) -> Tensor:
+        """[T, entries] bool: what each token attends to besides its window."""
+        backend, at = self._backend, LayerTokens(tokens, self._layer, self._config)
+        self._compressor.store(x, tokens)
+        q = backend.index_query(backend.gemm_fp8(q_lora, self._wq_b), at)
+        weights, pool = backend.linear(x, self._weights_proj), self._compressor.pool
+        scores = backend.mqa_logits(q, weights, pool, at, metadata)
+        return backend.top_entries(scores, at)
+
+
+class Dsv4Attention:
+    """One layer's attention as two operations, with an all-reduce at its end."""
+
+    def __init__(self, ctx: RankContext, config: Dsv4Config, layer: int) -> None:
+        self._ctx, self._config, self._layer = ctx, config, layer
+        hidden, rank, dim = config.hidden_size, config.q_lora_rank, config.head_dim
+        lora, per_group = config.o_lora_rank, config.num_attention_heads * dim // config.o_groups
+        heads = ctx.attn_shard(config.num_attention_heads)
+        groups = ctx.attn_shard(config.o_groups)
+        self._wqkv_a = ctx.fp8(layer, "wqkv_a", rank + dim, hidden)
+        self._q_norm = ctx.norm(layer, "q_norm", rank)
+        self._kv_norm = ctx.norm(layer, "kv_norm", dim)
+        self._wq_b = ctx.fp8(layer, "wq_b", heads, dim, rank)
+        self._sink = ctx.fp32(layer, "attn_sink", heads, scale=0.5)
+        self._wo_a = ctx.fp8(layer, "wo_a", groups, lora, per_group, grouped=True)
+        self._wo_b = ctx.fp8(layer, "wo_b", hidden, ctx.attn_shard(config.o_groups * lora))
+        ratio = config.compress_ratio(layer)
+        self._compressor = Compressor(ctx, config, layer, "compressor", dim) if ratio else None
+        self._indexer = Indexer(ctx, config, layer) if ratio == 4 else None
+
+    def prepare(self, state: LayerState) -> None:
+        """sublayer_input [T, H] -> q [T, h, D] and the entries it may see; fills the cache."""
+        ctx, backend, config = self._ctx, self._ctx.backend, self._config
+        x, batch = state.pop("sublayer_input"), state["batch"]
+        tokens = ctx.tokens(batch)
+        own = LayerTokens(tokens, self._layer, config)
+        q_lora, kv = split_columns(backend.gemm_fp8(x, self._wqkv_a), config.q_lora_rank)
+        q_lora = backend.rms_norm(q_lora, self._q_norm, config.rms_norm_eps)
+        state["q"] = backend.q_norm_rope(backend.gemm_fp8(q_lora, self._wq_b), own)
+        kv = ctx.gather_tokens("kv", kv, batch)
+        backend.store_kv(kv, self._kv_norm, own._replace(tokens=batch.tokens))
+        if self._compressor:
+            self._compressor.store(x, tokens)
+        state["selected"] = None
+        if self._indexer:
+            metadata = state["index_metadata"]
+            state["selected"] = self._indexer.select(x, q_lora, tokens, metadata)
+
+    def core(self, state: LayerState) -> None:
+        """q -> sublayer_output [T, H]: attention, grouped projection, sum over ranks."""
+        ctx, backend, batch = self._ctx, self._ctx.backend, state["batch"]
+        own = LayerTokens(ctx.tokens(batch), self._layer, self._config)
+        pool = self._compressor.pool if self._compressor else None
+        out = backend.attention(state.pop("q"), state.pop("selected"), pool, self._sink, own)
+        rows, groups, lora = out.shape[0], self._wo_a.groups, self._wo_a.n
+        grouped = backend.einsum_fp8(out.reshape(rows, groups, self._wo_a.k), self._wo_a)
+        partial = backend.gemm_fp8(grouped.reshape(rows, groups * lora), self._wo_b, partial=True)
+        state["sublayer_output"] = ctx.sum_hidden(
+            "attention output", partial, ctx.attn_tp_group, batch
+        )
 
 
 class HyperConnection:
@@ -24,17 +126,15 @@ class HyperConnection:
         self._backend, self._config = ctx.backend, config
         mixes = config.hc_mult * (2 + config.hc_mult)
         width = config.hc_hidden_size
-        self._fn = ctx.fp32(layer, f"{name}_hc_fn", mixes, width, scale=0.02)
-        self._base = ctx.fp32(layer, f"{name}_hc_base", mixes, scale=0.1)
-        self._scale = ctx.fp32(layer, f"{name}_hc_scale", 3, scale=0.1, mean=1.0)
+        self._mix = _mix_weights(ctx, layer, f"{name}_hc", (mixes, width), 3)
         self._norm = ctx.norm(layer, f"{name}_norm", config.hidden_size)
 
     def pre(self, state: LayerState) -> None:
         """hidden_states [T, M * H] -> sublayer_input [T, H]; keeps the stream and its mixing."""
         backend, config = self._backend, self._config
         stream = state.pop("hidden_states")
-        gemm = backend.hc_prenorm(stream, self._fn)
-        mixed, post, comb = backend.hc_pre(stream, gemm, self._base, self._scale, config)
+        gemm = backend.hc_prenorm(stream, self._mix.fn)
+        mixed, post, comb = backend.hc_pre(stream, gemm, self._mix, config)
         state["sublayer_input"] = backend.rms_norm(mixed, self._norm, config.rms_norm_eps)
         state["mixing"] = (stream, post, comb)
 
@@ -42,6 +142,16 @@ class HyperConnection:
         """sublayer_output [T, H] -> hidden_states [T, M * H]."""
         output = state.pop("sublayer_output")
         state["hidden_states"] = self._backend.hc_post(output, *state.pop("mixing"))
+
+
+def _mix_weights(
+    ctx: RankContext, layer: int, name: str, shape: tuple[int, int], scales: int
+) -> MixWeights:
+    return MixWeights(
+        ctx.fp32(layer, f"{name}_fn", *shape, scale=0.02),
+        ctx.fp32(layer, f"{name}_base", shape[0], scale=0.1),
+        ctx.fp32(layer, f"{name}_scale", scales, scale=0.1, mean=1.0),
+    )
 
 
 class Dsv4Layer:
@@ -86,11 +196,8 @@ class Dsv4Decoder:
         self.layers = [Dsv4Layer(ctx, config, layer) for layer in layers]
         self._indexed = any(config.compress_ratio(layer) == 4 for layer in layers)
         if ctx.is_last_stage:
-            copies = config.hc_mult
-            self._head = (
-                ctx.fp32(-1, "hc_head_fn", copies, config.hc_hidden_size, scale=0.02),
-                ctx.fp32(-1, "hc_head_base", copies, scale=0.1),
-                ctx.fp32(-1, "hc_head_scale", 1, scale=0.1, mean=1.0),
+            self._head = _mix_weights(
+                ctx, -1, "hc_head", (config.hc_mult, config.hc_hidden_size), 1
             )
 
     def first_state(self, embedded: Tensor) -> dict[str, Tensor]:
@@ -111,4 +218,4 @@ class Dsv4Decoder:
 
     def collapse(self, tensors: dict[str, Tensor]) -> Tensor:
         """Hidden states [T, H] after the last layer."""
-        return self._ctx.backend.hc_head(tensors["hidden_states"], *self._head, self._config)
+        return self._ctx.backend.hc_head(tensors["hidden_states"], self._head, self._config)

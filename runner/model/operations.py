@@ -71,13 +71,8 @@ def overlapped_order(num_stages: int, delta_stages: int) -> list[tuple[int, int]
     """(batch, stage) in the order in which two batches run them.
 
     The first batch runs ``delta_stages`` stages alone, then both take turns, then the second
-    batch ends alone.
-
-    Raises:
-        ValueError: ``delta_stages`` is not in 0..num_stages.
+    batch ends alone. ``delta_stages`` is at most ``num_stages``.
     """
-    if not 0 <= delta_stages <= num_stages:
-        raise ValueError(f"delta_stages={delta_stages} must lie in 0..{num_stages}, the stages")
     order = [(0, stage) for stage in range(delta_stages)]
     for stage in range(num_stages - delta_stages):
         order += [(0, delta_stages + stage), (1, stage)]
@@ -90,15 +85,6 @@ def run_overlapped(
     """Run two batches over the same stages in turns.
 
     Notes ``("batch", "0" or "1")`` before each stage, and ``("batch", "both")`` after all.
-
-    Args:
-        states: each batch's own; nothing goes from one to the other.
-        stages: of all layers.
-        delta_stages: how many stages the first batch is ahead.
-        note: see above.
-
-    Raises:
-        ValueError: ``delta_stages`` is above the number of stages.
     """
     for batch, stage in overlapped_order(len(stages), delta_stages):
         note("batch", str(batch))

@@ -8,14 +8,12 @@ from copy import copy
 from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
 from runner.backend.tensor import Tensor
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
-from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Decoder, Dsv3Layer
 from runner.model.dsv4 import Dsv4Decoder, Dsv4Layer
 from runner.model.operations import LayerState, run_overlapped
 from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
 
-Tensors = dict[str, Tensor]
 Layers = Sequence[tuple[int, Dsv3Layer | Dsv4Layer]]
 
 OVERLAPPED = "overlapped by"
@@ -25,11 +23,8 @@ OVERLAPPED = "overlapped by"
 class PipelineStage:
     """The part of the model that one rank holds, and its forward.
 
-    Args:
-        ctx: the rank.
-        model: the whole model.
-        overlap: strategies by which two halves of a batch overlap; forwards of other modes, and
-            batches of one sequence, run as they are.
+    By the strategies of ``overlap`` two halves of a batch overlap; forwards of other modes, and
+    batches of one sequence, run as they are.
     """
 
     def __init__(
@@ -50,27 +45,21 @@ class PipelineStage:
             self._lm_head = ctx.bf16(-1, "lm_head", self._vocab, hidden)
 
     def overlapped(self, overlap: Sequence[OverlapStrategy]) -> PipelineStage:
-        """The same stage with other strategies."""
         stage = copy(self)
         stage._overlap = {strategy.mode: strategy for strategy in overlap}
         return stage
 
     def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> PPProxyTensors | Tensor:
-        """Run the stage.
+        """Run the stage: logits [sequences, vocab] on the last, proxy tensors on the others.
 
-        Args:
-            batch: what to run.
-            proxy: the stage before's tensors; None on the first stage.
-
-        Returns:
-            :class:`PPProxyTensors` on inner stages, logits [sequences, vocab] on the last.
+        ``proxy`` holds those of the stage before; None on the first.
         """
         self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
         if self.is_first:
             tensors = self._embed(batch)
         else:
             assert proxy is not None, "inner stages need proxy tensors"
-            tensors = proxy.tensors
+            tensors = proxy
         strategy = self._overlap.get(batch.mode)
         halves = batch.halves if strategy else None
         if strategy is None or halves is None:
@@ -80,9 +69,11 @@ class PipelineStage:
             sparse = [pair for pair in self._layers if pair[1].has_experts]
             tensors = self._run_plain(dense, tensors, batch)
             tensors = self._run_overlapped(sparse, tensors, halves, strategy)
-        return self._logits(tensors, batch) if self.is_last else PPProxyTensors(tensors)
+        return self._logits(tensors, batch) if self.is_last else tensors
 
-    def _run_plain(self, layers: Layers, tensors: Tensors, batch: ForwardBatch) -> Tensors:
+    def _run_plain(
+        self, layers: Layers, tensors: PPProxyTensors, batch: ForwardBatch
+    ) -> PPProxyTensors:
         """The whole batch through layers, one after the other."""
         if not layers:
             return tensors
@@ -104,10 +95,10 @@ class PipelineStage:
     def _run_overlapped(
         self,
         layers: Layers,
-        tensors: Tensors,
+        tensors: PPProxyTensors,
         halves: tuple[ForwardBatch, ForwardBatch],
         strategy: OverlapStrategy,
-    ) -> Tensors:
+    ) -> PPProxyTensors:
         """Both halves through all layers' stages, in turns."""
         if not layers:
             return tensors
@@ -123,7 +114,7 @@ class PipelineStage:
             ends = self._end(states[0], halves[0]), self._end(states[1], halves[1])
         return {name: backend.joined(x, ends[1][name]) for name, x in ends[0].items()}
 
-    def _begin(self, tensors: Tensors, batch: ForwardBatch, *, half: int) -> LayerState:
+    def _begin(self, tensors: PPProxyTensors, batch: ForwardBatch, *, half: int) -> LayerState:
         """A batch's state before its first layer, its rows this rank's own."""
         own = {name: self._ctx.scatter(x, batch) for name, x in tensors.items()}
         state: LayerState = {
@@ -136,7 +127,7 @@ class PipelineStage:
             state["residual"] = own["residual"]
         return state
 
-    def _end(self, state: LayerState, batch: ForwardBatch) -> Tensors:
+    def _end(self, state: LayerState, batch: ForwardBatch) -> PPProxyTensors:
         """The tensors after a batch's last layer, all its rows."""
         tensors = {"hidden_states": state.pop("hidden_states")}
         if "residual" in state:
@@ -146,7 +137,7 @@ class PipelineStage:
             raise RuntimeError(f"operations left state behind: {', '.join(sorted(left))}")
         return {name: self._ctx.gather(name, x, batch) for name, x in tensors.items()}
 
-    def _embed(self, batch: ForwardBatch) -> Tensors:
+    def _embed(self, batch: ForwardBatch) -> PPProxyTensors:
         """Tensors before the first layer; every rank embeds all tokens with its vocabulary part.
 
         Context-parallel ranks keep their own tokens afterwards.
@@ -156,7 +147,7 @@ class PipelineStage:
         embedded = backend.all_reduce("embedding", embedded, ctx.tp_group)
         return self._decoder.first_state(ctx.own_rows(embedded, batch))
 
-    def _logits(self, tensors: Tensors, batch: ForwardBatch) -> Tensor:
+    def _logits(self, tensors: PPProxyTensors, batch: ForwardBatch) -> Tensor:
         ctx, backend = self._ctx, self._ctx.backend
         hidden = self._decoder.collapse(tensors)
         hidden = backend.rms_norm(hidden, self._norm, self._model.rms_norm_eps)
@@ -168,6 +159,5 @@ class PipelineStage:
 def _make_decoder(ctx: RankContext, model: ModelConfig, layers: range) -> Dsv4Decoder | Dsv3Decoder:
     if isinstance(model, Dsv4Config):
         return Dsv4Decoder(ctx, model, layers)
-    if isinstance(model, Dsv3Config):
-        return Dsv3Decoder(ctx, model, layers)
-    raise UserError(f"model family {model.family!r} of {model.name} is not supported")
+    assert isinstance(model, Dsv3Config)
+    return Dsv3Decoder(ctx, model, layers)

@@ -61,7 +61,7 @@ class OverlapStrategy:
     name: str
     mode: ForwardMode
     steps: tuple[str, ...]
-    delta_stages: int
+    delta_stages: int = 0
     comm_sms: int = 0
 
     def __post_init__(self) -> None:
@@ -72,13 +72,7 @@ class OverlapStrategy:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """The operations in order, without the marks."""
         return tuple(step for step in self.steps if step != MARK)
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of one layer alone."""
-        return len([stage for stage in " ".join(self.steps).split(MARK) if stage.strip()])
 
     def arrange(self, operations: Mapping[str, Operation]) -> list[Operation | str]:
         """A layer's operations in the strategy's order, with its marks."""
@@ -93,7 +87,6 @@ class OverlapStrategy:
             )
 
     def describe(self) -> str:
-        """The steps on one line."""
         return ", ".join(self.steps).replace(f", {MARK}", f" {MARK}").replace(f"{MARK},", MARK)
 
     def to_json(self) -> dict[str, object]:
@@ -223,7 +216,7 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     for key, value in data.items():
         if key not in _FIELDS:
             raise UserError(f"strategy {name}: {key!r} is not known: {', '.join(_FIELDS)}")
-        if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
+        if type(value) is not _FIELDS[key]:
             raise UserError(f"strategy {name}: {key} = {value!r} must be a {_FIELDS[key].__name__}")
     for key in ("mode", "operations"):
         if key not in data:
@@ -233,18 +226,14 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     if mode not in modes:
         raise UserError(f"strategy {name}: mode {mode!r} must be {' or '.join(modes)}")
     steps = str(data["operations"]).replace(MARK, f" {MARK} ").replace(",", " ").split()
-    delta_stages, comm_sms = (int(str(data.get(key, 0))) for key in ("delta_stages", "comm_sms"))
-    return OverlapStrategy(name, modes[mode], tuple(steps), delta_stages, comm_sms)
+    counts = {key: value for key, value in data.items() if isinstance(value, int)}
+    return OverlapStrategy(name, modes[mode], tuple(steps), **counts)
 
 
 def concatenate(
     strategy: OverlapStrategy, layers: Sequence[Mapping[str, Operation]]
 ) -> list[Stage]:
-    """Stages of layers one after the other; a stage may run from one layer into the next.
-
-    Raises:
-        UserError: a batch would be further ahead than there are stages.
-    """
+    """Stages of layers one after the other; a stage may run from one layer into the next."""
     stages = cut_stages(step for layer in layers for step in strategy.arrange(layer))
     strategy.check_lead(len(stages))
     return stages

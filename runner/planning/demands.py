@@ -26,7 +26,7 @@ from runner.kernels.rules_sm90 import METADATA_MAX_ROWS
 from runner.kernels.table import Demand
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.model.dsv4_attention import NONPAGED_MIN_QUERY_TOKENS
+from runner.model.dsv4 import NONPAGED_MIN_QUERY_TOKENS
 from runner.model.stage import OVERLAPPED
 from runner.scenario import Scenario
 from runner.schedule import Mark

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from runner.build.compiler import NvccCompiler
-from runner.config.gemm_algo import Bf16Fp32Algo
+from runner.config.environ import Bf16Fp32Algo
 from runner.config.hf import load_model, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import DisaggregationMode, WarmupPolicy

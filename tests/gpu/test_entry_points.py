@@ -164,7 +164,7 @@ def _bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
     wide = call.type is T.GEMM_NT_BF16BF16F32
     dtype = torch.float32 if wide else torch.bfloat16
     out = torch.empty((call.m, call.n), device="cuda", dtype=dtype)
-    (wrapper.gemm_nt_bf16bf16f32 if wide else wrapper.gemm_nt_bf16bf16bf16)(lhs, rhs, out)
+    wrapper.library.bf16_gemm_nt(lhs, rhs, out)
     return _error(out, lhs.double() @ rhs.double().mT)
 
 
@@ -173,7 +173,7 @@ def _contiguous_bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-unt
     groups = (torch.arange(call.m // 128, device="cuda") * 7) % call.num_groups
     indices = groups.repeat_interleave(128).to(torch.int32)
     out = torch.empty((call.m, call.n), device="cuda", dtype=torch.bfloat16)
-    wrapper.grouped_gemm_nt_bf16_contig(lhs, rhs, out, indices)
+    wrapper.library.m_grouped_bf16_gemm_nt_contiguous(lhs, rhs, out, indices)
     blocks = lhs.double().view(-1, 128, call.k)
     return _error(out, (blocks @ rhs.double()[groups].mT).view(call.m, call.n))
 
@@ -184,7 +184,7 @@ def _masked_bf16(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped
     rhs = _random(call.num_groups, call.n, call.k)
     used = torch.randint(1, rows + 1, (call.num_groups,), device="cuda", dtype=torch.int32)
     out = torch.zeros((call.num_groups, rows, call.n), device="cuda", dtype=torch.bfloat16)
-    wrapper.grouped_gemm_nt_bf16_masked(lhs, rhs, out, used, call.m)
+    wrapper.library.m_grouped_bf16_gemm_nt_masked(lhs, rhs, out, used, call.m)
     valid = torch.arange(rows, device="cuda") < used.unsqueeze(1)
     return _error(out[valid], (lhs.double() @ rhs.double().mT)[valid])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.config.gemm_algo import Bf16Fp32Algo
+from runner.config.environ import Bf16Fp32Algo
 from tests.gpu.library import real_wrapper
 
 torch = pytest.importorskip("torch")

@@ -11,9 +11,9 @@ import torch
 from runner.backend import reference
 from runner.backend.base import Backend
 from runner.backend.sink import ScheduleRecorder
-from runner.backend.torch_math import TorchBuffers, TorchMath
+from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
-from runner.config.gemm_algo import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
+from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.hf import from_hf
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
@@ -38,17 +38,15 @@ def cpu_runner(
     gemms: Any = None,
     *,
     algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO,
-    recorder: ScheduleRecorder | None = None,
     **parallel: int,
 ) -> ModelRunner:
     """Rank 0 of a layout, alone."""
     math = TorchMath(CPU, gemms or on_reference())
-    backend = Backend(recorder or ScheduleRecorder(), 132, math, bf16_fp32_algo=algo)
+    backend = Backend(ScheduleRecorder(), 132, math, bf16_fp32_algo=algo)
     return ModelRunner.build(
         model,
         ParallelConfig(**parallel),
         0,
         backend=backend,
         weights=TorchWeights(0, CPU),
-        buffers=TorchBuffers(CPU, model.vocab_size),
     )

@@ -53,19 +53,6 @@ def bf16_to_fp32(m: int) -> tuple[Any, ...]:
     return _bf16(m, K), _bf16(N, K), torch.empty(m, N)
 
 
-def bf16(m: int) -> tuple[Any, ...]:
-    return _bf16(m, K), _bf16(N, K), _out(m, N)
-
-
-def contiguous_bf16(m: int) -> tuple[Any, ...]:
-    return _bf16(m, K), _bf16(GROUPS, N, K), _out(m, N), torch.zeros(m, dtype=torch.int32)
-
-
-def masked_bf16(m: int) -> tuple[Any, ...]:
-    used = torch.full((GROUPS,), m, dtype=torch.int32)
-    return _bf16(GROUPS, m, K), _bf16(GROUPS, N, K), _out(GROUPS, m, N), used, m
-
-
 def hc(m: int) -> tuple[Any, ...]:
     return (
         _bf16(m, K),
@@ -123,9 +110,6 @@ CALLS: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "grouped_gemm_nt_f8f8bf16_contig": contiguous,
     "grouped_gemm_nt_f8f8bf16_masked": masked,
     "gemm_nt_bf16bf16f32": bf16_to_fp32,
-    "gemm_nt_bf16bf16bf16": bf16,
-    "grouped_gemm_nt_bf16_contig": contiguous_bf16,
-    "grouped_gemm_nt_bf16_masked": masked_bf16,
     "tf32_hc_prenorm_gemm": hc,
     "fp8_einsum_bhr_hdr_bhd": einsum,
     "get_paged_mqa_logits_metadata": metadata,

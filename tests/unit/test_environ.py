@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.config.environ import Environ, available_cores
-from runner.config.gemm_algo import Bf16Fp32Algo
+from runner.config.environ import Bf16Fp32Algo, Environ, available_cores
 from runner.errors import UserError
 
 VARIABLES = {item.metadata["variable"]: item for item in fields(Environ)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from math import prod
 
@@ -21,8 +20,8 @@ from runner.backend.gemm_walks import (
     walk_bytes,
 )
 from runner.backend.token_to_m import hc_num_splits
-from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall, expand, steps_of
 from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import GemmShape, KernelCall, expand, steps_of
 from runner.schedule import Walk
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 2048, 1, 132)
@@ -214,45 +213,6 @@ def test_memory_is_asked_for_before_each_walk_only() -> None:
     for shape in (DENSE, DENSE, CONTIGUOUS, DENSE, CONTIGUOUS):
         hook.before(shape.call(128))
     assert len(asked) == 2
-
-
-shapes = st.builds(
-    GemmShape,
-    st.sampled_from(sorted(T)),
-    st.sampled_from([24, 32]),
-    st.sampled_from([512, 2048]),
-    st.sampled_from([1, 2]),
-    st.sampled_from([78, 132]),
-)
-calls = st.lists(st.tuples(shapes, st.integers(0, 300)), max_size=12)
-lists = st.sets(st.integers(1, 6000), min_size=1, max_size=40).map(sorted)
-
-
-@given(calls, lists, st.floats(0, 4e7))
-def test_every_key_is_walked_once_within_the_list(
-    made: list[tuple[GemmShape, int]], m_list: list[int], budget: float
-) -> None:
-    hook = ExecutionHook(m_list, budget=lambda: budget)
-    seen: set[tuple[T, int, int, int]] = set()
-    for shape, m in made:
-        walks = hook.before(shape.call(m))
-        is_hc = shape.type is T.TF32_HC_PRENORM_GEMM
-        key = (shape.type, shape.n, shape.k, 0 if is_hc else shape.num_groups)
-        if m == 0 or shape.type not in HOOKED_TYPES or key in seen:
-            assert walks == ()
-            continue
-        seen.add(key)
-        if is_hc:
-            splits = [hc_num_splits(m, shape.k, shape.num_sms) for m in range(1, m_list[-1] + 1)]
-            assert [walk.shape.num_groups for walk in walks] == list(dict.fromkeys(splits))
-            continue
-        step = 128 if shape.type in CONTIGUOUS_TYPES else 1
-        ms = [m for m in m_list if m % step == 0]
-        most = ms[-1] if ms else 0
-        while ms and walk_bytes(shape, most) > budget and most > 2048:
-            most //= 2
-        allowed = ms[: bisect_right(ms, most)]
-        assert [(w.shape, expand(w.steps)) for w in walks] == [(shape, allowed)] * bool(allowed)
 
 
 # -- memory ---------------------------------------------------------------------------------------

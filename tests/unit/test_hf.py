@@ -1,7 +1,7 @@
 """Models by preset name and from config.json."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.config.hf import from_hf, load_model, with_layers
-from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
+from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
 from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY, PRESETS
 from runner.errors import UserError
 
@@ -180,41 +180,16 @@ def test_unknown_model_type(tmp_path: Path, data: dict[str, Any], shown: str) ->
     )
 
 
-REQUIRED_V4 = [
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "vocab_size",
-    "head_dim",
-    "o_groups",
-    "o_lora_rank",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "sliding_window",
-    "compress_ratios",
-    "num_hash_layers",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "routed_scaling_factor",
-]
-REQUIRED_V3 = [
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "intermediate_size",
-    "first_k_dense_replace",
+REQUIRED = [
+    (model, field.name)
+    for model in (DSV4, DSV3)
+    for cls in (type(model), MoeConfig)
+    for field in fields(cls)
+    if field.default is MISSING and field.name not in ("name", "moe")
 ]
 
 
-@pytest.mark.parametrize(
-    ("model", "field"),
-    [(DSV4, field) for field in REQUIRED_V4] + [(DSV3, field) for field in REQUIRED_V3],
-)
+@pytest.mark.parametrize(("model", "field"), REQUIRED)
 def test_missing_field(tmp_path: Path, model: ModelConfig, field: str) -> None:
     data = hf_of(model)
     del data[field]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,21 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from launch.cli import main as launch  # noqa: E402
 from runner.backend import reference  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
-from runner.backend.sink import ScheduleRecorder  # noqa: E402
 from runner.backend.torch_math import TorchMath  # noqa: E402
 from runner.cli import cli  # noqa: E402
-from runner.config.environ import Environ  # noqa: E402
-from runner.config.gemm_algo import Bf16Fp32Algo  # noqa: E402
-from runner.config.hf import with_layers  # noqa: E402
+from runner.config.environ import Bf16Fp32Algo, Environ  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
-from runner.config.presets import DSV4  # noqa: E402
 from runner.config.warmup import WarmupPolicy  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
 from runner.driver.run import record  # noqa: E402
 from runner.errors import run_guarded  # noqa: E402
 from runner.kernels.types import DeepGemmKernelType as T  # noqa: E402
 from runner.kernels.types import KernelCall  # noqa: E402
-from runner.planning.demands import demands  # noqa: E402
 from runner.planning.plan import plan_of  # noqa: E402
 from runner.scenario import Scenario  # noqa: E402
 from runner.schedule import Compute  # noqa: E402
@@ -152,25 +146,13 @@ def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
 @each_algo
 def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
     """Four layers, of which one slides a window, two compress by 4 and one by 128."""
-    spy, recorder = Spy(), ScheduleRecorder()
-    runner = cpu_runner(FOUR_LAYERS, spy, algo=algo, recorder=recorder)
+    spy = Spy()
+    runner = cpu_runner(FOUR_LAYERS, spy, algo=algo)
     with torch.inference_mode():
         assert runner._dummy_run(3, ForwardMode.DECODE).shape == (3, 1024)
     expected = wide_shapes(FOUR_LAYERS)
     assert len(expected) == 4 + 3 + 2
-    calls = [
-        (op.m, op.n, op.k)
-        for op in recorder.ops
-        if isinstance(op, KernelCall) and op.type is T.GEMM_NT_BF16BF16F32
-    ]
-    linears = [
-        op for op in recorder.ops if isinstance(op, Compute) and op.name == "linear_bf16_fp32"
-    ]
-    by_deep_gemm = algo is Bf16Fp32Algo.DEEP_GEMM
-    assert spy.calls == calls == (expected if by_deep_gemm else [])
-    assert [op.flops for op in linears] == (
-        [] if by_deep_gemm else [2 * m * n * k for m, n, k in expected]
-    )
+    assert spy.calls == (expected if algo is Bf16Fp32Algo.DEEP_GEMM else [])
 
 
 MODELS = {"dsv4": FOUR_LAYERS, "dsv3": SMALL_DSV3}
@@ -204,19 +186,6 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
     assert changed
 
 
-@each_algo
-def test_a_plan_has_the_gemm_for_deep_gemm_alone(algo: Bf16Fp32Algo) -> None:
-    deployment = Scenario(
-        model=with_layers(DSV4, 4),
-        parallel=ParallelConfig(tp=2),
-        max_tokens=64,
-        bf16_fp32_algo=algo,
-    )
-    types = {demand.shape.type for demand in demands(deployment)}
-    assert (T.GEMM_NT_BF16BF16F32 in types) == (algo is Bf16Fp32Algo.DEEP_GEMM)
-    assert T.GEMM_NT_F8F8BF16 in types
-
-
 # -- the environment --------------------------------------------------------------------------
 
 
@@ -239,24 +208,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert run_guarded(cli, arguments, program="runner") == 0
     return capsys.readouterr().out
-
-
-def test_sim_takes_it_from_the_environment(
-    clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = "--model dsv4-tiny --pp 1 --tp 1 --batch-sizes 1 --warmup none --json -"
-
-    def compiled() -> int:
-        (prediction,) = json.loads(printed(capsys, "sim", *options.split()))["predictions"]
-        return int(prediction["distinct_kernels"])
-
-    unset = compiled()
-    found = {}
-    for algo in Bf16Fp32Algo:
-        clean.setenv(VARIABLE, algo.value)
-        found[algo] = compiled()
-    assert found[Bf16Fp32Algo.DEEP_GEMM] == unset
-    assert found[Bf16Fp32Algo.CUBLAS] == found[Bf16Fp32Algo.TORCH] < unset
 
 
 def test_plan_takes_it_from_the_environment_and_says_so(

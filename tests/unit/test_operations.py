@@ -28,19 +28,9 @@ from runner.model.operations import (
     run_overlapped,
 )
 from runner.model.stage import PipelineStage
-from runner.model.strategy import PLAIN
+from runner.model.strategy import NEEDS
 from runner.schedule import Mark, Op
 
-DSV3_DECODE = (
-    "comm_prepare_attn, attn_prepare | attn_core, comm_prepare_mlp, gate, select_experts "
-    "| dispatch_a, shared_experts | dispatch_b, experts, combine_a | combine_b "
-    "| output, comm_postprocess_layer"
-)
-DSV3_EXTEND = (
-    "comm_prepare_attn, attn_prepare, attn_core, comm_prepare_mlp, gate, select_experts, "
-    "dispatch_a | dispatch_b, experts, combine_a | shared_experts, combine_b, output, "
-    "comm_postprocess_layer"
-)
 DENSE = "comm_prepare_attn, attn_prepare, attn_core, comm_prepare_mlp, mlp, comm_postprocess_layer"
 
 
@@ -48,23 +38,11 @@ def context(recorder: ScheduleRecorder, parallel: ParallelConfig) -> RankContext
     return RankContext(Backend(recorder, num_sms=132), ShapeWeights(), parallel, rank=0)
 
 
-def arranged(layer: Dsv3Layer | Dsv4Layer, mode: ForwardMode) -> str:
-    operations = layer.operations()
-    names = {operation: name for name, operation in operations.items()}
-    steps = PLAIN[mode].arrange(operations)
-    words = [step if isinstance(step, str) else names[step] for step in steps]
-    return ", ".join(words).replace(", |, ", " | ")
-
-
-ORDERS = [(ForwardMode.DECODE, DSV3_DECODE), (ForwardMode.EXTEND, DSV3_EXTEND)]
-
-
-@pytest.mark.parametrize(("mode", "expected"), ORDERS)
-def test_layers_with_experts_have_the_same_order(mode: ForwardMode, expected: str) -> None:
+def test_layers_with_experts_have_what_a_strategy_orders() -> None:
     dsv3 = Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, 3)
     dsv4 = Dsv4Layer(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY, 1)
     for layer in (dsv3, dsv4):
-        assert layer.has_experts and arranged(layer, mode) == expected
+        assert layer.has_experts and set(layer.operations()) == set(NEEDS)
 
 
 def test_dense_layers_have_an_order_of_their_own() -> None:
@@ -138,12 +116,6 @@ def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataOb
     for which, _ in order:
         ahead += 1 if which == 0 else -1
         assert 0 <= ahead <= delta + 1
-
-
-@pytest.mark.parametrize("delta", [-1, 4])
-def test_a_delta_beyond_the_stages_is_refused(delta: int) -> None:
-    with pytest.raises(ValueError, match=rf"delta_stages={delta} must lie in 0\.\.3, the stages"):
-        overlapped_order(3, delta)
 
 
 def test_two_batches_run_in_turns_with_states_of_their_own() -> None:

@@ -12,9 +12,8 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config.environ import Environ
+from runner.config.environ import Bf16Fp32Algo, Environ
 from runner.config.fields import OptionDetails, option
-from runner.config.gemm_algo import Bf16Fp32Algo
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_TINY

@@ -19,8 +19,8 @@ from runner.backend.torch_cache import (  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def batch(lens: tuple[int, ...], cached: bool = True) -> ForwardBatch:
-    cache = KVCache(len(lens), max(lens), CPU) if cached else None
+def batch(lens: tuple[int, ...]) -> ForwardBatch:
+    cache = KVCache(len(lens), max(lens), CPU)
     return ForwardBatch.extend(lens, input_ids=range(100, 100 + sum(lens)), cache=cache)
 
 
@@ -44,10 +44,10 @@ def test_what_is_kept_is_made_once_a_batch_and_name() -> None:
     assert made == ["one a", "one b", "two a", "again"]
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans(), st.data())
-def test_ids_and_last_places(lens: list[int], cached: bool, data: st.DataObject) -> None:
-    """With a cache and without one, and again from what was kept."""
-    made = batch(tuple(lens), cached)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data())
+def test_ids_and_last_places(lens: list[int], data: st.DataObject) -> None:
+    """Also from what was kept."""
+    made = batch(tuple(lens))
     count = sum(lens)
     start = data.draw(st.integers(0, count))
     stop = data.draw(st.integers(start, count))

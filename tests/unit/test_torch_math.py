@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from runner.backend.expert_steps import Routing  # noqa: E402
-from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors  # noqa: E402
+from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
 from runner.backend.quantise import (  # noqa: E402
     dequantise_blocks,
     dequantise_tokens,
@@ -36,12 +36,12 @@ def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> 
     140 tokens pass the sliding window, fill ratio-4 entries beyond the top-k, and one of ratio 128.
     """
     runner = cpu_runner(model)
-    ids = runner.buffers.dummy_ids(length)
+    ids = runner.dummy_ids(length)
     with torch.inference_mode():
         whole = runner.forward(
-            ForwardBatch.extend([length], input_ids=ids, cache=runner.buffers.cache(1, length))
+            ForwardBatch.extend([length], input_ids=ids, cache=runner.backend.new_cache(1, length))
         )
-        cache = runner.buffers.cache(1, length)
+        cache = runner.backend.new_cache(1, length)
         runner.forward(ForwardBatch.extend([length - 1], input_ids=ids[:-1], cache=cache))
         last = runner.forward(ForwardBatch.decode([length], input_ids=ids[-1:], cache=cache))
     error = (whole - last).float().norm() / whole.float().norm()
@@ -51,13 +51,13 @@ def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> 
 
 def test_sequences_of_a_batch_do_not_see_each_other() -> None:
     runner = cpu_runner(FOUR_LAYERS)
-    ids = runner.buffers.dummy_ids(12)
+    ids = runner.dummy_ids(12)
     with torch.inference_mode():
         both = runner.forward(
-            ForwardBatch.extend([5, 7], input_ids=ids, cache=runner.buffers.cache(2, 7))
+            ForwardBatch.extend([5, 7], input_ids=ids, cache=runner.backend.new_cache(2, 7))
         )
         alone = runner.forward(
-            ForwardBatch.extend([7], input_ids=ids[5:], cache=runner.buffers.cache(1, 7))
+            ForwardBatch.extend([7], input_ids=ids[5:], cache=runner.backend.new_cache(1, 7))
         )
     assert torch.equal(both[1], alone[0])
 
@@ -73,10 +73,8 @@ def test_dummy_run_returns_proxy_tensors_of_hyper_connection_width_on_inner_stag
     runner = cpu_runner(FOUR_LAYERS, pp=2)
     with torch.inference_mode():
         proxy = runner._dummy_run(3)
-    assert isinstance(proxy, PPProxyTensors)
-    assert {name: tuple(t.shape) for name, t in proxy.tensors.items()} == {
-        "hidden_states": (3, 4 * 512)
-    }
+    assert isinstance(proxy, dict)
+    assert {name: tuple(t.shape) for name, t in proxy.items()} == {"hidden_states": (3, 4 * 512)}
 
 
 @pytest.mark.parametrize(("mode", "rows"), [(ForwardMode.EXTEND, 4), (ForwardMode.DECODE, 8)])
