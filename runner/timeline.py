@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runner.errors import UserError
 from runner.files import write_json
@@ -26,8 +27,7 @@ _JOIN_GAP = 1e-3
 """Seconds between two spans that are joined all the same."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One stretch of time on one rank.
 
     Attributes:
@@ -99,7 +99,7 @@ class Timeline:
         """What reports call the run."""
         return f"{self.policy} ({self.source})"
 
-    @property
+    @cached_property
     def wall(self) -> float:
         """Seconds from the origin to the last span's end."""
         return max((span.end for span in self.spans), default=0.0)
@@ -109,21 +109,26 @@ class Timeline:
         ends = [s.end for s in self.spans if s.kind == "phase" and s.name == phase]
         return max(ends, default=None)
 
-    @property
+    @cached_property
     def up(self) -> float:
         """When the first request was answered, in seconds since the origin; else the wall."""
         end = self.end_of(FIRST_REQUEST)
         return self.wall if end is None else end
 
+    @cached_property
+    def compiles(self) -> list[Span]:
+        """Compile spans, those of work for several kernels included."""
+        return [span for span in self.spans if span.kind == "compile"]
+
     @property
     def kernels_compiled(self) -> int:
         """Number of compiles, the same kernel on two ranks or nodes counted twice."""
-        return sum(span.is_kernel for span in self.spans)
+        return sum(span.is_kernel for span in self.compiles)
 
     @property
     def distinct_kernels(self) -> int:
         """Number of different kernels that were compiled."""
-        return len({span.key for span in self.spans if span.is_kernel})
+        return len({span.key for span in self.compiles if span.is_kernel})
 
     @property
     def duplicates(self) -> int:
@@ -133,7 +138,7 @@ class Timeline:
     @property
     def compile_seconds(self) -> float:
         """Sum of all compiles' durations."""
-        return sum(span.seconds for span in self.spans if span.kind == "compile")
+        return sum(span.seconds for span in self.compiles)
 
     def by_rank(self) -> list[list[Span]]:
         """Spans of every rank in order of start."""

@@ -8,11 +8,12 @@ kernel is built.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 from itertools import product
 from math import inf
+from typing import NamedTuple
 
 from runner.errors import UserError
 
@@ -43,12 +44,10 @@ class GemmDesc:
 
     Attributes:
         is_fp8: FP8 operands with 1D2D block scales; otherwise BF16 operands without scales.
-        m: rows; for the masked layout the expected rows of each group.
     """
 
     gemm_type: GemmType
     is_fp8: bool
-    m: int
     n: int
     k: int
     num_groups: int
@@ -94,63 +93,83 @@ def swizzle_mode(block_size: int, element_bytes: int) -> int:
     return next(mode for mode in (128, 64, 32, 16) if block_size * element_bytes % mode == 0)
 
 
-def best_layout(desc: GemmDesc) -> Layout:
+def best_layout(desc: GemmDesc, m: int) -> Layout:
     """The layout that the library picks: the first one with the fewest modelled cycles.
+
+    Args:
+        desc: the GEMM.
+        m: rows; for the masked layout the expected rows of each group.
 
     Raises:
         UserError: no layout fits the GEMM.
     """
-    m, num_sms = desc.m, desc.num_sms
-    # The candidates depend on M only as far as it decides whether tiles of 16 or 32 rows are legal.
-    candidates = _candidates(replace(desc, m=16 if m <= 16 else 32 if m <= 32 else 64))
+    num_sms = desc.num_sms
+    candidates = _candidates(desc, 16 if m <= 16 else 32 if m <= 32 else 64)
     # A fast estimate rules out all but the closest candidates. The library cuts cycles to whole
     # ones before it divides by the efficiency (at least 1 / num_sms) and rounds to 24 bits, so its
     # result differs from the estimate by less than this bound allows.
-    estimates = [candidate.estimated_cycles(m, num_sms) for candidate in candidates]
+    estimates = [
+        inf if is_cluster and waves <= 1 else cycles_per_wave * waves
+        for block_m, blocks_per_row, is_cluster, cycles_per_wave, _ in candidates
+        for waves in (-(-(-(-m // block_m) * blocks_per_row) // num_sms),)
+    ]
     bound = min(estimates) * (1 + 1e-6) + 2 * num_sms
     close = [c for c, cycles in zip(candidates, estimates, strict=True) if cycles <= bound]
     if len(close) == 1:
         return close[0].layout
-    return min(close, key=lambda candidate: candidate.library_cycles(m, num_sms)).layout
+    return min(close, key=lambda candidate: _library_cycles(desc, candidate.layout, m)).layout
 
 
-class _Candidate:
-    """A legal layout, with everything of the cycle model that does not depend on M.
+class _Candidate(NamedTuple):
+    """A legal layout, with what an estimate of its cycles needs."""
 
-    The model counts the bytes of a block through L1 and L2 and divides them by what all SMs
-    together move in a cycle.
-    """
+    block_m: int
+    blocks_per_row: int  # of tiles of ``block_m`` rows
+    is_cluster: bool
+    cycles_per_wave: float  # of one block on every SM
+    layout: Layout
 
-    def __init__(self, desc: GemmDesc, layout: Layout) -> None:
-        block_m, block_n = layout.block_m, layout.block_n
-        # The rows of the contiguous layout are one sequence of tiles, whatever the groups.
-        contiguous = desc.gemm_type is GemmType.CONTIGUOUS
-        row_bytes = desc.k * desc.ab_bytes
-        output = block_m * block_n * desc.cd_bytes
-        tensor_core = row_bytes * (max(_WGMMA_M, block_m) + block_n) + output
-        multicast = block_m // layout.cluster_n + block_n // layout.cluster_m
-        self.layout, self.block_m = layout, block_m
-        self.blocks_per_row = ceil_div(desc.n, block_n) * (1 if contiguous else desc.num_groups)
-        self.l1_bytes = row_bytes * (block_m + block_n) + tensor_core + output
-        self.l2_bytes = row_bytes * multicast + output
-        self.l1_rate = 128 * desc.num_sms
-        self.l2_rate = int(min(64.0 * desc.num_sms, 8e6 / 1.3e3))
-        self.cycles_per_block = max(self.l1_bytes / self.l1_rate, self.l2_bytes / self.l2_rate)
-        self.is_cluster = layout.cluster_size > 1
 
-    def estimated_cycles(self, m: int, num_sms: int) -> float:
-        waves = -(-(-(-m // self.block_m) * self.blocks_per_row) // num_sms)
-        return inf if self.is_cluster and waves <= 1 else self.cycles_per_block * waves * num_sms
+@dataclass(frozen=True)
+class _Traffic:
+    """Bytes of a block through L1 and L2, and what all SMs together move in a cycle."""
 
-    def library_cycles(self, m: int, num_sms: int) -> int:
-        """Cycles in the library's own arithmetic."""
-        blocks = ceil_div(m, self.block_m) * self.blocks_per_row
-        waves = ceil_div(blocks, num_sms)
-        if self.is_cluster and waves <= 1:
-            return _INT64_MAX
-        cycles = max(self.l1_bytes * blocks // self.l1_rate, self.l2_bytes * blocks // self.l2_rate)
-        efficiency = _f32(_f32(blocks) / _f32(waves * num_sms))
-        return int(_f32(_f32(cycles) / efficiency))
+    l1_bytes: int
+    l2_bytes: int
+    l1_rate: int
+    l2_rate: int
+
+
+def _traffic(desc: GemmDesc, layout: Layout) -> _Traffic:
+    block_m, block_n = layout.block_m, layout.block_n
+    row_bytes = desc.k * desc.ab_bytes
+    output = block_m * block_n * desc.cd_bytes
+    tensor_core = row_bytes * (max(_WGMMA_M, block_m) + block_n) + output
+    multicast = block_m // layout.cluster_n + block_n // layout.cluster_m
+    return _Traffic(
+        l1_bytes=row_bytes * (block_m + block_n) + tensor_core + output,
+        l2_bytes=row_bytes * multicast + output,
+        l1_rate=128 * desc.num_sms,
+        l2_rate=int(min(64.0 * desc.num_sms, 8e6 / 1.3e3)),
+    )
+
+
+def _blocks_per_row(desc: GemmDesc, layout: Layout) -> int:
+    # The rows of the contiguous layout are one sequence of tiles, whatever the groups.
+    groups = 1 if desc.gemm_type is GemmType.CONTIGUOUS else desc.num_groups
+    return ceil_div(desc.n, layout.block_n) * groups
+
+
+def _library_cycles(desc: GemmDesc, layout: Layout, m: int) -> int:
+    """Cycles in the library's own arithmetic."""
+    blocks = ceil_div(m, layout.block_m) * _blocks_per_row(desc, layout)
+    waves = ceil_div(blocks, desc.num_sms)
+    if layout.cluster_size > 1 and waves <= 1:
+        return _INT64_MAX
+    its = _traffic(desc, layout)
+    cycles = max(its.l1_bytes * blocks // its.l1_rate, its.l2_bytes * blocks // its.l2_rate)
+    efficiency = _f32(_f32(blocks) / _f32(waves * desc.num_sms))
+    return int(_f32(_f32(cycles) / efficiency))
 
 
 def _f32(value: float) -> float:
@@ -160,59 +179,63 @@ def _f32(value: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _candidates(desc: GemmDesc) -> list[_Candidate]:
-    layouts = legal_layouts(desc)
+def _candidates(desc: GemmDesc, m: int) -> list[_Candidate]:
+    """Layouts that may be the best; M counts only as far as it makes tiles of few rows legal.
+
+    Candidates of one number of blocks take the same number of waves. One that takes two cycles a
+    block more than another is above :func:`best_layout`'s bound whenever that other one is legal,
+    so it is left out.
+    """
+    layouts = legal_layouts(desc, m)
     if not layouts:
         operands = "FP8" if desc.is_fp8 else "BF16"
         raise UserError(
             f"no {operands} kernel of {desc.gemm_type.value} exists for n={desc.n}, k={desc.k}: "
             "its tiles do not fit in shared memory"
         )
-    return _contenders([_Candidate(desc, layout) for layout in layouts])
-
-
-def _contenders(candidates: list[_Candidate]) -> list[_Candidate]:
-    """Without candidates that cannot win at any M, which leaves fewer to look at for each M.
-
-    Candidates of one number of blocks take the same number of waves; one that takes two cycles a
-    block more than another is above :func:`best_layout`'s bound whenever that other one is legal.
-    """
+    found = []
     least: dict[tuple[int, int, bool], float] = {}
-    for item in candidates:
-        blocks = (item.block_m, item.blocks_per_row, item.is_cluster)
-        least[blocks] = min(item.cycles_per_block, least.get(blocks, inf))
+    for layout in layouts:
+        its = _traffic(desc, layout)
+        cycles = desc.num_sms * max(its.l1_bytes / its.l1_rate, its.l2_bytes / its.l2_rate)
+        blocks = (layout.block_m, _blocks_per_row(desc, layout), layout.cluster_size > 1)
+        least[blocks] = min(cycles, least.get(blocks, inf))
+        found.append((blocks, cycles, layout))
     return [
-        item
-        for item in candidates
-        if item.cycles_per_block
-        <= least[item.block_m, item.blocks_per_row, item.is_cluster] * (1 + 1e-6) + 2
+        _Candidate(*blocks, cycles, layout)
+        for blocks, cycles, layout in found
+        if cycles <= least[blocks] * (1 + 1e-6) + 2 * desc.num_sms
     ]
 
 
-def legal_layouts(desc: GemmDesc) -> list[Layout]:
-    """Layouts that the library considers, in its order."""
+def legal_layouts(desc: GemmDesc, m: int) -> list[Layout]:
+    """Layouts that the library considers for ``m`` rows, in its order."""
     clusters = [(1, 1)] if desc.gemm_type is GemmType.BATCHED else [(1, 1), (1, 2), (2, 1)]
     block_ns = range(16, (192 if desc.is_fp8 else 256) + 1, 16)
     layouts = (
         Layout(block_m, block_n, 128 // desc.ab_bytes, cluster_m, cluster_n)
-        for (cluster_m, cluster_n), block_m, block_n in product(clusters, _block_ms(desc), block_ns)
+        for (cluster_m, cluster_n), block_m, block_n in product(
+            clusters, _block_ms(desc, m), block_ns
+        )
         if desc.num_sms % (cluster_m * cluster_n) == 0
     )
     return [layout for layout in layouts if _is_legal(desc, layout)]
 
 
-def _block_ms(desc: GemmDesc) -> list[int]:
+def _block_ms(desc: GemmDesc, m: int) -> list[int]:
     if desc.gemm_type is GemmType.CONTIGUOUS:
         return [CONTIGUOUS_M_ALIGNMENT]
     if desc.gemm_type is GemmType.MASKED:
         return [64, 128]
-    small = [16] * (desc.m <= 16) + [32] * (desc.m <= 32)
+    small = [16] * (m <= 16) + [32] * (m <= 32)
     return [64, 128, *small, *[256] * (not desc.fp32_output)]
 
 
 def _is_legal(desc: GemmDesc, layout: Layout) -> bool:
     block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
     excess = block_n - block_k
+    if desc.num_sms % layout.cluster_size:
+        return False
     if desc.is_fp8 and excess > 0 and block_n % excess and block_k % excess:
         return False
     masked = desc.gemm_type is GemmType.MASKED

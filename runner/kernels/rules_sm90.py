@@ -16,6 +16,7 @@ from runner.kernels.heuristics_sm90 import (
     M_GRANULE,
     SMEM_CAPACITY,
     GemmDesc,
+    Layout,
     align,
     best_layout,
     ceil_div,
@@ -86,6 +87,7 @@ def m_class_starts(kind: T, last: int) -> list[int]:
     return [*(start for start in starts if start <= last), *more]
 
 
+@lru_cache(maxsize=1024)
 def transpose_fp32(k: int) -> Kernel:
     """Transpose of [m, k / 128] FP32 activation scales into the layout that TMA needs."""
     header = "deep_gemm/impls/smxx_layout.cuh"
@@ -93,38 +95,45 @@ def transpose_fp32(k: int) -> Kernel:
 
 
 def _gemm(call: KernelCall) -> tuple[Kernel, ...]:
-    name, gemm_type = _GEMMS[call.type]
-    is_fp8 = "fp8" in name
-    normal = gemm_type is G.NORMAL
-    num_groups = 1 if normal else call.num_groups
-    fp32_output = call.type is T.GEMM_NT_BF16BF16F32
-    desc = GemmDesc(
-        gemm_type, is_fp8, call.m, call.n, call.k, num_groups, call.num_sms, fp32_output
-    )
-    layout = best_layout(desc)
+    desc = _desc(call.type, call.n, call.k, call.num_groups, call.num_sms)
+    gemm = _tiled(call.type, desc, best_layout(desc, call.m))
+    # The einsum's scales arrive permuted to [groups, m, k / 128]. Only if that is still contiguous
+    # does the library transpose them with a kernel of its own; otherwise torch copies them.
+    permuted = desc.gemm_type is G.BATCHED and call.m > 1 and call.num_groups > 1
+    return (transpose_fp32(call.k), gemm) if desc.is_fp8 and not permuted else (gemm,)
+
+
+@lru_cache(maxsize=4096)
+def _desc(kind: T, n: int, k: int, num_groups: int, num_sms: int) -> GemmDesc:
+    name, gemm_type = _GEMMS[kind]
+    groups = 1 if gemm_type is G.NORMAL else num_groups
+    fp32_output = kind is T.GEMM_NT_BF16BF16F32
+    return GemmDesc(gemm_type, "fp8" in name, n, k, groups, num_sms, fp32_output)
+
+
+@lru_cache(maxsize=4096)
+def _tiled(kind: T, desc: GemmDesc, layout: Layout) -> Kernel:
+    """The kernel of a tiled GEMM."""
+    name, gemm_type = _GEMMS[kind]
     common = (
-        "0, 0, 0" if normal else f"0, {call.n}, {call.k}",
-        str(num_groups),
+        "0, 0, 0" if gemm_type is G.NORMAL else f"0, {desc.n}, {desc.k}",
+        str(desc.num_groups),
         f"{layout.block_m}, {layout.block_n}, {layout.block_k}",
-        f"128, 128, {0 if fp32_output else swizzle_mode(layout.block_n, 2)}",
+        f"128, 128, {0 if desc.fp32_output else swizzle_mode(layout.block_n, 2)}",
         str(num_stages(desc, layout)),
         f"128, {128 if layout.block_m <= 64 else 256}",
         f"{layout.cluster_size}, {'true' if layout.cluster_n > 1 else 'false'}",
     )
-    output = "float" if fp32_output else "cutlass::bfloat16_t"
-    sms, major = call.num_sms, "cute::UMMA::Major::K"
-    if is_fp8:
+    output = "float" if desc.fp32_output else "cutlass::bfloat16_t"
+    sms, major = desc.num_sms, "cute::UMMA::Major::K"
+    if desc.is_fp8:
         impl = "sm90_fp8_gemm_1d2d"
         tail = (f"{sms}, {gemm_type.value}", output, "epilogue::transform::EpilogueIdentity")
         arguments = (major, *common, *tail)
     else:
         impl = "sm90_bf16_gemm"
         arguments = (f"{major}, {major}", *common, str(sms), f"{gemm_type.value}, false", output)
-    gemm = Kernel(name, f"deep_gemm/impls/{impl}.cuh", f"{impl}_impl", arguments)
-    # The einsum's scales arrive permuted to [groups, m, k / 128]. Only if that is still contiguous
-    # does the library transpose them with a kernel of its own; otherwise torch copies them.
-    permuted = gemm_type is G.BATCHED and call.m > 1 and call.num_groups > 1
-    return (transpose_fp32(call.k), gemm) if is_fp8 and not permuted else (gemm,)
+    return Kernel(name, f"deep_gemm/impls/{impl}.cuh", f"{impl}_impl", arguments)
 
 
 def _hc_prenorm(call: KernelCall) -> Kernel:

@@ -166,7 +166,7 @@ def _overlap(span: Span, spans: Sequence[Span]) -> float:
 
 
 def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample | None:
-    spans = [span for span in timeline.spans if span.kind == "compile"]
+    spans = timeline.compiles
     begun = [s.start for s in timeline.spans if s.kind == "phase" and s.name == "warm-up"]
     scenario, parallel = run.scenario, run.scenario.parallel
     if scenario.policy is not WarmupPolicy.PLANNED or not spans or not begun:

@@ -34,9 +34,11 @@ def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
     # Only phases, which enclose others, lie across that point.
     own = [s for s in outcome.spans if s.rank < ranks and (s.end > since or s.start == since)]
     copies = [
-        Span(s.rank + replica * ranks, s.start, s.end, s.kind, s.name, _key(s, replica))
+        # Messages of another replica have other keys; kernels are the same.
+        Span(rank + shift, start, end, kind, name, prefix + key if kind == "comm" else key)
         for replica in range(1, parallel.replicas)
-        for s in own
+        for shift, prefix in [(replica * ranks, f"{replica}:")]
+        for rank, start, end, kind, name, key in own
     ]
     return replace(
         outcome,
@@ -44,8 +46,3 @@ def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
         disks={node: outcome.disks[node % nodes] for node in range(parallel.nodes)},
         up={node: outcome.up[node % nodes] for node in range(parallel.nodes)},
     )
-
-
-def _key(span: Span, replica: int) -> str:
-    """Messages of another replica have other keys; kernels are the same."""
-    return f"{replica}:{span.key}" if span.kind == "comm" else span.key

@@ -63,10 +63,9 @@ def cpu_seconds(timeline: Timeline, cores: int) -> float:
     edges: dict[int, list[tuple[float, int]]] = defaultdict(list)
     meta = timeline.meta
     nodes_per_host = meta["nodes"] // meta["hosts"]
-    for span in timeline.spans:
-        if span.kind == "compile":
-            host = meta["ranks"][span.rank]["node"] // nodes_per_host
-            edges[host] += [(span.start, 1), (span.end, -1)]
+    for span in timeline.compiles:
+        host = meta["ranks"][span.rank]["node"] // nodes_per_host
+        edges[host] += [(span.start, 1), (span.end, -1)]
     total = 0.0
     for of_host in edges.values():
         running = 0

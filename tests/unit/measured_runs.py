@@ -78,7 +78,7 @@ def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span
             # A call follows each first use, and none a kernel that a walk brings in.
             walk = ""
         if span.kind == "load" and not span.name.startswith("verify"):
-            yield replace(span, name=walk or (name if planning else span.name))
+            yield span._replace(name=walk or (name if planning else span.name))
         else:
             yield span
 

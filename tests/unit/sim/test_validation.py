@@ -265,7 +265,7 @@ def test_counts_disagree_where_compiles_or_duplicates_do() -> None:
 
 def test_a_summary_has_the_median_and_the_worst_error() -> None:
     run = measured(scenario(), another())
-    spans = tuple(replace(s, start=s.start / 2, end=s.end / 2) for s in run.spans[:-1])
+    spans = tuple(s._replace(start=s.start / 2, end=s.end / 2) for s in run.spans[:-1])
     assert error_summary(validate([run, run, replace(run, spans=spans)], another())) == (
         "3 runs: median absolute error 0.0%, worst 100.0%; compiles and duplicates exact in 3"
     )
