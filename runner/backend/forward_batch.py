@@ -64,7 +64,7 @@ class ForwardBatch:
     def batch_size(self) -> int:
         return len(self.seq_lens)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Number of new tokens over all sequences."""
         return sum(self.extend_seq_lens)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import inf
 
-from runner.backend.token_to_m import hc_num_splits
+from runner.backend.token_to_m import HC_BLOCK, hc_num_splits
 from runner.config.model import FP8_BLOCK
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, align, ceil_div
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall, steps_of
@@ -125,16 +125,21 @@ class ExecutionHook:
         shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
         ms = self.m_list
         if shape.type in CONTIGUOUS_TYPES:
-            ms = tuple(m for m in ms if m % CONTIGUOUS_M_ALIGNMENT == 0)
+            ms = _aligned(ms)
         ms = truncate_to_memory(shape, ms, self.budget(), self.warn)
         return (Walk(shape, steps_of(ms)),) if ms else ()
+
+
+@lru_cache(maxsize=32)
+def _aligned(ms: Sequence[int]) -> tuple[int, ...]:
+    return tuple(m for m in ms if m % CONTIGUOUS_M_ALIGNMENT == 0)
 
 
 @lru_cache(maxsize=256)
 def _first_m_of_splits(k: int, num_sms: int, most: int) -> tuple[tuple[int, int], ...]:
     """(number of splits, first M that has it), as M grows to ``most``."""
     found: dict[int, int] = {}
-    for m in range(1, most + 1):
+    for m in range(1, most + 1, HC_BLOCK):
         found.setdefault(hc_num_splits(m, k, num_sms), m)
     return tuple(found.items())
 

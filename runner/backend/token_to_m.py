@@ -8,7 +8,8 @@ MASKED_BUDGET = 6 << 30
 """Bytes that a masked expert layout may take before the contiguous one is used instead."""
 
 _MASKED_ROWS_STEP = 256
-_HC_BLOCK = 64
+HC_BLOCK = 64
+"""Rows that the hyper-connection GEMM's number of splits counts in."""
 
 
 def hc_num_splits(tokens: int, k: int, num_sms: int) -> int:
@@ -16,8 +17,8 @@ def hc_num_splits(tokens: int, k: int, num_sms: int) -> int:
 
     Enough splits to fill ``num_sms`` SMs with 64-row blocks, at least four 64-wide K-blocks each.
     """
-    grid = max(1, ceil_div(tokens, _HC_BLOCK))
-    return max(1, min(num_sms // grid, ceil_div(k, _HC_BLOCK) // 4))
+    grid = max(1, ceil_div(tokens, HC_BLOCK))
+    return max(1, min(num_sms // grid, ceil_div(k, HC_BLOCK) // 4))
 
 
 def contiguous_rows(choices: int, experts: int) -> int:

@@ -8,6 +8,7 @@ stages compile a request's kernels in turn, on arrival.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
 from runner.backend.tensor import Tensor
@@ -16,6 +17,7 @@ from runner.driver.warmup import dummy_modes
 from runner.scenario import Scenario
 
 
+@lru_cache(maxsize=64)
 def prompt_lens(tokens: int, prompt_len: int) -> tuple[int, ...]:
     """Length of each prompt of a request; the last one may be shorter."""
     full, rest = divmod(tokens, prompt_len)
@@ -43,8 +45,13 @@ def serve(
     if ForwardMode.DECODE in modes:
         many = len(lens)
         ids = _next_ids(runner, logits, many) if extends else runner.dummy_ids(many)
-        grown = tuple(length + 1 for length in lens)
-        keep(_forward(runner, ForwardBatch.decode(grown, input_ids=ids, cache=cache)))
+        batch = ForwardBatch.decode(_one_longer(lens), input_ids=ids, cache=cache)
+        keep(_forward(runner, batch))
+
+
+@lru_cache(maxsize=64)
+def _one_longer(lens: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(length + 1 for length in lens)
 
 
 def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from functools import lru_cache
 
 
 class DeepGemmKernelType(IntEnum):
@@ -102,6 +103,11 @@ def steps_of(values: Sequence[int]) -> MSteps:
     """Ascending values as few runs of equal steps; :func:`expand` is the inverse."""
     if isinstance(values, range):
         return ((values[0], values[-1], values.step),) if values else ()
+    return _steps_of(tuple(values))
+
+
+@lru_cache(maxsize=256)
+def _steps_of(values: tuple[int, ...]) -> MSteps:
     runs: list[tuple[int, int, int]] = []
     for value in values:
         if runs:
@@ -113,6 +119,9 @@ def steps_of(values: Sequence[int]) -> MSteps:
     return tuple(runs)
 
 
-def expand(steps: MSteps) -> list[int]:
+def expand(steps: MSteps) -> Sequence[int]:
     """The values that the runs hold, ascending."""
+    if len(steps) == 1:
+        ((first, last, step),) = steps
+        return range(first, last + 1, step)
     return [m for first, last, step in steps for m in range(first, last + 1, step)]

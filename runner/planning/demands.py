@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.token_to_m import (
+    HC_BLOCK,
     contiguous_rows,
     hc_num_splits,
     masked_expected_m,
@@ -294,8 +296,8 @@ def _with_ms(
 def ms_by_splits(k: int, ms: Iterable[int], num_sms: int) -> dict[int, list[int]]:
     """M of the hyper-connection GEMM by its number of splits, as SGLang's warm-up keys them."""
     found: dict[int, list[int]] = {}
-    for m in ms:
-        found.setdefault(hc_num_splits(m, k, num_sms), []).append(m)
+    for block, rows in groupby(ms, key=lambda m: ceil_div(m, HC_BLOCK)):
+        found.setdefault(hc_num_splits(block * HC_BLOCK, k, num_sms), []).extend(rows)
     return found
 
 

@@ -204,6 +204,7 @@ def hook_m_list(scenario: Scenario) -> Sequence[int] | None:
     return _up_to(make(scenario.max_tokens), scenario.walk_max_m)
 
 
+@lru_cache(maxsize=32)
 def relax_walks(scenario: Scenario, stage: int) -> tuple[Walk, ...]:
     """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
     walks = []

@@ -190,8 +190,11 @@ def stops_of(forward: Forward, costs: ProfileCosts) -> tuple[tuple[Op, Seconds],
     """
     first_calls = {index for index, _ in forward.calls}
     stops: list[tuple[Op, Seconds]] = []
+    seconds: dict[int, Seconds] = {}  # Layers share their operations.
     for index, op in enumerate(forward.ops):
-        own = _own_seconds(op, costs)
+        own = seconds.get(id(op))
+        if own is None:
+            own = seconds[id(op)] = _own_seconds(op, costs)
         if not stops or index in first_calls or _is_shared(op):
             stops.append((op, own))
         else:

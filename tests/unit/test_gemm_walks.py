@@ -105,7 +105,7 @@ def test_steps() -> None:
 
 @given(st.sets(st.integers(1, 10**6), max_size=60).map(sorted))
 def test_steps_hold_exactly_the_values(values: list[int]) -> None:
-    assert expand(steps_of(values)) == values
+    assert list(expand(steps_of(values))) == values
 
 
 # -- the execution hook ---------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def walked(budget: float, ms: Sequence[int]) -> tuple[Sequence[int], list[str]]:
     warnings: list[str] = []
     hook = ExecutionHook(ms, budget=lambda: budget, warn=warnings.append)
     (walk,) = hook.before(DENSE.call(1))
-    return expand(walk.steps), warnings
+    return list(expand(walk.steps)), warnings
 
 
 def test_a_walk_that_fits_is_whole() -> None:
