@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from runner.backend.quantise import quantise_blocks
 from runner.backend.tensor import Fp8Weight
 from runner.backend.weights import Shard, WeightRequest
+from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
 _MASK32 = 0xFFFFFFFF
 _CHUNK = 1 << 24

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, Recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
+from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Headers, Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys, Recipe
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 

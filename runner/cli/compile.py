@@ -13,12 +13,12 @@ import click
 from runner.api import build_request
 from runner.build.compiler import require_nvcc
 from runner.build.prebuild import BuildRequest, prebuild
-from runner.cache.entry import CUBIN, kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import WorkFailedError
+from runner.kernels.entry import CUBIN, kernels_in
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of

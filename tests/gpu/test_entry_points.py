@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from runner.build.compiler import find_nvcc, keys_for, nvcc_version
-from runner.cache.keys import CacheKeys
 from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
 from runner.driver.run import record
 from runner.kernels.installed import find_library
+from runner.kernels.keys import CacheKeys
 from runner.kernels.source import choose_source
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T
@@ -93,8 +93,8 @@ def _random(*shape: int):  # type: ignore[no-untyped-def]
 
 def _random_experts(call: KernelCall):  # type: ignore[no-untyped-def]
     """Group by group: all groups' fp32 values at once would not fit beside other tests."""
-    from runner.backend.quantise import quantise_blocks
     from runner.backend.tensor import Fp8Weight
+    from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
     parts = [quantise_blocks(_random(call.n, call.k)) for _ in range(call.num_groups)]
     return Fp8Weight(
@@ -108,7 +108,7 @@ def _error(out, expected) -> float:  # type: ignore[no-untyped-def]
 
 
 def _dense(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.k))
     weight = q.quantise_blocks(_random(call.n, call.k))
@@ -119,7 +119,7 @@ def _dense(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
 
 
 def _contiguous(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.k))
     weight = _random_experts(call)
@@ -139,7 +139,7 @@ def _contiguous(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-
 
 
 def _masked(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     groups, rows = call.num_groups, 256
     lhs = q.quantise_tokens(_random(groups, rows, call.k))
@@ -201,7 +201,7 @@ def _hc(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
 
 
 def _einsum(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.num_groups, call.k))
     weight = q.quantise_blocks(_random(call.num_groups, call.n, call.k))
@@ -214,7 +214,7 @@ def _einsum(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
 
 
 def _index_inputs(call: KernelCall):  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     values, _ = q.quantise_tokens(_random(call.m, call.n, call.k))
     weights = torch.randn((call.m, call.n), device="cuda")
@@ -237,7 +237,7 @@ def _metadata(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-de
 
 
 def _paged(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend.quantise import PAGE, pack_pages
+    from runner.deep_gemm_wrapper.quantise import PAGE, pack_pages
 
     values, weights, k_values, k_scales, entries = _index_inputs(call)
     lens = torch.randint(1, entries + 1, (call.m, 1), device="cuda", dtype=torch.int32)

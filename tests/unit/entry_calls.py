@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from runner.backend.quantise import PAGE, pack_pages, quantise_blocks, quantise_tokens
+from runner.deep_gemm_wrapper.quantise import PAGE, pack_pages, quantise_blocks, quantise_tokens
 
 GROUPS, N, K = 3, 256, 512
 HEADS, DIM, ENTRIES = 4, 128, 2 * PAGE

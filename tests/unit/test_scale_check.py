@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch")
 
 from launch.jit import set_up_jit  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
-from runner.backend.quantise import (  # noqa: E402
-    PAGE,
-    pack_pages,
-    quantise_blocks,
-    quantise_tokens,
-)
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.model import ModelConfig  # noqa: E402
 from runner.deep_gemm_wrapper import calls, walker  # noqa: E402
 from runner.deep_gemm_wrapper.calls import FP4_TYPES  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
+from runner.deep_gemm_wrapper.quantise import (  # noqa: E402
+    PAGE,
+    pack_pages,
+    quantise_blocks,
+    quantise_tokens,
+)
 from runner.deep_gemm_wrapper.scale_check import (  # noqa: E402
     ScaleError,
     check_gemm_scales,

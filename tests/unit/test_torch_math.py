@@ -12,7 +12,13 @@ torch = pytest.importorskip("torch")
 
 from runner.backend.expert_steps import Routing  # noqa: E402
 from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
-from runner.backend.quantise import (  # noqa: E402
+from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
+from runner.backend.torch_moe import ExpertMath  # noqa: E402
+from runner.backend.torch_weights import TorchWeights  # noqa: E402
+from runner.backend.weights import Shard, WeightRequest, shard  # noqa: E402
+from runner.config.model import ModelConfig  # noqa: E402
+from runner.config.parallel import ParallelConfig  # noqa: E402
+from runner.deep_gemm_wrapper.quantise import (  # noqa: E402
     dequantise_blocks,
     dequantise_tokens,
     pack_pages,
@@ -20,12 +26,6 @@ from runner.backend.quantise import (  # noqa: E402
     quantise_tokens,
     unpack_pages,
 )
-from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
-from runner.backend.torch_moe import ExpertMath  # noqa: E402
-from runner.backend.torch_weights import TorchWeights  # noqa: E402
-from runner.backend.weights import Shard, WeightRequest, shard  # noqa: E402
-from runner.config.model import ModelConfig  # noqa: E402
-from runner.config.parallel import ParallelConfig  # noqa: E402
 from tests.unit.cpu_runner import CPU, FOUR_LAYERS, SMALL_DSV3, cpu_runner  # noqa: E402
 
 

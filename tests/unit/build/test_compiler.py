@@ -9,15 +9,15 @@ import pytest
 
 from runner.build import compiler as compiler_module
 from runner.build.compiler import CompileError, LazyJit, NvccCompiler, find_nvcc
-from runner.cache.describe import name_of_source
-from runner.cache.digest import hex_digest
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import first_recipe
 from runner.cli import cli
 from runner.config.environ import Environ
 from runner.errors import UserError, run_guarded
+from runner.kernels.describe import name_of_source
+from runner.kernels.digest import hex_digest
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import first_recipe
 from runner.kernels.rules_sm90 import transpose_fp32
 from runner.watch.shim import read_records, write_shim
 from sim.costs.profile import load_profile
