@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from runner.build.compiler import LazyJit, NvccCompiler, find_nvcc, nvcc_version, release_of
+from runner.build.compiler import LazyJit, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
 from runner.config.environ import Environ
 from runner.config.warmup import WarmupPolicy
@@ -18,6 +18,7 @@ from runner.errors import UserError
 from runner.kernels.installed import find_library
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import CacheKeys, first_recipe
+from runner.kernels.nvcc import find_nvcc, nvcc_version, release_of
 from runner.kernels.rules import RULES
 from runner.planning.plan import plan_of, table_of
 from runner.scenario import Scenario

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.compiler import NvccCompiler, require_nvcc
+from runner.build.compiler import NvccCompiler
 from runner.build.prebuild import BuildReport, BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import TargetMachine
@@ -25,6 +25,7 @@ from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.nvcc import require_nvcc
 from runner.planning.plan import Plan, plan_of
 from runner.scenario import Scenario
 from runner.target import CompilerOptions, LibraryOptions, Target, cache_machine, target_of

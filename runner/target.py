@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.cache.machine import Device, TargetMachine, device_here
 from runner.cache.manifest import Manifest
 from runner.config.environ import Environ
@@ -14,6 +13,7 @@ from runner.config.fields import OptionDetails, option
 from runner.errors import UserError
 from runner.kernels.installed import LIBRARIES, Library, find_library
 from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.kernels.source import KernelSource, choose_source
 from runner.kernels.table import KernelTable, RecordedTable
 from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named

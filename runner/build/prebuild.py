@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
-from runner.build.compiler import NvccCompiler, release_of
+from runner.build.compiler import NvccCompiler
 from runner.build.estimates import plain_seconds
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.lock import locked
@@ -23,6 +23,7 @@ from runner.cache.manifest import (
 )
 from runner.errors import UserError, WorkFailedError
 from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import release_of
 from runner.planning.plan import Plan, PlannedKernel, use_to_json
 
 Progress = Callable[[int, int, float], None]

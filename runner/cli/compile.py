@@ -11,7 +11,6 @@ from pathlib import Path
 import click
 
 from runner.api import build_request
-from runner.build.compiler import require_nvcc
 from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
@@ -19,6 +18,7 @@ from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import WorkFailedError
 from runner.kernels.entry import CUBIN, kernels_in
+from runner.kernels.nvcc import require_nvcc
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of

@@ -116,7 +116,7 @@ class CacheKeys:
 
     Attributes:
         signature: what the keys hold of the compiler on the machine that will run; see
-            :func:`runner.build.compiler.signature_of`.
+            :func:`runner.kernels.nvcc.signature_of`.
         include_path: the include folder on that machine; only the first generation's keys hold it.
     """
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from runner.build.compiler import find_nvcc, keys_for, nvcc_version
 from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
@@ -16,6 +15,7 @@ from runner.config.presets import DSV3, DSV4
 from runner.driver.run import record
 from runner.kernels.installed import find_library
 from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import find_nvcc, keys_for, nvcc_version
 from runner.kernels.source import choose_source
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T

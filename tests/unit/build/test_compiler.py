@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.build import compiler as compiler_module
-from runner.build.compiler import CompileError, LazyJit, NvccCompiler, find_nvcc
+from runner.build.compiler import CompileError, LazyJit, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
 from runner.cli import cli
 from runner.config.environ import Environ
@@ -18,6 +18,7 @@ from runner.kernels.digest import hex_digest
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import first_recipe
+from runner.kernels.nvcc import find_nvcc
 from runner.kernels.rules_sm90 import transpose_fp32
 from runner.watch.shim import read_records, write_shim
 from sim.costs.profile import load_profile
