@@ -12,6 +12,7 @@ from runner.cli.deployment import Planned, PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record_parts
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.rules import RULES, RULES_ARCH
@@ -90,7 +91,8 @@ def plan(
     if options.policy is not None:
         if result.scenario is None:
             raise UserError("--policy needs a model: a single GEMM has no warm-up")
-        covered = coverage(with_walk_memory(result.scenario, profile))
+        scenario = with_walk_memory(result.scenario, profile)
+        covered = coverage(scenario, record_parts(scenario))
     if str(options.json) != "-":
         print(target.describe(result.plan.table))
         _print(result, profile, covered)

@@ -97,9 +97,7 @@ def _random_experts(call: KernelCall):  # type: ignore[no-untyped-def]
     from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
     parts = [quantise_blocks(_random(call.n, call.k)) for _ in range(call.num_groups)]
-    return Fp8Weight(
-        torch.stack([part.data for part in parts]), torch.stack([part.scales for part in parts])
-    )
+    return Fp8Weight(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def _error(out, expected) -> float:  # type: ignore[no-untyped-def]
@@ -113,8 +111,8 @@ def _dense(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
     lhs = q.quantise_tokens(_random(call.m, call.k))
     weight = q.quantise_blocks(_random(call.n, call.k))
     out = torch.empty((call.m, call.n), device="cuda", dtype=torch.bfloat16)
-    wrapper.gemm_nt_f8f8bf16(lhs, weight.pair, out)
-    expected = q.dequantise_tokens(*lhs).double() @ q.dequantise_blocks(*weight.pair).double().mT
+    wrapper.gemm_nt_f8f8bf16(lhs, weight, out)
+    expected = q.dequantise_tokens(*lhs).double() @ q.dequantise_blocks(*weight).double().mT
     return _error(out, expected)
 
 
@@ -204,10 +202,10 @@ def _einsum(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
     from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.num_groups, call.k))
-    weight = q.quantise_blocks(_random(call.num_groups, call.n, call.k))
-    scales = weight.scales.reshape(call.num_groups, call.n // 128, call.k // 128)
+    values, scales = q.quantise_blocks(_random(call.num_groups, call.n, call.k))
+    scales = scales.reshape(call.num_groups, call.n // 128, call.k // 128)
     out = torch.empty((call.m, call.num_groups, call.n), device="cuda", dtype=torch.bfloat16)
-    data = weight.data.reshape(call.num_groups, call.n, call.k)
+    data = values.reshape(call.num_groups, call.n, call.k)
     wrapper.fp8_einsum_bhr_hdr_bhd(lhs, (data, scales), out)
     x, w = q.dequantise_tokens(*lhs).double(), q.dequantise_blocks(data, scales).double()
     return _error(out, torch.einsum("bhr,hdr->bhd", x, w))

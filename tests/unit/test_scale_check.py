@@ -81,8 +81,8 @@ def test_the_first_bad_scale_is_named(bad: float) -> None:
 def test_what_quantisation_makes_is_good(m: int, n: int, blocks: int, exponent: int) -> None:
     """Also of zeros, and of numbers near bf16's ends."""
     x = torch.randn(m, 128 * blocks) * 2.0 ** (exponent % 240 - 130)
-    check_gemm_scales("entry", quantise_tokens(x), quantise_blocks(torch.randn(n, 128)).pair)
-    check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)).pair)
+    check_gemm_scales("entry", quantise_tokens(x), quantise_blocks(torch.randn(n, 128)))
+    check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)))
 
 
 # -- the entry points -------------------------------------------------------------------------
