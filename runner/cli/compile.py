@@ -21,6 +21,7 @@ from runner.kernels.entry import CUBIN, kernels_in
 from runner.kernels.nvcc import require_nvcc
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.progress import counting, progress
+from runner.standin.gpus import DEFAULT_GPU, gpu_named
 from runner.target import CompilerOptions, LibraryOptions, target_of
 
 _SHOWN_FAILURES = 5
@@ -71,7 +72,7 @@ def compile(  # noqa: A001  # the command's name
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     require_nvcc(environ)  # Asking the library takes a while.
     with progress("ask the library") as shown:
-        gpu = library.chosen_gpu(num_sms=what.most_sms)
+        gpu = gpu_named(library.gpu or DEFAULT_GPU, what.most_sms)
         target = target_of(library, gpu, environ, compiler=compiler, progress=counting(shown))
         result = planned(what, given, environ, target)
     cache = KernelCache.of_text(str(options.cache_dir or environ.jit_cache_dirs))
