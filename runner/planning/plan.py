@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from runner.backend.gemm_walks import ExecutionHook, fast_m_list, full_m_list, relaxed_ms
-from runner.cache.describe import config_of
-from runner.cache.keys import CacheKeys
 from runner.config.warmup import WarmupPolicy
+from runner.kernels.describe import config_of
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys
 from runner.kernels.table import Demand, KernelTable, MRanges, union
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, expand, steps_of
 from runner.planning.demands import demands
