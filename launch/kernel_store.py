@@ -22,7 +22,7 @@ from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import plan_of
 from runner.report.progress import progress
-from runner.schedule import Walk
+from runner.schedule import KernelWork, Walk
 from runner.timeline import Span
 
 
@@ -47,12 +47,22 @@ class NodeKernels:
         """Kernels that this rank has built."""
         return sum(span.is_kernel for span in self.spans)
 
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Build the kernels that the node's cache lacks, on all its cores.
+    def work(self, work: KernelWork) -> None:
+        """Build, verify or load kernels.
 
         Raises:
+            UserError: the node's cache lacks kernels that should be there, or holds broken ones.
             CompileError: a kernel does not compile.
         """
+        if work.action == "build":
+            self.build(work.kernels)
+        elif work.action == "verify":
+            check_holds(self.cache, self.compiler.keys, work.kernels)
+        else:
+            self.loader.load(work.kernels)
+
+    def build(self, kernels: tuple[Kernel, ...]) -> None:
+        """Build the kernels that the node's cache lacks, on all its cores."""
         if not kernels:
             return
         keys = self.compiler.keys
@@ -124,19 +134,8 @@ class NodeKernels:
                 source, cubin = received[key]
                 self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Check that the node's cache holds kernels, whole.
-
-        Raises:
-            UserError: kernels are missing.
-        """
-        check_holds(self.cache, self.compiler.keys, kernels)
-
     def wait(self) -> None:
         dist.barrier(group=self.groups.everyone)
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        self.loader.load(kernels)
 
     def walk(self, walk: Walk) -> None:
         self.loader.walk(walk)

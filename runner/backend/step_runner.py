@@ -53,14 +53,8 @@ class Communicator(Protocol):
 class KernelStore(Protocol):
     """Where a rank's compiled kernels come from."""
 
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Compile kernels into this node's cache; nothing happens for none."""
-
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Make sure that this node's cache holds kernels, whole."""
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """Bring kernels into this process."""
+    def work(self, work: KernelWork) -> None:
+        """Build kernels into this node's cache, verify that it holds them whole, or load them."""
 
     def exchange(self) -> None:
         """Wait for all nodes' builds and give every node's cache what the others built."""
@@ -136,14 +130,10 @@ class StepRunner:
     def walk(self, walk: Walk) -> None:
         self._on_kernels(walk, lambda store: store.walk(walk))
 
-    def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("build", kernels), lambda store: store.build(kernels))
-
-    def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("verify", kernels), lambda store: store.verify(kernels))
-
-    def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("load", kernels), lambda store: store.load(kernels))
+    def work_on_kernels(self, action: str, kernels: tuple[Kernel, ...]) -> None:
+        """``build``, ``verify`` or ``load``; see :class:`KernelWork`."""
+        work = KernelWork(action, kernels)
+        self._on_kernels(work, lambda store: store.work(work))
 
     def barrier(self, group: tuple[int, ...]) -> None:
         """Wait for all ranks; ``group`` holds every one."""

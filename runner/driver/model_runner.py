@@ -18,18 +18,13 @@ from runner.model.strategy import OverlapStrategy
 
 @dataclass(frozen=True)
 class ModelRunner:
-    """One rank of the model.
-
-    Attributes:
-        is_generation: whether the model generates; decides a dummy run's mode where none is forced.
-    """
+    """One rank of the model."""
 
     model: ModelConfig
     parallel: ParallelConfig
     rank: int
     backend: Backend
     stage: PipelineStage
-    is_generation: bool = True
 
     @classmethod
     def build(
@@ -62,25 +57,14 @@ class ModelRunner:
     ) -> PPProxyTensors | Tensor:
         return self.stage.forward(batch, proxy)
 
-    def _dummy_run(
-        self, batch_size: int, forward_mode_override: ForwardMode | None = None
-    ) -> PPProxyTensors | Tensor:
-        """Run this rank's stage alone on made-up input.
-
-        The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
-        Everything after that follows the resulting mode. As in SGLang the batch has
-        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens; it is
-        a multiple of ``attn_cp``.
-        """
-        return self.prepared_dummy(batch_size, forward_mode_override)()
-
-    def prepared_dummy(
-        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    def prepare_dummy_run(
+        self, batch_size: int, mode: ForwardMode
     ) -> Callable[[], PPProxyTensors | Tensor]:
-        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
-        mode = forward_mode_override or (
-            ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
-        )
+        """What runs this rank's stage alone on made-up input, which is made here.
+
+        As in SGLang's ``_dummy_run`` the batch has ``batch_size`` sequences of one token each, so
+        both modes see ``batch_size`` tokens; it is a multiple of ``attn_cp``.
+        """
         make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
         batch = make(
             (1,) * batch_size,

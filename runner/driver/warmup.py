@@ -47,8 +47,8 @@ def _dummy_runs(runner: ModelRunner, scenario: Scenario) -> None:
     if runner.parallel.pp == 1 or scenario.speculative:
         return
     for batch_size in scenario.resolved_batch_sizes:
-        for mode in dummy_modes(scenario, is_generation=runner.is_generation):
-            runner._dummy_run(batch_size, forward_mode_override=mode)
+        for mode in dummy_modes(scenario):
+            runner.prepare_dummy_run(batch_size, mode)()
 
 
 def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
@@ -56,21 +56,21 @@ def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
     kernels = planned_kernels(scenario, runner.rank)
     everyone = tuple(range(scenario.parallel.world_size))
     if scenario.policy is WarmupPolicy.PLANNED:
-        runner.backend.build_kernels(kernels.share)
+        runner.backend.work_on_kernels("build", kernels.share)
         nodes = scenario.parallel.nodes
         most = ceil_div(kernels.total, nodes) if nodes > 1 else 0
         runner.backend.exchange_kernels(everyone, _CUBIN_BYTES * most)
     else:
-        runner.backend.verify_kernels(kernels.checked)
+        runner.backend.work_on_kernels("verify", kernels.checked)
         # Nobody loads, and so compiles, before every node's cache was looked at.
         runner.backend.barrier(everyone)
-    runner.backend.load_kernels(kernels.own)
+    runner.backend.work_on_kernels("load", kernels.own)
 
 
-def dummy_modes(scenario: Scenario, *, is_generation: bool = True) -> tuple[ForwardMode, ...]:
+def dummy_modes(scenario: Scenario) -> tuple[ForwardMode, ...]:
     """Modes of the dummy runs: a prefill node never decodes, a decode node never extends."""
     modes = []
-    if is_generation and scenario.disaggregation is not DisaggregationMode.PREFILL:
+    if scenario.disaggregation is not DisaggregationMode.PREFILL:
         modes.append(ForwardMode.DECODE)
     if scenario.disaggregation is not DisaggregationMode.DECODE:
         modes.append(ForwardMode.EXTEND)
@@ -82,10 +82,10 @@ def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
 
     Nothing happens on a prefill node, which never decodes.
     """
-    if ForwardMode.DECODE not in dummy_modes(scenario, is_generation=runner.is_generation):
+    if ForwardMode.DECODE not in dummy_modes(scenario):
         return
     for batch_size in sorted(scenario.graph_batch_sizes, reverse=True):
-        forward = runner.prepared_dummy(batch_size, ForwardMode.DECODE)
+        forward = runner.prepare_dummy_run(batch_size, ForwardMode.DECODE)
         for _ in range(_EAGER_RUNS):
             forward()
         runner.backend.capture(f"graph DECODE {batch_size}", forward)

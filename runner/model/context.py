@@ -48,9 +48,7 @@ class RankContext:
     @cached_property
     def attn_tp_group(self) -> tuple[int, ...]:
         """Ranks that share the attention of this rank's tokens."""
-        size = self.parallel.attn_tp
-        first = self.at.tp_rank // size * size
-        return self.tp_group[first : first + size]
+        return self.parallel.attn_tp_group(self.rank)
 
     @cached_property
     def cp_group(self) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.schedule import KernelWork
 from runner.timeline import Timeline
 from runner.watch.shim import CompileRecord
 from tests.unit.elf import tiny_cubin
@@ -67,7 +68,7 @@ def test_a_kernel_is_built_once(store: NodeKernels) -> None:
     for _ in range(2):
         store.build((GOOD,))
     assert store.built == 1
-    store.verify((GOOD,))
+    store.work(KernelWork("verify", (GOOD,)))
     assert [(span.rank, span.kind, span.name) for span in store.spans if span.is_kernel] == [
         (3, "compile", "good")
     ]

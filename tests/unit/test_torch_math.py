@@ -65,14 +65,14 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
 def test_dummy_run_returns_logits_on_the_last_stage() -> None:
     runner = cpu_runner(FOUR_LAYERS)
     with torch.inference_mode():
-        assert runner._dummy_run(3).shape == (3, 1024)
-        assert runner._dummy_run(3, ForwardMode.EXTEND).shape == (3, 1024)
+        for mode in ForwardMode:
+            assert runner.prepare_dummy_run(3, mode)().shape == (3, 1024)
 
 
 def test_dummy_run_returns_proxy_tensors_of_hyper_connection_width_on_inner_stages() -> None:
     runner = cpu_runner(FOUR_LAYERS, pp=2)
     with torch.inference_mode():
-        proxy = runner._dummy_run(3)
+        proxy = runner.prepare_dummy_run(3, ForwardMode.DECODE)()
     assert isinstance(proxy, dict)
     assert {name: tuple(t.shape) for name, t in proxy.items()} == {"hidden_states": (3, 4 * 512)}
 
