@@ -35,10 +35,10 @@ class NodeKernels:
 
     def __init__(self, rank: Rank, jit: RankJit, groups: Groups) -> None:
         assert jit.compiler is not None and jit.cache is not None
-        self.rank, self.scenario, self.groups = rank.place.rank, rank.scenario, groups
+        self.rank, self.scenario, self.groups = rank.number, rank.scenario, groups
         self.compiler, self.cache, self.loader = jit.compiler, jit.cache, jit.loader
         ranks_per_node = rank.scenario.parallel.ranks_per_node
-        nodes_here = max(1, rank.place.local_world_size // ranks_per_node)
+        nodes_here = max(1, rank.environ.ranks_on_host // ranks_per_node)
         self.workers = max(1, available_cores() // nodes_here)
         self.spans: list[Span] = []
 

@@ -130,7 +130,7 @@ class LaunchOptions(RunOptions):
             policy=policy,
             num_sms=gpu.num_sms,
             source=target.source,
-            nodes=max(self.virtual_nodes, environ.nodes),
+            nodes=max(self.virtual_nodes, environ.hosts),
         )
 
     @property

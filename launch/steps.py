@@ -253,9 +253,9 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
-    launched = _launch_options(given, options, environ.world_size or 1)
+    launched = _launch_options(given, options, environ.world_size)
     with (
-        Deadline(options.timeout, environ.rank or 0) as deadline,
+        Deadline(options.timeout, environ.rank) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
         rank = Rank.meet(launched, environ)
@@ -266,7 +266,7 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
         runs = [steps.measure(strategy) for strategy in (None, *options.strategies)]
         dist.barrier()
     dist.destroy_process_group()
-    if rank.place.rank == 0:
+    if rank.number == 0:
         settings = {name: given.given[name] for name in _OF_SCENARIO}
         settings |= {
             "mode": options.mode.value,

@@ -41,7 +41,7 @@ def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) 
 
     Args:
         options: the launch, of one policy.
-        environ: holds this rank's place.
+        environ: says which rank this is.
         work_dir: temporary directory that the process which started the ranks removes; None makes
             one and removes it after a good end.
 
@@ -49,14 +49,14 @@ def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) 
         UserError: bad input.
         runner.build.compiler.CompileError: a kernel does not compile.
     """
-    with Deadline(options.timeout, environ.rank or 0) as deadline:
+    with Deadline(options.timeout, environ.rank) as deadline:
         rank = Rank.meet(options, environ)
         folder = work_dir or _shared_work_dir()
-        torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
+        torch.set_num_threads(max(1, available_cores() // environ.ranks_on_host))
         result = _run(rank, folder, deadline)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
-    if rank.place.local_rank == 0 and work_dir is None:
+    if environ.local_rank == 0 and work_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
     dist.destroy_process_group()
     return result
@@ -72,7 +72,7 @@ def _shared_work_dir() -> Path:
 
 
 def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
-    options, scenario, number = rank.options, rank.scenario, rank.place.rank
+    options, scenario, number = rank.options, rank.scenario, rank.number
     groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
     jit = set_up_jit(rank, work_dir)
@@ -120,12 +120,12 @@ def _make_sink(rank: Rank, jit: RankJit, device: Device, store: NodeKernels | No
         print(f"{seconds:7.1f} s  {phase}: {name}, {compiles} compiles so far", flush=True)
 
     return RankSink(
-        rank.place.rank,
+        rank.number,
         jit.loader,
         device,
         rank.wait_limit(jit.log_dir),
         locks=CompileLocks(jit.cache.root) if rank.scenario.compile_lock and jit.cache else None,
-        on_forward=report if rank.place.rank == 0 else None,
+        on_forward=report if rank.number == 0 else None,
     )
 
 
@@ -139,7 +139,7 @@ def build_runner(
     hook: ExecutionHook | None = None,
 ) -> ModelRunner:
     """Build the rank's part of the model, with weights unless nothing is computed."""
-    scenario, place, model = rank.scenario, rank.place, rank.scenario.model
+    scenario, model = rank.scenario, rank.scenario.model
     math: TorchMath | None = None
     weights: TorchWeights | None = None
     if rank.compute == "real":
@@ -158,7 +158,7 @@ def build_runner(
     return ModelRunner.build(
         model,
         scenario.parallel,
-        place.rank,
+        rank.number,
         backend=backend,
         weights=weights,
         overlap=scenario.overlap,
@@ -183,7 +183,7 @@ class _WalkMemory:
         return free
 
     def warn(self, line: str) -> None:
-        print(f"[rank {self._rank.place.rank}] warning: {line}", flush=True)
+        print(f"[rank {self._rank.number}] warning: {line}", flush=True)
 
 
 def _introduction(rank: Rank, jit: RankJit) -> str:
@@ -201,14 +201,14 @@ def _introduction(rank: Rank, jit: RankJit) -> str:
 
 def _facts(rank: Rank, jit: RankJit) -> dict[str, object]:
     """What the Timeline's metadata holds besides the scenario."""
-    place = rank.place
-    gpus = torch.cuda.device_count() if rank.device.type == "cuda" else place.local_world_size
+    here = rank.environ.ranks_on_host
+    gpus = torch.cuda.device_count() if rank.device.type == "cuda" else here
     return {
         "device": rank.device.type,
         "link": rank.link,
         "compute": rank.compute,
         "jit": jit.description,
-        "hosts": place.world_size // place.local_world_size,
-        "ranks_per_gpu": -(-place.local_world_size // gpus),
+        "hosts": rank.environ.hosts,
+        "ranks_per_gpu": -(-here // gpus),
         "machine": {**machine_facts(rank.device), "probe": rank.options.probed},
     }

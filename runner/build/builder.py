@@ -7,8 +7,10 @@ assembler of its own.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import shutil
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import PriorityQueue
 
 from runner.build.compiler import CompileError, NvccCompiler
 from runner.build.estimates import assemble_seconds, plain_seconds, seconds_to_end
 from runner.build.stages import StageError, Stages, UnusualError, find_stages, split_ptx
-from runner.build.task_pool import TaskPool
 from runner.build.units import Unit, match_entries, split_into_units, unit_text
 from runner.cache.entry import NotACubinError, kernels_in
 from runner.cache.lock import take_lock
@@ -180,6 +182,49 @@ class KernelBuilder:
         except CompileError as error:
             result = BuildResult(job, None, started, reason, str(error))
         self.on_result(result)
+
+
+class TaskPool:
+    """Runs tasks, which may add tasks, on threads: always the one with the most work behind it."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._tasks: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
+        self._order = itertools.count()
+        self._error: BaseException | None = None
+
+    def add(self, seconds_to_end: float, task: Callable[[], None]) -> None:
+        """Queue a task, which it takes so many seconds to do with all that follows from it."""
+        self._tasks.put((-seconds_to_end, next(self._order), task))
+
+    def run(self) -> None:
+        """Run until every task is done.
+
+        Raises:
+            BaseException: the first that a task raised; tasks that had not begun are dropped.
+        """
+        for _ in range(self._workers):
+            threading.Thread(target=self._work, daemon=True).start()
+        try:
+            self._tasks.join()
+        except BaseException as error:  # An interrupt: whatever runs is left to itself.
+            self._error = error
+            raise
+        finally:
+            for _ in range(self._workers):
+                self._tasks.put((float("inf"), next(self._order), None))
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()[2]) is not None:
+            try:
+                if self._error is None:
+                    task()
+            except BaseException as error:  # run raises it
+                self._error = self._error or error
+            finally:
+                self._tasks.task_done()
 
 
 @contextmanager

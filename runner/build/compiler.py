@@ -14,13 +14,11 @@ from pathlib import Path
 from statistics import median
 
 from runner.cache.entry import CUBIN, SOURCE
-from runner.cache.kernel_cache import KernelCache
 from runner.cache.keys import CacheKeys, Recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Headers, Library
-from runner.kernels.kernel import Kernel
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 
 OLDEST_RELEASE = (12, 9)
@@ -85,36 +83,6 @@ class NvccCompiler:
                 self.compile(source, Path(folder))
                 found.append(time.perf_counter() - start)
         return median(found)
-
-
-class LazyJit:
-    """Kernels of one rank without a GPU: memory, else disk, else nvcc.
-
-    As with the library, two processes that miss a kernel at the same time both compile it.
-    """
-
-    def __init__(self, compiler: NvccCompiler, cache: KernelCache) -> None:
-        self._compiler, self._cache = compiler, cache
-        self._loaded: set[Kernel] = set()
-
-    def is_loaded(self, kernel: Kernel) -> bool:
-        return kernel in self._loaded
-
-    def ensure(self, kernel: Kernel) -> None:
-        """Load the kernel, and compile it if neither memory nor disk has it."""
-        if kernel in self._loaded:
-            return
-        keys = self._compiler.keys
-        key, source = keys.cache_key(kernel), keys.source(kernel)
-        if not self._cache.has(key):
-            scratch = self._cache.root.absolute() / "tmp"
-            scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                cubin = self._compiler.compile(source, Path(folder))
-            self._cache.put(key, source, cubin, keys.extra_files, prefix="lazy-")
-        # A real load reads the whole file; reading it here takes the time that a load takes.
-        (self._cache.entry(key) / CUBIN).read_bytes()
-        self._loaded.add(kernel)
 
 
 def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) -> CacheKeys:

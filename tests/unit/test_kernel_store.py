@@ -15,7 +15,6 @@ pytest.importorskip("torch")
 from launch import kernel_store
 from launch.jit import RankJit
 from launch.kernel_store import NodeKernels
-from launch.rank import Place
 from launch.rank_sink import split_loads
 from runner.build.builder import BuildResult, Job
 from runner.build.compiler import CompileError, NvccCompiler
@@ -59,7 +58,9 @@ def store(
     unused: Any = None
     jit = RankJit(unused, unused, tmp_path, "own", compiler, cache)
     rank: Any = SimpleNamespace(
-        place=Place(3, 4, 3, 4), scenario=SimpleNamespace(parallel=ParallelConfig(pp=4))
+        number=3,
+        environ=Environ(rank=3, world_size=4),
+        scenario=SimpleNamespace(parallel=ParallelConfig(pp=4)),
     )
     return NodeKernels(rank, jit, unused)
 
