@@ -114,11 +114,11 @@ def _node_cache(rank: Rank, work_dir: Path) -> KernelCache:
 def _library_jit(rank: Rank, cache: KernelCache, compiler: NvccCompiler) -> LibraryJit:
     import torch
 
-    from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
+    from runner.deep_gemm_wrapper.configurer import check_capability, import_deep_gemm
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
     environ = rank.environ
-    check_deep_gemm(environ, torch.cuda.get_device_capability())
+    check_capability(torch.cuda.get_device_capability())
     root = compiler.library.root
     module = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
     return LibraryJit(DeepGemmWrapper(module, sanity_check=environ.sanity_check), rank.scenario)

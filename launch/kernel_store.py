@@ -17,7 +17,7 @@ from runner.build.compiler import CompileError
 from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.lock import locked
 from runner.config.environ import available_cores
-from runner.driver.warmup import planned_kernels
+from runner.driver.warmup import node_shares
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import plan_of
@@ -119,8 +119,8 @@ class NodeKernels:
         lacking = set().union(*by_node)
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
-            share = planned_kernels(self.scenario, leader).share
-            keys = [key for key in map(key_of, share) if key in lacking]
+            share = map(key_of, node_shares(self.scenario)[node])
+            keys = [key for key in share if key in lacking]
             if not keys:
                 continue
             entries: list[Any] = [None] * len(keys)

@@ -117,7 +117,7 @@ class RankSink:
             with self._span("compute", name):
                 return action()
         asked = time.time()
-        with self._lock(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)):
+        with self._lock(call.shape):
             start = time.time()
             if start - asked > _SHOWN_WAIT_SECONDS:
                 self._add("wait", "compile lock", asked, start)

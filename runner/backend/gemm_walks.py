@@ -122,12 +122,9 @@ class ExecutionHook:
                 Walk(GemmShape(call.type, call.n, call.k, splits, call.num_sms), ((m, m, 1),))
                 for splits, m in _first_m_of_splits(call.k, call.num_sms, self.m_list[-1])
             )
-        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-        ms = self.m_list
-        if shape.type in CONTIGUOUS_TYPES:
-            ms = _aligned(ms)
-        ms = truncate_to_memory(shape, ms, self.budget(), self.warn)
-        return (Walk(shape, steps_of(ms)),) if ms else ()
+        ms = _aligned(self.m_list) if call.type in CONTIGUOUS_TYPES else self.m_list
+        ms = truncate_to_memory(call.shape, ms, self.budget(), self.warn)
+        return (Walk(call.shape, steps_of(ms)),) if ms else ()
 
 
 @lru_cache(maxsize=32)

@@ -8,20 +8,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from runner.config.environ import Environ
 from runner.errors import UserError
 
-MIN_CAPABILITY = (9, 0)
 
-
-def check_deep_gemm(environ: Environ, capability: tuple[int, int]) -> None:
-    """Raise UserError where DeepGEMM cannot run on this GPU or is switched off."""
-    if not environ.enable_jit_deepgemm:
-        raise UserError(
-            "SGLANG_ENABLE_JIT_DEEPGEMM is off: a CUDA run needs DeepGEMM; unset it or use "
-            "--device cpu"
-        )
-    if capability[0] != MIN_CAPABILITY[0]:
+def check_capability(capability: tuple[int, int]) -> None:
+    """Raise UserError where DeepGEMM cannot run on this GPU."""
+    if capability[0] != 9:
         raise UserError(
             f"this GPU has compute capability {capability[0]}.{capability[1]}: only 9.x (Hopper) "
             "is supported; use --device cpu"

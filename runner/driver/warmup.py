@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
 
@@ -52,19 +51,22 @@ def _dummy_runs(runner: ModelRunner, scenario: Scenario) -> None:
 
 
 def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
-    """Build or verify the planned kernels, then load those of this rank's stage."""
-    kernels = planned_kernels(scenario, runner.rank)
-    everyone = tuple(range(scenario.parallel.world_size))
+    """Build or verify the planned kernels on node leaders, then load those of this rank's stage."""
+    backend, parallel, plan = runner.backend, scenario.parallel, plan_of(scenario)
+    is_leader = scenario.is_node_leader(runner.rank)
+    everyone = tuple(range(parallel.world_size))
     if scenario.policy is WarmupPolicy.PLANNED:
-        runner.backend.work_on_kernels("build", kernels.share)
-        nodes = scenario.parallel.nodes
-        most = ceil_div(kernels.total, nodes) if nodes > 1 else 0
-        runner.backend.exchange_kernels(everyone, _CUBIN_BYTES * most)
+        share = node_shares(scenario)[parallel.node_of(runner.rank)]
+        backend.work_on_kernels("build", share if is_leader else ())
+        most = ceil_div(len(plan.kernels), parallel.nodes) if parallel.nodes > 1 else 0
+        backend.exchange_kernels(everyone, _CUBIN_BYTES * most)
     else:
-        runner.backend.work_on_kernels("verify", kernels.checked)
+        every = tuple(item.kernel for item in plan.kernels)
+        backend.work_on_kernels("verify", every if is_leader else ())
         # Nobody loads, and so compiles, before every node's cache was looked at.
-        runner.backend.barrier(everyone)
-    runner.backend.work_on_kernels("load", kernels.own)
+        backend.barrier(everyone)
+    own = plan.needed_by({parallel.coordinates(runner.rank).pp_rank})
+    backend.work_on_kernels("load", tuple(item.kernel for item in own))
 
 
 def dummy_modes(scenario: Scenario) -> tuple[ForwardMode, ...]:
@@ -91,36 +93,9 @@ def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
         runner.backend.capture(f"graph DECODE {batch_size}", forward)
 
 
-@dataclass(frozen=True)
-class PlannedKernels:
-    """What ``planned`` and ``prebuilt`` make a rank do with the kernels of the plan.
-
-    Attributes:
-        total: number of planned kernels of all ranks.
-        checked: what this rank looks for in its node's cache: all on a node leader, else none.
-        share: what this rank builds: its node's share on a node leader, else none.
-        own: what this rank's stage runs.
-    """
-
-    total: int
-    checked: tuple[Kernel, ...]
-    share: tuple[Kernel, ...]
-    own: tuple[Kernel, ...]
-
-
-def planned_kernels(scenario: Scenario, rank: int) -> PlannedKernels:
-    """The kernels of the plan as a rank deals with them."""
-    parallel, plan = scenario.parallel, plan_of(scenario)
-    is_leader = scenario.is_node_leader(rank)
-    everything = tuple(item.kernel for item in plan.kernels)
-    share = _node_shares(scenario.deployment, parallel.nodes)[parallel.node_of(rank)]
-    stage = parallel.coordinates(rank).pp_rank
-    return PlannedKernels(
-        total=len(everything),
-        checked=everything if is_leader else (),
-        share=share if is_leader else (),
-        own=tuple(item.kernel for item in plan.kernels if stage in item.stages),
-    )
+def node_shares(scenario: Scenario) -> list[tuple[Kernel, ...]]:
+    """The planned kernels that each node builds for all."""
+    return _node_shares(scenario.deployment, scenario.parallel.nodes)
 
 
 @lru_cache(maxsize=32)

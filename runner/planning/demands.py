@@ -275,7 +275,7 @@ def _with_ms(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
 ) -> Iterator[ShapeWithMs]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""
-    shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
+    shape = call.shape
     if not counts:
         return
     if call.type in MASKED_TYPES | CONTIGUOUS_TYPES:

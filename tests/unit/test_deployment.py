@@ -26,8 +26,7 @@ from runner.driver.model_runner import ModelRunner
 from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.strategy import COMM_SMS, STRATEGIES

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
+from runner.build.builder import BuildResult, Job, KernelBuilder, TaskPool, scratch_folder
 from runner.build.compiler import NvccCompiler
-from runner.build.builder import TaskPool
 from runner.build.units import entry_signature, signature, split_into_units
 from runner.cache.entry import kernels_in
 from runner.cache.keys import first_recipe

@@ -19,8 +19,7 @@ from runner.config.environ import Environ
 from runner.errors import UserError, run_guarded
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules import transpose_fp32
+from runner.kernels.rules import RULES, transpose_fp32
 from runner.watch.shim import read_records, write_shim
 from sim.costs.profile import load_profile
 
