@@ -98,15 +98,6 @@ class TorchComm:
     def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
         return moved.to(self._device)
 
-    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
-        buffer = self._outbound(x)
-        start = partial(dist.all_reduce, buffer, group=self._groups.of[group])
-        if self.stream is None:
-            start()
-        else:
-            self.stream.wait(self.stream.start(start))
-        return self._inbound(buffer)
-
     def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
         gathered = self._finished(self.begin("all_gather", x, group))
         parts = gathered.chunk(len(group))
@@ -121,6 +112,8 @@ class TorchComm:
         if kind == "all_gather":
             result = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
             start = partial(dist.all_gather, list(result.chunk(len(group))), source)
+        elif kind == "all_reduce":
+            result, start = source, partial(dist.all_reduce, source)
         elif kind == "reduce_scatter" and not self._gloo:
             result = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
             start = partial(dist.reduce_scatter_tensor, result, source)

@@ -114,8 +114,11 @@ def _node_cache(rank: Rank, work_dir: Path) -> KernelCache:
 def _library_jit(rank: Rank, cache: KernelCache, compiler: NvccCompiler) -> LibraryJit:
     import torch
 
-    from runner.deep_gemm_wrapper.configurer import check_capability, import_deep_gemm
-    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+    from runner.deep_gemm_wrapper.entrypoint import (
+        DeepGemmWrapper,
+        check_capability,
+        import_deep_gemm,
+    )
 
     environ = rank.environ
     check_capability(torch.cuda.get_device_capability())

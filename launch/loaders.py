@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from runner.build.compiler import NvccCompiler
 from runner.cache.entry import CUBIN
 from runner.cache.kernel_cache import KernelCache
+from runner.cache.lock import take_lock
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
@@ -127,5 +127,5 @@ class CompileLocks:
         """Hold the lock of a GEMM, whatever its M."""
         name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
         with (self._folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, self._folder)
             yield

@@ -10,7 +10,7 @@ from launch.comm import AsyncCollective
 from launch.device import CollectiveEvents, Device
 from launch.limits import WaitLimit
 from launch.loaders import CompileLocks, KernelLoader
-from runner.backend.sink import R
+from runner.backend.step_runner import R
 from runner.kernels.kernel import body_of, identity_of
 from runner.kernels.types import GemmShape, KernelCall
 from runner.planning.residency import SERVING

@@ -31,7 +31,7 @@ from launch.options import LaunchOptions, RankOptions
 from launch.rank import Rank
 from launch.worker import build_runner
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import R
+from runner.backend.step_runner import R
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy

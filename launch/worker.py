@@ -24,8 +24,7 @@ from launch.rank import Rank
 from launch.rank_sink import RankSink, split_loads
 from runner.backend.base import Backend
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.sink import OpSink
-from runner.backend.step_runner import Communicator, KernelStore
+from runner.backend.step_runner import Communicator, KernelStore, OpSink
 from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores

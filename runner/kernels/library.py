@@ -7,7 +7,6 @@ in the user's cache folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from runner.build.compiler import keys_for
 from runner.cache.entry import SOURCE, kernel_name
 from runner.cache.keys import INCLUDE, Recipe, with_variables
+from runner.cache.lock import take_lock
 from runner.config.environ import Environ, available_cores, cache_folder
 from runner.errors import UserError
 from runner.kernels.installed import Library, own_headers
@@ -167,8 +167,7 @@ def _locked(memo: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, memo.parent)
         yield
 
 

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.token_to_m import (
     HC_BLOCK,
     contiguous_rows,
