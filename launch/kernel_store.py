@@ -12,7 +12,7 @@ import torch.distributed as dist
 from launch.comm import Groups
 from launch.jit import RankJit, check_holds
 from launch.rank import Rank
-from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
+from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import CompileError
 from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.lock import locked
@@ -72,7 +72,7 @@ class NodeKernels:
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
         # Nodes that share a directory build their shares at the same time; a ``runner compile``
         # in it would remove what they are writing.
-        with locked(self.cache.root, shared=True), scratch_folder() as folder, shown as show:
+        with locked(self.cache.root, shared=True), shown as show:
             missing = self.cache.keys_to_build(sources)
 
             def take(result: BuildResult) -> None:
@@ -80,7 +80,7 @@ class NodeKernels:
                 show(self.built, len(missing), self.built / len(missing))
 
             builder = KernelBuilder(
-                self.compiler, folder, self.workers, os.environ, take, on_shared=self._note
+                self.compiler, self.workers, os.environ, take, on_shared=self._note
             )
             builder.build([Job(key, by_key[key], sources[key]) for key in missing])
 

@@ -38,7 +38,7 @@ class FakeBuilder:
     """Builds every kernel but a broken one at once."""
 
     def __init__(self, *arguments: Any, on_shared: Any, **_: Any) -> None:
-        self._take, self._on_shared = arguments[4], on_shared
+        self._take, self._on_shared = arguments[3], on_shared
 
     def build(self, jobs: Sequence[Job]) -> None:
         self._on_shared("front end", time.time(), time.time())
