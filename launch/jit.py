@@ -166,12 +166,16 @@ def _check_prebuilt(
         check_holds(given, keys, planned)
 
 
+def lacking(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels that a cache does not hold, whole."""
+    return [k for k in kernels if not cache.holds(keys.cache_key(k), keys.source(k))]
+
+
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
     """Raise UserError unless a cache holds all of ``kernels``, whole."""
-    held = [cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels]
-    if not all(held):
+    if missing := lacking(cache, keys, kernels):
         raise UserError(
-            f"the cache {cache.root} lacks {held.count(False)} of {len(kernels)} planned kernels: "
+            f"the cache {cache.root} lacks {len(missing)} of {len(kernels)} planned kernels: "
             "build them first (runner compile), or use --warmup planned"
         )
 

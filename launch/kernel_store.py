@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.comm import Groups
-from launch.jit import RankJit, check_holds
+from launch.jit import RankJit, check_holds, lacking
 from launch.rank import Rank
 from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import CompileError
@@ -41,6 +41,10 @@ class NodeKernels:
         nodes_here = max(1, rank.environ.ranks_on_host // ranks_per_node)
         self.workers = max(1, available_cores() // nodes_here)
         self.spans: list[Span] = []
+
+    @property
+    def _planned(self) -> list[Kernel]:
+        return [item.kernel for item in plan_of(self.scenario).kernels]
 
     @property
     def built(self) -> int:
@@ -84,9 +88,9 @@ class NodeKernels:
             )
             builder.build([Job(key, by_key[key], sources[key]) for key in missing])
 
-    def _holds(self, kernel: Kernel) -> bool:
-        keys = self.compiler.keys
-        return self.cache.holds(keys.cache_key(kernel), keys.source(kernel))
+    def _lacking(self) -> list[Kernel]:
+        """The planned kernels that the node's cache lacks."""
+        return lacking(self.cache, self.compiler.keys, self._planned)
 
     def _take(self, result: BuildResult) -> None:
         job, kernel = result.job, result.job.kernel
@@ -112,15 +116,14 @@ class NodeKernels:
 
     def _exchange_lacking(self, group: dist.ProcessGroup) -> None:
         parallel, key_of = self.scenario.parallel, self.compiler.keys.cache_key
-        planned = [item.kernel for item in plan_of(self.scenario).kernels]
-        mine = {key_of(kernel) for kernel in planned if not self._holds(kernel)}
+        mine = set(map(key_of, self._lacking()))
         by_node: list[set[str]] = [set() for _ in range(parallel.nodes)]
         dist.all_gather_object(by_node, mine, group=group)
-        lacking = set().union(*by_node)
+        anywhere = set().union(*by_node)
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
             share = map(key_of, node_shares(self.scenario)[node])
-            keys = [key for key in share if key in lacking]
+            keys = [key for key in share if key in anywhere]
             if not keys:
                 continue
             entries: list[Any] = [None] * len(keys)
@@ -144,7 +147,5 @@ class NodeKernels:
         """What the node's cache holds of the plan, as a Timeline keeps it; leaders only."""
         if not self.scenario.is_node_leader(self.rank):
             return None
-        planned = (item.kernel for item in plan_of(self.scenario).kernels)
-        present = {kernel for kernel in planned if self._holds(kernel)}
-        node = self.scenario.parallel.node_of(self.rank)
-        return node_coverage(self.scenario, node, present)
+        present = set(self._planned).difference(self._lacking())
+        return node_coverage(self.scenario, self.scenario.parallel.node_of(self.rank), present)
