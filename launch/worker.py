@@ -83,8 +83,12 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
     deadline.where = lambda: sink.last
     if number == 0:
         print(_introduction(rank, jit), flush=True)
-    memory = _WalkMemory(rank)
-    hook = execution_hook(scenario, number, memory.free, memory.warn)
+    hook = execution_hook(
+        scenario,
+        number,
+        lambda: _free_memory(rank.device),
+        lambda line: print(f"[rank {number}] warning: {line}", flush=True),
+    )
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
     device.synchronise()
     setup = rank.setup_spans(time.time())
@@ -104,7 +108,7 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
         ops=sink.ops,
         coverage=store.coverage() if store else None,
         stalls=find_stalls(spans, sink.served),
-        walk_memory=memory.least,
+        walk_memory=None if hook.least == inf else hook.least,
     )
     return gather(record, scenario, _facts(rank, jit))
 
@@ -164,25 +168,12 @@ def build_runner(
     )
 
 
-class _WalkMemory:
-    """The GPU memory that is free for walks; ``least`` is the least that was asked about."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self.least: float | None = None
-
-    def free(self) -> float:
-        """Bytes; infinite on a CPU."""
-        device = self._rank.device
-        if device.type != "cuda":
-            return inf
-        torch.cuda.empty_cache()
-        free = float(torch.cuda.mem_get_info(device)[0])
-        self.least = min(free, self.least or inf)
-        return free
-
-    def warn(self, line: str) -> None:
-        print(f"[rank {self._rank.number}] warning: {line}", flush=True)
+def _free_memory(device: torch.device) -> float:
+    """Bytes that walks may take; infinite on a CPU."""
+    if device.type != "cuda":
+        return inf
+    torch.cuda.empty_cache()
+    return float(torch.cuda.mem_get_info(device)[0])
 
 
 def _introduction(rank: Rank, jit: RankJit) -> str:

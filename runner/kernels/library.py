@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -112,7 +111,6 @@ class LibrarySource:
             entries.parent.mkdir()
             environment = standin_environment(
                 self.gpu,
-                python=Path(sys.executable),
                 environment=plain,
                 version_text=self.version_text,
                 work_dir=Path(folder),

@@ -31,11 +31,6 @@ class RankContext:
         return self.parallel.coordinates(self.rank)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
-        return self.at.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes logits."""
         return self.at.pp_rank == self.parallel.pp - 1

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -38,18 +39,18 @@ _LIBRARY_FLAGS = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymboli
 def standin_environment(
     gpu: Gpu,
     *,
-    python: Path,
     environment: Mapping[str, str],
     version_text: str,
     work_dir: Path,
+    python: Path = Path(sys.executable),
     devices: int = 1,
 ) -> dict[str, str]:
     """``environment`` with a stand-in GPU and a stand-in nvcc, for one child and its children.
 
     Args:
-        python: the interpreter whose torch will run on it.
         version_text: what ``nvcc --version`` prints, to the byte: it goes into cache keys.
         work_dir: a folder, where compiles and calls of missing functions are recorded.
+        python: the interpreter whose torch will run on it.
 
     Raises:
         UserError: no torch with CUDA 13, no C compiler, or a cache folder that cannot be written.
