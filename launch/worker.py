@@ -83,12 +83,7 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
     deadline.where = lambda: sink.last
     if number == 0:
         print(_introduction(rank, jit), flush=True)
-    hook = execution_hook(
-        scenario,
-        number,
-        lambda: _free_memory(rank.device),
-        lambda line: print(f"[rank {number}] warning: {line}", flush=True),
-    )
+    hook = _execution_hook(rank)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
     device.synchronise()
     setup = rank.setup_spans(time.time())
@@ -168,12 +163,19 @@ def build_runner(
     )
 
 
-def _free_memory(device: torch.device) -> float:
-    """Bytes that walks may take; infinite on a CPU."""
-    if device.type != "cuda":
-        return inf
-    torch.cuda.empty_cache()
-    return float(torch.cuda.mem_get_info(device)[0])
+def _execution_hook(rank: Rank) -> ExecutionHook:
+    """What this rank walks, in the memory that its GPU has free; a CPU has all that is needed."""
+
+    def free() -> float:
+        if rank.device.type != "cuda":
+            return inf
+        torch.cuda.empty_cache()
+        return float(torch.cuda.mem_get_info(rank.device)[0])
+
+    def warn(line: str) -> None:
+        print(f"[rank {rank.number}] warning: {line}", flush=True)
+
+    return execution_hook(rank.scenario, rank.number, free, warn)
 
 
 def _introduction(rank: Rank, jit: RankJit) -> str:

@@ -79,19 +79,18 @@ class ModelRunner:
         return self.backend.dummy_ids(tokens, self.model.vocab_size)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
-        """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
+        """Proxy tensors without content."""
+        return self.proxy(batch, lambda name, shape: self.backend.zeros(*shape))
+
+    def proxy(
+        self, batch: ForwardBatch, make: Callable[[str, tuple[int, int]], Tensor]
+    ) -> PPProxyTensors | None:
+        """What the stage before hands on, each made by its name and shape; None on the first stage.
+
+        Stage 0 has already split EXTEND tokens over ``attn_cp``.
+        """
         if self.stage.is_first:
             return None
-        rows = self.proxy_tokens(batch)
-        return {name: self.backend.zeros(rows, width) for name, width in self.proxy_widths.items()}
-
-    @property
-    def proxy_widths(self) -> dict[str, int]:
         names = ("hidden_states",) if self.model.hc_mult > 1 else ("hidden_states", "residual")
-        return dict.fromkeys(names, self.model.hc_hidden_size)
-
-    def proxy_tokens(self, batch: ForwardBatch) -> int:
-        """Rows of the proxy tensors: stage 0 has already split EXTEND tokens over attn_cp."""
-        if batch.mode.is_extend and self.parallel.attn_cp > 1:
-            return batch.num_tokens // self.parallel.attn_cp
-        return batch.num_tokens
+        rows = batch.num_tokens // (self.parallel.attn_cp if batch.mode.is_extend else 1)
+        return {name: make(name, (rows, self.model.hc_hidden_size)) for name in names}
