@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launch.jit import cache_of_policy, check_jit, check_prebuilt, probed_seconds
+from launch.jit import cache_of_policy, check_jit, probed_seconds
 from launch.options import LaunchOptions, RunOptions, check_options
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
@@ -76,7 +76,7 @@ def launch(
         files=files,
     )
     _check(options, environ)
-    world_size = environ.world_size or 1
+    world_size = environ.world_size
     alone = len(options.policies) == 1 and not options.probe
     if world_size == options.num_ranks and (world_size > 1 or alone):
         _be_a_rank(options, environ, rank_files)
@@ -96,12 +96,10 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
     scenarios = [options.scenario(environ, policy=policy) for policy in options.policies]
     check_options(options)
     check_outputs(**vars(options.files), others=(options.logits, options.schedule))
-    check_jit(options, environ)
-    alone = (environ.world_size or 1) == 1
+    alone = environ.world_size == 1
+    check_jit(options, environ, scenarios if alone else ())
     if options.probe and not alone:
         raise UserError("--probe needs launch to start the ranks itself: run it without torchrun")
-    for scenario in scenarios if alone else ():
-        check_prebuilt(options, environ, scenario)
 
 
 def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> None:
@@ -114,13 +112,12 @@ def _be_a_rank(options: LaunchOptions, environ: Environ, files: RankFiles) -> No
             "one, or let launch start the ranks itself (torchrun -m launch without "
             "--nproc-per-node)"
         )
-    rank = environ.rank or 0
     try:
         outcome = run_worker(options, environ, files.work_dir)
         if outcome is not None:
             outcome.write(options, files.result)
     except Exception as error:
-        raise rank_failure(rank, error) from error
+        raise rank_failure(environ.rank, error) from error
 
 
 def _start_ranks(options: LaunchOptions, environ: Environ) -> None:

@@ -42,19 +42,14 @@ def make_groups(parallel: ParallelConfig, timeout: float) -> Groups:
     Raises:
         CommunicationTimeoutError: the ranks did not connect in time.
     """
-    needed: dict[tuple[int, ...], None] = {}
-    size = parallel.attn_tp
-    for rank in range(parallel.world_size):
-        tp_group = parallel.tp_group(rank)
-        first = parallel.coordinates(rank).tp_rank // size * size
-        for group in (tp_group, parallel.attn_cp_group(rank), tp_group[first : first + size]):
-            if len(group) > 1:
-                needed[group] = None
+    groups_of = (parallel.tp_group, parallel.attn_cp_group, parallel.attn_tp_group)
+    # On every rank in one order.
+    needed = dict.fromkeys(of(rank) for rank in range(parallel.world_size) for of in groups_of)
     # Our own limit comes before torch's, which says less.
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout + 30))
     leaders: dist.ProcessGroup | None = None
     try:
-        of = {group: new_group(list(group)) for group in needed}
+        of = {group: new_group(list(group)) for group in needed if len(group) > 1}
         pairs, everyone = new_group(), new_group(backend="gloo")
         if parallel.nodes > 1:
             # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
@@ -103,15 +98,6 @@ class TorchComm:
     def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
         return moved.to(self._device)
 
-    def all_reduce(self, x: torch.Tensor, group: tuple[int, ...]) -> torch.Tensor:
-        buffer = self._outbound(x)
-        start = partial(dist.all_reduce, buffer, group=self._groups.of[group])
-        if self.stream is None:
-            start()
-        else:
-            self.stream.wait(self.stream.start(start))
-        return self._inbound(buffer)
-
     def all_gather(self, x: torch.Tensor, group: tuple[int, ...], dim: int) -> torch.Tensor:
         gathered = self._finished(self.begin("all_gather", x, group))
         parts = gathered.chunk(len(group))
@@ -126,6 +112,8 @@ class TorchComm:
         if kind == "all_gather":
             result = source.new_empty(len(group) * source.shape[0], *source.shape[1:])
             start = partial(dist.all_gather, list(result.chunk(len(group))), source)
+        elif kind == "all_reduce":
+            result, start = source, partial(dist.all_reduce, source)
         elif kind == "reduce_scatter" and not self._gloo:
             result = source.new_empty(source.shape[0] // len(group), *source.shape[1:])
             start = partial(dist.reduce_scatter_tensor, result, source)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from runner.build.compiler import LazyJit, NvccCompiler
+from runner.build.compiler import NvccCompiler
 from runner.cache.kernel_cache import KernelCache
 from runner.config.environ import Environ
 from runner.config.warmup import WarmupPolicy
@@ -84,21 +84,21 @@ def set_up_jit(rank: Rank, work_dir: Path) -> RankJit:
     if isinstance(compiler, str):
         if rank.on_gpu:
             raise UserError(f"a GPU run compiles with nvcc, but {compiler}")
-        own = OwnJit(None, table_of(scenario))
+        own = OwnJit(table_of(scenario))
         return RankJit(own, reference, log_dir, f"off, kernels are not compiled: {compiler}")
     compiler = replace(compiler, recipe=table_of(scenario).recipe)
     cache = _node_cache(rank, work_dir)
     cache.check_generation(compiler.library.generation)
     if scenario.policy is not WarmupPolicy.PREBUILT:  # That one may be read-only.
         cache.prepare()
-    shim = write_shim(work_dir / f"nvcc-{rank.place.rank}", nvcc=compiler.nvcc, log_dir=log_dir)
+    shim = write_shim(work_dir / f"nvcc-{rank.number}", nvcc=compiler.nvcc, log_dir=log_dir)
     # Keys do not depend on nvcc's path, so the shim's are the real compiler's.
     recorded = replace(compiler, nvcc=shim)
     size = f"{len(cache.entries())} kernels" if len(cache.entries()) else "cold"
     where = "cold (temporary)" if work_dir in cache.root.parents else f"{cache.root} ({size})"
     described = "nvcc {}.{}, cache {}".format(*release_of(compiler.version_text), where)
     if not rank.on_gpu:
-        own = OwnJit(LazyJit(recorded, cache), table_of(scenario))
+        own = OwnJit(table_of(scenario), recorded, cache)
         return RankJit(own, reference, log_dir, f"own, {described}", compiler, cache)
     loader = _library_jit(rank, cache, recorded)
     return RankJit(loader, loader.wrapper, log_dir, f"deep_gemm, {described}", compiler, cache)
@@ -108,28 +108,35 @@ def _node_cache(rank: Rank, work_dir: Path) -> KernelCache:
     scenario = rank.scenario
     cache = _given_cache(rank.options, rank.environ) or KernelCache(work_dir / "cache")
     if rank.options.virtual_nodes > 1 and scenario.policy is not WarmupPolicy.PREBUILT:
-        return replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank.place.rank)}")
+        return replace(cache, root=cache.root / f"node{scenario.parallel.node_of(rank.number)}")
     return cache
 
 
 def _library_jit(rank: Rank, cache: KernelCache, compiler: NvccCompiler) -> LibraryJit:
     import torch
 
-    from runner.deep_gemm_wrapper.configurer import check_deep_gemm, import_deep_gemm
-    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+    from runner.deep_gemm_wrapper.entrypoint import (
+        DeepGemmWrapper,
+        check_capability,
+        import_deep_gemm,
+    )
 
     environ = rank.environ
-    check_deep_gemm(environ, torch.cuda.get_device_capability())
+    check_capability(torch.cuda.get_device_capability())
     root = compiler.library.root
     module = import_deep_gemm(root, cache_dirs=cache.text, nvcc=compiler.nvcc, pdl=environ.pdl)
     return LibraryJit(DeepGemmWrapper(module, sanity_check=environ.sanity_check), rank.scenario)
 
 
-def check_jit(options: LaunchOptions, environ: Environ) -> None:
-    """Check compiler and cache before ranks start.
+def check_jit(options: LaunchOptions, environ: Environ, scenarios: Sequence[Scenario]) -> None:
+    """Check compiler and cache before ranks start, and the kernels of ``scenarios``.
+
+    Whether a prebuilt cache is complete is for ranks on a GPU to see: the plan is for their GPU's
+    number of SMs.
 
     Raises:
-        UserError: an unusable nvcc, an unknown library, a cache that cannot be written.
+        UserError: an unusable nvcc, an unknown library, a cache that cannot be written, or a
+            prebuilt one that is not there or lacks kernels.
     """
     compiler = find_compiler(options, environ)
     if isinstance(compiler, str):
@@ -140,38 +147,36 @@ def check_jit(options: LaunchOptions, environ: Environ) -> None:
     given = _given_cache(options, environ)
     if given is not None and set(options.policies) != {WarmupPolicy.PREBUILT}:
         given.prepare()
+    for scenario in scenarios:
+        if scenario.policy is WarmupPolicy.PREBUILT:
+            _check_prebuilt(given, scenario, compiler, options.device)
 
 
-def check_prebuilt(options: LaunchOptions, environ: Environ, scenario: Scenario) -> None:
-    """Check before ranks start that a prebuilt cache is complete.
+def _check_prebuilt(
+    given: KernelCache | None, scenario: Scenario, compiler: NvccCompiler, device: str
+) -> None:
+    import torch
 
-    On a GPU the ranks do that: the plan is for their GPU's number of SMs.
-
-    Raises:
-        UserError: kernels are missing, or there is no such cache.
-    """
-    compiler = find_compiler(options, environ)
-    if isinstance(compiler, str) or scenario.policy is not WarmupPolicy.PREBUILT:
-        return
-    given = _given_cache(options, environ)
     if given is None:
         raise UserError(
             "--warmup prebuilt needs a prebuilt cache: give --cache-dir or DG_JIT_CACHE_DIR"
         )
-    import torch
-
-    if options.device == "cpu" or not torch.cuda.is_available():
+    if device == "cpu" or not torch.cuda.is_available():
         planned = [item.kernel for item in plan_of(scenario).kernels]
         keys = replace(compiler, recipe=table_of(scenario).recipe).keys
         check_holds(given, keys, planned)
 
 
+def lacking(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels that a cache does not hold, whole."""
+    return [k for k in kernels if not cache.holds(keys.cache_key(k), keys.source(k))]
+
+
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
     """Raise UserError unless a cache holds all of ``kernels``, whole."""
-    held = [cache.holds(keys.cache_key(kernel), keys.source(kernel)) for kernel in kernels]
-    if not all(held):
+    if missing := lacking(cache, keys, kernels):
         raise UserError(
-            f"the cache {cache.root} lacks {held.count(False)} of {len(kernels)} planned kernels: "
+            f"the cache {cache.root} lacks {len(missing)} of {len(kernels)} planned kernels: "
             "build them first (runner compile), or use --warmup planned"
         )
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch.distributed as dist
 
 from launch.comm import Groups
-from launch.jit import RankJit, check_holds
+from launch.jit import RankJit, check_holds, lacking
 from launch.rank import Rank
-from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
+from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import CompileError
 from runner.cache.lock import locked
 from runner.config.environ import available_cores
-from runner.driver.warmup import planned_kernels
+from runner.driver.warmup import node_shares
 from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import plan_of
 from runner.report.progress import progress
-from runner.schedule import Walk
+from runner.schedule import KernelWork, Walk
 from runner.timeline import Span
 
 
@@ -35,24 +35,38 @@ class NodeKernels:
 
     def __init__(self, rank: Rank, jit: RankJit, groups: Groups) -> None:
         assert jit.compiler is not None and jit.cache is not None
-        self.rank, self.scenario, self.groups = rank.place.rank, rank.scenario, groups
+        self.rank, self.scenario, self.groups = rank.number, rank.scenario, groups
         self.compiler, self.cache, self.loader = jit.compiler, jit.cache, jit.loader
         ranks_per_node = rank.scenario.parallel.ranks_per_node
-        nodes_here = max(1, rank.place.local_world_size // ranks_per_node)
+        nodes_here = max(1, rank.environ.ranks_on_host // ranks_per_node)
         self.workers = max(1, available_cores() // nodes_here)
         self.spans: list[Span] = []
+
+    @property
+    def _planned(self) -> list[Kernel]:
+        return [item.kernel for item in plan_of(self.scenario).kernels]
 
     @property
     def built(self) -> int:
         """Kernels that this rank has built."""
         return sum(span.is_kernel for span in self.spans)
 
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Build the kernels that the node's cache lacks, on all its cores.
+    def work(self, work: KernelWork) -> None:
+        """Build, verify or load kernels.
 
         Raises:
+            UserError: the node's cache lacks kernels that should be there, or holds broken ones.
             CompileError: a kernel does not compile.
         """
+        if work.action == "build":
+            self.build(work.kernels)
+        elif work.action == "verify":
+            check_holds(self.cache, self.compiler.keys, work.kernels)
+        else:
+            self.loader.load(work.kernels)
+
+    def build(self, kernels: tuple[Kernel, ...]) -> None:
+        """Build the kernels that the node's cache lacks, on all its cores."""
         if not kernels:
             return
         keys = self.compiler.keys
@@ -62,7 +76,7 @@ class NodeKernels:
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
         # Nodes that share a directory build their shares at the same time; a ``runner compile``
         # in it would remove what they are writing.
-        with locked(self.cache.root, shared=True), scratch_folder() as folder, shown as show:
+        with locked(self.cache.root, shared=True), shown as show:
             missing = self.cache.keys_to_build(sources)
 
             def take(result: BuildResult) -> None:
@@ -70,13 +84,13 @@ class NodeKernels:
                 show(self.built, len(missing), self.built / len(missing))
 
             builder = KernelBuilder(
-                self.compiler, folder, self.workers, os.environ, take, on_shared=self._note
+                self.compiler, self.workers, os.environ, take, on_shared=self._note
             )
             builder.build([Job(key, by_key[key], sources[key]) for key in missing])
 
-    def _holds(self, kernel: Kernel) -> bool:
-        keys = self.compiler.keys
-        return self.cache.holds(keys.cache_key(kernel), keys.source(kernel))
+    def _lacking(self) -> list[Kernel]:
+        """The planned kernels that the node's cache lacks."""
+        return lacking(self.cache, self.compiler.keys, self._planned)
 
     def _take(self, result: BuildResult) -> None:
         job, kernel = result.job, result.job.kernel
@@ -102,15 +116,14 @@ class NodeKernels:
 
     def _exchange_lacking(self, group: dist.ProcessGroup) -> None:
         parallel, key_of = self.scenario.parallel, self.compiler.keys.cache_key
-        planned = [item.kernel for item in plan_of(self.scenario).kernels]
-        mine = {key_of(kernel) for kernel in planned if not self._holds(kernel)}
+        mine = set(map(key_of, self._lacking()))
         by_node: list[set[str]] = [set() for _ in range(parallel.nodes)]
         dist.all_gather_object(by_node, mine, group=group)
-        lacking = set().union(*by_node)
+        anywhere = set().union(*by_node)
         for node in range(parallel.nodes):
             leader = node * parallel.ranks_per_node
-            share = planned_kernels(self.scenario, leader).share
-            keys = [key for key in map(key_of, share) if key in lacking]
+            share = map(key_of, node_shares(self.scenario)[node])
+            keys = [key for key in share if key in anywhere]
             if not keys:
                 continue
             entries: list[Any] = [None] * len(keys)
@@ -124,19 +137,8 @@ class NodeKernels:
                 source, cubin = received[key]
                 self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Check that the node's cache holds kernels, whole.
-
-        Raises:
-            UserError: kernels are missing.
-        """
-        check_holds(self.cache, self.compiler.keys, kernels)
-
     def wait(self) -> None:
         dist.barrier(group=self.groups.everyone)
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        self.loader.load(kernels)
 
     def walk(self, walk: Walk) -> None:
         self.loader.walk(walk)
@@ -145,7 +147,5 @@ class NodeKernels:
         """What the node's cache holds of the plan, as a Timeline keeps it; leaders only."""
         if not self.scenario.is_node_leader(self.rank):
             return None
-        planned = (item.kernel for item in plan_of(self.scenario).kernels)
-        present = {kernel for kernel in planned if self._holds(kernel)}
-        node = self.scenario.parallel.node_of(self.rank)
-        return node_coverage(self.scenario, node, present)
+        present = set(self._planned).difference(self._lacking())
+        return node_coverage(self.scenario, self.scenario.parallel.node_of(self.rank), present)

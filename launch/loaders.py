@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.build.compiler import LazyJit
+from runner.build.compiler import NvccCompiler
+from runner.cache.kernel_cache import KernelCache
 from runner.errors import UserError
 from runner.files import take_lock
+from runner.kernels.entry import CUBIN
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.kernels.types import GemmShape, KernelCall, expand
@@ -25,27 +28,50 @@ class OwnJit:
     """Our lazy JIT, for machines without a GPU: memory, else disk, else nvcc.
 
     Without a compiler it makes nothing ready. Walks call nothing, but make the kernels of each M
-    ready, in order.
+    ready, in order. As with the library, two processes that miss a kernel at the same time both
+    compile it.
     """
 
     loads_inside_calls = False
 
-    def __init__(self, jit: LazyJit | None, table: KernelTable) -> None:
-        self._jit, self._table = jit, table
+    def __init__(
+        self,
+        table: KernelTable,
+        compiler: NvccCompiler | None = None,
+        cache: KernelCache | None = None,
+    ) -> None:
+        self._table, self._compiler, self._cache = table, compiler, cache
+        self.loaded: set[Kernel] = set()
 
     def is_ready(self, call: KernelCall) -> bool:
-        return self._jit is None or all(map(self._jit.is_loaded, self._table.kernels_of(call)))
+        return self._compiler is None or self.loaded.issuperset(self._table.kernels_of(call))
 
     def prepare(self, call: KernelCall) -> None:
         self.load(self._table.kernels_of(call))
 
-    def load(self, kernels: Sequence[Kernel]) -> None:
-        if self._jit is not None:
-            for kernel in kernels:
-                self._jit.ensure(kernel)
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        if self._compiler is None or self._cache is None:
+            return
+        for kernel in kernels:
+            if kernel not in self.loaded:
+                _load(kernel, self._compiler, self._cache)
+                self.loaded.add(kernel)
 
     def walk(self, walk: Walk) -> None:
-        self.load(list(self._table.kernel_ranges(walk.shape, expand(walk.steps))))
+        self.load(self._table.kernel_ranges(walk.shape, expand(walk.steps)))
+
+
+def _load(kernel: Kernel, compiler: NvccCompiler, cache: KernelCache) -> None:
+    keys = compiler.keys
+    key, source = keys.cache_key(kernel), keys.source(kernel)
+    if not cache.has(key):
+        scratch = cache.root.absolute() / "tmp"
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            cubin = compiler.compile(source, Path(folder))
+        cache.put(key, source, cubin, keys.extra_files, prefix="lazy-")
+    # A real load reads the whole file; reading it here takes the time that a load takes.
+    (cache.entry(key) / CUBIN).read_bytes()
 
 
 class LibraryJit:
@@ -66,7 +92,7 @@ class LibraryJit:
     def prepare(self, call: KernelCall) -> None:
         self._loaded.update(table_of(self._scenario).kernels_of(call))
 
-    def load(self, kernels: Sequence[Kernel]) -> None:
+    def load(self, kernels: Iterable[Kernel]) -> None:
         from runner.deep_gemm_wrapper.walker import call_each
 
         new = set(kernels) - self._loaded

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.backend.forward_batch import ForwardMode
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
+from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.options import ReportOptions, ScenarioOptions, to_argv
 from runner.scenario import Scenario
 from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
@@ -19,6 +21,9 @@ REAL_MATH_LIMIT = 2 << 30
 """Weights of the model, in elements, above which a CPU is not asked for real math, and a GPU run
 gives equal shapes one buffer. It does not depend on the layout, so that all layouts of a model
 compute the same."""
+
+ROUNDS = 5
+"""Measurements of ``--repeat`` steps each, of which the median counts; of ``launch.steps``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,44 @@ class RunOptions(RankOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepOptions(RankOptions):
+    """What ``launch.steps`` measures, and where it goes. Times in seconds."""
+
+    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
+    batch: int = option(
+        512,
+        OptionDetails("Tokens of the forward: sequences, of a decode.", metavar="N", least=2),
+    )
+    prompt_len: int = option(
+        128,
+        OptionDetails(
+            "Tokens of each sequence: before a decode, or in an extend.", metavar="N", least=1
+        ),
+    )
+    overlap: tuple[str, ...] = option(
+        (),
+        OptionDetails(
+            f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
+            metavar="STRATEGY",
+        ),
+    )
+    repeat: int = option(
+        10,
+        OptionDetails(f"Steps in a row of each of {ROUNDS} measurements.", metavar="N", least=1),
+    )
+    cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
+    json: Path = option(
+        Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
+    )
+
+    @property
+    def strategies(self) -> list[OverlapStrategy]:
+        """Those of the mode, of the ones given or of all."""
+        given = map(load_strategy, self.overlap) if self.overlap else STRATEGIES.values()
+        return [strategy for strategy in given if strategy.mode is self.mode]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchOptions(RunOptions):
     """One launch, as the command line gave it.
 
@@ -130,7 +173,7 @@ class LaunchOptions(RunOptions):
             policy=policy,
             num_sms=gpu.num_sms,
             source=target.source,
-            nodes=max(self.virtual_nodes, environ.nodes),
+            nodes=max(self.virtual_nodes, environ.hosts),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""One rank: its place among the others, its device, what it runs, and how it meets the others."""
+"""One rank: its device, what it runs, and how it meets the others."""
 
 from __future__ import annotations
 
@@ -27,24 +27,6 @@ _START_TIME = 21
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a process stands among the ranks of its job."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def read(cls, environ: Environ) -> Place:
-        """This process's place, by torchrun's variables; UserError for a rank beyond the world."""
-        rank, world = environ.rank or 0, environ.world_size or 1
-        if not 0 <= rank < world:
-            raise UserError(f"RANK={rank} must be below WORLD_SIZE={world}: torchrun sets both")
-        return cls(rank, world, environ.local_rank or 0, environ.local_world_size or world)
-
-
-@dataclass(frozen=True)
 class Rank:
     """What one rank runs, and where.
 
@@ -58,7 +40,6 @@ class Rank:
     options: LaunchOptions
     environ: Environ
     scenario: Scenario
-    place: Place
     device: torch.device
     link: str
     compute: str
@@ -72,24 +53,31 @@ class Rank:
         Raises:
             UserError: bad input.
         """
-        place = Place.read(environ)
-        device = pick_device(options.device, place.local_rank)
+        number, world = environ.rank, environ.world_size
+        if not 0 <= number < world:
+            raise UserError(f"RANK={number} must be below WORLD_SIZE={world}: torchrun sets both")
+        device = pick_device(options.device, environ.local_rank)
         gpu = gpu_of(device) if device.type == "cuda" else options.meant_gpu
         scenario = options.scenario(environ, gpu=gpu, policy=options.policies[0])
         phases = [("imports", process_start()), ("process group", time.time())]
         parallel = scenario.parallel
-        per_node, local = parallel.ranks_per_node, place.local_world_size
+        per_node, local = parallel.ranks_per_node, environ.ranks_on_host
         backend = pick_backend(options.backend, device.type, local, per_node)
         if backend == "nccl" and local > torch.cuda.device_count():
             # NCCL refuses two ranks of one host on one GPU; this is how it recognises a host.
-            os.environ["NCCL_HOSTID"] = f"virtual-node-{parallel.node_of(place.rank)}"
+            os.environ["NCCL_HOSTID"] = f"virtual-node-{parallel.node_of(number)}"
         _init_process_group(device, backend, options.timeout)
         compute, reason = compute_mode(options, device.type, scenario.model)
         # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
         link = backend if compute == "real" else "gloo"
-        rank = cls(options, environ, scenario, place, device, link, compute, reason, phases)
+        rank = cls(options, environ, scenario, device, link, compute, reason, phases)
         check_graphs(scenario, on_gpu=rank.on_gpu, backend=backend)
         return rank
+
+    @property
+    def number(self) -> int:
+        """World rank."""
+        return self.environ.rank
 
     @property
     def on_gpu(self) -> bool:
@@ -104,16 +92,15 @@ class Rank:
 
     def wait_limit(self, log_dir: Path) -> WaitLimit:
         """What ends communication that takes too long; ``log_dir`` holds this host's compiles."""
-        place = self.place
-        first = place.rank - place.local_rank
-        host_ranks = range(first, first + place.local_world_size)
-        return WaitLimit(place.rank, self.communication_timeout, log_dir, host_ranks)
+        first = self.number - self.environ.local_rank
+        host_ranks = range(first, first + self.environ.ranks_on_host)
+        return WaitLimit(self.number, self.communication_timeout, log_dir, host_ranks)
 
     def setup_spans(self, end: float) -> list[Span]:
         """Spans of the phases before the warm-up, each of which ends where the next begins."""
         ends = [start for _, start in self.phases[1:]] + [end]
         return [
-            Span(self.place.rank, start, end, kind, name)
+            Span(self.number, start, end, kind, name)
             for (name, start), end in zip(self.phases, ends, strict=True)
             for kind in ("phase", "setup")
         ]

@@ -10,7 +10,7 @@ from launch.comm import AsyncCollective
 from launch.device import CollectiveEvents, Device
 from launch.limits import WaitLimit
 from launch.loaders import CompileLocks, KernelLoader
-from runner.backend.sink import R
+from runner.backend.step_runner import R
 from runner.kernels.kernel import body_of, identity_of
 from runner.kernels.types import GemmShape, KernelCall
 from runner.planning.residency import SERVING
@@ -117,7 +117,7 @@ class RankSink:
             with self._span("compute", name):
                 return action()
         asked = time.time()
-        with self._lock(GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)):
+        with self._lock(call.shape):
             start = time.time()
             if start - asked > _SHOWN_WAIT_SECONDS:
                 self._add("wait", "compile lock", asked, start)

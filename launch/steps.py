@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,20 +27,19 @@ from launch.device import CollectiveStream, capture_graph, replayed_event
 from launch.gather import machine_facts
 from launch.jit import set_up_jit
 from launch.limits import Deadline
-from launch.options import LaunchOptions, RankOptions
+from launch.options import ROUNDS, LaunchOptions, StepOptions
 from launch.rank import Rank
 from launch.worker import build_runner
-from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import R
+from runner.backend.forward_batch import ForwardBatch
+from runner.backend.step_runner import R
 from runner.config.environ import Environ
-from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
 from runner.driver.requests import prompt_lens
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.kernels.types import KernelCall
 from runner.model.model_runner import ModelRunner
-from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
+from runner.model.strategy import OverlapStrategy
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.outputs import check_outputs
 from runner.schedule import Await, Begin, Collective, Mark, Op
@@ -49,48 +48,7 @@ from runner.target import LibraryOptions
 _EAGER_RUNS = 2
 """Forwards before a capture, which load kernels and allocate memory."""
 
-_ROUNDS = 5
-"""Measurements of ``--repeat`` steps each, of which the median counts."""
-
 _OF_SCENARIO = ("model", "layers", "pp", "tp", "ep")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions(RankOptions):
-    """What is measured, and where it goes. Times in seconds."""
-
-    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
-    batch: int = option(
-        512,
-        OptionDetails("Tokens of the forward: sequences, of a decode.", metavar="N", least=2),
-    )
-    prompt_len: int = option(
-        128,
-        OptionDetails(
-            "Tokens of each sequence: before a decode, or in an extend.", metavar="N", least=1
-        ),
-    )
-    overlap: tuple[str, ...] = option(
-        (),
-        OptionDetails(
-            f"What to measure: {', '.join(STRATEGIES)}, or a file.  [default: the mode's]",
-            metavar="STRATEGY",
-        ),
-    )
-    repeat: int = option(
-        10,
-        OptionDetails(f"Steps in a row of each of {_ROUNDS} measurements.", metavar="N", least=1),
-    )
-    cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
-    json: Path = option(
-        Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
-    )
-
-    @property
-    def strategies(self) -> list[OverlapStrategy]:
-        """Those of the mode, of the ones given or of all."""
-        given = map(load_strategy, self.overlap) if self.overlap else STRATEGIES.values()
-        return [strategy for strategy in given if strategy.mode is self.mode]
 
 
 class HostEvent:
@@ -197,7 +155,7 @@ class _Steps:
         for _ in range(_EAGER_RUNS):
             forward(False)
         step = self._captured(partial(forward, False))
-        rounds = [self._timed(step) for _ in range(_ROUNDS)]
+        rounds = [self._timed(step) for _ in range(ROUNDS)]
         step = self._captured(partial(forward, True))
         for _ in range(_EAGER_RUNS):
             dist.barrier()
@@ -253,9 +211,9 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
-    launched = _launch_options(given, options, environ.world_size or 1)
+    launched = _launch_options(given, options, environ.world_size)
     with (
-        Deadline(options.timeout, environ.rank or 0) as deadline,
+        Deadline(options.timeout, environ.rank) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
         rank = Rank.meet(launched, environ)
@@ -266,7 +224,7 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
         runs = [steps.measure(strategy) for strategy in (None, *options.strategies)]
         dist.barrier()
     dist.destroy_process_group()
-    if rank.place.rank == 0:
+    if rank.number == 0:
         settings = {name: given.given[name] for name in _OF_SCENARIO}
         settings |= {
             "mode": options.mode.value,

@@ -24,8 +24,7 @@ from launch.rank import Rank
 from launch.rank_sink import RankSink, split_loads
 from runner.backend.base import Backend
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.sink import OpSink
-from runner.backend.step_runner import Communicator, KernelStore
+from runner.backend.step_runner import Communicator, KernelStore, OpSink
 from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores
@@ -41,7 +40,7 @@ def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) 
 
     Args:
         options: the launch, of one policy.
-        environ: holds this rank's place.
+        environ: says which rank this is.
         work_dir: temporary directory that the process which started the ranks removes; None makes
             one and removes it after a good end.
 
@@ -49,14 +48,14 @@ def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) 
         UserError: bad input.
         runner.build.compiler.CompileError: a kernel does not compile.
     """
-    with Deadline(options.timeout, environ.rank or 0) as deadline:
+    with Deadline(options.timeout, environ.rank) as deadline:
         rank = Rank.meet(options, environ)
         folder = work_dir or _shared_work_dir()
-        torch.set_num_threads(max(1, available_cores() // rank.place.local_world_size))
+        torch.set_num_threads(max(1, available_cores() // environ.ranks_on_host))
         result = _run(rank, folder, deadline)
     # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
     dist.barrier()
-    if rank.place.local_rank == 0 and work_dir is None:
+    if environ.local_rank == 0 and work_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
     dist.destroy_process_group()
     return result
@@ -72,7 +71,7 @@ def _shared_work_dir() -> Path:
 
 
 def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
-    options, scenario, number = rank.options, rank.scenario, rank.place.rank
+    options, scenario, number = rank.options, rank.scenario, rank.number
     groups = make_groups(scenario.parallel, rank.communication_timeout)
     rank.phases.append(("weights", time.time()))
     jit = set_up_jit(rank, work_dir)
@@ -84,8 +83,7 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
     deadline.where = lambda: sink.last
     if number == 0:
         print(_introduction(rank, jit), flush=True)
-    memory = _WalkMemory(rank)
-    hook = execution_hook(scenario, number, memory.free, memory.warn)
+    hook = _execution_hook(rank)
     runner = build_runner(rank, jit, sink, comm, kernels=store, hook=hook)
     device.synchronise()
     setup = rank.setup_spans(time.time())
@@ -105,7 +103,7 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
         ops=sink.ops,
         coverage=store.coverage() if store else None,
         stalls=find_stalls(spans, sink.served),
-        walk_memory=memory.least,
+        walk_memory=None if hook.least == inf else hook.least,
     )
     return gather(record, scenario, _facts(rank, jit))
 
@@ -120,12 +118,12 @@ def _make_sink(rank: Rank, jit: RankJit, device: Device, store: NodeKernels | No
         print(f"{seconds:7.1f} s  {phase}: {name}, {compiles} compiles so far", flush=True)
 
     return RankSink(
-        rank.place.rank,
+        rank.number,
         jit.loader,
         device,
         rank.wait_limit(jit.log_dir),
         locks=CompileLocks(jit.cache.root) if rank.scenario.compile_lock and jit.cache else None,
-        on_forward=report if rank.place.rank == 0 else None,
+        on_forward=report if rank.number == 0 else None,
     )
 
 
@@ -139,7 +137,7 @@ def build_runner(
     hook: ExecutionHook | None = None,
 ) -> ModelRunner:
     """Build the rank's part of the model, with weights unless nothing is computed."""
-    scenario, place, model = rank.scenario, rank.place, rank.scenario.model
+    scenario, model = rank.scenario, rank.scenario.model
     math: TorchMath | None = None
     weights: TorchWeights | None = None
     if rank.compute == "real":
@@ -158,32 +156,26 @@ def build_runner(
     return ModelRunner.build(
         model,
         scenario.parallel,
-        place.rank,
+        rank.number,
         backend=backend,
         weights=weights,
         overlap=scenario.overlap,
     )
 
 
-class _WalkMemory:
-    """The GPU memory that is free for walks; ``least`` is the least that was asked about."""
+def _execution_hook(rank: Rank) -> ExecutionHook:
+    """What this rank walks, in the memory that its GPU has free; a CPU has all that is needed."""
 
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
-        self.least: float | None = None
-
-    def free(self) -> float:
-        """Bytes; infinite on a CPU."""
-        device = self._rank.device
-        if device.type != "cuda":
+    def free() -> float:
+        if rank.device.type != "cuda":
             return inf
         torch.cuda.empty_cache()
-        free = float(torch.cuda.mem_get_info(device)[0])
-        self.least = min(free, self.least or inf)
-        return free
+        return float(torch.cuda.mem_get_info(rank.device)[0])
 
-    def warn(self, line: str) -> None:
-        print(f"[rank {self._rank.place.rank}] warning: {line}", flush=True)
+    def warn(line: str) -> None:
+        print(f"[rank {rank.number}] warning: {line}", flush=True)
+
+    return execution_hook(rank.scenario, rank.number, free, warn)
 
 
 def _introduction(rank: Rank, jit: RankJit) -> str:
@@ -201,14 +193,14 @@ def _introduction(rank: Rank, jit: RankJit) -> str:
 
 def _facts(rank: Rank, jit: RankJit) -> dict[str, object]:
     """What the Timeline's metadata holds besides the scenario."""
-    place = rank.place
-    gpus = torch.cuda.device_count() if rank.device.type == "cuda" else place.local_world_size
+    here = rank.environ.ranks_on_host
+    gpus = torch.cuda.device_count() if rank.device.type == "cuda" else here
     return {
         "device": rank.device.type,
         "link": rank.link,
         "compute": rank.compute,
         "jit": jit.description,
-        "hosts": place.world_size // place.local_world_size,
-        "ranks_per_gpu": -(-place.local_world_size // gpus),
+        "hosts": rank.environ.hosts,
+        "ranks_per_gpu": -(-here // gpus),
         "machine": {**machine_facts(rank.device), "probe": rank.options.probed},
     }

@@ -6,8 +6,6 @@ shapes alone; a real run records one as it goes; the simulator replays one in vi
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -15,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall, MSteps
+from runner.kernels.types import GemmShape, KernelCall, MSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,19 +231,8 @@ class Schedule:
     ranks: tuple[tuple[Op, ...], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; :meth:`from_json` is its inverse."""
+        """Plain data."""
         return {"version": 1, "ranks": [[_encode(op) for op in ops] for ops in self.ranks]}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Schedule:
-        """Rebuild a Schedule from :meth:`to_json`'s data."""
-        return cls(tuple(tuple(_decode(item) for item in ops) for ops in data["ranks"]))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON: equal digests mean equal schedules."""
-        text = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _encode(op: Op) -> list[Any]:
@@ -260,21 +247,3 @@ def _encode(op: Op) -> list[Any]:
         plain[0] = [shape.type.name, shape.n, shape.k, shape.num_groups, shape.num_sms]
         plain[1] = [list(run) for run in op.steps]
     return [_TAG_OF[type(op)], *plain]
-
-
-def _decode(item: list[Any]) -> Op:
-    tag, *values = item
-    if tag == "kernel":
-        values[0] = DeepGemmKernelType[values[0]]
-    elif tag == "kernels":
-        made = (
-            Kernel(name, header, entry, tuple(arguments))
-            for name, header, entry, arguments in values[1]
-        )
-        return KernelWork(values[0], tuple(made))
-    elif tag == "walk":
-        name, *sizes = values[0]
-        shape = GemmShape(DeepGemmKernelType[name], *sizes)
-        return Walk(shape, tuple((first, last, step) for first, last, step in values[1]))
-    op: Op = _TAGS[tag](*(tuple(v) if isinstance(v, list) else v for v in values))
-    return op

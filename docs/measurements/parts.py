@@ -21,8 +21,7 @@ import torch.distributed as dist
 from launch.gather import machine_facts
 from runner.config.environ import Environ
 from runner.deep_gemm_wrapper.calls import make_call
-from runner.deep_gemm_wrapper.configurer import import_deep_gemm
-from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_deep_gemm
 from runner.kernels.installed import find_library
 from runner.kernels.nvcc import find_nvcc
 from runner.kernels.types import DeepGemmKernelType as T

@@ -27,10 +27,7 @@ class Communication(StepRunner):
 
         The operation counts bf16, as on a GPU; a CPU really moves wider partial sums.
         """
-        if len(group) == 1:
-            return x
-        op = Collective(f"all_reduce {name}", group, bf16_bytes(x))
-        return self._communicate(op, x, lambda comm: comm.all_reduce(x, group))
+        return x if len(group) == 1 else self._sum("all_reduce", name, x, group)
 
     def all_gather(self, name: str, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
         if len(group) == 1:
@@ -44,11 +41,13 @@ class Communication(StepRunner):
 
     def reduce_scatter(self, name: str, x: Tensor, group: tuple[int, ...]) -> Tensor:
         """Sum [T, H] over ``group``; each rank keeps its block of the rows."""
-        op = Collective(f"reduce_scatter {name}", group, bf16_bytes(x))
+        return self._sum("reduce_scatter", name, x, group)
+
+    def _sum(self, kind: str, name: str, x: Tensor, group: tuple[int, ...]) -> Tensor:
         return self._communicate(
-            op,
-            _result_shape("reduce_scatter", x, len(group)),
-            lambda comm: comm.end(comm.begin("reduce_scatter", x, group)),
+            Collective(f"{kind} {name}", group, bf16_bytes(x)),
+            _result_shape(kind, x, len(group)),
+            lambda comm: comm.end(comm.begin(kind, x, group)),
         )
 
     def begin(

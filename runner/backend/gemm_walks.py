@@ -98,12 +98,14 @@ class ExecutionHook:
         is_node_leader: whether this is the first rank of its node; the others walk nothing.
         budget: returns the bytes of GPU memory that a walk may take, asked before each walk.
         warn: called with a line of text where lack of memory cuts a list short.
+        least: the smallest budget so far.
     """
 
     m_list: Sequence[int] | None = None
     is_node_leader: bool = True
     budget: Callable[[], float] = lambda: inf
     warn: Callable[[str], None] = lambda line: None
+    least: float = inf
     _seen: set[tuple[T, int, int, int]] = field(default_factory=set, repr=False)
 
     def before(self, call: KernelCall) -> tuple[Walk, ...]:
@@ -122,12 +124,11 @@ class ExecutionHook:
                 Walk(GemmShape(call.type, call.n, call.k, splits, call.num_sms), ((m, m, 1),))
                 for splits, m in _first_m_of_splits(call.k, call.num_sms, self.m_list[-1])
             )
-        shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-        ms = self.m_list
-        if shape.type in CONTIGUOUS_TYPES:
-            ms = _aligned(ms)
-        ms = truncate_to_memory(shape, ms, self.budget(), self.warn)
-        return (Walk(shape, steps_of(ms)),) if ms else ()
+        ms = _aligned(self.m_list) if call.type in CONTIGUOUS_TYPES else self.m_list
+        budget = self.budget()
+        self.least = min(self.least, budget)
+        ms = truncate_to_memory(call.shape, ms, budget, self.warn)
+        return (Walk(call.shape, steps_of(ms)),) if ms else ()
 
 
 @lru_cache(maxsize=32)

@@ -5,27 +5,68 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.sink import OpSink, R
 from runner.backend.tensor import Tensor
 from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
-from runner.schedule import BARRIER, EXCHANGE, Collective, Compute, KernelWork, Mark, Op, Walk
+from runner.schedule import (
+    BARRIER,
+    EXCHANGE,
+    Capture,
+    Collective,
+    Compute,
+    KernelWork,
+    Mark,
+    Op,
+    Walk,
+)
 
 if TYPE_CHECKING:
     from runner.backend.torch_math import TorchMath
 
 
+R = TypeVar("R")
+
+
+class OpSink(Protocol):
+    """Receives every operation of a rank in order."""
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        """Note ``op`` and do its work, ``action``."""
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Note a graph capture of ``forward``, which announces its operations to this sink."""
+
+
+class ScheduleRecorder:
+    """A sink that keeps the operations: one rank's part of a Schedule.
+
+    Equal operations are one object, so readers of many can tell them apart by identity.
+    """
+
+    def __init__(self) -> None:
+        self.ops: list[Op] = []
+        self._known: dict[Op, Op] = {}
+
+    def run(self, op: Op, action: Callable[[], R]) -> R:
+        self.ops.append(self._known.setdefault(op, op))
+        return action()
+
+    def capture(self, name: str, forward: Callable[[], object]) -> None:
+        """Note the capture, with the number of operations that ``forward`` announces."""
+        before, self.ops = self.ops, []
+        forward()
+        before.append(Capture(name, len(self.ops)))
+        self.ops = before
+
+
 class Communicator(Protocol):
     """Moves tensors between ranks; groups and peers are world ranks."""
-
-    def all_reduce(self, x: Tensor, group: tuple[int, ...]) -> Tensor:
-        """Sum over the group."""
 
     def all_gather(self, x: Tensor, group: tuple[int, ...], dim: int) -> Tensor:
         """Concatenate the group's tensors along ``dim``, in group order."""
@@ -34,9 +75,10 @@ class Communicator(Protocol):
         """Start a collective and return what :meth:`end` takes.
 
         Args:
-            kind: ``all_gather`` along the first dimension; ``all_to_all``, of which each rank gets
-                its block of everyone's rows; or ``reduce_scatter``, which sums these blocks.
-            x: [blocks * rows, ...], a block for each rank; for ``all_gather`` [rows, ...].
+            kind: ``all_reduce``; ``all_gather`` along the first dimension; ``all_to_all``, of which
+                each rank gets its block of everyone's rows; or ``reduce_scatter``, which sums these
+                blocks.
+            x: [blocks * rows, ...], a block for each rank; of the first two kinds [rows, ...].
             group: world ranks.
         """
 
@@ -53,14 +95,8 @@ class Communicator(Protocol):
 class KernelStore(Protocol):
     """Where a rank's compiled kernels come from."""
 
-    def build(self, kernels: tuple[Kernel, ...]) -> None:
-        """Compile kernels into this node's cache; nothing happens for none."""
-
-    def verify(self, kernels: tuple[Kernel, ...]) -> None:
-        """Make sure that this node's cache holds kernels, whole."""
-
-    def load(self, kernels: tuple[Kernel, ...]) -> None:
-        """Bring kernels into this process."""
+    def work(self, work: KernelWork) -> None:
+        """Build kernels into this node's cache, verify that it holds them whole, or load them."""
 
     def exchange(self) -> None:
         """Wait for all nodes' builds and give every node's cache what the others built."""
@@ -136,14 +172,10 @@ class StepRunner:
     def walk(self, walk: Walk) -> None:
         self._on_kernels(walk, lambda store: store.walk(walk))
 
-    def build_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("build", kernels), lambda store: store.build(kernels))
-
-    def verify_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("verify", kernels), lambda store: store.verify(kernels))
-
-    def load_kernels(self, kernels: tuple[Kernel, ...]) -> None:
-        self._on_kernels(KernelWork("load", kernels), lambda store: store.load(kernels))
+    def work_on_kernels(self, action: str, kernels: tuple[Kernel, ...]) -> None:
+        """``build``, ``verify`` or ``load``; see :class:`KernelWork`."""
+        work = KernelWork(action, kernels)
+        self._on_kernels(work, lambda store: store.work(work))
 
     def barrier(self, group: tuple[int, ...]) -> None:
         """Wait for all ranks; ``group`` holds every one."""

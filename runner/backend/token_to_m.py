@@ -47,9 +47,7 @@ def masked_bytes(experts: int, rows: int, hidden: int, intermediate: int) -> int
     return experts * rows * (per_row + 2 * max(2 * intermediate, hidden))
 
 
-def masked_token_limit(
-    experts: int, hidden: int, intermediate: int, budget: int = MASKED_BUDGET
-) -> int:
-    """Most tokens whose masked layout fits ``budget`` bytes; 0 where none does."""
+def masked_token_limit(experts: int, hidden: int, intermediate: int) -> int:
+    """Most tokens whose masked layout fits :data:`MASKED_BUDGET`; 0 where none does."""
     per_step = masked_bytes(experts, _MASKED_ROWS_STEP, hidden, intermediate)
-    return max(0, budget // per_step * _MASKED_ROWS_STEP - 1)
+    return max(0, MASKED_BUDGET // per_step * _MASKED_ROWS_STEP - 1)

@@ -31,7 +31,8 @@ class TorchMath(AttentionMath, ExpertMath):
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         super().__init__(device, gemms)
         # Kernels write bf16; the reference can keep partial sums whole until they are summed.
-        self._partial = torch.float64 if device.type == "cpu" else torch.bfloat16
+        whole = torch.float64 if device.type == "cpu" else torch.bfloat16
+        self._output = {False: torch.bfloat16, True: whole}
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -83,7 +84,7 @@ class TorchMath(AttentionMath, ExpertMath):
         return torch.nn.functional.linear(widen(x), widen(weight)).to(x.dtype)
 
     def gemm_fp8(self, x: Tensor, weight: Fp8Weight, *, partial: bool) -> Tensor:
-        out = self._empty(x.shape[0], weight.n, dtype=self._output_dtype(partial=partial))
+        out = self._empty(x.shape[0], weight.n, dtype=self._output[partial])
         self._gemms.gemm_nt_f8f8bf16(quantise_tokens(x), weight.pair, out)
         return out
 
@@ -106,7 +107,7 @@ class TorchMath(AttentionMath, ExpertMath):
 
     def experts_gemm(self, dispatched: Dispatched, weight: Fp8Weight, *, partial: bool) -> Tensor:
         rows = dispatched.x.shape[:-1]
-        out = self._empty(*rows, weight.n, dtype=self._output_dtype(partial=partial))
+        out = self._empty(*rows, weight.n, dtype=self._output[partial])
         lhs, groups = quantise_tokens(dispatched.x), dispatched.groups
         if len(rows) == 1:
             self._gemms.grouped_gemm_nt_f8f8bf16_contig(lhs, weight.pair, out, groups)
@@ -115,9 +116,6 @@ class TorchMath(AttentionMath, ExpertMath):
                 lhs, weight.pair, out, groups, dispatched.expected_m
             )
         return out
-
-    def _output_dtype(self, *, partial: bool) -> torch.dtype:
-        return self._partial if partial else torch.bfloat16
 
     # -- hyper-connections: formulas in docs/models.md --------------------------------------------
 

@@ -7,8 +7,10 @@ assembler of its own.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import shutil
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +18,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from queue import PriorityQueue
 
 from runner.build.compiler import CompileError, NvccCompiler
 from runner.build.estimates import assemble_seconds, plain_seconds, seconds_to_end
 from runner.build.stages import StageError, Stages, UnusualError, find_stages, split_ptx
-from runner.build.task_pool import TaskPool
 from runner.build.units import Unit, match_entries, split_into_units, unit_text
 from runner.files import take_lock
 from runner.kernels.entry import NotACubinError, kernels_in
@@ -62,7 +64,6 @@ class KernelBuilder:
     """Builds jobs with up to ``workers`` compiler processes at a time.
 
     Attributes:
-        scratch: an empty folder.
         on_result: called from worker threads; what it raises ends the build.
         fast: False compiles every kernel alone.
         on_shared: called with (name, start, end) of each step for several kernels, from worker
@@ -70,7 +71,6 @@ class KernelBuilder:
     """
 
     compiler: NvccCompiler
-    scratch: Path
     workers: int
     environment: Mapping[str, str]
     on_result: Callable[[BuildResult], None]
@@ -78,6 +78,8 @@ class KernelBuilder:
     on_shared: Callable[[str, float, float], None] = lambda name, start, end: None
     _pool: TaskPool = field(init=False, repr=False)
     _jobs: Mapping[Kernel, Job] = field(init=False, repr=False)
+    _scratch: Path = field(init=False, repr=False)
+    _stages: Stages = field(init=False, repr=False)
 
     def build(self, jobs: Sequence[Job]) -> None:
         """Build every job once."""
@@ -85,54 +87,58 @@ class KernelBuilder:
             return
         self._pool = TaskPool(self.workers)
         self._jobs = {job.kernel: job for job in jobs}
+        with scratch_folder() as self._scratch:
+            self._add_all()
+            self._pool.run()
+
+    def _add_all(self) -> None:
         compiler, environment = self.compiler, self.environment
         try:
             if not self.fast:
                 raise UnusualError("as asked")
             if WATCHED in environment:
                 raise UnusualError("runner watch sees each kernel's own compile only")
-            stages = find_stages(compiler.nvcc, compiler.arguments, self.scratch, environment)
+            arguments = compiler.arguments
+            self._stages = find_stages(compiler.nvcc, arguments, self._scratch, environment)
         except UnusualError as error:
             self._add_plain(self._jobs, str(error))
-        else:
-            kernels = [kernel for kernel in self._jobs if kernel.entry]
-            alone = [kernel for kernel in self._jobs if not kernel.entry]
-            self._add_plain(alone, "a source of a form of its own")
-            by_header: dict[str, list[Unit]] = defaultdict(list)
-            for unit in split_into_units(kernels, self.workers):
-                by_header[unit[0].header].append(unit)
-            for number, (header, same) in enumerate(by_header.items()):
-                folder = self.scratch / f"header{number}"
-                task = partial(self._preprocess, stages, header, same, folder)
-                self._pool.add(_FIRST + max(map(seconds_to_end, same)), task)
-        self._pool.run()
+            return
+        kernels = [kernel for kernel in self._jobs if kernel.entry]
+        alone = [kernel for kernel in self._jobs if not kernel.entry]
+        self._add_plain(alone, "a source of a form of its own")
+        by_header: dict[str, list[Unit]] = defaultdict(list)
+        for unit in split_into_units(kernels, self.workers):
+            by_header[unit[0].header].append(unit)
+        for number, (header, same) in enumerate(by_header.items()):
+            task = partial(self._preprocess, header, same, self._scratch / f"header{number}")
+            self._pool.add(_FIRST + max(map(seconds_to_end, same)), task)
 
-    def _preprocess(self, stages: Stages, header: str, units: Sequence[Unit], folder: Path) -> None:
+    def _preprocess(self, header: str, units: Sequence[Unit], folder: Path) -> None:
         folder.mkdir()
         (folder / "kernel.cu").write_text(f"\n#include <{header}>\n")
         started = time.time()
         try:
-            stages.run(stages.preprocess, folder)
+            self._stages.run(self._stages.preprocess, folder)
         except UnusualError as error:
             self._add_plain((kernel for unit in units for kernel in unit), str(error))
             return
         self.on_shared(f"preprocess {header}", started, time.time())
-        text = (folder / stages.preprocessed).read_bytes()
+        text = (folder / self._stages.preprocessed).read_bytes()
         for number, unit in enumerate(units):
-            self._add_unit(stages, unit, text, folder / f"unit{number}")
+            self._add_unit(unit, text, folder / f"unit{number}")
 
-    def _add_unit(self, stages: Stages, unit: Unit, header: bytes, folder: Path) -> None:
-        task = partial(self._compile_unit, stages, unit, header, folder)
+    def _add_unit(self, unit: Unit, header: bytes, folder: Path) -> None:
+        task = partial(self._compile_unit, unit, header, folder)
         self._pool.add(seconds_to_end(unit), task)
 
-    def _compile_unit(self, stages: Stages, unit: Unit, header: bytes, folder: Path) -> None:
+    def _compile_unit(self, unit: Unit, header: bytes, folder: Path) -> None:
         """The front end of a unit; its kernels' assemblers are queued at once."""
         folder.mkdir()
         started = time.time()
-        text = folder / stages.preprocessed
+        text = folder / self._stages.preprocessed
         try:
             text.write_bytes(header + unit_text(unit).encode())
-            stages.run(stages.front_end, folder)
+            self._stages.run(self._stages.front_end, folder)
             self.on_shared(f"front end of {len(unit)} kernels", started, time.time())
             modules = split_ptx((folder / "kernel.ptx").read_text())
             entries = match_entries(unit, list(modules))
@@ -140,7 +146,7 @@ class KernelBuilder:
             if isinstance(error, StageError) and len(unit) > 1:
                 # One wrong kernel fails its whole unit: halve it down to that kernel.
                 for number, half in enumerate((unit[::2], unit[1::2])):
-                    self._add_unit(stages, half, header, folder / f"part{number}")
+                    self._add_unit(half, header, folder / f"part{number}")
             else:
                 self._add_plain(unit, str(error))
             return
@@ -148,15 +154,15 @@ class KernelBuilder:
             text.unlink(missing_ok=True)
         for number, (entry, kernel) in enumerate(entries.items()):
             ptx, place = modules[entry], folder / f"kernel{number}"
-            task = partial(self._assemble, stages, kernel, entry, ptx, place)
+            task = partial(self._assemble, kernel, entry, ptx, place)
             self._pool.add(assemble_seconds(len(ptx)), task)
 
-    def _assemble(self, stages: Stages, kernel: Kernel, entry: str, ptx: str, folder: Path) -> None:
+    def _assemble(self, kernel: Kernel, entry: str, ptx: str, folder: Path) -> None:
         folder.mkdir()
         (folder / "kernel.ptx").write_text(ptx)
         started = time.time()
         try:
-            stages.run(stages.assemble, folder)
+            self._stages.run(self._stages.assemble, folder)
             cubin = (folder / "kernel.cubin").read_bytes()
             if list(kernels_in(cubin)) != [entry]:
                 raise UnusualError("a cubin of other kernels than its own")
@@ -172,7 +178,7 @@ class KernelBuilder:
             self._pool.add(plain_seconds(kernel), task)
 
     def _compile_alone(self, job: Job, reason: str) -> None:
-        folder = self.scratch / "plain" / job.key
+        folder = self._scratch / "plain" / job.key
         folder.mkdir(parents=True)
         started = time.time()
         try:
@@ -180,6 +186,49 @@ class KernelBuilder:
         except CompileError as error:
             result = BuildResult(job, None, started, reason, str(error))
         self.on_result(result)
+
+
+class TaskPool:
+    """Runs tasks, which may add tasks, on threads: always the one with the most work behind it."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._tasks: PriorityQueue[tuple[float, int, Callable[[], None] | None]] = PriorityQueue()
+        self._order = itertools.count()
+        self._error: BaseException | None = None
+
+    def add(self, seconds_to_end: float, task: Callable[[], None]) -> None:
+        """Queue a task, which it takes so many seconds to do with all that follows from it."""
+        self._tasks.put((-seconds_to_end, next(self._order), task))
+
+    def run(self) -> None:
+        """Run until every task is done.
+
+        Raises:
+            BaseException: the first that a task raised; tasks that had not begun are dropped.
+        """
+        for _ in range(self._workers):
+            threading.Thread(target=self._work, daemon=True).start()
+        try:
+            self._tasks.join()
+        except BaseException as error:  # An interrupt: whatever runs is left to itself.
+            self._error = error
+            raise
+        finally:
+            for _ in range(self._workers):
+                self._tasks.put((float("inf"), next(self._order), None))
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()[2]) is not None:
+            try:
+                if self._error is None:
+                    task()
+            except BaseException as error:  # run raises it
+                self._error = self._error or error
+            finally:
+                self._tasks.task_done()
 
 
 @contextmanager

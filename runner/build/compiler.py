@@ -10,13 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from runner.cache.kernel_cache import KernelCache
 from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Library
-from runner.kernels.kernel import Kernel
 from runner.kernels.keys import CacheKeys, Recipe
 from runner.kernels.nvcc import keys_for, nvcc_version, signature_of
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 
 _REFERENCE = KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 128, 4096, 4096, 1, 132)
@@ -77,33 +75,3 @@ class NvccCompiler:
                 self.compile(source, Path(folder))
                 found.append(time.perf_counter() - start)
         return median(found)
-
-
-class LazyJit:
-    """Kernels of one rank without a GPU: memory, else disk, else nvcc.
-
-    As with the library, two processes that miss a kernel at the same time both compile it.
-    """
-
-    def __init__(self, compiler: NvccCompiler, cache: KernelCache) -> None:
-        self._compiler, self._cache = compiler, cache
-        self._loaded: set[Kernel] = set()
-
-    def is_loaded(self, kernel: Kernel) -> bool:
-        return kernel in self._loaded
-
-    def ensure(self, kernel: Kernel) -> None:
-        """Load the kernel, and compile it if neither memory nor disk has it."""
-        if kernel in self._loaded:
-            return
-        keys = self._compiler.keys
-        key, source = keys.cache_key(kernel), keys.source(kernel)
-        if not self._cache.has(key):
-            scratch = self._cache.root.absolute() / "tmp"
-            scratch.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                cubin = self._compiler.compile(source, Path(folder))
-            self._cache.put(key, source, cubin, keys.extra_files, prefix="lazy-")
-        # A real load reads the whole file; reading it here takes the time that a load takes.
-        (self._cache.entry(key) / CUBIN).read_bytes()
-        self._loaded.add(kernel)

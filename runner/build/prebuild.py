@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
+from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import NvccCompiler
 from runner.build.estimates import plain_seconds
 from runner.cache.kernel_cache import KernelCache
@@ -210,7 +210,6 @@ def _build_jobs(
             done = len(jobs) - len(left)
             progress(done, len(jobs), 1 - sum(left.values()) / total)
 
-    with scratch_folder() as scratch:
-        KernelBuilder(
-            request.compiler, scratch, request.jobs, request.environment, take, request.fast
-        ).build(jobs)
+    KernelBuilder(request.compiler, request.jobs, request.environment, take, request.fast).build(
+        jobs
+    )

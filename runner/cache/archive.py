@@ -82,8 +82,8 @@ def unpack(
 ) -> tuple[Manifest, int]:
     """Place the archive's entries in a cache; the caller holds its lock.
 
-    An entry that is there stays if it is the archive's, or what the cache's own manifest names;
-    any other one is replaced.
+    An entry that is there stays if it is what the cache's own manifest names, or, where that names
+    none, the archive's; any other one is replaced.
 
     Returns:
         The manifest of the archive's entries as they now are in the cache, and how many of them
@@ -100,12 +100,13 @@ def unpack(
             manifest = parse_manifest(text, f"manifest.json of {archive}")
             check_target(cache.root, manifest)
             before = read_manifest(cache.root)
+            known = before.entries if before else {}
             for key in sorted(manifest.entries):
                 entry = manifest.entries[key]
                 files = _read_entry(tar, key, entry, archive)
-                if not _stays(cache, key, entry, before.entries.get(key) if before else None):
-                    cache.discard(key)
-                    source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
+                source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
+                digest = known.get(key, entry).cubin_sha256
+                if cache.keys_to_build({key: source}, {key: digest}):
                     placed += cache.put(key, source, cubin, files)
                 entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
                 progress(len(entries), len(manifest.entries))
@@ -125,15 +126,6 @@ def _read_entry(tar: tarfile.TarFile, key: str, entry: Entry, archive: Path) -> 
         if sha256(files[file]) != digest:
             raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
     return files
-
-
-def _stays(cache: KernelCache, key: str, packed: Entry, known: Entry | None) -> bool:
-    """Whether the archive's entry is in the cache, or another build that its manifest names."""
-    try:
-        there = describe_entry(cache.entry(key), packed.name, packed.uses)
-    except OSError:
-        return False
-    return there == packed or (known is not None and there == replace(known, uses=packed.uses))
 
 
 def _read(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +74,6 @@ def _environment(work: Path, manifest: Manifest, machine: TargetMachine) -> dict
     if not _GPU_DRIVER.exists():
         return standin_environment(
             gpu_named(manifest.gpu, manifest.num_sms),
-            python=Path(sys.executable),
             environment=os.environ,
             version_text=machine.version_text,
             work_dir=work,

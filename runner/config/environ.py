@@ -82,9 +82,9 @@ class Environ:
     cuda_path: str = _variable("CUDA_PATH", "")
     home: str = _variable("HOME", "")
     search_path: str = _variable("PATH", "")
-    world_size: int | None = _variable("WORLD_SIZE", None)
-    rank: int | None = _variable("RANK", None)
-    local_rank: int | None = _variable("LOCAL_RANK", None)
+    world_size: int = _variable("WORLD_SIZE", 1)
+    rank: int = _variable("RANK", 0)
+    local_rank: int = _variable("LOCAL_RANK", 0)
     local_world_size: int | None = _variable("LOCAL_WORLD_SIZE", None)
 
     @classmethod
@@ -103,10 +103,14 @@ class Environ:
         return cls(**values)
 
     @property
-    def nodes(self) -> int:
+    def ranks_on_host(self) -> int:
+        """Ranks of this machine: all of them without torchrun."""
+        return self.local_world_size or self.world_size
+
+    @property
+    def hosts(self) -> int:
         """Machines that torchrun uses; 1 without it."""
-        ranks = self.world_size or 1
-        return ranks // (self.local_world_size or ranks)
+        return self.world_size // max(1, self.ranks_on_host)
 
     @property
     def stage_layers(self) -> tuple[int, ...] | None:

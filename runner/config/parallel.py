@@ -126,6 +126,11 @@ class ParallelConfig:
         first = rank - rank % self.tp
         return tuple(range(first, first + self.tp))
 
+    def attn_tp_group(self, rank: int) -> tuple[int, ...]:
+        """World ranks that share the attention of this rank's tokens."""
+        first = rank - rank % self.attn_tp
+        return tuple(range(first, first + self.attn_tp))
+
     def attn_cp_group(self, rank: int) -> tuple[int, ...]:
         """World ranks among which this rank's EXTEND tokens are split, in token order."""
         at = self.coordinates(rank)

@@ -74,8 +74,7 @@ def main() -> int:
 
 
 def _walk_all(orders: Orders, answers: TextIO) -> None:
-    from runner.deep_gemm_wrapper.configurer import import_library
-    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_library
     from runner.deep_gemm_wrapper.walker import walk
     from runner.kernels.types import DeepGemmKernelType, GemmShape
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
+from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.backend.tensor import Tensor
 from runner.driver.warmup import dummy_modes
 from runner.model.model_runner import ModelRunner
@@ -56,22 +56,16 @@ def _one_longer(lens: tuple[int, ...]) -> tuple[int, ...]:
 
 def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:
     """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
-    proxy = None if runner.stage.is_first else _receive_proxy(runner, batch)
+    backend, stage = runner.backend, runner.at.pp_rank
+    proxy = runner.proxy(
+        batch, lambda name, shape: backend.recv(name, shape, "bf16", _peer(runner, stage - 1))
+    )
     result = runner.forward(batch, proxy)
     if not isinstance(result, dict):
         return result
     for name, tensor in result.items():
-        runner.backend.send(name, tensor, _peer(runner, runner.at.pp_rank + 1))
+        backend.send(name, tensor, _peer(runner, stage + 1))
     return None
-
-
-def _receive_proxy(runner: ModelRunner, batch: ForwardBatch) -> PPProxyTensors:
-    rows = runner.proxy_tokens(batch)
-    peer = _peer(runner, runner.at.pp_rank - 1)
-    return {
-        name: runner.backend.recv(name, (rows, width), "bf16", peer)
-        for name, width in runner.proxy_widths.items()
-    }
 
 
 def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tuple[int, ...] | None:

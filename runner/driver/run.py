@@ -14,7 +14,7 @@ from functools import lru_cache
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
 from runner.backend.gemm_walks import ExecutionHook
-from runner.backend.sink import R, ScheduleRecorder
+from runner.backend.step_runner import R, ScheduleRecorder
 from runner.backend.tensor import Tensor
 from runner.driver.requests import serve
 from runner.driver.warmup import capture_graphs, execution_hook, warm_up
@@ -58,9 +58,9 @@ def run_rank(
     backend.mark("phase", "end")
 
 
-def record(scenario: Scenario, *, folded: bool = False) -> Schedule:
+def record(scenario: Scenario) -> Schedule:
     """Operations of every rank; see :func:`record_parts`."""
-    return Schedule(tuple(map(flatten, record_parts(scenario, folded=folded))))
+    return Schedule(tuple(map(flatten, record_parts(scenario))))
 
 
 def record_parts(scenario: Scenario, *, folded: bool = False) -> list[list[Part]]:
@@ -153,7 +153,7 @@ class _EndOfRecordingError(Exception):
 
 
 class _PartRecorder:
-    """Records parts; implements :class:`runner.backend.sink.OpSink`."""
+    """Records parts; implements :class:`runner.backend.step_runner.OpSink`."""
 
     def __init__(self, hook: ExecutionHook, host_collectives: int | None) -> None:
         self.parts: list[Part] = []

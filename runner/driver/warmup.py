@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
 
@@ -47,30 +46,33 @@ def _dummy_runs(runner: ModelRunner, scenario: Scenario) -> None:
     if runner.parallel.pp == 1 or scenario.speculative:
         return
     for batch_size in scenario.resolved_batch_sizes:
-        for mode in dummy_modes(scenario, is_generation=runner.is_generation):
-            runner._dummy_run(batch_size, forward_mode_override=mode)
+        for mode in dummy_modes(scenario):
+            runner.prepare_dummy_run(batch_size, mode)()
 
 
 def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
-    """Build or verify the planned kernels, then load those of this rank's stage."""
-    kernels = planned_kernels(scenario, runner.rank)
-    everyone = tuple(range(scenario.parallel.world_size))
+    """Build or verify the planned kernels on node leaders, then load those of this rank's stage."""
+    backend, parallel, plan = runner.backend, scenario.parallel, plan_of(scenario)
+    is_leader = scenario.is_node_leader(runner.rank)
+    everyone = tuple(range(parallel.world_size))
     if scenario.policy is WarmupPolicy.PLANNED:
-        runner.backend.build_kernels(kernels.share)
-        nodes = scenario.parallel.nodes
-        most = ceil_div(kernels.total, nodes) if nodes > 1 else 0
-        runner.backend.exchange_kernels(everyone, _CUBIN_BYTES * most)
+        share = node_shares(scenario)[parallel.node_of(runner.rank)]
+        backend.work_on_kernels("build", share if is_leader else ())
+        most = ceil_div(len(plan.kernels), parallel.nodes) if parallel.nodes > 1 else 0
+        backend.exchange_kernels(everyone, _CUBIN_BYTES * most)
     else:
-        runner.backend.verify_kernels(kernels.checked)
+        every = tuple(item.kernel for item in plan.kernels)
+        backend.work_on_kernels("verify", every if is_leader else ())
         # Nobody loads, and so compiles, before every node's cache was looked at.
-        runner.backend.barrier(everyone)
-    runner.backend.load_kernels(kernels.own)
+        backend.barrier(everyone)
+    own = plan.needed_by({parallel.coordinates(runner.rank).pp_rank})
+    backend.work_on_kernels("load", tuple(item.kernel for item in own))
 
 
-def dummy_modes(scenario: Scenario, *, is_generation: bool = True) -> tuple[ForwardMode, ...]:
+def dummy_modes(scenario: Scenario) -> tuple[ForwardMode, ...]:
     """Modes of the dummy runs: a prefill node never decodes, a decode node never extends."""
     modes = []
-    if is_generation and scenario.disaggregation is not DisaggregationMode.PREFILL:
+    if scenario.disaggregation is not DisaggregationMode.PREFILL:
         modes.append(ForwardMode.DECODE)
     if scenario.disaggregation is not DisaggregationMode.DECODE:
         modes.append(ForwardMode.EXTEND)
@@ -82,45 +84,18 @@ def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
 
     Nothing happens on a prefill node, which never decodes.
     """
-    if ForwardMode.DECODE not in dummy_modes(scenario, is_generation=runner.is_generation):
+    if ForwardMode.DECODE not in dummy_modes(scenario):
         return
     for batch_size in sorted(scenario.graph_batch_sizes, reverse=True):
-        forward = runner.prepared_dummy(batch_size, ForwardMode.DECODE)
+        forward = runner.prepare_dummy_run(batch_size, ForwardMode.DECODE)
         for _ in range(_EAGER_RUNS):
             forward()
         runner.backend.capture(f"graph DECODE {batch_size}", forward)
 
 
-@dataclass(frozen=True)
-class PlannedKernels:
-    """What ``planned`` and ``prebuilt`` make a rank do with the kernels of the plan.
-
-    Attributes:
-        total: number of planned kernels of all ranks.
-        checked: what this rank looks for in its node's cache: all on a node leader, else none.
-        share: what this rank builds: its node's share on a node leader, else none.
-        own: what this rank's stage runs.
-    """
-
-    total: int
-    checked: tuple[Kernel, ...]
-    share: tuple[Kernel, ...]
-    own: tuple[Kernel, ...]
-
-
-def planned_kernels(scenario: Scenario, rank: int) -> PlannedKernels:
-    """The kernels of the plan as a rank deals with them."""
-    parallel, plan = scenario.parallel, plan_of(scenario)
-    is_leader = scenario.is_node_leader(rank)
-    everything = tuple(item.kernel for item in plan.kernels)
-    share = _node_shares(scenario.deployment, parallel.nodes)[parallel.node_of(rank)]
-    stage = parallel.coordinates(rank).pp_rank
-    return PlannedKernels(
-        total=len(everything),
-        checked=everything if is_leader else (),
-        share=share if is_leader else (),
-        own=tuple(item.kernel for item in plan.kernels if stage in item.stages),
-    )
+def node_shares(scenario: Scenario) -> list[tuple[Kernel, ...]]:
+    """The planned kernels that each node builds for all."""
+    return _node_shares(scenario.deployment, scenario.parallel.nodes)
 
 
 @lru_cache(maxsize=32)

@@ -234,8 +234,6 @@ def _block_ms(desc: GemmDesc, m: int) -> list[int]:
 def _is_legal(desc: GemmDesc, layout: Layout) -> bool:
     block_m, block_n, block_k = layout.block_m, layout.block_n, layout.block_k
     excess = block_n - block_k
-    if desc.num_sms % layout.cluster_size:
-        return False
     if desc.is_fp8 and excess > 0 and block_n % excess and block_k % excess:
         return False
     masked = desc.gemm_type is GemmType.MASKED

@@ -7,10 +7,8 @@ in the user's cache folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +19,7 @@ from pathlib import Path
 
 from runner.config.environ import Environ, available_cores, cache_folder
 from runner.errors import UserError
+from runner.files import take_lock
 from runner.kernels.entry import SOURCE, kernel_name
 from runner.kernels.installed import Library, own_headers
 from runner.kernels.kernel import Kernel
@@ -112,7 +111,6 @@ class LibrarySource:
             entries.parent.mkdir()
             environment = standin_environment(
                 self.gpu,
-                python=Path(sys.executable),
                 environment=plain,
                 version_text=self.version_text,
                 work_dir=Path(folder),
@@ -167,8 +165,7 @@ def _locked(memo: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, memo.parent)
         yield
 
 

@@ -151,8 +151,7 @@ class RecordedTable(KernelTable):
         if call.m < 1:
             return ()
         if call not in self._by_call:
-            shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
-            self._by_call[call] = self.parts(shape, (call.m,))[0][0]
+            self._by_call[call] = self.parts(call.shape, (call.m,))[0][0]
         return self._by_call[call]
 
     def header_hash(self, header: str) -> str:

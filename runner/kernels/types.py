@@ -68,6 +68,11 @@ class KernelCall:
     num_groups: int
     num_sms: int
 
+    @property
+    def shape(self) -> GemmShape:
+        """The call without M."""
+        return GemmShape(self.type, self.n, self.k, self.num_groups, self.num_sms)
+
     def describe(self) -> str:
         """Short text for tables and traces."""
         groups = f" g{self.num_groups}" if self.num_groups > 1 else ""

@@ -31,11 +31,6 @@ class RankContext:
         return self.parallel.coordinates(self.rank)
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
-        return self.at.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes logits."""
         return self.at.pp_rank == self.parallel.pp - 1
@@ -48,9 +43,7 @@ class RankContext:
     @cached_property
     def attn_tp_group(self) -> tuple[int, ...]:
         """Ranks that share the attention of this rank's tokens."""
-        size = self.parallel.attn_tp
-        first = self.at.tp_rank // size * size
-        return self.tp_group[first : first + size]
+        return self.parallel.attn_tp_group(self.rank)
 
     @cached_property
     def cp_group(self) -> tuple[int, ...]:

@@ -18,18 +18,13 @@ from runner.model.strategy import OverlapStrategy
 
 @dataclass(frozen=True)
 class ModelRunner:
-    """One rank of the model.
-
-    Attributes:
-        is_generation: whether the model generates; decides a dummy run's mode where none is forced.
-    """
+    """One rank of the model."""
 
     model: ModelConfig
     parallel: ParallelConfig
     rank: int
     backend: Backend
     stage: PipelineStage
-    is_generation: bool = True
 
     @classmethod
     def build(
@@ -62,25 +57,14 @@ class ModelRunner:
     ) -> PPProxyTensors | Tensor:
         return self.stage.forward(batch, proxy)
 
-    def _dummy_run(
-        self, batch_size: int, forward_mode_override: ForwardMode | None = None
-    ) -> PPProxyTensors | Tensor:
-        """Run this rank's stage alone on made-up input.
-
-        The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND.
-        Everything after that follows the resulting mode. As in SGLang the batch has
-        ``batch_size`` sequences of one token each, so both modes see ``batch_size`` tokens; it is
-        a multiple of ``attn_cp``.
-        """
-        return self.prepared_dummy(batch_size, forward_mode_override)()
-
-    def prepared_dummy(
-        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    def prepare_dummy_run(
+        self, batch_size: int, mode: ForwardMode
     ) -> Callable[[], PPProxyTensors | Tensor]:
-        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
-        mode = forward_mode_override or (
-            ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
-        )
+        """What runs this rank's stage alone on made-up input, which is made here.
+
+        As in SGLang's ``_dummy_run`` the batch has ``batch_size`` sequences of one token each, so
+        both modes see ``batch_size`` tokens; it is a multiple of ``attn_cp``.
+        """
         make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
         batch = make(
             (1,) * batch_size,
@@ -95,19 +79,18 @@ class ModelRunner:
         return self.backend.dummy_ids(tokens, self.model.vocab_size)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
-        """Proxy tensors as the stage before would hand them on, sliced to this rank's tokens."""
+        """Proxy tensors without content."""
+        return self.proxy(batch, lambda name, shape: self.backend.zeros(*shape))
+
+    def proxy(
+        self, batch: ForwardBatch, make: Callable[[str, tuple[int, int]], Tensor]
+    ) -> PPProxyTensors | None:
+        """What the stage before hands on, each made by its name and shape; None on the first stage.
+
+        Stage 0 has already split EXTEND tokens over ``attn_cp``.
+        """
         if self.stage.is_first:
             return None
-        rows = self.proxy_tokens(batch)
-        return {name: self.backend.zeros(rows, width) for name, width in self.proxy_widths.items()}
-
-    @property
-    def proxy_widths(self) -> dict[str, int]:
         names = ("hidden_states",) if self.model.hc_mult > 1 else ("hidden_states", "residual")
-        return dict.fromkeys(names, self.model.hc_hidden_size)
-
-    def proxy_tokens(self, batch: ForwardBatch) -> int:
-        """Rows of the proxy tensors: stage 0 has already split EXTEND tokens over attn_cp."""
-        if batch.mode.is_extend and self.parallel.attn_cp > 1:
-            return batch.num_tokens // self.parallel.attn_cp
-        return batch.num_tokens
+        rows = batch.num_tokens // (self.parallel.attn_cp if batch.mode.is_extend else 1)
+        return {name: make(name, (rows, self.model.hc_hidden_size)) for name in names}

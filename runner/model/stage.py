@@ -32,7 +32,7 @@ class PipelineStage:
     ) -> None:
         self._ctx, self._model = ctx, model
         self._overlap = {strategy.mode: strategy for strategy in overlap}
-        self.is_first, self.is_last = ctx.is_first_stage, ctx.is_last_stage
+        self.is_first, self.is_last = ctx.at.pp_rank == 0, ctx.is_last_stage
         self.layer_ids = ctx.parallel.layer_range(model.num_hidden_layers, ctx.at.pp_rank)
         self._decoder = _make_decoder(ctx, model, self.layer_ids)
         self._layers: Layers = list(zip(self.layer_ids, self._decoder.layers, strict=True))

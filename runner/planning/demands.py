@@ -13,7 +13,7 @@ from itertools import groupby
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.token_to_m import (
     HC_BLOCK,
     contiguous_rows,
@@ -23,7 +23,7 @@ from runner.backend.token_to_m import (
 )
 from runner.config.warmup import DisaggregationMode
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
-from runner.kernels.rules_sm90 import METADATA_MAX_ROWS
+from runner.kernels.rules import METADATA_MAX_ROWS
 from runner.kernels.table import Demand
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
@@ -275,7 +275,7 @@ def _with_ms(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
 ) -> Iterator[ShapeWithMs]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""
-    shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
+    shape = call.shape
     if not counts:
         return
     if call.type in MASKED_TYPES | CONTIGUOUS_TYPES:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from runner.backend.base import Backend
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.tensor import Fp8Weight, Tensor
 from runner.backend.weights import ShapeWeights, WeightRequest
 from runner.config.model import FP8_BLOCK, ModelConfig

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +18,6 @@ from runner.config.environ import cache_folder
 from runner.errors import UserError
 from runner.standin.cuda_libraries import find_cuda_libraries
 from runner.standin.gpus import Gpu
-from runner.standin.stubs import names_to_stub, stub_source
 
 MOST_DEVICES = 16
 PREFIX = "DEEPGEMM_STANDIN_"
@@ -38,18 +39,18 @@ _LIBRARY_FLAGS = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymboli
 def standin_environment(
     gpu: Gpu,
     *,
-    python: Path,
     environment: Mapping[str, str],
     version_text: str,
     work_dir: Path,
+    python: Path = Path(sys.executable),
     devices: int = 1,
 ) -> dict[str, str]:
     """``environment`` with a stand-in GPU and a stand-in nvcc, for one child and its children.
 
     Args:
-        python: the interpreter whose torch will run on it.
         version_text: what ``nvcc --version`` prints, to the byte: it goes into cache keys.
         work_dir: a folder, where compiles and calls of missing functions are recorded.
+        python: the interpreter whose torch will run on it.
 
     Raises:
         UserError: no torch with CUDA 13, no C compiler, or a cache folder that cannot be written.
@@ -176,3 +177,64 @@ def _run(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# -- a function that fails by its name for everything that the stand-in does not define -----------
+
+_DRIVER_NAMES = _NATIVE / "driver_names.txt"
+"""Every function of CUDA 13's driver, whose library exists only on machines with a GPU."""
+
+# Functions of cuBLAS that work on plain structures of the host, or return its version.
+_LEFT_REAL = re.compile(
+    r"cublasLt(Matmul|MatrixTransform|Emulation)Desc"
+    r"|cublasLtMatrixLayout|cublasLtMatmulPreference|cublasLtMatmulAlgo(Config|Cap)"
+    r"|cublas(Lt)?(Logger|SetLoggerCallback|GetLoggerCallback)"
+    r"|cublas(Lt)?Get(Version$|Property|CudartVersion|StatusName|StatusString)"
+)
+_STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*")
+_NM_FUNCTION = re.compile(r"^(\w+)\S* [TWi] ", re.MULTILINE)
+
+_HEAD = """\
+// Generated: one function for each name, which fails, unless the stand-in defines it.
+#include "standin.h"
+
+#define MISSING(name, status) \\
+    static int missing_##name(void) { return missing(#name, status); } \\
+    int name(void) __attribute__((weak, alias("missing_" #name)));
+
+"""
+
+
+def names_to_stub(libraries: Iterable[Path]) -> list[str]:
+    """Functions of these libraries, and of the driver, that must not be reached."""
+    found = {name for path in libraries for name in exported_functions(path)}
+    kept = {name for name in found if _STUBBED.fullmatch(name) and not _LEFT_REAL.match(name)}
+    return sorted(kept.union(_DRIVER_NAMES.read_text().split()))
+
+
+def exported_functions(path: Path) -> list[str]:
+    """Names of the functions that a shared library defines for others.
+
+    Raises:
+        UserError: not a readable library, or no ``nm`` to read it with.
+    """
+    command = ["nm", "--dynamic", "--defined-only", "--format=posix", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except OSError:
+        raise UserError("the stand-in GPU needs nm: apt-get install binutils") from None
+    except subprocess.CalledProcessError as error:
+        why = error.stderr.strip() or f"nm ended with {error.returncode}"
+        raise UserError(f"{path} is not a shared library: {why}") from None
+    return _NM_FUNCTION.findall(done.stdout)
+
+
+def stub_source(names: Iterable[str]) -> str:
+    """C that defines each name weakly, so that the stand-in's own definitions win."""
+    lines, rows = [], []
+    for name in sorted(names):
+        status = "BLAS_NOT_SUPPORTED" if name.startswith("cublas") else "NOT_SUPPORTED"
+        lines.append(f"MISSING({name}, {status})")
+        rows.append(f'    {{"{name}", missing_{name}}},')
+    table = ["", "const Stub standin_stubs[] = {", *rows, "};"]
+    return _HEAD + "\n".join([*lines, *table, f"const int standin_stub_count = {len(rows)};", ""])

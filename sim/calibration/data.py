@@ -16,7 +16,7 @@ from typing import NamedTuple
 from runner.build.estimates import plain_seconds
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
-from runner.driver.warmup import planned_kernels
+from runner.driver.warmup import node_shares
 from runner.kernels.kernel import Kernel
 from runner.planning.plan import table_of
 from runner.schedule import Collective, KernelWork, Recv
@@ -171,13 +171,9 @@ def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample |
     scenario, parallel = run.scenario, run.scenario.parallel
     if scenario.policy is not WarmupPolicy.PLANNED or not spans or not begun:
         return None
-    shares = [
-        planned_kernels(scenario, node * parallel.ranks_per_node).share
-        for node in range(parallel.nodes)
-    ]
     first, last = min(span.start for span in spans), max(span.end for span in spans)
     return BuildSample(
-        kernels=max(shares, key=len),
+        kernels=max(node_shares(scenario), key=len),
         start=(first - max(begun)) / factor,
         seconds=(last - first) / factor,
         workers=max(1, run.cores * run.hosts // parallel.nodes),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runner.schedule import Schedule
 from tests.models import DSV3_SMALL
+from tests.schedules import schedule_from_json
 
 FEW_KERNELS = DSV3_SMALL | {
     "num_hidden_layers": 2,
@@ -57,4 +58,4 @@ def run_launch(
 
 def read_schedule(path: Path) -> Schedule:
     """The operations that a launch wrote with ``--schedule``."""
-    return Schedule.from_json(json.loads(path.read_text()))
+    return schedule_from_json(json.loads(path.read_text()))

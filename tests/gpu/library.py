@@ -13,8 +13,7 @@ from runner.kernels.nvcc import find_nvcc
 @cache
 def real_wrapper():  # type: ignore[no-untyped-def]
     """A ``DeepGemmWrapper`` that caches and compiles as the environment says."""
-    from runner.deep_gemm_wrapper.configurer import import_deep_gemm
-    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+    from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_deep_gemm
 
     environ = Environ.read(os.environ)
     nvcc = find_nvcc(environ)

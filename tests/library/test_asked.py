@@ -16,7 +16,7 @@ from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
 from runner.scenario import Scenario
-from runner.schedule import Schedule
+from tests.schedules import schedule_from_json
 
 PYTHON = os.environ.get("DEEPGEMM_COLDSTART_LIBRARY_PYTHON", "")
 ROOT = Path(__file__).parents[2]
@@ -190,7 +190,7 @@ def test_a_launch_on_the_stand_in_runs_the_recorded_operations(
         policy=WarmupPolicy.PP_PARALLEL,
         batch_sizes=(1, 130),
     )
-    ran = Schedule.from_json(json.loads(schedule.read_text()))
+    ran = schedule_from_json(json.loads(schedule.read_text()))
     expected = record(scenario)
     for rank, (mine, theirs) in enumerate(zip(ran.ranks, expected.ranks, strict=True)):
         assert mine == theirs, f"rank {rank}"

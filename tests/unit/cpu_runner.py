@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from runner.backend.base import Backend
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo

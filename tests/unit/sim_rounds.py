@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Begin, Capture, Collective, Compute, Op, Walk
 from runner.timeline import merge

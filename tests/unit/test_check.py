@@ -17,8 +17,7 @@ from runner.errors import UserError
 from runner.kernels.describe import config_of
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.rules import RULES, kernels_of, transpose_fp32
 from runner.kernels.table import Demand, Origin, RecordedTable, Run, Source, merge_tables
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape

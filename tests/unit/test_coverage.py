@@ -16,7 +16,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record, record_parts, record_rank
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.model.strategy import COMM_SMS, STRATEGIES

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.token_to_m import (
     MASKED_BUDGET,
     contiguous_rows,
@@ -25,8 +25,7 @@ from runner.config.warmup import DisaggregationMode
 from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.model_runner import ModelRunner

@@ -80,7 +80,8 @@ def test_defaults() -> None:
     ]
     assert {getattr(environ, VARIABLES[name].name) for name in UNSET} == {None}
     assert environ.dg_jit_cpp_standard == 20
-    assert environ.rank is environ.world_size is environ.local_rank is None
+    assert (environ.rank, environ.local_rank, environ.world_size) == (0, 0, 1)
+    assert (environ.ranks_on_host, environ.hosts) == (1, 1)
 
 
 @pytest.mark.parametrize("variable", BOOLEANS)

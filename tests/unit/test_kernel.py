@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runner.kernels.digest import hex_digest
 from runner.kernels.kernel import Kernel, body_of
-from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.rules import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from tests.unit.small_cache import keys_for, second_keys_for, second_library, small_library

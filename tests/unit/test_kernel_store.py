@@ -15,7 +15,6 @@ pytest.importorskip("torch")
 from launch import kernel_store
 from launch.jit import RankJit
 from launch.kernel_store import NodeKernels
-from launch.rank import Place
 from launch.rank_sink import split_loads
 from runner.build.builder import BuildResult, Job
 from runner.build.compiler import CompileError, NvccCompiler
@@ -25,6 +24,7 @@ from runner.config.parallel import ParallelConfig
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import first_recipe
+from runner.schedule import KernelWork
 from runner.timeline import Timeline
 from runner.watch.shim import CompileRecord
 from tests.unit.elf import tiny_cubin
@@ -38,7 +38,7 @@ class FakeBuilder:
     """Builds every kernel but a broken one at once."""
 
     def __init__(self, *arguments: Any, on_shared: Any, **_: Any) -> None:
-        self._take, self._on_shared = arguments[4], on_shared
+        self._take, self._on_shared = arguments[3], on_shared
 
     def build(self, jobs: Sequence[Job]) -> None:
         self._on_shared("front end", time.time(), time.time())
@@ -58,7 +58,9 @@ def store(
     unused: Any = None
     jit = RankJit(unused, unused, tmp_path, "own", compiler, cache)
     rank: Any = SimpleNamespace(
-        place=Place(3, 4, 3, 4), scenario=SimpleNamespace(parallel=ParallelConfig(pp=4))
+        number=3,
+        environ=Environ(rank=3, world_size=4),
+        scenario=SimpleNamespace(parallel=ParallelConfig(pp=4)),
     )
     return NodeKernels(rank, jit, unused)
 
@@ -67,7 +69,7 @@ def test_a_kernel_is_built_once(store: NodeKernels) -> None:
     for _ in range(2):
         store.build((GOOD,))
     assert store.built == 1
-    store.verify((GOOD,))
+    store.work(KernelWork("verify", (GOOD,)))
     assert [(span.rank, span.kind, span.name) for span in store.spans if span.is_kernel] == [
         (3, "compile", "good")
     ]

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.table import Demand, Run, Source, merge_tables
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape

@@ -169,8 +169,8 @@ def test_the_library_that_is_asked_for(
 @pytest.mark.parametrize(
     ("world", "local", "virtual", "nodes"),
     [
-        (None, None, 1, 1),
-        (None, None, 4, 4),
+        (1, None, 1, 1),
+        (1, None, 4, 4),
         (8, None, 1, 1),
         (8, 8, 1, 1),
         (8, 4, 1, 2),

@@ -26,12 +26,12 @@ from launch.limits import (
     lost_a_peer,
     rank_failure,
 )
-from launch.rank import Place, Rank
+from launch.rank import Rank
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
-from runner.kernels.rules_sm90 import transpose_fp32
+from runner.kernels.rules import transpose_fp32
 from runner.schedule import Begin, Collective, Recv, Send
 from tests.unit.test_launch_options import parsed
 
@@ -132,9 +132,9 @@ def test_finished_compiles_do_not_count(tmp_path: Path) -> None:
 def short_limit(log_dir: Path) -> WaitLimit:
     options = parsed("--model", "dsv4-tiny", "--nccl-timeout", "0.3", "--no-jit")
     scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
-    place = Place(1, 16, 1, 8)
+    environ = Environ(rank=1, world_size=16, local_rank=1, local_world_size=8)
     cpu = torch.device("cpu")
-    rank = Rank(options, Environ(), scenario, place, cpu, "gloo", "real", "as asked", [])
+    rank = Rank(options, environ, scenario, cpu, "gloo", "real", "as asked", [])
     return rank.wait_limit(log_dir)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.weights import ShapeWeights
 from runner.config.hf import with_layers
 from runner.config.model import ModelConfig

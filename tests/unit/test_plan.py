@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from runner.errors import UserError
 from runner.kernels import heuristics_sm90 as sm90
 from runner.kernels.describe import config_of, config_of_source, in_words
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import RULED_TYPES, kernels_of
+from runner.kernels.rules import RULED_TYPES, RULES, kernels_of
 from runner.kernels.table import Demand, union
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T

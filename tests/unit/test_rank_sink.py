@@ -123,7 +123,7 @@ def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
 
 
 def test_without_a_compiler_nothing_is_loaded() -> None:
-    sink = make_sink(OwnJit(None, RULES))
+    sink = make_sink(OwnJit(RULES))
     sink.run(CALL, lambda: None)
     assert kinds(sink) == [("compute", HC)]
 

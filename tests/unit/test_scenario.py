@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
-from runner.driver.run import record, record_rank, run_rank
+from runner.driver.run import record, record_parts, record_rank, run_rank
 from runner.driver.warmup import execution_hook
 from runner.errors import UserError
 from runner.model.model_runner import ModelRunner
@@ -192,7 +192,7 @@ def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> N
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
 def test_folded_replicas_end_where_they_part(policy: WarmupPolicy) -> None:
     made = scenario(policy, pp=2, tp=2, replicas=2, nodes=4)
-    whole, folded = record(made).ranks, record(made, folded=True).ranks
+    whole, folded = record(made).ranks, tuple(map(flatten, record_parts(made, folded=True)))
     lasts = {WarmupPolicy.PLANNED: EXCHANGE, WarmupPolicy.PREBUILT: BARRIER}
     assert folded[:4] == whole[:4]
     for rank in range(4, 8):

@@ -13,8 +13,7 @@ from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import KernelCall, expand
 from runner.planning.residency import (
     SERVING,

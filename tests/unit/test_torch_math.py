@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
+from runner.backend.base import Backend  # noqa: E402
 from runner.backend.expert_steps import Routing  # noqa: E402
 from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
+from runner.backend.step_runner import ScheduleRecorder  # noqa: E402
 from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.backend.torch_moe import ExpertMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
@@ -26,6 +26,7 @@ from runner.deep_gemm_wrapper.quantise import (  # noqa: E402
     quantise_tokens,
     unpack_pages,
 )
+from runner.model.model_runner import ModelRunner  # noqa: E402
 from tests.unit.cpu_runner import CPU, FOUR_LAYERS, SMALL_DSV3, cpu_runner  # noqa: E402
 
 
@@ -65,14 +66,14 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
 def test_dummy_run_returns_logits_on_the_last_stage() -> None:
     runner = cpu_runner(FOUR_LAYERS)
     with torch.inference_mode():
-        assert runner._dummy_run(3).shape == (3, 1024)
-        assert runner._dummy_run(3, ForwardMode.EXTEND).shape == (3, 1024)
+        for mode in ForwardMode:
+            assert runner.prepare_dummy_run(3, mode)().shape == (3, 1024)
 
 
 def test_dummy_run_returns_proxy_tensors_of_hyper_connection_width_on_inner_stages() -> None:
     runner = cpu_runner(FOUR_LAYERS, pp=2)
     with torch.inference_mode():
-        proxy = runner._dummy_run(3)
+        proxy = runner.prepare_dummy_run(3, ForwardMode.DECODE)()
     assert isinstance(proxy, dict)
     assert {name: tuple(t.shape) for name, t in proxy.items()} == {"hidden_states": (3, 4 * 512)}
 
@@ -83,8 +84,9 @@ def test_dummy_proxy_is_sliced_for_context_parallel_extend_only(
 ) -> None:
     parallel = ParallelConfig(pp=2, tp=2, attn_cp=2)
     make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
-    inner = replace(cpu_runner(FOUR_LAYERS, pp=2), parallel=parallel, rank=2)
-    assert inner.proxy_tokens(make((1,) * 8)) == rows
+    inner = ModelRunner.build(FOUR_LAYERS, parallel, 2, backend=Backend(ScheduleRecorder(), 132))
+    proxy = inner.dummy_proxy(make((1,) * 8))
+    assert proxy is not None and {x.shape[0] for x in proxy.values()} == {rows}
 
 
 @given(st.integers(1, 40), st.integers(1, 3))

@@ -69,21 +69,17 @@ def test_batch_sizes_below_one(sizes: tuple[int, ...], shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disaggregation", "is_generation", "expected"),
+    ("disaggregation", "expected"),
     [
-        (DisaggregationMode.NONE, True, (DECODE, EXTEND)),
-        (DisaggregationMode.NONE, False, (EXTEND,)),
-        (DisaggregationMode.PREFILL, True, (EXTEND,)),
-        (DisaggregationMode.PREFILL, False, (EXTEND,)),
-        (DisaggregationMode.DECODE, True, (DECODE,)),
-        (DisaggregationMode.DECODE, False, ()),
+        (DisaggregationMode.NONE, (DECODE, EXTEND)),
+        (DisaggregationMode.PREFILL, (EXTEND,)),
+        (DisaggregationMode.DECODE, (DECODE,)),
     ],
 )
 def test_modes_of_a_disaggregated_server(
-    disaggregation: DisaggregationMode, is_generation: bool, expected: tuple[ForwardMode, ...]
+    disaggregation: DisaggregationMode, expected: tuple[ForwardMode, ...]
 ) -> None:
-    options = scenario(ParallelConfig(), disaggregation=disaggregation)
-    assert dummy_modes(options, is_generation=is_generation) == expected
+    assert dummy_modes(scenario(ParallelConfig(), disaggregation=disaggregation)) == expected
 
 
 def scenario(parallel: ParallelConfig, **options: Any) -> Scenario:

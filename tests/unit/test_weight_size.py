@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runner.backend.base import Backend
-from runner.backend.sink import ScheduleRecorder
+from runner.backend.step_runner import ScheduleRecorder
 from runner.backend.tensor import Fp8Weight, Tensor
 from runner.backend.weights import ShapeWeights, WeightRequest
 from runner.config.hf import from_hf, with_layers

@@ -15,16 +15,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
+from runner.build.builder import BuildResult, Job, KernelBuilder, TaskPool, scratch_folder
 from runner.build.compiler import NvccCompiler
-from runner.build.task_pool import TaskPool
 from runner.build.units import entry_signature, signature, split_into_units
 from runner.config.environ import Environ
 from runner.kernels.entry import kernels_in
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import first_recipe
-from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.rules import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from tests.unit.builder_jobs import NO_COMMAND, gemm, job_of
@@ -111,19 +110,15 @@ def calls(toolchain: Path) -> dict[str, int]:
 
 def build(
     compiler: NvccCompiler,
-    scratch: Path,
     jobs: Sequence[Job],
     *,
     workers: int = 2,
     fast: bool = True,
     on_shared: Callable[[str, float, float], None] = lambda name, start, end: None,
 ) -> dict[Kernel, BuildResult]:
-    scratch.mkdir()
     found: list[BuildResult] = []
     environment = dict(os.environ)
-    KernelBuilder(compiler, scratch, workers, environment, found.append, fast, on_shared).build(
-        jobs
-    )
+    KernelBuilder(compiler, workers, environment, found.append, fast, on_shared).build(jobs)
     assert Counter(result.job for result in found) == Counter(jobs)
     return {result.job.kernel: result for result in found}
 
@@ -153,7 +148,7 @@ def test_the_fast_way_shares_what_several_kernels_need(
 ) -> None:
     jobs = [job_of(kernel, compiler.keys) for kernel in FIVE]
     shared: list[tuple[str, float, float]] = []
-    fast = build(compiler, tmp_path / "fast", jobs, on_shared=lambda *step: shared.append(step))
+    fast = build(compiler, jobs, on_shared=lambda *step: shared.append(step))
     units = len(split_into_units(FIVE, 2))
     assert calls(toolchain) == {"cpp": 2, "cicc": units, "ptxas": 5}
     assert {(result.fallback, result.error) for result in fast.values()} == {("", "")}
@@ -163,7 +158,7 @@ def test_the_fast_way_shares_what_several_kernels_need(
         "front end": units,
     }
     assert all(start <= end for _, start, end in shared)
-    plain = build(compiler, tmp_path / "plain", jobs, fast=False)
+    plain = build(compiler, jobs, fast=False)
     assert calls(toolchain) == {"cpp": 2, "cicc": units, "ptxas": 5, "nvcc": 5}
     assert {(result.fallback, result.error) for result in plain.values()} == {("as asked", "")}
     assert {k: code_of(result) for k, result in fast.items()} == {
@@ -176,7 +171,7 @@ def test_the_fast_way_shares_what_several_kernels_need(
 def test_nothing_to_build(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler, fast: bool
 ) -> None:
-    assert build(compiler, tmp_path / "scratch", [], fast=fast) == {}
+    assert build(compiler, [], fast=fast) == {}
     assert not (toolchain / "log").exists()
 
 
@@ -186,7 +181,7 @@ def test_one_wrong_kernel_fails_alone(
     wrong = gemm("9", "broken")
     kernels = [*FIVE[:2], wrong, *FIVE[2:4]]
     assert len(split_into_units(kernels, 1)) == 1
-    results = build(compiler, tmp_path / "scratch", list(map(job_of, kernels)), workers=1)
+    results = build(compiler, list(map(job_of, kernels)), workers=1)
     failed = results.pop(wrong)
     assert (failed.cubin, failed.error) == (None, "error: it is broken")
     assert {result.fallback for result in results.values()} == {""}
@@ -214,7 +209,7 @@ def test_nvcc_compiles_alone_what_is_unusual(
 ) -> None:
     kernels = [gemm("1, 2, 3"), gemm("4"), odd]
     assert len(split_into_units(kernels, 1)) == 1
-    results = build(compiler, tmp_path / "scratch", list(map(job_of, kernels)), workers=1)
+    results = build(compiler, list(map(job_of, kernels)), workers=1)
     assert sorted(result.fallback for result in results.values()) == sorted(
         [""] * (3 - plain) + [reason] * plain
     )
@@ -225,7 +220,7 @@ def test_nvcc_compiles_alone_what_is_unusual(
 
 def test_a_header_that_cannot_be_preprocessed(tmp_path: Path, compiler: NvccCompiler) -> None:
     odd = gemm("1", header="deep_gemm/unreadable.cuh")
-    results = build(compiler, tmp_path / "scratch", [job_of(gemm("1")), job_of(odd)])
+    results = build(compiler, [job_of(gemm("1")), job_of(odd)])
     assert results[odd].fallback == "cpp: fatal: not this one"
     assert results[gemm("1")].fallback == ""
 
@@ -236,7 +231,7 @@ def test_an_nvcc_without_dry_runs_compiles_everything_alone(
     compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
     wrong = gemm("9", "broken")
     jobs = [job_of(kernel) for kernel in (*FIVE, wrong)]
-    results = build(compiler, tmp_path / "scratch", jobs)
+    results = build(compiler, jobs)
     failed = results.pop(wrong)
     assert (failed.cubin, failed.error) == (None, "error: it is broken")
     assert {result.fallback for result in (failed, *results.values())} == {NO_COMMAND}
@@ -255,7 +250,7 @@ def test_what_on_result_raises_ends_the_build(
             raise OSError("disk full")
         taken.append(result)
 
-    builder = KernelBuilder(compiler, tmp_path, 1, dict(os.environ), full)
+    builder = KernelBuilder(compiler, 1, dict(os.environ), full)
     with pytest.raises(OSError, match=r"^disk full$"):
         builder.build([job_of(kernel) for kernel in FIVE])
     assert len(taken) == 1
@@ -267,7 +262,7 @@ def test_an_nvcc_by_a_relative_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     compiler = NvccCompiler(Path("toolchain/nvcc"), fake_library, first_recipe(Environ()))
-    results = build(compiler, tmp_path / "scratch", [job_of(gemm("1"))])
+    results = build(compiler, [job_of(gemm("1"))])
     assert results[gemm("1")].fallback == ""
 
 
@@ -275,7 +270,7 @@ def test_a_stage_that_cannot_be_run(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler
 ) -> None:
     (toolchain / "cicc").unlink()
-    result = build(compiler, tmp_path / "scratch", [job_of(gemm("1"))])[gemm("1")]
+    result = build(compiler, [job_of(gemm("1"))])[gemm("1")]
     assert result.fallback == "cicc: No such file or directory"
     assert code_of(result)
 
@@ -289,7 +284,7 @@ def test_an_nvcc_that_writes_no_cubin_fails_that_kernel(
     fake_nvcc.write_text(script.replace(copy, f'grep -q silent "$1" || {copy}'))
     compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
     silent = gemm("9", "silent")
-    results = build(compiler, tmp_path / "scratch", [job_of(gemm("1")), job_of(silent)])
+    results = build(compiler, [job_of(gemm("1")), job_of(silent)])
     assert (results[silent].cubin, results[silent].error) == (None, "nvcc wrote no cubin")
     assert results[gemm("1")].error == ""
 
@@ -318,12 +313,12 @@ def test_both_ways_make_the_same_machine_code(tmp_path: Path, nvcc_compiler: Nvc
     kernels = [*real_kernels(), wrong]
     (unit,) = [unit for unit in split_into_units(kernels, 2) if wrong in unit]
     assert len(unit) == 3
-    fast = build(nvcc_compiler, tmp_path / "fast", [job_of(kernel, keys) for kernel in kernels])
+    fast = build(nvcc_compiler, [job_of(kernel, keys) for kernel in kernels])
     failed = fast.pop(wrong)
     assert failed.cubin is None and 'identifier "nonsense" is undefined' in failed.error
     assert {(result.fallback, result.error) for result in fast.values()} == {("", "")}
     jobs = [job_of(kernel, keys) for kernel in real_kernels()]
-    plain = build(nvcc_compiler, tmp_path / "plain", jobs, fast=False)
+    plain = build(nvcc_compiler, jobs, fast=False)
     for kernel in real_kernels():
         ours, theirs = fast[kernel].cubin, plain[kernel].cubin
         assert ours is not None and theirs is not None

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from launch.loaders import OwnJit
 from runner.build import compiler as compiler_module
-from runner.build.compiler import CompileError, LazyJit, NvccCompiler
+from runner.build.compiler import CompileError, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
 from runner.cli import cli
 from runner.config.environ import Environ
@@ -19,7 +20,7 @@ from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import first_recipe
 from runner.kernels.nvcc import find_nvcc
-from runner.kernels.rules_sm90 import transpose_fp32
+from runner.kernels.rules import RULES, transpose_fp32
 from runner.watch.shim import read_records, write_shim
 from sim.costs.profile import load_profile
 
@@ -226,29 +227,30 @@ def test_a_kernel_is_taken_from_memory_then_disk_then_the_compiler(
     shim = write_shim(tmp_path / "shim", nvcc=fake_nvcc, log_dir=tmp_path / "log")
     compiler = NvccCompiler(shim, fake_library, first_recipe(Environ()))
     cache = KernelCache(tmp_path / "dg")
-    first, second = LazyJit(compiler, cache), LazyJit(compiler, cache)
-    assert not first.is_loaded(KERNEL)
+    first, second = OwnJit(RULES, compiler, cache), OwnJit(RULES, compiler, cache)
+    assert not first.loaded
     for jit in (first, first, second):
-        jit.ensure(KERNEL)
-        assert jit.is_loaded(KERNEL)
+        jit.load([KERNEL])
+        assert jit.loaded == {KERNEL}
     assert len(read_records(tmp_path / "log")) == 1
     entry = cache.entry(compiler.keys.cache_key(KERNEL))
     assert (entry / "kernel.cu").read_text() == compiler.keys.source(KERNEL)
     assert (entry / "kernel.cubin").read_text() == compiler.keys.source(KERNEL)
     (entry / "kernel.cubin").unlink()
     with pytest.raises(UserError, match=r"^corrupted cache entry "):
-        LazyJit(compiler, cache).ensure(KERNEL)
+        OwnJit(RULES, compiler, cache).load([KERNEL])
 
 
 def test_a_kernel_that_does_not_compile_is_not_loaded(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     cache = KernelCache(tmp_path / "dg")
-    jit = LazyJit(NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ())), cache)
+    compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
+    jit = OwnJit(RULES, compiler, cache)
     for _ in range(2):
         with pytest.raises(CompileError, match=r"^error: it is broken$"):
-            jit.ensure(BROKEN)
-    assert not jit.is_loaded(BROKEN)
+            jit.load([BROKEN])
+    assert not jit.loaded
     assert cache.entries() == [] and list((cache.root / "tmp").iterdir()) == []
 
 
@@ -259,7 +261,7 @@ def test_paths_relative_to_the_working_directory(
     monkeypatch.chdir(tmp_path)
     compiler = NvccCompiler(Path("./nvcc"), fake_library, first_recipe(Environ()))
     write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
-    LazyJit(compiler, KernelCache(Path("here"))).ensure(KERNEL)
+    OwnJit(RULES, compiler, KernelCache(Path("here"))).load([KERNEL])
     assert KernelCache(tmp_path / "here").has(compiler.keys.cache_key(KERNEL))
     assert len(read_records(tmp_path / "log")) == 1
 
@@ -274,7 +276,7 @@ def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: Nvc
     key = nvcc_compiler.keys.cache_key(kernel)
     assert compiler.keys.cache_key(kernel) == key
     cache = KernelCache(tmp_path / "cache")
-    LazyJit(compiler, cache).ensure(kernel)
+    OwnJit(RULES, compiler, cache).load([kernel])
     assert cache.holds(key, nvcc_compiler.keys.source(kernel))
     assert b"transpose_fp32" in (cache.entry(key) / "kernel.cubin").read_bytes()
     (record,) = read_records(tmp_path / "log")

@@ -21,8 +21,7 @@ from runner.build.units import (
     unit_text,
 )
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
+from runner.kernels.rules import RULES, kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.planning.gemm_spec import gemm_demands

@@ -8,7 +8,7 @@ import pytest
 
 from runner.driver.run import record
 from runner.driver.warmup import WarmupPolicy as P
-from runner.driver.warmup import planned_kernels
+from runner.driver.warmup import node_shares
 from runner.kernels.types import KernelCall
 from runner.planning.plan import plan_of
 from runner.schedule import Collective, Compute, Walk
@@ -138,7 +138,7 @@ def test_a_build_is_the_largest_share_of_a_node() -> None:
     one = scenario(P.PLANNED, pp=2, tp=2, nodes=4)
     shared = read_calibration_data(measured(one, another(), hosts=2), usual()).build
     assert shared is not None and shared.workers == 8
-    assert len(shared.kernels) == max(len(planned_kernels(one, rank).share) for rank in range(4))
+    assert len(shared.kernels) == max(map(len, node_shares(one)))
     assert data_of(P.NONE).build is data_of(P.PREBUILT).build is None
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from runner.build.estimates import plain_seconds
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from sim.costs.compile_time import compile_seconds, config_key, slowdown, template_of

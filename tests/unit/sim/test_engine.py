@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 from runner.schedule import (
     EXCHANGE,

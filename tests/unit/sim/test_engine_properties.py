@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import KernelCall
 from runner.schedule import BARRIER, Collective, Mark, Op, Recv, Send, Walk
 from runner.timeline import Timeline, merge

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType, GemmShape, KernelCall
 from runner.schedule import Walk
 from runner.timeline import Span, Timeline, merge

@@ -9,8 +9,7 @@ import pytest
 
 from runner.build.estimates import makespan
 from runner.build.units import split_into_units
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute

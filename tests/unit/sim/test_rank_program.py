@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules import RULES
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, steps_of
 from runner.schedule import Capture, Collective, Forward, KernelWork, Mark, Op, Recv, Send, Walk

@@ -10,7 +10,7 @@ import pytest
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record
 from runner.errors import UserError
-from runner.kernels.rules_sm90 import kernels_of
+from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.planning.plan import plan_of

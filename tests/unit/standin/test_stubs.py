@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import UserError
-from runner.standin.stubs import exported_functions, names_to_stub, stub_source
+from runner.standin.build import exported_functions, names_to_stub, stub_source
 from tests.unit.standin.fake_torch import LIBRARIES, needs_compiler, shared_library
 
 

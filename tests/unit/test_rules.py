@@ -12,7 +12,7 @@ from runner.kernels.describe import name_of_source
 from runner.kernels.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
-from runner.kernels.rules_sm90 import RULED_TYPES, kernels_of, transpose_fp32
+from runner.kernels.rules import RULED_TYPES, kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from tests.measured import MEASURED, TYPES
