@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import click
@@ -29,7 +30,6 @@ from sim.sweep.points import (
     Skipped,
     Sweep,
     by_start_up,
-    combine,
     count_reasons,
 )
 from sim.sweep.run import Case, Ended, run_cases
@@ -72,15 +72,14 @@ class AxisOptions:
     )
 
     def points(self, profile: Profile) -> list[Point]:
-        """The combinations, with the profile's cores unless others are given."""
-        return combine(
-            policies=self.warmup,
-            pp=self.pp,
-            tp=self.tp,
-            ep=[word == "on" for word in self.ep],
-            nodes=self.nodes,
-            cores=self.cores or [profile.cores_per_node],
+        """Every combination once, layouts (which share a plan) together."""
+        points = (
+            Point(policy=policy, pp=pp, tp=tp, ep=ep == "on", nodes=nodes, cores=cores)
+            for pp, tp, ep in product(self.pp, self.tp, self.ep)
+            for nodes in self.nodes or (pp,)
+            for cores, policy in product(self.cores or (profile.cores_per_node,), self.warmup)
         )
+        return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)
