@@ -168,7 +168,7 @@ def _check(options: OverlapOptions) -> None:
         UserError: an output that cannot be written, or options that contradict each other.
     """
     others = (options.json, options.save)
-    check_outputs(timeline=None, trace=None, plot=options.plot, others=others)
+    check_outputs(plot=options.plot, others=others)
     given = [path for path in (options.plot, *others) if path is not None]
     for path in given:
         if given.count(path) > 1:

@@ -119,7 +119,7 @@ def sweep(
     options: SweepOptions,
 ) -> None:
     """Simulate every combination of lists; show the frontier of start-up time and coverage."""
-    check_outputs(timeline=None, trace=None, plot=options.plot, others=(options.json,))
+    check_outputs(plot=options.plot, others=(options.json,))
     cases, skipped = _cases(given, axes, library, machine)
     ended: list[Ended] = []
     stopped: KeyboardInterrupt | WorkFailedError | None = None

@@ -13,8 +13,7 @@ from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import ceil_div
 from runner.kernels.kernel import Kernel
-from runner.planning.partition import share_out
-from runner.planning.plan import hook_m_list, plan_of, relax_walks
+from runner.planning.plan import hook_m_list, plan_of, relax_walks, share_out
 from runner.scenario import Scenario
 
 _CUBIN_BYTES = 40960

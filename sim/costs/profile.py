@@ -42,7 +42,7 @@ class CompileTimes:
     alone; the slowdown is linear in the number of compiles.
     """
 
-    by_config: Mapping[str, float]  # by sim.costs.compile_time.config_key, where measured
+    by_config: Mapping[str, float]  # by sim.costs.profile_costs.config_key, where measured
     scale: Mapping[str, float]  # by template, times runner.build.estimates.plain_seconds
     default_scale: float  # the same for other templates
     contention: float

@@ -25,8 +25,7 @@ from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.planning.gemm_spec import gemm_demands
-from runner.planning.partition import share_out
-from runner.planning.plan import make_plan
+from runner.planning.plan import make_plan, share_out
 from tests.unit.builder_jobs import gemm
 
 

@@ -28,8 +28,15 @@ from sim.costs.profile_costs import ProfileCosts
 from sim.overlap import search as searching
 from sim.overlap.compare import Comparison, Run, compare
 from sim.overlap.forward import Forward, LayerSteps, Step, StepKind, Steps, Work, to_steps
-from sim.overlap.interleaving import Placements, line_up
-from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
+from sim.overlap.placements import (
+    OPERATIONS,
+    Choices,
+    Placements,
+    all_choices,
+    legal_orders,
+    line_up,
+    to_strategy,
+)
 from sim.overlap.search import find_window, search
 from sim.overlap.turns import Piece, Turns, explain_waits, run
 
