@@ -41,7 +41,7 @@ def test_every_compile_is_a_sample() -> None:
 def test_unknown_kernels_and_empty_compiles_are_left_out() -> None:
     run = run_of()
     known = next(span for span in run.spans if span.is_kernel)
-    odd = (Span(0, 1.0, 2.0, "compile", "other", "other 0"), replace(known, end=known.start))
+    odd = (Span(0, 1.0, 2.0, "compile", "other", "other 0"), known._replace(end=known.start))
     found = read_calibration_data(replace(run, spans=(*run.spans, *odd)), usual())
     assert len(found.compiles) == run.kernels_compiled
 
@@ -50,7 +50,7 @@ def test_concurrency_is_the_mean_number_of_compiles_at_a_time() -> None:
     assert {round(s.concurrency, 6) for s in data_of(tp=2).compiles} == {2.0}
     run = run_of()
     first = next(s for s in run.spans if s.is_kernel)
-    half = replace(first, end=first.start + first.seconds / 2)
+    half = first._replace(end=first.start + first.seconds / 2)
     found = read_calibration_data(replace(run, spans=(*run.spans, half)), usual())
     (sample,) = (
         s

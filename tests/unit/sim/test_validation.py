@@ -257,8 +257,8 @@ def test_counts_disagree_where_compiles_or_duplicates_do() -> None:
     first = next(span for span in run.spans if span.is_kernel)
     another_span = next(s for s in run.spans if s.is_kernel and s.key != first.key)
     one_less = replace(run, spans=tuple(s for s in run.spans if s is not first))
-    same_number = replace(run, spans=(*one_less.spans, replace(first, key="another kernel")))
-    duplicate = replace(run, spans=(*one_less.spans, replace(first, key=another_span.key)))
+    same_number = replace(run, spans=(*one_less.spans, first._replace(key="another kernel")))
+    duplicate = replace(run, spans=(*one_less.spans, first._replace(key=another_span.key)))
     found = validate([duplicate, one_less, same_number], another())
     assert [one.counts_agree for one in found] == [False, False, True]
 
