@@ -110,6 +110,13 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     )
 
 
+def with_walk_memory(scenario: Scenario, profile: Profile) -> Scenario:
+    """The scenario with a limit to what walks take: what a server's cache leaves free on a GPU."""
+    if scenario.walk_memory is not None:
+        return scenario
+    return replace(scenario, walk_memory=profile.gpu.memory * profile.start_up.graph_free)
+
+
 def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:
     """The run from ``start`` on, its spans merged."""
     parallel, costs, hosts = scenario.parallel, machine.costs, machine.hosts_of(scenario.parallel)

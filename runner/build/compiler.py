@@ -171,6 +171,18 @@ def release_of(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def require_nvcc(environ: Environ) -> Path:
+    """The nvcc to use.
+
+    Raises:
+        UserError: there is none.
+    """
+    nvcc = find_nvcc(environ)
+    if nvcc is None:
+        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    return nvcc
+
+
 def find_nvcc(environ: Environ) -> Path | None:
     """The nvcc to use: DG_JIT_NVCC_COMPILER, CUDA_HOME, PATH, then the pip-installed toolkit.
 

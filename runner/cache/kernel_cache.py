@@ -44,6 +44,18 @@ class KernelCache:
         root, *below = map(Path, parts)
         return cls(root, tuple(below))
 
+    @classmethod
+    def existing(cls, directory: Path) -> KernelCache:
+        """The cache in a directory.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = cls.of_text(str(directory))
+        if not (found.root / "cache").is_dir():
+            raise UserError(f"{directory} is not a kernel cache: it has no folder named cache")
+        return found
+
     def check_generation(self, generation: int) -> None:
         """Raise UserError for a list of directories if the JIT reads only one."""
         if self.below and generation == 1:

@@ -17,7 +17,7 @@ from runner.cache.lock import locked
 from runner.cache.machine import compiler_words
 from runner.cache.manifest import Manifest, Use, merge_manifest, read_manifest, remove_entries
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
-from runner.cli.cache_machine import directory_type, existing, plan_option, relocate, verify
+from runner.cli.cache_machine import directory_type, plan_option, relocate, verify
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.progress import counting, progress
@@ -60,7 +60,7 @@ class _Row:
 )
 def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
     """List kernels in words: name, configuration, the M that each serves."""
-    found = existing(directory)
+    found = KernelCache.existing(directory)
     manifest = read_manifest(directory)
     plan = read_plan_file(plan_path) if plan_path else None
     rows = sorted((_row(path, manifest, plan) for path in found.entries()), key=lambda r: r.order)
@@ -100,7 +100,7 @@ def _mebibytes(size: int) -> str:
 @click.argument("archive", type=click.Path(path_type=Path, dir_okay=False))
 def pack(directory: Path, archive: Path) -> None:
     """Pack the manifest's kernels into one reproducible ARCHIVE (tar.gz)."""
-    found = existing(directory)
+    found = KernelCache.existing(directory)
     manifest = read_manifest(directory)
     if manifest is None:
         raise UserError(f"{directory} has no manifest: build it with runner compile")
@@ -137,7 +137,7 @@ def unpack(archive: Path, directory: Path) -> None:
 @click.option("--yes", is_flag=True, help="Really remove; without it only show what would go.")
 def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     """Remove kernels that no given plan needs."""
-    found = existing(directory)
+    found = KernelCache.existing(directory)
     plans = [read_plan_file(path) for path in plan_paths]
     wanted = {key for plan in plans for key in plan.keys}
     manifest = read_manifest(directory)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import click
 
+from runner.api import Verification
+from runner.api import verify as verify_cache
 from runner.cache.entry import format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.lock import locked
@@ -21,15 +23,13 @@ from runner.cache.manifest import (
     merge_manifest,
     read_manifest,
 )
-from runner.cache.plan_file import PlanFile, read_plan_file
-from runner.cache.verify import Expectation, Finding
-from runner.cache.verify import verify as verify_cache
+from runner.cache.verify import Finding
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
 from runner.options import with_options
 from runner.report.progress import counting, progress
-from runner.target import CompilerOptions, cache_machine, check_release
+from runner.target import CompilerOptions, LibraryOptions, cache_machine, check_release
 
 _SHOWN = 20
 _NAMED = 3
@@ -79,31 +79,27 @@ def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -
     Entries are compared with the manifest and a plan, and what they were built for with this
     machine, or the one that the options describe.
     """
-    found = existing(directory)
-    manifest = read_manifest(found.root)
-    plan = read_plan_file(options.plan) if options.plan else None
-    machine, unknown = cache_machine(
-        compiler, Environ.read(os.environ), manifest, library=options.library, gpu=options.gpu
+    result = verify_cache(
+        directory,
+        plan=options.plan,
+        library=LibraryOptions(library=options.library, gpu=options.gpu),
+        compiler=compiler,
     )
-    built = manifest or (plan.target if plan is not None else None)
-    if machine is not None and built is None and machine.library.generation == 2:
-        unknown = "there is no manifest, and only one says what the keys of this library hold"
-    differences = list(machine.differences(built)) if machine is not None and built else []
-    findings = verify_cache(found, _expectation(manifest, plan, machine, differ=bool(differences)))
-    for line in differences:
+    for line in result.differences:
         print(line)
-    _print_findings(findings)
-    if differences or findings:
-        kinds = Counter(finding.problem for finding in findings)
+    _print_findings(result.findings)
+    if result.differences or result.findings:
+        kinds = Counter(finding.problem for finding in result.findings)
         words = [f"{count} {kind}" for kind, count in kinds.items()]
-        words += ["a server here would compile all of it again"] if differences else []
+        words += ["a server here would compile all of it again"] if result.differences else []
         raise WorkFailedError(f"{directory}: {', '.join(words)}")
-    if built is None and not len(found.entries()):
+    built, machine, entries = result.built, result.machine, len(result.cache.entries())
+    if built is None and not entries:
         raise WorkFailedError(f"{directory} holds no entries")
     checked = {
-        f"{len(found.entries())} entries": True,
-        "manifest": manifest is not None,
-        "plan": plan is not None,
+        f"{entries} entries": True,
+        "manifest": result.manifest is not None,
+        "plan": options.plan is not None,
         "this machine": machine is not None,
         "GPU": machine is not None and machine.device is not None,
     }
@@ -111,31 +107,11 @@ def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -
     names = ", ".join(name for name, was_checked in checked.items() if was_checked)
     print(f"{directory} is whole{where}: checked {names}")
     if options.call:
-        _call(found, manifest, machine, options.jobs or available_cores())
-    if unknown:
-        raise WorkFailedError(f"cannot tell whether a server here would hit this cache: {unknown}")
-
-
-def _expectation(
-    manifest: Manifest | None, plan: PlanFile | None, machine: TargetMachine | None, *, differ: bool
-) -> Expectation:
-    """What entries must be; on a machine that differs, what they were built for is enough."""
-    named = list(manifest.entries) if manifest else []
-    wanted = plan.keys if plan else named
-    built = manifest or (plan.target if plan is not None else None)
-    keys = None
-    if machine is not None and built is not None and differ:
-        same_library = built.library == machine.library.title
-        keys = built.keys(machine.library) if same_library else None
-    elif machine is not None and (built is not None or machine.library.generation == 1):
-        keys = machine.keys(built)
-    return Expectation(
-        wanted=wanted,
-        known={*wanted, *named} if manifest or plan else None,
-        keys=keys,
-        library=None if machine is None or differ else machine.library,
-        manifest=manifest,
-    )
+        _call(result, options.jobs or available_cores())
+    if result.unknown:
+        raise WorkFailedError(
+            f"cannot tell whether a server here would hit this cache: {result.unknown}"
+        )
 
 
 def _print_findings(findings: list[Finding]) -> None:
@@ -145,12 +121,11 @@ def _print_findings(findings: list[Finding]) -> None:
         print(f"... and {len(findings) - _SHOWN} more")
 
 
-def _call(
-    found: KernelCache, manifest: Manifest | None, machine: TargetMachine | None, jobs: int
-) -> None:
+def _call(verified: Verification, jobs: int) -> None:
     """Prove by the library itself that nothing of what the manifest names is compiled again."""
     from runner.kernels.call_check import call_on_cache
 
+    found, manifest, machine = verified.cache, verified.manifest, verified.machine
     if manifest is None or machine is None:
         raise UserError("--call needs a manifest, the library and nvcc here")
     with progress("call the library") as shown:
@@ -190,7 +165,7 @@ class RelocateOptions:
 @with_options(RelocateOptions, CompilerOptions)
 def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Path) -> None:
     """Copy a cache so that it hits at another install path or with another compiler."""
-    source = existing(directory)
+    source = KernelCache.existing(directory)
     manifest = read_manifest(source.root)
     if compiler.target_root is None and (manifest is None or manifest.generation == 1):
         raise UserError("--target-root PATH is needed: where deep_gemm is on that machine")
@@ -250,15 +225,3 @@ def _manifest_of(
         if path.is_dir() and format_of(path.name) and source.has(path.name)
     }
     return Manifest.of_keys(keys, machine.library.title, entries=entries)
-
-
-def existing(directory: Path) -> KernelCache:
-    """The cache in a directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = KernelCache.of_text(str(directory))
-    if not (found.root / "cache").is_dir():
-        raise UserError(f"{directory} is not a kernel cache: it has no folder named cache")
-    return found

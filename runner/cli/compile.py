@@ -10,14 +10,15 @@ from pathlib import Path
 
 import click
 
-from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.api import build_request
+from runner.build.compiler import require_nvcc
 from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.entry import CUBIN, kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
-from runner.config.environ import Environ, available_cores
+from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
-from runner.errors import UserError, WorkFailedError
+from runner.errors import WorkFailedError
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of
@@ -68,32 +69,22 @@ def compile(  # noqa: A001  # the command's name
     environ = Environ.read(os.environ)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
-    nvcc = find_nvcc(environ)
-    if nvcc is None:
-        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    require_nvcc(environ)  # Asking the library takes a while.
     with progress("ask the library") as shown:
         gpu = library.chosen_gpu(num_sms=what.most_sms)
         target = target_of(library, gpu, environ, compiler=compiler, progress=counting(shown))
         result = planned(what, given, environ, target)
-    table = result.plan.table
-    if target.library is None:
-        raise UserError(
-            f"the headers of {table.origin.library} are needed to compile: pip install --no-deps "
-            + table.origin.library.replace(" ", "==")
-        )
     cache = KernelCache.of_text(str(options.cache_dir or environ.jit_cache_dirs))
-    cache.check_generation(table.recipe.generation)
-    request = BuildRequest(
-        plan=result.plan,
+    request = build_request(
+        result.plan,
+        target,
+        cache,
+        environ,
         title=result.title,
-        keys=target.keys(table),
-        compiler=NvccCompiler(nvcc, target.library, table.recipe),
-        cache=cache,
-        jobs=options.jobs or available_cores(),
-        environment=os.environ,
+        jobs=options.jobs,
         fast=not options.plain,
     )
-    print(target.describe(table))
+    print(target.describe(result.plan.table))
     print(f"{result.title}\n{len(result.plan.kernels)} kernels -> {cache.root}", flush=True)
     _build(request, "compile")
     if options.check:

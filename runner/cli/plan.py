@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from runner.cli.deployment import Planned, PlannedOptions, planned
-from runner.cli.simulated import with_walk_memory
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -26,6 +25,7 @@ from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
+from sim.simulate import with_walk_memory
 
 
 @dataclass(frozen=True, kw_only=True)

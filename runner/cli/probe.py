@@ -6,7 +6,7 @@ import os
 
 import click
 
-from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.build.compiler import NvccCompiler, require_nvcc
 from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
@@ -28,9 +28,7 @@ def probe(hardware: str, repeats: int) -> None:
     """Compile a reference kernel here and print the --host-factor for runner sim."""
     profile = load_profile(hardware)
     environ = Environ.read(os.environ)
-    nvcc, library = find_nvcc(environ), find_library()
-    if nvcc is None:
-        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
+    nvcc, library = require_nvcc(environ), find_library()
     if library is None or library.title != RULES.origin.library:
         raise UserError(
             "the reference kernel needs the headers of the version that profiles were measured "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from runner.cli.simulated import MachineOptions, with_walk_memory
+from runner.cli.simulated import MachineOptions
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -27,7 +27,7 @@ from runner.report.predictions import print_predictions
 from runner.report.progress import counting, progress
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import load_profile
-from sim.simulate import Prediction, simulate
+from sim.simulate import Prediction, simulate, with_walk_memory
 
 
 @dataclass(frozen=True, kw_only=True)

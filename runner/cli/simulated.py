@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from runner.config.fields import OptionDetails, option
 from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.errors import UserError
-from runner.scenario import Scenario
 from sim.costs.profile import Link, Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.simulate import Machine
@@ -87,10 +86,3 @@ def link_of(profile: Profile, name: str) -> Link:
         known = ", ".join(profile.links)
         raise UserError(f"--link {name!r} is not in profile {profile.name}: use one of {known}")
     return profile.links[name]
-
-
-def with_walk_memory(scenario: Scenario, profile: Profile) -> Scenario:
-    """The scenario with a limit to what walks take: what a server's cache leaves free on a GPU."""
-    if scenario.walk_memory is not None:
-        return scenario
-    return replace(scenario, walk_memory=profile.gpu.memory * profile.start_up.graph_free)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from runner.cli.simulated import MachineOptions, with_walk_memory
+from runner.cli.simulated import MachineOptions
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -23,6 +23,7 @@ from runner.report.progress import counting, progress
 from runner.report.sweep_table import print_sweep, sweep_json
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
+from sim.simulate import with_walk_memory
 from sim.sweep.points import (
     AXES,
     Point,

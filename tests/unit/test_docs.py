@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,23 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+_RUN_EXAMPLES = """
+import doctest, sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # Importing them fails.
+sys.exit(doctest.testfile(sys.argv[1], module_relative=False).failed > 0)
+"""
+
+
+@pytest.mark.nvcc
+def test_examples_of_the_api(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
+    """They need what the base install brings, and for compiling nvcc and the library's headers."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_EXAMPLES, ROOT / "docs/api.md"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -143,7 +143,7 @@ def test_a_contiguous_gemm_is_walked_with_whole_blocks() -> None:
     assert ExecutionHook(range(1, 1025)).before(CONTIGUOUS.call(128)) == (
         Walk(CONTIGUOUS, ((128, 1024, 128),)),
     )
-    ragged = [1, 127, 128, 200, 256, 640]
+    ragged = (1, 127, 128, 200, 256, 640)
     assert ExecutionHook(ragged).before(CONTIGUOUS.call(128)) == (
         Walk(CONTIGUOUS, ((128, 256, 128), (640, 640, 1))),
     )
