@@ -16,6 +16,7 @@ from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.cli.simulated import link_of
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option, to_plain
+from runner.driver.requests import prompt_lens
 from runner.errors import UserError
 from runner.files import write_json, write_text
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
@@ -89,8 +90,7 @@ class OverlapOptions:
         """The forward's sequences."""
         if not self.mode.is_extend:
             return ForwardBatch.decode((self.prompt_len + 1,) * self.tokens)
-        full, rest = divmod(self.tokens, self.prompt_len)
-        return ForwardBatch.extend((self.prompt_len,) * full + ((rest,) if rest else ()))
+        return ForwardBatch.extend(prompt_lens(self.tokens, self.prompt_len))
 
     def title(self, given: ScenarioOptions) -> str:
         """What runs, in a line."""
