@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -209,7 +209,7 @@ def _with_settings(
     """The options with what a measurement was of in place of theirs."""
     values = dict(vars(settings))
     of_scenario = {name: values.pop(name) for name in given.given if name in values}
-    change: Callable[..., OverlapOptions] = partial(replace, options)
+    change: partial[OverlapOptions] = partial(replace, options)
     return replace(given, given={**given.given, **of_scenario}), change(**values)
 
 
