@@ -33,8 +33,8 @@ from runner.model.stage import OVERLAPPED
 from runner.scenario import Scenario
 from runner.schedule import Mark
 
-Gemm = tuple[T, int, int, bool]
-"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share."""
+Gemm = tuple[T, int, int]
+"""Type, n and k: what calls of one GEMM share."""
 
 
 def demands(scenario: Scenario) -> tuple[Demand, ...]:
@@ -52,7 +52,10 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
         halved = {mode: _halved_gemms(tokens, stage, mode) for mode in ForwardMode}
         for batch, calls in _probe(tokens, stage):
             for call in calls:
-                in_halves, whole = _how_run(tokens, halved[batch.mode], batch, call)
+                ran = halved[batch.mode]
+                gemm = (call.type, call.n, call.k)
+                in_halves = ran is not None and gemm in ran[0]
+                whole = ran is None or gemm in ran[1]
                 key = (batch.mode, call, in_halves, whole)
                 if key not in shapes_of:
                     found = list(_shapes(tokens, batch, call, in_halves=in_halves, whole=whole))
@@ -181,38 +184,28 @@ def _shape_runner(scenario: Scenario, stage: int) -> tuple[ModelRunner, Schedule
 # -- two-batch overlap: what runs in halves, what whole
 
 
-@dataclass(frozen=True)
-class _HalvedGemms:
-    """GEMMs that a stage runs for halves of a mode's batches, and for whole ones all the same."""
+def _halved_gemms(
+    tokens: _Tokens, stage: int, mode: ForwardMode
+) -> tuple[set[Gemm], set[Gemm]] | None:
+    """GEMMs that a stage runs for halves of a mode's batches, and for whole ones all the same.
 
-    in_halves: set[Gemm]
-    whole: set[Gemm]
-
-
-def _halved_gemms(tokens: _Tokens, stage: int, mode: ForwardMode) -> _HalvedGemms | None:
-    """What a stage runs of batches that are cut; None where no strategy cuts them.
-
-    Layers without experts run whole batches all the same.
+    The latter are those of layers without experts. None where no strategy cuts batches of the mode.
     """
     most = max(tokens.of(mode), default=0)
     if most < 2 or not tokens.runs_in_halves(mode):
         return None
     runner, recorder = _shape_runner(tokens.scenario, stage)
-    found = _HalvedGemms(set(), set())
+    in_halves, whole = set[Gemm](), set[Gemm]()
     for batch in _cut_batches(tokens, mode, most):
         recorder.ops.clear()
         runner.forward(batch, runner.dummy_proxy(batch))
-        halves = {half.num_tokens for half in batch.halves or ()}
         inside = False
         for op in recorder.ops:
             if isinstance(op, Mark) and op.kind in ("layer", "batch"):
                 inside = (OVERLAPPED in op.name) if op.kind == "layer" else op.name != "both"
-            elif isinstance(op, KernelCall) and (
-                batch.num_tokens == most or op.type in MASKED_TYPES
-            ):
-                counts = halves if inside else {batch.num_tokens}
-                (found.in_halves if inside else found.whole).update(_gemms(tokens, op, counts))
-    return found
+            elif isinstance(op, KernelCall):
+                (in_halves if inside else whole).add((op.type, op.n, op.k))
+    return in_halves, whole
 
 
 def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[ForwardBatch]:
@@ -226,29 +219,6 @@ def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[Forw
         return
     for count in {min(count for count in tokens.decode if count > 1), most}:
         yield ForwardBatch.decode((1,) * count)
-
-
-def _gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
-    """What a call may be among those of forwards, or halves, of so many tokens.
-
-    Of few tokens a block may have as many rows as all of them: then it may be either.
-    """
-    parallel = tokens.scenario.parallel
-    of_block = {False}
-    if parallel.moe_a2a and call.type not in MASKED_TYPES | CONTIGUOUS_TYPES:
-        blocks = {ceil_div(count, parallel.tp) for count in counts}
-        of_block = {True, False} if min(counts) < 2 * parallel.tp else {call.m in blocks}
-    return {(call.type, call.n, call.k, either) for either in of_block}
-
-
-def _how_run(
-    tokens: _Tokens, halved: _HalvedGemms | None, batch: ForwardBatch, call: KernelCall
-) -> tuple[bool, bool]:
-    """Whether a call is run for halves of batches, and whether for whole ones that can be cut."""
-    if halved is None:
-        return False, True
-    gemms = _gemms(tokens, call, {batch.num_tokens})
-    return bool(gemms & halved.in_halves), bool(gemms & halved.whole)
 
 
 # -- from a call to its GEMM with every M
