@@ -19,12 +19,10 @@ from runner.errors import UserError
 M = TypeVar("M", bound=ModelConfig)
 
 _FAMILIES: dict[str, type[ModelConfig]] = {"deepseek_v3": Dsv3Config, "deepseek_v4": Dsv4Config}
-_ARCHITECTURES = {
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "DeepseekV4ForCausalLM": "deepseek_v4",
+_ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    "DeepseekV3ForCausalLM": Dsv3Config,
+    "DeepseekV4ForCausalLM": Dsv4Config,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v4": {"scoring_func": "sqrtsoftplus"}}
-"""Values of absent fields where a family differs from the default of our configuration."""
 
 _MAY_BE_ZERO = frozenset({"num_hash_layers", "first_k_dense_replace"})
 
@@ -53,15 +51,13 @@ def from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     Raises:
         UserError: an unknown model type, a missing field, or a value that cannot be used.
     """
-    model_type = _model_type(data)
-    cls = _FAMILIES[model_type]
-    defaults = _DEFAULTS.get(model_type, {})
-    given = {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
-    values = _read_fields(cls, given)
+    cls = _family(data)
+    values, moe = _read_fields(cls, data), _read_fields(MoeConfig, data)
     if cls is Dsv4Config:
+        moe.setdefault("scoring_func", "sqrtsoftplus")
         # Entries beyond the layers belong to the next-token-prediction modules.
         values["compress_ratios"] = values["compress_ratios"][: values["num_hidden_layers"]]
-    return cls(name=name, moe=MoeConfig(**_read_fields(MoeConfig, given)), **values)
+    return cls(name=name, moe=MoeConfig(**moe), **values)
 
 
 def with_layers(model: M, n: int) -> M:
@@ -104,14 +100,11 @@ def _read_object(name_or_path: str) -> tuple[Path, dict[str, Any]]:
     return path, data
 
 
-def _model_type(data: Mapping[str, Any]) -> str:
-    named = data.get("model_type")
-    if isinstance(named, str) and named in _FAMILIES:
-        return named
-    architectures = data.get("architectures")
-    for architecture in architectures if isinstance(architectures, list) else []:
-        if isinstance(architecture, str) and architecture in _ARCHITECTURES:
-            return _ARCHITECTURES[architecture]
+def _family(data: Mapping[str, Any]) -> type[ModelConfig]:
+    named, architectures = data.get("model_type"), data.get("architectures")
+    for name in [named, *(architectures if isinstance(architectures, list) else [])]:
+        if isinstance(name, str) and name in _FAMILIES | _ARCHITECTURES:
+            return (_FAMILIES | _ARCHITECTURES)[name]
     raise UserError(f"model_type {_show(named)} is not known: use {' or '.join(_FAMILIES)}")
 
 
