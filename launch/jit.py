@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 from launch.loaders import KernelLoader, LibraryJit, OwnJit
 from launch.options import LaunchOptions
-from runner.build.compiler import LazyJit, NvccCompiler, find_nvcc, nvcc_version, release_of
+from runner.build.compiler import LazyJit, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, first_recipe
 from runner.config.environ import Environ
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import find_library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys, first_recipe
+from runner.kernels.nvcc import find_nvcc, nvcc_version, release_of
 from runner.kernels.rules import RULES
 from runner.planning.plan import plan_of, table_of
 from runner.scenario import Scenario
@@ -74,7 +75,7 @@ def set_up_jit(rank: Rank, work_dir: Path) -> RankJit:
     Raises:
         UserError: the cache cannot be written, or a GPU run lacks what it needs.
     """
-    from runner.backend import reference as reference_library
+    from runner.deep_gemm_wrapper import reference as reference_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 
     scenario, log_dir = rank.scenario, work_dir / "compiles"

@@ -14,10 +14,10 @@ from launch.jit import RankJit, check_holds
 from launch.rank import Rank
 from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
 from runner.build.compiler import CompileError
-from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.lock import locked
 from runner.config.environ import available_cores
 from runner.driver.warmup import planned_kernels
+from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.kernel import Kernel
 from runner.planning.coverage import node_coverage
 from runner.planning.plan import plan_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runner.build.compiler import LazyJit
 from runner.errors import UserError
+from runner.files import take_lock
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
 from runner.kernels.types import GemmShape, KernelCall, expand
@@ -69,8 +69,10 @@ class LibraryJit:
     def load(self, kernels: Sequence[Kernel]) -> None:
         from runner.deep_gemm_wrapper.walker import call_each
 
-        new = [kernel for kernel in kernels if kernel not in self._loaded]
-        self._loaded.update(call_each(self.wrapper, plan_of(self._scenario), new))
+        new = set(kernels) - self._loaded
+        uses = [(item.kernel, item.uses[0]) for item in plan_of(self._scenario).kernels]
+        calls = [(kernel, use.shape, use.m_ranges[0][0]) for kernel, use in uses if kernel in new]
+        self._loaded.update(call_each(self.wrapper, calls))
 
     def walk(self, walk: Walk) -> None:
         from runner.deep_gemm_wrapper.walker import walk_list
@@ -101,5 +103,5 @@ class CompileLocks:
         """Hold the lock of a GEMM, whatever its M."""
         name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
         with (self._folder / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, self._folder)
             yield

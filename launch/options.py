@@ -12,7 +12,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError
 from runner.options import ReportOptions, ScenarioOptions, to_argv
 from runner.scenario import Scenario
-from runner.standin.gpus import Gpu
+from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
 from runner.target import LibraryOptions, target_of
 
 REAL_MATH_LIMIT = 2 << 30
@@ -140,7 +140,7 @@ class LaunchOptions(RunOptions):
         Raises:
             UserError: no such GPU.
         """
-        return self.kernels.chosen_gpu(num_sms=self.num_sms)
+        return gpu_named(self.kernels.gpu or DEFAULT_GPU, self.num_sms)
 
     @property
     def num_ranks(self) -> int:

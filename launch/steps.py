@@ -35,11 +35,11 @@ from runner.backend.sink import R
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
-from runner.driver.model_runner import ModelRunner
 from runner.driver.requests import prompt_lens
 from runner.errors import UserError, run_guarded
 from runner.files import write_json
 from runner.kernels.types import KernelCall
+from runner.model.model_runner import ModelRunner
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.outputs import check_outputs

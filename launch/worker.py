@@ -29,9 +29,9 @@ from runner.backend.step_runner import Communicator, KernelStore
 from runner.backend.torch_math import TorchMath
 from runner.backend.torch_weights import TorchWeights
 from runner.config.environ import Environ, available_cores
-from runner.driver.model_runner import ModelRunner
 from runner.driver.run import run_rank
 from runner.driver.warmup import execution_hook
+from runner.model.model_runner import ModelRunner
 from runner.planning.weight_size import model_elements
 from runner.watch.shim import FINISHED, read_records
 

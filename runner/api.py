@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.compiler import NvccCompiler, require_nvcc
+from runner.build.compiler import NvccCompiler
 from runner.build.prebuild import BuildReport, BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import TargetMachine
@@ -19,18 +19,20 @@ from runner.cache.manifest import Manifest, read_manifest
 from runner.cache.plan_file import PlanFile, read_plan_file
 from runner.cache.verify import Expectation, Finding
 from runner.cache.verify import verify as verify_entries
-from runner.cli.simulated import MachineOptions
 from runner.config.environ import Environ, available_cores
 from runner.config.hf import load_model
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.nvcc import require_nvcc
 from runner.planning.plan import Plan, plan_of
 from runner.scenario import Scenario
+from runner.standin.gpus import DEFAULT_GPU, gpu_named
 from runner.target import CompilerOptions, LibraryOptions, Target, cache_machine, target_of
 from runner.timeline import Span, Timeline, read_timelines
 from sim.costs.profile import load_profile
-from sim.simulate import Prediction, with_walk_memory
+from sim.machine import MachineOptions, with_walk_memory
+from sim.simulate import Prediction
 from sim.simulate import simulate as simulate_on
 
 __all__ = [
@@ -72,7 +74,7 @@ def find_target(
         UserError: options that contradict each other, or a library or GPU that is not known.
     """
     environ = environ or Environ.read(os.environ)
-    return target_of(library, library.chosen_gpu(), environ, compiler=compiler)
+    return target_of(library, gpu_named(library.gpu or DEFAULT_GPU), environ, compiler=compiler)
 
 
 def plan(scenario: Scenario) -> Plan:

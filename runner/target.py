@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.compiler import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
-from runner.cache.keys import CacheKeys
 from runner.cache.machine import Device, TargetMachine, device_here
 from runner.cache.manifest import Manifest
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError
 from runner.kernels.installed import LIBRARIES, Library, find_library
+from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import OLDEST_RELEASE, find_nvcc, keys_for, nvcc_version, release_of
 from runner.kernels.source import KernelSource, choose_source
 from runner.kernels.table import KernelTable, RecordedTable
-from runner.standin.gpus import DEFAULT_GPU, GPUS, Gpu, gpu_named
+from runner.standin.gpus import GPUS, Gpu, gpu_named
 
 _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
@@ -40,14 +40,6 @@ class LibraryOptions:
             metavar="NAME",
         ),
     )
-
-    def chosen_gpu(self, hardware: str | None = None, num_sms: int | None = None) -> Gpu:
-        """The GPU of ``--gpu``, else the one of a profile, with another number of SMs if given.
-
-        Raises:
-            UserError: no such GPU, or a profile that is for none of those known.
-        """
-        return gpu_named(self.gpu or _gpu_of_profile(hardware), num_sms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,29 +231,6 @@ def _servers_library(wanted: str | None, built: Manifest | None) -> Library | No
         if found is not None:
             return found
     return find_library(wanted)
-
-
-def _gpu_of_profile(hardware: str | None) -> str:
-    """The GPU of a profile: the one that it is named after, else h200 where its SMs agree.
-
-    Raises:
-        UserError: it is for another one.
-    """
-    names = {gpu.name for gpu in GPUS}
-    if hardware is None or hardware in names:
-        return hardware or DEFAULT_GPU
-    from sim.costs.profile import load_profile
-
-    profile = load_profile(hardware)
-    if profile.name in names:
-        return profile.name
-    sms = gpu_named(DEFAULT_GPU).num_sms
-    if profile.num_sms != sms:
-        raise UserError(
-            f"--hardware {hardware} has {profile.num_sms} SMs, and a {DEFAULT_GPU} has {sms}: say "
-            f"with --gpu which GPU it is ({_GPU_NAMES})"
-        )
-    return DEFAULT_GPU
 
 
 def _read_compiler_text(file: Path) -> str:

@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from runner.config.parallel import ParallelConfig
 from runner.config.timeouts import HOST_TIMEOUT, TORCH_TIMEOUTS
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
-from runner.errors import UserError
 from runner.planning.coverage import missing_kernels, nodes_coverage
 from runner.planning.plan import table_of
 from runner.planning.residency import kernels_at_start
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline, merge
-from sim.costs.profile import Profile, slowed
-from sim.costs.profile_costs import ProfileCosts
-from sim.costs.start_up import StartPhases, start_phases
+from sim.costs.start_up import start_phases
 from sim.engine.engine import Engine, Outcome
 from sim.engine.rank_program import ProgramCompiler
 from sim.engine.replica_folding import can_fold, unfold
 from sim.engine.timeout_diagnosis import CollectiveTimeout
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where a simulated run happens."""
-
-    profile: Profile
-    host_factor: float = 1.0  # how many times as long as the profile's its CPUs take
-    cores_per_node: int | None = None  # CPU cores of a machine; None takes the profile's
-    hosts: int | None = None  # machines that the nodes are on; None is one for each node
-    link: str = "nvlink"  # one of the profile's
-    ranks_per_gpu: int = 1
-    nccl_timeout: float | None = None  # seconds in a collective; None is torch's for the link
-    run_ahead: bool | None = None  # hosts queue communication and go on; None is as the link has it
-    start: StartPhases = field(default_factory=lambda: StartPhases(()))  # before the warm-up
-    fold: bool = True  # simulate replicas that behave alike once
-
-    @cached_property
-    def costs(self) -> ProfileCosts:
-        """How long operations take here."""
-        profile = slowed(self.profile, self.host_factor)
-        cores = self.cores_per_node or profile.cores_per_node
-        return ProfileCosts(profile, profile.links[self.link], cores, self.ranks_per_gpu)
-
-    def hosts_of(self, parallel: ParallelConfig) -> int:
-        """Machines that a layout's nodes are on.
-
-        Raises:
-            UserError: the nodes do not fit them.
-        """
-        hosts = parallel.nodes if self.hosts is None else self.hosts
-        if hosts < 1 or parallel.nodes % hosts:
-            raise UserError(f"hosts={hosts} must divide the {parallel.nodes} nodes")
-        return hosts
+from sim.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -108,13 +70,6 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
         stalls=len(missing),
         stall_seconds=sum(map(costs.compile_seconds, missing)),
     )
-
-
-def with_walk_memory(scenario: Scenario, profile: Profile) -> Scenario:
-    """The scenario with a limit to what walks take: what a server's cache leaves free on a GPU."""
-    if scenario.walk_memory is not None:
-        return scenario
-    return replace(scenario, walk_memory=profile.gpu.memory * profile.start_up.graph_free)
 
 
 def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:

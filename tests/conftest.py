@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from runner.build.compiler import NvccCompiler, find_nvcc
-from runner.cache.keys import first_recipe
+from runner.build.compiler import NvccCompiler
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Library, find_library
+from runner.kernels.keys import first_recipe
+from runner.kernels.nvcc import find_nvcc
 
 # Their assertions then tell their values, as those of test files do.
 for _helper in ("build_machine", "cache_cli", "kept_cache"):

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 
-from runner.build.compiler import find_nvcc, nvcc_version
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_PRO
 from runner.config.warmup import WarmupPolicy
 from runner.kernels.installed import find_library
 from runner.kernels.library import LibrarySource
+from runner.kernels.nvcc import find_nvcc, nvcc_version
 from runner.kernels.table import Demand
 from runner.kernels.table_file import BUNDLED_FOLDER, BUNDLED_GPUS, write_table
 from runner.planning.plan import run_demands

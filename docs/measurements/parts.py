@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from launch.gather import machine_facts
-from runner.build.compiler import find_nvcc
 from runner.config.environ import Environ
 from runner.deep_gemm_wrapper.calls import make_call
 from runner.deep_gemm_wrapper.configurer import import_deep_gemm
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.kernels.installed import find_library
+from runner.kernels.nvcc import find_nvcc
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 

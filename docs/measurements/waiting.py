@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from launch.device import wait_for_device
 from launch.gather import machine_facts
-from runner.build.compiler import NvccCompiler, find_nvcc
+from runner.build.compiler import NvccCompiler
 from runner.config.environ import Environ
 from runner.kernels.installed import find_library
+from runner.kernels.nvcc import find_nvcc
 
 WAYS = ("on the host", "in NCCL, polled", "in NCCL")
 TURNS, COMPILES = 2, 3

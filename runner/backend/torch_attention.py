@@ -11,11 +11,17 @@ from torch import Tensor
 
 from runner.backend.attention_steps import LayerTokens, PoolWeights
 from runner.backend.forward_batch import Tokens
-from runner.backend.quantise import PAGE, dequantise_blocks, pack_pages, quantise_tokens, widen
 from runner.backend.tensor import Fp8Weight
 from runner.backend.torch_cache import Places, cache_of, places_of
 from runner.config.model import Dsv3Config, Dsv4Config
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.deep_gemm_wrapper.quantise import (
+    PAGE,
+    dequantise_blocks,
+    pack_pages,
+    quantise_tokens,
+    widen,
+)
 
 _CHUNK_ELEMENTS = 1 << 26
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from runner.backend.attention_steps import MixWeights
 from runner.backend.expert_steps import Dispatched
 from runner.backend.forward_batch import ForwardBatch, Tokens
-from runner.backend.quantise import in_slabs, quantise_tokens, widen
 from runner.backend.tensor import Fp8Weight
 from runner.backend.torch_attention import AttentionMath, rms_norm
 from runner.backend.torch_cache import KVCache, ids_of, last_places
@@ -23,6 +22,7 @@ from runner.backend.torch_moe import ExpertMath
 from runner.config.environ import Bf16Fp32Algo
 from runner.config.model import Dsv4Config
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.deep_gemm_wrapper.quantise import in_slabs, quantise_tokens, widen
 
 
 class TorchMath(AttentionMath, ExpertMath):

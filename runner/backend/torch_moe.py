@@ -7,9 +7,9 @@ from torch import Tensor
 
 from runner.backend.expert_steps import Dispatched, Routing
 from runner.backend.forward_batch import Tokens
-from runner.backend.quantise import widen
 from runner.backend.torch_cache import ids_of
 from runner.config.model import MoeConfig
+from runner.deep_gemm_wrapper.quantise import widen
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 
 

@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from runner.backend.quantise import quantise_blocks
 from runner.backend.tensor import Fp8Weight
 from runner.backend.weights import Shard, WeightRequest
+from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
 _MASK32 = 0xFFFFFFFF
 _CHUNK = 1 << 24
@@ -52,11 +52,10 @@ class TorchWeights:
         if made is None:
             slabs = self._slabs(request)
             if len(request.view) == 2:
-                made = quantise_blocks(torch.cat(list(slabs)).view(request.view))
+                made = Fp8Weight(*quantise_blocks(torch.cat(list(slabs)).view(request.view)))
             else:
-                parts = [quantise_blocks(slab.view(-1, *request.view[1:])) for slab in slabs]
-                data = torch.cat([part.data for part in parts])
-                made = Fp8Weight(data, torch.cat([part.scales for part in parts]))
+                parts = (quantise_blocks(slab.view(-1, *request.view[1:])) for slab in slabs)
+                made = Fp8Weight(*map(torch.cat, zip(*parts, strict=True)))
         if self._share:
             self._shared_fp8[request.view] = made
         return made

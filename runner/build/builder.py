@@ -22,8 +22,8 @@ from runner.build.estimates import assemble_seconds, plain_seconds, seconds_to_e
 from runner.build.stages import StageError, Stages, UnusualError, find_stages, split_ptx
 from runner.build.task_pool import TaskPool
 from runner.build.units import Unit, match_entries, split_into_units, unit_text
-from runner.cache.entry import NotACubinError, kernels_in
-from runner.cache.lock import take_lock
+from runner.files import take_lock
+from runner.kernels.entry import NotACubinError, kernels_in
 from runner.kernels.kernel import Kernel
 from runner.watch.shim import WATCHED
 

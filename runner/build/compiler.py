@@ -1,11 +1,8 @@
-"""nvcc as DeepGEMM calls it: where it is, what keys hold of it, and single compiles."""
+"""Single compiles, as DeepGEMM makes them, and a lazy JIT of them."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import subprocess
-import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -13,20 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, Recipe
-from runner.config.environ import Environ
-from runner.errors import UserError
-from runner.kernels.installed import Headers, Library
+from runner.kernels.entry import CUBIN, SOURCE
+from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys, Recipe
+from runner.kernels.nvcc import keys_for, nvcc_version, signature_of
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType, KernelCall
 
-OLDEST_RELEASE = (12, 9)
-"""The oldest nvcc whose flags are those that the library's current versions use."""
-
-_RELEASE = re.compile(r"(?:release |NVCC)(\d+)\.(\d+)")
 _REFERENCE = KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 128, 4096, 4096, 1, 132)
 
 
@@ -115,91 +107,3 @@ class LazyJit:
         # A real load reads the whole file; reading it here takes the time that a load takes.
         (self._cache.entry(key) / CUBIN).read_bytes()
         self._loaded.add(kernel)
-
-
-def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) -> CacheKeys:
-    """Keys of a library for the machine where ``root`` is its folder and nvcc prints that text.
-
-    Raises:
-        UserError: the library's JIT is of another generation than the recipe.
-    """
-    if isinstance(library, Library) and library.generation != recipe.generation:
-        raise UserError(
-            f"{library.root} does not look like {library.title}: its compiled part (_C*.so) is "
-            "missing or another version's; install it again"
-        )
-    signature = signature_of(version_text, recipe.generation)
-    return CacheKeys(library, recipe, signature, root / "include")
-
-
-def nvcc_version(nvcc: Path) -> str:
-    """All that ``nvcc --version`` prints.
-
-    Raises:
-        UserError: not an nvcc, or one older than :data:`OLDEST_RELEASE`.
-    """
-    command = [str(nvcc.absolute()), "--version"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except OSError as error:
-        raise UserError(f"{nvcc} cannot be run as nvcc: {error.strerror}") from None
-    if not _RELEASE.search(text):
-        raise UserError(f"{nvcc} --version names no release: is it nvcc?")
-    major, minor = release_of(text)
-    if (major, minor) < OLDEST_RELEASE:
-        raise UserError(f"{nvcc} is release {major}.{minor}: 12.9 or newer is needed")
-    return text
-
-
-def signature_of(version_text: str, generation: int) -> str:
-    """What a generation's keys hold of a compiler: ``NVCC<release>``, or the whole text."""
-    return "NVCC{}.{}".format(*release_of(version_text)) if generation == 1 else version_text
-
-
-def release_of(text: str) -> tuple[int, int]:
-    """The CUDA release in a compiler's version text or signature (``NVCC13.0``).
-
-    Raises:
-        UserError: it names none.
-    """
-    match = _RELEASE.search(text)
-    if not match:
-        raise UserError(
-            f"the compiler's text {text!r} names no CUDA release, such as NVCC13.0 or 'release "
-            "13.0'"
-        )
-    return int(match[1]), int(match[2])
-
-
-def require_nvcc(environ: Environ) -> Path:
-    """The nvcc to use.
-
-    Raises:
-        UserError: there is none.
-    """
-    nvcc = find_nvcc(environ)
-    if nvcc is None:
-        raise UserError("there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'")
-    return nvcc
-
-
-def find_nvcc(environ: Environ) -> Path | None:
-    """The nvcc to use: DG_JIT_NVCC_COMPILER, CUDA_HOME, PATH, then the pip-installed toolkit.
-
-    Raises:
-        UserError: DG_JIT_NVCC_COMPILER is not a file.
-    """
-    if environ.dg_jit_nvcc_compiler:
-        chosen = Path(environ.dg_jit_nvcc_compiler)
-        if not chosen.is_file():
-            raise UserError(f"DG_JIT_NVCC_COMPILER={chosen} is not a file: it must be nvcc")
-        return chosen
-    for home in (environ.cuda_home, environ.cuda_path):
-        if home and (Path(home) / "bin" / "nvcc").is_file():
-            return Path(home) / "bin" / "nvcc"
-    on_path = shutil.which("nvcc", path=environ.search_path or None)
-    if on_path:
-        return Path(on_path)
-    folders = (Path(sysconfig.get_path(scheme)) for scheme in ("purelib", "platlib"))
-    found = (folder / "nvidia" / "cu13" / "bin" / "nvcc" for folder in folders)
-    return next((path for path in found if path.is_file()), None)

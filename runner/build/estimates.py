@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
-from runner.cache.describe import config_of
+from runner.kernels.describe import config_of
 from runner.kernels.heuristics_sm90 import ceil_div
 from runner.kernels.kernel import Kernel
 

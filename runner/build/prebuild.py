@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
-from runner.build.compiler import NvccCompiler, release_of
+from runner.build.compiler import NvccCompiler
 from runner.build.estimates import plain_seconds
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
 from runner.cache.lock import locked
 from runner.cache.manifest import (
     Manifest,
@@ -23,6 +22,8 @@ from runner.cache.manifest import (
     read_manifest,
 )
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import release_of
 from runner.planning.plan import Plan, PlannedKernel, use_to_json
 
 Progress = Callable[[int, int, float], None]

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from runner.cache.entry import CUBIN, SOURCE, files_of
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import (
     Entry,
@@ -27,6 +26,7 @@ from runner.cache.manifest import (
 )
 from runner.errors import UserError
 from runner.files import replacing
+from runner.kernels.entry import CUBIN, SOURCE, files_of
 
 _LARGEST_FILE = 256 << 20
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, missing_files
 from runner.cache.lock import folder_lock
 from runner.errors import UserError
+from runner.kernels.entry import CUBIN, SOURCE, cubin_damage, format_of, missing_files
 
 
 @dataclass(frozen=True)

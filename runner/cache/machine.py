@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.build.compiler import keys_for, release_of, signature_of
-from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import FIRST_RECIPE, CacheKeys, Recipe, with_variables
 from runner.cache.manifest import Manifest, describe_entry
 from runner.cache.verify import Expectation, Finding, verify
 from runner.config.environ import Environ
 from runner.errors import UserError
+from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Library
+from runner.kernels.keys import FIRST_RECIPE, CacheKeys, Recipe, with_variables
+from runner.kernels.nvcc import keys_for, release_of, signature_of
 from runner.standin.gpus import GPUS
 
 _MAJOR, _MINOR, _SM_COUNT = 75, 76, 16

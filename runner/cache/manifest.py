@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from runner.build.compiler import release_of
-from runner.cache.entry import CUBIN, SOURCE
 from runner.cache.kernel_cache import KernelCache, size_of
-from runner.cache.keys import INCLUDE, CacheKeys, Recipe
 from runner.errors import UserError
 from runner.files import replacing
+from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Headers
+from runner.kernels.keys import INCLUDE, CacheKeys, Recipe
+from runner.kernels.nvcc import release_of
 from runner.kernels.table import union
 
 _NAME = "manifest.json"

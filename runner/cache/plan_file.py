@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cache.describe import Config
 from runner.cache.manifest import Manifest, Use, check_uses
 from runner.errors import UserError
+from runner.kernels.describe import Config
 
 _SHOWN = 3
 

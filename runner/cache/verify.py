@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cache.entry import CUBIN, SOURCE, cubin_damage, format_of, kernel_name, missing_files
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest, sha256
+from runner.kernels.entry import CUBIN, SOURCE, cubin_damage, format_of, kernel_name, missing_files
 from runner.kernels.installed import Library, include_hash
 from runner.kernels.kernel import HASH_LINE
+from runner.kernels.keys import CacheKeys
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ import click
 
 from runner.cache.archive import pack as pack_cache
 from runner.cache.archive import unpack as unpack_archive
-from runner.cache.describe import Config, config_of_source, in_words
-from runner.cache.entry import SOURCE, format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache, size_of
 from runner.cache.lock import locked
 from runner.cache.machine import compiler_words
@@ -20,6 +18,8 @@ from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.cli.cache_machine import directory_type, plan_option, relocate, verify
 from runner.errors import UserError
 from runner.files import write_json
+from runner.kernels.describe import Config, config_of_source, in_words
+from runner.kernels.entry import SOURCE, format_of, kernel_name
 from runner.report.progress import counting, progress
 
 

@@ -11,7 +11,6 @@ import click
 
 from runner.api import Verification
 from runner.api import verify as verify_cache
-from runner.cache.entry import format_of, kernel_name
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.lock import locked
 from runner.cache.machine import TargetMachine, compiler_words
@@ -27,6 +26,7 @@ from runner.cache.verify import Finding
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.entry import format_of, kernel_name
 from runner.options import with_options
 from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, cache_machine, check_release
@@ -123,7 +123,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
 def _call(verified: Verification, jobs: int) -> None:
     """Prove by the library itself that nothing of what the manifest names is compiled again."""
-    from runner.kernels.call_check import call_on_cache
+    from runner.cache.call_check import call_on_cache
 
     found, manifest, machine = verified.cache, verified.manifest, verified.machine
     if manifest is None or machine is None:

@@ -11,16 +11,17 @@ from pathlib import Path
 import click
 
 from runner.api import build_request
-from runner.build.compiler import require_nvcc
 from runner.build.prebuild import BuildRequest, prebuild
-from runner.cache.entry import CUBIN, kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cli.deployment import PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import WorkFailedError
+from runner.kernels.entry import CUBIN, kernels_in
+from runner.kernels.nvcc import require_nvcc
 from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.report.progress import counting, progress
+from runner.standin.gpus import DEFAULT_GPU, gpu_named
 from runner.target import CompilerOptions, LibraryOptions, target_of
 
 _SHOWN_FAILURES = 5
@@ -71,7 +72,7 @@ def compile(  # noqa: A001  # the command's name
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     require_nvcc(environ)  # Asking the library takes a while.
     with progress("ask the library") as shown:
-        gpu = library.chosen_gpu(num_sms=what.most_sms)
+        gpu = gpu_named(library.gpu or DEFAULT_GPU, what.most_sms)
         target = target_of(library, gpu, environ, compiler=compiler, progress=counting(shown))
         result = planned(what, given, environ, target)
     cache = KernelCache.of_text(str(options.cache_dir or environ.jit_cache_dirs))

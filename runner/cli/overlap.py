@@ -13,7 +13,6 @@ from pathlib import Path
 import click
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
-from runner.cli.simulated import link_of
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option, to_plain
 from runner.driver.requests import prompt_lens
@@ -28,6 +27,7 @@ from runner.report.overlap_table import comparison_json, print_comparison, valid
 from runner.report.progress import counting, progress
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
+from sim.machine import link_of
 from sim.overlap.compare import compare
 from sim.overlap.forward import Forward
 from sim.overlap.measured import StepSettings, read_steps, validate

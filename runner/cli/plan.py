@@ -12,6 +12,7 @@ from runner.cli.deployment import Planned, PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
+from runner.driver.run import record_parts
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.rules import RULES, RULES_ARCH
@@ -22,10 +23,11 @@ from runner.planning.plan import plan_to_json, use_to_json
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.report.progress import counting, progress
+from runner.standin.gpus import gpu_named
 from runner.target import CompilerOptions, LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
-from sim.simulate import with_walk_memory
+from sim.machine import gpu_of, with_walk_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def plan(
     with progress("ask the library") as shown:
         target = target_of(
             library,
-            library.chosen_gpu(options.hardware, what.most_sms),
+            gpu_named(library.gpu or gpu_of(profile), what.most_sms),
             environ,
             compiler=compiler,
             ask=options.check,
@@ -90,7 +92,8 @@ def plan(
     if options.policy is not None:
         if result.scenario is None:
             raise UserError("--policy needs a model: a single GEMM has no warm-up")
-        covered = coverage(with_walk_memory(result.scenario, profile))
+        scenario = with_walk_memory(result.scenario, profile)
+        covered = coverage(scenario, record_parts(scenario))
     if str(options.json) != "-":
         print(target.describe(result.plan.table))
         _print(result, profile, covered)

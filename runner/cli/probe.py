@@ -6,11 +6,12 @@ import os
 
 import click
 
-from runner.build.compiler import NvccCompiler, require_nvcc
-from runner.cache.keys import first_recipe
+from runner.build.compiler import NvccCompiler
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import find_library
+from runner.kernels.keys import first_recipe
+from runner.kernels.nvcc import require_nvcc
 from runner.kernels.rules import RULES, RULES_VERSION
 from sim.costs.profile import load_profile
 

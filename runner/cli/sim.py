@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from runner.cli.simulated import MachineOptions
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -25,9 +24,11 @@ from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs, write_reports
 from runner.report.predictions import print_predictions
 from runner.report.progress import counting, progress
+from runner.standin.gpus import gpu_named
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import load_profile
-from sim.simulate import Prediction, simulate, with_walk_memory
+from sim.machine import MachineOptions, gpu_of, with_walk_memory
+from sim.simulate import Prediction, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,8 @@ def sim(
     environ, profile = Environ.read(os.environ), load_profile(machine.hardware)
     simulated = machine.machine(profile)
     with progress("ask the library") as shown:
-        target = target_of(
-            library, library.chosen_gpu(machine.hardware), environ, progress=counting(shown)
-        )
+        gpu = gpu_named(library.gpu or gpu_of(profile))
+        target = target_of(library, gpu, environ, progress=counting(shown))
         scenarios = with_one_table(
             with_walk_memory(
                 given.scenario(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
-from runner.build.compiler import find_nvcc
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.nvcc import find_nvcc
 from runner.standin.build import FAILURES, MOST_DEVICES, standin_environment
 from runner.standin.gpus import GPUS, MOST_SMS, gpu_named
 from runner.watch.command import running

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 
-from runner.cli.simulated import MachineOptions
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -21,9 +20,10 @@ from runner.planning.plan import with_one_table
 from runner.report.outputs import check_outputs
 from runner.report.progress import counting, progress
 from runner.report.sweep_table import print_sweep, sweep_json
+from runner.standin.gpus import gpu_named
 from runner.target import LibraryOptions, target_of
 from sim.costs.profile import Profile, load_profile
-from sim.simulate import with_walk_memory
+from sim.machine import MachineOptions, gpu_of, with_walk_memory
 from sim.sweep.points import (
     AXES,
     Point,
@@ -159,7 +159,7 @@ def _cases(
     cases: list[Case] = []
     skipped: list[Skipped] = []
     with progress("ask the library") as shown:
-        gpu = library.chosen_gpu(machine.hardware)
+        gpu = gpu_named(library.gpu or gpu_of(profile))
         target = target_of(library, gpu, environ, progress=counting(shown))
         fixed = {"num_sms": target.gpu.num_sms, "source": target.source}
         for point in axes.points(profile):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from runner.build.compiler import find_nvcc
-from runner.cache.describe import config_of_source, in_words
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
+from runner.kernels.describe import config_of_source, in_words
+from runner.kernels.nvcc import find_nvcc
 from runner.report.outputs import check_outputs
 from runner.watch.command import Watched
 from runner.watch.command import watch as run_watched

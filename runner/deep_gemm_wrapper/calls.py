@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from runner.backend.quantise import PAGE, pack_pages
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, library_function
+from runner.deep_gemm_wrapper.quantise import PAGE, pack_pages
 from runner.kernels.heuristics_sm90 import align, ceil_div
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape
 from runner.kernels.types import DeepGemmKernelType as T

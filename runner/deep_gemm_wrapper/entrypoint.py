@@ -16,7 +16,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from runner.backend.reference import Fp8
+from runner.deep_gemm_wrapper.reference import Fp8
 from runner.deep_gemm_wrapper.scale_check import (
     check_entry_scales,
     check_gemm_scales,
@@ -68,7 +68,7 @@ class DeepGemmWrapper:
     transpose kernel of its own.
 
     Args:
-        library: the imported ``deep_gemm``, or :mod:`runner.backend.reference`.
+        library: the imported ``deep_gemm``, or :mod:`runner.deep_gemm_wrapper.reference`.
         sanity_check: check every scale of an FP8 operand before it is used; slow, see
             :mod:`runner.deep_gemm_wrapper.scale_check`.
     """

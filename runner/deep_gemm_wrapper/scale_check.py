@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runner.backend.reference import Fp8
 from runner.config.model import FP8_BLOCK
+from runner.deep_gemm_wrapper.reference import Fp8
 from runner.kernels.heuristics_sm90 import ceil_div
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -12,7 +12,6 @@ from runner.deep_gemm_wrapper.calls import MASKED_ROWS, make_call
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import MASKED_TYPES, GemmShape, expand
-from runner.planning.plan import Plan
 from runner.schedule import Walk
 
 COMPILE_ONLY = 1
@@ -70,21 +69,21 @@ def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
     torch.cuda.empty_cache()
 
 
-def call_each(wrapper: DeepGemmWrapper, plan: Plan, kernels: Sequence[Kernel]) -> list[Kernel]:
-    """Call each kernel once, at the first M that runs it, so that the library loads it.
+def call_each(
+    wrapper: DeepGemmWrapper, calls: Iterable[tuple[Kernel, GemmShape, int]]
+) -> list[Kernel]:
+    """Call each kernel once, by a GEMM and an M that run it, so that the library loads it.
 
     GEMMs whose buffers do not fit the GPU's free memory are left to their first use.
 
     Returns:
         The kernels that were called.
     """
-    missing, called = set(kernels), []
-    calls: dict[GemmShape, dict[int, list[Kernel]]] = {}
-    for item in plan.kernels:
-        if item.kernel in missing:
-            use = item.uses[0]
-            calls.setdefault(use.shape, {}).setdefault(use.m_ranges[0][0], []).append(item.kernel)
-    for shape, by_m in calls.items():
+    called = []
+    by_shape: dict[GemmShape, dict[int, list[Kernel]]] = {}
+    for kernel, shape, m in calls:
+        by_shape.setdefault(shape, {}).setdefault(m, []).append(kernel)
+    for shape, by_m in by_shape.items():
         try:
             walk(wrapper, shape, sorted(by_m))
         except torch.cuda.OutOfMemoryError:

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from runner.backend.forward_batch import ForwardBatch, ForwardMode, PPProxyTensors
 from runner.backend.tensor import Tensor
-from runner.driver.model_runner import ModelRunner
 from runner.driver.warmup import dummy_modes
+from runner.model.model_runner import ModelRunner
 from runner.scenario import Scenario
 
 

@@ -16,9 +16,9 @@ from runner.backend.forward_batch import ForwardBatch, PPProxyTensors
 from runner.backend.gemm_walks import ExecutionHook
 from runner.backend.sink import R, ScheduleRecorder
 from runner.backend.tensor import Tensor
-from runner.driver.model_runner import ModelRunner
 from runner.driver.requests import serve
 from runner.driver.warmup import capture_graphs, execution_hook, warm_up
+from runner.model.model_runner import ModelRunner
 from runner.scenario import MAX_TOKENS, Scenario
 from runner.schedule import (
     OF_HOSTS,

@@ -9,11 +9,12 @@ from math import inf
 
 from runner.backend.forward_batch import ForwardMode
 from runner.backend.gemm_walks import ExecutionHook
+from runner.build.partition import share_out
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
-from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import ceil_div
 from runner.kernels.kernel import Kernel
-from runner.planning.plan import hook_m_list, plan_of, relax_walks, share_out
+from runner.model.model_runner import ModelRunner
+from runner.planning.plan import hook_m_list, plan_of, relax_walks
 from runner.scenario import Scenario
 
 _CUBIN_BYTES = 40960

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from runner.cache.digest import DeepJitDigest, hex_digest
 from runner.errors import UserError
+from runner.kernels.digest import DeepJitDigest, hex_digest
 
 LIBRARIES = {
     "sgl-deep-gemm": "deep_gemm",

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from runner.cache.digest import hex_digest
+from runner.kernels.digest import hex_digest
 
 HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
 """First line of a source of the first JIT generation; the kernel's body follows."""

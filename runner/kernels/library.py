@@ -19,14 +19,14 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
-from runner.build.compiler import keys_for
-from runner.cache.entry import SOURCE, kernel_name
-from runner.cache.keys import INCLUDE, Recipe, with_variables
 from runner.config.environ import Environ, available_cores, cache_folder
 from runner.errors import UserError
+from runner.kernels.entry import SOURCE, kernel_name
 from runner.kernels.installed import Library, own_headers
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import INCLUDE, Recipe, with_variables
 from runner.kernels.library_calls import call_library
+from runner.kernels.nvcc import keys_for
 from runner.kernels.table import (
     Demand,
     KernelTable,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from runner.cache.keys import Recipe, first_recipe
 from runner.config.environ import Environ
+from runner.kernels.keys import Recipe, first_recipe
 from runner.kernels.rules_sm90 import kernels_of, m_class_starts
 from runner.kernels.table import Kernels, KernelTable, Origin, Part, Source, append_part
 from runner.kernels.types import GemmShape, KernelCall

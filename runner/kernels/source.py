@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from runner.cache.keys import first_recipe, with_variables
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Library
+from runner.kernels.keys import first_recipe, with_variables
 from runner.kernels.rules import RULES, RULES_ARCH, RULES_VERSION
 from runner.kernels.table import Demand, KernelTable, Origin, RecordedTable, by_shape
 from runner.kernels.table_file import bundled_gpu, bundled_libraries, bundled_table

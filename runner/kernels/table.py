@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from runner.cache.keys import Recipe
 from runner.errors import UserError
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import Recipe
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
 
 MRanges = tuple[tuple[int, int], ...]

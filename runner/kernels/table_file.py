@@ -10,10 +10,10 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from runner.cache.keys import Recipe
 from runner.errors import UserError
 from runner.files import replacing
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import Recipe
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.standin.gpus import Gpu, gpu_named

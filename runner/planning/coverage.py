@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
-from runner.driver.run import record_parts
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import union
 from runner.kernels.types import GemmShape
 from runner.planning.plan import KernelUse, Plan, plan_of, table_of, use_to_json
 from runner.planning.residency import Stall, kernels_at_start, kernels_once_up, stalls_of
 from runner.scenario import Scenario
+from runner.schedule import Part
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,17 @@ class Coverage:
     stalls: tuple[Stall, ...] = ()
 
 
-def coverage(scenario: Scenario) -> Coverage:
+def coverage(scenario: Scenario, ranks: Sequence[Sequence[Part]]) -> Coverage:
     """What the scenario's policy leaves uncovered of its plan, from cold caches.
+
+    Args:
+        scenario: what is run.
+        ranks: what each rank runs, as :func:`runner.driver.run.record_parts` says.
 
     Raises:
         UserError: the source does not know all kernels.
     """
-    plan, ranks = plan_of(scenario), record_parts(scenario)
+    plan = plan_of(scenario)
     table, node_of = table_of(scenario), scenario.parallel.node_of
     at_start = kernels_at_start(scenario)
     disks = kernels_once_up(ranks, table, node_of, at_start)

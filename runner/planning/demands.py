@@ -22,13 +22,13 @@ from runner.backend.token_to_m import (
     masked_token_limit,
 )
 from runner.config.warmup import DisaggregationMode
-from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT, ceil_div
 from runner.kernels.rules_sm90 import METADATA_MAX_ROWS
 from runner.kernels.table import Demand
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.model.dsv4 import NONPAGED_MIN_QUERY_TOKENS
+from runner.model.model_runner import ModelRunner
 from runner.model.stage import OVERLAPPED
 from runner.scenario import Scenario
 from runner.schedule import Mark

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from runner.cache.describe import config_of, in_words
+from runner.kernels.describe import config_of, in_words
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Demand, KernelTable, MRanges
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from runner.backend.gemm_walks import ExecutionHook, fast_m_list, full_m_list, relaxed_ms
-from runner.build.estimates import expected_assemble_seconds, front_end_seconds
-from runner.cache.describe import config_of
-from runner.cache.keys import CacheKeys
 from runner.config.warmup import WarmupPolicy
+from runner.kernels.describe import config_of
 from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys
 from runner.kernels.table import Demand, KernelTable, MRanges, union
 from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, expand, steps_of
 from runner.planning.demands import demands
@@ -219,20 +218,3 @@ def relax_walks(scenario: Scenario, stage: int) -> tuple[Walk, ...]:
 
 def _up_to(ms: Sequence[int], limit: int | None) -> Sequence[int]:
     return ms if limit is None else ms[: bisect_right(ms, limit)]
-
-
-def share_out(kernels: Sequence[Kernel], nodes: int) -> list[tuple[Kernel, ...]]:
-    """A share a node: the dearest kernel first, to whoever has the least so far.
-
-    Every process that calls it with the same arguments gets the same shares.
-    """
-    loads = [0.0] * nodes
-    shares: list[list[Kernel]] = [[] for _ in range(nodes)]
-    costs = {
-        kernel: front_end_seconds(kernel) + expected_assemble_seconds(kernel) for kernel in kernels
-    }
-    for kernel in sorted(kernels, key=lambda kernel: -costs[kernel]):
-        node = min(range(nodes), key=loads.__getitem__)
-        shares[node].append(kernel)
-        loads[node] += costs[kernel]
-    return [tuple(share) for share in shares]

@@ -11,8 +11,8 @@ from runner.backend.tensor import Fp8Weight, Tensor
 from runner.backend.weights import ShapeWeights, WeightRequest
 from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.config.parallel import ParallelConfig
-from runner.driver.model_runner import ModelRunner
 from runner.kernels.heuristics_sm90 import ceil_div
+from runner.model.model_runner import ModelRunner
 
 _BYTES = {"fp8": 1, "bf16": 2, "fp32": 4, "ids": 8}
 

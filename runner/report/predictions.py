@@ -14,7 +14,8 @@ from runner.report.console import make_console, make_table
 from runner.report.outputs import print_ranks
 from runner.report.timelines import phase_summary
 from sim.engine.timeout_diagnosis import CollectiveTimeout
-from sim.simulate import Machine, Prediction
+from sim.machine import Machine
+from sim.simulate import Prediction
 from sim.sweep.run import cpu_seconds
 
 

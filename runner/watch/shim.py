@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cache.describe import name_of_source
+from runner.kernels.describe import name_of_source
 
 _SCRIPT = r"""#!/bin/sh
 # Stands in for nvcc and records each compile (start, end, rank, process, exit code, source).

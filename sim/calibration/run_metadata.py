@@ -18,7 +18,7 @@ from runner.standin.gpus import gpu_named
 from runner.timeline import Timeline
 from sim.costs.profile import Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
-from sim.simulate import Machine
+from sim.machine import Machine
 
 _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
 """A profile's link by the backend of torch.distributed that a run used."""

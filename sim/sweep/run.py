@@ -18,7 +18,8 @@ from multiprocessing import active_children, get_context, parent_process
 from runner.errors import UserError, WorkFailedError
 from runner.scenario import Scenario
 from runner.timeline import Timeline
-from sim.simulate import Machine, simulate
+from sim.machine import Machine
+from sim.simulate import simulate
 from sim.sweep.points import Point, Result, Skipped
 
 Ended = Result | Skipped

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from runner.build.compiler import find_nvcc
 from runner.config.environ import Environ
 from runner.kernels.installed import find_library
+from runner.kernels.nvcc import find_nvcc
 
 
 @cache

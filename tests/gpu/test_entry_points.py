@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from runner.build.compiler import find_nvcc, keys_for, nvcc_version
-from runner.cache.keys import CacheKeys
 from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4
 from runner.driver.run import record
 from runner.kernels.installed import find_library
+from runner.kernels.keys import CacheKeys
+from runner.kernels.nvcc import find_nvcc, keys_for, nvcc_version
 from runner.kernels.source import choose_source
 from runner.kernels.table import Demand, KernelTable
 from runner.kernels.types import DeepGemmKernelType as T
@@ -93,13 +93,11 @@ def _random(*shape: int):  # type: ignore[no-untyped-def]
 
 def _random_experts(call: KernelCall):  # type: ignore[no-untyped-def]
     """Group by group: all groups' fp32 values at once would not fit beside other tests."""
-    from runner.backend.quantise import quantise_blocks
     from runner.backend.tensor import Fp8Weight
+    from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
     parts = [quantise_blocks(_random(call.n, call.k)) for _ in range(call.num_groups)]
-    return Fp8Weight(
-        torch.stack([part.data for part in parts]), torch.stack([part.scales for part in parts])
-    )
+    return Fp8Weight(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def _error(out, expected) -> float:  # type: ignore[no-untyped-def]
@@ -108,18 +106,18 @@ def _error(out, expected) -> float:  # type: ignore[no-untyped-def]
 
 
 def _dense(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.k))
     weight = q.quantise_blocks(_random(call.n, call.k))
     out = torch.empty((call.m, call.n), device="cuda", dtype=torch.bfloat16)
-    wrapper.gemm_nt_f8f8bf16(lhs, weight.pair, out)
-    expected = q.dequantise_tokens(*lhs).double() @ q.dequantise_blocks(*weight.pair).double().mT
+    wrapper.gemm_nt_f8f8bf16(lhs, weight, out)
+    expected = q.dequantise_tokens(*lhs).double() @ q.dequantise_blocks(*weight).double().mT
     return _error(out, expected)
 
 
 def _contiguous(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.k))
     weight = _random_experts(call)
@@ -139,7 +137,7 @@ def _contiguous(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-
 
 
 def _masked(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     groups, rows = call.num_groups, 256
     lhs = q.quantise_tokens(_random(groups, rows, call.k))
@@ -201,20 +199,20 @@ def _hc(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
 
 
 def _einsum(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     lhs = q.quantise_tokens(_random(call.m, call.num_groups, call.k))
-    weight = q.quantise_blocks(_random(call.num_groups, call.n, call.k))
-    scales = weight.scales.reshape(call.num_groups, call.n // 128, call.k // 128)
+    values, scales = q.quantise_blocks(_random(call.num_groups, call.n, call.k))
+    scales = scales.reshape(call.num_groups, call.n // 128, call.k // 128)
     out = torch.empty((call.m, call.num_groups, call.n), device="cuda", dtype=torch.bfloat16)
-    data = weight.data.reshape(call.num_groups, call.n, call.k)
+    data = values.reshape(call.num_groups, call.n, call.k)
     wrapper.fp8_einsum_bhr_hdr_bhd(lhs, (data, scales), out)
     x, w = q.dequantise_tokens(*lhs).double(), q.dequantise_blocks(data, scales).double()
     return _error(out, torch.einsum("bhr,hdr->bhd", x, w))
 
 
 def _index_inputs(call: KernelCall):  # type: ignore[no-untyped-def]
-    from runner.backend import quantise as q
+    from runner.deep_gemm_wrapper import quantise as q
 
     values, _ = q.quantise_tokens(_random(call.m, call.n, call.k))
     weights = torch.randn((call.m, call.n), device="cuda")
@@ -237,7 +235,7 @@ def _metadata(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-de
 
 
 def _paged(wrapper, call: KernelCall) -> float:  # type: ignore[no-untyped-def]
-    from runner.backend.quantise import PAGE, pack_pages
+    from runner.deep_gemm_wrapper.quantise import PAGE, pack_pages
 
     values, weights, k_values, k_scales, entries = _index_inputs(call)
     lens = torch.randint(1, entries + 1, (call.m, 1), device="cuda", dtype=torch.int32)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from runner.build.compiler import find_nvcc
 from runner.config.environ import Environ
 from runner.errors import UserError
+from runner.kernels.nvcc import find_nvcc
 
 PYTHON = os.environ.get("DEEPGEMM_COLDSTART_LIBRARY_PYTHON", "")
 WHEELS = os.environ.get("DEEPGEMM_COLDSTART_WHEELS", "")

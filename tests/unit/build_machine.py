@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import read_manifest, sha256
+from runner.kernels.entry import kernels_in
 from runner.kernels.rules import RULES
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import Plan, make_plan

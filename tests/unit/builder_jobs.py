@@ -1,8 +1,8 @@
 """Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
 
 from runner.build.builder import Job
-from runner.cache.keys import CacheKeys
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys
 
 NO_COMMAND = "nvcc has 0 commands where one was expected"
 

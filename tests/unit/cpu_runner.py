@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from runner.backend import reference
 from runner.backend.base import Backend
 from runner.backend.sink import ScheduleRecorder
 from runner.backend.torch_math import TorchMath
@@ -18,8 +17,9 @@ from runner.config.hf import from_hf
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
+from runner.deep_gemm_wrapper import reference
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
-from runner.driver.model_runner import ModelRunner
+from runner.model.model_runner import ModelRunner
 from tests.models import DSV3_SMALL
 
 CPU = torch.device("cpu")

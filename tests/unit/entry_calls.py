@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from runner.backend.quantise import PAGE, pack_pages, quantise_blocks, quantise_tokens
+from runner.deep_gemm_wrapper.quantise import PAGE, pack_pages, quantise_blocks, quantise_tokens
 
 GROUPS, N, K = 3, 256, 512
 HEADS, DIM, ENTRIES = 4, 128, 2 * PAGE
@@ -23,7 +23,7 @@ def _out(*shape: int) -> torch.Tensor:
 
 
 def dense(m: int) -> tuple[Any, ...]:
-    return quantise_tokens(_bf16(m, K)), quantise_blocks(_bf16(N, K)).pair, _out(m, N)
+    return quantise_tokens(_bf16(m, K)), quantise_blocks(_bf16(N, K)), _out(m, N)
 
 
 def contiguous(m: int) -> tuple[Any, ...]:
@@ -31,7 +31,7 @@ def contiguous(m: int) -> tuple[Any, ...]:
     indices = torch.tensor([-1 if row % 3 == 2 else row % GROUPS for row in range(m)])
     return (
         quantise_tokens(_bf16(m, K)),
-        quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        quantise_blocks(_bf16(GROUPS, N, K)),
         _out(m, N),
         indices.to(torch.int32),
     )
@@ -42,7 +42,7 @@ def masked(m: int) -> tuple[Any, ...]:
     used = torch.tensor([m, 0, m // 2], dtype=torch.int32)
     return (
         quantise_tokens(_bf16(GROUPS, m, K)),
-        quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        quantise_blocks(_bf16(GROUPS, N, K)),
         _out(GROUPS, m, N),
         used,
         m,
@@ -66,7 +66,7 @@ def hc(m: int) -> tuple[Any, ...]:
 def einsum(m: int) -> tuple[Any, ...]:
     return (
         quantise_tokens(_bf16(m, GROUPS, K)),
-        quantise_blocks(_bf16(GROUPS, N, K)).pair,
+        quantise_blocks(_bf16(GROUPS, N, K)),
         _out(m, GROUPS, N),
     )
 

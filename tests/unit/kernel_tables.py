@@ -1,7 +1,7 @@
 """Small tables made by hand."""
 
-from runner.cache.keys import Recipe
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import Recipe
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape

@@ -12,7 +12,8 @@ from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.costs.profile import Builder, Cache, CompileTimes, Gpu, Host, Link, Phase, Probe, Profile
 from sim.costs.start_up import PHASES, StartPhases, Weights
-from sim.simulate import Machine, simulate
+from sim.machine import Machine
+from sim.simulate import simulate
 from tests.unit.tiny_runs import h200
 
 LINKS = {"gloo": "gloo", "nvlink": "nccl"}

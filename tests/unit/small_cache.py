@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys, Recipe, first_recipe
 from runner.cache.manifest import Manifest, describe_entry, write_manifest
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
+from runner.kernels.keys import CacheKeys, Recipe, first_recipe
 from runner.kernels.rules import RULES
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import Plan, PlannedKernel, make_plan, use_to_json

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.cache.describe import config_of
 from runner.cli import main
 from runner.errors import UserError
+from runner.kernels.describe import config_of
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
 from runner.errors import UserError
 from runner.kernels.installed import Library
+from runner.kernels.keys import first_recipe
 from runner.kernels.library import LibrarySource
 from runner.kernels.rules import RULES
 from runner.kernels.source import BundledFirst, KernelSource, choose_source

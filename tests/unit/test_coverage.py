@@ -13,14 +13,15 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import WarmupPolicy
-from runner.driver.run import record, record_rank
+from runner.driver.run import record, record_parts, record_rank
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.model.strategy import COMM_SMS, STRATEGIES
-from runner.planning.coverage import Coverage, coverage, node_coverage, node_stages
+from runner.planning import coverage as planning
+from runner.planning.coverage import Coverage, node_coverage, node_stages
 from runner.planning.plan import Plan, plan_of, table_of
 from runner.planning.residency import SERVING, kernels_once_up
 from runner.scenario import Scenario
@@ -37,6 +38,10 @@ def tiny(nodes: int = 2, **values: Any) -> Scenario:
     return Scenario(
         model=DSV4_TINY, parallel=parallel, **{"max_tokens": LIMIT, "stream": (), **values}
     )
+
+
+def coverage(scenario: Scenario) -> Coverage:
+    return planning.coverage(scenario, record_parts(scenario))
 
 
 def held_up(one: Scenario) -> dict[int, set[Kernel]]:

@@ -22,7 +22,6 @@ from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.config.warmup import DisaggregationMode
-from runner.driver.model_runner import ModelRunner
 from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
@@ -30,6 +29,7 @@ from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import kernels_of
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
+from runner.model.model_runner import ModelRunner
 from runner.model.strategy import COMM_SMS, STRATEGIES
 from runner.planning.demands import demands
 from runner.planning.plan import make_plan

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache.digest import DeepJitDigest, hex_digest
 from runner.errors import UserError
+from runner.kernels.digest import DeepJitDigest, hex_digest
 from runner.kernels.installed import Library, find_library, include_hash, own_headers
 
 

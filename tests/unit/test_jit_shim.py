@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache.describe import name_of_source
+from runner.kernels.describe import name_of_source
 from runner.watch.shim import read_records, read_unfinished, write_shim
 
 SOURCE = "// Includes' hash value: 00\n\nauto p = (&gemm_impl<\n    1\n>);\n\nint last;\n"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.cache.digest import hex_digest
+from runner.kernels.digest import hex_digest
 from runner.kernels.kernel import Kernel, body_of
 from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T

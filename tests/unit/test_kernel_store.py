@@ -20,11 +20,11 @@ from launch.rank_sink import split_loads
 from runner.build.builder import BuildResult, Job
 from runner.build.compiler import CompileError, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
 from runner.config.parallel import ParallelConfig
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import first_recipe
 from runner.timeline import Timeline
 from runner.watch.shim import CompileRecord
 from tests.unit.elf import tiny_cubin

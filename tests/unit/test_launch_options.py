@@ -10,7 +10,6 @@ from click.testing import CliRunner
 
 from launch.cli import RankFiles, main
 from launch.options import LaunchOptions, RunOptions, check_options
-from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
@@ -18,6 +17,7 @@ from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
 from runner.errors import UserError
 from runner.kernels.installed import Library
+from runner.kernels.keys import first_recipe
 from runner.kernels.rules import RULES, RulesTable
 from runner.options import (
     PolicyOptions,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from runner.cache.call_check import CallReport, call_on_cache
 from runner.cache.machine import TargetMachine
 from runner.cli import main
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
-from runner.kernels.call_check import CallReport, call_on_cache
 from runner.kernels.installed import Library
 from runner.kernels.library_calls import EntryRuns, call_library
 from runner.kernels.table import Demand
@@ -120,7 +120,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return {**os.environ, "WORK": str(work_dir)}
 
     monkeypatch.setattr("runner.kernels.library.standin_environment", environment)
-    monkeypatch.setattr("runner.kernels.call_check.standin_environment", environment)
+    monkeypatch.setattr("runner.cache.call_check.standin_environment", environment)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
 
@@ -153,7 +153,7 @@ def check(
     tmp_path: Path, plain_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], CallReport]:
     """Calls a worker on a small cache for an H200."""
-    monkeypatch.setattr("runner.kernels.call_check._GPU_DRIVER", tmp_path / "none")
+    monkeypatch.setattr("runner.cache.call_check._GPU_DRIVER", tmp_path / "none")
     library = small_library(tmp_path / "deep_gemm")
     cache, manifest = fill(tmp_path / "cache", keys_for(library))
     manifest = replace(manifest, gpu="h200", num_sms=132)

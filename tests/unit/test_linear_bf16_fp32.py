@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from launch.cli import main as launch  # noqa: E402
-from runner.backend import reference  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
 from runner.backend.torch_math import TorchMath  # noqa: E402
 from runner.cli import cli  # noqa: E402
 from runner.config.environ import Bf16Fp32Algo, Environ  # noqa: E402
 from runner.config.parallel import ParallelConfig  # noqa: E402
 from runner.config.warmup import WarmupPolicy  # noqa: E402
+from runner.deep_gemm_wrapper import reference  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
 from runner.driver.run import record  # noqa: E402
 from runner.errors import run_guarded  # noqa: E402

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,10 @@ from runner.build.compiler import LazyJit
 from runner.errors import UserError
 from runner.kernels.kernel import Kernel
 from runner.kernels.rules import RULES
+from runner.kernels.table import Demand
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, steps_of
+from runner.planning.plan import make_plan
 from runner.schedule import Walk
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 1, 132)
@@ -31,7 +32,10 @@ SCENARIO: Any = "the scenario"
 @pytest.fixture(autouse=True)
 def rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.loaders.table_of", lambda scenario: RULES)
-    monkeypatch.setattr("launch.loaders.plan_of", lambda scenario: "the plan")
+    monkeypatch.setattr(
+        "launch.loaders.plan_of",
+        lambda scenario: make_plan([Demand(DENSE, range(1, 16385))], RULES),
+    )
 
 
 def library_jit() -> LibraryJit:
@@ -53,12 +57,12 @@ def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPat
 
 def test_the_library_loads_new_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     walker = pytest.importorskip("runner.deep_gemm_wrapper.walker")
-    asked: list[list[Kernel]] = []
+    asked: list[tuple[Kernel, GemmShape, int]] = []
 
-    def call_each(wrapper: str, plan: str, kernels: Sequence[Kernel]) -> Sequence[Kernel]:
-        assert (wrapper, plan) == ("wrapper", "the plan")
-        asked.append(list(kernels))
-        return kernels[:1]
+    def call_each(wrapper: str, calls: list[tuple[Kernel, GemmShape, int]]) -> list[Kernel]:
+        assert wrapper == "wrapper"
+        asked.extend(calls)
+        return [calls[0][0]]
 
     monkeypatch.setattr(walker, "call_each", call_each)
     first, second, third = (DENSE.call(m) for m in (1, 40, 16384))
@@ -66,7 +70,8 @@ def test_the_library_loads_new_kernels_only(monkeypatch: pytest.MonkeyPatch) -> 
     jit = library_jit()
     jit.prepare(first)
     jit.load([one, two, three])
-    assert asked == [[two, three]]
+    assert [kernel for kernel, _, _ in asked] == [two, three]
+    assert all(RULES.kernels_of(shape.call(m))[-1] == kernel for kernel, shape, m in asked)
     assert jit.is_ready(first) and jit.is_ready(second)
     assert not jit.is_ready(third), "what did not fit is loaded at its first use"
 
@@ -161,6 +166,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from launch.loaders import CompileLocks
+from runner.kernels.table import Demand
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape
 with CompileLocks(Path(sys.argv[1])).held(GemmShape(T.GEMM_NT_F8F8BF16, 512, 512, 1, 132)):

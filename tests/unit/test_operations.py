@@ -16,10 +16,10 @@ from runner.config.hf import with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4_TINY
-from runner.driver.model_runner import ModelRunner
 from runner.model.context import RankContext
 from runner.model.dsv3 import Dsv3Layer
 from runner.model.dsv4 import Dsv4Layer
+from runner.model.model_runner import ModelRunner
 from runner.model.operations import (
     LayerState,
     Operation,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.cache.describe import config_of, config_of_source, in_words
 from runner.errors import UserError
 from runner.kernels import heuristics_sm90 as sm90
+from runner.kernels.describe import config_of, config_of_source, in_words
 from runner.kernels.rules import RULES
 from runner.kernels.rules_sm90 import RULED_TYPES, kernels_of
 from runner.kernels.table import Demand, union

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.cache.describe import name_of_source
 from runner.errors import UserError
+from runner.kernels.describe import name_of_source
 from runner.kernels.heuristics_sm90 import SMEM_CAPACITY, align, ceil_div, swizzle_mode
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel

@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch")
 
 from launch.jit import set_up_jit  # noqa: E402
 from runner.backend.forward_batch import ForwardMode  # noqa: E402
-from runner.backend.quantise import (  # noqa: E402
-    PAGE,
-    pack_pages,
-    quantise_blocks,
-    quantise_tokens,
-)
 from runner.config.environ import Environ  # noqa: E402
 from runner.config.model import ModelConfig  # noqa: E402
 from runner.deep_gemm_wrapper import calls, walker  # noqa: E402
 from runner.deep_gemm_wrapper.calls import FP4_TYPES  # noqa: E402
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper  # noqa: E402
+from runner.deep_gemm_wrapper.quantise import (  # noqa: E402
+    PAGE,
+    pack_pages,
+    quantise_blocks,
+    quantise_tokens,
+)
 from runner.deep_gemm_wrapper.scale_check import (  # noqa: E402
     ScaleError,
     check_gemm_scales,
@@ -81,8 +81,8 @@ def test_the_first_bad_scale_is_named(bad: float) -> None:
 def test_what_quantisation_makes_is_good(m: int, n: int, blocks: int, exponent: int) -> None:
     """Also of zeros, and of numbers near bf16's ends."""
     x = torch.randn(m, 128 * blocks) * 2.0 ** (exponent % 240 - 130)
-    check_gemm_scales("entry", quantise_tokens(x), quantise_blocks(torch.randn(n, 128)).pair)
-    check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)).pair)
+    check_gemm_scales("entry", quantise_tokens(x), quantise_blocks(torch.randn(n, 128)))
+    check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)))
 
 
 # -- the entry points -------------------------------------------------------------------------

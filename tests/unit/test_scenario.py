@@ -14,10 +14,10 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4, DSV4_TINY
 from runner.config.warmup import DisaggregationMode, WarmupPolicy
-from runner.driver.model_runner import ModelRunner
 from runner.driver.run import record, record_rank, run_rank
 from runner.driver.warmup import execution_hook
 from runner.errors import UserError
+from runner.model.model_runner import ModelRunner
 from runner.model.strategy import STRATEGIES
 from runner.planning.plan import plan_of
 from runner.scenario import Scenario

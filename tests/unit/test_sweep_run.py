@@ -16,7 +16,8 @@ from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.timeline import Span, Timeline
 from sim.costs.profile import load_profile
-from sim.simulate import Machine, simulate
+from sim.machine import Machine
+from sim.simulate import simulate
 from sim.sweep import run as sweep
 from sim.sweep.points import Result, Skipped
 from sim.sweep.run import Case, Ended, cpu_seconds, run_cases, simulate_case

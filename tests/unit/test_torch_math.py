@@ -12,7 +12,13 @@ torch = pytest.importorskip("torch")
 
 from runner.backend.expert_steps import Routing  # noqa: E402
 from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
-from runner.backend.quantise import (  # noqa: E402
+from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
+from runner.backend.torch_moe import ExpertMath  # noqa: E402
+from runner.backend.torch_weights import TorchWeights  # noqa: E402
+from runner.backend.weights import Shard, WeightRequest, shard  # noqa: E402
+from runner.config.model import ModelConfig  # noqa: E402
+from runner.config.parallel import ParallelConfig  # noqa: E402
+from runner.deep_gemm_wrapper.quantise import (  # noqa: E402
     dequantise_blocks,
     dequantise_tokens,
     pack_pages,
@@ -20,12 +26,6 @@ from runner.backend.quantise import (  # noqa: E402
     quantise_tokens,
     unpack_pages,
 )
-from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
-from runner.backend.torch_moe import ExpertMath  # noqa: E402
-from runner.backend.torch_weights import TorchWeights  # noqa: E402
-from runner.backend.weights import Shard, WeightRequest, shard  # noqa: E402
-from runner.config.model import ModelConfig  # noqa: E402
-from runner.config.parallel import ParallelConfig  # noqa: E402
 from tests.unit.cpu_runner import CPU, FOUR_LAYERS, SMALL_DSV3, cpu_runner  # noqa: E402
 
 
@@ -102,10 +102,10 @@ def test_activation_quantisation_keeps_values_to_half_a_step(rows: int, groups: 
 
 def test_weight_quantisation_has_one_scale_per_block_and_takes_partial_blocks() -> None:
     w = torch.randn(2, 200, 256)
-    made = quantise_blocks(w)
-    assert made.data.shape == (2, 200, 256) and made.scales.shape == (2, 2, 2)
-    assert float(made.scales[1, 1, 0]) == pytest.approx(float(w[1, 128:, :128].abs().max()) / 448)
-    error = (dequantise_blocks(made.data, made.scales) - w).norm() / w.norm()
+    data, scales = quantise_blocks(w)
+    assert data.shape == (2, 200, 256) and scales.shape == (2, 2, 2)
+    assert float(scales[1, 1, 0]) == pytest.approx(float(w[1, 128:, :128].abs().max()) / 448)
+    error = (dequantise_blocks(data, scales) - w).norm() / w.norm()
     assert error < 0.04
 
 

@@ -15,7 +15,7 @@ from runner.config.hf import from_hf, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV3, DSV4, DSV4_TINY
-from runner.driver.model_runner import ModelRunner
+from runner.model.model_runner import ModelRunner
 from runner.planning.weight_size import WeightSize, model_elements, weight_size
 from tests.models import DSV3_SMALL
 

@@ -11,7 +11,7 @@ from runner.config.presets import DSV4_TINY
 from runner.config.warmup import WarmupPolicy
 from runner.scenario import Scenario
 from sim.costs.profile import Profile, load_profile
-from sim.simulate import Machine
+from sim.machine import Machine
 
 LAYOUT = ("pp", "tp", "ep", "attn_cp", "replicas", "nodes", "stage_layers")
 WARMUP = (

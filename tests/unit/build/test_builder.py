@@ -19,11 +19,11 @@ from runner.build.builder import BuildResult, Job, KernelBuilder, scratch_folder
 from runner.build.compiler import NvccCompiler
 from runner.build.task_pool import TaskPool
 from runner.build.units import entry_signature, signature, split_into_units
-from runner.cache.entry import kernels_in
-from runner.cache.keys import first_recipe
 from runner.config.environ import Environ
+from runner.kernels.entry import kernels_in
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import first_recipe
 from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 
 from runner.build import compiler as compiler_module
-from runner.build.compiler import CompileError, LazyJit, NvccCompiler, find_nvcc
-from runner.cache.describe import name_of_source
-from runner.cache.digest import hex_digest
+from runner.build.compiler import CompileError, LazyJit, NvccCompiler
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import first_recipe
 from runner.cli import cli
 from runner.config.environ import Environ
 from runner.errors import UserError, run_guarded
+from runner.kernels.describe import name_of_source
+from runner.kernels.digest import hex_digest
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import first_recipe
+from runner.kernels.nvcc import find_nvcc
 from runner.kernels.rules_sm90 import transpose_fp32
 from runner.watch.shim import read_records, write_shim
 from sim.costs.profile import load_profile
@@ -320,7 +321,7 @@ def test_probe_prints_the_host_factor(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
+    monkeypatch.setattr("runner.kernels.nvcc.find_nvcc", lambda environ: fake_nvcc)
     assert run_guarded(cli, ["probe", "--repeats", "4"], program="runner") == 0
     known = load_profile("h200").probe.seconds
     # 5, 1, 2 and 5 s: their median is 3.5 s.
@@ -333,9 +334,12 @@ def test_probe_prints_the_host_factor(
 @pytest.mark.parametrize(
     ("missing", "line"),
     [
-        ("find_nvcc", "there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'"),
         (
-            "find_library",
+            "runner.kernels.nvcc.find_nvcc",
+            "there is no nvcc: pip install 'deepgemm-coldstart[nvcc]'",
+        ),
+        (
+            "runner.cli.probe.find_library",
             "the reference kernel needs the headers of the version that profiles were measured "
             "with: pip install --no-deps sgl-deep-gemm==0.1.4.post1",
         ),
@@ -348,7 +352,7 @@ def test_probe_says_what_is_missing_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("runner.cli.probe.find_nvcc", lambda environ: fake_nvcc)
-    monkeypatch.setattr(f"runner.cli.probe.{missing}", lambda *_: None)
+    monkeypatch.setattr("runner.kernels.nvcc.find_nvcc", lambda environ: fake_nvcc)
+    monkeypatch.setattr(missing, lambda *_: None)
     assert run_guarded(cli, ["probe"], program="runner") == 2
     assert capsys.readouterr().err == f"error: {line}\n"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from runner.build import estimates
 from runner.build.estimates import expected_schedule, makespan, seconds_to_end, unit_seconds
+from runner.build.partition import share_out
 from runner.build.stages import UnusualError
 from runner.build.units import (
     entry_signature,
@@ -25,7 +26,7 @@ from runner.kernels.rules_sm90 import kernels_of, transpose_fp32
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
 from runner.planning.gemm_spec import gemm_demands
-from runner.planning.plan import make_plan, share_out
+from runner.planning.plan import make_plan
 from tests.unit.builder_jobs import gemm
 
 

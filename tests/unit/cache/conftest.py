@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest
 from runner.kernels.installed import Library
+from runner.kernels.keys import CacheKeys
 from tests.unit.small_cache import fill, keys_for, small_library
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from runner.cache.archive import pack, unpack
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest, sha256, write_manifest
 from runner.cache.verify import verify
 from runner.errors import UserError
+from runner.kernels.keys import CacheKeys
 from tests.unit.kept_cache import change, expected, first_of, one_line, remove
 from tests.unit.small_cache import (
     contents,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.build.compiler import NvccCompiler
-from runner.cache.entry import FORMATS, NotACubinError, format_of, kernel_name, kernels_in
+from runner.kernels.entry import FORMATS, NotACubinError, format_of, kernel_name, kernels_in
 from runner.kernels.rules_sm90 import transpose_fp32
 from tests.unit.elf import tiny_cubin
 

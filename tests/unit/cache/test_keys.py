@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.build.compiler import NvccCompiler, keys_for, signature_of
-from runner.cache.digest import DeepJitDigest, Digest, hex_digest
-from runner.cache.keys import CacheKeys, Recipe
+from runner.build.compiler import NvccCompiler
 from runner.errors import UserError
+from runner.kernels.digest import DeepJitDigest, Digest, hex_digest
 from runner.kernels.installed import Library
 from runner.kernels.kernel import Kernel
+from runner.kernels.keys import CacheKeys, Recipe
+from runner.kernels.nvcc import keys_for, signature_of
 
 KERNEL = Kernel("gemm", "deep_gemm/a.cuh", "gemm_impl", ("1, 2",))
 NVCC = "nvcc: NVIDIA (R) Cuda compiler driver\nBuilt on Wed\nrelease 13.0, V13.0.88\n"

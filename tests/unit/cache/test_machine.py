@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from runner.cache.keys import CacheKeys, Recipe, first_recipe
 from runner.cache.machine import Device, TargetMachine, compiler_words
 from runner.cache.manifest import Entry, Manifest
 from runner.config.environ import Environ
 from runner.kernels.installed import Library
+from runner.kernels.keys import CacheKeys, Recipe, first_recipe
 from tests.unit.small_cache import (
     INCLUDE,
     NVCC_TEXT,

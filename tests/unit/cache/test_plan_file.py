@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from runner.cache.describe import config_of
-from runner.cache.keys import CacheKeys
 from runner.cache.manifest import Manifest
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
 from runner.errors import UserError
+from runner.kernels.describe import config_of
+from runner.kernels.keys import CacheKeys
 from runner.planning.plan import plan_to_json
 from tests.unit.kept_cache import one_line
 from tests.unit.small_cache import NVCC_TEXT, second_keys_for, second_library, small_plan

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from runner.build.compiler import NvccCompiler
-from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import first_recipe
 from runner.cache.manifest import read_manifest
 from runner.config.environ import Environ
+from runner.kernels.entry import kernels_in
 from runner.kernels.installed import Library
+from runner.kernels.keys import first_recipe
 from runner.report.progress import progress
 from tests.unit.build_machine import (
     GEMM,

@@ -13,13 +13,13 @@ import pytest
 from runner.build import prebuild as prebuild_module
 from runner.build.compiler import NvccCompiler
 from runner.build.prebuild import BuildRequest, prebuild
-from runner.cache.entry import kernels_in
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.keys import first_recipe
 from runner.cache.manifest import Manifest, read_manifest
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.entry import kernels_in
 from runner.kernels.installed import Library
+from runner.kernels.keys import first_recipe
 from tests.unit.build_machine import (
     GEMM,
     BuildMachine,

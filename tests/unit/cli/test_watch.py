@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cache.describe import config_of
+from runner.kernels.describe import config_of
 from runner.planning.plan import plan_to_json
 from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
 from tests.unit.small_cache import keys_for, small_library, small_plan

@@ -22,7 +22,8 @@ from sim.calibration.run_metadata import read_metadata
 from sim.calibration.validation import ValidatedRun, error_summary, read_measured, validate
 from sim.costs.profile import Probe
 from sim.costs.start_up import PHASES, StartPhases, Weights
-from sim.simulate import Machine, Prediction
+from sim.machine import Machine
+from sim.simulate import Prediction
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runner.backend.tensor import Fp8Weight
 from runner.config.model import FP8_BLOCK
 
 E4M3_MAX = 448.0
@@ -49,7 +48,7 @@ def _quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def quantise_blocks(w: Tensor) -> Fp8Weight:
+def quantise_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     """[..., N, K] -> e4m3 with one scale per 128 x 128 block; N may end in a partial block."""
     n = w.shape[-2]
     padded = torch.nn.functional.pad(w.float(), (0, 0, 0, -n % FP8_BLOCK))
@@ -57,7 +56,7 @@ def quantise_blocks(w: Tensor) -> Fp8Weight:
     scales = blocks.abs().amax((-3, -1)).clamp_min(_MIN_AMAX) / E4M3_MAX
     scaled = blocks / scales.unsqueeze(-2).unsqueeze(-1)
     values = scaled.flatten(-4, -3).flatten(-2)[..., :n, :]
-    return Fp8Weight(values.to(torch.float8_e4m3fn).contiguous(), scales.contiguous())
+    return values.to(torch.float8_e4m3fn).contiguous(), scales.contiguous()
 
 
 def dequantise_tokens(values: Tensor, scales: Tensor) -> Tensor:

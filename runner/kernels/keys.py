@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from runner.cache.digest import DeepJitDigest, Digest
-from runner.cache.entry import CUBIN, SOURCE
 from runner.config.environ import Environ
+from runner.kernels.digest import DeepJitDigest, Digest
+from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Headers, include_hash, own_headers
 from runner.kernels.kernel import Kernel
 
@@ -116,7 +116,7 @@ class CacheKeys:
 
     Attributes:
         signature: what the keys hold of the compiler on the machine that will run; see
-            :func:`runner.build.compiler.signature_of`.
+            :func:`runner.kernels.nvcc.signature_of`.
         include_path: the include folder on that machine; only the first generation's keys hold it.
     """
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.build.compiler import find_nvcc
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import TargetMachine
 from runner.cache.manifest import Manifest
 from runner.errors import UserError, WorkFailedError
 from runner.kernels.library_calls import call_library
+from runner.kernels.nvcc import find_nvcc
 from runner.kernels.table import Demand, by_shape
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.standin.build import read_compiles, standin_environment

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runner.backend.quantise import dequantise_blocks, dequantise_tokens, unpack_pages, widen
+from runner.deep_gemm_wrapper.quantise import (
+    dequantise_blocks,
+    dequantise_tokens,
+    unpack_pages,
+    widen,
+)
 
 Fp8 = tuple[Tensor, Tensor]
 
