@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from runner.config.fields import field_types, read_plain
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
@@ -24,7 +25,7 @@ _ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "DeepseekV4ForCausalLM": Dsv4Config,
 }
 
-_MAY_BE_ZERO = frozenset({"num_hash_layers", "first_k_dense_replace"})
+_MAY_BE_ZERO = ("num_hash_layers", "first_k_dense_replace", "compress_ratios", "swiglu_limit")
 
 
 def load_model(name_or_path: str) -> ModelConfig:
@@ -110,7 +111,7 @@ def _family(data: Mapping[str, Any]) -> type[ModelConfig]:
 
 def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the fields of ``cls`` that ``data`` holds; null means the default, if any."""
-    values = {}
+    values, kinds = {}, field_types(cls)
     for item in fields(cls):
         if item.name in ("name", "moe"):
             continue
@@ -119,28 +120,12 @@ def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) ->
             continue
         if item.name not in data:
             raise UserError(f"field {item.name} is missing")
-        values[item.name] = _read_field(item, data[item.name])
+        try:
+            zero = item.name in _MAY_BE_ZERO
+            values[item.name] = read_plain(kinds[item.name], item.name, data, zero=zero)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     return values
-
-
-def _read_field(item: Field[Any], value: Any) -> Any:
-    kind, lowest = str(item.type), 0 if item.name in _MAY_BE_ZERO else 1
-    good, expected = {
-        "int": (type(value) is int and value >= lowest, f"an integer of at least {lowest}"),
-        # Refuses NaN, Infinity and integers beyond a float's range as well.
-        "float": (type(value) in (int, float) and abs(value) < 1e300, "a number"),
-        "bool": (isinstance(value, bool), "true or false"),
-        "str": (isinstance(value, str), "a string"),
-        "tuple[int, ...]": (
-            isinstance(value, list) and all(type(entry) is int for entry in value),
-            "a list of integers",
-        ),
-    }[kind]
-    if not good:
-        raise UserError(f"{item.name}={_show(value)} must be {expected}")
-    if kind == "float":
-        return float(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _show(value: object) -> str:
