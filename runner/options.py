@@ -13,13 +13,19 @@ from functools import wraps
 from itertools import chain
 from math import isnan
 from pathlib import Path
-from types import NoneType
 from typing import TypeVar, get_args, get_origin
 
 import click
 
 from runner.config.environ import Environ
-from runner.config.fields import OptionDetails, field_types, from_plain, option, to_plain
+from runner.config.fields import (
+    OptionDetails,
+    field_types,
+    from_plain,
+    option,
+    to_plain,
+    without_none,
+)
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
@@ -172,15 +178,10 @@ def _options_of(cls: type, groups: Iterable[str] = ()) -> list[Option]:
     """Options of a dataclass's fields, of all or of some groups."""
     kinds = field_types(cls)
     return [
-        Option(item.name, _without_none(kinds[item.name]), item.default, item.metadata["option"])
+        Option(item.name, without_none(kinds[item.name]), item.default, item.metadata["option"])
         for item in fields(cls)
         if "option" in item.metadata and (not groups or item.metadata["option"].group in groups)
     ]
-
-
-def _without_none(kind: object) -> object:
-    args = get_args(kind)
-    return next(each for each in args if each is not NoneType) if NoneType in args else kind
 
 
 def to_argv(value: object) -> list[str]:

@@ -129,17 +129,17 @@ def sweep(
             _run(cases, options.jobs or available_cores(), ended)
     except (KeyboardInterrupt, WorkFailedError) as error:
         stopped = error
-    found = _in_order(cases, ended)
+    by_point = {item.point: item for item in ended}
+    found = [by_point[case.point] for case in cases if case.point in by_point]
     skipped += [item for item in found if isinstance(item, Skipped)]
     results = [item for item in found if isinstance(item, Result)]
     if stopped is None and not results:
         raise _none_fits(skipped)
-    reached = {item.point for item in ended}
     result = Sweep(
         settings=_settings(cases[0]),
         results=tuple(by_start_up(results)),
         skipped=tuple(skipped),
-        unfinished=tuple(case.point for case in cases if case.point not in reached),
+        unfinished=tuple(case.point for case in cases if case.point not in by_point),
     )
     _report(result, options)
     if stopped is not None:
@@ -186,12 +186,6 @@ def _run(cases: Sequence[Case], jobs: int, ended: list[Ended]) -> None:
             count(len(ended), len(cases))
 
         run_cases(cases, jobs=jobs, on_end=on_end)
-
-
-def _in_order(cases: Sequence[Case], ended: Sequence[Ended]) -> list[Ended]:
-    """Results in the order of the points, whatever order they ended in."""
-    by_point = {item.point: item for item in ended}
-    return [by_point[case.point] for case in cases if case.point in by_point]
 
 
 def _none_fits(skipped: Sequence[Skipped]) -> UserError:

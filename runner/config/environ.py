@@ -134,11 +134,6 @@ class Environ:
         chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir
         return chosen or str(Path(self.home or "~").expanduser() / ".deep_gemm")
 
-    @property
-    def jit_cache_dir(self) -> Path:
-        """The first of :attr:`jit_cache_dirs`, which is written."""
-        return Path(self.jit_cache_dirs.partition(":")[0])
-
 
 def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[str, str]:
     found = dict(environment)

@@ -65,9 +65,9 @@ def from_plain(kind: object, value: object, *, zero: bool = False) -> object:
     Raises:
         ValueError: other data; the message goes on after "its 'name' is".
     """
-    if NoneType in get_args(kind):
-        (kind,) = (each for each in get_args(kind) if each is not NoneType)
-        return None if value is None else from_plain(kind, value, zero=zero)
+    if value is None and NoneType in get_args(kind):
+        return None
+    kind = without_none(kind)
     if get_origin(kind) in (tuple, list):
         if not isinstance(value, list):
             raise ValueError(f"{_short(value)}, not a list")
@@ -136,6 +136,12 @@ def _member(kind: type[Enum], value: object) -> Enum:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def without_none(kind: object) -> object:
+    """A type without the None that it may allow."""
+    args = get_args(kind)
+    return next(each for each in args if each is not NoneType) if NoneType in args else kind
 
 
 def field_types(cls: type) -> dict[str, object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
 
-from runner.config.fields import field_types, from_plain
+from runner.config.fields import field_types, from_plain, without_none
 from runner.errors import UserError
 from runner.files import write_json
 
@@ -196,14 +196,14 @@ def _read(kind: object, value: object, name: str) -> object:
     """What JSON has under ``name``, as a value of a field's type."""
     if value is None and NoneType in get_args(kind):
         return None
-    record = next((each for each in (kind, *get_args(kind)) if is_dataclass(each)), None)
+    kind = without_none(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _read_record(kind, value, name)
     if get_origin(kind) is Mapping:
         if not isinstance(value, Mapping):
             raise ValueError(f"{name} is {value!r}, not an object")
         each = get_args(kind)[1]
         return {key: _read(each, item, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(record, type):
-        return _read_record(record, value, name)
     try:
         return from_plain(kind, value, zero=not any(word in name for word in _NOT_ZERO))
     except ValueError as error:

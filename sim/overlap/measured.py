@@ -140,11 +140,10 @@ def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) 
         UserError: the forward has other operations than were measured.
     """
     rows: list[Row] = []
+    runs = {run.strategy: run for run in comparison.runs}
     for step in measured.steps:
         turns = measured_turns(forward, step)
-        run = next((run for run in comparison.runs if run.strategy == step.strategy), None)
-        if run is None:
-            raise UserError("a measured strategy is not among those compared")
+        run = runs[step.strategy]
         rows.append(
             {
                 "name": run.name,
