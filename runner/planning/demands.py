@@ -223,12 +223,10 @@ def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[Forw
 
 # -- from a call to its GEMM with every M
 
-ShapeWithMs = tuple[GemmShape, Iterable[int]]
-
 
 def _shapes(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, *, in_halves: bool, whole: bool
-) -> Iterator[ShapeWithMs]:
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMMs of a probed call, with every M that batches of its mode can give them."""
     mode = batch.mode
     counts = tokens.of(mode) if whole else tokens.of_one_sequence(mode)
@@ -243,7 +241,7 @@ def _shapes(
 
 def _with_ms(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
-) -> Iterator[ShapeWithMs]:
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""
     shape = GemmShape(call.type, call.n, call.k, call.num_groups, call.num_sms)
     if not counts:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from math import isclose
 from operator import mul
 
-_KNOWN_SECONDS = 0.3
-"""Seconds that a known coefficient counts for in :func:`near_known`."""
+KNOWN_SECONDS = 0.3
+"""Weight of what was known: as much as one sample that is off by this many seconds."""
 
 _MOST_ROUNDS = 100_000
 
@@ -50,8 +50,8 @@ def near_known(
     hardly depend on a coefficient leave it where it was.
     """
     prior = [
-        [_KNOWN_SECONDS / value if other == column else 0.0 for other in range(len(known))]
+        [KNOWN_SECONDS / value if other == column else 0.0 for other in range(len(known))]
         for column, value in enumerate(known)
         if value > 0
     ]
-    return non_negative([*rows, *prior], [*targets, *(_KNOWN_SECONDS for _ in prior)])
+    return non_negative([*rows, *prior], [*targets, *(KNOWN_SECONDS for _ in prior)])
