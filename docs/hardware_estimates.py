@@ -50,7 +50,7 @@ FIGURES = {
         8.0e12,
         900e9,
         112,
-        "SM100 has other kernels; those of SM90 stand in for them",
+        "kernels are SM100's own, what their compiles and calls take is scaled from SM90's",
     ),
 }
 
