@@ -33,8 +33,11 @@ from runner.model.stage import OVERLAPPED
 from runner.scenario import Scenario
 from runner.schedule import Mark
 
-Gemm = tuple[T, int, int]
-"""Type, n and k: what calls of one GEMM share."""
+Gemm = tuple[T, int, int, bool]
+"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share.
+
+Two GEMMs may have one n and k: at tp 8 dsv3's o_proj takes all tokens, its shared experts a block.
+"""
 
 
 def demands(scenario: Scenario) -> tuple[Demand, ...]:
@@ -52,10 +55,10 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
         halved = {mode: _halved_gemms(tokens, stage, mode) for mode in ForwardMode}
         for batch, calls in _probe(tokens, stage):
             for call in calls:
-                ran = halved[batch.mode]
-                gemm = (call.type, call.n, call.k)
-                in_halves = ran is not None and gemm in ran[0]
-                whole = ran is None or gemm in ran[1]
+                in_halves, whole = False, True
+                if cut := halved[batch.mode]:
+                    gemms = _gemms(tokens, call, {batch.num_tokens})
+                    in_halves, whole = bool(gemms & cut[0]), bool(gemms & cut[1])
                 key = (batch.mode, call, in_halves, whole)
                 if key not in shapes_of:
                     found = list(_shapes(tokens, batch, call, in_halves=in_halves, whole=whole))
@@ -199,12 +202,16 @@ def _halved_gemms(
     for batch in _cut_batches(tokens, mode, most):
         recorder.ops.clear()
         runner.forward(batch, runner.dummy_proxy(batch))
+        halves = {half.num_tokens for half in batch.halves or ()}
         inside = False
         for op in recorder.ops:
             if isinstance(op, Mark) and op.kind in ("layer", "batch"):
                 inside = (OVERLAPPED in op.name) if op.kind == "layer" else op.name != "both"
-            elif isinstance(op, KernelCall):
-                (in_halves if inside else whole).add((op.type, op.n, op.k))
+            elif isinstance(op, KernelCall) and (
+                batch.num_tokens == most or op.type in MASKED_TYPES
+            ):
+                counts = halves if inside else {batch.num_tokens}
+                (in_halves if inside else whole).update(_gemms(tokens, op, counts))
     return in_halves, whole
 
 
@@ -219,6 +226,19 @@ def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[Forw
         return
     for count in {min(count for count in tokens.decode if count > 1), most}:
         yield ForwardBatch.decode((1,) * count)
+
+
+def _gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
+    """What a call may be among those of forwards, or halves, of so many tokens.
+
+    Of few tokens a block may have as many rows as all of them: then it may be either.
+    """
+    parallel = tokens.scenario.parallel
+    of_block = {False}
+    if parallel.moe_a2a and call.type not in MASKED_TYPES | CONTIGUOUS_TYPES:
+        blocks = {ceil_div(count, parallel.tp) for count in counts}
+        of_block = {True, False} if min(counts) < 2 * parallel.tp else {call.m in blocks}
+    return {(call.type, call.n, call.k, either) for either in of_block}
 
 
 # -- from a call to its GEMM with every M
