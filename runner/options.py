@@ -11,20 +11,27 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import wraps
 from itertools import chain
-from math import isfinite
+from math import isnan
 from pathlib import Path
-from types import NoneType
 from typing import TypeVar, get_args, get_origin
 
 import click
 
 from runner.config.environ import Environ
-from runner.config.fields import OptionDetails, field_types, from_plain, option, to_plain
+from runner.config.fields import (
+    OptionDetails,
+    field_types,
+    from_plain,
+    option,
+    to_plain,
+    without_none,
+)
 from runner.config.hf import load_model, with_layers
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import PRESETS
 from runner.config.warmup import WarmupPolicy, policy_of_flags
+from runner.errors import UserError
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategies
 from runner.scenario import Scenario
 
@@ -50,21 +57,6 @@ class IntList(click.ParamType):  # type: ignore[type-arg]  # generic from click 
         return tuple(map(int, words))
 
 
-class Positive(click.FloatRange):
-    """A finite number above 0; click's own range would let NaN through."""
-
-    def __init__(self, most: float) -> None:
-        super().__init__(min=0, min_open=True, max=most)
-
-    def convert(
-        self, value: float, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not isfinite(number):
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return number
-
-
 class _Listed(click.ParamType):  # type: ignore[type-arg]
     """Values of another type with commas between them."""
 
@@ -81,7 +73,10 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]
         return tuple(self._each.convert(word, param, ctx) for word in str(value).split(","))
 
 
-_UNITS = {"SECONDS": Positive(1e7), "GIB": Positive(1e6), "X": Positive(100)}
+_UNITS = {
+    unit: click.FloatRange(min=0, min_open=True, max=most)
+    for unit, most in {"SECONDS": 1e7, "GIB": 1e6, "X": 100.0}.items()
+}
 _SCALES = {"GIB": GIB}
 
 
@@ -157,6 +152,10 @@ class Option:
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
             return from_plain(self.kind, given)
         if isinstance(given, float):
+            if isnan(given):  # No range refuses it.
+                raise UserError(
+                    f"Invalid value for '{self.flag}': '{given}' is not a finite number"
+                )
             return given * _SCALES.get(self.details.unit, 1)
         return given
 
@@ -179,15 +178,10 @@ def _options_of(cls: type, groups: Iterable[str] = ()) -> list[Option]:
     """Options of a dataclass's fields, of all or of some groups."""
     kinds = field_types(cls)
     return [
-        Option(item.name, _without_none(kinds[item.name]), item.default, item.metadata["option"])
+        Option(item.name, without_none(kinds[item.name]), item.default, item.metadata["option"])
         for item in fields(cls)
         if "option" in item.metadata and (not groups or item.metadata["option"].group in groups)
     ]
-
-
-def _without_none(kind: object) -> object:
-    args = get_args(kind)
-    return next(each for each in args if each is not NoneType) if NoneType in args else kind
 
 
 def to_argv(value: object) -> list[str]:

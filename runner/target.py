@@ -216,12 +216,11 @@ def cache_machine(
         return None, f"there is no {library or 'deep_gemm'} here"
     if text is None:
         return None, "there is no nvcc here"
-    device = device_here() if gpu is None else _device_of(gpu_named(gpu))
+    device = device_here()
+    if gpu is not None:
+        named = gpu_named(gpu)
+        device = Device((named.major, named.minor), named.num_sms)
     return TargetMachine(found, root or found.root, text, environ, device), ""
-
-
-def _device_of(gpu: Gpu) -> Device:
-    return Device((gpu.major, gpu.minor), gpu.num_sms)
 
 
 def _servers_library(wanted: str | None, built: Manifest | None) -> Library | None:

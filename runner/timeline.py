@@ -147,10 +147,6 @@ class Timeline:
             ranks[span.rank].append(span)
         return ranks
 
-    def of_rank(self, rank: int) -> list[Span]:
-        """Spans of one rank in order of start."""
-        return self.by_rank()[rank]
-
     def phases(self) -> dict[str, float]:
         """Longest duration over the ranks of each phase, in order of first appearance."""
         longest: dict[str, float] = {}

@@ -77,7 +77,7 @@ def predict(row: Row) -> tuple[float, bool]:
 
 def walk_seconds(timeline: Timeline) -> float:
     """Seconds of rank 0 from its first walk or compile to its last walk's end, until it is up."""
-    spans = [span for span in timeline.of_rank(0) if span.start < timeline.up]
+    spans = [span for span in timeline.by_rank()[0] if span.start < timeline.up]
     walks = [span for span in spans if span.kind == "load" and span.name.startswith("walk ")]
     begun = [span.start for span in spans if span.kind == "compile"] + [walks[0].start]
     return max(span.end for span in walks) - min(begun)

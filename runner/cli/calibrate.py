@@ -45,7 +45,7 @@ def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | 
     profile that is fitted to the others: that is the error to expect for a run that was not
     measured.
     """
-    check_outputs(timeline=None, trace=None, plot=None, others=(output,))
+    check_outputs(others=(output,))
     known = load_profile(base)
     measured = read_measured(timelines)
     calibration = fit_profile(measured, known, name or output.stem)

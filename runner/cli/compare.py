@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
+from runner.config.parallel import ParallelConfig
 from runner.errors import UserError
 from runner.files import write_json
 from runner.report.compare import (
@@ -16,34 +18,19 @@ from runner.report.compare import (
     comparison_tables,
 )
 from runner.report.console import make_console
+from runner.scenario import Scenario
 from runner.timeline import Timeline, read_timelines
 
 _FILE = click.Path(path_type=Path)
-_SCENARIO = (
-    "model",
-    "layers",
-    "pp",
-    "tp",
-    "replicas",
-    "ep",
-    "moe_a2a",
-    "overlap",
-    "attn_cp",
-    "stage_layers",
-    "nodes",
-    "batch_sizes",
-    "prompt_len",
-    "stream",
-    "max_tokens",
-    "graph_batch_sizes",
-    "walk_max_m",
-    "compile_lock",
-    "disaggregation",
-    "speculative",
-    "bf16_fp32_algo",
-    "num_sms",
-)
-"""Metadata in which two Timelines of the same scenario agree."""
+
+
+def _compared_names() -> list[str]:
+    """Metadata in which two Timelines of the same scenario agree.
+
+    The memory of walks is left out: without the option, a prediction takes its profile's.
+    """
+    names = [item.name for item in (*fields(ParallelConfig), *fields(Scenario))]
+    return [name for name in dict.fromkeys(["model", "layers", *names]) if name != "walk_memory"]
 
 
 @click.command()
@@ -107,7 +94,7 @@ def _compare_files(a: Path, b: Path) -> list[TimelineComparison]:
         if alone:
             click.echo(f"note: only in {path}, not compared: {_listed(alone)}", err=True)
     meta_a, meta_b = of_a[common[0]].meta, of_b[common[0]].meta
-    for name in _SCENARIO:
+    for name in _compared_names():
         if name in meta_a and name in meta_b and meta_a[name] != meta_b[name]:
             click.echo(f"note: {name} differs: {meta_a[name]} in A, {meta_b[name]} in B", err=True)
     return [compare_timelines(of_a[policy], of_b[policy]) for policy in common]

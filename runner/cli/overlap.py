@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +15,7 @@ import click
 from runner.backend.forward_batch import ForwardBatch, ForwardMode
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option, to_plain
+from runner.driver.requests import prompt_lens
 from runner.errors import UserError
 from runner.files import write_json, write_text
 from runner.model.strategy import STRATEGIES, OverlapStrategy, load_strategy
@@ -89,8 +90,7 @@ class OverlapOptions:
         """The forward's sequences."""
         if not self.mode.is_extend:
             return ForwardBatch.decode((self.prompt_len + 1,) * self.tokens)
-        full, rest = divmod(self.tokens, self.prompt_len)
-        return ForwardBatch.extend((self.prompt_len,) * full + ((rest,) if rest else ()))
+        return ForwardBatch.extend(prompt_lens(self.tokens, self.prompt_len))
 
     def title(self, given: ScenarioOptions) -> str:
         """What runs, in a line."""
@@ -168,7 +168,7 @@ def _check(options: OverlapOptions) -> None:
         UserError: an output that cannot be written, or options that contradict each other.
     """
     others = (options.json, options.save)
-    check_outputs(timeline=None, trace=None, plot=options.plot, others=others)
+    check_outputs(plot=options.plot, others=others)
     given = [path for path in (options.plot, *others) if path is not None]
     for path in given:
         if given.count(path) > 1:
@@ -209,7 +209,7 @@ def _with_settings(
     """The options with what a measurement was of in place of theirs."""
     values = dict(vars(settings))
     of_scenario = {name: values.pop(name) for name in given.given if name in values}
-    change: Callable[..., OverlapOptions] = partial(replace, options)
+    change: partial[OverlapOptions] = partial(replace, options)
     return replace(given, given={**given.given, **of_scenario}), change(**values)
 
 

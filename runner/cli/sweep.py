@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import click
@@ -30,7 +31,6 @@ from sim.sweep.points import (
     Skipped,
     Sweep,
     by_start_up,
-    combine,
     count_reasons,
 )
 from sim.sweep.run import Case, Ended, run_cases
@@ -73,15 +73,14 @@ class AxisOptions:
     )
 
     def points(self, profile: Profile) -> list[Point]:
-        """The combinations, with the profile's cores unless others are given."""
-        return combine(
-            policies=self.warmup,
-            pp=self.pp,
-            tp=self.tp,
-            ep=[word == "on" for word in self.ep],
-            nodes=self.nodes,
-            cores=self.cores or [profile.cores_per_node],
+        """Every combination once, layouts (which share a plan) together."""
+        points = (
+            Point(policy=policy, pp=pp, tp=tp, ep=ep == "on", nodes=nodes, cores=cores)
+            for pp, tp, ep in product(self.pp, self.tp, self.ep)
+            for nodes in self.nodes or (pp,)
+            for cores, policy in product(self.cores or (profile.cores_per_node,), self.warmup)
         )
+        return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def sweep(
     options: SweepOptions,
 ) -> None:
     """Simulate every combination of lists; show the frontier of start-up time and coverage."""
-    check_outputs(timeline=None, trace=None, plot=options.plot, others=(options.json,))
+    check_outputs(plot=options.plot, others=(options.json,))
     cases, skipped = _cases(given, axes, library, machine)
     ended: list[Ended] = []
     stopped: KeyboardInterrupt | WorkFailedError | None = None
@@ -130,17 +129,17 @@ def sweep(
             _run(cases, options.jobs or available_cores(), ended)
     except (KeyboardInterrupt, WorkFailedError) as error:
         stopped = error
-    found = _in_order(cases, ended)
+    by_point = {item.point: item for item in ended}
+    found = [by_point[case.point] for case in cases if case.point in by_point]
     skipped += [item for item in found if isinstance(item, Skipped)]
     results = [item for item in found if isinstance(item, Result)]
     if stopped is None and not results:
         raise _none_fits(skipped)
-    reached = {item.point for item in ended}
     result = Sweep(
         settings=_settings(cases[0]),
         results=tuple(by_start_up(results)),
         skipped=tuple(skipped),
-        unfinished=tuple(case.point for case in cases if case.point not in reached),
+        unfinished=tuple(case.point for case in cases if case.point not in by_point),
     )
     _report(result, options)
     if stopped is not None:
@@ -187,12 +186,6 @@ def _run(cases: Sequence[Case], jobs: int, ended: list[Ended]) -> None:
             count(len(ended), len(cases))
 
         run_cases(cases, jobs=jobs, on_end=on_end)
-
-
-def _in_order(cases: Sequence[Case], ended: Sequence[Ended]) -> list[Ended]:
-    """Results in the order of the points, whatever order they ended in."""
-    by_point = {item.point: item for item in ended}
-    return [by_point[case.point] for case in cases if case.point in by_point]
 
 
 def _none_fits(skipped: Sequence[Skipped]) -> UserError:

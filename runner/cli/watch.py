@@ -55,7 +55,7 @@ def watch(
     """Run COMMAND unchanged and report every DeepGEMM compile: when, who, what, how long."""
     if str(json_path) == "-":
         raise UserError("--json needs a file: the command has standard output")
-    check_outputs(timeline=None, trace=None, plot=None, others=(json_path,))
+    check_outputs(others=(json_path,))
     plan = read_plan_file(plan_path) if plan_path else None
     environ = Environ.read(os.environ)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:

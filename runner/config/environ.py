@@ -63,8 +63,8 @@ class Environ:
     pdl: bool = _variable("SGLANG_DEEPGEMM_PDL", True)
     use_deepgemm_bmm: bool = _variable("SGLANG_USE_DEEPGEMM_BMM", False)
     pp_layer_partition: str = _variable("SGLANG_PP_LAYER_PARTITION", "")
-    bf16_fp32_algo: Bf16Fp32Algo = field(
-        default=DEFAULT_BF16_FP32_ALGO, metadata={"variable": "SGLANG_OPT_BF16_FP32_GEMM_ALGO"}
+    bf16_fp32_algo: Bf16Fp32Algo = _variable(
+        "SGLANG_OPT_BF16_FP32_GEMM_ALGO", DEFAULT_BF16_FP32_ALGO
     )
     use_nvrtc: bool = _variable("SGLANG_DG_USE_NVRTC", False)
     sglang_dg_cache_dir: str = _variable("SGLANG_DG_CACHE_DIR", "")
@@ -137,11 +137,6 @@ class Environ:
         """
         chosen = self.sglang_dg_cache_dir or self.dg_jit_cache_dir
         return chosen or str(Path(self.home or "~").expanduser() / ".deep_gemm")
-
-    @property
-    def jit_cache_dir(self) -> Path:
-        """The first of :attr:`jit_cache_dirs`, which is written."""
-        return Path(self.jit_cache_dirs.partition(":")[0])
 
 
 def _with_renamed(environment: Mapping[str, str], variables: list[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
-from math import isfinite
 from types import NoneType
 from typing import TypeVar, get_args, get_origin, get_type_hints
 
@@ -58,33 +57,39 @@ def to_plain(value: object) -> object:
     return value if to_json is None else to_json()
 
 
-def from_plain(kind: object, value: object) -> object:
+def from_plain(kind: object, value: object, *, zero: bool = False) -> object:
     """The value of a type that :func:`to_plain` gave: whole numbers from 1 on, numbers above 0.
+
+    With ``zero`` a number may be 0 as well.
 
     Raises:
         ValueError: other data; the message goes on after "its 'name' is".
     """
-    if NoneType in get_args(kind):
-        (kind,) = (each for each in get_args(kind) if each is not NoneType)
-        return None if value is None else from_plain(kind, value)
-    if get_origin(kind) is tuple:
+    if value is None and NoneType in get_args(kind):
+        return None
+    kind = without_none(kind)
+    if get_origin(kind) in (tuple, list):
         if not isinstance(value, list):
             raise ValueError(f"{_short(value)}, not a list")
-        return tuple(from_plain(get_args(kind)[0], item) for item in value)
+        items = [from_plain(get_args(kind)[0], item, zero=zero) for item in value]
+        return items if get_origin(kind) is list else tuple(items)
     assert isinstance(kind, type)
     if issubclass(kind, Enum):
         return _member(kind, value)
     if hasattr(kind, "from_json"):
         return kind.from_json(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if isfinite(value) and value > 0:
-            return float(value)
-    elif type(value) is kind and (not isinstance(value, int) or value >= 1 or kind is bool):
+    if kind in (int, float) and type(value) in (int, kind):
+        assert isinstance(value, int | float)
+        if 0 < value < _TOO_LARGE or (zero and value == 0):
+            return kind(value)
+    elif type(value) is kind:
         return value
-    raise ValueError(f"{_short(value)}, not {_EXPECTED[kind]}")
+    raise ValueError(f"{_short(value)}, not {_EXPECTED[kind, zero and kind in (int, float)]}")
 
 
-def read_plain(kind: object, name: str, data: Mapping[str, object]) -> object:
+def read_plain(
+    kind: object, name: str, data: Mapping[str, object], *, zero: bool = False
+) -> object:
     """The value of a type that stands under a name; see :func:`from_plain`.
 
     Raises:
@@ -92,7 +97,7 @@ def read_plain(kind: object, name: str, data: Mapping[str, object]) -> object:
         ValueError: it has another form.
     """
     try:
-        return from_plain(kind, data[name])
+        return from_plain(kind, data[name], zero=zero)
     except ValueError as error:
         raise ValueError(f"its {name!r} is {error}") from None
 
@@ -109,11 +114,15 @@ def read_count(name: str, data: Mapping[str, object]) -> int:
     return count
 
 
-_EXPECTED: dict[type, str] = {
-    int: "a whole number from 1 on",
-    float: "a number above 0",
-    bool: "true or false",
-    str: "a word",
+_TOO_LARGE = 1e300
+
+_EXPECTED: dict[tuple[type, bool], str] = {
+    (int, False): "a whole number from 1 on",
+    (int, True): "a whole number from 0 on",
+    (float, False): "a number above 0",
+    (float, True): "a number from 0 on",
+    (bool, False): "true or false",
+    (str, False): "a word",
 }
 
 
@@ -127,6 +136,12 @@ def _member(kind: type[Enum], value: object) -> Enum:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def without_none(kind: object) -> object:
+    """A type without the None that it may allow."""
+    args = get_args(kind)
+    return next(each for each in args if each is not NoneType) if NoneType in args else kind
 
 
 def field_types(cls: type) -> dict[str, object]:

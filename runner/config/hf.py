@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from runner.config.fields import field_types, read_plain
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
@@ -19,14 +20,12 @@ from runner.errors import UserError
 M = TypeVar("M", bound=ModelConfig)
 
 _FAMILIES: dict[str, type[ModelConfig]] = {"deepseek_v3": Dsv3Config, "deepseek_v4": Dsv4Config}
-_ARCHITECTURES = {
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "DeepseekV4ForCausalLM": "deepseek_v4",
+_ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    "DeepseekV3ForCausalLM": Dsv3Config,
+    "DeepseekV4ForCausalLM": Dsv4Config,
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v4": {"scoring_func": "sqrtsoftplus"}}
-"""Values of absent fields where a family differs from the default of our configuration."""
 
-_MAY_BE_ZERO = frozenset({"num_hash_layers", "first_k_dense_replace"})
+_MAY_BE_ZERO = ("num_hash_layers", "first_k_dense_replace", "compress_ratios", "swiglu_limit")
 
 
 def load_model(name_or_path: str) -> ModelConfig:
@@ -53,15 +52,13 @@ def from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     Raises:
         UserError: an unknown model type, a missing field, or a value that cannot be used.
     """
-    model_type = _model_type(data)
-    cls = _FAMILIES[model_type]
-    defaults = _DEFAULTS.get(model_type, {})
-    given = {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
-    values = _read_fields(cls, given)
+    cls = _family(data)
+    values, moe = _read_fields(cls, data), _read_fields(MoeConfig, data)
     if cls is Dsv4Config:
+        moe.setdefault("scoring_func", "sqrtsoftplus")
         # Entries beyond the layers belong to the next-token-prediction modules.
         values["compress_ratios"] = values["compress_ratios"][: values["num_hidden_layers"]]
-    return cls(name=name, moe=MoeConfig(**_read_fields(MoeConfig, given)), **values)
+    return cls(name=name, moe=MoeConfig(**moe), **values)
 
 
 def with_layers(model: M, n: int) -> M:
@@ -104,20 +101,17 @@ def _read_object(name_or_path: str) -> tuple[Path, dict[str, Any]]:
     return path, data
 
 
-def _model_type(data: Mapping[str, Any]) -> str:
-    named = data.get("model_type")
-    if isinstance(named, str) and named in _FAMILIES:
-        return named
-    architectures = data.get("architectures")
-    for architecture in architectures if isinstance(architectures, list) else []:
-        if isinstance(architecture, str) and architecture in _ARCHITECTURES:
-            return _ARCHITECTURES[architecture]
+def _family(data: Mapping[str, Any]) -> type[ModelConfig]:
+    named, architectures = data.get("model_type"), data.get("architectures")
+    for name in [named, *(architectures if isinstance(architectures, list) else [])]:
+        if isinstance(name, str) and name in _FAMILIES | _ARCHITECTURES:
+            return (_FAMILIES | _ARCHITECTURES)[name]
     raise UserError(f"model_type {_show(named)} is not known: use {' or '.join(_FAMILIES)}")
 
 
 def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the fields of ``cls`` that ``data`` holds; null means the default, if any."""
-    values = {}
+    values, kinds = {}, field_types(cls)
     for item in fields(cls):
         if item.name in ("name", "moe"):
             continue
@@ -126,28 +120,12 @@ def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) ->
             continue
         if item.name not in data:
             raise UserError(f"field {item.name} is missing")
-        values[item.name] = _read_field(item, data[item.name])
+        try:
+            zero = item.name in _MAY_BE_ZERO
+            values[item.name] = read_plain(kinds[item.name], item.name, data, zero=zero)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     return values
-
-
-def _read_field(item: Field[Any], value: Any) -> Any:
-    kind, lowest = str(item.type), 0 if item.name in _MAY_BE_ZERO else 1
-    good, expected = {
-        "int": (type(value) is int and value >= lowest, f"an integer of at least {lowest}"),
-        # Refuses NaN, Infinity and integers beyond a float's range as well.
-        "float": (type(value) in (int, float) and abs(value) < 1e300, "a number"),
-        "bool": (isinstance(value, bool), "true or false"),
-        "str": (isinstance(value, str), "a string"),
-        "tuple[int, ...]": (
-            isinstance(value, list) and all(type(entry) is int for entry in value),
-            "a list of integers",
-        ),
-    }[kind]
-    if not good:
-        raise UserError(f"{item.name}={_show(value)} must be {expected}")
-    if kind == "float":
-        return float(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _show(value: object) -> str:

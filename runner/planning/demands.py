@@ -34,7 +34,10 @@ from runner.scenario import Scenario
 from runner.schedule import Mark
 
 Gemm = tuple[T, int, int, bool]
-"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share."""
+"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share.
+
+Two GEMMs may have one n and k: at tp 8 dsv3's o_proj takes all tokens, its shared experts a block.
+"""
 
 
 def demands(scenario: Scenario) -> tuple[Demand, ...]:
@@ -52,7 +55,10 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
         halved = {mode: _halved_gemms(tokens, stage, mode) for mode in ForwardMode}
         for batch, calls in _probe(tokens, stage):
             for call in calls:
-                in_halves, whole = _how_run(tokens, halved[batch.mode], batch, call)
+                in_halves, whole = False, True
+                if cut := halved[batch.mode]:
+                    gemms = _gemms(tokens, call, {batch.num_tokens})
+                    in_halves, whole = bool(gemms & cut[0]), bool(gemms & cut[1])
                 key = (batch.mode, call, in_halves, whole)
                 if key not in shapes_of:
                     found = list(_shapes(tokens, batch, call, in_halves=in_halves, whole=whole))
@@ -181,24 +187,18 @@ def _shape_runner(scenario: Scenario, stage: int) -> tuple[ModelRunner, Schedule
 # -- two-batch overlap: what runs in halves, what whole
 
 
-@dataclass(frozen=True)
-class _HalvedGemms:
-    """GEMMs that a stage runs for halves of a mode's batches, and for whole ones all the same."""
+def _halved_gemms(
+    tokens: _Tokens, stage: int, mode: ForwardMode
+) -> tuple[set[Gemm], set[Gemm]] | None:
+    """GEMMs that a stage runs for halves of a mode's batches, and for whole ones all the same.
 
-    in_halves: set[Gemm]
-    whole: set[Gemm]
-
-
-def _halved_gemms(tokens: _Tokens, stage: int, mode: ForwardMode) -> _HalvedGemms | None:
-    """What a stage runs of batches that are cut; None where no strategy cuts them.
-
-    Layers without experts run whole batches all the same.
+    The latter are those of layers without experts. None where no strategy cuts batches of the mode.
     """
     most = max(tokens.of(mode), default=0)
     if most < 2 or not tokens.runs_in_halves(mode):
         return None
     runner, recorder = _shape_runner(tokens.scenario, stage)
-    found = _HalvedGemms(set(), set())
+    in_halves, whole = set[Gemm](), set[Gemm]()
     for batch in _cut_batches(tokens, mode, most):
         recorder.ops.clear()
         runner.forward(batch, runner.dummy_proxy(batch))
@@ -211,8 +211,8 @@ def _halved_gemms(tokens: _Tokens, stage: int, mode: ForwardMode) -> _HalvedGemm
                 batch.num_tokens == most or op.type in MASKED_TYPES
             ):
                 counts = halves if inside else {batch.num_tokens}
-                (found.in_halves if inside else found.whole).update(_gemms(tokens, op, counts))
-    return found
+                (in_halves if inside else whole).update(_gemms(tokens, op, counts))
+    return in_halves, whole
 
 
 def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[ForwardBatch]:
@@ -241,24 +241,12 @@ def _gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
     return {(call.type, call.n, call.k, either) for either in of_block}
 
 
-def _how_run(
-    tokens: _Tokens, halved: _HalvedGemms | None, batch: ForwardBatch, call: KernelCall
-) -> tuple[bool, bool]:
-    """Whether a call is run for halves of batches, and whether for whole ones that can be cut."""
-    if halved is None:
-        return False, True
-    gemms = _gemms(tokens, call, {batch.num_tokens})
-    return bool(gemms & halved.in_halves), bool(gemms & halved.whole)
-
-
 # -- from a call to its GEMM with every M
-
-ShapeWithMs = tuple[GemmShape, Iterable[int]]
 
 
 def _shapes(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, *, in_halves: bool, whole: bool
-) -> Iterator[ShapeWithMs]:
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMMs of a probed call, with every M that batches of its mode can give them."""
     mode = batch.mode
     counts = tokens.of(mode) if whole else tokens.of_one_sequence(mode)
@@ -273,7 +261,7 @@ def _shapes(
 
 def _with_ms(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
-) -> Iterator[ShapeWithMs]:
+) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""
     shape = call.shape
     if not counts:

@@ -59,18 +59,13 @@ class Plan:
         """Kernels that any of the stages can need."""
         return [item for item in self.kernels if not set(stages).isdisjoint(item.stages)]
 
-    def uncovered(
-        self, covered: Collection[Kernel], stages: Collection[int] | None = None
-    ) -> list[KernelUse]:
-        """M of each GEMM that would still compile if only ``covered`` were there.
-
-        ``stages`` leaves the GEMMs that none of them runs out; None takes all.
-        """
+    def uncovered(self, covered: Collection[Kernel], stages: Collection[int]) -> list[KernelUse]:
+        """M of each GEMM of the stages that would still compile if only ``covered`` were there."""
         missing: dict[GemmShape, list[KernelUse]] = {}
         for planned in self.kernels:
             if planned.kernel not in covered:
                 for use in planned.uses:
-                    if stages is None or not set(stages).isdisjoint(use.stages):
+                    if not set(stages).isdisjoint(use.stages):
                         missing.setdefault(use.shape, []).append(use)
         return [
             KernelUse(shape, union(use.m_ranges for use in uses), uses[0].stages)

@@ -75,17 +75,14 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
     open_ends: list[list[int]] = []
     for span in sorted(spans, key=outermost_first):
         start, end = _nanoseconds(span)
-        lane = next((i for i, ends in enumerate(open_ends) if _fits(ends, start, end)), len(lanes))
-        if lane == len(lanes):
-            lanes.append([])
-            open_ends.append([])
-        lanes[lane].append(span)
-        open_ends[lane].append(end)
+        for lane, ends in zip(lanes, open_ends, strict=True):
+            while ends and ends[-1] <= start:
+                ends.pop()
+            if not ends or end <= ends[-1]:  # The innermost open span encloses it.
+                lane.append(span)
+                ends.append(end)
+                break
+        else:
+            lanes.append([span])
+            open_ends.append([end])
     return lanes
-
-
-def _fits(ends: list[int], start: int, end: int) -> bool:
-    """Close what ended by ``start``; the span fits if the innermost open one encloses it."""
-    while ends and ends[-1] <= start:
-        ends.pop()
-    return not ends or end <= ends[-1]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from runner.errors import UserError
+from runner.report.console import make_table
 from runner.report.timelines import BUSY_KINDS
 from runner.timeline import Timeline
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 _SHOWN_AS_ZERO = 0.005
 """Half of the last digit that tables show: an error relative to less than that means nothing."""
-
 
 _COUNTS = ("kernels compiled", "distinct kernels", "duplicates")
 """Figures that are not seconds."""
@@ -102,9 +100,6 @@ def comparison_tables(found: TimelineComparison) -> Iterator[Table]:
     Seconds have two decimals. A missing value or undefined error is ``-``; kinds that are 0 on
     both sides of a rank are left out.
     """
-    # Here, because reading and comparing Timelines should not cost the import of rich.
-    from runner.report.console import make_table
-
     a, b = found.a, found.b
     title = f"A: {a.label}\nB: {b.label}\n{a.world_size} ranks"
     numbers = [f"A {a.source}", f"B {b.source}", "(A-B)/B"]

@@ -40,9 +40,9 @@ def print_ranks(timelines: Sequence[Timeline], console: Console, *, tables: bool
 
 def check_outputs(
     *,
-    timeline: Path | None,
-    trace: Path | None,
-    plot: Path | None,
+    timeline: Path | None = None,
+    trace: Path | None = None,
+    plot: Path | None = None,
     others: Sequence[Path | None] = (),
 ) -> None:
     """Check before a long run that its files can be written after it; UserError if not."""

@@ -99,13 +99,13 @@ def _why_table(comparison: Comparison) -> Table:
     return table
 
 
-def _ms(seconds: str | float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * float(seconds):.2f}"
+def _ms(seconds: str | float) -> str:
+    return f"{1e3 * float(seconds):.2f}"
 
 
 def validation_table(rows: Sequence[Row], machine: Mapping[str, object]) -> Table:
     """Measured steps and their predictions, in milliseconds."""
-    headers = ["step", "noted", "exposed", "by parts", "exposed", "predicted", "exposed"]
+    headers = ["step", "noted", "exposed", "predicted", "exposed"]
     title = f"Measured on {machine['gpu'] or 'CPU'}, {machine['date']}: ms"
     table = make_table(title, ["strategy"], headers)
     for row in rows:

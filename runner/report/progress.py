@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 _PLAIN_EVERY_SECONDS = 5.0
 
@@ -59,16 +57,8 @@ def _plain_lines(what: str) -> Show:
         last, ended = now, ends
         elapsed = max(1e-6, now - started)
         left = elapsed / fraction - elapsed if fraction else 0.0
-        _print(f"{what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left")
+        line = f"{what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left"
+        with suppress(OSError, ValueError):  # Work does not depend on a reader.
+            print(line, file=sys.stderr, flush=True)
 
     return show
-
-
-def _print(line: str) -> None:
-    """Print to standard error; work and its exit code must not depend on a reader."""
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        # What was not written waits in a buffer, and if that fails again Python exits with 120.
-        with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stderr.fileno())

@@ -22,9 +22,8 @@ from runner.planning.plan import table_of
 from runner.schedule import Collective, KernelWork, Recv
 from runner.timeline import RankTotals, Span, Timeline
 from sim.calibration.run_metadata import RunMetadata, read_metadata
-from sim.costs.compile_time import config_key, template_of
 from sim.costs.profile import Profile
-from sim.costs.profile_costs import ProfileCosts
+from sim.costs.profile_costs import ProfileCosts, config_key, template_of
 from sim.costs.start_up import made_elements
 from sim.engine.rank_program import FirstUse, Instruction, ProgramCompiler, Run, WalkRun
 

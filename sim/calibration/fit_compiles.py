@@ -11,8 +11,8 @@ from statistics import fmean
 
 from sim.calibration.data import CompileSample
 from sim.calibration.fitting import minimum
-from sim.costs.compile_time import slowdown
 from sim.costs.profile import CompileTimes
+from sim.costs.profile_costs import slowdown
 
 _MOST_CONTENTION = 4.0
 _EXPECTED_SAMPLES = 0.5

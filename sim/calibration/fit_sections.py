@@ -12,7 +12,7 @@ from typing import NamedTuple
 from runner.build.estimates import makespan
 from runner.build.units import split_into_units
 from sim.calibration.data import CalibrationData, RankSample
-from sim.calibration.fitting import minimum, near_known, non_negative
+from sim.calibration.fitting import KNOWN_SECONDS, minimum, near_known, non_negative
 from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Phase, Profile, StartUp
 
 _GPU_BOUND = 2.0
@@ -23,9 +23,6 @@ _SLOWEST_CALL = 0.1
 
 _MANY_CALLS = 1000
 """Calls that the longest walk needs for the time of a call to be told from that of a walk."""
-
-_KNOWN_SECONDS = 0.3
-"""Weight of what was known: as much as one rank that is off by this many seconds."""
 
 _FEWEST_RANKS = 3
 """Ranks that a link is fitted to at least."""
@@ -231,7 +228,7 @@ def _fit_call(
         first = max(0.0, fmean(values))
         off = [value - first for value in values]
         off += [
-            _KNOWN_SECONDS * (found / before - 1)
+            KNOWN_SECONDS * (found / before - 1)
             for found, before in ((call, known), (first, known_first))
             if before
         ]

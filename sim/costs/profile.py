@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
 
+from runner.config.fields import field_types, from_plain, without_none
 from runner.errors import UserError
 from runner.files import write_json
 
@@ -42,7 +43,7 @@ class CompileTimes:
     alone; the slowdown is linear in the number of compiles.
     """
 
-    by_config: Mapping[str, float]  # by sim.costs.compile_time.config_key, where measured
+    by_config: Mapping[str, float]  # by sim.costs.profile_costs.config_key, where measured
     scale: Mapping[str, float]  # by template, times runner.build.estimates.plain_seconds
     default_scale: float  # the same for other templates
     contention: float
@@ -178,47 +179,35 @@ _WEIGHT_SOURCES = ("disk", "page-cache")
 
 
 def _read_record(kind: type[Record], data: object, name: str) -> Record:
-    types = get_type_hints(kind)
     prefix = f"{name}." if name else ""
-    _check_type(name or "a profile", data, Mapping)
-    assert isinstance(data, Mapping)
-    values = {key: value for key, value in data.items() if f"{prefix}{key}" not in _RETIRED}
-    for key in values:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{name or 'a profile'} is {data!r}, not an object")
+    types, values = field_types(kind), {}
+    for key, value in data.items():
+        if f"{prefix}{key}" in _RETIRED:
+            continue
         if key not in types:
             raise ValueError(f"{name or 'a profile'} has no field {key!r}")
-    return kind(**{key: _read(types[key], each, f"{prefix}{key}") for key, each in values.items()})
+        values[key] = _read(types[key], value, f"{prefix}{key}")
+    return kind(**values)
 
 
-def _read(kind: type, value: object, name: str) -> object:
+def _read(kind: object, value: object, name: str) -> object:
     """What JSON has under ``name``, as a value of a field's type."""
-    if type(None) in get_args(kind):
-        if value is None:
-            return None
-        kind = get_args(kind)[0]
-    if is_dataclass(kind):
+    if value is None and NoneType in get_args(kind):
+        return None
+    kind = without_none(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
         return _read_record(kind, value, name)
     if get_origin(kind) is Mapping:
-        _check_type(name, value, Mapping)
-        assert isinstance(value, Mapping)
-        return {key: _read(get_args(kind)[1], each, f"{name}.{key}") for key, each in value.items()}
-    if kind in (str, bool) or get_origin(kind) is list:
-        _check_type(name, value, get_origin(kind) or kind)
-    else:
-        _check_number(name, value, whole=kind is int)
-    return value
-
-
-def _check_type(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} is {value!r}, not a {kind.__name__.lower()}")
-
-
-def _check_number(name: str, value: object, *, whole: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise TypeError(f"{name} is {value!r}, not a {'whole ' if whole else ''}number")
-    above = any(word in name for word in _NOT_ZERO)
-    if not isfinite(value) or value < 0 or (above and value == 0):
-        raise ValueError(f"{name} is {value!r}: it must be {'above' if above else 'at least'} 0")
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, not an object")
+        each = get_args(kind)[1]
+        return {key: _read(each, item, f"{name}.{key}") for key, item in value.items()}
+    try:
+        return from_plain(kind, value, zero=not any(word in name for word in _NOT_ZERO))
+    except ValueError as error:
+        raise ValueError(f"{name} is {error}") from None
 
 
 def slowed(profile: Profile, factor: float) -> Profile:

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from runner.build.estimates import expected_schedule
+from runner.build.estimates import expected_schedule, plain_seconds, unrolled_k_blocks
 from runner.build.units import split_into_units
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import CONTIGUOUS_TYPES, MASKED_TYPES, GemmShape, KernelCall
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.schedule import Begin, Capture, Collective, Compute
-from sim.costs.compile_time import compile_seconds, slowdown
-from sim.costs.profile import Link, Profile
+from sim.costs.profile import CompileTimes, Link, Profile
 
 _FP8_TYPES = frozenset(
     {
@@ -31,6 +30,14 @@ _SENDS = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
 
 _ONE_STEP = "all_to_all"
 """The collective in which all ranks send at once; others take ``n - 1`` steps round a ring."""
+
+
+_TILED = ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm")
+_SHAPE = (1, 2)
+"""Template arguments of dimensions and of the number of groups."""
+
+_SMS = 8
+"""The argument that begins with, or is, the number of SMs."""
 
 
 class Seconds(NamedTuple):
@@ -174,3 +181,38 @@ def gemm_work(call: KernelCall) -> tuple[float, float]:
         return 2.0 * m * n * k, 2.0 * m * k + 4.0 * n * k + 4.0 * max(1, groups) * m * n
     width = 1 if call.type in _FP8_TYPES else 2
     return 2.0 * m * n * k, width * (m * k + n * k) + 4.0 * m * n
+
+
+def template_of(kernel: Kernel) -> str:
+    """Dense, contiguous and masked GEMMs of a family instantiate one template."""
+    return kernel.entry.rsplit("::", 1)[-1].removesuffix("_impl")
+
+
+def config_key(kernel: Kernel) -> str:
+    """Template and configuration (tile, stages, threads, ...) of a kernel.
+
+    Shape, number of groups and SMs are left out: of these only a short K changes the size of the
+    code, since its loop is unrolled completely.
+    """
+    template = template_of(kernel)
+    if template not in _TILED:
+        return template
+    words = [word for i, word in enumerate(kernel.arguments) if i not in (*_SHAPE, _SMS)]
+    words += kernel.arguments[_SMS].split(", ")[1:]
+    words.append(f"{unrolled_k_blocks(kernel)} K-blocks")
+    return f"{template} {' | '.join(words)}"
+
+
+def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
+    """Seconds of a compile alone on a machine: measured, else from the size of its code."""
+    measured = times.by_config.get(config_key(kernel))
+    if measured is not None:
+        return measured
+    return times.scale.get(template_of(kernel), times.default_scale) * plain_seconds(kernel)
+
+
+def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
+    """How many times as long each of ``compilers`` compiles takes on ``cores`` cores."""
+    busy = min(compilers, cores)
+    contention = times.contention * (busy - 1) / max(cores - 1, 1)
+    return (1.0 + contention) * compilers / busy

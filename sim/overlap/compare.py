@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from runner.model.strategy import OverlapStrategy
 from sim.costs.profile_costs import ProfileCosts
-from sim.overlap.forward import Forward, to_steps
-from sim.overlap.turns import Turns, run, run_in_turns
+from sim.overlap.forward import Forward, Ops, Steps, to_steps
+from sim.overlap.turns import Turns, run
 
 if TYPE_CHECKING:
     from sim.overlap.search import Found, Progress
@@ -62,11 +62,12 @@ def compare(
     Raises:
         UserError: there is nothing to overlap.
     """
-    work = {
-        sms: forward.in_halves(sms).map(lambda part: to_steps(part.content, costs))
-        for sms in {strategy.comm_sms for strategy in strategies}
-    }
-    runs = [Run(its, run_in_turns(work[its.comm_sms], its)) for its in strategies]
+
+    def timed(ops: Ops) -> Steps:
+        return to_steps(ops, costs)
+
+    work = {sms: forward.in_halves(sms, timed) for sms in {its.comm_sms for its in strategies}}
+    runs = [Run(its, run(work[its.comm_sms].in_turns(its))) for its in strategies]
     reference = min(runs, key=lambda run: run.turns.seconds)
     assert reference.strategy is not None
     its_work = work[reference.strategy.comm_sms]
@@ -76,7 +77,6 @@ def compare(
         from sim.overlap.search import search
 
         found = search(its_work, reference.strategy, progress)
-        runs.append(Run(found.best, run_in_turns(its_work, found.best)))
-    parts = forward.whole(its_work.layers)
-    whole = Run(None, run(part.with_content(to_steps(part.content, costs)) for part in parts))
+        runs.append(Run(found.best, run(its_work.in_turns(found.best))))
+    whole = Run(None, run(forward.whole(its_work.layers, timed)))
     return Comparison(its_work.layers, (whole, *runs), found, reference)

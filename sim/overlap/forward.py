@@ -23,7 +23,6 @@ from runner.schedule import Await, Begin, Collective, Compute, Mark, Op
 from sim.costs.profile_costs import ProfileCosts
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class StepKind(Enum):
@@ -70,9 +69,6 @@ class Part(Generic[T]):
     name: str
     content: T
 
-    def with_content(self, content: U) -> Part[U]:
-        return Part(self.half, self.layer, self.name, content)
-
 
 @dataclass(frozen=True)
 class Halves(Generic[T]):
@@ -89,19 +85,6 @@ class Halves(Generic[T]):
     halves: tuple[tuple[dict[str, T], ...], tuple[dict[str, T], ...]]
     after: T
     layers: range
-
-    def map(self, function: Callable[[Part[T]], U]) -> Halves[U]:
-        """The same forward with other content."""
-        first, second = (
-            tuple(
-                {name: function(Part(half, at, name, content)) for name, content in layer.items()}
-                for at, layer in enumerate(layers)
-            )
-            for half, layers in enumerate(self.halves)
-        )
-        before = function(Part(-1, -1, "before", self.before))
-        after = function(Part(-1, -1, "after", self.after))
-        return Halves(before, (first, second), after, self.layers)
 
     def in_turns(self, strategy: OverlapStrategy) -> Iterator[Part[T]]:
         """The parts in the order in which a strategy runs them.
@@ -132,11 +115,12 @@ class Forward:
     rank: int
     batch: ForwardBatch
 
-    def in_halves(self, comm_sms: int) -> Halves[Ops]:
+    def in_halves(self, comm_sms: int, content: Callable[[Ops], T]) -> Halves[T]:
         """Record the forward on shapes with a mark after every operation, and cut it there.
 
         Args:
             comm_sms: SMs that its GEMMs leave to communication.
+            content: makes a part's content of its operations.
 
         Raises:
             UserError: there is nothing to overlap: one sequence, or no layer with experts.
@@ -151,19 +135,19 @@ class Forward:
         finest = OverlapStrategy("every operation", self.batch.mode, marked, 0, comm_sms)
         (_, before), *sections = self._sections("batch", finest)
         first, second = (
-            _by_layer(names, [ops for half, ops in sections if half == wanted])
-            for wanted in ("0", "1")
+            [content(ops) for half, ops in sections if half == wanted] for wanted in ("0", "1")
         )
         if not first:
             raise UserError("this stage has no layer with experts: there is nothing to overlap")
+        halves = _by_layer(names, first), _by_layer(names, second)
         after = tuple(chain(*(ops for half, ops in sections if half not in ("0", "1"))))
         parallel = self.scenario.parallel
         held = parallel.layer_range(
             self.scenario.model.num_hidden_layers, parallel.coordinates(self.rank).pp_rank
         )
-        return Halves(before, (first, second), after, held[-len(first) :])
+        return Halves(content(before), halves, content(after), held[-len(halves[0]) :])
 
-    def whole(self, layers: range) -> list[Part[Ops]]:
+    def whole(self, layers: range, content: Callable[[Ops], T]) -> list[Part[T]]:
         """Record the forward as one batch: what is before ``layers``, each of them, what is after.
 
         The layers' own communication still overlaps with their own compute.
@@ -174,9 +158,9 @@ class Forward:
             key = layer if layer in names else "after" if layer == "end" else "before"
             parts[key] += ops
         return [
-            Part(-1, -1, "before", parts["before"]),
-            *(Part(-1, at, "layer", parts[name]) for at, name in enumerate(names)),
-            Part(-1, -1, "after", parts["after"]),
+            Part(-1, -1, "before", content(parts["before"])),
+            *(Part(-1, at, "layer", content(parts[name])) for at, name in enumerate(names)),
+            Part(-1, -1, "after", content(parts["after"])),
         ]
 
     def _sections(self, kind: str, *overlap: OverlapStrategy) -> list[tuple[str, Ops]]:
@@ -191,7 +175,7 @@ class Forward:
         return [(name, tuple(ops)) for name, ops in sections]
 
 
-def _by_layer(names: Sequence[str], stages: Sequence[Ops]) -> tuple[dict[str, Ops], ...]:
+def _by_layer(names: Sequence[str], stages: Sequence[T]) -> tuple[dict[str, T], ...]:
     starts = range(0, len(stages), len(names))
     return tuple(dict(zip(names, stages[at : at + len(names)], strict=True)) for at in starts)
 
@@ -209,16 +193,11 @@ def to_steps(ops: Iterable[Op], costs: ProfileCosts) -> Steps:
             if seconds:
                 steps.append(Step(StepKind.COMPUTE, "", seconds))
             seconds = 0.0
-            its_seconds = 0.0 if isinstance(op, Await) else costs.collective_seconds(op)
-            steps.append(communication_step(op, its_seconds))
+            if isinstance(op, Await):
+                steps.append(Step(StepKind.AWAIT, op.name, 0.0))
+            else:
+                kind = StepKind.BEGIN if isinstance(op, Begin) else StepKind.BLOCK
+                steps.append(Step(kind, op.name, costs.collective_seconds(op)))
     if seconds:
         steps.append(Step(StepKind.COMPUTE, "", seconds))
     return tuple(steps)
-
-
-def communication_step(op: Begin | Collective | Await, seconds: float) -> Step:
-    """The step of a collective that takes ``seconds``, or of a wait for one."""
-    if isinstance(op, Await):
-        return Step(StepKind.AWAIT, op.name, 0.0)
-    kind = StepKind.BEGIN if isinstance(op, Begin) else StepKind.BLOCK
-    return Step(kind, op.name, seconds)

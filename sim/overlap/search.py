@@ -13,8 +13,7 @@ import numpy as np
 
 from runner.model.strategy import OverlapStrategy
 from sim.overlap.forward import Work
-from sim.overlap.interleaving import Placements
-from sim.overlap.placements import all_choices, legal_orders, to_strategy
+from sim.overlap.placements import Placements, all_choices, legal_orders, to_strategy
 
 SLACK = 1e-12
 """Seconds by which sums of the same numbers in another order can differ."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from runner.model.strategy import OverlapStrategy
-from sim.overlap.forward import Part, Step, StepKind, Steps, Work
+from sim.overlap.forward import Part, Step, StepKind, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +95,6 @@ def run(parts: Iterable[Part[Steps]]) -> Turns:
         for step in part.content:
             gpu.run(step, part)
     return gpu.turns
-
-
-def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
-    """Run both halves by a strategy; UserError if its lead exceeds the number of stages."""
-    return run(work.in_turns(strategy))
 
 
 class _Gpu:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 from runner.config.warmup import WarmupPolicy
@@ -26,25 +25,6 @@ class Point:
 
 
 AXES = tuple(field.name for field in fields(Point))
-
-
-def combine(
-    *,
-    policies: Sequence[WarmupPolicy],
-    pp: Sequence[int],
-    tp: Sequence[int],
-    ep: Sequence[bool],
-    nodes: Sequence[int],
-    cores: Sequence[int],
-) -> list[Point]:
-    """Every combination once, layouts (which share a plan) together; by default a node a stage."""
-    points = (
-        Point(policy=policy, pp=stages, tp=ranks, ep=whole, nodes=count, cores=each)
-        for stages, ranks, whole in product(pp, tp, ep)
-        for count in nodes or (stages,)
-        for each, policy in product(cores, policies)
-    )
-    return list(dict.fromkeys(points))
 
 
 @dataclass(frozen=True, kw_only=True)

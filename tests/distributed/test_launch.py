@@ -273,7 +273,7 @@ def _planned_scenario(config: Path) -> Scenario:
 
 def _overlap(timeline: Timeline) -> bool:
     """Whether compiles of the two stages overlap in time."""
-    zero, one = ([s for s in timeline.of_rank(rank) if s.kind == "compile"] for rank in (0, 1))
+    zero, one = ([s for s in timeline.by_rank()[rank] if s.kind == "compile"] for rank in (0, 1))
     return any(a.start < b.end and b.start < a.end for a in zero for b in one)
 
 

@@ -76,7 +76,7 @@ def test_overlapped_halves_compute_what_the_whole_batch_does(gpus: Gpus) -> None
     print([float(each.max()) for each in apart])
     assert all(float(each.max()) < 0.3 for each in apart)
     for rank in (0, 1):
-        spans = timeline.of_rank(rank)
+        spans = timeline.by_rank()[rank]
         beside = [span for span in spans if span.kind == "beside"]
         assert {span.name.split()[1] for span in beside} == {"tokens", "routing", "results"}
         computing = [(s, e) for s, e, kind in busy_segments(spans) if kind == "compute"]

@@ -191,12 +191,12 @@ def test_other_variables_are_left_alone() -> None:
 
 
 def test_cache_directory() -> None:
-    def chosen(**values: str) -> Path:
-        return Environ(home="/home/me", **values).jit_cache_dir
+    def chosen(**values: str) -> str:
+        return Environ(home="/home/me", **values).jit_cache_dirs
 
-    assert chosen() == Path("/home/me/.deep_gemm")
-    assert chosen(dg_jit_cache_dir="/dg") == Path("/dg")
-    assert chosen(dg_jit_cache_dir="/dg", sglang_dg_cache_dir="/sgl") == Path("/sgl")
+    assert chosen() == "/home/me/.deep_gemm"
+    assert chosen(dg_jit_cache_dir="/dg") == "/dg"
+    assert chosen(dg_jit_cache_dir="/dg", sglang_dg_cache_dir="/sgl") == "/sgl"
 
 
 def test_a_reading_is_a_value() -> None:

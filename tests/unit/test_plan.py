@@ -168,9 +168,9 @@ def test_uncovered_names_the_m_of_missing_kernels() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
     plan = make_plan([Demand(shape, range(1, 65))], RULES)
     tail = kernels_of(shape.call(64))[-1]
-    (gap,) = plan.uncovered({item.kernel for item in plan.kernels} - {tail})
+    (gap,) = plan.uncovered({item.kernel for item in plan.kernels} - {tail}, (0,))
     assert (gap.shape, gap.m_ranges) == (shape, ((33, 64),))
-    assert plan.uncovered({item.kernel for item in plan.kernels}) == []
+    assert plan.uncovered({item.kernel for item in plan.kernels}, (0,)) == []
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.cli.sweep import AxisOptions
 from runner.config.warmup import WarmupPolicy
-from sim.sweep.points import Skipped, Sweep, by_start_up, combine, count_reasons
+from sim.costs.profile import load_profile
+from sim.sweep.points import Skipped, Sweep, by_start_up, count_reasons
 from tests.unit.sweeps import SETTINGS, point, result
 
 Pair = tuple[float, Fraction]
@@ -87,14 +90,9 @@ def test_fastest_first_then_more_covered_then_as_given() -> None:
 
 
 def test_points_are_every_combination_once_layouts_together() -> None:
-    points = combine(
-        policies=[WarmupPolicy.NONE, WarmupPolicy.PLANNED, WarmupPolicy.NONE],
-        pp=[1, 2],
-        tp=[4],
-        ep=[False, True],
-        nodes=[1, 2, 1],
-        cores=[16],
-    )
+    policies = (WarmupPolicy.NONE, WarmupPolicy.PLANNED, WarmupPolicy.NONE)
+    axes = AxisOptions(pp=(1, 2), tp=(4,), ep=("off", "on"), nodes=(1, 2, 1), warmup=policies)
+    points = replace(axes, cores=(16,)).points(load_profile("h200"))
     assert points == [
         point(policy, pp=pp, tp=4, ep=ep, nodes=nodes)
         for pp in (1, 2)
@@ -105,9 +103,9 @@ def test_points_are_every_combination_once_layouts_together() -> None:
 
 
 def test_without_nodes_each_stage_has_one() -> None:
-    points = combine(
-        policies=[WarmupPolicy.NONE], pp=[1, 2, 4], tp=[1], ep=[False], nodes=[], cores=[8]
-    )
+    axes = AxisOptions(pp=(1, 2, 4), tp=(1,), warmup=(WarmupPolicy.NONE,))
+    points = axes.points(load_profile("h200"))
+    assert {at.cores for at in points} == {load_profile("h200").cores_per_node}
     assert [(at.pp, at.nodes) for at in points] == [(1, 1), (2, 2), (4, 4)]
 
 

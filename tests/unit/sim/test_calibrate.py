@@ -14,8 +14,8 @@ from sim.calibration.calibrate import Calibration, fit_profile, leave_one_out
 from sim.calibration.data import read_calibration_data
 from sim.calibration.run_metadata import read_metadata
 from sim.calibration.validation import validate
-from sim.costs.compile_time import config_key, template_of
 from sim.costs.profile import Builder, Link, Probe, Profile, slowed
+from sim.costs.profile_costs import config_key, template_of
 from sim.costs.start_up import made_elements
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario

@@ -15,7 +15,7 @@ from runner.schedule import Collective, Compute, Walk
 from runner.timeline import Span, Timeline
 from sim.calibration.calibrate import fit_profile
 from sim.calibration.data import CalibrationData, read_calibration_data
-from sim.costs.compile_time import compile_seconds
+from sim.costs.profile_costs import compile_seconds
 from tests.unit.measured_runs import another, measured, usual
 from tests.unit.tiny_runs import scenario
 

@@ -11,8 +11,8 @@ from runner.kernels.kernel import Kernel
 from runner.kernels.rules import kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import KernelCall
-from sim.costs.compile_time import compile_seconds, config_key, slowdown, template_of
 from sim.costs.profile import CompileTimes
+from sim.costs.profile_costs import compile_seconds, config_key, slowdown, template_of
 
 
 def kernel(kind: T, m: int, n: int, k: int, groups: int = 1) -> Kernel:

@@ -13,9 +13,8 @@ from runner.kernels.rules import RULES, kernels_of
 from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 from runner.schedule import Capture, Collective, Compute
-from sim.costs.compile_time import compile_seconds, slowdown
 from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Profile
-from sim.costs.profile_costs import ProfileCosts, Seconds, gemm_work
+from sim.costs.profile_costs import ProfileCosts, Seconds, compile_seconds, gemm_work, slowdown
 from tests.unit.tiny_runs import h200
 
 GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)

@@ -17,7 +17,7 @@ from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.schedule import Collective
 from runner.timeline import FIRST_REQUEST
-from sim.costs.compile_time import compile_seconds
+from sim.costs.profile_costs import compile_seconds
 from sim.engine.engine import Engine
 from sim.simulate import simulate
 from tests.unit.tiny_runs import h200, machine, scenario

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,20 @@ from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_forward
 from runner.errors import UserError
 from runner.kernels.types import DeepGemmKernelType, KernelCall
-from runner.model.strategy import STRATEGIES
+from runner.model.strategy import STRATEGIES, OverlapStrategy
 from runner.scenario import Scenario
-from runner.schedule import Await, Begin, Collective, Mark
+from runner.schedule import Await, Begin, Collective, Mark, Op
 from sim.costs.profile import load_profile
 from sim.costs.profile_costs import ProfileCosts, gemm_work
-from sim.overlap.forward import Forward
+from sim.overlap.forward import Forward, Part, Step, StepKind
 from sim.overlap.measured import (
     MeasuredStep,
     MeasuredSteps,
     StepSettings,
     measured_turns,
-    measured_work,
     read_steps,
 )
-from sim.overlap.turns import run_in_turns
+from sim.overlap.turns import Turns, run
 
 FOLDER = Path(__file__).parents[4] / "docs" / "measurements"
 DECODE = FOLDER / "h200x2_steps_decode.json"
@@ -69,12 +69,38 @@ def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> N
         assert sum(waited) < 0.05 * sum(piece.seconds for piece in under_way)
 
 
+def run_parts_of(forward: Forward, other: MeasuredStep, strategy: OverlapStrategy) -> Turns:
+    """A strategy's turns, of parts that take as long as they took in another strategy's run."""
+    assert other.strategy is not None
+    halves = forward.in_halves(strategy.comm_sms, tuple)
+    ran, link = pairwise(other.ends), iter(other.link)
+
+    def step_of(op: Op) -> Step:
+        start, end = next(ran)
+        if isinstance(op, Await):
+            return Step(StepKind.AWAIT, op.name, 0.0)
+        if isinstance(op, Begin | Collective):
+            begun, done = next(link)
+            kind = StepKind.BEGIN if isinstance(op, Begin) else StepKind.BLOCK
+            return Step(kind, op.name, done - begun)
+        return Step(StepKind.COMPUTE, "", end - start)
+
+    steps = {
+        (part.half, part.layer, part.name): tuple(map(step_of, part.content))
+        for part in halves.in_turns(other.strategy)
+    }
+    return run(
+        Part(part.half, part.layer, part.name, steps[part.half, part.layer, part.name])
+        for part in halves.in_turns(strategy)
+    )
+
+
 def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps) -> None:
     forward = forward_of(steps.settings)
     for step in steps.steps[1:]:
         assert step.strategy is not None
         for other in steps.steps[1:]:
-            made = run_in_turns(measured_work(forward, other), step.strategy)
+            made = run_parts_of(forward, other, step.strategy)
             assert made.seconds == pytest.approx(step.ends[-1], rel=0.01)
 
 
@@ -102,19 +128,17 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     assert (turns.exposed, turns.communication) == (waits, 3 * len(link))
     assert turns.compute == len(ops) - waits
     assert {piece.half for piece in turns.pieces} == {-1, 0, 1}
-    work = measured_work(forward, step)
-    assert len(work.halves[0]) == len(work.halves[1]) == 1
     short = replace(step, ends=step.ends[:-1])
     with pytest.raises(UserError, match=f"{len(ops) - 1} operations were measured and the forward"):
         measured_turns(forward, short)
 
 
-def test_one_batch_says_nothing_about_halves(steps: MeasuredSteps) -> None:
-    forward = forward_of(steps.settings)
-    whole: MeasuredStep = steps.steps[0]
-    assert measured_turns(forward, whole).seconds == whole.ends[-1]
-    with pytest.raises(UserError, match="says nothing about its halves"):
-        measured_work(forward, whole)
+def test_one_batch_is_read_whole(steps: MeasuredSteps) -> None:
+    whole = steps.steps[0]
+    assert whole.strategy is None
+    turns = measured_turns(forward_of(steps.settings), whole)
+    assert turns.seconds == whole.ends[-1]
+    assert {piece.half for piece in turns.pieces} == {-1}
 
 
 # -- what the profile says of single parts ---------------------------------------------------------

@@ -28,10 +28,17 @@ from sim.costs.profile_costs import ProfileCosts
 from sim.overlap import search as searching
 from sim.overlap.compare import Comparison, Run, compare
 from sim.overlap.forward import Forward, LayerSteps, Step, StepKind, Steps, Work, to_steps
-from sim.overlap.interleaving import Placements, line_up
-from sim.overlap.placements import OPERATIONS, Choices, all_choices, legal_orders, to_strategy
+from sim.overlap.placements import (
+    OPERATIONS,
+    Choices,
+    Placements,
+    all_choices,
+    legal_orders,
+    line_up,
+    to_strategy,
+)
 from sim.overlap.search import find_window, search
-from sim.overlap.turns import Piece, Turns, explain_waits, run_in_turns
+from sim.overlap.turns import Piece, Turns, explain_waits, run
 
 ORDERS = list(legal_orders())
 LIKE = STRATEGIES["deepseek-decode"]
@@ -113,7 +120,7 @@ def works(draw: st.DrawFn, layers: st.SearchStrategy[int]) -> Work:
 
 
 def waits_of(work: Work, strategy: OverlapStrategy) -> float:
-    return run_in_turns(replace(work, before=(), after=()), strategy).exposed
+    return run(replace(work, before=(), after=()).in_turns(strategy)).exposed
 
 
 SETS = st.integers(1, 2**OPERATIONS - 1)
@@ -288,8 +295,8 @@ def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
     whole, *named, best = comparison.runs
     assert whole.strategy is None and [run.strategy for run in named] == NAMED[mode]
     assert comparison.found is not None and best.strategy == comparison.found.best
-    for run in named:
-        assert best.turns.seconds <= run.turns.seconds + ROUNDING
+    for one in named:
+        assert best.turns.seconds <= one.turns.seconds + ROUNDING
     its = comparison.reference
     assert its.turns.seconds == min(run.turns.seconds for run in named)
     # What is gained is gained by waiting less: with as many SMs, as much is computed.
@@ -306,8 +313,7 @@ def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
 def test_bounds_of_a_recorded_forward_are_of_use(mode: ForwardMode) -> None:
     """Twenty layers: most of what the placements wait is in the window."""
     scenario, costs = forward("dsv4", 20, "h200")
-    halves = Forward(scenario, 0, BATCHES[mode]).in_halves(0)
-    work = halves.map(lambda part: to_steps(part.content, costs))
+    work = Forward(scenario, 0, BATCHES[mode]).in_halves(0, lambda ops: to_steps(ops, costs))
     assert find_window(work) == (range(2, 6), 3)
     pairs = check_waits(work, some(list(range(0, len(every().sizes), 1801))), ORDERS[0])
     bounds, waits = np.array(pairs).T

@@ -24,7 +24,7 @@ from sim.costs.profile_costs import ProfileCosts, Seconds
 from sim.engine.engine import Engine
 from sim.engine.rank_program import ProgramCompiler
 from sim.overlap.forward import Forward, LayerSteps, Part, Step, StepKind, Steps, Work, to_steps
-from sim.overlap.turns import LayerTotals, Turns, Waits, explain_waits, run, run_in_turns
+from sim.overlap.turns import LayerTotals, Turns, Waits, explain_waits, run
 from tests.models import DSV3_SMALL
 from tests.unit.sim_rounds import RoundCosts
 
@@ -240,7 +240,11 @@ def scenario(model: ModelConfig, *, ep: bool) -> Scenario:
 
 
 def record_work(its: Scenario, batch: ForwardBatch, sms: int = 0) -> Work:
-    return Forward(its, 0, batch).in_halves(sms).map(lambda part: to_steps(part.content, COSTS))
+    return Forward(its, 0, batch).in_halves(sms, lambda ops: to_steps(ops, COSTS))
+
+
+def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
+    return run(work.in_turns(strategy))
 
 
 @dataclass(frozen=True)
@@ -296,8 +300,8 @@ def test_turns_end_when_the_engine_ends(
 def test_one_batch_ends_when_the_engine_ends(mode: ForwardMode, model: str) -> None:
     its, batch = scenario(MODELS[model], ep=True), BATCHES[mode]
     layers = record_work(its, batch).layers
-    parts = Forward(its, 0, batch).whole(layers)
-    turns = run(part.with_content(to_steps(part.content, COSTS)) for part in parts)
+    parts = Forward(its, 0, batch).whole(layers, lambda ops: to_steps(ops, COSTS))
+    turns = run(parts)
     ends = engine_ends([record_forward(its, rank, batch).ops for rank in (0, 1)], run_ahead=False)
     assert len(parts) == len(layers) + 2
     assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
