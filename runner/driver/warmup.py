@@ -46,8 +46,8 @@ def _dummy_runs(runner: ModelRunner, scenario: Scenario) -> None:
     if runner.parallel.pp == 1 or scenario.speculative:
         return
     for batch_size in scenario.resolved_batch_sizes:
-        for mode in dummy_modes(scenario):
-            runner.prepare_dummy_run(batch_size, mode)()
+        for mode in dummy_modes(scenario, is_generation=runner.is_generation):
+            runner._dummy_run(batch_size, forward_mode_override=mode)
 
 
 def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
@@ -69,10 +69,10 @@ def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
     backend.work_on_kernels("load", tuple(item.kernel for item in own))
 
 
-def dummy_modes(scenario: Scenario) -> tuple[ForwardMode, ...]:
+def dummy_modes(scenario: Scenario, *, is_generation: bool = True) -> tuple[ForwardMode, ...]:
     """Modes of the dummy runs: a prefill node never decodes, a decode node never extends."""
     modes = []
-    if scenario.disaggregation is not DisaggregationMode.PREFILL:
+    if is_generation and scenario.disaggregation is not DisaggregationMode.PREFILL:
         modes.append(ForwardMode.DECODE)
     if scenario.disaggregation is not DisaggregationMode.DECODE:
         modes.append(ForwardMode.EXTEND)
@@ -84,7 +84,7 @@ def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
 
     Nothing happens on a prefill node, which never decodes.
     """
-    if ForwardMode.DECODE not in dummy_modes(scenario):
+    if ForwardMode.DECODE not in dummy_modes(scenario, is_generation=runner.is_generation):
         return
     for batch_size in sorted(scenario.graph_batch_sizes, reverse=True):
         forward = runner.prepare_dummy_run(batch_size, ForwardMode.DECODE)

@@ -11,6 +11,7 @@ from runner.backend.tensor import Tensor
 from runner.backend.weights import ShapeWeights, WeightSource
 from runner.config.model import ModelConfig
 from runner.config.parallel import ParallelConfig, RankCoordinates
+from runner.errors import UserError
 from runner.model.context import RankContext
 from runner.model.stage import PipelineStage
 from runner.model.strategy import OverlapStrategy
@@ -18,13 +19,18 @@ from runner.model.strategy import OverlapStrategy
 
 @dataclass(frozen=True)
 class ModelRunner:
-    """One rank of the model."""
+    """One rank of the model.
+
+    Attributes:
+        is_generation: whether the model generates; decides a dummy run's mode where none is forced.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig
     rank: int
     backend: Backend
     stage: PipelineStage
+    is_generation: bool = True
 
     @classmethod
     def build(
@@ -57,14 +63,35 @@ class ModelRunner:
     ) -> PPProxyTensors | Tensor:
         return self.stage.forward(batch, proxy)
 
-    def prepare_dummy_run(
-        self, batch_size: int, mode: ForwardMode
-    ) -> Callable[[], PPProxyTensors | Tensor]:
-        """What runs this rank's stage alone on made-up input, which is made here.
+    def _dummy_run(
+        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    ) -> PPProxyTensors | Tensor:
+        """Run this rank's stage alone on made-up input.
 
-        As in SGLang's ``_dummy_run`` the batch has ``batch_size`` sequences of one token each, so
-        both modes see ``batch_size`` tokens; it is a multiple of ``attn_cp``.
+        The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND;
+        everything after that follows the resulting mode. As in SGLang the batch has ``batch_size``
+        sequences of one token each, so both modes see ``batch_size`` tokens.
+
+        Returns:
+            Proxy tensors on inner stages, logits on the last.
+
+        Raises:
+            UserError: ``batch_size`` is below 1 or not a multiple of ``attn_cp``.
         """
+        return self.prepare_dummy_run(batch_size, forward_mode_override)()
+
+    def prepare_dummy_run(
+        self, batch_size: int, forward_mode_override: ForwardMode | None = None
+    ) -> Callable[[], PPProxyTensors | Tensor]:
+        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
+        if batch_size < 1 or batch_size % self.parallel.attn_cp:
+            raise UserError(
+                f"dummy batch size {batch_size} must be a positive multiple of "
+                f"attn_cp={self.parallel.attn_cp}"
+            )
+        mode = forward_mode_override or (
+            ForwardMode.DECODE if self.is_generation else ForwardMode.EXTEND
+        )
         make = ForwardBatch.extend if mode.is_extend else ForwardBatch.decode
         batch = make(
             (1,) * batch_size,

@@ -149,7 +149,7 @@ def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
     spy = Spy()
     runner = cpu_runner(FOUR_LAYERS, spy, algo=algo)
     with torch.inference_mode():
-        assert runner.prepare_dummy_run(3, ForwardMode.DECODE)().shape == (3, 1024)
+        assert runner._dummy_run(3, ForwardMode.DECODE).shape == (3, 1024)
     expected = wide_shapes(FOUR_LAYERS)
     assert len(expected) == 4 + 3 + 2
     assert spy.calls == (expected if algo is Bf16Fp32Algo.DEEP_GEMM else [])

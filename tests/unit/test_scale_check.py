@@ -214,7 +214,7 @@ def test_nothing_is_checked_unless_asked_for(name: str) -> None:
 def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> None:
     runner = cpu_runner(model, on_reference(check=True))
     with torch.inference_mode():
-        assert runner.prepare_dummy_run(3, mode)().isfinite().all()
+        assert runner._dummy_run(3, mode).isfinite().all()
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -67,13 +67,13 @@ def test_dummy_run_returns_logits_on_the_last_stage() -> None:
     runner = cpu_runner(FOUR_LAYERS)
     with torch.inference_mode():
         for mode in ForwardMode:
-            assert runner.prepare_dummy_run(3, mode)().shape == (3, 1024)
+            assert runner._dummy_run(3, mode).shape == (3, 1024)
 
 
 def test_dummy_run_returns_proxy_tensors_of_hyper_connection_width_on_inner_stages() -> None:
     runner = cpu_runner(FOUR_LAYERS, pp=2)
     with torch.inference_mode():
-        proxy = runner.prepare_dummy_run(3, ForwardMode.DECODE)()
+        proxy = runner._dummy_run(3, ForwardMode.DECODE)
     assert isinstance(proxy, dict)
     assert {name: tuple(t.shape) for name, t in proxy.items()} == {"hidden_states": (3, 4 * 512)}
 

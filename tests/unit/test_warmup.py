@@ -1,5 +1,6 @@
 """Which dummy forwards a warm-up runs, which M it walks, and which graphs it captures."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.backend.base import Backend
 from runner.backend.forward_batch import ForwardMode
 from runner.backend.gemm_walks import fast_m_list, full_m_list, relaxed_ms
+from runner.backend.step_runner import ScheduleRecorder
 from runner.config.hf import with_layers
 from runner.config.parallel import ParallelConfig
 from runner.config.presets import DSV4_TINY
@@ -17,6 +20,7 @@ from runner.driver.run import record, record_rank
 from runner.driver.warmup import dummy_modes
 from runner.errors import UserError
 from runner.kernels.types import steps_of
+from runner.model.model_runner import ModelRunner
 from runner.planning.plan import hook_m_list, plan_of
 from runner.scenario import Scenario
 from runner.schedule import Capture, Mark, Op, Recv, Send, Walk, flatten
@@ -69,17 +73,21 @@ def test_batch_sizes_below_one(sizes: tuple[int, ...], shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("disaggregation", "expected"),
+    ("disaggregation", "is_generation", "expected"),
     [
-        (DisaggregationMode.NONE, (DECODE, EXTEND)),
-        (DisaggregationMode.PREFILL, (EXTEND,)),
-        (DisaggregationMode.DECODE, (DECODE,)),
+        (DisaggregationMode.NONE, True, (DECODE, EXTEND)),
+        (DisaggregationMode.NONE, False, (EXTEND,)),
+        (DisaggregationMode.PREFILL, True, (EXTEND,)),
+        (DisaggregationMode.PREFILL, False, (EXTEND,)),
+        (DisaggregationMode.DECODE, True, (DECODE,)),
+        (DisaggregationMode.DECODE, False, ()),
     ],
 )
 def test_modes_of_a_disaggregated_server(
-    disaggregation: DisaggregationMode, expected: tuple[ForwardMode, ...]
+    disaggregation: DisaggregationMode, is_generation: bool, expected: tuple[ForwardMode, ...]
 ) -> None:
-    assert dummy_modes(scenario(ParallelConfig(), disaggregation=disaggregation)) == expected
+    options = scenario(ParallelConfig(), disaggregation=disaggregation)
+    assert dummy_modes(options, is_generation=is_generation) == expected
 
 
 def scenario(parallel: ParallelConfig, **options: Any) -> Scenario:
@@ -291,3 +299,32 @@ def test_a_limit_ends_the_walks_of_relax() -> None:
     for walk in walks:
         assert isinstance(walk, Walk)
         assert walk.steps[-1][1] == 64
+
+
+@pytest.mark.parametrize(
+    ("is_generation", "forced", "expected"),
+    [
+        (True, None, DECODE),
+        (False, None, EXTEND),
+        (False, DECODE, DECODE),
+        (True, EXTEND, EXTEND),
+    ],
+)
+def test_the_forced_mode_decides_a_dummy_run_else_the_kind_of_model(
+    is_generation: bool, forced: ForwardMode | None, expected: ForwardMode
+) -> None:
+    recorder = ScheduleRecorder()
+    runner = ModelRunner.build(
+        DSV4_TINY, ParallelConfig(pp=2), 1, backend=Backend(recorder, num_sms=132)
+    )
+    replace(runner, is_generation=is_generation)._dummy_run(3, forward_mode_override=forced)
+    assert Mark("forward", f"{expected.name} 3") in recorder.ops
+
+
+@pytest.mark.parametrize("size", [0, -2, 3])
+def test_a_dummy_batch_size_that_ranks_cannot_split(size: int) -> None:
+    parallel = ParallelConfig(tp=2, attn_cp=2)
+    backend = Backend(ScheduleRecorder(), num_sms=132)
+    runner = ModelRunner.build(DSV4_TINY, parallel, 0, backend=backend)
+    with pytest.raises(UserError, match=f"size {size} must be a positive multiple of attn_cp=2"):
+        runner._dummy_run(size, forward_mode_override=EXTEND)
