@@ -195,7 +195,7 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
     given = _given_cache(options, environ)
     if given is None or len(options.policies) == 1 or policy is WarmupPolicy.PREBUILT:
         return options.cache_dir
-    return given.root / str(policy.value)
+    return Path(replace(given, root=given.root / policy.value).text)
 
 
 def _given_cache(options: LaunchOptions, environ: Environ) -> KernelCache | None:

@@ -5,38 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Generic, NamedTuple, TypeVar
 
-from runner.backend.forward_batch import Tokens
+from runner.backend.forward_batch import LayerTokens, Tokens
 from runner.backend.step_runner import StepRunner
-from runner.backend.tensor import Fp8Weight, Tensor, reshaped, spec
-from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig
+from runner.backend.tensor import Fp8Weight, MixWeights, PoolWeights, Tensor, reshaped, spec
+from runner.config.model import Dsv3Config, Dsv4Config
 from runner.kernels.types import DeepGemmKernelType as T
-
-C = TypeVar("C", bound=ModelConfig)
-
-
-class LayerTokens(NamedTuple, Generic[C]):
-    """Tokens that an attention step works on, the layer whose cache they use, and the model."""
-
-    tokens: Tokens
-    layer: int
-    config: C
-
-
-class PoolWeights(NamedTuple):
-    """What pools a compressor's projections: ``ape`` [ratio, width] fp32, ``norm`` [head_dim]."""
-
-    ape: Tensor
-    norm: Tensor
-
-
-class MixWeights(NamedTuple):
-    """What mixes the copies of the residual stream [M * H], all fp32: a GEMM, then affine."""
-
-    fn: Tensor
-    base: Tensor
-    scale: Tensor
 
 
 class AttentionSteps(StepRunner):

@@ -11,17 +11,12 @@ unless said otherwise.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from runner.backend.attention_steps import AttentionSteps
 from runner.backend.communication import Communication
 from runner.backend.expert_steps import ExpertSteps
-from runner.backend.forward_batch import Tokens
+from runner.backend.forward_batch import SequenceCache, Tokens
 from runner.backend.gemm_steps import GemmSteps
 from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
-
-if TYPE_CHECKING:
-    from runner.backend.torch_cache import KVCache
 
 
 class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
@@ -68,7 +63,7 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         """[tokens, width], as SGLang's dummy proxies."""
         return self._without_operation(spec(tokens, width), lambda math: math.zeros(tokens, width))
 
-    def new_cache(self, sequences: int, max_len: int) -> KVCache | None:
+    def new_cache(self, sequences: int, max_len: int) -> SequenceCache | None:
         """A key-value cache for that many sequences of at most ``max_len`` tokens."""
         return None if self.math is None else self.math.new_cache(sequences, max_len)
 

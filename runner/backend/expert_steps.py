@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from runner.backend.forward_batch import Tokens
 from runner.backend.step_runner import StepRunner
-from runner.backend.tensor import Tensor, bf16_bytes, reshaped, spec
+from runner.backend.tensor import Dispatched, Routing, Tensor, bf16_bytes, reshaped, spec
 from runner.backend.token_to_m import (
     MASKED_BUDGET,
     contiguous_rows,
@@ -16,31 +15,6 @@ from runner.backend.token_to_m import (
     masked_rows,
 )
 from runner.config.model import MoeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Result of expert selection: ``weights`` [T, k] fp32 and expert ``ids`` [T, k] int64."""
-
-    weights: Tensor
-    ids: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """Tokens laid out for a grouped GEMM, and the way back.
-
-    Attributes:
-        x: [rows, H], or [E, rows, H] in the masked layout.
-        groups: expert of each row, -1 for padding [rows] int32; masked: rows in use [E] int32.
-        slots: flat row of each (token, choice), -1 where the expert is not local: [T * k] int64.
-        expected_m: M that the GEMM's configuration is chosen by.
-    """
-
-    x: Tensor
-    groups: Tensor
-    slots: Tensor
-    expected_m: int
 
 
 class ExpertSteps(StepRunner):

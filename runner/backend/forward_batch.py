@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from runner.backend.tensor import Tensor
-
-if TYPE_CHECKING:
-    from runner.backend.torch_cache import KVCache
+from runner.config.model import ModelConfig
 
 Ids = Sequence[int] | None
+
+
+class SequenceCache(Protocol):
+    """A key-value cache of a batch's sequences."""
+
+    def part(self, first: int, last: int) -> SequenceCache:
+        """A view of some of the sequences; writing to it writes here."""
 
 
 class ForwardMode(Enum):
@@ -44,18 +49,18 @@ class ForwardBatch:
     seq_lens: tuple[int, ...]
     extend_seq_lens: tuple[int, ...]
     input_ids: Ids = None
-    cache: KVCache | None = None
+    cache: SequenceCache | None = None
 
     @classmethod
     def extend(
-        cls, lengths: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
+        cls, lengths: Sequence[int], *, input_ids: Ids = None, cache: SequenceCache | None = None
     ) -> ForwardBatch:
         """New prompts of the given lengths, without a cached prefix."""
         return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), input_ids, cache)
 
     @classmethod
     def decode(
-        cls, seq_lens: Sequence[int], *, input_ids: Ids = None, cache: KVCache | None = None
+        cls, seq_lens: Sequence[int], *, input_ids: Ids = None, cache: SequenceCache | None = None
     ) -> ForwardBatch:
         """One more token of each sequence; ``seq_lens`` count that token."""
         return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), input_ids, cache)
@@ -120,3 +125,14 @@ PPProxyTensors = dict[str, Tensor]
 DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
 ``residual``, each [tokens, hidden] bf16.
 """
+
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+class LayerTokens(NamedTuple, Generic[C]):
+    """Tokens that an attention step works on, the layer whose cache they use, and the model."""
+
+    tokens: Tokens
+    layer: int
+    config: C

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from runner.backend.expert_steps import Dispatched
 from runner.backend.step_runner import StepRunner
-from runner.backend.tensor import Fp8Weight, Tensor, spec
+from runner.backend.tensor import Dispatched, Fp8Weight, Tensor, spec
 from runner.backend.token_to_m import hc_num_splits
 from runner.config.environ import Bf16Fp32Algo
 from runner.kernels.types import DeepGemmKernelType as T

@@ -1,4 +1,4 @@
-"""The tensors of a forward: torch's in a real run, shapes in a recording.
+"""The tensors of a forward, and what is made of several: torch's in a real run, else shapes.
 
 The forward is written and type-checked for ``torch.Tensor``. A recording runs the same code without
 torch: :class:`TensorSpec` stands in for a tensor and answers what the steps ask of one.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     import torch
@@ -93,3 +93,43 @@ class Fp8Weight:
     def pair(self) -> tuple[Tensor, Tensor]:
         """(values, scales) as the entry points take them."""
         return self.data, self.scales
+
+
+class PoolWeights(NamedTuple):
+    """What pools a compressor's projections: ``ape`` [ratio, width] fp32, ``norm`` [head_dim]."""
+
+    ape: Tensor
+    norm: Tensor
+
+
+class MixWeights(NamedTuple):
+    """What mixes the copies of the residual stream [M * H], all fp32: a GEMM, then affine."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Result of expert selection: ``weights`` [T, k] fp32 and expert ``ids`` [T, k] int64."""
+
+    weights: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """Tokens laid out for a grouped GEMM, and the way back.
+
+    Attributes:
+        x: [rows, H], or [E, rows, H] in the masked layout.
+        groups: expert of each row, -1 for padding [rows] int32; masked: rows in use [E] int32.
+        slots: flat row of each (token, choice), -1 where the expert is not local: [T * k] int64.
+        expected_m: M that the GEMM's configuration is chosen by.
+    """
+
+    x: Tensor
+    groups: Tensor
+    slots: Tensor
+    expected_m: int

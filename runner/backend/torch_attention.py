@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runner.backend.attention_steps import LayerTokens, PoolWeights
-from runner.backend.forward_batch import Tokens
-from runner.backend.tensor import Fp8Weight
+from runner.backend.forward_batch import LayerTokens, Tokens
+from runner.backend.tensor import Fp8Weight, PoolWeights
 from runner.backend.torch_cache import Places, cache_of, places_of
 from runner.config.model import Dsv3Config, Dsv4Config
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper

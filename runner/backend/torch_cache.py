@@ -86,7 +86,7 @@ class _Part(KVCache):
 
 def cache_of(batch: ForwardBatch) -> KVCache:
     """The batch's cache, which a real forward always has."""
-    assert batch.cache is not None
+    assert isinstance(batch.cache, KVCache)
     return batch.cache
 
 

@@ -12,10 +12,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from runner.backend.attention_steps import MixWeights
-from runner.backend.expert_steps import Dispatched
 from runner.backend.forward_batch import ForwardBatch, Tokens
-from runner.backend.tensor import Fp8Weight
+from runner.backend.tensor import Dispatched, Fp8Weight, MixWeights
 from runner.backend.torch_attention import AttentionMath, rms_norm
 from runner.backend.torch_cache import KVCache, ids_of, last_places
 from runner.backend.torch_moe import ExpertMath

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runner.backend.expert_steps import Dispatched, Routing
 from runner.backend.forward_batch import Tokens
+from runner.backend.tensor import Dispatched, Routing
 from runner.backend.torch_cache import ids_of
 from runner.config.model import MoeConfig
 from runner.deep_gemm_wrapper.quantise import widen

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from runner.backend.attention_steps import LayerTokens
-from runner.backend.forward_batch import ForwardBatch
+from runner.backend.forward_batch import ForwardBatch, LayerTokens
 from runner.backend.tensor import Tensor, split_columns
 from runner.config.model import Dsv3Config
 from runner.model.context import RankContext

@@ -8,9 +8,8 @@ rebuilt. Formulas: docs/models.md.
 
 from __future__ import annotations
 
-from runner.backend.attention_steps import LayerTokens, MixWeights, PoolWeights
-from runner.backend.forward_batch import ForwardBatch, Tokens
-from runner.backend.tensor import Tensor, split_columns
+from runner.backend.forward_batch import ForwardBatch, LayerTokens, Tokens
+from runner.backend.tensor import MixWeights, PoolWeights, Tensor, split_columns
 from runner.config.model import Dsv4Config
 from runner.model.context import RankContext
 from runner.model.moe import make_experts

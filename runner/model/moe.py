@@ -12,9 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from runner.backend.communication import Begun
-from runner.backend.expert_steps import Dispatched, Routing
 from runner.backend.forward_batch import ForwardBatch, Tokens
-from runner.backend.tensor import Tensor
+from runner.backend.tensor import Dispatched, Routing, Tensor
 from runner.backend.weights import Shard
 from runner.config.model import ModelConfig
 from runner.model.context import RankContext

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypedDict, TypeVar
 
 from runner.backend.communication import Begun
-from runner.backend.expert_steps import Dispatched, Routing
 from runner.backend.forward_batch import ForwardBatch
-from runner.backend.tensor import Tensor
+from runner.backend.tensor import Dispatched, Routing, Tensor
 
 
 class LayerState(TypedDict, total=False):

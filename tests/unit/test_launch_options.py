@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from launch.cli import RankFiles, main
+from launch.jit import cache_of_policy
 from launch.options import LaunchOptions, RunOptions, check_options
 from runner.config.environ import Environ
 from runner.config.hf import with_layers
@@ -262,3 +263,13 @@ def test_numbers_are_finite_and_above_0(
     assert main(["--model", "dsv4-tiny", "--no-jit", flag, value]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: Invalid value for '{flag}'") and err.count("\n") == 1
+
+
+def test_each_of_several_policies_has_its_own_part_of_a_cache(tmp_path: Path) -> None:
+    """Directories that are only read serve all of them; ``prebuilt`` takes the cache as it is."""
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    both = parsed("--cache-dir", f"{own}:{shared}", "--warmup", "none", "--warmup", "prebuilt")
+    none, prebuilt = (cache_of_policy(both, Environ(), policy) for policy in both.policies)
+    assert str(none) == f"{own}/none:{shared}"
+    assert str(prebuilt) == f"{own}:{shared}"
+    assert cache_of_policy(parsed("--warmup", "none"), Environ(), WarmupPolicy.NONE) is None

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from runner.backend.base import Backend  # noqa: E402
-from runner.backend.expert_steps import Routing  # noqa: E402
 from runner.backend.forward_batch import ForwardBatch, ForwardMode  # noqa: E402
 from runner.backend.step_runner import ScheduleRecorder  # noqa: E402
+from runner.backend.tensor import Routing  # noqa: E402
 from runner.backend.token_to_m import contiguous_rows, hc_num_splits  # noqa: E402
 from runner.backend.torch_moe import ExpertMath  # noqa: E402
 from runner.backend.torch_weights import TorchWeights  # noqa: E402
