@@ -1,1 +1,1 @@
-"""``torchrun -m launch``: really runs the model's ranks and really compiles their kernels."""
+"""``torchrun -m launch``: runs a model's ranks as real processes and really compiles kernels."""

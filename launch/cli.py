@@ -1,4 +1,4 @@
-"""Command line of the launch: starts its own ranks, or is one of those torchrun started."""
+"""Command line of the launch: starts the ranks, or runs as one rank that torchrun started."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RankFiles:
-    """Where a rank that launch itself started puts its results."""
+    """Where a rank puts its results if launch itself started it."""
 
     result: Path | None = option(None, OptionDetails("Timeline of the run.", hidden=True))
     work_dir: Path | None = option(None, OptionDetails("Temporary directory.", hidden=True))
@@ -59,10 +59,10 @@ def launch(
     files: ReportOptions,
     rank_files: RankFiles,
 ) -> None:
-    """Run every rank of a model for real: build, warm up, serve, compile on the way.
+    """Run every rank of a model for real: build, warm up, serve, and compile on the way.
 
-    Under torchrun with WORLD_SIZE = pp * tp this process is one of the ranks. Under a single
-    worker, or without torchrun, it starts pp * tp ranks on this machine itself.
+    Under torchrun with WORLD_SIZE = pp * tp, this process is one of the ranks. With a single
+    torchrun worker, or without torchrun, it starts the pp * tp ranks itself on this machine.
     """
     if find_spec("torch") is None:
         raise UserError("launch needs torch: pip install 'deepgemm-coldstart[torch]'")
@@ -92,7 +92,7 @@ def launch(
 
 
 def _check(options: LaunchOptions, environ: Environ) -> None:
-    """Everything that can be wrong before a rank starts."""
+    """Check everything that can be checked before a rank starts."""
     scenarios = [options.scenario(environ, policy=policy) for policy in options.policies]
     check_options(options)
     check_outputs(**vars(options.files), others=(options.logits, options.schedule))
@@ -139,7 +139,7 @@ def _start_ranks(options: LaunchOptions, environ: Environ) -> None:
                 start_ranks(options.num_ranks, arguments)
                 timelines += read_timelines(result)
     finally:
-        # Where a later policy fails, the runs before it are not lost.
+        # If a later policy fails, the finished runs are still reported.
         if timelines:
             print_timelines(timelines)
             write_reports(timelines, **vars(options.files))

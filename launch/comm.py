@@ -1,4 +1,4 @@
-"""Process groups, and communicators over them: gloo or NCCL, with tensors or with shapes alone."""
+"""Process groups, and communicators over them: gloo or NCCL, moving tensors or only shapes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups: of each set of ranks that run collectives, and for sends and receives.
+    """Process groups: ``of`` has one for each set of ranks, ``pairs`` is for sends and receives.
 
-    ``everyone`` connects all ranks' hosts over gloo, and ``leaders`` the nodes' first ranks; it is
-    None on a single node and on other ranks.
+    ``everyone`` connects all ranks over gloo. ``leaders`` connects the nodes' first ranks over
+    gloo; it is None on other ranks, and on a single node.
     """
 
     of: dict[tuple[int, ...], dist.ProcessGroup]
@@ -37,29 +37,29 @@ class Groups:
 
 
 def make_groups(parallel: ParallelConfig, timeout: float) -> Groups:
-    """Make all process groups, for communication that may take ``timeout`` seconds.
+    """Make all process groups; ``timeout`` is the longest wait of a communication, in seconds.
 
     Raises:
         CommunicationTimeoutError: the ranks did not connect in time.
     """
     groups_of = (parallel.tp_group, parallel.attn_cp_group, parallel.attn_tp_group)
-    # On every rank in one order.
+    # torch requires all ranks to make the groups in the same order.
     needed = dict.fromkeys(of(rank) for rank in range(parallel.world_size) for of in groups_of)
-    # Our own limit comes before torch's, which says less.
+    # Our own limit ends the wait before torch's does: our message says more.
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout + 30))
     leaders: dist.ProcessGroup | None = None
     try:
         of = {group: new_group(list(group)) for group in needed if len(group) > 1}
         pairs, everyone = new_group(), new_group(backend="gloo")
         if parallel.nodes > 1:
-            # Without local synchronisation torch (2.11, 2.13) lets the ranks outside split the NCCL
-            # communicator, in which a gloo group has no part, and they wait forever.
+            # Without local synchronisation, torch (2.11, 2.13) makes the other ranks split the
+            # NCCL communicator. This group is gloo's and takes no part, so they wait forever.
             first_ranks = list(range(0, parallel.world_size, parallel.ranks_per_node))
             leaders = new_group(first_ranks, backend="gloo", use_local_synchronization=True)
     except dist.DistStoreError:
         raise CommunicationTimeoutError(
-            f"the ranks did not connect within {timeout:g} s, the limit of --nccl-timeout, "
-            "and 30 s more"
+            f"the ranks did not connect within {timeout + 30:g} s (--nccl-timeout {timeout:g} "
+            "and 30 s more)"
         ) from None
     assert pairs is not None and everyone is not None
     return Groups(of, pairs, everyone, leaders)
@@ -67,9 +67,9 @@ def make_groups(parallel: ParallelConfig, timeout: float) -> Groups:
 
 @dataclass(frozen=True)
 class AsyncCollective:
-    """A collective that was started: gloo's handle, or its events on the GPU's stream.
+    """A collective in flight: ``work`` is gloo's handle, or the events on the GPU's stream.
 
-    ``source`` is kept alive until it ends; then ``blocks`` blocks of ``result`` are to be summed.
+    ``source`` is held to keep it alive; at the end ``blocks`` blocks of ``result`` are summed.
     """
 
     work: dist.Work | CollectiveEvents
@@ -81,18 +81,18 @@ class AsyncCollective:
 class TorchComm:
     """Implements :class:`runner.backend.step_runner.Communicator` over process groups.
 
-    NCCL's collectives run on ``stream``, which gloo does not have.
+    NCCL's collectives run on ``stream``; with gloo it is None.
     """
 
     def __init__(self, groups: Groups, device: torch.device, link: str) -> None:
         self._groups, self._gloo, self._device = groups, link == "gloo", device
-        # gloo moves host memory only, so a GPU's tensors take the way through the host.
+        # gloo moves only host memory, so a GPU's tensors go through the host.
         self._where = torch.device("cpu") if self._gloo else device
         self.stream = None if self._gloo else CollectiveStream(device)
         self._sends: list[tuple[dist.Work, torch.Tensor]] = []
 
     def _outbound(self, x: torch.Tensor) -> torch.Tensor:
-        """What moves for ``x``, in memory of its own."""
+        """A copy of ``x`` to send, in memory that the link can read."""
         return x.detach().to("cpu", copy=True) if self._gloo else x.clone()
 
     def _inbound(self, moved: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class TorchComm:
     def begin(self, kind: str, x: torch.Tensor, group: tuple[int, ...]) -> AsyncCollective:
         """Start a collective on the GPU's stream, or in gloo's threads.
 
-        gloo cannot reduce-scatter asynchronously: blocks are exchanged, and summed at the end.
+        gloo cannot reduce-scatter asynchronously, so ranks exchange blocks and sum them at the end.
         """
         source = self._outbound(x)
         if kind == "all_gather":
@@ -127,7 +127,7 @@ class TorchComm:
         return AsyncCollective(work, result, source, blocks)
 
     def end(self, begun: object) -> torch.Tensor:
-        """Wait for a collective; over NCCL the current stream waits, not the host."""
+        """Wait for a collective; over NCCL only the current stream waits, not the host."""
         assert isinstance(begun, AsyncCollective)
         return self._inbound(self._finished(begun))
 
@@ -143,9 +143,9 @@ class TorchComm:
         return result
 
     def send(self, x: torch.Tensor, peer: int) -> None:
-        """Start a send, which a late receiver does not hold up.
+        """Start a send; it does not wait for the receiver.
 
-        Only the first NCCL send to a peer waits for it: it connects the two.
+        The exception is the first NCCL send to a peer, which waits until the two are connected.
         """
         buffer = self._outbound(x)
         work = dist.isend(buffer, peer, group=self._groups.pairs)
@@ -154,20 +154,20 @@ class TorchComm:
         self._sends.append((work, buffer))
 
     def recv(self, shape: tuple[int, ...], dtype: str, peer: int) -> torch.Tensor:
-        """Wait for a tensor."""
+        """Wait for a tensor from ``peer``."""
         buffer = torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=self._where)
         dist.recv(buffer, peer, group=self._groups.pairs)
         return self._inbound(buffer)
 
     def finish(self) -> None:
-        """Wait until all that was sent has been received."""
+        """Wait until the peers have received everything that was sent."""
         for work, _ in self._sends:
             work.wait()
         self._sends.clear()
 
 
 class ScratchComm(TorchComm):
-    """Moves as many bytes as the tensors of a forward on shapes would have, all of them zeros."""
+    """Moves zeros, as many bytes as the real tensors of a forward on shapes would have."""
 
     def __init__(self, groups: Groups) -> None:
         super().__init__(groups, torch.device("cpu"), "gloo")

@@ -15,7 +15,7 @@ _POLL_SECONDS = 2e-4
 
 
 class Device:
-    """What a rank asks of its device besides math. A CPU has done everything at once."""
+    """What a rank asks of its device besides math. On a CPU there is never anything to wait for."""
 
     def __init__(self, device: torch.device, link: str) -> None:
         self._device, self._link = device, link
@@ -28,36 +28,36 @@ class Device:
             torch.cuda.current_stream(self._device).synchronize()
 
     def wait_for_communication(self) -> None:
-        """Wait until communication is done; NCCL only queues it."""
+        """Wait until communication is done: NCCL's calls only queue it."""
         if self._link == "nccl":
             wait_for_device(self._device)
 
     def times(self, events: CollectiveEvents) -> tuple[float, float]:
-        """Start and end of a finished collective, in seconds since the epoch."""
+        """When a finished collective started and ended, in seconds since the epoch."""
         if self._origin is None:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
             event.synchronize()
             self._origin = time.time(), event
         at, origin = self._origin
-        # Milliseconds are negative for events before the origin.
+        # elapsed_time is in milliseconds, and negative for events before the origin.
         start, end = (float(origin.elapsed_time(each)) for each in (events.start, events.end))
         return at + start / 1e3, at + end / 1e3
 
     def capture(self, forward: Callable[[], object]) -> None:
-        """Capture ``forward`` as a CUDA graph and keep it, as servers do; a CPU runs it again."""
+        """Capture ``forward`` as a CUDA graph and keep it, as servers do; a CPU just runs it."""
         if self._device.type == "cuda":
             self._graphs.append(capture_graph(self._device, forward))
         else:
             forward()
 
     def release_graphs(self) -> None:
-        """Release all graphs: a communicator that they use cannot end before them."""
+        """Release all graphs, which must happen before the communicator that they use ends."""
         self._graphs.clear()
 
 
 def wait_for_device(device: torch.device) -> None:
-    """Wait until a GPU has done all of its current stream, leaving the core to others meanwhile."""
+    """Wait until a GPU's current stream is empty; the CPU core is free for others meanwhile."""
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(device))
     while not done.query():
@@ -68,8 +68,8 @@ def capture_graph(device: torch.device, forward: Callable[[], object]) -> torch.
     """Capture ``forward`` as a CUDA graph.
 
     Raises:
-        UserError: a CUDA graph cannot hold the forward.
-        torch.OutOfMemoryError: the GPU's memory cannot hold the graph.
+        UserError: the forward does something that a CUDA graph does not allow.
+        torch.OutOfMemoryError: the graph does not fit in the GPU's memory.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
@@ -87,26 +87,26 @@ def capture_graph(device: torch.device, forward: Callable[[], object]) -> torch.
 
 @dataclass(frozen=True)
 class CollectiveEvents:
-    """Events of a queued collective: two that time its start and end, and one to wait for."""
+    """Events of a queued collective: ``start`` and ``end`` time it, others wait for ``done``."""
 
     start: torch.cuda.Event
     end: torch.cuda.Event
     done: torch.cuda.Event
 
     def is_completed(self) -> bool:
-        """Whether the collective has ended, as :class:`torch.distributed.Work` says it."""
+        """Whether the collective has ended; named as in :class:`torch.distributed.Work`."""
         return bool(self.done.query())
 
 
 class CollectiveStream:
     """Runs collectives one after the other, while the current stream goes on.
 
-    NCCL works off its queue in order, on whatever streams it was filled from. With all collectives
-    on one stream that order is explicit, and events show when each of them ran.
+    NCCL runs collectives in the order in which they were queued, from whatever stream. Having them
+    all on one stream makes that order explicit, and lets events show when each collective ran.
 
     Attributes:
-        noted: events of all collectives since it was set, renewed by each replay of a graph that
-            holds them; None notes none.
+        noted: the events of all collectives since this was set to a list; None keeps none. Each
+            replay of a graph records its events anew.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -130,10 +130,10 @@ class CollectiveStream:
         return events
 
     def wait(self, events: CollectiveEvents) -> None:
-        """Let the current stream wait for a collective; the host goes on."""
+        """Make the current stream wait for a collective; the host does not wait."""
         torch.cuda.current_stream(self._device).wait_event(events.done)
 
 
 def replayed_event() -> torch.cuda.Event:
-    """A timing event that a graph records anew at each replay."""
+    """A timing event that each replay of a CUDA graph records anew."""
     return torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())

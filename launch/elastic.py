@@ -17,8 +17,8 @@ from launch.limits import lost_a_peer
 from runner.errors import WorkFailedError
 
 _SIGNALS = "SIGTERM,SIGHUP,SIGQUIT"
-"""Signals after which torch ends the ranks. Without SIGINT among them an interruption raises
-KeyboardInterrupt here, and the ranks get a SIGTERM, which ends them silently wherever they wait."""
+"""Signals on which torch ends the ranks. SIGINT is left out: it then raises KeyboardInterrupt here,
+and torch sends the ranks SIGTERM, which ends them silently wherever they wait."""
 
 _OUTER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -27,14 +27,14 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
     """Run ``python -m launch ARGUMENTS`` on ``num_ranks`` local ranks and wait for them.
 
     Raises:
-        WorkFailedError: what the first rank that failed said, or which signal ended this process.
-        KeyboardInterrupt: interrupted; the ranks have ended by then.
+        WorkFailedError: a rank failed (this has the first one's message), or a signal ended us.
+        KeyboardInterrupt: the user interrupted; the ranks have ended by then.
     """
     for name in [*logging.root.manager.loggerDict]:
-        # Each of these loggers has a level of its own.
+        # Each of these loggers sets its own level, so the parent's does not apply.
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    # An outer torchrun's variables describe its one worker, not our ranks.
+    # An outer torchrun's variables describe this one process, not the ranks it starts.
     for name in [*_OUTER, *(n for n in os.environ if n.startswith("TORCHELASTIC_"))]:
         os.environ.pop(name, None)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _SIGNALS
@@ -49,7 +49,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
         monitor_interval=0.1,
     )
     if hasattr(config, "signals_to_handle"):
-        # Newer versions of torch set the variable again, from here.
+        # Newer versions of torch overwrite the variable with this field.
         config.signals_to_handle = _SIGNALS
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launch", *arguments)
@@ -62,7 +62,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> None:
 
 
 def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
-    """The failure that led to the others: torch orders them by whole seconds only."""
+    """The failure that caused the others; torch's own order is only exact to the second."""
     first = error.get_first_failure()
     for rank, failure in sorted(error.failures.items()):
         if failure.exitcode > 0 and not lost_a_peer(Exception(str(failure.message))):
@@ -74,7 +74,7 @@ def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
-    """What the rank said, or how it ended if it said nothing."""
+    """The rank's message, or its exit code or signal if it left none."""
     words = failure.message
     if isinstance(words, dict):
         words = words.get("message", "")

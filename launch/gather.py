@@ -1,4 +1,4 @@
-"""What a run leaves: one Timeline and one Schedule of all ranks, on rank 0, and the logits."""
+"""Results of a run: rank 0 gathers one Timeline and one Schedule of all ranks; logits are saved."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from runner.timeline import Span, Timeline, merge, write_timelines
 
 @dataclass(frozen=True)
 class RunResult:
-    """What rank 0 has after a run; the other ranks have None."""
+    """The results of a run, which only rank 0 has."""
 
     timeline: Timeline
     schedule: Schedule
 
     def write(self, options: LaunchOptions, result: Path | None) -> None:
-        """Write the files that were asked for; print the report, or leave it to the process that
-        started the ranks and reads the Timeline from ``result``.
+        """Write the files that were asked for and print the report.
+
+        With ``result``, write the Timeline there and let the process that started the ranks report.
         """
         if options.schedule is not None:
             write_json(options.schedule, self.schedule.to_json())
@@ -47,13 +48,13 @@ class RunResult:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What one rank hands over.
+    """What one rank sends to rank 0.
 
     Attributes:
-        started: when its process began, in seconds since the epoch, as all times here.
-        coverage: its node's, from the node's first rank.
-        stalls: compiles in requests after the first: [forward, its name, rank, kernel].
-        walk_memory: fewest bytes of GPU memory that were free before a walk, None without one.
+        started: when the process began, in seconds since the epoch, like all times here.
+        coverage: coverage of the rank's node; only the node's first rank sends it.
+        stalls: compiles in requests after the first: [forward index, its name, rank, kernel key].
+        walk_memory: least GPU memory, in bytes, that was free before a walk; None without walks.
     """
 
     started: float
@@ -65,9 +66,9 @@ class RankRecord:
 
 
 def find_stalls(spans: Sequence[Span], served: Sequence[tuple[float, str]]) -> list[list[Any]]:
-    """A rank's compiles in requests after the first one, by the forward that they held up.
+    """A rank's compiles in requests after the first one, each with the forward that it held up.
 
-    ``served`` holds start and name of each forward, in order.
+    ``served`` has the start and name of each of these forwards, in order.
     """
     starts = [start for start, _ in served]
     found = []
@@ -79,9 +80,9 @@ def find_stalls(spans: Sequence[Span], served: Sequence[tuple[float, str]]) -> l
 
 
 def gather(mine: RankRecord, scenario: Scenario, facts: Mapping[str, object]) -> RunResult | None:
-    """Bring all ranks' records to rank 0; None on the others.
+    """Gather all ranks' records on rank 0; other ranks get None.
 
-    ``facts`` is what the Timeline's metadata holds besides the scenario.
+    ``facts`` are added to the scenario in the Timeline's metadata.
     """
     world_size = scenario.parallel.world_size
     everyone: list[Any] | None = [None] * world_size if dist.get_rank() == 0 else None
@@ -92,7 +93,7 @@ def gather(mine: RankRecord, scenario: Scenario, facts: Mapping[str, object]) ->
 def assemble(
     everyone: Sequence[RankRecord], scenario: Scenario, facts: Mapping[str, object]
 ) -> RunResult:
-    """The run's Timeline, which begins with the first process, and its Schedule."""
+    """The run's Timeline, whose time 0 is the start of the first process, and its Schedule."""
     origin = min(record.started for record in everyone)
     spans = [
         Span(s.rank, max(0.0, s.start - origin), s.end - origin, s.kind, s.name, s.key)
@@ -117,7 +118,7 @@ def assemble(
 
 
 def machine_facts(device: torch.device) -> dict[str, object]:
-    """Where and with what a run was made."""
+    """The hardware and software versions of a run."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": datetime.date.today().isoformat(),
@@ -130,9 +131,9 @@ def machine_facts(device: torch.device) -> dict[str, object]:
 
 
 class Logits:
-    """The logits of each forward in order, kept by the last stage's first rank, which has all.
+    """The logits of each forward in order; the last stage's first rank keeps them, having all.
 
-    Without a path none are kept.
+    Without a path, nothing is kept.
     """
 
     def __init__(self, path: Path | None, parallel: ParallelConfig, rank: int) -> None:
@@ -142,12 +143,12 @@ class Logits:
         self._kept: list[torch.Tensor] = []
 
     def keep(self, logits: object) -> None:
-        """Copy a forward's logits to the host, as fp32; shapes alone are not kept."""
+        """Copy a forward's logits to the host as fp32; does nothing in a run on shapes."""
         if self._path is not None and isinstance(logits, torch.Tensor):
             self._kept.append(logits.float().cpu())
 
     def save(self) -> None:
-        """Write the file if there are logits; UserError if it cannot be written."""
+        """Write the file if there are logits; raise UserError if that fails."""
         if not self._kept or self._path is None:
             return
         try:

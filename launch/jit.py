@@ -1,4 +1,4 @@
-"""A rank's JIT: the library's own on a GPU, ours where there is only nvcc, or none."""
+"""A rank's JIT: the library's own on a GPU, ours on a machine with only nvcc, or none."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def find_compiler(options: LaunchOptions, environ: Environ) -> NvccCompiler | str:
-    """The compiler, with the recipe that probes use, or the reason why nothing is compiled.
+    """The compiler, with the recipe that probes use; or, as text, why nothing is compiled.
 
     Raises:
-        UserError: the library that was asked for is not there.
+        UserError: the library that the options name is not there.
     """
     if not environ.enable_jit_deepgemm:
         return "SGLANG_ENABLE_JIT_DEEPGEMM is off"
@@ -50,13 +50,13 @@ def find_compiler(options: LaunchOptions, environ: Environ) -> NvccCompiler | st
 
 @dataclass(frozen=True)
 class RankJit:
-    """What a rank calls GEMMs through, and what makes their kernels ready.
+    """The entry points through which a rank calls GEMMs, and the loader of their kernels.
 
     Attributes:
         log_dir: where the compiler shim puts its records.
         description: one line for the user.
         compiler: the real compiler, not the shim; None if nothing is compiled.
-        cache: the node's; None if nothing is compiled.
+        cache: the node's kernel cache; None if nothing is compiled.
     """
 
     loader: KernelLoader
@@ -70,10 +70,10 @@ class RankJit:
 def set_up_jit(rank: Rank, work_dir: Path) -> RankJit:
     """Set up a rank's JIT with its node's cache and the compiler shim, both in ``work_dir``.
 
-    GEMMs run in the real library on a GPU with real math.
+    On a GPU with real math, GEMMs run in the real library.
 
     Raises:
-        UserError: the cache cannot be written, or a GPU run lacks what it needs.
+        UserError: the cache cannot be written, or a GPU run has no compiler or library.
     """
     from runner.deep_gemm_wrapper import reference as reference_library
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
@@ -89,7 +89,7 @@ def set_up_jit(rank: Rank, work_dir: Path) -> RankJit:
     compiler = replace(compiler, recipe=table_of(scenario).recipe)
     cache = _node_cache(rank, work_dir)
     cache.check_generation(compiler.library.generation)
-    if scenario.policy is not WarmupPolicy.PREBUILT:  # That one may be read-only.
+    if scenario.policy is not WarmupPolicy.PREBUILT:  # A prebuilt cache may be read-only.
         cache.prepare()
     shim = write_shim(work_dir / f"nvcc-{rank.number}", nvcc=compiler.nvcc, log_dir=log_dir)
     # Keys do not depend on nvcc's path, so the shim's are the real compiler's.
@@ -129,14 +129,14 @@ def _library_jit(rank: Rank, cache: KernelCache, compiler: NvccCompiler) -> Libr
 
 
 def check_jit(options: LaunchOptions, environ: Environ, scenarios: Sequence[Scenario]) -> None:
-    """Check compiler and cache before ranks start, and the kernels of ``scenarios``.
+    """Check the compiler and the cache before ranks start, and any prebuilt cache of ``scenarios``.
 
-    Whether a prebuilt cache is complete is for ranks on a GPU to see: the plan is for their GPU's
-    number of SMs.
+    Ranks on a GPU check themselves whether a prebuilt cache is complete: the plan depends on their
+    GPU's number of SMs.
 
     Raises:
         UserError: an unusable nvcc, an unknown library, a cache that cannot be written, or a
-            prebuilt one that is not there or lacks kernels.
+            prebuilt cache that is not there or lacks kernels.
     """
     compiler = find_compiler(options, environ)
     if isinstance(compiler, str):
@@ -168,12 +168,12 @@ def _check_prebuilt(
 
 
 def lacking(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The kernels that a cache does not hold, whole."""
+    """The kernels that are missing from a cache or broken in it."""
     return [k for k in kernels if not cache.holds(keys.cache_key(k), keys.source(k))]
 
 
 def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) -> None:
-    """Raise UserError unless a cache holds all of ``kernels``, whole."""
+    """Raise UserError unless a cache holds all of ``kernels``, none of them broken."""
     if missing := lacking(cache, keys, kernels):
         raise UserError(
             f"the cache {cache.root} lacks {len(missing)} of {len(kernels)} planned kernels: "
@@ -182,16 +182,16 @@ def check_holds(cache: KernelCache, keys: CacheKeys, kernels: Sequence[Kernel]) 
 
 
 def probed_seconds(options: LaunchOptions, environ: Environ) -> float | None:
-    """Seconds that the reference compile takes now, None if nothing is compiled."""
+    """Seconds that the reference compile takes now; None if nothing is compiled."""
     compiler = find_compiler(options, environ)
-    # Profiles know the time of this library's reference kernel only.
+    # Profiles have a time only for this library's reference kernel.
     if isinstance(compiler, str) or compiler.library.title != RULES.origin.library:
         return None
     return round(compiler.reference_seconds(), 4)
 
 
 def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPolicy) -> Path | None:
-    """Cache directory for one of several policies: each starts with its own part of a given one."""
+    """Cache directory of one policy: with several policies, each has its own subdirectory."""
     given = _given_cache(options, environ)
     if given is None or len(options.policies) == 1 or policy is WarmupPolicy.PREBUILT:
         return options.cache_dir
@@ -199,7 +199,7 @@ def cache_of_policy(options: LaunchOptions, environ: Environ, policy: WarmupPoli
 
 
 def _given_cache(options: LaunchOptions, environ: Environ) -> KernelCache | None:
-    """The cache that an option or the environment names; None asks for a cold one."""
+    """The cache that an option or the environment names; None means a cold one."""
     if options.cache_dir is not None:
         return KernelCache.of_text(str(options.cache_dir))
     if environ.sglang_dg_cache_dir or environ.dg_jit_cache_dir:

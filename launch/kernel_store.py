@@ -30,7 +30,7 @@ class NodeKernels:
     """Implements :class:`runner.backend.kernel_store.KernelStore` for one rank.
 
     Attributes:
-        spans: of this rank's builds so far, which the builder times, not the shim.
+        spans: this rank's builds so far; the builder times them, not the shim.
     """
 
     def __init__(self, rank: Rank, jit: RankJit, groups: Groups) -> None:
@@ -55,7 +55,7 @@ class NodeKernels:
         """Build, verify or load kernels.
 
         Raises:
-            UserError: the node's cache lacks kernels that should be there, or holds broken ones.
+            UserError: kernels that should be in the node's cache are missing or broken.
             CompileError: a kernel does not compile.
         """
         if work.action == "build":
@@ -72,10 +72,10 @@ class NodeKernels:
         keys = self.compiler.keys
         by_key = {keys.cache_key(kernel): kernel for kernel in kernels}
         sources = {key: keys.source(kernel) for key, kernel in by_key.items()}
-        # Rank 0 alone shows progress: all nodes build shares of about the same size.
+        # Only rank 0 shows progress: all nodes build shares of about the same size.
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
-        # Nodes that share a directory build their shares at the same time; a ``runner compile``
-        # in it would remove what they are writing.
+        # The lock is shared because nodes with one directory build their shares at the same time.
+        # It keeps out a ``runner compile``, which would remove what they are writing.
         with locked(self.cache.root, shared=True), shown as show:
             missing = self.cache.keys_to_build(sources)
 
@@ -104,9 +104,9 @@ class NodeKernels:
         self.spans.append(Span(self.rank, start, end, "compile", name, identity))
 
     def exchange(self) -> None:
-        """Wait for everyone; then leaders give each other the kernels that their caches lack.
+        """Wait for everyone; then node leaders send each other the kernels that their caches lack.
 
-        Nodes that share a directory lack nothing.
+        Nodes that share a directory lack nothing and skip this.
         """
         dist.barrier(group=self.groups.everyone)
         if self.groups.leaders is not None and self.scenario.is_node_leader(self.rank):
@@ -144,7 +144,7 @@ class NodeKernels:
         self.loader.walk(walk)
 
     def coverage(self) -> dict[str, object] | None:
-        """What the node's cache holds of the plan, as a Timeline keeps it; leaders only."""
+        """How much of the plan the node's cache holds, for the Timeline; None if not a leader."""
         if not self.scenario.is_node_leader(self.rank):
             return None
         present = set(self._planned).difference(self._lacking())

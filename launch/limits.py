@@ -1,4 +1,4 @@
-"""How long a rank may take, and how it ends when something takes longer or fails."""
+"""Time limits of a rank, and how it ends when it exceeds one or fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.1
 
 
 class OutOfTimeError(Exception):
-    """Something took longer than its limit."""
+    """A run or a communication took longer than its limit."""
 
 
 class CommunicationTimeoutError(OutOfTimeError):
@@ -36,26 +36,26 @@ class CommunicationTimeoutError(OutOfTimeError):
 
 
 def lost_a_peer(error: Exception) -> bool:
-    """Whether a rank failed only because another one was gone."""
+    """Whether a rank failed only because another rank was gone."""
     return any(message in str(error) for message in _LOST_PEER_MESSAGES)
 
 
 def rank_failure(rank: int, error: Exception) -> WorkFailedError:
-    """Leave the error where torch's launcher looks for it, and return it in one line."""
+    """Record the error where torch's launcher looks for it, and return it as one line."""
     text = str(error).strip() or type(error).__name__
     expected = isinstance(error, UserError | CompileError | OutOfTimeError)
     if not expected:
         text = f"{type(error).__name__}: {text}"
         if not lost_a_peer(error):
             traceback.print_exception(error)
-    # If the launcher's file cannot be written, our own line has to do.
+    # If the launcher's file cannot be written, our own line still reports the error.
     with suppress(OSError):
         get_error_handler().record_exception(type(error)(text) if expected else error)
     return WorkFailedError(f"rank {rank}: {text}", 2 if isinstance(error, UserError) else 1)
 
 
 def end_process(rank: int, error: Exception) -> NoReturn:
-    """End this process from any thread, wherever its other threads are."""
+    """End this process from any thread, whatever the other threads are doing."""
     try:
         print_error(str(rank_failure(rank, error)))
     finally:
@@ -63,12 +63,12 @@ def end_process(rank: int, error: Exception) -> NoReturn:
 
 
 class Deadline:
-    """Ends the process when its run takes longer than ``seconds``, saying what it was doing.
+    """Ends the process when its run takes longer than ``seconds``, and says what it was doing.
 
-    The time starts at once and stops at the end of the block.
+    The clock starts at construction and stops when the ``with`` block ends.
 
     Attributes:
-        where: says what the run is doing.
+        where: returns what the run is doing.
     """
 
     def __init__(self, seconds: float, rank: int) -> None:
@@ -85,22 +85,24 @@ class Deadline:
         self._timer.cancel()
 
     def _abort(self) -> None:
-        error = OutOfTimeError(f"no end after --timeout {self._seconds:g} s, in: {self.where()}")
+        error = OutOfTimeError(
+            f"not finished after --timeout {self._seconds:g} s, in: {self.where()}"
+        )
         end_process(self._rank, error)
 
 
 class WaitLimit:
     """Ends the process when a communication takes longer than a limit.
 
-    A thread does, for the host may never return: NCCL connects two ranks inside the call of their
-    first message, and returns when the other one is there. What torch says of a time-out comes
-    later and says less.
+    A separate thread watches, because the main thread may never return: NCCL connects two ranks
+    inside the call that sends their first message, and returns only once the peer is there.
+    torch's own timeout message comes later and says less.
 
     Args:
         rank: world rank.
         seconds: longest wait.
         log_dir: where this host's compiles are recorded.
-        host_ranks: ranks of this host; what others do cannot be seen from it.
+        host_ranks: ranks on this host; it cannot see what other ranks compile.
     """
 
     def __init__(self, rank: int, seconds: float, log_dir: Path, host_ranks: range) -> None:
@@ -108,12 +110,12 @@ class WaitLimit:
         self._log_dir, self._host_ranks = log_dir, host_ranks
         self._waits: list[tuple[float, Message, Callable[[], bool]]] = []
         self.quiet = threading.Lock()
-        """While it is held nobody asks the GPU anything: that would spoil a capture."""
+        """While it is held, no thread queries the GPU: a query would break a graph capture."""
         threading.Thread(target=self._watch, name="wait limit", daemon=True).start()
 
     @contextmanager
     def over(self, op: Message) -> Iterator[None]:
-        """This rank is in ``op`` until the block ends."""
+        """Watch ``op``, which this rank is in until the block ends."""
         returned = threading.Event()
         self.started(op, returned.is_set)
         try:
@@ -122,7 +124,7 @@ class WaitLimit:
             returned.set()
 
     def started(self, op: Message, is_done: Callable[[], bool]) -> None:
-        """``op`` goes on while the rank does something else, until ``is_done``."""
+        """Watch ``op``, which runs in the background until ``is_done``."""
         with self.quiet:
             self._waits.append((time.monotonic(), op, is_done))
 
@@ -131,7 +133,7 @@ class WaitLimit:
             with self.quiet:
                 self._waits = [wait for wait in self._waits if not _is_done(wait[2])]
                 waits = self._waits
-            # They are in the order of their starts.
+            # The oldest wait comes first.
             if waits and time.monotonic() - waits[0][0] > self._seconds:
                 end_process(self._rank, self.timeout_error(waits[0][1]))
                 return
@@ -144,7 +146,7 @@ class WaitLimit:
         try:
             reasons = self._reasons(others)
         except (OSError, ValueError) as error:
-            # Ending the wait matters more than what the others compile.
+            # Ending the wait matters more than naming what the others compile.
             reasons = str(error)
         return CommunicationTimeoutError(
             f"{op.name} waited {self._seconds:g} s for {_listed(others)}, the limit of "
@@ -152,7 +154,7 @@ class WaitLimit:
         )
 
     def _reasons(self, others: Sequence[int]) -> str:
-        """What the ranks that are waited for compile; if nothing, they wait for ranks that do."""
+        """What the awaited ranks are compiling; if nothing, what other ranks are compiling."""
         compiling = {
             record.rank: record.kernel_name
             for record in read_unfinished(self._log_dir)
@@ -179,5 +181,5 @@ def _is_done(query: Callable[[], bool]) -> bool:
     try:
         return query()
     except RuntimeError:
-        # The GPU failed; the host will find out itself.
+        # The GPU failed; the main thread will raise that error itself.
         return True

@@ -1,4 +1,4 @@
-"""What makes a rank's kernels ready before a call, and the locks that ranks take turns with."""
+"""Loaders, which make a rank's kernels ready before a call, and locks for taking turns."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class OwnJit:
-    """Our lazy JIT, for machines without a GPU: memory, else disk, else nvcc.
+    """Our lazy JIT for machines without a GPU: it looks in memory, then on disk, then runs nvcc.
 
-    Without a compiler it makes nothing ready. Walks call nothing, but make the kernels of each M
-    ready, in order. As with the library, two processes that miss a kernel at the same time both
+    Without a compiler it does nothing. A walk makes the kernels of each M ready in order, without
+    calling them. As with the library, two processes that miss a kernel at the same time both
     compile it.
     """
 
@@ -70,14 +70,14 @@ def _load(kernel: Kernel, compiler: NvccCompiler, cache: KernelCache) -> None:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             cubin = compiler.compile(source, Path(folder))
         cache.put(key, source, cubin, keys.extra_files, prefix="lazy-")
-    # A real load reads the whole file; reading it here takes the time that a load takes.
+    # A real load reads the whole file, so read it to take as long.
     (cache.entry(key) / CUBIN).read_bytes()
 
 
 class LibraryJit:
-    """The library's JIT, which loads or compiles inside a call; this knows what is in memory.
+    """The library's JIT, which loads or compiles inside a call; we track what is in memory.
 
-    ``load`` calls each kernel once; those whose buffers do not fit are left to their first use.
+    ``load`` calls each kernel once; kernels whose buffers do not fit load at their first use.
     """
 
     loads_inside_calls = True
@@ -108,13 +108,13 @@ class LibraryJit:
 
 
 KernelLoader = OwnJit | LibraryJit
-"""Makes kernels ready: ``prepare`` before a call, ``load`` from disk, ``walk`` through a GEMM."""
+"""Makes kernels ready: ``prepare`` before a call, ``load`` from disk, ``walk`` over a GEMM's M."""
 
 
 class CompileLocks:
-    """One lock a GEMM, so that only one rank of a node compiles its kernels at a time.
+    """One lock per GEMM, so that only one rank of a node compiles a GEMM's kernels at a time.
 
-    They are files beside the node's cache, as in SGLang, and a holder that dies releases them.
+    Locks are files in the node's cache directory, as in SGLang; a holder that dies releases them.
     """
 
     def __init__(self, cache_root: Path) -> None:
@@ -126,7 +126,7 @@ class CompileLocks:
 
     @contextmanager
     def held(self, shape: GemmShape) -> Iterator[None]:
-        """Hold the lock of a GEMM, whatever its M."""
+        """Hold the lock of a GEMM; it covers every M."""
         name = f"{shape.type.name}_n{shape.n}_k{shape.k}_g{shape.num_groups}.lock"
         with (self._folder / name).open("w") as file:
             take_lock(file, self._folder)

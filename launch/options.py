@@ -1,4 +1,4 @@
-"""What a launch was asked to do, and what follows for the scenario."""
+"""A launch's options, and the scenario that follows from them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from runner.standin.gpus import DEFAULT_GPU, Gpu, gpu_named
 from runner.target import LibraryOptions, target_of
 
 REAL_MATH_LIMIT = 2 << 30
-"""Weights of the model, in elements, above which a CPU is not asked for real math, and a GPU run
-gives equal shapes one buffer. It does not depend on the layout, so that all layouts of a model
-compute the same."""
+"""Model size, in weight elements, above which a CPU skips the math and a GPU shares one buffer
+between weights of equal shape. It ignores the layout, so all layouts of a model compute the same.
+"""
 
 ROUNDS = 5
-"""Measurements of ``--repeat`` steps each, of which the median counts; of ``launch.steps``."""
+"""How many times ``launch.steps`` times ``--repeat`` steps; it reports the median."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions:
-    """What runs of every kind can be told."""
+    """Options that ``launch`` and ``launch.steps`` share."""
 
     device: str = option(
         "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
@@ -39,18 +39,18 @@ class RankOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(RankOptions):
-    """How the scenario is run here. Times in seconds."""
+    """How this machine runs the scenario. Times are in seconds."""
 
     virtual_nodes: int = option(
         1,
         OptionDetails(
-            "Give each of N groups of ranks a cache directory of its own.", metavar="N", least=1
+            "Split the ranks into N nodes, each with its own cache directory.", metavar="N", least=1
         ),
     )
     compute: str | None = option(
         None,
         OptionDetails(
-            "Do the math, or only shapes, communication and JIT.  [default: by size]",
+            "Do the math, or only shapes, communication and JIT.  [default: by model size]",
             choices=("real", "skip"),
         ),
     )
@@ -58,16 +58,14 @@ class RunOptions(RankOptions):
     backend: str = option(
         "auto",
         OptionDetails(
-            "What ranks on GPUs meet over; auto is NCCL where each has its own. With "
+            "How ranks on GPUs communicate; auto is NCCL if each rank has its own GPU. With "
             "--virtual-nodes, nccl lets nodes share GPUs.",
             choices=("auto", "nccl", "gloo"),
         ),
     )
     num_sms: int | None = option(
         None,
-        OptionDetails(
-            "Without a GPU: SMs of the GPU that kernels are compiled for.  [default: --gpu's]"
-        ),
+        OptionDetails("Without a GPU: SMs of the GPU to compile kernels for.  [default: --gpu's]"),
     )
     cache_dir: Path | None = option(
         None,
@@ -76,14 +74,14 @@ class RunOptions(RankOptions):
     nccl_timeout: float | None = option(
         None,
         OptionDetails(
-            f"Longest wait of a communication.  [default: {TORCH_TIMEOUTS_HELP}]",
+            f"Longest wait in a communication.  [default: {TORCH_TIMEOUTS_HELP}]",
             unit="SECONDS",
         ),
     )
     probe: bool = option(
         False,
         OptionDetails(
-            "First time a reference compile here, so that runs at other times can be compared."
+            "Time a reference compile first, so that this run can be compared with others."
         ),
     )
     probed: float | None = option(
@@ -93,23 +91,23 @@ class RunOptions(RankOptions):
         None, OptionDetails("Write the requests' logits (torch.save, from the last stage).")
     )
     schedule: Path | None = option(
-        None, OptionDetails("Write the operations that really ran, as JSON.")
+        None, OptionDetails("Write the operations that each rank really ran, as JSON.")
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(RankOptions):
-    """What ``launch.steps`` measures, and where it goes. Times in seconds."""
+    """What ``launch.steps`` measures, and where it writes the result."""
 
-    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
+    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Forward mode to measure."))
     batch: int = option(
         512,
-        OptionDetails("Tokens of the forward: sequences, of a decode.", metavar="N", least=2),
+        OptionDetails("Tokens of the forward; in a decode, one a sequence.", metavar="N", least=2),
     )
     prompt_len: int = option(
         128,
         OptionDetails(
-            "Tokens of each sequence: before a decode, or in an extend.", metavar="N", least=1
+            "Tokens of each sequence, before a decode or in an extend.", metavar="N", least=1
         ),
     )
     overlap: tuple[str, ...] = option(
@@ -121,16 +119,16 @@ class StepOptions(RankOptions):
     )
     repeat: int = option(
         10,
-        OptionDetails(f"Steps in a row of each of {ROUNDS} measurements.", metavar="N", least=1),
+        OptionDetails(f"Steps in a row in each of {ROUNDS} measurements.", metavar="N", least=1),
     )
     cache_dir: Path | None = option(None, OptionDetails("Kernel cache.  [default: a cold one]"))
     json: Path = option(
-        Path(), OptionDetails("Where to write what was measured.", metavar="FILE", required=True)
+        Path(), OptionDetails("Write the measurements here.", metavar="FILE", required=True)
     )
 
     @property
     def strategies(self) -> list[OverlapStrategy]:
-        """Those of the mode, of the ones given or of all."""
+        """The given strategies, or all, that are for the mode."""
         given = map(load_strategy, self.overlap) if self.overlap else STRATEGIES.values()
         return [strategy for strategy in given if strategy.mode is self.mode]
 
@@ -141,9 +139,9 @@ class LaunchOptions(RunOptions):
 
     Attributes:
         given: the scenario's options.
-        kernels: the library, and the GPU that kernels are for where there is none.
-        policies: run one after the other.
-        files: what is written of the Timelines.
+        kernels: the library, and the GPU to compile for on a machine without one.
+        policies: warm-up policies, run one after the other.
+        files: reports to write from the Timelines.
     """
 
     given: ScenarioOptions
@@ -159,13 +157,13 @@ class LaunchOptions(RunOptions):
         Args:
             environ: the environment.
             policy: the policy.
-            gpu: the GPU that kernels are for; None is :attr:`meant_gpu`.
+            gpu: the GPU to compile for; None is :attr:`target_gpu`.
 
         Raises:
-            UserError: an unknown model, a model that the layout does not fit, or a library that is
-                not there or cannot be asked here.
+            UserError: an unknown model, a layout that does not fit the model, or a library that is
+                missing or cannot run here.
         """
-        gpu = gpu or self.meant_gpu
+        gpu = gpu or self.target_gpu
         kernels = self.kernels if self.jit else LibraryOptions()
         target = target_of(kernels, gpu, environ, ignore_installed=not self.jit)
         return self.given.scenario(
@@ -177,8 +175,8 @@ class LaunchOptions(RunOptions):
         )
 
     @property
-    def meant_gpu(self) -> Gpu:
-        """The GPU that kernels are for where there is none.
+    def target_gpu(self) -> Gpu:
+        """The GPU to compile for on a machine without one.
 
         Raises:
             UserError: no such GPU.
@@ -187,13 +185,13 @@ class LaunchOptions(RunOptions):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the layout."""
+        """Number of ranks in the layout."""
         pp, tp = self.given.given["pp"], self.given.given["tp"]
         assert isinstance(pp, int) and isinstance(tp, int)
         return pp * tp
 
     def to_argv(self) -> list[str]:
-        """The command line of a launch with these options, but for the files it writes."""
+        """The command line of a launch with these options, without the report files."""
         policies = [word for policy in self.policies for word in ("--warmup", policy.value)]
         return [*self.given.to_argv(), *to_argv(self.kernels), *policies, *to_argv(self)]
 
@@ -208,9 +206,11 @@ def check_options(options: LaunchOptions) -> None:
             "connect"
         )
     if options.backend == "nccl" and options.compute == "skip":
-        raise UserError("--backend nccl with --compute skip: without math nothing is on a GPU")
+        raise UserError("--backend nccl needs --compute real: without math nothing is on a GPU")
     if str(options.files.timeline) == "-":
-        raise UserError("--timeline needs a file: a launch prints its progress")
+        raise UserError(
+            "--timeline - would mix with the progress that a launch prints: give a file"
+        )
     for flag, path in (("--logits", options.logits), ("--schedule", options.schedule)):
         if path is not None and len(options.policies) > 1:
             raise UserError(f"{flag} {path} holds one run: give one --warmup with it")

@@ -1,4 +1,4 @@
-"""One rank: its device, what it runs, and how it meets the others."""
+"""One rank: its device, what it runs, and how it connects to the others."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Rank:
     """What one rank runs, and where.
 
     Attributes:
-        link: what tensors go over, ``nccl`` or ``gloo``.
-        compute: ``real``, or ``skip`` for shapes alone.
-        reason: why it is that.
-        phases: name and start of the phases before the warm-up so far.
+        link: what moves tensors, ``nccl`` or ``gloo``.
+        compute: ``real``, or ``skip`` to run on shapes only.
+        reason: why ``compute`` is real or skip, for the user.
+        phases: name and start of each phase so far; all of them come before the warm-up.
     """
 
     options: LaunchOptions
@@ -47,28 +47,28 @@ class Rank:
     phases: list[tuple[str, float]]
 
     @classmethod
-    def meet(cls, options: LaunchOptions, environ: Environ) -> Rank:
-        """Find out what this rank runs of one policy, and meet the others.
+    def connect(cls, options: LaunchOptions, environ: Environ) -> Rank:
+        """Work out what this rank runs for the one policy, and connect to the other ranks.
 
         Raises:
-            UserError: bad input.
+            UserError: bad options or environment variables.
         """
         number, world = environ.rank, environ.world_size
         if not 0 <= number < world:
             raise UserError(f"RANK={number} must be below WORLD_SIZE={world}: torchrun sets both")
         device = pick_device(options.device, environ.local_rank)
-        gpu = gpu_of(device) if device.type == "cuda" else options.meant_gpu
+        gpu = gpu_of(device) if device.type == "cuda" else options.target_gpu
         scenario = options.scenario(environ, gpu=gpu, policy=options.policies[0])
         phases = [("imports", process_start()), ("process group", time.time())]
         parallel = scenario.parallel
         per_node, local = parallel.ranks_per_node, environ.ranks_on_host
         backend = pick_backend(options.backend, device.type, local, per_node)
         if backend == "nccl" and local > torch.cuda.device_count():
-            # NCCL refuses two ranks of one host on one GPU; this is how it recognises a host.
+            # NCCL refuses two ranks of one host on one GPU; a host ID per node avoids that.
             os.environ["NCCL_HOSTID"] = f"virtual-node-{parallel.node_of(number)}"
         _init_process_group(device, backend, options.timeout)
         compute, reason = compute_mode(options, device.type, scenario.model)
-        # Without math the buffers are host memory, so they go over gloo even where there is NCCL.
+        # Without math the buffers are in host memory, so gloo moves them even if there is NCCL.
         link = backend if compute == "real" else "gloo"
         rank = cls(options, environ, scenario, device, link, compute, reason, phases)
         check_graphs(scenario, on_gpu=rank.on_gpu, backend=backend)
@@ -81,23 +81,23 @@ class Rank:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU does math."""
+        """Whether a GPU does this rank's math."""
         return self.device.type == "cuda" and self.compute == "real"
 
     @property
     def communication_timeout(self) -> float:
-        """Seconds that a communication may take."""
+        """Longest wait of a communication, in seconds."""
         given = self.options.nccl_timeout
         return TORCH_TIMEOUTS[self.link] if given is None else given
 
     def wait_limit(self, log_dir: Path) -> WaitLimit:
-        """What ends communication that takes too long; ``log_dir`` holds this host's compiles."""
+        """A watcher that ends slow communication; ``log_dir`` records this host's compiles."""
         first = self.number - self.environ.local_rank
         host_ranks = range(first, first + self.environ.ranks_on_host)
         return WaitLimit(self.number, self.communication_timeout, log_dir, host_ranks)
 
     def setup_spans(self, end: float) -> list[Span]:
-        """Spans of the phases before the warm-up, each of which ends where the next begins."""
+        """Spans of the phases before the warm-up; each ends where the next begins."""
         ends = [start for _, start in self.phases[1:]] + [end]
         return [
             Span(self.number, start, end, kind, name)
@@ -107,8 +107,8 @@ class Rank:
 
 
 def process_start() -> float:
-    """Seconds since the epoch at which the kernel started this process, to about 10 ms."""
-    # The second field is the program's name in brackets, which may hold anything.
+    """When Linux started this process, in seconds since the epoch, to about 10 ms."""
+    # The second field is the program's name in brackets, which may contain spaces and brackets.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     since_boot = int(fields[_START_TIME - 2]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
@@ -126,7 +126,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The GPU of a device, with the numbers that decide which kernels run.
+    """The GPU of a device: capability and number of SMs, which decide what kernels run.
 
     Raises:
         UserError: DeepGEMM has no kernels for it.
@@ -144,9 +144,9 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def pick_backend(wanted: str, device: str, local_world_size: int, ranks_per_node: int) -> str:
-    """What ``--backend`` means here: ``nccl`` or ``gloo``.
+    """Resolve ``--backend`` to ``nccl`` or ``gloo``.
 
-    ``auto`` is NCCL if each of the ``local_world_size`` ranks of this machine has a GPU of its own.
+    ``auto`` is NCCL if each of the ``local_world_size`` ranks on this machine has its own GPU.
 
     Raises:
         UserError: NCCL cannot connect the ranks of a (virtual) node.
@@ -167,7 +167,7 @@ def check_nccl(device: str, ranks_per_node: int) -> None:
     if ranks_per_node > gpus:
         raise UserError(
             f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), which "
-            f"NCCL refuses; --virtual-nodes of at most {gpus} rank(s) each can share them"
+            f"NCCL refuses: give --virtual-nodes so that a node has at most {gpus} rank(s)"
         )
 
 
@@ -176,11 +176,11 @@ def _init_process_group(device: torch.device, backend: str, timeout: float) -> N
     os.environ.setdefault("MASTER_PORT", "0")
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
-    # NCCL keeps sends and receives in order; stages never need another one.
+    # Silences a warning that NCCL runs sends and receives in order: stages need no other order.
     os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     dist.init_process_group(
         "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
-        # A little longer than our own deadline, which says more about where a rank was.
+        # A little longer than our own deadline, whose message says more.
         timeout=timedelta(seconds=timeout + 30),
         device_id=None if backend == "gloo" else device,
     )
@@ -189,7 +189,7 @@ def _init_process_group(device: torch.device, backend: str, timeout: float) -> N
 def compute_mode(options: LaunchOptions, device: str, model: ModelConfig) -> tuple[str, str]:
     """``real`` or ``skip``, and why."""
     if options.compute is not None:
-        return options.compute, "as asked"
+        return options.compute, "as given"
     if device == "cuda":
         return "real", "on a GPU"
     total = model_elements(model)
@@ -199,10 +199,10 @@ def compute_mode(options: LaunchOptions, device: str, model: ModelConfig) -> tup
 
 
 def check_graphs(scenario: Scenario, *, on_gpu: bool, backend: str) -> None:
-    """Raise UserError if a CUDA graph would have to hold collectives over gloo."""
+    """Raise UserError if a CUDA graph would have to contain collectives over gloo."""
     sizes = scenario.graph_batch_sizes
     if sizes and on_gpu and backend == "gloo" and scenario.parallel.tp > 1:
         raise UserError(
             "--cuda-graphs with --tp above 1 needs NCCL: over gloo the collectives of a "
-            "forward go through the host, which no graph can hold"
+            "forward go through the host, which a graph cannot contain"
         )

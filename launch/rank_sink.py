@@ -1,4 +1,4 @@
-"""The sink of a real run: keeps the operations, makes kernels ready, and times what it does."""
+"""The sink of a real run: records operations, makes their kernels ready, and times them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _SHOWN_WAIT_SECONDS = 1e-3
 class RankSink:
     """One rank's operations, and its spans in seconds since the epoch.
 
-    The first use of a kernel is one ``load`` span; :func:`split_loads` later takes the compiles
+    The first use of a kernel is one ``load`` span; :func:`split_loads` later cuts the compiles
     that the shim recorded out of it.
 
     Attributes:
         served: (start, mode and tokens) of each forward that serves requests after the first.
-        last: the operation at hand.
+        last: the operation that is running, or ran last.
 
     Args:
-        locks: held while a GEMM's kernels are loaded for the first time; None takes none.
+        locks: held while a GEMM's kernels are loaded for the first time; None means no locks.
         on_forward: called with (phase, mode and tokens) at the start of each forward.
     """
 
@@ -72,7 +72,7 @@ class RankSink:
         self._phase = "", 0.0
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
-        """Keep ``op``, do it, and time it."""
+        """Record ``op``, do it, and time it."""
         self.ops.append(op)
         if self._capturing:
             return action()
@@ -93,13 +93,13 @@ class RankSink:
             return self._await(op, action)
         locked = self._lock(op.shape) if isinstance(op, Walk) else nullcontext()
         kind = "load" if isinstance(op, Walk | KernelWork) else "compute"
-        # Each kernel that is built gets a span of its own.
+        # The builder gives each kernel its own span.
         building = isinstance(op, KernelWork) and op.action == "build"
         with locked, nullcontext() if building else self._span(kind, op.name):
             return action()
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Capture a CUDA graph of ``forward``; its operations are counted and not timed."""
+        """Capture a CUDA graph of ``forward``; its operations are counted but not timed."""
         before = len(self.ops)
         self._capturing = True
         try:
@@ -131,7 +131,7 @@ class RankSink:
                 return action()
 
     def _communicate(self, op: Collective | Send | Recv, action: Callable[[], R]) -> R:
-        # What the device still does is compute, not communication.
+        # The work still queued on the device is compute, not communication.
         with self._span("compute", "device"):
             self._device.synchronise()
         with (
@@ -160,7 +160,7 @@ class RankSink:
         return result
 
     def _add_asynchronous_collectives(self) -> None:
-        """Add spans of collectives that were awaited, now that the device is idle and can tell."""
+        """Add spans of awaited collectives, whose times are known once the device is idle."""
         for name, begun, awaited, events in self._awaited:
             start, end = self._device.times(events) if events else (begun, awaited)
             self._add("beside", name, start, max(start, end))
@@ -188,7 +188,7 @@ class RankSink:
 
     @contextmanager
     def _span(self, kind: str, name: str, key: str = "") -> Iterator[None]:
-        """Time the block; what raises has no span."""
+        """Time the block; if it raises, there is no span."""
         start = time.time()
         yield
         self._add(kind, name, start, time.time(), key)
@@ -198,7 +198,7 @@ class RankSink:
 
 
 def split_loads(spans: Sequence[Span], compiles: Sequence[CompileRecord]) -> list[Span]:
-    """Take the compiles that the shim recorded out of one rank's ``load`` spans."""
+    """Cut the compiles that the shim recorded out of one rank's ``load`` spans."""
     result = []
     for c in compiles:
         identity = identity_of(c.kernel_name, body_of(c.source))

@@ -1,8 +1,8 @@
-"""``torchrun -m launch.steps``: how long a forward takes as one batch and by each strategy.
+"""``torchrun -m launch.steps``: time a forward as one batch and with each overlap strategy.
 
-This measures what ``runner overlap`` predicts. On GPUs the forward is a CUDA graph, replayed many
-times, and once more with an event behind every operation, which shows what the GPU and the link did
-when. ``runner overlap --measured`` shows both next to each other.
+This measures what ``runner overlap`` predicts; ``runner overlap --measured`` shows both side by
+side. On GPUs the forward is a CUDA graph, replayed many times, then once more with an event after
+every operation, which shows when the GPU and the link were busy.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from runner.schedule import Await, Begin, Collective, Mark, Op
 from runner.target import LibraryOptions
 
 _EAGER_RUNS = 2
-"""Forwards before a capture, which load kernels and allocate memory."""
+"""Forwards that run before a capture, to load kernels and allocate memory."""
 
 _OF_SCENARIO = ("model", "layers", "pp", "tp", "ep")
 
 
 class HostEvent:
-    """The host's clock, used like a GPU's event: a CPU has done an operation when it returns."""
+    """The host's clock with the interface of a GPU event: a CPU's operations end on return."""
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
@@ -62,10 +62,10 @@ class HostEvent:
 
 
 class StepSink:
-    """Runs operations and, while it listens, notes when each of them ends.
+    """Runs operations and, while it listens, records when each of them ends.
 
     Attributes:
-        last: the operation at hand.
+        last: the operation that is running, or ran last.
 
     Args:
         stream: the GPU's stream for collectives; None on a CPU.
@@ -77,7 +77,7 @@ class StepSink:
         self.listen(False)
 
     def listen(self, listening: bool) -> None:
-        """Forget everything; while listening, times count from now on."""
+        """Forget everything and start or stop listening; times count from now."""
         self._listening = listening
         self._points: list[Any] = []
         self._intervals: list[list[int]] = []
@@ -116,9 +116,9 @@ class StepSink:
         return [self._seconds(point) for point in self._points]
 
     def link(self) -> list[tuple[float, float]]:
-        """Start and end of every collective in seconds, in the order of their starts.
+        """Start and end of every collective in seconds, ordered by start.
 
-        On a CPU one that was begun counts until it is awaited: nobody says when it ended.
+        On a CPU the end of an asynchronous collective is not known; the end of its wait is used.
         """
         if self._stream is not None:
             noted = self._stream.noted or []
@@ -145,7 +145,7 @@ class _Steps:
 
     @torch.inference_mode()
     def measure(self, strategy: OverlapStrategy | None) -> dict[str, Any]:
-        """Measure steps by a strategy; None is one batch."""
+        """Measure steps with a strategy; None means one batch, without overlap."""
         stage = self._runner.stage.overlapped([strategy] if strategy else [])
 
         def forward(listening: bool) -> None:
@@ -173,14 +173,14 @@ class _Steps:
         }
 
     def _captured(self, forward: Callable[[], None]) -> Callable[[], object]:
-        """The forward as a graph; on a CPU as it is."""
+        """The forward as a CUDA graph; on a CPU, the forward itself."""
         if self._device.type != "cuda":
             return forward
         graph = capture_graph(self._device, forward)
         return graph.replay
 
     def _timed(self, step: Callable[[], object]) -> float:
-        """Seconds of a step, averaged over ``repeat`` in a row."""
+        """Seconds per step, averaged over ``repeat`` steps in a row."""
         self._synchronise()
         dist.barrier()
         start = time.perf_counter()
@@ -205,9 +205,9 @@ class _Steps:
     StepOptions,
 )
 def main(given: ScenarioOptions, options: StepOptions) -> None:
-    """Measure a forward as one batch and by strategies of two-batch overlap.
+    """Measure a forward as one batch and with strategies of two-batch overlap.
 
-    Run by torchrun with --nproc-per-node as --tp says.
+    Run it under torchrun, with --nproc-per-node equal to --tp.
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ = Environ.read(os.environ)
@@ -216,9 +216,9 @@ def main(given: ScenarioOptions, options: StepOptions) -> None:
         Deadline(options.timeout, environ.rank) as deadline,
         tempfile.TemporaryDirectory() as work_dir,
     ):
-        rank = Rank.meet(launched, environ)
+        rank = Rank.connect(launched, environ)
         if rank.device.type == "cuda" and rank.link == "gloo":
-            raise UserError("each rank needs a GPU of its own: a CUDA graph cannot hold gloo calls")
+            raise UserError("each rank needs its own GPU: a CUDA graph cannot contain gloo calls")
         steps = _Steps(rank, Path(work_dir), options)
         deadline.where = lambda: steps.sink.last
         runs = [steps.measure(strategy) for strategy in (None, *options.strategies)]
@@ -247,8 +247,8 @@ def _launch_options(given: ScenarioOptions, options: StepOptions, world_size: in
     layout = {"pp": given.given["pp"], "tp": given.given["tp"]}
     if layout != {"pp": 1, "tp": world_size}:
         raise UserError(
-            f"--pp {layout['pp']} --tp {layout['tp']} with {world_size} ranks: steps are of one "
-            "stage, run torchrun --nproc-per-node TP -m launch.steps --tp TP"
+            f"--pp {layout['pp']} --tp {layout['tp']} with {world_size} ranks: this measures one "
+            "stage; run torchrun --nproc-per-node TP -m launch.steps --tp TP"
         )
     return LaunchOptions(
         given=replace(given, given={**given.given, "moe_a2a": True}),

@@ -1,4 +1,4 @@
-"""One rank of a launch: build, warm up, serve, and hand its spans to rank 0."""
+"""One rank of a launch: build, warm up, serve, and send the spans to rank 0."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from runner.watch.shim import FINISHED, read_records
 
 
 def run_worker(options: LaunchOptions, environ: Environ, work_dir: Path | None) -> RunResult | None:
-    """Run this rank from its process group to the gathered Timeline, which rank 0 returns.
+    """Run this rank, from joining the process group to gathering the Timeline on rank 0.
 
     Args:
         options: the launch, of one policy.
-        environ: says which rank this is.
-        work_dir: temporary directory that the process which started the ranks removes; None makes
-            one and removes it after a good end.
+        environ: the environment, which says what rank this is.
+        work_dir: temporary directory, removed by the process that started the ranks; None makes
+            one and removes it after a successful run.
 
     Raises:
-        UserError: bad input.
+        UserError: bad options or environment variables.
         runner.build.compiler.CompileError: a kernel does not compile.
     """
     with Deadline(options.timeout, environ.rank) as deadline:
-        rank = Rank.meet(options, environ)
+        rank = Rank.connect(options, environ)
         folder = work_dir or _shared_work_dir()
         torch.set_num_threads(max(1, available_cores() // environ.ranks_on_host))
         result = _run(rank, folder, deadline)
-    # Only after a good end: with a rank gone, the others would miss the folder or wait for it.
+    # Only after a successful run: if a rank failed, the others may still need the folder.
     dist.barrier()
     if environ.local_rank == 0 and work_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +109,7 @@ def _run(rank: Rank, work_dir: Path, deadline: Deadline) -> RunResult | None:
 
 
 def _make_sink(rank: Rank, jit: RankJit, device: Device, store: NodeKernels | None) -> RankSink:
-    """The rank's sink; on rank 0 it says at each forward how much was compiled so far."""
+    """The rank's sink; rank 0's prints at each forward how many kernels were compiled so far."""
     began = time.time()
 
     def report(phase: str, name: str) -> None:
@@ -136,7 +136,7 @@ def build_runner(
     kernels: KernelStore | None = None,
     hook: ExecutionHook | None = None,
 ) -> ModelRunner:
-    """Build the rank's part of the model, with weights unless nothing is computed."""
+    """Build the rank's part of the model, with weights if it does real math."""
     scenario, model = rank.scenario, rank.scenario.model
     math: TorchMath | None = None
     weights: TorchWeights | None = None
@@ -164,7 +164,7 @@ def build_runner(
 
 
 def _execution_hook(rank: Rank) -> ExecutionHook:
-    """What this rank walks, in the memory that its GPU has free; a CPU has all that is needed."""
+    """What this rank walks, limited by its GPU's free memory; a CPU has no limit."""
 
     def free() -> float:
         if rank.device.type != "cuda":

@@ -360,7 +360,7 @@ def test_a_run_past_its_time_out_ends(seconds: str) -> None:
     """Before the ranks have met, and in the middle of a run that would take much longer."""
     done = run_launch(TWO_RANKS, "--timeout", seconds, timeout=120)
     assert done.returncode == 1
-    words = rf"rank [01] failed: OutOfTimeError: no end after --timeout {seconds} s, in: .+"
+    words = rf"rank [01] failed: OutOfTimeError: not finished after --timeout {seconds} s, in: .+"
     assert re.fullmatch(f"error: {words}", done.stderr.splitlines()[-1])
 
 

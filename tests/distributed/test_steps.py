@@ -55,7 +55,7 @@ def test_steps_are_measured_and_laid_beside_predictions(
 def test_ranks_that_are_not_tps_are_refused() -> None:
     done = steps("--tp 2 --json none.json", ranks=1)
     assert done.returncode != 0
-    assert "error: --pp 1 --tp 2 with 1 ranks: steps are of one stage, run torchrun" in done.stderr
+    assert "error: --pp 1 --tp 2 with 1 ranks: this measures one stage; run torchrun" in done.stderr
 
 
 def test_a_sink_notes_when_operations_ended_and_collectives_ran(

@@ -134,7 +134,7 @@ def short_limit(log_dir: Path) -> WaitLimit:
     scenario = options.scenario(Environ(), policy=WarmupPolicy.NONE)
     environ = Environ(rank=1, world_size=16, local_rank=1, local_world_size=8)
     cpu = torch.device("cpu")
-    rank = Rank(options, environ, scenario, cpu, "gloo", "real", "as asked", [])
+    rank = Rank(options, environ, scenario, cpu, "gloo", "real", "as given", [])
     return rank.wait_limit(log_dir)
 
 
@@ -206,7 +206,7 @@ def test_ranks_that_do_not_connect_in_time_say_so(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CommunicationTimeoutError) as caught:
         make_groups(ParallelConfig(pp=2), 1.5)
     assert str(caught.value) == (
-        "the ranks did not connect within 1.5 s, the limit of --nccl-timeout, and 30 s more"
+        "the ranks did not connect within 31.5 s (--nccl-timeout 1.5 and 30 s more)"
     )
 
 
@@ -219,13 +219,13 @@ def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
         assert ended.event.wait(ENOUGH)
     (error,) = ended.errors
     assert isinstance(error, OutOfTimeError)
-    assert str(error) == "no end after --timeout 0.5 s, in: all_reduce attention"
+    assert str(error) == "not finished after --timeout 0.5 s, in: all_reduce attention"
 
 
 def test_before_the_first_operation_it_was_setting_up(ended: Ended) -> None:
     Deadline(0.01, 1)
     assert ended.event.wait(ENOUGH)
-    assert str(ended.errors[0]) == "no end after --timeout 0.01 s, in: setting up"
+    assert str(ended.errors[0]) == "not finished after --timeout 0.01 s, in: setting up"
 
 
 def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:

@@ -62,7 +62,7 @@ def test_auto_is_nccl_if_each_rank_has_a_gpu_of_its_own(
 def test_nccl_needs_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"4 ranks of a node would share 2 GPU\(s\)") as caught:
         picked("nccl", monkeypatch, gpus=2, local=8, per_node=4)
-    assert "--virtual-nodes of at most 2 rank(s) each can share them" in str(caught.value)
+    assert "give --virtual-nodes so that a node has at most 2 rank(s)" in str(caught.value)
     with pytest.raises(UserError, match=r"--backend nccl .* the ranks run on CPUs"):
         picked("nccl", monkeypatch, gpus=0, local=8, per_node=1)
 
@@ -73,7 +73,7 @@ def test_nccl_needs_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatc
         (["--pp", "2"], "--backend nccl moves data on GPUs, but the ranks run on CPUs"),
         (
             ["--compute", "skip"],
-            "--backend nccl with --compute skip: without math nothing is on a GPU",
+            "--backend nccl needs --compute real: without math nothing is on a GPU",
         ),
     ],
 )
@@ -98,8 +98,8 @@ OPTIONS = parsed("--model", "dsv4-tiny")
     [
         (None, "cpu", "dsv4-tiny", ("real", "the model is small")),
         (None, "cuda", "dsv4", ("real", "on a GPU")),
-        ("skip", "cuda", "dsv4", ("skip", "as asked")),
-        ("real", "cpu", "dsv4", ("real", "as asked")),
+        ("skip", "cuda", "dsv4", ("skip", "as given")),
+        ("real", "cpu", "dsv4", ("real", "as given")),
     ],
 )
 def test_a_rank_does_real_math_on_a_gpu_or_with_few_weights(
