@@ -208,9 +208,7 @@ def check_options(options: LaunchOptions) -> None:
     if options.backend == "nccl" and options.compute == "skip":
         raise UserError("--backend nccl needs --compute real: without math nothing is on a GPU")
     if str(options.files.timeline) == "-":
-        raise UserError(
-            "--timeline - would mix with the progress that a launch prints: give a file"
-        )
+        raise UserError("--timeline needs a file: a launch prints its progress to standard output")
     for flag, path in (("--logits", options.logits), ("--schedule", options.schedule)):
         if path is not None and len(options.policies) > 1:
             raise UserError(f"{flag} {path} holds one run: give one --warmup with it")

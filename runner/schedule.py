@@ -1,7 +1,7 @@
-"""The Schedule: per rank, the ordered operations of a run, with shapes and without a clock.
+"""The Schedule: for each rank, the ordered operations of a run, with shapes but without times.
 
-A Schedule is a value: serialisable, comparable and hashable. The record backend makes one from
-shapes alone; a real run records one as it goes; the simulator replays one in virtual time.
+A Schedule is a value: serialisable, comparable and hashable. The driver records one from shapes, a
+real run records one as it goes, and the simulator replays one in virtual time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runner.kernels.types import GemmShape, KernelCall, MSteps
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Work that is not a DeepGEMM kernel: ``flops`` operations over ``bytes`` of memory traffic."""
+    """Work outside DeepGEMM's kernels: ``flops`` operations and ``bytes`` of memory traffic."""
 
     name: str
     flops: int
@@ -45,7 +45,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Recv:
-    """Point-to-point receive of ``bytes`` from world rank ``peer``; blocks until it is there."""
+    """Point-to-point receive of ``bytes`` from world rank ``peer``; waits until they are there."""
 
     name: str
     peer: int
@@ -54,9 +54,9 @@ class Recv:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The start of a collective among ``group`` that goes on beside what follows.
+    """Start of an asynchronous collective among ``group``, which runs until its :class:`Await`.
 
-    ``bytes`` is the size of one rank's input. No two that are under way have one name.
+    ``bytes`` is the size of one rank's input. Collectives in flight have different names.
     """
 
     name: str
@@ -75,9 +75,9 @@ def message_name(op: Message) -> str:
 
 
 class MessageKeys:
-    """Keys of one rank's messages, in order; ranks that take part in a message agree on its key.
+    """Keys of one rank's messages, in order; all ranks in a message compute the same key for it.
 
-    A key says which ranks take part and how many messages these had before: ``0,1 #3``, ``0>1 #1``.
+    A key has the ranks and the message's number among these ranks: ``0,1 #3``, ``0>1 #1``.
     """
 
     def __init__(self, rank: int) -> None:
@@ -102,35 +102,35 @@ def _join(group: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Await:
-    """Wait for the collective of that name that was begun last."""
+    """Wait for the last :class:`Begin` of that name."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point without work. ``kind`` is phase, forward, layer, yield or batch."""
+    """A point in the run, without work. ``kind`` is phase, forward, layer, yield or batch."""
 
     kind: str
     name: str
 
 
 EXCHANGE = "exchange kernels"
-"""Name of the collective after which every node has what any of them built."""
+"""Name of the collective after which every node has the kernels that any node built."""
 
 BARRIER = "barrier"
-"""Name of the collective that only waits for everyone."""
+"""Name of the collective that only waits for all ranks."""
 
 OF_HOSTS = frozenset({EXCHANGE, BARRIER})
-"""Collectives of all ranks' hosts, which need no GPU."""
+"""Collectives among all ranks on the host side, which need no GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelWork:
-    """Work on kernels themselves, apart from any call.
+    """Work on kernels outside any call.
 
-    ``action`` is ``build`` (compile them into the node's cache), ``verify`` (they must be there) or
-    ``load`` (bring them into this process).
+    ``action`` is ``build`` (compile into the node's cache), ``verify`` (check that they are there)
+    or ``load`` (load into this process).
     """
 
     action: str
@@ -144,9 +144,9 @@ class KernelWork:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """Calls of one GEMM with every M of a list, so that their kernels are there afterwards.
+    """Calls of one GEMM with every M of a list, after which their kernels are ready.
 
-    ``steps`` are ascending M as (first, last, step) runs.
+    ``steps`` are the M in ascending order, as (first, last, step) runs.
     """
 
     shape: GemmShape
@@ -160,7 +160,7 @@ class Walk:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """Capture of a CUDA graph of a forward of ``operations`` operations."""
+    """Capture of a CUDA graph of a forward that has ``operations`` operations."""
 
     name: str
     operations: int
@@ -183,13 +183,13 @@ Op = (
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """Operations of one forward of a stage, one object for all runs that contain it."""
+    """Operations of one forward of a stage; all runs that contain it share this object."""
 
     ops: tuple[Op, ...]
 
     @cached_property
     def calls(self) -> tuple[tuple[int, KernelCall], ...]:
-        """Index and call of each distinct kernel call, where it comes first."""
+        """Each distinct kernel call, with the index where it first appears."""
         first: dict[KernelCall, int] = {}
         for index, op in enumerate(self.ops):
             if isinstance(op, KernelCall):
@@ -198,7 +198,7 @@ class Forward:
 
 
 Part = Op | Forward
-"""A rank's run is a sequence of parts: whole forwards, and operations between them."""
+"""A rank's run is a sequence of parts: forwards, and single operations between them."""
 
 
 def flatten(parts: Iterable[Part]) -> tuple[Op, ...]:

@@ -1,4 +1,4 @@
-"""``Backend``, which the model's forward is written against, and the torch math behind it.
+"""``Backend``, the interface that the model's forward uses, and the torch math behind it.
 
-Import submodules directly: those whose names begin with ``torch_`` need torch.
+Import submodules directly: modules named ``torch_*`` need torch.
 """

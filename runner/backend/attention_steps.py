@@ -52,7 +52,7 @@ class AttentionSteps(StepRunner):
     # -- DSV4 attention ---------------------------------------------------------------------------
 
     def q_norm_rope(self, q: Tensor, at: LayerTokens[Dsv4Config]) -> Tensor:
-        """[T, h * D] -> [T, h, D], each head normed without weight, its last part rotated."""
+        """[T, h * D] -> [T, h, D]: norm each head without weight, then rotate its last part."""
         dim = at.config.head_dim
         return self._compute(
             "q_norm_rope",
@@ -62,7 +62,7 @@ class AttentionSteps(StepRunner):
         )
 
     def store_kv(self, kv: Tensor, weight: Tensor, at: LayerTokens[Dsv4Config]) -> None:
-        """Norm and rotate the shared key-value row [T, D] and put it into the cache."""
+        """Norm and rotate the shared key-value rows [T, D] and put them into the cache."""
         self._compute("store_kv", 2 * kv.nbytes, None, lambda math: math.store_kv(kv, weight, at))
 
     def store_compressor(self, name: str, raw: Tensor, at: LayerTokens[Dsv4Config]) -> None:
@@ -84,7 +84,7 @@ class AttentionSteps(StepRunner):
         )
 
     def paged_mqa_metadata(self, tokens: Tokens) -> Tensor:
-        """Work split of the paged kernel over SMs for ratio-4 entries, once per forward."""
+        """How the paged kernel splits ratio-4 entries over SMs; computed once per forward."""
         sms = self.gemm_sms
         return self._kernel(
             self._call(T.PAGED_MQA_LOGITS_METADATA, tokens.count, 1, 1, 1),
@@ -102,8 +102,8 @@ class AttentionSteps(StepRunner):
     ) -> Tensor:
         """Index scores of each token against compressed entries: [T, entries] fp32.
 
-        From q [T, heads, dim] and weights of the heads [T, heads]; without ``metadata``, which
-        :meth:`paged_mqa_metadata` makes, keys are read without pages.
+        Takes q [T, heads, dim] and head weights [T, heads]. ``metadata`` comes from
+        :meth:`paged_mqa_metadata`; without it, keys are read without pages.
         """
         m, heads, dim = q.shape
         self._quantise(q)
@@ -130,8 +130,8 @@ class AttentionSteps(StepRunner):
     ) -> Tensor:
         """Softmax over window rows, compressed entries and a sink, rotated back: [T, h, D].
 
-        ``selected`` [T, entries] is there at ratio 4 only, ``pool`` in layers with compression;
-        ``sink`` [h] fp32 are logits of a virtual key without value.
+        Only layers with ratio 4 have ``selected`` [T, entries]; only layers with compression have
+        ``pool``. ``sink`` [h] fp32 holds the logits of a virtual key without value.
         """
         visible = visible_entries(at)
         _, heads, dim = q.shape
@@ -146,9 +146,9 @@ class AttentionSteps(StepRunner):
     # -- DSV3 attention ---------------------------------------------------------------------------
 
     def mla_absorbed(self, weight: Fp8Weight, config: Dsv3Config) -> tuple[Tensor, Tensor]:
-        """From FP8 kv_b_proj: bf16 ([h, nope, kv_lora], [h, v, kv_lora]) for absorbed decode.
+        """FP8 kv_b_proj -> bf16 ([h, nope, kv_lora], [h, v, kv_lora]) for absorbed decode.
 
-        Weights are made before a run, so this is no operation.
+        This happens before a run, when weights are made, so it records no operation.
         """
         nope, v_dim = config.qk_nope_head_dim, config.v_head_dim
         heads = weight.n // (nope + v_dim)
@@ -158,7 +158,7 @@ class AttentionSteps(StepRunner):
         )
 
     def mla_store(self, latent: Tensor, weight: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
-        """Norm the latent, rotate its rope part, cache both; returns the normed latent."""
+        """Norm the latent, rotate its rope part, cache both, and return the normed latent."""
         return self._compute(
             "mla_store",
             2 * latent.nbytes,
@@ -167,7 +167,7 @@ class AttentionSteps(StepRunner):
         )
 
     def mla_extend(self, q: Tensor, kv: Tensor, at: LayerTokens[Dsv3Config]) -> Tensor:
-        """Causal attention of own q over kv [all tokens, h * (nope + v)]: [T, h * v_head_dim]."""
+        """Causal attention of this rank's q over kv [all tokens, h * (nope + v)]: [T, h * v]."""
         config = at.config
         heads = q.shape[1] // (config.qk_nope_head_dim + config.qk_rope_head_dim)
         return self._compute(
@@ -181,7 +181,7 @@ class AttentionSteps(StepRunner):
     def mla_decode(
         self, q: Tensor, absorbed: tuple[Tensor, Tensor], at: LayerTokens[Dsv3Config]
     ) -> Tensor:
-        """Attention over cached latents by absorbed weights: [T, h * v_head_dim]."""
+        """Attention over cached latents with absorbed weights: [T, h * v_head_dim]."""
         w_kc, w_vc = absorbed
         pairs, heads, rank = causal_pairs(at.tokens), w_kc.shape[0], at.config.kv_lora_rank
         return self._compute(
@@ -193,7 +193,7 @@ class AttentionSteps(StepRunner):
         )
 
 
-# -- how many (query, key) pairs attention works on -----------------------------------------------
+# -- number of (query, key) pairs that attention works on -----------------------------------------
 
 
 def causal_pairs(tokens: Tokens) -> int:
@@ -219,7 +219,7 @@ def _count_visible(positions: tuple[tuple[int, int], ...], ratio: int, config: D
 
 
 def _positions(tokens: Tokens) -> tuple[tuple[int, int], ...]:
-    """(position, number of tokens there) over the rank's tokens."""
+    """(position, number of the rank's tokens at that position) for each position."""
     batch = tokens.batch
     return _count_positions(batch.seq_lens, batch.extend_seq_lens, tokens.start, tokens.stop)
 

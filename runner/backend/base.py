@@ -1,12 +1,12 @@
-"""``Backend``: what the model's forward is written against.
+"""``Backend``: the steps that the model's forward is written in.
 
-Each method is one step of the forward. It says in one place which operation the step is, which
-shape its result has, and what computes it. The same class records a Schedule on shapes and runs
-torch, so the two cannot differ in what they call.
+Each method is one step. It states in one place the step's operation, the shape of its result, and
+the function that computes it. The same class records a Schedule from shapes and runs torch, so
+both make the same calls.
 
 Shapes: T new tokens, H hidden size, M copies of the residual stream (hyper-connections), h local
 attention heads, D head dimension, E local experts, k experts per token. Element types are bf16
-unless said otherwise.
+unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
     """One rank's interpreter of the forward; see :class:`StepRunner` for its fields."""
 
     def embed(self, tokens: Tokens, weight: Tensor, first_row: int) -> Tensor:
-        """Rows of a vocabulary shard that starts at ``first_row``, zero elsewhere: [T, H]."""
+        """Embeddings from a vocabulary shard that starts at ``first_row``; others are 0: [T, H]."""
         hidden = weight.shape[1]
         return self._compute(
             "embed",
@@ -42,7 +42,7 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
         )
 
     def padded(self, x: Tensor, rows: int) -> Tensor:
-        """[T, ...] -> [rows, ...]: rows of zeros added, or rows cut off, at the end."""
+        """[T, ...] -> [rows, ...]: add rows of zeros, or cut rows off, at the end."""
         if x.shape[0] == rows:
             return x
         shape = reshaped(x, rows, *x.shape[1:])
@@ -57,10 +57,10 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
             lambda math: math.joined(parts),
         )
 
-    # -- what a dummy forward works on; a recording has neither cache nor ids ----------------------
+    # -- input of a dummy forward; a recording has neither cache nor ids ---------------------------
 
     def zeros(self, tokens: int, width: int) -> Tensor:
-        """[tokens, width], as SGLang's dummy proxies."""
+        """[tokens, width], like SGLang's dummy proxy tensors."""
         return self._without_operation(spec(tokens, width), lambda math: math.zeros(tokens, width))
 
     def new_cache(self, sequences: int, max_len: int) -> SequenceCache | None:
@@ -80,7 +80,7 @@ class Backend(GemmSteps, AttentionSteps, ExpertSteps, Communication):
     # -- plain steps ------------------------------------------------------------------------------
 
     def last_tokens(self, x: Tensor, tokens: Tokens) -> Tensor:
-        """The last new token of each sequence: [T, N] -> [sequences, N]; no operation."""
+        """The last new token of each sequence: [T, N] -> [sequences, N]; records no operation."""
         shape = reshaped(x, tokens.batch.batch_size, x.shape[1])
         return self._without_operation(shape, lambda math: math.last_tokens(x, tokens.batch))
 

@@ -1,4 +1,4 @@
-"""Steps that communicate: collectives, awaited at once or later, and messages between stages."""
+"""Steps that communicate: collectives, blocking or asynchronous, and messages between stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.schedule import Await, Begin, Collective, Recv, Send
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A collective under way: its name, its result's shape, and the communicator's handle."""
+    """A collective in flight: its name, its result's shape, and the communicator's handle."""
 
     name: str
     shape: Tensor
@@ -20,12 +20,12 @@ class Begun:
 
 
 class Communication(StepRunner):
-    """Communication among world ranks; a collective in a group of one is nothing at all."""
+    """Communication among world ranks; ``all_reduce`` and ``all_gather`` skip groups of one."""
 
     def all_reduce(self, name: str, x: Tensor, group: tuple[int, ...]) -> Tensor:
         """Sum [T, H] over ``group``.
 
-        The operation counts bf16, as on a GPU; a CPU really moves wider partial sums.
+        The operation counts bf16 bytes, as on a GPU, although a CPU moves wider partial sums.
         """
         return x if len(group) == 1 else self._sum("all_reduce", name, x, group)
 
@@ -53,9 +53,9 @@ class Communication(StepRunner):
     def begin(
         self, kind: str, name: str, x: Tensor, group: tuple[int, ...], *, width: int = 2
     ) -> Begun:
-        """Start a collective that runs while other operations do; see :meth:`Communicator.begin`.
+        """Start a collective that runs in the background; see :meth:`Communicator.begin`.
 
-        No two that are under way share a name; ``width`` is bytes of an element on the wire.
+        Collectives in flight must have different names; ``width`` is the bytes sent per element.
         """
         op = Begin(f"{kind} {name}", group, width * prod(x.shape))
         comm = self.comm
@@ -75,13 +75,13 @@ class Communication(StepRunner):
 
     def recv(self, name: str, shape: tuple[int, ...], dtype: str, peer: int) -> Tensor:
         """Receive from a world rank; blocks until the tensor is there."""
-        coming = spec(*shape, dtype=dtype)
-        op = Recv(name, peer, coming.nbytes)
-        return self._communicate(op, coming, lambda comm: comm.recv(shape, dtype, peer))
+        expected = spec(*shape, dtype=dtype)
+        op = Recv(name, peer, expected.nbytes)
+        return self._communicate(op, expected, lambda comm: comm.recv(shape, dtype, peer))
 
 
 def _result_shape(kind: str, x: Tensor, ranks: int) -> Tensor:
-    """Shape of a begun collective's result."""
+    """Shape of a collective's result, from its input on one rank."""
     rows, *rest = x.shape
     if kind == "all_gather":
         rows *= ranks

@@ -1,4 +1,4 @@
-"""Steps of the mixture of experts: choosing experts, and laying tokens out for them."""
+"""Steps of the mixture of experts: choose experts, and lay tokens out for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExpertSteps(StepRunner):
     """Selecting experts, dispatching tokens to them, and combining their outputs."""
 
     def top_k(self, logits: Tensor, bias: Tensor, config: MoeConfig) -> Routing:
-        """Experts of the highest biased scores, from gate logits [T, experts] fp32."""
+        """The experts with the highest biased scores, from gate logits [T, experts] fp32."""
         shape = _routing_shape(logits.shape[0], config.num_experts_per_tok)
         return self._compute(
             "top_k", logits.nbytes, shape, lambda math: math.top_k(logits, bias, config)
@@ -40,7 +40,7 @@ class ExpertSteps(StepRunner):
         )
 
     def pack_routing(self, routing: Routing, tokens: int) -> Tensor:
-        """Weights and ids side by side, [T, 2k] fp32; rows from ``tokens`` on choose no expert."""
+        """Weights and ids side by side, [T, 2k] fp32; rows after ``tokens`` choose no expert."""
         rows, choices = routing.ids.shape
         shape = spec(rows, 2 * choices, dtype="fp32")
         return self._without_operation(shape, lambda math: math.pack_routing(routing, tokens))
@@ -59,11 +59,11 @@ class ExpertSteps(StepRunner):
         *,
         decode: bool,
     ) -> Dispatched:
-        """Lay tokens [T, H] out by local expert: ``experts`` is the first, and behind the last.
+        """Lay tokens [T, H] out by local expert; ``experts`` is a range (first, last + 1).
 
-        DECODE uses the masked layout where its buffers, with experts ``intermediate`` wide, fit
-        :data:`MASKED_BUDGET`, as SGLang's automatic choice does with a share of free memory; all
-        else is contiguous.
+        DECODE uses the masked layout if its buffers, for experts ``intermediate`` wide, fit in
+        :data:`MASKED_BUDGET`; otherwise, and in EXTEND, the layout is contiguous. SGLang's
+        automatic choice is similar, but compares with a share of the free memory.
         """
         tokens, hidden = x.shape
         local = experts[1] - experts[0]
@@ -90,8 +90,8 @@ class ExpertSteps(StepRunner):
     def block_for_each(self, x: Tensor, routing: Routing, ranks: int, per_rank: int) -> Tensor:
         """A block of rows for each of ``ranks`` ranks: [T, H] -> [ranks * T, H].
 
-        A block holds the tokens that chose one of the rank's ``per_rank`` experts; the others' rows
-        are zero.
+        A block holds the tokens that chose one of the rank's ``per_rank`` experts; the rows of
+        other tokens are zero.
         """
         return self._compute(
             "block_for_each",
@@ -110,7 +110,7 @@ class ExpertSteps(StepRunner):
         )
 
     def silu_and_mul(self, x: Tensor, limit: float) -> Tensor:
-        """[..., 2 * N] -> [..., N]: silu(first half) * second half, clamped where limit > 0."""
+        """[..., 2 * N] -> [..., N]: silu(first half) * second half, clamped if limit > 0."""
         return self._compute(
             "silu_and_mul",
             x.nbytes + x.nbytes // 2,

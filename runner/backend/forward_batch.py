@@ -1,4 +1,4 @@
-"""What one forward works on: the mode, the batch, its tokens, and the tensors between stages."""
+"""The input of a forward: its mode, batch and tokens, and the tensors between stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SequenceCache(Protocol):
     """A key-value cache of a batch's sequences."""
 
     def part(self, first: int, last: int) -> SequenceCache:
-        """A view of some of the sequences; writing to it writes here."""
+        """A view of sequences ``first`` to ``last`` - 1; writing to it writes here."""
 
 
 class ForwardMode(Enum):
@@ -55,14 +55,14 @@ class ForwardBatch:
     def extend(
         cls, lengths: Sequence[int], *, input_ids: Ids = None, cache: SequenceCache | None = None
     ) -> ForwardBatch:
-        """New prompts of the given lengths, without a cached prefix."""
+        """A batch of new prompts of the given lengths, without a cached prefix."""
         return cls(ForwardMode.EXTEND, tuple(lengths), tuple(lengths), input_ids, cache)
 
     @classmethod
     def decode(
         cls, seq_lens: Sequence[int], *, input_ids: Ids = None, cache: SequenceCache | None = None
     ) -> ForwardBatch:
-        """One more token of each sequence; ``seq_lens`` count that token."""
+        """A batch of one more token per sequence; ``seq_lens`` include that token."""
         return cls(ForwardMode.DECODE, tuple(seq_lens), (1,) * len(seq_lens), input_ids, cache)
 
     @property
@@ -80,10 +80,10 @@ class ForwardBatch:
 
     @cached_property
     def halves(self) -> tuple[ForwardBatch, ForwardBatch] | None:
-        """Two batches of about as many tokens, cut between sequences; None for one sequence.
+        """Two batches with about the same number of tokens; None if there is only one sequence.
 
-        DECODE is cut in the middle, the second half the larger, as SGLang cuts it. Every call
-        returns the same objects, so their cache keeps what it has made for them.
+        The cut is between sequences; an odd DECODE's second half is the larger, as in SGLang. Every
+        call returns the same objects, so that their cache can reuse what it made for them.
         """
         if self.batch_size < 2:
             return None
@@ -102,13 +102,13 @@ class ForwardBatch:
         )
 
     def compressed_entries(self, ratio: int) -> int:
-        """Compressed entries of the longest sequence; at least one, as pages are never empty."""
+        """Compressed entries of the longest sequence; at least 1, because pages are never empty."""
         return max(1, max(self.seq_lens) // ratio)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The new tokens a rank works on: positions ``start`` to ``stop`` of the batch's token list."""
+    """The new tokens that a rank works on: ``start`` to ``stop`` - 1 in the batch's token list."""
 
     batch: ForwardBatch
     start: int
@@ -120,7 +120,7 @@ class Tokens:
 
 
 PPProxyTensors = dict[str, Tensor]
-"""Tensors that a pipeline stage hands to the next.
+"""Tensors that a pipeline stage sends to the next.
 
 DSV4: ``hidden_states`` [tokens, hc_mult * hidden] bf16 only. DSV3: ``hidden_states`` and
 ``residual``, each [tokens, hidden] bf16.
@@ -131,7 +131,7 @@ C = TypeVar("C", bound=ModelConfig)
 
 
 class LayerTokens(NamedTuple, Generic[C]):
-    """Tokens that an attention step works on, the layer whose cache they use, and the model."""
+    """The tokens that an attention step works on, the layer whose cache it uses, and the model."""
 
     tokens: Tokens
     layer: int

@@ -1,4 +1,4 @@
-"""Steps that multiply matrices: DeepGEMM's kernels, and plain products."""
+"""Steps that multiply matrices: DeepGEMM's kernels, and plain matrix products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from runner.kernels.types import DeepGemmKernelType as T
 class GemmSteps(StepRunner):
     """GEMMs of activations with weights.
 
-    A ``partial`` result is one rank's part of a sum; a CPU keeps it wider than bf16 until it is
-    summed.
+    A ``partial`` result is one rank's part of a sum; a CPU keeps it wider than bf16 until the sum.
     """
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ class GemmSteps(StepRunner):
         )
 
     def gemm_fp8(self, x: Tensor, weight: Fp8Weight, *, partial: bool = False) -> Tensor:
-        """[T, K] bf16, quantised per token and 128 columns, x FP8 [N, K] -> [T, N]."""
+        """[T, K] bf16, quantised in blocks of 1 x 128, x FP8 [N, K] -> [T, N]."""
         m, k = x.shape
         self._quantise(x)
         return self._kernel(
@@ -41,7 +40,7 @@ class GemmSteps(StepRunner):
     def gemm_bf16_fp32(self, x: Tensor, weight: Tensor) -> Tensor:
         """[T, K] x [N, K] -> [T, N] fp32.
 
-        Only DeepGEMM's is a kernel call: the others' kernels come compiled with their libraries.
+        Only the DeepGEMM algorithm is a kernel call: the others use precompiled kernels.
         """
         m, k = x.shape
         n, algo = weight.shape[0], self.bf16_fp32_algo
@@ -71,8 +70,8 @@ class GemmSteps(StepRunner):
         """Hyper-connection GEMM: [T, M * H] x fp32 [24, M * H].
 
         Returns:
-            Products [splits, T, 24] and sums of squares [splits, T], both fp32 and still to be
-            summed over the splits.
+            Products [splits, T, 24] and sums of squares [splits, T], both fp32. The caller sums
+            them over the splits.
         """
         m, k = x.shape
         n, splits = fn.shape[0], hc_num_splits(m, k, self.num_sms)
@@ -85,10 +84,10 @@ class GemmSteps(StepRunner):
     def experts_gemm(
         self, dispatched: Dispatched, weight: Fp8Weight, *, partial: bool = False
     ) -> Tensor:
-        """Grouped GEMM over the local experts, contiguous or masked as the tokens are laid out.
+        """Grouped GEMM over the local experts, contiguous or masked like the tokens' layout.
 
-        [rows, K] x FP8 [E, N, K] -> [rows, N], or [E, rows, K] -> [E, rows, N]; rows of no token
-        are undefined.
+        [rows, K] x FP8 [E, N, K] -> [rows, N], or [E, rows, K] -> [E, rows, N]; rows without a
+        token are undefined.
         """
         *rows, k = dispatched.x.shape
         self._quantise(dispatched.x)

@@ -1,8 +1,8 @@
-"""Walks: calls of a GEMM with every M of a list, made before it is first used.
+"""Walks: before a GEMM's first use, call it once with every M of a list.
 
 Sources: SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py`` (execution hook, full and fast lists,
-memory); vLLM ``model_executor/warmup/deep_gemm_warmup.py`` (relax). The hook runs in recordings and
-real runs alike, so a recorded Schedule holds the walks that a real run makes.
+memory); vLLM ``model_executor/warmup/deep_gemm_warmup.py`` (relax). The hook runs both in
+recordings and in real runs, so a recorded Schedule has the walks of a real run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEAST_HALVED = 2048
 
 
 def full_m_list(chunked_prefill_size: int) -> range:
-    """Every M of SGLang's full list; a size below 1 means that prefill is not chunked."""
+    """Every M in SGLang's full list; a size below 1 means that prefill is not chunked."""
     if chunked_prefill_size < 1:
         last = _UNLIMITED_MAX
     elif chunked_prefill_size > _DEFAULT_MAX // 2:
@@ -46,9 +46,9 @@ def full_m_list(chunked_prefill_size: int) -> range:
 
 
 def fast_m_list(chunked_prefill_size: int) -> tuple[int, ...]:
-    """Every M up to 1024, then steps that double each octave, and the largest prefill.
+    """Every M up to 1024, then M with a step that doubles each octave, and the largest prefill.
 
-    As upstream, the octave that holds the largest prefill is sampled to its end.
+    As upstream, the octave that contains the largest prefill is sampled to its end.
     """
     limited = chunked_prefill_size >= 1
     largest = min(chunked_prefill_size, _FAST_MAX) if limited else _DEFAULT_MAX
@@ -73,7 +73,7 @@ def relax_m_list(max_tokens: int, n: int, num_sms: int) -> tuple[int, ...]:
 
 
 def relaxed_ms(shape: GemmShape, ms: Sequence[int], max_tokens: int) -> Sequence[int]:
-    """M that vLLM's ``relax`` walks: all of a contiguous GEMM's, a dense one's wave boundaries."""
+    """What vLLM's ``relax`` walks: all ``ms`` if contiguous, :func:`relax_m_list` if dense."""
     if shape.type is T.GROUPED_GEMM_NT_F8F8BF16_CONTIG:
         return ms
     if shape.type is T.GEMM_NT_F8F8BF16:
@@ -86,18 +86,17 @@ def relaxed_ms(shape: GemmShape, ms: Sequence[int], max_tokens: int) -> Sequence
 
 @dataclass
 class ExecutionHook:
-    """Says what to walk before a call: the whole M list, at a key's first call with M > 0.
+    """Decides what to walk before a call: the whole M list at a key's first call with M > 0.
 
-    A key is (type, n, k, num_groups), as upstream keys it. Contiguous GEMMs are walked only with
-    multiples of their alignment. The hyper-connection GEMM's kernel follows from its number of
-    splits, so its first call walks one M for each number of splits that M up to the list's end
-    need.
+    A key is (type, n, k, num_groups), as upstream. Contiguous GEMMs are walked only with M that are
+    multiples of their alignment. The hyper-connection GEMM's kernel depends on its number of
+    splits, so its first call walks one M for each number of splits that occurs in the list's range.
 
     Attributes:
         m_list: M to walk; None walks nothing.
-        is_node_leader: whether this is the first rank of its node; the others walk nothing.
-        budget: returns the bytes of GPU memory that a walk may take, asked before each walk.
-        warn: called with a line of text where lack of memory cuts a list short.
+        is_node_leader: whether this is the first rank of its node; other ranks walk nothing.
+        budget: returns the bytes of GPU memory that a walk may use; called before each walk.
+        warn: called with one line of text when lack of memory cuts a list short.
         least: the smallest budget so far.
     """
 
@@ -109,7 +108,7 @@ class ExecutionHook:
     _seen: set[tuple[T, int, int, int]] = field(default_factory=set, repr=False)
 
     def before(self, call: KernelCall) -> tuple[Walk, ...]:
-        """Walks to make before ``call``; empty but for a key's first call on a node leader."""
+        """Walks to make before ``call``; only a key's first call on a node leader has any."""
         if self.m_list is None or not self.is_node_leader:
             return ()
         if call.type not in HOOKED_TYPES or call.m < 1:
@@ -138,7 +137,7 @@ def _aligned(ms: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def _first_m_of_splits(k: int, num_sms: int, most: int) -> tuple[tuple[int, int], ...]:
-    """(number of splits, first M that has it), as M grows to ``most``."""
+    """(number of splits, first M with that number), for M up to ``most``."""
     found: dict[int, int] = {}
     for m in range(1, most + 1, HC_BLOCK):
         found.setdefault(hc_num_splits(m, k, num_sms), m)
@@ -148,10 +147,10 @@ def _first_m_of_splits(k: int, num_sms: int, most: int) -> tuple[tuple[int, int]
 def truncate_to_memory(
     shape: GemmShape, ms: Sequence[int], budget: float, warn: Callable[[str], None]
 ) -> Sequence[int]:
-    """The list without the M whose buffers do not fit ``budget`` bytes.
+    """The list without the M whose buffers do not fit into ``budget`` bytes.
 
-    As upstream: the largest M halves while it does not fit and is above 2048; below that the walk
-    is tried all the same.
+    As upstream, the largest M is halved while it does not fit and is above 2048; from there down,
+    the walk is tried anyway.
     """
     if not ms:
         return ms
@@ -167,24 +166,24 @@ def truncate_to_memory(
     return ms[: bisect_right(ms, most)]
 
 
-# -- memory that a walk takes ---------------------------------------------------------------------
+# -- memory of a walk -----------------------------------------------------------------------------
 
 
 def walk_bytes(shape: GemmShape, max_m: int) -> int:
     """Bytes of the buffers for calls with up to ``max_m`` rows.
 
-    Follows SGLang's ``get_memory_requirement`` for Hopper, where FP32 scales stay alive while the
-    library brings them into its own layout. That release does not walk the hyper-connection GEMM;
-    its bytes follow from its operands.
+    Follows SGLang's ``get_memory_requirement`` for Hopper, where the FP32 scales stay alive while
+    the library copies them to its own layout. That release does not walk the hyper-connection GEMM,
+    so its figure is computed from its operands.
 
     Raises:
-        KeyError: a type that no warm-up walks.
+        KeyError: no warm-up walks this type.
     """
     return _BYTES[shape.type](max_m, shape.n, shape.k, shape.num_groups)
 
 
 def _lhs_fp8(m: int, k: int) -> int:
-    """Activations, their FP32 scales and the library's copy of those, column-major and aligned."""
+    """Activations, their FP32 scales, and the library's column-major, aligned copy of these."""
     return m * k + 4 * (m + align(m, 4)) * ceil_div(k, FP8_BLOCK)
 
 
@@ -213,4 +212,4 @@ _BYTES: dict[T, Callable[[int, int, int, int], int]] = {
 }
 
 HOOKED_TYPES = frozenset(_BYTES)
-"""Types that SGLang's warm-ups walk; einsum, logits and metadata compile at first use."""
+"""Types that SGLang's warm-ups walk; einsum, logits and metadata kernels compile at first use."""

@@ -1,4 +1,4 @@
-"""How every step of the forward runs: its operation goes to a sink, with the work behind it."""
+"""How each step of the forward runs: it passes its operation and the actual work to a sink."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class OpSink(Protocol):
     """Receives every operation of a rank in order."""
 
     def run(self, op: Op, action: Callable[[], R]) -> R:
-        """Note ``op`` and do its work, ``action``."""
+        """Record ``op`` and do its work, ``action``."""
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Note a graph capture of ``forward``, which announces its operations to this sink."""
+        """Record a graph capture of ``forward``, which passes its operations to this sink."""
 
 
 class ScheduleRecorder:
     """A sink that keeps the operations: one rank's part of a Schedule.
 
-    Equal operations are one object, so readers of many can tell them apart by identity.
+    Equal operations become one object, so readers can compare them by identity.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class ScheduleRecorder:
         return action()
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Note the capture, with the number of operations that ``forward`` announces."""
+        """Record only the capture, with the number of operations in ``forward``."""
         before, self.ops = self.ops, []
         forward()
         before.append(Capture(name, len(self.ops)))
@@ -72,13 +72,13 @@ class Communicator(Protocol):
         """Concatenate the group's tensors along ``dim``, in group order."""
 
     def begin(self, kind: str, x: Tensor, group: tuple[int, ...]) -> object:
-        """Start a collective and return what :meth:`end` takes.
+        """Start a collective and return a handle for :meth:`end`.
 
         Args:
-            kind: ``all_reduce``; ``all_gather`` along the first dimension; ``all_to_all``, of which
-                each rank gets its block of everyone's rows; or ``reduce_scatter``, which sums these
+            kind: ``all_reduce``; ``all_gather`` along the first dimension; ``all_to_all``, which
+                gives each rank its block from every rank; or ``reduce_scatter``, which sums these
                 blocks.
-            x: [blocks * rows, ...], a block for each rank; of the first two kinds [rows, ...].
+            x: [rows, ...] for the first two kinds, else [ranks * rows, ...]: a block per rank.
             group: world ranks.
         """
 
@@ -96,10 +96,10 @@ class KernelStore(Protocol):
     """Where a rank's compiled kernels come from."""
 
     def work(self, work: KernelWork) -> None:
-        """Build kernels into this node's cache, verify that it holds them whole, or load them."""
+        """Build kernels into this node's cache, verify that it has all of them intact, or load."""
 
     def exchange(self) -> None:
-        """Wait for all nodes' builds and give every node's cache what the others built."""
+        """Wait for all nodes' builds; then copy each node's kernels to every other node's cache."""
 
     def walk(self, walk: Walk) -> None:
         """Call a GEMM with every M of a list."""
@@ -112,18 +112,18 @@ class KernelStore(Protocol):
 class StepRunner:
     """One rank's interpreter of the forward, without the steps themselves.
 
-    A step gives its operation to ``sink``, and the result is what ``math`` computes. Without
-    ``math`` nothing is computed and the result is a shape: so a Schedule is recorded.
+    A step passes its operation to ``sink`` and returns what ``math`` computes. Without ``math``,
+    nothing is computed and steps return shapes; this is how a Schedule is recorded.
 
     Attributes:
         sink: receives every operation in order.
         num_sms: SMs of the GPU that runs, or would run, the kernels.
-        math: computes in torch; None leaves it at shapes.
+        math: computes in torch; None computes only shapes.
         comm: moves tensors between ranks; None moves nothing.
         kernels: where compiled kernels come from; None compiles and loads nothing.
         bf16_fp32_algo: what computes bf16 x bf16 -> fp32 GEMMs.
-        hook: says what to walk before a call.
-        comm_sms: SMs that GEMMs leave to communication, the innermost block's last.
+        hook: decides what to walk before a call.
+        comm_sms: stack of SMs that GEMMs leave to communication; the last one applies.
     """
 
     sink: OpSink
@@ -137,12 +137,12 @@ class StepRunner:
 
     @property
     def gemm_sms(self) -> int:
-        """SMs that GEMMs use at the moment."""
+        """SMs that GEMMs may use now."""
         return self.num_sms - self.comm_sms[-1]
 
     @contextmanager
     def leaving_sms(self, count: int) -> Iterator[None]:
-        """GEMMs inside the block leave ``count`` SMs to communication.
+        """Make GEMMs inside the block leave ``count`` SMs to communication.
 
         Raises:
             UserError: no SM would be left.
@@ -160,11 +160,11 @@ class StepRunner:
             self.comm_sms.pop()
 
     def mark(self, kind: str, name: str) -> None:
-        """Note a point of the forward: a phase, a layer, a yield."""
+        """Record a point in the run: a phase, a forward, a layer, a yield or a batch."""
         self.sink.run(Mark(kind, name), lambda: None)
 
     def capture(self, name: str, forward: Callable[[], object]) -> None:
-        """Capture a CUDA graph of ``forward``; its operations are counted, not announced."""
+        """Capture a CUDA graph of ``forward``; its operations are only counted."""
         self.sink.capture(name, forward)
 
     # -- work on kernels, apart from any call -----------------------------------------------------
@@ -173,12 +173,12 @@ class StepRunner:
         self._on_kernels(walk, lambda store: store.walk(walk))
 
     def work_on_kernels(self, action: str, kernels: tuple[Kernel, ...]) -> None:
-        """``build``, ``verify`` or ``load``; see :class:`KernelWork`."""
+        """Build, verify or load kernels; see :class:`KernelWork` for ``action``."""
         work = KernelWork(action, kernels)
         self._on_kernels(work, lambda store: store.work(work))
 
     def barrier(self, group: tuple[int, ...]) -> None:
-        """Wait for all ranks; ``group`` holds every one."""
+        """Wait for all ranks; ``group`` must contain all of them."""
         self._on_kernels(Collective(BARRIER, group, 0), lambda store: store.wait())
 
     def exchange_kernels(self, group: tuple[int, ...], nbytes: int) -> None:
@@ -204,12 +204,12 @@ class StepRunner:
         return self._run(call, shape, work)
 
     def _call(self, kind: T, m: int, n: int, k: int, groups: int) -> KernelCall:
-        # The hyper-connection GEMM asks for the whole GPU, communication or not.
+        # The hyper-connection GEMM uses all SMs, even if others are left to communication.
         sms = self.num_sms if kind is T.TF32_HC_PRENORM_GEMM else self.gemm_sms
         return KernelCall(kind, m, n, k, groups, sms)
 
     def _quantise(self, x: Tensor) -> None:
-        """Announce the quantisation of activations; the GEMM that follows does the work."""
+        """Record that activations are quantised; the GEMM that follows does the work."""
         self.sink.run(Compute("quantise_fp8", 0, x.nbytes + x.nbytes // 2), lambda: None)
 
     def _communicate(self, op: Op, shape: Tensor, work: Callable[[Communicator], Tensor]) -> Tensor:

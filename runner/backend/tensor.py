@@ -1,7 +1,7 @@
-"""The tensors of a forward, and what is made of several: torch's in a real run, else shapes.
+"""A forward's tensors and groups of tensors: real ones with torch, only shapes in a recording.
 
 The forward is written and type-checked for ``torch.Tensor``. A recording runs the same code without
-torch: :class:`TensorSpec` stands in for a tensor and answers what the steps ask of one.
+torch: :class:`TensorSpec` stands in for a tensor and has the attributes that steps use.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class TensorSpec:
 
 
 def spec(*shape: int, dtype: str = "bf16") -> Tensor:
-    """A tensor of that shape and element type without numbers."""
+    """A tensor without data, of the given shape and element type."""
     return cast("Tensor", TensorSpec(shape, dtype))
 
 
 def reshaped(x: Tensor, *shape: int) -> Tensor:
-    """A tensor of that shape and the element type of ``x`` without numbers."""
+    """A tensor without data, of the given shape and the element type of ``x``."""
     return cast("Tensor", TensorSpec(shape, cast(str, x.dtype)))
 
 
@@ -63,7 +63,7 @@ def split_columns(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def bf16_bytes(x: Tensor) -> int:
-    """Bytes of ``x`` in bf16: what a GPU moves, also where a CPU keeps wider partial sums."""
+    """Bytes of ``x`` in bf16, which is what a GPU moves; a CPU may keep wider partial sums."""
     return 2 * prod(x.shape)
 
 
@@ -91,19 +91,19 @@ class Fp8Weight:
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(values, scales) as the entry points take them."""
+        """(data, scales), as the entry points take them."""
         return self.data, self.scales
 
 
 class PoolWeights(NamedTuple):
-    """What pools a compressor's projections: ``ape`` [ratio, width] fp32, ``norm`` [head_dim]."""
+    """Weights that pool a compressor's projections: ``ape`` [ratio, width] fp32, ``norm`` [D]."""
 
     ape: Tensor
     norm: Tensor
 
 
 class MixWeights(NamedTuple):
-    """What mixes the copies of the residual stream [M * H], all fp32: a GEMM, then affine."""
+    """Weights that mix the copies of the residual stream [M * H], all fp32: GEMM, then affine."""
 
     fn: Tensor
     base: Tensor
@@ -120,13 +120,13 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """Tokens laid out for a grouped GEMM, and the way back.
+    """Tokens laid out for a grouped GEMM, and where each one went.
 
     Attributes:
         x: [rows, H], or [E, rows, H] in the masked layout.
         groups: expert of each row, -1 for padding [rows] int32; masked: rows in use [E] int32.
-        slots: flat row of each (token, choice), -1 where the expert is not local: [T * k] int64.
-        expected_m: M that the GEMM's configuration is chosen by.
+        slots: flat row of each (token, choice), -1 if the expert is not local: [T * k] int64.
+        expected_m: M from which the library chooses the GEMM's configuration.
     """
 
     x: Tensor

@@ -1,7 +1,7 @@
 """Attention in torch: rotary embedding, compressed entries, window and latent attention.
 
-Formulas: docs/models.md. Work is done in wide floats over chunks of tokens, so that gathered
-keys stay within a fixed budget of memory.
+Formulas: docs/models.md. Computes in wide floats, over chunks of tokens so that gathered keys stay
+within a fixed amount of memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK_ELEMENTS = 1 << 26
 
 
 class AttentionMath:
-    """The work behind ``AttentionSteps``, but for hyper-connections; shapes are stated there."""
+    """Math of ``AttentionSteps``, except hyper-connections; see the steps for shapes."""
 
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         self._device, self._gemms = device, gemms
@@ -198,14 +198,14 @@ def rotate_tail(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, in fp32, in x's element type."""
+    """Root-mean-square norm over the last dimension, computed wide, returned in x's type."""
     wide = widen(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide if weight is None else wide * widen(weight)).to(x.dtype)
 
 
 def rope_theta(config: Dsv4Config, layer: int) -> float:
-    """Base of the rotary frequencies: layers with compression have their own."""
+    """Base of the rotary frequencies; layers with compression use a different one."""
     return config.compress_rope_theta if config.compress_ratio(layer) else config.rope_theta
 
 
@@ -215,7 +215,7 @@ def _rotate_tokens(x: Tensor, at: LayerTokens[Dsv4Config]) -> Tensor:
 
 
 def _index_lens(tokens: Tokens) -> Tensor:
-    """Entries that each token is scored against; at least one, as the kernels need."""
+    """Number of entries to score each token against; the kernels need at least one."""
     return ((places_of(tokens).position + 1) // 4).clamp_min(1).to(torch.int32)
 
 
@@ -225,11 +225,11 @@ def pooled_entries(
     """Compressed entries of every sequence from its cached projections.
 
     Entry n pools tokens [n * ratio, (n + 1) * ratio) with a softmax per channel over
-    ``score + ape``; at ratio 4 the block before takes part through the overlap halves, and
-    ``width`` is 2 * head_dim. Entries of unfinished blocks are meaningless and must be masked.
+    ``score + ape``. At ratio 4 the previous block takes part through the overlap halves, and
+    ``width`` is 2 * head_dim. Entries of unfinished blocks are meaningless; the caller masks them.
 
     Returns:
-        [sequences, entries, head_dim] bf16, normed and rotated to its block's first position.
+        [sequences, entries, head_dim] bf16, normed and rotated to the block's first position.
     """
     (tokens, layer, config), (ape, norm) = at, pool
     ratio, width = ape.shape
@@ -248,7 +248,7 @@ def pooled_entries(
 
 
 def _with_overlap(values: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Join each block's own halves with the overlap halves of the block before."""
+    """Join each block's own halves with the overlap halves of the previous block."""
     half = values.shape[-1] // 2
     before_values = torch.zeros_like(values[..., :half])
     before_values[:, 1:] = values[:, :-1, :, :half]
@@ -259,7 +259,7 @@ def _with_overlap(values: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def finished(position: Tensor, entries: int, ratio: int) -> Tensor:
-    """[T, entries] bool: entries whose block ends at or before the token."""
+    """[T, entries] bool: whether the entry's block ends at or before the token."""
     index = torch.arange(entries, device=position.device)
     return index < ((position + 1) // ratio).unsqueeze(1)
 

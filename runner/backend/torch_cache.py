@@ -1,4 +1,4 @@
-"""Key-value cache of a batch of sequences, and where each new token stands in it."""
+"""Key-value cache of a batch of sequences, and the place of each new token in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Places(NamedTuple):
 
 
 class KVCache:
-    """Rows per (layer, name), sequence and position; made on first use, zero where not written."""
+    """Rows per (layer, name), sequence and position; allocated at the first write, as zeros."""
 
     def __init__(self, sequences: int, max_len: int, device: torch.device) -> None:
         self.sequences, self.max_len = sequences, max_len
@@ -42,13 +42,13 @@ class KVCache:
         return self._rows[(layer, name)]
 
     def part(self, first: int, last: int) -> KVCache:
-        """A view of some of the sequences; writing to it writes here."""
+        """A view of sequences ``first`` to ``last`` - 1; writing to it writes here."""
         return _Part(self, first, last)
 
     def keep(self, batch: ForwardBatch, name: str, make: Callable[[], K]) -> K:
-        """What ``make`` returns for the current batch, made once.
+        """The result of ``make`` for the current batch, computed once.
 
-        A second forward of a batch then moves nothing from host to GPU, as a graph requires.
+        A second forward of a batch then copies nothing from host to GPU; a CUDA graph needs that.
         """
         if self._kept is None or self._kept[0] is not batch:
             self._kept = (batch, {})
@@ -71,7 +71,7 @@ class KVCache:
 
 
 class _Part(KVCache):
-    """Sequences ``first`` to ``last`` of another cache."""
+    """Sequences ``first`` to ``last`` - 1 of another cache."""
 
     def __init__(self, whole: KVCache, first: int, last: int) -> None:
         super().__init__(last - first, whole.max_len, whole._device)
@@ -85,7 +85,7 @@ class _Part(KVCache):
 
 
 def cache_of(batch: ForwardBatch) -> KVCache:
-    """The batch's cache, which a real forward always has."""
+    """The batch's cache; a real forward always has one."""
     assert isinstance(batch.cache, KVCache)
     return batch.cache
 
@@ -103,7 +103,7 @@ def ids_of(tokens: Tokens, device: torch.device) -> Tensor:
     assert ids is not None
     every = cache_of(batch).keep(batch, "ids", lambda: torch.tensor(ids, device=device))
     own = every[tokens.start : tokens.stop]
-    # Padding rows of a rank's block have no token.
+    # The block may end in padding rows, which have no token.
     short = tokens.count - len(own)
     return torch.nn.functional.pad(own, (0, short)) if short else own
 

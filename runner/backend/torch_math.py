@@ -1,7 +1,7 @@
-"""``TorchMath``: what computes the forward's steps in torch, on CPU or CUDA.
+"""``TorchMath``: computes the forward's steps in torch, on CPU or CUDA.
 
-Its methods are the work behind the steps of the same names in ``Backend``, which state their
-shapes. GEMMs go through the entry points of ``DeepGemmWrapper``.
+Each method does the work of the step with the same name in ``Backend``; see there for shapes.
+GEMMs go through the entry points of ``DeepGemmWrapper``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from runner.deep_gemm_wrapper.quantise import in_slabs, quantise_tokens, widen
 
 
 class TorchMath(AttentionMath, ExpertMath):
-    """The work behind each step, on DeepGEMM's entry points or on those of its reference."""
+    """The math of every step, with GEMMs from DeepGEMM or from our reference of it."""
 
     def __init__(self, device: torch.device, gemms: DeepGemmWrapper) -> None:
         super().__init__(device, gemms)
-        # Kernels write bf16; the reference can keep partial sums whole until they are summed.
-        whole = torch.float64 if device.type == "cpu" else torch.bfloat16
-        self._output = {False: torch.bfloat16, True: whole}
+        # Kernels write bf16; the reference can keep partial results unrounded until the sum.
+        partial = torch.float64 if device.type == "cpu" else torch.bfloat16
+        self._output = {False: torch.bfloat16, True: partial}
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -93,7 +93,7 @@ class TorchMath(AttentionMath, ExpertMath):
             return out
         if algo is Bf16Fp32Algo.TORCH:
             return torch.nn.functional.linear(x.float(), weight.float())
-        # As SGLang has it: torch knows ``out_dtype`` on CUDA alone, and for narrow operands.
+        # As in SGLang: torch supports ``out_dtype`` only on CUDA and for 16-bit operands.
         if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return torch.mm(x.float(), weight.float().t())
@@ -154,7 +154,7 @@ class TorchMath(AttentionMath, ExpertMath):
 
 
 def _sinkhorn(comb: Tensor, iterations: int, eps: float) -> Tensor:
-    """Alternate row and column normalisation of [T, M, M]; the first rows by softmax."""
+    """Normalise rows and columns of [T, M, M] in turns; the first rows step is a softmax."""
     comb = comb.softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):

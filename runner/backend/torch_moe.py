@@ -1,4 +1,4 @@
-"""Expert selection and the layouts of grouped GEMMs in torch, without host synchronisation."""
+"""Expert selection and grouped GEMM layouts in torch; the host never waits for the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 
 
 class ExpertMath:
-    """The work behind ``ExpertSteps``."""
+    """Math of ``ExpertSteps``; see the steps for shapes."""
 
     def top_k(self, logits: Tensor, bias: Tensor, config: MoeConfig) -> Routing:
         scores = _scores(logits, config)
@@ -30,7 +30,7 @@ class ExpertMath:
         return _weighted(_scores(logits, config), ids, config)
 
     def pack_routing(self, routing: Routing, tokens: int) -> Tensor:
-        # fp32 holds ids below 2**24 exactly.
+        # fp32 represents ids below 2**24 exactly.
         packed = torch.cat([routing.weights, routing.ids.to(routing.weights.dtype)], -1)
         packed[tokens:, : routing.ids.shape[1]] = 0.0
         packed[tokens:, routing.ids.shape[1] :] = -1.0
@@ -52,7 +52,7 @@ class ExpertMath:
     def dispatch_contiguous(
         self, x: Tensor, ids: Tensor, experts: tuple[int, int], rows: int
     ) -> Dispatched:
-        """Sort tokens by local expert, each expert's rows padded to 128, into ``rows`` rows."""
+        """Sort tokens by local expert into ``rows`` rows; each expert is padded to 128 rows."""
         local, rank, counts = _rank_in_expert(ids, experts)
         padded = -(-counts // CONTIGUOUS_M_ALIGNMENT) * CONTIGUOUS_M_ALIGNMENT
         ends = padded.cumsum(0)
@@ -69,7 +69,7 @@ class ExpertMath:
     def dispatch_masked(
         self, x: Tensor, ids: Tensor, experts: tuple[int, int], rows: int, expected_m: int
     ) -> Dispatched:
-        """One block of ``rows`` rows per local expert."""
+        """Put tokens into one block of ``rows`` rows per local expert."""
         local, rank, counts = _rank_in_expert(ids, experts)
         num_local = experts[1] - experts[0]
         slots = torch.where(local < num_local, local * rows + rank, -1)
@@ -84,7 +84,7 @@ class ExpertMath:
         total = torch.zeros((tokens, y.shape[-1]), dtype=widen(flat[:0]).dtype, device=y.device)
         for choice, column in enumerate(slots.view(tokens, choices).unbind(1)):
             weight = torch.where(column >= 0, routing.weights[:, choice], 0.0).unsqueeze(1)
-            # Rows that no expert wrote may hold anything, NaN included: leave them out by value.
+            # Rows that no expert wrote may contain NaN, so a weight of 0 would not remove them.
             rows = torch.where(weight > 0, widen(flat[column.clamp_min(0)]), 0.0)
             total += rows * weight
         return (total * factor).to(y.dtype)
@@ -98,7 +98,7 @@ def _scores(logits: Tensor, config: MoeConfig) -> Tensor:
 
 
 def _best_groups(ranked: Tensor, config: MoeConfig) -> Tensor:
-    """Keep the ``topk_group`` groups whose two best experts sum highest."""
+    """Keep the ``topk_group`` groups whose two best experts have the highest sum of scores."""
     groups = ranked.unflatten(-1, (config.n_group, -1))
     best = groups.topk(2, -1).values.sum(-1).topk(config.topk_group, -1).indices
     keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=ranked.device)
@@ -115,7 +115,7 @@ def _weighted(scores: Tensor, ids: Tensor, config: MoeConfig) -> Routing:
 
 
 def _rank_in_expert(ids: Tensor, experts: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Local expert of each choice (their number where not local), its rank there, and counts."""
+    """Local expert of each choice (E if not local), its index within that expert, and counts."""
     num_local = experts[1] - experts[0]
     flat = ids.flatten()
     outside = (flat < experts[0]) | (flat >= experts[1])

@@ -1,4 +1,4 @@
-"""Deterministic weights in torch: each number depends on (seed, layer, name, global index) only."""
+"""Deterministic weights in torch: a value depends only on seed, layer, name and global index."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from runner.deep_gemm_wrapper.quantise import quantise_blocks
 
 _MASK32 = 0xFFFFFFFF
 _CHUNK = 1 << 24
-"""Elements made at a time: bounds the int64 temporaries."""
+"""Elements made at a time; this limits the size of the int64 temporaries."""
 
 
 class TorchWeights:
     """Makes weights on a device.
 
     Args:
-        seed: any integer; another seed, another model.
-        device: where the weights live.
-        share: use one buffer for all weights of one kind and shape. A warm-up of a full-size model
-            needs shapes, not a hundred layers of different numbers.
+        seed: any integer; each seed gives a different model.
+        device: where the weights are stored.
+        share: use one buffer for all weights of the same kind and shape. A warm-up of a full-size
+            model needs only the shapes, not different values in every layer.
     """
 
     def __init__(self, seed: int, device: torch.device, *, share: bool = False) -> None:
@@ -44,9 +44,9 @@ class TorchWeights:
         return made
 
     def make_fp8(self, request: WeightRequest) -> Fp8Weight:
-        """The local part of an FP8 weight, quantised slab by slab where it has groups.
+        """The local part of an FP8 weight; one with groups is quantised slab by slab.
 
-        fp32 values of all experts at once would not fit.
+        The fp32 values of all experts would not fit in memory at once.
         """
         made = self._shared_fp8.get(request.view)
         if made is None:
@@ -66,7 +66,7 @@ class TorchWeights:
         return torch.cat(slabs).view(request.view)
 
     def _slabs(self, request: WeightRequest) -> Iterator[Tensor]:
-        """Values in fp32, the first dimension cut into pieces of about ``_CHUNK`` elements."""
+        """Values in fp32, cut along the first dimension into about ``_CHUNK`` elements each."""
         first, *others = request.dims
         step = max(1, _CHUNK // max(1, prod(dim.width for dim in others)))
         salt = self._salt(request)
@@ -100,7 +100,7 @@ def _global_index(dims: Sequence[Shard], device: torch.device) -> Tensor:
 
 
 def _hash(index: Tensor, salt: int) -> Tensor:
-    """A 32-bit mix (murmur3's finaliser) of 64-bit indices, as int64 in [0, 2**32)."""
+    """Hash 64-bit indices with murmur3's 32-bit finaliser; returns int64 in [0, 2**32)."""
     x = (index ^ (index >> 32) * 0x9E3779B1 ^ salt) & _MASK32
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32

@@ -1,7 +1,7 @@
-"""Which weights a stage needs: global shape, this rank's slice, element type.
+"""Requests for weights: global shape, this rank's slice, and element type.
 
-A request names a slice of a global array, so every tensor-, pipeline- or expert-parallel split of a
-model holds the same numbers.
+A request names a slice of a global array, so a model has the same weights under every tensor-,
+pipeline- or expert-parallel split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runner.kernels.heuristics_sm90 import ceil_div
 
 
 class Shard(NamedTuple):
-    """Part ``start`` to ``stop`` of a dimension of ``size``."""
+    """Indices ``start`` to ``stop`` - 1 of a dimension of length ``size``."""
 
     size: int
     start: int
@@ -44,10 +44,10 @@ class WeightRequest:
         kind: ``fp8`` (e4m3 with fp32 scales of 128 x 128 blocks over the last two dimensions),
             ``bf16``, ``fp32``, or ``ids`` (int64 in [0, ``high``)).
         dims: the global dimensions, with the part of each that this rank holds.
-        view: shape that the local slice is viewed as.
+        view: shape of the returned tensor, with the elements of the local slice.
         scale: standard deviation of the values.
         mean: mean of the values.
-        high: bound of ``ids``.
+        high: upper bound of ``ids``, exclusive.
     """
 
     layer: int
@@ -61,7 +61,7 @@ class WeightRequest:
 
 
 class WeightSource(Protocol):
-    """Makes weights: random numbers, or shapes alone."""
+    """Makes weights: random values, or only shapes."""
 
     def make(self, request: WeightRequest) -> Tensor:
         """The local part of a bf16, fp32 or int64 weight."""

@@ -1,4 +1,4 @@
-"""The one place that calls DeepGEMM, with SGLang's entry points and walks.
+"""The only package that calls DeepGEMM, through SGLang's entry points and walks.
 
 Import submodules directly: most need torch.
 """

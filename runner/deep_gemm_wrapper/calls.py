@@ -1,8 +1,8 @@
-"""Calls of each entry point on a GPU: buffers once, then any number of rows of them.
+"""Calls to each entry point on a GPU: allocate buffers once, then call with any number of rows.
 
-:func:`make_call` allocates the buffers of the largest M and returns a function that calls the entry
-point with the first ``m`` rows of them. Only the shapes matter: all values are zero, and all scales
-one, so that a wrapper that checks scales accepts them.
+:func:`make_call` allocates buffers for the largest M and returns a function that calls the entry
+point with their first ``m`` rows. Only the shapes matter: all values are 0, and all scales are 1,
+so that they pass the scale check.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Operand = Tensor | Pair
 
 
 MASKED_ROWS = 128
-"""Rows of a group where the M of a masked GEMM does not say."""
+"""Default rows per group of a masked GEMM, whose M does not determine them."""
 
 _ENTRIES = 256
 _FP8 = torch.float8_e4m3fn
@@ -40,7 +40,7 @@ def make_call(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 
 
 def _gemm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
-    """A GEMM, dense or grouped: contiguous ones take each row's group, masked ones the rows."""
+    """A GEMM: dense, contiguous with each row's group, or masked with each group's row count."""
     kind, n, k = shape.type, shape.n, shape.k
     masked, contiguous = kind in MASKED_TYPES, kind in CONTIGUOUS_TYPES
     groups = (shape.num_groups,) if masked or contiguous else ()
@@ -59,7 +59,7 @@ def _gemm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
 
 
 def _activations(kind: T, *shape: int) -> Callable[[int | None], Operand]:
-    """The first ``m`` rows; None is all of them."""
+    """A function that returns the first ``m`` rows; None returns all rows."""
     if _is_bf16(kind):
         x = _zeros(*shape, dtype=torch.bfloat16)
         return lambda m: x[:m]
@@ -71,7 +71,7 @@ def _activations(kind: T, *shape: int) -> Callable[[int | None], Operand]:
 
 
 def _weight(kind: T, *shape: int) -> Operand:
-    if kind in FP4_TYPES:  # Two values a byte, and a scale for 32 of them.
+    if kind in FP4_TYPES:  # Two values per byte, and one scale per 32 values.
         packed = _zeros(*shape[:-1], shape[-1] // 2, dtype=torch.int8)
         return packed, _packed_scales(*shape, scaled=32)
     if _is_bf16(kind):
@@ -94,7 +94,7 @@ _RECIPES: dict[T, dict[str, tuple[int, ...]]] = {
 }
 
 
-# -- what is no plain GEMM ------------------------------------------------------------------------
+# -- entry points other than plain GEMMs ----------------------------------------------------------
 
 
 def _hc_prenorm(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> Call:
@@ -148,7 +148,7 @@ def _paged_mqa_logits(wrapper: DeepGemmWrapper, shape: GemmShape, most: int) -> 
     lens = _zeros(most, 1, dtype=torch.int32) + 1
     pages = pack_pages(_zeros(_ENTRIES, shape.k, dtype=_FP8), _ones(_ENTRIES))
     table = _zeros(most, _ENTRIES // PAGE, dtype=torch.int32)
-    # Zeroed metadata: each SM starts where it ends and computes nothing.
+    # With metadata of zeros, each SM starts at its end and computes nothing.
     schedule = _zeros(shape.num_sms + 1, 2, dtype=torch.int32)
     if _takes_mx(wrapper, "fp8_paged_mqa_logits"):
         q, q_scales = _mx_rows(most, 1, shape.n, shape.k)
@@ -176,7 +176,7 @@ _OTHERS: dict[T, Callable[[DeepGemmWrapper, GemmShape, int], Call]] = {
 
 
 def _takes_mx(wrapper: DeepGemmWrapper, older_name: str) -> bool:
-    """Whether logits take MX scales: on SM100, where the library has no older entry point."""
+    """Whether logits take MX scales: on SM100, if the library lacks the older entry point."""
     return not hasattr(wrapper.library, older_name) and (
         torch.cuda.get_device_capability()[0] == 10
     )
@@ -190,7 +190,7 @@ def _zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _ones(*shape: int) -> Tensor:
-    """Scales."""
+    """Scales of 1."""
     return torch.ones(shape, device="cuda", dtype=torch.float32)
 
 
@@ -206,14 +206,14 @@ def _fp8_blocks(*shape: int, block: int = 128) -> Pair:
 
 
 def _mx_rows(*shape: int) -> Pair:
-    """FP8 rows, and for each row its packed UE8M0 scales: four bytes in one int32."""
+    """FP8 rows, and each row's packed UE8M0 scales: four bytes in one int32."""
     return _zeros(*shape, dtype=_FP8), _zeros(*shape[:-1], dtype=torch.int32)
 
 
 def _packed_scales(*shape: int, scaled: int) -> Tensor:
-    """UE8M0 scales as Blackwell's kernels read them: four in an int32, column by column.
+    """UE8M0 scales in the layout of Blackwell's kernels: four in an int32, column-major.
 
-    Columns begin at multiples of four rows, as TMA needs them; ``scaled`` values share a scale.
+    Columns are padded to a multiple of four rows, as TMA requires; ``scaled`` values share a scale.
     """
     *groups, rows, k = shape
     columns, padded = ceil_div(k, 4 * scaled), align(rows, 4)

@@ -1,8 +1,8 @@
 """DeepGEMM's entry points, named as in SGLang's ``deep_gemm_wrapper``.
 
 FP8 operands are pairs (e4m3 values, fp32 scales): activations have one scale per row and 128
-columns, weights one per 128 x 128 block. ``out`` is written in place. A call without rows (M = 0)
-returns at once: nothing is checked, compiled or launched.
+columns, weights one per 128 x 128 block. ``out`` is written in place. A call with M = 0 returns at
+once and checks, compiles and launches nothing.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ LIBRARY_NAMES = {
     ),
     T.GROUPED_GEMM_NT_BF16_MASKED: ("m_grouped_bf16_gemm_nt_masked",),
 }
-"""The library's function for each plain GEMM; of several names the first that it has."""
+"""Names of the library's function for each plain GEMM; the first one that exists is used."""
 
 
 class LibraryFunction(Protocol):
-    """One of the library's functions."""
+    """One of the library's functions, with arguments of its own."""
 
-    def __call__(self, *args: object, **options: object) -> object:
-        """Its own arguments."""
+    def __call__(self, *args: object, **options: object) -> object: ...
 
 
 def library_function(library: ModuleType, kind: T) -> LibraryFunction:
@@ -67,14 +66,14 @@ def library_function(library: ModuleType, kind: T) -> LibraryFunction:
 
 
 class DeepGemmWrapper:
-    """Entry points on one library, whose releases name their functions differently.
+    """SGLang's entry points on one library, whose releases name their functions differently.
 
-    The library brings row-major scales of activations into the layout that its kernels read, with a
-    transpose kernel of its own.
+    Activation scales are row-major; the library brings them into its kernels' layout with its own
+    transpose kernel.
 
     Args:
         library: the imported ``deep_gemm``, or :mod:`runner.deep_gemm_wrapper.reference`.
-        sanity_check: check every scale of an FP8 operand before it is used; slow, see
+        sanity_check: check all scales of FP8 operands before each call; slow, see
             :mod:`runner.deep_gemm_wrapper.scale_check`.
     """
 
@@ -107,7 +106,7 @@ class DeepGemmWrapper:
     def grouped_gemm_nt_f8f8bf16_contig(
         self, lhs: Fp8, rhs: Fp8, out: Tensor, m_indices: Tensor
     ) -> None:
-        """out [m, n] bf16 by each row's group ``m_indices`` [m] int32; -1 rows are undefined."""
+        """out [m, n] bf16; ``m_indices`` [m] int32 is each row's group, or -1: row undefined."""
         if lhs[0].shape[0] == 0:
             return
         if self._sanity_check:
@@ -117,9 +116,9 @@ class DeepGemmWrapper:
     def grouped_gemm_nt_f8f8bf16_masked(
         self, lhs: Fp8, rhs: Fp8, out: Tensor, masked_m: Tensor, expected_m: int
     ) -> None:
-        """out [g, m, n] bf16; of group i the first ``masked_m[i]`` rows are defined.
+        """out [g, m, n] bf16; only the first ``masked_m[i]`` rows of group i are defined.
 
-        ``expected_m`` is the M that a kernel is chosen for; 0 says that no group has a row.
+        The library chooses the kernel for ``expected_m``; 0 means that no group has a row.
         """
         rows = lhs[0].shape[1]
         if rows == 0 or expected_m == 0:
@@ -157,7 +156,7 @@ class DeepGemmWrapper:
     def get_paged_mqa_logits_metadata(
         self, context_lens: Tensor, block_kv: int, num_sms: int
     ) -> Tensor:
-        """[num_sms + 1, 2] int32 from lengths [rows, 1] int32."""
+        """The kernel's work split [num_sms + 1, 2] int32, from lengths [rows, 1] int32."""
         if context_lens.shape[0] == 0:
             return context_lens.new_zeros((num_sms + 1, 2), dtype=torch.int32)
         made = self.library.get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms)
@@ -175,8 +174,8 @@ class DeepGemmWrapper:
     ) -> Tensor:
         """Scores [rows, max_context_len] fp32; columns past a row's length are undefined.
 
-        q [rows, 1, heads, dim] e4m3; kv_cache [pages, block_kv, 1, dim + 4] uint8, each page its
-        values and then its fp32 scales; weights [rows, heads] fp32; block_table [rows, pages].
+        q [rows, 1, heads, dim] e4m3; kv_cache [pages, block_kv, 1, dim + 4] uint8, each page with
+        values, then fp32 scales; weights [rows, heads] fp32; block_table [rows, pages].
         """
         if q.shape[0] == 0:
             return weights.new_empty((0, max_context_len), dtype=torch.float32)
@@ -217,7 +216,7 @@ def _as_tensor(made: object, like: Tensor) -> Tensor:
 
 
 def check_capability(capability: tuple[int, int]) -> None:
-    """Raise UserError where DeepGEMM cannot run on this GPU."""
+    """Raise UserError if this GPU is not supported."""
     if capability[0] != 9:
         raise UserError(
             f"this GPU has compute capability {capability[0]}.{capability[1]}: only 9.x (Hopper) "
@@ -226,10 +225,10 @@ def check_capability(capability: tuple[int, int]) -> None:
 
 
 def import_library(root: Path) -> ModuleType:
-    """Import the ``deep_gemm`` package of the folder ``root``, which may be vLLM's copy.
+    """Import the ``deep_gemm`` package in the folder ``root``, which may be vLLM's copy.
 
     Raises:
-        UserError: Python finds another one.
+        UserError: Python imports another package of that name.
     """
     sys.path.insert(0, str(root.parent))
     try:
@@ -238,17 +237,17 @@ def import_library(root: Path) -> ModuleType:
         sys.path.remove(str(root.parent))
     if not Path(found.__file__ or "").parent.samefile(root):
         raise UserError(
-            f"{root} cannot be imported, Python has {found.__file__}: a library's folder must be "
-            "named deep_gemm"
+            f"{root} cannot be imported, because Python imports {found.__file__} instead: the "
+            "library's folder must be named deep_gemm"
         )
     return found
 
 
 def import_deep_gemm(root: Path, *, cache_dirs: str, nvcc: Path, pdl: bool) -> ModuleType:
-    """Import the library of ``root``; it caches in ``cache_dirs`` and compiles with ``nvcc``.
+    """Import the library in ``root``; it caches in ``cache_dirs`` and compiles with ``nvcc``.
 
-    The library reads these variables of its process's environment at its first compile, so they
-    have to be set there; nothing else of the environment is touched.
+    The library reads these settings from its process's environment at its first compile, so this
+    sets three variables there and no others.
     """
     os.environ["DG_JIT_CACHE_DIR"] = cache_dirs
     os.environ["DG_JIT_NVCC_COMPILER"] = str(nvcc)

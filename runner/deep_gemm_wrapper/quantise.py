@@ -1,4 +1,4 @@
-"""FP8 block scaling in torch: e4m3 values with fp32 scales, as the GEMMs take them."""
+"""FP8 block scaling in torch: e4m3 values with fp32 scales, the form that the GEMMs take."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from runner.config.model import FP8_BLOCK
 
 E4M3_MAX = 448.0
 _MIN_AMAX = 1e-4
-"""Smallest magnitude a scale is made for, as in DeepGEMM's own casts."""
+"""Lower limit of the magnitude in a scale, as in DeepGEMM's own casts."""
 
 PAGE = 64
-"""Entries of one page of the index cache."""
+"""Entries per page of the index cache."""
 
 _SLAB_ELEMENTS = 1 << 26
 
@@ -20,9 +20,9 @@ _SLAB_ELEMENTS = 1 << 26
 def widen(x: Tensor) -> Tensor:
     """``x`` in the element type of intermediate math: fp64 on a CPU, fp32 on a GPU.
 
-    In fp64 the order of a sum does not show after rounding to bf16, so a CPU computes the same
-    numbers for every split of a model over ranks. In fp32 it would show now and then, and FP8
-    rounding would amplify it.
+    In fp64 the order of a sum makes no difference after rounding to bf16, so a CPU computes the
+    same numbers however a model is split over ranks. In fp32 there would be occasional differences,
+    and FP8 rounding would amplify them.
     """
     return x.double() if x.device.type == "cpu" else x.float()
 
@@ -36,7 +36,7 @@ def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_slabs(x: Tensor) -> tuple[Tensor, ...]:
-    """Rows of [R, N] in pieces, so that wide temporaries of a large tensor stay small."""
+    """Split the rows of [R, N] into pieces, so that wide temporaries stay small."""
     slabs: tuple[Tensor, ...] = x.split(max(1, _SLAB_ELEMENTS // x.shape[1]))
     return slabs
 
@@ -74,10 +74,10 @@ def dequantise_blocks(values: Tensor, scales: Tensor) -> Tensor:
 
 
 def pack_pages(values: Tensor, scales: Tensor) -> Tensor:
-    """Index cache pages from e4m3 [entries, dim] and fp32 [entries]; entries fill whole pages.
+    """Pack e4m3 [entries, dim] and fp32 [entries] into full pages of the index cache.
 
     Returns:
-        [pages, 64, 1, dim + 4] uint8: each page holds its values, then its scales.
+        [pages, 64, 1, dim + 4] uint8; each page has values, then scales.
     """
     dim = values.shape[-1]
     data = values.view(torch.uint8).reshape(-1, PAGE * dim)

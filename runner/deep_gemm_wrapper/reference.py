@@ -1,8 +1,8 @@
-"""The functions of ``deep_gemm`` that a forward calls, in plain torch, under the library's names.
+"""The ``deep_gemm`` functions that a forward calls, in plain torch, with the library's names.
 
-Inputs are rounded as the kernels round them; sums are as wide as they can be. A CPU runs these, and
-GPU kernels are compared with them. Pass this module as the library of a ``DeepGemmWrapper``.
-FP8 operands are (e4m3 values, fp32 scales).
+Inputs are rounded as in the kernels; sums are as wide as possible. CPU runs use this module, and
+tests compare GPU kernels with it. Pass it as the library of a ``DeepGemmWrapper``. FP8 operands
+are (e4m3 values, fp32 scales).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Fp8 = tuple[Tensor, Tensor]
 
 
 def get_num_sms() -> int:
-    """There are none."""
+    """0: a CPU has no SMs."""
     return 0
 
 
 def set_num_sms(num_sms: int) -> None:
-    """There are none."""
+    """Do nothing: a CPU has no SMs."""
 
 
 def fp8_gemm_nt(lhs: Fp8, rhs: Fp8, out: Tensor) -> None:
@@ -35,7 +35,7 @@ def fp8_gemm_nt(lhs: Fp8, rhs: Fp8, out: Tensor) -> None:
 
 
 def m_grouped_fp8_gemm_nt_contiguous(lhs: Fp8, rhs: Fp8, out: Tensor, m_indices: Tensor) -> None:
-    """As :func:`fp8_gemm_nt` by each row's group; rows of group -1 are left alone."""
+    """As :func:`fp8_gemm_nt` with the weight of each row's group; skips rows of group -1."""
     for group in torch.unique(m_indices[m_indices >= 0]).tolist():
         rows = m_indices == group
         x = _activations(lhs[0][rows], lhs[1][rows])
@@ -61,7 +61,7 @@ def bf16_gemm_nt(lhs: Tensor, rhs: Tensor, out: Tensor) -> None:
 def tf32_hc_prenorm_gemm(
     x: Tensor, fn: Tensor, out: Tensor, sqrsum: Tensor, num_splits: int
 ) -> None:
-    """Products [splits, m, n] and sums of squares [splits, m], all in the first split."""
+    """Products [splits, m, n] and sums of squares [splits, m]; all splits but the first are 0."""
     out.zero_()
     sqrsum.zero_()
     out[0] = widen(x) @ widen(fn).mT
@@ -69,12 +69,12 @@ def tf32_hc_prenorm_gemm(
 
 
 def fp8_einsum(equation: str, lhs: Fp8, rhs: Fp8, out: Tensor) -> None:
-    """As ``torch.einsum``."""
+    """As ``torch.einsum``, on FP8 operands."""
     out.copy_(torch.einsum(equation, _activations(*lhs), _weights(*rhs)))
 
 
 def get_paged_mqa_logits_metadata(context_lens: Tensor, block_kv: int, num_sms: int) -> Tensor:
-    """Zeros: nothing here needs a work split."""
+    """Zeros: the reference needs no work split."""
     return torch.zeros((num_sms + 1, 2), dtype=torch.int32, device=context_lens.device)
 
 
@@ -104,7 +104,7 @@ def fp8_mqa_logits(
     clean_logits: bool,
     max_seqlen_k: int,
 ) -> Tensor:
-    """Scores [rows, max_seqlen_k] fp32 against all entries, whatever ``ks`` and ``ke`` are."""
+    """Scores [rows, max_seqlen_k] fp32 against all entries; ignores ``ks`` and ``ke``."""
     entries = widen(kv[0].float() * kv[1].unsqueeze(-1))
     dots = torch.einsum("rhd,ed->rhe", widen(q.float()), entries).relu()
     logits = torch.einsum("rh,rhe->re", widen(weights), dots).float()

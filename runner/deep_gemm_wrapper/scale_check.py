@@ -1,11 +1,11 @@
 """The check behind ``SGLANG_DEEPGEMM_SANITY_CHECK``: are the scales of FP8 operands usable?
 
-SGLang checks scales where they must be powers of two (UE8M0, SM100). On SM90 they are plain fp32,
-so the check is for an element type or layout that the kernels would misread, and for scales that
-are not positive numbers: values overflowed before they were quantised, or memory was never written.
+SGLang checks scales on SM100, where they must be powers of two (UE8M0). On SM90 they are plain
+fp32. There the check finds element types and layouts that kernels would misread, and scales that
+are not positive numbers, after an overflow before quantisation or from memory never written.
 
-A check reads its scales back from the device, so it slows a run down and cannot be captured in a
-CUDA graph.
+A check reads scales back from the device, so it slows a run down and cannot be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def check_scales(
     shape: tuple[int, ...],
     used: Tensor | None = None,
 ) -> None:
-    """Raise unless the scales are fp32, of that shape, finite and above 0.
+    """Raise unless the scales are fp32, of the right shape, finite and above 0.
 
     Args:
         entry_point: name of the function called.
-        operand: which of its operands has the scales.
-        scales: any number of dimensions.
-        shape: the shape that the operand's values need.
-        used: bool, by the leading dimensions of ``scales``; the others may hold anything.
+        operand: the function's operand that has these scales.
+        scales: the scales, with any number of dimensions.
+        shape: the shape that the scales must have.
+        used: bool over the leading dimensions of ``scales``; where False, scales may be anything.
 
     Raises:
-        ScaleError: names entry point, operand, and the first bad scale by its index.
+        ScaleError: names the entry point, the operand, and the index of the first bad scale.
     """
     whose = f"{entry_point}: the scales of {operand}"
     if scales.dtype != torch.float32:
@@ -57,7 +57,7 @@ def check_scales(
 
 
 def check_gemm_scales(entry_point: str, lhs: Fp8, rhs: Fp8, used: Tensor | None = None) -> None:
-    """:func:`check_scales` of a GEMM's operands, of ``lhs`` only the rows that are ``used``."""
+    """:func:`check_scales` of a GEMM's operands; of ``lhs``, only of rows that are ``used``."""
     *rows, k = lhs[0].shape
     check_scales(entry_point, "lhs", lhs[1], (*rows, ceil_div(k, FP8_BLOCK)), used)
     *groups, n, k = rhs[0].shape
@@ -66,7 +66,7 @@ def check_gemm_scales(entry_point: str, lhs: Fp8, rhs: Fp8, used: Tensor | None 
 
 
 def check_entry_scales(entry_point: str, kv: Fp8, starts: Tensor, ends: Tensor) -> None:
-    """:func:`check_scales` of index keys: row r reads entries ``starts[r]`` to ``ends[r]``."""
+    """:func:`check_scales` of index keys; row r reads entries ``starts[r]`` to ``ends[r]`` - 1."""
     entries = torch.arange(kv[0].shape[0], device=starts.device)
     read = (entries >= starts.unsqueeze(1)) & (entries < ends.unsqueeze(1))
     check_scales(entry_point, "kv", kv[1], tuple(entries.shape), read.any(0))
@@ -75,10 +75,9 @@ def check_entry_scales(entry_point: str, kv: Fp8, starts: Tensor, ends: Tensor) 
 def check_page_scales(
     entry_point: str, kv_cache: Tensor, context_lens: Tensor, block_table: Tensor
 ) -> None:
-    """:func:`check_scales` of index keys in pages: those of the entries that each row reads.
+    """:func:`check_scales` of index keys in pages; only of the entries that each row reads.
 
-    An error's index is [row, entry of that row]; what the table has past a row's length may be
-    anything.
+    An error's index is [row, entry of that row]. The table may have any values past a row's length.
     """
     pages, block_kv = kv_cache.shape[:2]
     tails = kv_cache.reshape(pages, -1)[:, -4 * block_kv :].contiguous().view(torch.float32)

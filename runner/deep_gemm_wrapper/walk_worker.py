@@ -1,8 +1,8 @@
 """One worker of :mod:`runner.kernels.library`: calls a library's entry points with every M.
 
-Runs on a stand-in GPU, whose own functions report which JIT kernels each call launched. Orders come
-as JSON on stdin. One line of JSON per GEMM goes to stdout: ``runs`` ([first M, last M, numbers of
-kernels]) and ``kernels`` (paths of the cubins behind the numbers).
+It runs on a stand-in GPU, which reports the JIT kernels that each call launched. The request is
+JSON on stdin. The answer on stdout has one line of JSON per GEMM: ``runs`` ([first M, last M,
+kernel numbers]) and ``kernels`` (the cubin path for each number).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import TextIO, TypedDict
 
 _MOST_LAUNCHES = 64
-"""Of one call; each has a handful."""
+"""Most launches that one call can make; real calls make a handful."""
 
 
-class Orders(TypedDict):
+class Request(TypedDict):
     """The JSON on stdin."""
 
     library: str
     demands: list[tuple[int, int, int, int, int, int, list[int]]]
-    """Type, n, k, groups, SMs, step from one M to the next, every M."""
+    """For each GEMM: type, n, k, groups, SMs, step between M, all M."""
 
 
 class Launches:
-    """Launches that the stand-in GPU has seen; a real GPU reports none."""
+    """Launches on the stand-in GPU; a real GPU does not report any."""
 
     def __init__(self) -> None:
         self._native = ctypes.CDLL(None)
@@ -38,19 +38,19 @@ class Launches:
         self._buffer = (ctypes.c_uint32 * _MOST_LAUNCHES)()
 
     def take(self) -> tuple[int, ...]:
-        """Numbers of the JIT libraries launched since the last call, in order, each once."""
+        """Distinct numbers of the JIT kernels launched since the last call, in order."""
         if not self._stood_in:
             return ()
         count = self._native.standin_launches(self._buffer, _MOST_LAUNCHES)
         return tuple(dict.fromkeys(self._buffer[:count]))
 
     def path(self, number: int) -> str:
-        """The cubin behind a number."""
+        """Path of the cubin with that number."""
         loaded: bytes = self._native.standin_loaded(ctypes.c_uint32(number))
         return loaded.decode()
 
     def failed(self) -> list[str]:
-        """Functions that were called and that the stand-in lacks."""
+        """Functions that were called but that the stand-in does not have."""
         if not self._stood_in:
             return []
         text = ctypes.create_string_buffer(1 << 16)
@@ -59,28 +59,28 @@ class Launches:
 
 
 def main() -> int:
-    """Carry out what stdin orders; exit code 1 and one line on stderr where that fails."""
-    orders: Orders = json.load(sys.stdin)
-    # What the library prints must not get between the answers.
+    """Serve the request on stdin; on failure, exit with code 1 and one line on stderr."""
+    request: Request = json.load(sys.stdin)
+    # The library's own output goes to stderr, so that it does not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        _walk_all(orders, answers)
+        _walk_all(request, answers)
     except Exception as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
-        sys.stderr.write(f"\n{orders['library']}: {words[0][:500]}\n")
+        sys.stderr.write(f"\n{request['library']}: {words[0][:500]}\n")
         return 1
     return 0
 
 
-def _walk_all(orders: Orders, answers: TextIO) -> None:
+def _walk_all(request: Request, answers: TextIO) -> None:
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_library
     from runner.deep_gemm_wrapper.walker import walk
     from runner.kernels.types import DeepGemmKernelType, GemmShape
 
-    wrapper = DeepGemmWrapper(import_library(Path(orders["library"])))
+    wrapper = DeepGemmWrapper(import_library(Path(request["library"])))
     launches = Launches()
-    for kind, n, k, groups, num_sms, step, ms in orders["demands"]:
+    for kind, n, k, groups, num_sms, step, ms in request["demands"]:
         shape = GemmShape(DeepGemmKernelType(kind), n, k, groups, num_sms)
         runs = _Runs(step)
 
@@ -94,7 +94,7 @@ def _walk_all(orders: Orders, answers: TextIO) -> None:
             words = str(error).strip().splitlines() or [type(error).__name__]
             raise RuntimeError(f"{shape.describe()}: {words[0]}") from error
         if failed := launches.failed():
-            raise RuntimeError(f"it called {', '.join(failed)}, which is not stood in")
+            raise RuntimeError(f"it called {', '.join(failed)}, which the stand-in GPU lacks")
         print(json.dumps(runs.answer(launches)), file=answers, flush=True)
 
 
@@ -106,7 +106,7 @@ class _Runs:
         self._runs: list[tuple[int, int, tuple[int, ...]]] = []
 
     def add(self, m: int, numbers: tuple[int, ...]) -> None:
-        """Note a call; a gap ends a run, since nothing is known of the M in it."""
+        """Record a call; a gap in M ends a run, because the kernels in the gap are not known."""
         if self._runs and self._runs[-1][1:] == (m - self._step, numbers):
             self._runs[-1] = (self._runs[-1][0], m, numbers)
         else:

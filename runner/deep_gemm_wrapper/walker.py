@@ -1,4 +1,4 @@
-"""Call an entry point with every M of a list: a warm-up's walk, and a library's question."""
+"""Call an entry point with every M of a list: for a warm-up's walk, or to ask the library."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from runner.kernels.types import MASKED_TYPES, GemmShape, expand
 from runner.schedule import Walk
 
 COMPILE_ONLY = 1
-"""The library's mode in which a call compiles its kernel and does not launch it."""
+"""The library's mode in which a call compiles its kernel but does not launch it."""
 
 
 @contextmanager
 def compile_only(library: ModuleType) -> Iterator[None]:
-    """Let calls inside the block only compile; the mode before is restored, also after an error.
+    """Make calls inside the block only compile, then restore the previous mode, even on error.
 
     Builds that lack ``get_compile_mode`` or ``set_compile_mode`` (``sgl-deep-gemm`` 0.1.4.post1
-    has neither) launch as ever, so a walk has to pass real buffers either way.
+    has neither) still launch, so a walk always has to pass real buffers.
     """
     if not (hasattr(library, "get_compile_mode") and hasattr(library, "set_compile_mode")):
         yield
@@ -43,10 +43,9 @@ def walk(
     after_call: Callable[[int], None] = lambda m: None,
     masked_rows: int = MASKED_ROWS,
 ) -> None:
-    """Call the GEMM with each of ``ms`` (ascending) and then ``after_call`` with the M.
+    """Call the GEMM with each M of ``ms`` (ascending), and ``after_call`` after each.
 
-    A masked GEMM's M is what its groups are expected to hold, not the rows of its buffers, which
-    are ``masked_rows`` a group.
+    A masked GEMM's M is the expected rows per group; its buffers have ``masked_rows`` per group.
     """
     if not ms:
         return
@@ -59,9 +58,9 @@ def walk(
 
 
 def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
-    """A warm-up's walk, with the buffers that upstream's executors have.
+    """Do a warm-up's walk, with the same buffers as upstream's executors.
 
-    Builds of the library that can compile without launching do that.
+    If the library can compile without launching, the walk only compiles.
     """
     ms = expand(op.steps)
     with compile_only(wrapper.library):
@@ -72,9 +71,9 @@ def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
 def call_each(
     wrapper: DeepGemmWrapper, calls: Iterable[tuple[Kernel, GemmShape, int]]
 ) -> list[Kernel]:
-    """Call each kernel once, by a GEMM and an M that run it, so that the library loads it.
+    """Call each kernel once, through a GEMM and M that use it, so that the library loads it.
 
-    GEMMs whose buffers do not fit the GPU's free memory are left to their first use.
+    GEMMs whose buffers do not fit in the GPU's free memory are skipped; they load at first use.
 
     Returns:
         The kernels that were called.

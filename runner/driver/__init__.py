@@ -1,1 +1,1 @@
-"""The driver: one rank's warm-up and requests, run or recorded."""
+"""The driver: runs or records one rank's warm-up and requests."""

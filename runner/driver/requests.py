@@ -1,8 +1,8 @@
-"""Requests that flow through the pipeline, stage by stage, as a server's first ones do.
+"""Requests that flow through the pipeline stage by stage, like a server's first requests.
 
-A request of ``tokens`` tokens is one EXTEND of that many prompt tokens and then one DECODE step a
-sequence. The DECODE waits for the token that the last stage sampled, so without a warm-up the
-stages compile a request's kernels in turn, on arrival.
+A request of ``tokens`` tokens is one EXTEND of that many prompt tokens, then one DECODE with one
+token per sequence. DECODE waits for the tokens that the last stage sampled, so without a warm-up
+the stages compile one after the other, each when the request arrives.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def serve(
 ) -> None:
     """Run one request of ``tokens`` tokens on this rank; every rank of the replica must call it.
 
-    A prefill node stops after EXTEND, a decode node starts at DECODE. With prompts of one token,
-    the default, both see ``tokens`` tokens, as a dummy run of that batch size does. On the last
-    stage ``keep`` is called with the logits [sequences, vocab] of each forward; nothing else holds
-    on to them, since those of a large batch are gigabytes.
+    A prefill node stops after EXTEND; a decode node starts at DECODE. With prompts of one token,
+    the default, both run ``tokens`` tokens, like a dummy run of that batch size. On the last stage
+    ``keep`` gets the logits [sequences, vocab] of each forward; nothing else holds on to them,
+    because a large batch's logits are gigabytes.
     """
     lens, modes = prompt_lens(tokens, scenario.prompt_len), dummy_modes(scenario)
     cache = runner.backend.new_cache(len(lens), max(lens) + 1)
@@ -55,7 +55,7 @@ def _one_longer(lens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:
-    """Receive from the stage before, run, hand on; the logits on the last stage, else None."""
+    """Receive from the previous stage, run, and send on; only the last stage returns logits."""
     backend, stage = runner.backend, runner.at.pp_rank
     proxy = runner.proxy(
         batch, lambda name, shape: backend.recv(name, shape, "bf16", _peer(runner, stage - 1))
@@ -69,7 +69,7 @@ def _forward(runner: ModelRunner, batch: ForwardBatch) -> Tensor | None:
 
 
 def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tuple[int, ...] | None:
-    """Sampled tokens: from the last stage to the first, and on from stage to stage."""
+    """Sampled tokens; the last stage sends them to the first, and each stage sends them on."""
     backend, last = runner.backend, runner.parallel.pp - 1
     at = runner.at
     if logits is not None:
@@ -85,6 +85,6 @@ def _next_ids(runner: ModelRunner, logits: Tensor | None, sequences: int) -> tup
 
 
 def _peer(runner: ModelRunner, pp_rank: int) -> int:
-    """The same tensor rank of another stage."""
+    """The rank with the same tensor rank and replica on another stage."""
     at = runner.at
     return runner.parallel.rank_of(pp_rank, at.tp_rank, at.replica)

@@ -1,7 +1,7 @@
-"""A rank's whole run, warm-up and requests: by a backend for real, or recorded from shapes.
+"""A rank's whole run, warm-up and requests: executed for real, or recorded from shapes.
 
-Recording runs :func:`run_rank` itself, on every rank. Only single forwards are shared: one that was
-recorded before is not run again, but stands in the recording as the same :class:`Forward`.
+A recording calls :func:`run_rank` too, for every rank. Only single forwards are shared: a forward
+that was recorded before does not run again; the recording contains the same :class:`Forward`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ def run_rank(
     scenario: Scenario,
     keep: Callable[[Tensor | None], None] = lambda logits: None,
 ) -> None:
-    """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage.
-
-    A server is up once its first request is answered.
-    """
+    """Warm up and serve on this rank; ``keep`` gets the requests' logits on the last stage."""
     backend = runner.backend
     backend.mark("phase", "warm-up")
     warm_up(runner, scenario)
@@ -59,17 +56,17 @@ def run_rank(
 
 
 def record(scenario: Scenario) -> Schedule:
-    """Operations of every rank; see :func:`record_parts`."""
+    """Record the operations of every rank; see :func:`record_parts`."""
     return Schedule(tuple(map(flatten, record_parts(scenario))))
 
 
 def record_parts(scenario: Scenario, *, folded: bool = False) -> list[list[Part]]:
-    """What every rank runs, forward by forward, recorded from shapes.
+    """Record every rank's run from shapes, forward by forward.
 
     Args:
-        scenario: what is run.
-        folded: cut the replicas after the first one off behind the last operation that all of
-            them take part in; from there on each does what the first does.
+        scenario: the scenario to record.
+        folded: end every replica but the first after the last operation in which all replicas take
+            part; from there on, each does the same as the first.
 
     Raises:
         UserError: the model does not fit the layout.
@@ -86,7 +83,7 @@ def record_parts(scenario: Scenario, *, folded: bool = False) -> list[list[Part]
 def record_rank(
     scenario: Scenario, rank: int, *, host_collectives: int | None = None
 ) -> list[Part]:
-    """What one rank runs; ``host_collectives`` ends it behind the last of so many."""
+    """Record one rank's run; ``host_collectives`` ends it after that many host collectives."""
     recorder = _PartRecorder(execution_hook(scenario, rank), host_collectives)
     forwards = _forwards_of(scenario, rank)
     backend = Backend(recorder, scenario.num_sms)
@@ -107,12 +104,12 @@ def record_rank(
 
 
 def record_forward(scenario: Scenario, rank: int, batch: ForwardBatch) -> Forward:
-    """One forward of a rank's stage, recorded from shapes."""
+    """Record one forward of a rank's stage from shapes."""
     return _forwards_of(scenario, rank).of(batch)[0]
 
 
 class _StageForwards:
-    """Forwards of one rank's stage, each recorded once."""
+    """Recorded forwards of one rank's stage; each is recorded only once."""
 
     def __init__(self, scenario: Scenario, rank: int) -> None:
         self._recorder = ScheduleRecorder()
@@ -137,7 +134,7 @@ class _StageForwards:
 
 
 def _forwards_of(scenario: Scenario, rank: int) -> _StageForwards:
-    """Tensor ranks of a stage run the same forwards, unless attention splits tokens over them."""
+    """The stage's recorded forwards, shared by its tensor ranks unless context-parallel."""
     parallel = scenario.parallel
     at = parallel.coordinates(rank)
     like = rank if parallel.attn_cp > 1 else parallel.rank_of(at.pp_rank, 0, at.replica)
@@ -149,7 +146,7 @@ _recorded_forwards = lru_cache(maxsize=512)(_StageForwards)
 
 
 class _EndOfRecordingError(Exception):
-    """All that was asked for is recorded."""
+    """Ends a recording early: it has the requested number of host collectives."""
 
 
 class _PartRecorder:
@@ -174,7 +171,7 @@ class _PartRecorder:
         self.parts = before
 
     def forward(self, forward: Forward) -> None:
-        """Add a forward, cut where the hook walks before one of its calls."""
+        """Add a forward, split at each call before which the hook walks."""
         done = 0
         for index, call in forward.calls if self._hook.m_list is not None else ():
             walks = self._hook.before(call)
@@ -186,7 +183,7 @@ class _PartRecorder:
 
 @dataclass(frozen=True)
 class _RecordingRunner(ModelRunner):
-    """A rank whose forwards are taken from those recorded before."""
+    """A rank that takes its forwards from those already recorded."""
 
     forwards: _StageForwards = field(kw_only=True)
     recorder: _PartRecorder = field(kw_only=True)

@@ -17,20 +17,20 @@ from runner.planning.plan import hook_m_list, plan_of, relax_walks
 from runner.scenario import Scenario
 
 _CUBIN_BYTES = 40960
-"""Typical size of a compiled kernel, for what an exchange moves."""
+"""Typical size of a compiled kernel, to estimate how much an exchange moves."""
 
 _EAGER_RUNS = 2
-"""Forwards that SGLang runs before it captures a graph."""
+"""Forwards that SGLang runs before each graph capture."""
 
 
 def warm_up(runner: ModelRunner, scenario: Scenario) -> None:
     """Run the policy's warm-up on this rank; exceptions are not swallowed.
 
-    The ``pp-parallel`` policies run only where there is more than one stage and the run is not
-    speculative, as SGLang guards it. What ``full`` and ``fast`` walk, the execution hook walks
-    at a GEMM's first call, in these dummy runs or later. ``relax`` walks each GEMM of this rank's
-    stage here, as vLLM does. ``planned`` builds each planned kernel once on one node, hands it to
-    the others and loads it; ``prebuilt`` expects them all in the cache.
+    The ``pp-parallel`` policies do dummy runs only with more than one stage and without
+    speculation, as in SGLang. With ``full`` and ``fast``, the execution hook walks at a GEMM's
+    first call, in these dummy runs or later. ``relax`` walks each GEMM of this rank's stage here,
+    as in vLLM. ``planned`` builds each planned kernel on one node, copies it to the others and
+    loads it; ``prebuilt`` expects all planned kernels in the cache.
     """
     if scenario.policy.runs_dummies:
         _dummy_runs(runner, scenario)
@@ -63,14 +63,14 @@ def _bring_in_plan(runner: ModelRunner, scenario: Scenario) -> None:
     else:
         every = tuple(item.kernel for item in plan.kernels)
         backend.work_on_kernels("verify", every if is_leader else ())
-        # Nobody loads, and so compiles, before every node's cache was looked at.
+        # A load could compile, so nobody loads before every node's cache has been verified.
         backend.barrier(everyone)
     own = plan.needed_by({parallel.coordinates(runner.rank).pp_rank})
     backend.work_on_kernels("load", tuple(item.kernel for item in own))
 
 
 def dummy_modes(scenario: Scenario, *, is_generation: bool = True) -> tuple[ForwardMode, ...]:
-    """Modes of the dummy runs: a prefill node never decodes, a decode node never extends."""
+    """Forward modes of dummy runs and requests: prefill nodes never DECODE, decode nodes EXTEND."""
     modes = []
     if is_generation and scenario.disaggregation is not DisaggregationMode.PREFILL:
         modes.append(ForwardMode.DECODE)
@@ -82,7 +82,7 @@ def dummy_modes(scenario: Scenario, *, is_generation: bool = True) -> tuple[Forw
 def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
     """Capture a CUDA graph of a DECODE forward for each graph batch size, the largest first.
 
-    Nothing happens on a prefill node, which never decodes.
+    A prefill node captures nothing, because it never decodes.
     """
     if ForwardMode.DECODE not in dummy_modes(scenario, is_generation=runner.is_generation):
         return
@@ -94,7 +94,7 @@ def capture_graphs(runner: ModelRunner, scenario: Scenario) -> None:
 
 
 def node_shares(scenario: Scenario) -> list[tuple[Kernel, ...]]:
-    """The planned kernels that each node builds for all."""
+    """The planned kernels that each node builds and shares with the others."""
     return _node_shares(scenario.deployment, scenario.parallel.nodes)
 
 
@@ -109,7 +109,7 @@ def execution_hook(
     free_memory: Callable[[], float] = lambda: inf,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ExecutionHook:
-    """What a rank walks at first calls; ``free_memory`` asks for the GPU's, in bytes."""
+    """What a rank walks at first calls; ``free_memory`` returns the GPU's free bytes."""
     limit = scenario.walk_memory
     return ExecutionHook(
         m_list=hook_m_list(scenario),

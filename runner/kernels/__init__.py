@@ -1,8 +1,8 @@
-"""Which kernels a GEMM needs.
+"""The kernels that a GEMM needs.
 
-A :class:`~runner.kernels.table.KernelTable` says for every GEMM and M which kernels the library
-runs: as the library itself answers on a stand-in GPU (:mod:`~runner.kernels.library`), as it once
-answered (:mod:`~runner.kernels.table_file`), or by our rules for one version of it
-(:mod:`~runner.kernels.rules`). :func:`~runner.kernels.source.choose_source` takes the best of them;
-everything else works from tables and knows no versions.
+A :class:`~runner.kernels.table.KernelTable` gives the kernels that the library runs for a GEMM and
+M. It comes from the library itself on a stand-in GPU (:mod:`~runner.kernels.library`), from a file
+of its earlier answers (:mod:`~runner.kernels.table_file`), or from our rules for one version of it
+(:mod:`~runner.kernels.rules`). :func:`~runner.kernels.source.choose_source` picks the best source;
+all other code uses tables and does not depend on the library's version.
 """

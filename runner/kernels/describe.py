@@ -1,4 +1,4 @@
-"""Kernels in words: the configuration in a generated source, ours or one found in a cache."""
+"""Describe kernels: read names and configurations from generated sources, ours or a cache's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def config_of_source(source: str) -> Config:
 
 
 def name_of_source(source: str) -> str:
-    """The library's kernel name of a generated source; ``unknown`` if it is not a kernel's."""
+    """The library's name for the kernel in a generated source; ``unknown`` if there is none."""
     match = _INSTANTIATION.search(source)
     if not match:
         return "unknown"
@@ -79,7 +79,7 @@ def name_of_source(source: str) -> str:
 
 
 def in_words(config: Config) -> str:
-    """The part of a configuration that distinguishes kernels of one name, on one line."""
+    """One line with the part of a configuration that distinguishes kernels of the same name."""
     if "sf_k" in config:
         return f"{config['sf_k']} scales a row"
     if "aligned_batch_size" in config:

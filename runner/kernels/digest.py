@@ -13,7 +13,7 @@ _FNV_PRIME = 0x100000001B3
 class Digest:
     """DeepGEMM's first digest (csrc/utils/hash.hpp): two FNV-1a runs with different seeds.
 
-    An update returns a new value, so many digests can continue from one common beginning.
+    An update returns a new value, so many digests can share one prefix.
     """
 
     states: tuple[int, int] = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
@@ -32,13 +32,13 @@ class Digest:
 
     @property
     def hex(self) -> str:
-        """32 hex digits: both runs, each through the finaliser of SplitMix64."""
+        """32 hex digits: the two states, each passed through SplitMix64's finaliser."""
         return "".join(f"{_split_mix(state):016x}" for state in self.states)
 
 
 @dataclass(frozen=True, slots=True)
 class DeepJitDigest(Digest):
-    """DeepJIT's digest (deep_jit/utils/hash.hpp): every update begins with its length."""
+    """DeepJIT's digest (deep_jit/utils/hash.hpp): every update starts with the data's length."""
 
     states: tuple[int, int] = (0xC6A4A7935BD1E995, 0xFF51AFD7ED558CCD)
     second_factor: ClassVar[int] = 0x9E3779B97F4A7C15
@@ -48,7 +48,7 @@ class DeepJitDigest(Digest):
 
 
 def hex_digest(text: str | bytes) -> str:
-    """32 hex digits of a text, as the first JIT generation computes them."""
+    """32 hex digits for a text, computed as in the first JIT generation."""
     return Digest().update(text).hex
 
 

@@ -1,4 +1,4 @@
-"""What makes a cache entry whole: its name, its files, and its cubin, an ELF file."""
+"""What makes a cache entry complete: its name, its files, and its cubin, which is an ELF file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CODE = ".text."
 
 @dataclass(frozen=True)
 class EntryFormat:
-    """How one JIT generation lays an entry out.
+    """The layout of a cache entry in one JIT generation.
 
     Attributes:
-        pattern: of an entry's folder name; its group is the kernel's name.
-        files: what a whole entry holds, in the order in which they are packed.
-        on_damage: what the library does without one of them.
+        pattern: matches an entry's folder name; its group is the kernel's name.
+        files: files of a complete entry, in the order in which they are packed.
+        on_damage: what the library does if one of them is missing.
     """
 
     generation: int
@@ -47,30 +47,30 @@ FORMATS = (
 
 
 def format_of(key: str) -> EntryFormat | None:
-    """The format of an entry with this name; None if no entry is named like that."""
+    """The format of an entry with this name; None if this is not an entry's name."""
     return next((form for form in FORMATS if form.pattern.fullmatch(key)), None)
 
 
 def kernel_name(key: str) -> str:
-    """The kernel's name in an entry's name; any other name is returned unchanged."""
+    """The kernel's name, from an entry's name; returns any other name unchanged."""
     form = format_of(key)
     match = form.pattern.fullmatch(key) if form else None
     return match[1] if match else key
 
 
 def files_of(key: str) -> tuple[str, ...]:
-    """What a whole entry of this name holds; nothing if no entry is named like that."""
+    """Files of a complete entry with this name; none if this is not an entry's name."""
     form = format_of(key)
     return form.files if form else ()
 
 
 def missing_files(folder: Path) -> list[str]:
-    """Files that the entry in this folder lacks."""
+    """Files that are missing from the entry in this folder."""
     return [name for name in files_of(folder.name) if not (folder / name).is_file()]
 
 
 def cubin_damage(cubin: bytes) -> str:
-    """What is wrong with the cubin of an entry; empty if it holds exactly one kernel."""
+    """What is wrong with an entry's cubin; empty if it has exactly one kernel."""
     try:
         count = len(kernels_in(cubin))
     except NotACubinError as error:
@@ -83,7 +83,7 @@ class NotACubinError(Exception):
 
 
 def kernels_in(cubin: bytes) -> dict[str, bytes]:
-    """Machine code by mangled kernel name.
+    """The machine code of each kernel, by mangled name.
 
     Raises:
         NotACubinError: not ELF64, cut short, or garbled.

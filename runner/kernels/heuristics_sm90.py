@@ -1,7 +1,7 @@
-"""Configuration choice of DeepGEMM 0.1.4.post1 on SM90 (``get_best_config<SM90ArchSpec>``).
+"""How DeepGEMM 0.1.4.post1 chooses a configuration on SM90 (``get_best_config<SM90ArchSpec>``).
 
 Source: csrc/jit_kernels/heuristics/{common,config,sm90,utils}.hpp of DeepGEMM 2.6. The arithmetic
-follows the C++ code, single-precision steps included, because ties and roundings decide which
+follows the C++ code, including its single-precision steps, because ties and rounding decide which
 kernel is built.
 """
 
@@ -21,8 +21,8 @@ SMEM_CAPACITY = 232448
 CONTIGUOUS_M_ALIGNMENT = 128
 """Rows to which each expert's tokens are padded in the contiguous grouped layout."""
 M_GRANULE = 64
-"""Above M = 32 the choice can change only after a multiple of this many rows: M enters the cycle
-model as ``ceil(M / block_m)`` alone, and every candidate's ``block_m`` is a multiple of 64."""
+"""Above M = 32 the choice can change only after a multiple of this many rows: the cycle model uses
+M only in ``ceil(M / block_m)``, and every candidate's ``block_m`` is a multiple of 64."""
 
 _MAX_STAGES = 16
 _WGMMA_M = 64
@@ -40,7 +40,7 @@ class GemmType(Enum):
 
 @dataclass(frozen=True, slots=True)
 class GemmDesc:
-    """A GEMM as the heuristics see it: both operands K-major, no accumulation.
+    """The heuristics' description of a GEMM: both operands K-major, no accumulation.
 
     Attributes:
         is_fp8: FP8 operands with 1D2D block scales; otherwise BF16 operands without scales.
@@ -65,7 +65,7 @@ class GemmDesc:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Tile sizes, and the shape of the clusters of thread blocks that share loads."""
+    """Tile sizes, and the shape of a cluster of thread blocks that share loads."""
 
     block_m: int
     block_n: int
@@ -94,20 +94,20 @@ def swizzle_mode(block_size: int, element_bytes: int) -> int:
 
 
 def best_layout(desc: GemmDesc, m: int) -> Layout:
-    """The layout that the library picks: the first one with the fewest modelled cycles.
+    """The layout that the library chooses: the first with the fewest modelled cycles.
 
     Args:
         desc: the GEMM.
-        m: rows; for the masked layout the expected rows of each group.
+        m: rows; for the masked layout, the expected rows per group.
 
     Raises:
         UserError: no layout fits the GEMM.
     """
     num_sms = desc.num_sms
     candidates = _candidates(desc, 16 if m <= 16 else 32 if m <= 32 else 64)
-    # A fast estimate rules out all but the closest candidates. The library cuts cycles to whole
-    # ones before it divides by the efficiency (at least 1 / num_sms) and rounds to 24 bits, so its
-    # result differs from the estimate by less than this bound allows.
+    # A fast estimate leaves only the closest candidates. The library truncates cycles to integers,
+    # divides by the efficiency (at least 1 / num_sms) and rounds to 24 bits, so its result differs
+    # from the estimate by less than this bound allows.
     estimates = [
         inf if is_cluster and waves <= 1 else cycles_per_wave * waves
         for block_m, blocks_per_row, is_cluster, cycles_per_wave, _ in candidates
@@ -121,7 +121,7 @@ def best_layout(desc: GemmDesc, m: int) -> Layout:
 
 
 class _Candidate(NamedTuple):
-    """A legal layout, with what an estimate of its cycles needs."""
+    """A legal layout, with the terms to estimate its cycles."""
 
     block_m: int
     blocks_per_row: int  # of tiles of ``block_m`` rows
@@ -132,7 +132,7 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class _Traffic:
-    """Bytes of a block through L1 and L2, and what all SMs together move in a cycle."""
+    """Bytes per block through L1 and L2, and bytes that all SMs together move per cycle."""
 
     l1_bytes: int
     l2_bytes: int
@@ -155,36 +155,36 @@ def _traffic(desc: GemmDesc, layout: Layout) -> _Traffic:
 
 
 def _blocks_per_row(desc: GemmDesc, layout: Layout) -> int:
-    # The rows of the contiguous layout are one sequence of tiles, whatever the groups.
+    # In the contiguous layout, the rows of all groups form one sequence of tiles.
     groups = 1 if desc.gemm_type is GemmType.CONTIGUOUS else desc.num_groups
     return ceil_div(desc.n, layout.block_n) * groups
 
 
 def _library_cycles(desc: GemmDesc, layout: Layout, m: int) -> int:
-    """Cycles in the library's own arithmetic."""
+    """Cycles, computed with the library's own arithmetic."""
     blocks = ceil_div(m, layout.block_m) * _blocks_per_row(desc, layout)
     waves = ceil_div(blocks, desc.num_sms)
     if layout.cluster_size > 1 and waves <= 1:
         return _INT64_MAX
-    its = _traffic(desc, layout)
-    cycles = max(its.l1_bytes * blocks // its.l1_rate, its.l2_bytes * blocks // its.l2_rate)
+    of = _traffic(desc, layout)
+    cycles = max(of.l1_bytes * blocks // of.l1_rate, of.l2_bytes * blocks // of.l2_rate)
     efficiency = _f32(_f32(blocks) / _f32(waves * desc.num_sms))
     return int(_f32(_f32(cycles) / efficiency))
 
 
 def _f32(value: float) -> float:
-    """``value`` rounded to single precision, as the C++ code's ``float`` holds it."""
+    """``value`` rounded to single precision, like a ``float`` in the C++ code."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
 
 @lru_cache(maxsize=4096)
 def _candidates(desc: GemmDesc, m: int) -> list[_Candidate]:
-    """Layouts that may be the best; M counts only as far as it makes tiles of few rows legal.
+    """Layouts that may be the best; M matters only because small M makes small tiles legal.
 
-    Candidates of one number of blocks take the same number of waves. One that takes two cycles a
-    block more than another is above :func:`best_layout`'s bound whenever that other one is legal,
-    so it is left out.
+    Candidates with the same number of blocks need the same number of waves. Among these, one that
+    is two cycles per block slower than the fastest is always above :func:`best_layout`'s bound, so
+    it is left out.
     """
     layouts = legal_layouts(desc, m)
     if not layouts:
@@ -196,8 +196,8 @@ def _candidates(desc: GemmDesc, m: int) -> list[_Candidate]:
     found = []
     least: dict[tuple[int, int, bool], float] = {}
     for layout in layouts:
-        its = _traffic(desc, layout)
-        cycles = desc.num_sms * max(its.l1_bytes / its.l1_rate, its.l2_bytes / its.l2_rate)
+        of = _traffic(desc, layout)
+        cycles = desc.num_sms * max(of.l1_bytes / of.l1_rate, of.l2_bytes / of.l2_rate)
         blocks = (layout.block_m, _blocks_per_row(desc, layout), layout.cluster_size > 1)
         least[blocks] = min(cycles, least.get(blocks, inf))
         found.append((blocks, cycles, layout))
@@ -209,7 +209,7 @@ def _candidates(desc: GemmDesc, m: int) -> list[_Candidate]:
 
 
 def legal_layouts(desc: GemmDesc, m: int) -> list[Layout]:
-    """Layouts that the library considers for ``m`` rows, in its order."""
+    """Layouts that the library considers for ``m`` rows, in the library's order."""
     clusters = [(1, 1)] if desc.gemm_type is GemmType.BATCHED else [(1, 1), (1, 2), (2, 1)]
     block_ns = range(16, (192 if desc.is_fp8 else 256) + 1, 16)
     layouts = (

@@ -19,16 +19,16 @@ LIBRARIES = {
     "deep_gemm": "deep_gemm",
     "vllm": "vllm/third_party/deep_gemm",
 }
-"""Names that ``--library`` takes, and where each lies below a site-packages folder."""
+"""Names that ``--library`` accepts, and the path of each in a site-packages folder."""
 
 _INCLUDE = re.compile(r"^\s*#\s*include\s*[<\"](deep_gemm/[^>\"]+)[>\"]", re.MULTILINE)
 _VERSION = re.compile(r"^__version__ = ['\"]([^'\"]+)['\"]", re.MULTILINE)
 _COMMITTED = b".committed"
-"""Name of the file that marks a complete cache entry, in JITs of the second generation only."""
+"""Name of the file that marks a complete cache entry; only the second JIT generation has it."""
 
 
 class Headers(Protocol):
-    """A library's headers, by their hashes."""
+    """Hashes of a library's headers."""
 
     def header_hash(self, header: str) -> str:
         """Hash over a header and the library's headers that it includes, recursively.
@@ -43,8 +43,8 @@ class Library:
     """A ``deep_gemm`` package.
 
     Attributes:
-        root: its folder, which holds ``include/``.
-        name: what the package is part of: ``sgl-deep-gemm``, ``vllm`` or ``deep_gemm``.
+        root: the package's folder, which has ``include/`` in it.
+        name: the distribution that it is part of: ``sgl-deep-gemm``, ``vllm`` or ``deep_gemm``.
     """
 
     root: Path
@@ -62,7 +62,7 @@ class Library:
 
     @cached_property
     def generation(self) -> int:
-        """Generation of its JIT: 2 since sgl-deep-gemm 0.2.0 (DeepJIT), 1 before."""
+        """Generation of the library's JIT: 2 since sgl-deep-gemm 0.2.0 (DeepJIT), 1 before."""
         return 2 if any(_COMMITTED in path.read_bytes() for path in self.extensions) else 1
 
     @property
@@ -71,7 +71,7 @@ class Library:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what decides its kernels: the compiled modules and the Python around them."""
+        """Hash of everything that decides the kernels: compiled modules and Python files."""
         files = [*self.extensions, *sorted(self.root.rglob("*.py"))]
         return hex_digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files))
 
@@ -90,7 +90,7 @@ class Library:
 
 
 def include_hash(headers: Headers, code: str) -> str:
-    """Hash over the headers of a generated source, as the first generation makes it."""
+    """Hash over the headers of a generated source, computed as in the first JIT generation."""
     return hex_digest(_included_hashes(headers, code))
 
 
@@ -99,7 +99,7 @@ def _included_hashes(headers: Headers, text: str) -> str:
 
 
 def own_headers(text: str) -> list[str]:
-    """The library's own headers that a text includes, in order."""
+    """The library's headers that a text includes, in order."""
     return _INCLUDE.findall(text)
 
 
@@ -107,12 +107,11 @@ def find_library(name: str | None = None) -> Library | None:
     """The library to use, or None if there is none.
 
     Args:
-        name: a name of :data:`LIBRARIES`, ``NAME==VERSION``, or a path: the package's folder, or
-            one that holds it. None takes the ``deep_gemm`` that this Python imports, else vLLM's
-            copy.
+        name: a name in :data:`LIBRARIES`, ``NAME==VERSION``, or the path of the package's folder or
+            its parent. None means the ``deep_gemm`` that this Python imports, else vLLM's copy.
 
     Raises:
-        UserError: a path that is no such library.
+        UserError: there is no such library at that path.
     """
     if name is None:
         return next(_installed("deep_gemm", "vllm"), None)
@@ -124,7 +123,7 @@ def find_library(name: str | None = None) -> Library | None:
     for root in _packages([path, path / "deep_gemm", path / LIBRARIES["vllm"]]):
         return _identify(root.absolute())
     raise UserError(
-        f"--library {path} is no DeepGEMM: it holds no include/deep_gemm; give one of "
+        f"--library {path} is not DeepGEMM: it has no include/deep_gemm; give one of "
         f"{', '.join(LIBRARIES)}, or the path of a deep_gemm folder"
     )
 

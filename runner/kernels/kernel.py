@@ -9,7 +9,7 @@ from functools import lru_cache
 from runner.kernels.digest import hex_digest
 
 HASH_LINE = re.compile(r"// Includes' hash value: ([0-9a-f]{32})\n")
-"""First line of a source of the first JIT generation; the kernel's body follows."""
+"""First line of a source in the first JIT generation; the kernel's body follows it."""
 
 _BODY = re.compile(
     r"\n#include <([^>\n]+)>\n\nusing namespace deep_gemm;\n\n"
@@ -22,16 +22,16 @@ _INDENT = "\n        "
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What distinguishes a kernel from every other, without include paths or hashes.
+    """What distinguishes one kernel from all others, without include paths or hashes.
 
     Attributes:
         name: the library's kernel name.
         header: the included header, relative to the include folder.
         entry: the instantiated template.
-        arguments: its lines of template arguments.
-        prelude: what a source has between its include and its instantiation, such as a
-            ``static_assert``; usually empty. For a source of any other form this is the whole
-            source, and ``header``, ``entry`` and ``arguments`` are empty.
+        arguments: the lines of template arguments.
+        prelude: text between the include and the instantiation, such as a ``static_assert``;
+            usually empty. If the source has any other form, this is the whole source, and
+            ``header``, ``entry`` and ``arguments`` are empty.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kernel:
 
     @classmethod
     def of_source(cls, name: str, source: str) -> Kernel:
-        """The kernel with that generated source (text of ``kernel.cu``)."""
+        """The kernel with that name and generated source (text of ``kernel.cu``)."""
         body = body_of(source)
         whole = cls(name, "", "", (), body)
         parts = _BODY.fullmatch(body)
@@ -55,12 +55,12 @@ class Kernel:
 
     @property
     def identity(self) -> str:
-        """Text that is equal for equal kernels and short enough for a Timeline."""
+        """Short text for Timelines, equal only for equal kernels."""
         return _identity(self)
 
     @property
     def body(self) -> str:
-        """Generated source without the line that holds the headers' hash."""
+        """The generated source without the line that has the headers' hash."""
         if not self.entry:
             return self.prelude
         lines = ("," + _INDENT).join(self.arguments)
@@ -78,11 +78,11 @@ def _identity(kernel: Kernel) -> str:
 
 
 def body_of(source: str) -> str:
-    """A generated source without the first generation's line with the digest of the headers."""
+    """A generated source without the line that has the headers' hash (first generation)."""
     match = HASH_LINE.match(source)
     return source[match.end() :] if match else source
 
 
 def identity_of(name: str, body: str) -> str:
-    """Identity of the kernel with that name and generated source, without the headers' hash."""
+    """Identity of the kernel with that name and body; see :func:`body_of`."""
     return f"{name} {hex_digest(body)[:16]}"

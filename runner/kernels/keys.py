@@ -1,9 +1,9 @@
-"""Cache keys: under which name a machine's library looks for a kernel, for both JIT generations.
+"""Cache keys: the names under which a library looks for its kernels, in both JIT generations.
 
-A key digests the compiler, its flags, and the source with the headers that it includes. The first
-generation has the include path among the flags and shortens the compiler to ``NVCC<release>``; the
-second has no path in its keys, and the whole text of ``nvcc --version``. Keys can be made for
-another machine than this one.
+A key is a digest of the compiler, the flags, and the source with its included headers. In the first
+generation, the flags contain the include path, and the compiler is only ``NVCC<release>``. In the
+second, keys contain no path, and the compiler is the whole text of ``nvcc --version``. Keys can be
+made for other machines.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Recipe:
 
     Attributes:
         flags: nvcc's flags in order, with :data:`INCLUDE` in place of the include path.
-        extra_signature: what else the keys of the second generation digest.
-        options: the library's own description of the flags, which its entries keep, as JSON.
+        extra_signature: additional text in the digest of second-generation keys.
+        options: the library's own description of the flags, as JSON; entries contain it.
     """
 
     generation: int
@@ -84,7 +84,7 @@ def first_recipe(environ: Environ) -> Recipe:
 
 
 def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
-    """A recipe as the ``DG_JIT_*`` variables of a machine change it.
+    """The recipe after the changes that a machine's ``DG_JIT_*`` variables make.
 
     Sources: csrc/jit/compiler.hpp of sgl-deep-gemm 0.1.4.post1; ``CompilerOptions`` of
     deep_jit/backend/cuda/options.hpp in 0.2.3.post2.
@@ -112,12 +112,12 @@ def with_variables(recipe: Recipe, environ: Environ) -> Recipe:
 
 @dataclass(frozen=True)
 class CacheKeys:
-    """Makes sources and keys for one machine, as the recipe's JIT generation does.
+    """Makes sources and keys for one machine, like the recipe's JIT generation.
 
     Attributes:
-        signature: what the keys hold of the compiler on the machine that will run; see
+        signature: identifies the compiler of the machine that will run; see
             :func:`runner.kernels.nvcc.signature_of`.
-        include_path: the include folder on that machine; only the first generation's keys hold it.
+        include_path: the include folder on that machine; only first-generation keys contain it.
     """
 
     headers: Headers
@@ -127,14 +127,14 @@ class CacheKeys:
 
     @cached_property
     def flags(self) -> str:
-        """The compiler's flags as the keys hold them."""
+        """The compiler's flags in the form that keys contain."""
         flags = self.recipe.flags
         if self.recipe.generation == 1:
             return " ".join(self.recipe.arguments(self.include_path))
         return " ".join(flag for flag in flags if flag not in ("--include-path", INCLUDE))
 
     def source(self, kernel: Kernel) -> str:
-        """The generated source of a kernel, byte for byte what the library generates."""
+        """The generated source of a kernel, byte for byte as the library generates it."""
         body = kernel.body
         if self.recipe.generation == 1:
             return f"// Includes' hash value: {include_hash(self.headers, body)}\n{body}"
@@ -144,10 +144,10 @@ class CacheKeys:
         return self.key_of(kernel.name, self.source(kernel))
 
     def key_of(self, name: str, source: str) -> str:
-        """Cache key of a generated source: the name of its folder.
+        """The cache key of a generated source, which is the name of the entry's folder.
 
         Raises:
-            OSError: the source includes a header that the library lacks.
+            OSError: the library does not have a header that the source includes.
         """
         if self.recipe.generation == 1:
             if name not in self._prefixes:
@@ -160,22 +160,22 @@ class CacheKeys:
 
     @cached_property
     def _prefixes(self) -> dict[str, Digest]:
-        """By kernel name: the first generation's digest of everything before the source."""
+        """First generation: digest of everything before the source, by kernel name."""
         return {}
 
     @cached_property
     def _second_prefix(self) -> DeepJitDigest:
-        """The second generation's: signatures, flags and an empty post-hook."""
+        """Second generation: digest of signatures, flags and an empty post-hook."""
         compiler = DeepJitDigest().update(self.signature).hex
         prefix = DeepJitDigest().update(self.recipe.extra_signature).update(compiler)
         return prefix.update(self.flags).update("")
 
     @cached_property
     def extra_files(self) -> Mapping[str, bytes]:
-        """What an entry holds besides source and cubin.
+        """The files of an entry besides source and cubin.
 
-        In the second generation ``meta.json``, which the library writes for people and never
-        reads, and ``.committed``.
+        In the second generation these are ``.committed`` and ``meta.json``, which the library
+        writes for people and never reads.
         """
         if self.recipe.generation == 1:
             return {}

@@ -1,8 +1,8 @@
-"""The library itself as a source of tables: called with every M on a stand-in GPU.
+"""The library itself as a source of tables: it is called with every M on a stand-in GPU.
 
-The GPU does nothing and the compiler compiles nothing. After every call the stand-in says which of
-its kernels the library launched, so a table is the library's own answer, M by M. Answers are kept
-in the user's cache folder.
+The GPU computes nothing and the compiler compiles nothing. After every call the stand-in reports
+the kernels that the library launched, so a table is the library's own answer for each M. Answers
+are stored in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from runner.standin.build import read_compiles, standin_environment
 from runner.standin.gpus import Gpu
 
 _ALWAYS = Demand(GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 128, 128, 1, 2), (1,))
-"""A GEMM that is always compiled, so that the library's compiler flags are seen."""
+"""A GEMM that is always compiled, to see the library's compiler flags."""
 
 
 @dataclass(eq=False)
@@ -51,10 +51,10 @@ class LibrarySource:
     """Asks an installed library of any version about any GPU.
 
     Attributes:
-        library: this Python has a CUDA build of torch that it works with.
-        version_text: what ``nvcc --version`` prints on the machine that will run.
+        library: the library; this Python needs a CUDA build of torch that works with it.
+        version_text: output of ``nvcc --version`` on the machine that will run.
         environ: the variables that change the compiler's flags.
-        progress: called with (GEMMs asked, of how many).
+        progress: called with (GEMMs done, total).
     """
 
     library: Library
@@ -70,19 +70,19 @@ class LibrarySource:
         return Origin(title, generation, gpu.name, gpu.num_sms, gpu.arch, Source.LIBRARY)
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
-        """See :class:`runner.kernels.source.KernelSource`; asks only what is not known yet."""
+        """See :class:`runner.kernels.source.KernelSource`; asks only for what is not known yet."""
         merged = by_shape(demands())
         if not merged:
-            raise UserError("no GEMM was asked for: give a model or --gemm")
+            raise UserError("there is no GEMM to plan: give a model or --gemm")
         self._table = self._table or self._read_memo()
         if _lacking(self._table, merged):
-            # All ranks of a node come here at once: one asks, the others read its answers.
+            # All ranks of a node get here at once: one asks, and the others read its answers.
             with _locked(self._memo):
                 self._table = self._read_memo()
                 if missing := _lacking(self._table, merged):
                     asked = self._ask(missing)
                     self._table = merge_tables(self._table, asked) if self._table else asked
-                    with suppress(OSError):  # Without a memo only the next run takes longer.
+                    with suppress(OSError):  # Without a memo the next run only takes longer.
                         write_table(self._memo, self._table)
         assert self._table is not None
         origin = replace(self.origin, arch=self._table.recipe.arch)
@@ -91,7 +91,7 @@ class LibrarySource:
 
     @property
     def _memo(self) -> Path:
-        """File of the answers, named after what decides them."""
+        """The file of answers; its name has a digest of everything that decides them."""
         decisive = [self.library.fingerprint, self.gpu.name, self.gpu.num_sms, _code_digest()]
         digest = sha256(json.dumps(decisive).encode()).hexdigest()[:16]
         name = f"{self.library.name}-{self.library.version}-{digest}.json.gz"
@@ -104,7 +104,7 @@ class LibrarySource:
             return None
 
     def _ask(self, demands: Sequence[Demand]) -> RecordedTable:
-        # The DG_JIT_* variables change the library's flags only: see table().
+        # The DG_JIT_* variables change only the library's flags, and table() applies them later.
         plain = {k: value for k, value in os.environ.items() if not k.startswith("DG_JIT_")}
         with tempfile.TemporaryDirectory(prefix="deepgemm-ask-") as folder:
             entries = Path(folder) / "cache" / "cache"
@@ -135,20 +135,20 @@ class LibrarySource:
         return RecordedTable(self.origin, recipe, runs, headers)
 
     def _read_kernel(self, entry: Path, recipe: Recipe) -> Kernel:
-        """The kernel of a cache entry, after a check that we give it the same key."""
+        """The kernel of a cache entry; checks that we compute the same key for it."""
         source = (entry / SOURCE).read_bytes().decode()
         kernel = Kernel.of_source(kernel_name(entry.name), source)
         keys = keys_for(self.library, recipe, self.version_text, self.library.root)
         if keys.cache_key(kernel) != entry.name:
             raise UserError(
-                f"{self.library.title} names its cache entries in an unknown way ({entry.name} "
-                f"instead of {keys.cache_key(kernel)}): this version is not supported"
+                f"{self.library.title} is not supported: it names a cache entry {entry.name}, but "
+                f"{keys.cache_key(kernel)} was expected"
             )
         return kernel
 
 
 def _lacking(known: RecordedTable | None, demands: Sequence[Demand]) -> Sequence[Demand]:
-    """The part of the demands that a table does not know."""
+    """The part of the demands that a table does not cover."""
     if known is None:
         return demands
     lacking = (replace(demand, ms=known.lacking(demand)) for demand in demands)
@@ -157,7 +157,7 @@ def _lacking(known: RecordedTable | None, demands: Sequence[Demand]) -> Sequence
 
 @contextmanager
 def _locked(memo: Path) -> Iterator[None]:
-    """Keep other processes from the memo; if that is impossible, all of them ask."""
+    """Lock the memo against other processes; without a lock, every process asks by itself."""
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
         lock = memo.with_suffix(".lock").open("w")
@@ -171,7 +171,7 @@ def _locked(memo: Path) -> Iterator[None]:
 
 @lru_cache
 def _code_digest() -> str:
-    """Digest of the code that calls the library and stands in for its GPU."""
+    """Digest of our code that calls the library, and of the stand-in GPU."""
     package = Path(__file__).parents[1]
     code = "deep_gemm_wrapper/*.py", "standin/native/*.[ch]", "standin/*.py", "kernels/library*.py"
     files = sorted(path for pattern in code for path in package.glob(pattern))
@@ -179,22 +179,22 @@ def _code_digest() -> str:
 
 
 def _read_recipe(library: Library, compiles: Sequence[Sequence[str]], entries: Path) -> Recipe:
-    """How the library compiles, from the arguments that it gave its compiler."""
+    """The library's recipe, from the arguments with which it called its compiler."""
     flags = {_flags(arguments, library.include_path) for arguments in compiles}
     if len(flags) != 1:
         raise UserError(
-            f"{library.title} compiles with {len(flags)} sets of flags: this version is not "
-            "supported"
+            f"{library.title} is not supported: it compiles with {len(flags)} different sets of "
+            "flags"
         )
     if library.generation == 1:
         return Recipe(1, flags.pop())
-    account = json.loads(next(entries.glob("*/meta.json")).read_bytes())
-    options = json.dumps(account["compiler_options"], sort_keys=True)
-    return Recipe(2, flags.pop(), account["config"]["extra_signature"], options)
+    meta = json.loads(next(entries.glob("*/meta.json")).read_bytes())
+    options = json.dumps(meta["compiler_options"], sort_keys=True)
+    return Recipe(2, flags.pop(), meta["config"]["extra_signature"], options)
 
 
 def _flags(arguments: Sequence[str], include_path: Path) -> tuple[str, ...]:
-    """A compile's arguments without source and output, and with a placeholder for the path."""
+    """A compile's arguments without source and output, with a placeholder for the include path."""
     outputs = ("-o", "--output-file")
     return tuple(
         word.replace(str(include_path), INCLUDE)

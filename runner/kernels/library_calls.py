@@ -1,4 +1,4 @@
-"""Worker processes that call an installed library with every M of GEMMs."""
+"""Worker processes that call an installed library with every M of many GEMMs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runner.kernels.installed import Library
 from runner.kernels.table import Demand, m_step
 
 _FIRST_CALLS = 200
-"""What a GEMM's buffers and first compiles cost, in calls."""
+"""Cost of a GEMM's buffers and first compiles, counted in calls."""
 
 
 EntryRuns = list[tuple[int, int, list[str]]]
-"""What a library ran for one GEMM: first M, last M, and names of the cache entries they ran."""
+"""What a library ran for one GEMM: (first M, last M, names of the cache entries) for each run."""
 
 
 def call_library(
@@ -38,15 +38,15 @@ def call_library(
     """Call the library with every M of the demands, in up to ``jobs`` processes at a time.
 
     Args:
-        environment: of the processes: their GPU, their cache, their compiler.
-        progress: called with (GEMMs done, of how many).
+        environment: the processes' environment, which sets their GPU, cache and compiler.
+        progress: called with (GEMMs done, total).
 
     Returns:
-        Each demand with what it ran, in any order; launches on a real GPU are not seen.
+        Each demand with what it ran, in any order; on a real GPU the runs are empty.
 
     Raises:
-        UserError: the library cannot be imported here, or refuses such a GEMM.
-        WorkFailedError: it crashed.
+        UserError: the library cannot be imported here, or refuses a GEMM.
+        WorkFailedError: the library crashed.
     """
     done = count(1)
 
@@ -62,7 +62,7 @@ def call_library(
 
 
 def _split_evenly(demands: Sequence[Demand], jobs: int) -> list[list[Demand]]:
-    """Shares of about the same number of calls."""
+    """Split demands into shares with about the same number of calls."""
     shares: list[list[Demand]] = [[] for _ in range(max(1, min(jobs, len(demands))))]
     loads = [0] * len(shares)
     for demand in sorted(demands, key=lambda demand: -len(demand.ms)):
@@ -78,7 +78,7 @@ def _run_worker(
     environment: Mapping[str, str],
     report_done: Callable[[], None],
 ) -> list[EntryRuns]:
-    orders = {
+    request = {
         "library": str(library.root),
         "demands": [(*astuple(each.shape), m_step(each.shape), list(each.ms)) for each in demands],
     }
@@ -94,7 +94,7 @@ def _run_worker(
         )
         assert worker.stdin is not None and worker.stdout is not None
         with worker, suppress(BrokenPipeError):
-            worker.stdin.write(json.dumps(orders).encode())
+            worker.stdin.write(json.dumps(request).encode())
             worker.stdin.close()
             for line in worker.stdout:
                 lines.append(line)
@@ -102,7 +102,7 @@ def _run_worker(
         errors.seek(0)
         printed = errors.read().decode(errors="replace").strip().splitlines()
     code, failed = worker.returncode, f"{library.title} could not be called"
-    if code == 1 and printed:  # The library refused, and the worker says why.
+    if code == 1 and printed:  # The library refused, and the worker's last line says why.
         raise UserError(f"{failed}: {printed[-1]}")
     if code or len(lines) != len(demands):
         how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
@@ -112,6 +112,6 @@ def _run_worker(
 
 
 def _entry_runs(runs: list[tuple[int, int, list[int]]], kernels: list[str]) -> EntryRuns:
-    """A worker's answer, in which numbers stand for paths of cubins."""
+    """A worker's answer, with the names of cache entries in place of kernel numbers."""
     entries = [Path(path).parent.name for path in kernels]
     return [(first, last, [entries[number] for number in numbers]) for first, last, numbers in runs]

@@ -1,4 +1,4 @@
-"""nvcc as DeepGEMM finds it: where it is, which release, and what cache keys hold of it."""
+"""Find nvcc as DeepGEMM does, and read its release and its signature for cache keys."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from runner.kernels.installed import Headers, Library
 from runner.kernels.keys import CacheKeys, Recipe
 
 OLDEST_RELEASE = (12, 9)
-"""The oldest nvcc whose flags are those that the library's current versions use."""
+"""The oldest nvcc that supports the flags of the library's current versions."""
 
 _RELEASE = re.compile(r"(?:release |NVCC)(\d+)\.(\d+)")
 
 
 def keys_for(library: Headers, recipe: Recipe, version_text: str, root: Path) -> CacheKeys:
-    """Keys of a library for the machine where ``root`` is its folder and nvcc prints that text.
+    """Keys for a machine with the library in ``root`` and an nvcc that prints ``version_text``.
 
     Raises:
-        UserError: the library's JIT is of another generation than the recipe.
+        UserError: the library's JIT generation differs from the recipe's.
     """
     if isinstance(library, Library) and library.generation != recipe.generation:
         raise UserError(
-            f"{library.root} does not look like {library.title}: its compiled part (_C*.so) is "
-            "missing or another version's; install it again"
+            f"{library.root} does not look like {library.title}: its compiled module (_C*.so) is "
+            "missing or of another version; install the library again"
         )
     signature = signature_of(version_text, recipe.generation)
     return CacheKeys(library, recipe, signature, root / "include")
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """All that ``nvcc --version`` prints.
+    """The output of ``nvcc --version``.
 
     Raises:
-        UserError: not an nvcc, or one older than :data:`OLDEST_RELEASE`.
+        UserError: this is not an nvcc, or it is older than :data:`OLDEST_RELEASE`.
     """
     command = [str(nvcc.absolute()), "--version"]
     try:
@@ -46,7 +46,7 @@ def nvcc_version(nvcc: Path) -> str:
     except OSError as error:
         raise UserError(f"{nvcc} cannot be run as nvcc: {error.strerror}") from None
     if not _RELEASE.search(text):
-        raise UserError(f"{nvcc} --version names no release: is it nvcc?")
+        raise UserError(f"{nvcc} --version prints no release: is it nvcc?")
     major, minor = release_of(text)
     if (major, minor) < OLDEST_RELEASE:
         raise UserError(f"{nvcc} is release {major}.{minor}: 12.9 or newer is needed")
@@ -54,7 +54,7 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def signature_of(version_text: str, generation: int) -> str:
-    """What a generation's keys hold of a compiler: ``NVCC<release>``, or the whole text."""
+    """The compiler's part in a generation's keys: ``NVCC<release>``, or the whole text."""
     return "NVCC{}.{}".format(*release_of(version_text)) if generation == 1 else version_text
 
 
@@ -62,22 +62,22 @@ def release_of(text: str) -> tuple[int, int]:
     """The CUDA release in a compiler's version text or signature (``NVCC13.0``).
 
     Raises:
-        UserError: it names none.
+        UserError: the text has no release.
     """
     match = _RELEASE.search(text)
     if not match:
         raise UserError(
-            f"the compiler's text {text!r} names no CUDA release, such as NVCC13.0 or 'release "
-            "13.0'"
+            f"the compiler's version text {text!r} has no CUDA release, such as NVCC13.0 or "
+            "'release 13.0'"
         )
     return int(match[1]), int(match[2])
 
 
 def require_nvcc(environ: Environ) -> Path:
-    """The nvcc to use.
+    """As :func:`find_nvcc`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no nvcc.
     """
     nvcc = find_nvcc(environ)
     if nvcc is None:

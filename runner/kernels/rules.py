@@ -1,8 +1,8 @@
-"""The rules of one version of the library on SM90: no library, no torch, any GEMM, any M.
+"""Our rules for one version of the library on SM90: any GEMM and M, without library or torch.
 
 Source: csrc/jit_kernels/impls/*.hpp and csrc/apis/*.hpp of DeepGEMM 2.6. A generated source is an
-include and one template instantiation; ``CacheKeys.source`` adds the line with the hash of the
-included headers that the library puts before it.
+include and one template instantiation, after a line with the hash of the included headers, which
+``CacheKeys.source`` adds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from runner.kernels.types import DeepGemmKernelType as T
 from runner.kernels.types import GemmShape, KernelCall
 
 RULES_VERSION = "0.1.4.post1"
-"""The version of sgl-deep-gemm that the rules were written for and checked against, on SM90."""
+"""The version of sgl-deep-gemm that the rules are for and were checked against, on SM90."""
 
 RULES_ARCH = "sm_90a"
 
 METADATA_MAX_ROWS = SMEM_CAPACITY // 4
-"""The metadata kernel keeps an integer a row in shared memory; the library refuses more rows."""
+"""Most rows of the metadata kernel, which keeps one integer per row in shared memory."""
 
 _METADATA_ROWS = 32
 _HC_MAX_N = 32
@@ -70,15 +70,15 @@ _GEMM_M_CLASSES = {
 def kernels_of(call: KernelCall) -> tuple[Kernel, ...]:
     """Kernels that the library runs for one call on SM90, in order; none if ``m`` is 0.
 
-    The FP8 types include the transpose of their activation scales, which callers pass as row-major
-    [m, k / 128] FP32, as SGLang's warm-up does.
+    FP8 types also transpose their activation scales, which callers pass as row-major [m, k / 128]
+    FP32, like SGLang's warm-up.
 
     Raises:
-        UserError: a type or a shape that the library has no kernel for.
+        UserError: the library has no kernel for this type or shape.
     """
     if call.type not in RULED_TYPES:
         raise UserError(
-            f"our rules do not know {call.type.name.lower()}: ask a library that has it (--library)"
+            f"our rules do not cover {call.type.name.lower()}: give a library that does (--library)"
         )
     return _kernels_of(call) if call.m > 0 else ()
 
@@ -89,7 +89,7 @@ def _kernels_of(call: KernelCall) -> tuple[Kernel, ...]:
 
 
 def m_class_starts(kind: T, last: int) -> list[int]:
-    """First M of each class up to ``last``: within a class every M runs the same kernels."""
+    """First M of each class up to ``last``; all M in a class run the same kernels."""
     starts: tuple[int, ...] = (1,)
     step = _METADATA_ROWS if kind is T.PAGED_MQA_LOGITS_METADATA else 0
     if kind in _GEMMS:
@@ -100,7 +100,7 @@ def m_class_starts(kind: T, last: int) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def transpose_fp32(k: int) -> Kernel:
-    """Transpose of [m, k / 128] FP32 activation scales into the layout that TMA needs."""
+    """The kernel that transposes [m, k / 128] FP32 activation scales to the layout for TMA."""
     header = "deep_gemm/impls/smxx_layout.cuh"
     return Kernel("transpose_fp32", header, "transpose_fp32", (f"512, 64, {ceil_div(k, 128)}",))
 
@@ -108,8 +108,8 @@ def transpose_fp32(k: int) -> Kernel:
 def _gemm(call: KernelCall) -> tuple[Kernel, ...]:
     desc = _desc(call.type, call.n, call.k, call.num_groups, call.num_sms)
     gemm = _tiled(call.type, desc, best_layout(desc, call.m))
-    # The einsum's scales arrive permuted to [groups, m, k / 128]. Only if that is still contiguous
-    # does the library transpose them with a kernel of its own; otherwise torch copies them.
+    # The einsum's scales are permuted to [groups, m, k / 128]. The library transposes them with its
+    # own kernel only if they are still contiguous; otherwise torch copies them.
     permuted = desc.gemm_type is G.BATCHED and call.m > 1 and call.num_groups > 1
     return (transpose_fp32(call.k), gemm) if desc.is_fp8 and not permuted else (gemm,)
 
@@ -205,12 +205,12 @@ _OTHERS: dict[T, Callable[[KernelCall], Kernel]] = {
 }
 
 RULED_TYPES = frozenset({*_GEMMS, *_OTHERS})
-"""What the rules know."""
+"""Types that the rules cover."""
 
 
 @dataclass(frozen=True)
 class RulesTable(KernelTable):
-    """Our rules; they know every GEMM and every M."""
+    """Our rules as a table, which covers every GEMM and M."""
 
     origin: Origin
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""Where kernel tables come from: our rules, bundled tables, or the library itself."""
+"""Sources of kernel tables: our rules, bundled tables, or the library itself."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from runner.standin.gpus import Gpu
 _ANY_NVCC = (
     "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release 13.0, V13.0.88\n"
 )
-"""What the stand-in compiler prints if nobody needs cache keys: kernels do not depend on it."""
+"""The stand-in compiler's version text when no cache keys are needed; kernels ignore it."""
 
 
 class KernelSource(Protocol):
-    """Gives kernel tables of one library on one GPU; hashable, because callers cache by source."""
+    """Provides kernel tables of one library on one GPU; hashable, so that callers can cache."""
 
     def __hash__(self) -> int: ...
 
     @property
     def origin(self) -> Origin:
-        """Whose kernels the tables list; known before any table is made."""
+        """The library and GPU of the tables; known before any table is made."""
 
     def table(self, demands: Callable[[], Iterable[Demand]]) -> KernelTable:
-        """A table that knows at least what ``demands()`` names, which not every source calls.
+        """A table that covers at least ``demands()``; not every source needs to call it.
 
         Raises:
-            UserError: the source does not know; the message says what does.
+            UserError: the source does not cover a demand; the message names one that does.
             WorkFailedError: the library crashed.
         """
 
 
 @dataclass(frozen=True)
 class BundledFirst:
-    """A bundled table, if it covers all demands; otherwise another source, if there is one."""
+    """A bundled table if it covers all demands, else another source if there is one."""
 
     bundled: RecordedTable
     gpu: Gpu
@@ -55,7 +55,7 @@ class BundledFirst:
         merged = by_shape(demands())
         if not any(self.bundled.lacking(demand) for demand in merged):
             return self.bundled
-        # One source answers everything, so that the kernels are one library's.
+        # One source answers all demands, so that all kernels are from one library.
         return _known(self.fallback, self.gpu).table(lambda: merged)
 
 
@@ -72,14 +72,14 @@ def choose_source(
 
     Args:
         library: the installed library; or the name, or ``NAME==VERSION``, of one that is not
-            installed; None takes any.
+            installed; None means any.
         environ: the variables that change the compiler's flags.
-        version_text: what ``nvcc --version`` prints on the machine that will run, if known.
+        version_text: output of ``nvcc --version`` on the machine that will run, if known.
         always_ask: ask the library even if our rules or a bundled table have the answer.
-        progress: called with (GEMMs asked, of how many).
+        progress: called with (GEMMs done, total).
 
     Raises:
-        UserError: nothing knows the kernels, and there is no library to ask.
+        UserError: no rules or tables cover this library and GPU, and there is no library to ask.
     """
     fallback: KernelSource | None = None
     if isinstance(library, Library):
@@ -96,14 +96,14 @@ def choose_source(
     if table is None or table.origin.num_sms != gpu.num_sms:
         return _known(fallback, gpu)
     if isinstance(library, Library) and not _same_headers(library, table):
-        return _known(fallback, gpu)  # A patched build that kept its version number.
+        return _known(fallback, gpu)  # The build is patched but kept its version number.
     origin = replace(table.origin, gpu=gpu.name)
     recipe = with_variables(table.recipe, environ)
     return BundledFirst(replace(table, origin=origin, recipe=recipe), gpu, fallback)
 
 
 def _choose_title(gpu: Gpu, library: Library | str | None) -> str:
-    """Name and version of the library; of several that fit, the newest with a table."""
+    """Name and version of the library; if several match, the newest with a table."""
     if isinstance(library, Library):
         return library.title
     titles = bundled_libraries(bundled_gpu(gpu))
@@ -133,7 +133,7 @@ def _known(source: KernelSource | None, gpu: Gpu) -> KernelSource:
     if source is None:
         raise UserError(
             f"only the library itself knows its kernels for {gpu.name} ({gpu.arch}), and none is "
-            "installed here: pip install 'deepgemm-coldstart[library]', or name one with --library "
+            "installed here: pip install 'deepgemm-coldstart[library]', or give one with --library "
             f"(our rules cover sgl-deep-gemm {RULES_VERSION} on Hopper GPUs only)"
         )
     return source

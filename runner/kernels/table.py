@@ -1,4 +1,4 @@
-"""Kernel tables: which kernels each GEMM runs at which M, and where that is known from."""
+"""Kernel tables: the kernels that each GEMM runs at each M, and the origin of this information."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ MRanges = tuple[tuple[int, int], ...]
 """Ascending, disjoint (first, last) pairs. For contiguous types only multiples of 128 count."""
 
 Kernels = tuple[Kernel, ...]
-"""What one call runs, in order; empty if it runs no kernel of DeepGEMM's."""
+"""The kernels that one call runs, in order; empty if it runs none of DeepGEMM's."""
 
 Part = tuple[Kernels, int, int]
-"""Kernels that all of ``ms[low:high]`` run: (kernels, low, high)."""
+"""(kernels, low, high): the kernels that every M in ``ms[low:high]`` runs."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A GEMM that a deployment runs: with which M, ascending, and on which pipeline stages."""
+    """A GEMM that a deployment runs, with its M in ascending order and its pipeline stages."""
 
     shape: GemmShape
     ms: Sequence[int]
@@ -34,7 +34,7 @@ class Demand:
 
 
 class Source(Enum):
-    """How a table's answers were found."""
+    """How a table's answers were obtained."""
 
     RULES = "by our rules"
     LIBRARY = "asked on a stand-in GPU"
@@ -43,11 +43,11 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose kernels a table lists.
+    """The library, the GPU and the source of a table.
 
     Attributes:
         library: name and version, such as ``sgl-deep-gemm 0.2.5``.
-        generation: of the library's JIT: 1 up to sgl-deep-gemm 0.1.x, 2 from 0.2.0 on.
+        generation: generation of the library's JIT: 1 up to sgl-deep-gemm 0.1.x, 2 since 0.2.0.
         arch: nvcc's name of the target, such as ``sm_100f``.
     """
 
@@ -67,7 +67,7 @@ class Origin:
 
 
 class KernelTable(ABC):
-    """Which kernels a library runs on a GPU, by GEMM and M; compiled as ``recipe`` says."""
+    """The kernels that a library runs on a GPU, by GEMM and M; ``recipe`` says how to compile."""
 
     origin: Origin
     recipe: Recipe
@@ -78,10 +78,10 @@ class KernelTable(ABC):
 
     @abstractmethod
     def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
-        """Ascending ``ms`` cut where the kernels change.
+        """Split ascending ``ms`` where the kernels change.
 
         Raises:
-            UserError: an M that the table does not know.
+            UserError: the table does not cover an M.
         """
 
     @abstractmethod
@@ -89,7 +89,7 @@ class KernelTable(ABC):
         """Kernels that the library runs for one call; none if ``m`` is 0."""
 
     def kernel_ranges(self, shape: GemmShape, ms: Sequence[int]) -> dict[Kernel, MRanges]:
-        """Kernels of one GEMM over ascending ``ms``, each with the M that run it."""
+        """Kernels of one GEMM over ascending ``ms``, each with the ranges of M that run it."""
         found: dict[Kernel, list[tuple[int, int]]] = {}
         before = None
         for kernels, low, high in self.parts(shape, ms):
@@ -104,7 +104,7 @@ class KernelTable(ABC):
 
 
 def append_part(parts: list[Part], kernels: Kernels, low: int, high: int) -> None:
-    """Add ``ms[low:high]``, to the last part if that runs the same kernels."""
+    """Append ``ms[low:high]``, or extend the last part if it runs the same kernels."""
     if parts and parts[-1][0] == kernels:
         low = parts.pop()[1]
     parts.append((kernels, low, high))
@@ -121,7 +121,7 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class RecordedTable(KernelTable):
-    """A table as data: what is known of each GEMM, and hashes of the headers of its kernels."""
+    """A table as data: runs of M for each GEMM, and hashes of the headers that kernels include."""
 
     origin: Origin
     recipe: Recipe
@@ -155,11 +155,11 @@ class RecordedTable(KernelTable):
         return self._by_call[call]
 
     def header_hash(self, header: str) -> str:
-        """Hash of a header: a table stands in for the headers of a library that is not here."""
+        """Hash of a header; this makes a table usable as ``Headers`` without the library."""
         return self.headers[header]
 
     def lacking(self, demand: Demand) -> list[int]:
-        """The M of a demand that the table does not know."""
+        """The M of a demand that the table does not cover."""
         runs = self.runs.get(demand.shape, ())
         firsts = [run.first for run in runs]
         lasts = [-1, *(run.last for run in runs)]
@@ -167,12 +167,12 @@ class RecordedTable(KernelTable):
 
 
 def m_step(shape: GemmShape) -> int:
-    """How far apart the M are that a GEMM can be called with."""
+    """The step between values of M with which a GEMM can be called."""
     return CONTIGUOUS_M_ALIGNMENT if shape.type in CONTIGUOUS_TYPES else 1
 
 
 def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
-    """One table of all that two tables of one origin know; they agree where they overlap."""
+    """Merge two tables of the same origin, which agree where they overlap."""
     runs = dict(one.runs)
     for shape, more in other.runs.items():
         runs[shape] = join_runs(shape, [*runs.get(shape, ()), *more])
@@ -180,7 +180,7 @@ def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
 
 
 def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Runs of one GEMM in order, as few as there can be; runs that overlap agree."""
+    """Sort the runs of one GEMM and join them into as few as possible; overlapping runs agree."""
     joined: list[Run] = []
     for run in sorted(runs, key=lambda run: run.first):
         before = joined[-1] if joined else None
@@ -195,7 +195,7 @@ def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 def by_shape(demands: Iterable[Demand]) -> list[Demand]:
-    """One demand for each GEMM, with every M of all its demands."""
+    """Merge demands so that each GEMM has one demand with all its M."""
     found: dict[GemmShape, set[int]] = {}
     for demand in demands:
         found.setdefault(demand.shape, set()).update(demand.ms)
@@ -203,7 +203,7 @@ def by_shape(demands: Iterable[Demand]) -> list[Demand]:
 
 
 def union(many: Iterable[MRanges]) -> MRanges:
-    """Ranges that hold exactly the integers that any of the given ranges holds."""
+    """The union of ranges: contains exactly the integers that are in any of them."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(pair for ranges in many for pair in ranges):
         if merged and first <= merged[-1][1] + 1:

@@ -1,4 +1,4 @@
-"""Kernel tables as files, gzipped JSON, and those that are bundled with the package."""
+"""Kernel tables as files of gzipped JSON, and the tables that are bundled with the package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _VERSION = 1
 
 
 def bundled_gpu(gpu: Gpu) -> str:
-    """The GPU whose tables also hold for ``gpu``: architecture and SMs alone decide kernels."""
+    """The GPU whose tables also apply to ``gpu``: only architecture and SMs decide the kernels."""
     for name in BUNDLED_GPUS:
         other = gpu_named(name)
         if (other.major, other.minor, other.num_sms) == (gpu.major, gpu.minor, gpu.num_sms):
@@ -34,7 +34,7 @@ def bundled_gpu(gpu: Gpu) -> str:
 
 
 def bundled_libraries(gpu: str) -> list[str]:
-    """Names and versions of the libraries with a table for a GPU, the newest first.
+    """Names and versions of the libraries with a table for a GPU, newest first.
 
     SGLang's library comes before all others, because more than one server ships it.
     """
@@ -49,13 +49,13 @@ def bundled_libraries(gpu: str) -> list[str]:
 
 @lru_cache(maxsize=8)
 def bundled_table(title: str, gpu: str) -> RecordedTable | None:
-    """The table of a library (name and version) on a GPU, None if none is bundled."""
+    """The table of a library (name and version) on a GPU; None if it is not bundled."""
     path = BUNDLED_FOLDER / f"{title.replace(' ', '-')}-{gpu}.json.gz"
     return read_table(path) if path.is_file() else None
 
 
 def write_table(path: Path, table: RecordedTable) -> None:
-    """Write a table atomically; equal tables give equal bytes."""
+    """Write a table atomically; equal tables produce equal bytes."""
     indices: dict[Kernel, int] = {}
     gemms = []
     for shape, runs in sorted(table.runs.items()):
@@ -87,7 +87,7 @@ def write_table(path: Path, table: RecordedTable) -> None:
 
 
 def read_table(path: Path) -> RecordedTable:
-    """Read a table; UserError if the file is none."""
+    """Read a table; raises UserError if the file is not a table."""
     try:
         with gzip.open(path) as file:
             return _parse(file.read())

@@ -1,4 +1,4 @@
-"""Kernel types of the DeepGEMM wrapper, and the value that describes one call of one of them."""
+"""Kernel types of the DeepGEMM wrapper, and values that describe a call by its shape."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import lru_cache
 
 
 class DeepGemmKernelType(IntEnum):
-    """Wrapper entry points, named as in SGLang; lower-cased they are the wrapper's functions.
+    """Wrapper entry points, named as in SGLang; in lower case they are the wrapper's functions.
 
-    ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with BF16 output, which SGLang leaves to
-    cuBLAS. The last four are entry points of newer libraries: weights in blocks of 32 x 32 (recipe
-    (1, 32, 32)), and, on Blackwell only, FP4 weights with a scale for every 32 values.
+    ``GEMM_NT_BF16BF16BF16`` is ``deep_gemm.bf16_gemm_nt`` with BF16 output; SGLang uses cuBLAS for
+    it. Only newer libraries have the last four: weights in blocks of 32 x 32 (recipe (1, 32, 32)),
+    and, only on Blackwell, FP4 weights with one scale per 32 values.
     """
 
     GEMM_NT_F8F8BF16 = auto()
@@ -94,7 +94,7 @@ class GemmShape:
         return KernelCall(self.type, m, self.n, self.k, self.num_groups, self.num_sms)
 
     def describe(self) -> str:
-        """``type:N:K[:GROUPS]``, as ``runner plan --gemm`` takes it."""
+        """``type:N:K[:GROUPS]``, the format of ``runner plan --gemm``."""
         always = self.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM
         groups = f":{self.num_groups}" if always or self.num_groups > 1 else ""
         return f"{self.type.name.lower()}:{self.n}:{self.k}{groups}"
@@ -105,7 +105,7 @@ MSteps = tuple[tuple[int, int, int], ...]
 
 
 def steps_of(values: Sequence[int]) -> MSteps:
-    """Ascending values as few runs of equal steps; :func:`expand` is the inverse."""
+    """Compress ascending values into few runs of equal steps; :func:`expand` is the inverse."""
     if isinstance(values, range):
         return ((values[0], values[-1], values.step),) if values else ()
     return _steps_of(tuple(values))
@@ -125,7 +125,7 @@ def _steps_of(values: tuple[int, ...]) -> MSteps:
 
 
 def expand(steps: MSteps) -> Sequence[int]:
-    """The values that the runs hold, ascending."""
+    """The values in the runs, ascending."""
     if len(steps) == 1:
         ((first, last, step),) = steps
         return range(first, last + 1, step)

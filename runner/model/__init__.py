@@ -1,1 +1,1 @@
-"""The decoder layers as operations against ``Backend``, and the pipeline stage made of them."""
+"""Decoder layers, written as operations on ``Backend``, and the pipeline stage built from them."""

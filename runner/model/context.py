@@ -1,4 +1,4 @@
-"""Where a layer runs: one rank's backend, weights and place in the layout."""
+"""The context of a layer: its rank's backend, weights and place in the layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.kernels.heuristics_sm90 import ceil_div
 
 @dataclass(frozen=True)
 class RankContext:
-    """One rank of the layout, as its layers see it."""
+    """What the layers of one rank need: backend, weights, layout and rank."""
 
     backend: Backend
     weights: WeightSource
@@ -32,7 +32,7 @@ class RankContext:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes logits."""
+        """Whether this rank is on the last stage, which computes logits."""
         return self.at.pp_rank == self.parallel.pp - 1
 
     @cached_property
@@ -47,7 +47,7 @@ class RankContext:
 
     @cached_property
     def cp_group(self) -> tuple[int, ...]:
-        """Ranks among which EXTEND tokens are split."""
+        """Ranks over which EXTEND tokens are split."""
         return self.parallel.attn_cp_group(self.rank)
 
     def tp_shard(self, size: int) -> Shard:
@@ -62,9 +62,9 @@ class RankContext:
     # -- weights ----------------------------------------------------------------------------------
 
     def fp8(self, layer: int, name: str, *dims: int | Shard, grouped: bool = False) -> Fp8Weight:
-        """An FP8 weight [n, k], or [groups, n, k]: k is the last of ``dims``, n the others joined.
+        """An FP8 weight [n, k] or [groups, n, k]: k is the last of ``dims``, n the others' product.
 
-        Its values have a standard deviation of k ** -0.5, with the global k.
+        Its values have a standard deviation of k ** -0.5, where k is the global size.
         """
         parts = _shards(dims)
         *outer, k = (part.width for part in parts)
@@ -73,7 +73,7 @@ class RankContext:
         return self.weights.make_fp8(WeightRequest(layer, name, "fp8", parts, view, scale))
 
     def bf16(self, layer: int, name: str, *dims: int | Shard, scale: float | None = None) -> Tensor:
-        """A bf16 weight, by default with a standard deviation of its last dimension ** -0.5."""
+        """A bf16 weight; the default standard deviation ``scale`` is the last dimension ** -0.5."""
         default = _shards(dims)[-1].size ** -0.5
         return self._weight(layer, name, "bf16", dims, default if scale is None else scale)
 
@@ -104,14 +104,14 @@ class RankContext:
         view = tuple(part.width for part in parts)
         return self.weights.make(WeightRequest(layer, name, kind, parts, view, scale, mean, high))
 
-    # -- which tokens this rank has ---------------------------------------------------------------
+    # -- this rank's tokens -----------------------------------------------------------------------
 
     def splits_tokens(self, batch: ForwardBatch) -> bool:
-        """Whether each context-parallel rank holds only its part of the tokens."""
+        """Whether each context-parallel rank has only its part of the tokens."""
         return batch.mode.is_extend and self.parallel.attn_cp > 1
 
     def tokens(self, batch: ForwardBatch) -> Tokens:
-        """The new tokens that this rank's hidden states hold."""
+        """The new tokens that this rank's hidden states are for."""
         if not self.splits_tokens(batch):
             return batch.tokens
         index = self.cp_group.index(self.rank)
@@ -120,35 +120,35 @@ class RankContext:
 
     @property
     def scatters(self) -> bool:
-        """Whether each tensor rank holds its own block of the tokens outside of attention."""
+        """Whether, outside attention, each tensor rank has only its own block of the tokens."""
         return self.parallel.moe_a2a and self.parallel.tp > 1
 
     def block_tokens(self, batch: ForwardBatch) -> Tokens:
-        """The tokens of this rank's block; blocks are equally long, so the last may have none."""
+        """This rank's block of tokens; blocks have equal length, so the last may be all padding."""
         rows = ceil_div(batch.num_tokens, self.parallel.tp)
         return Tokens(batch, self.at.tp_rank * rows, (self.at.tp_rank + 1) * rows)
 
     def own_rows(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """Of rows of all tokens those that this rank's hidden states hold."""
+        """Select this rank's rows from rows of all tokens."""
         own = self.tokens(batch)
         return x if own.count == batch.num_tokens else x[own.start : own.stop]
 
     def scatter(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """This rank's block of rows that every rank has: [T, ...] -> [block, ...]."""
+        """Select this rank's block from rows that every rank has: [T, ...] -> [block, ...]."""
         if not self.scatters:
             return x
         own = self.block_tokens(batch)
         return self.backend.padded(x, own.count * self.parallel.tp)[own.start : own.stop]
 
     def gather(self, name: str, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """All tokens' rows from each tensor rank's block: [block, ...] -> [T, ...]."""
+        """Gather all rows from the tensor ranks' blocks: [block, ...] -> [T, ...]."""
         if not self.scatters:
             return x
         every = self.backend.all_gather(name, x, self.tp_group, 0)
         return self.backend.padded(every, batch.num_tokens)
 
     def gather_tokens(self, name: str, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """All tokens' rows from each context-parallel rank's own."""
+        """Gather all tokens' rows from the context-parallel ranks."""
         if not self.splits_tokens(batch):
             return x
         return self.backend.all_gather(name, x, self.cp_group, 0)
@@ -156,7 +156,7 @@ class RankContext:
     def sum_hidden(
         self, name: str, x: Tensor, group: tuple[int, ...], batch: ForwardBatch
     ) -> Tensor:
-        """Partial results [T, H] summed over ``group``: all rows, or this rank's block."""
+        """Sum partial results [T, H] over ``group``; returns all rows or just this rank's block."""
         if not self.scatters:
             return self.backend.all_reduce(name, x, group).bfloat16()
         rows = self.block_tokens(batch).count * self.parallel.tp

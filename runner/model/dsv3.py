@@ -1,4 +1,4 @@
-"""The DSV3 decoder: multi-head latent attention, a dense MLP or experts, one residual stream."""
+"""The DSV3 decoder: multi-head latent attention, dense MLPs or experts, and one residual stream."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Dsv3Layer:
             self._feed_forward = {"mlp": self._dense}
 
     def operations(self) -> dict[str, Operation]:
-        """The layer's operations by name; a strategy orders those of a layer with experts."""
+        """The layer's operations by name; a strategy orders them if the layer has experts."""
         return {
             "comm_prepare_attn": self._prepare_attention,
             "attn_prepare": self._attention.prepare,
@@ -111,7 +111,7 @@ class Dsv3Layer:
 
 
 class Dsv3Decoder:
-    """The layers of a stage, and what differs between families around them."""
+    """The layers of a stage, and the steps around them that depend on the model family."""
 
     def __init__(self, ctx: RankContext, config: Dsv3Config, layers: range) -> None:
         self._ctx = ctx
@@ -122,7 +122,7 @@ class Dsv3Decoder:
         return {"hidden_states": embedded}
 
     def index_metadata(self, batch: ForwardBatch) -> None:
-        """There is no indexer."""
+        """None: DSV3 has no indexer."""
 
     def collapse(self, tensors: dict[str, Tensor]) -> Tensor:
         """Hidden states [T, H] after the last layer."""

@@ -1,9 +1,9 @@
 """The DSV4 decoder: hyper-connections around compressed attention and around the experts.
 
 Manifold-constrained hyper-connections keep several copies of the residual stream, mixed per token.
-Before a sub-layer one GEMM (``TF32_HC_PRENORM_GEMM``) of the flattened stream with a
-[hc_mult * (2 + hc_mult), hc_mult * hidden] matrix gives mixing weights; after it the stream is
-rebuilt. Formulas: docs/models.md.
+Before a sub-layer, one GEMM (``TF32_HC_PRENORM_GEMM``) of the flattened stream with a
+[hc_mult * (2 + hc_mult), hc_mult * hidden] matrix computes the mixing weights; after the sub-layer
+the stream is rebuilt. Formulas: docs/models.md.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from runner.model.moe import make_experts
 from runner.model.operations import LayerState, Operation
 
 NONPAGED_MIN_QUERY_TOKENS = 8192
-"""From this many query tokens of a single prompt on, SGLang 0.5.23 scores without pages."""
+"""Query tokens of a single prompt from which SGLang 0.5.23 computes index scores without pages."""
 
 
 class Compressor:
     """Pools ``ratio`` tokens into one key-value entry; the projections are cached per token.
 
-    Ratio 4 overlaps with the block before, so each token has a second set of projections.
+    At ratio 4, blocks overlap with the previous one, so each token has two sets of projections.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Compressor:
         )
 
     def store(self, x: Tensor, tokens: Tokens) -> None:
-        """Project [T, H] and put the projections of all the batch's new tokens into the cache."""
+        """Project [T, H]; put the projections of all new tokens of the batch into the cache."""
         backend, batch = self._ctx.backend, tokens.batch
         raw = backend.gemm_bf16_fp32(x, self._wkv_gate)
         raw = self._ctx.gather_tokens(self._name, raw, batch)
@@ -47,7 +47,7 @@ class Compressor:
 
 
 class Indexer:
-    """Scores compressed entries and picks the ``index_topk`` best for each token."""
+    """Scores compressed entries and selects the ``index_topk`` best for each token."""
 
     def __init__(self, ctx: RankContext, config: Dsv4Config, layer: int) -> None:
         self._backend, self._config, self._layer = ctx.backend, config, layer
@@ -57,7 +57,7 @@ class Indexer:
         self._compressor = Compressor(ctx, config, layer, "index_compressor", dim)
 
     def select(self, x: Tensor, q_lora: Tensor, tokens: Tokens, metadata: Tensor | None) -> Tensor:
-        """[T, entries] bool: what each token attends to besides its window."""
+        """[T, entries] bool: the entries that each token attends to, besides its window."""
         backend, at = self._backend, LayerTokens(tokens, self._layer, self._config)
         self._compressor.store(x, tokens)
         q = backend.index_query(backend.gemm_fp8(q_lora, self._wq_b), at)
@@ -87,7 +87,7 @@ class Dsv4Attention:
         self._indexer = Indexer(ctx, config, layer) if ratio == 4 else None
 
     def prepare(self, state: LayerState) -> None:
-        """sublayer_input [T, H] -> q [T, h, D] and the entries it may see; fills the cache."""
+        """sublayer_input [T, H] -> q [T, h, D] and selected entries; fills the cache."""
         ctx, backend, config = self._ctx, self._ctx.backend, self._config
         x, batch = state.pop("sublayer_input"), state["batch"]
         tokens = ctx.tokens(batch)
@@ -119,7 +119,7 @@ class Dsv4Attention:
 
 
 class HyperConnection:
-    """The mixing around one sub-layer of one layer."""
+    """Mixes the copies of the residual stream before and after one sub-layer."""
 
     def __init__(self, ctx: RankContext, config: Dsv4Config, layer: int, name: str) -> None:
         self._backend, self._config = ctx.backend, config
@@ -129,7 +129,7 @@ class HyperConnection:
         self._norm = ctx.norm(layer, f"{name}_norm", config.hidden_size)
 
     def pre(self, state: LayerState) -> None:
-        """hidden_states [T, M * H] -> sublayer_input [T, H]; keeps the stream and its mixing."""
+        """hidden_states [T, M * H] -> sublayer_input [T, H]; stores the stream for ``post``."""
         backend, config = self._backend, self._config
         stream = state.pop("hidden_states")
         gemm = backend.hc_prenorm(stream, self._mix.fn)
@@ -188,7 +188,7 @@ class Dsv4Layer:
 
 
 class Dsv4Decoder:
-    """The layers of a stage, and what differs between families around them."""
+    """The layers of a stage, and the steps around them that depend on the model family."""
 
     def __init__(self, ctx: RankContext, config: Dsv4Config, layers: range) -> None:
         self._ctx, self._config = ctx, config
@@ -204,7 +204,7 @@ class Dsv4Decoder:
         return {"hidden_states": self._ctx.backend.repeat(embedded, self._config.hc_mult)}
 
     def index_metadata(self, batch: ForwardBatch) -> Tensor | None:
-        """The indexer's work split, made once for all layers; None where no layer needs it."""
+        """The indexer's work split, computed once for all layers; None if no layer needs it."""
         scores_without_pages = (
             batch.mode.is_extend
             and batch.batch_size == 1

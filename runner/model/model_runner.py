@@ -22,7 +22,7 @@ class ModelRunner:
     """One rank of the model.
 
     Attributes:
-        is_generation: whether the model generates; decides a dummy run's mode where none is forced.
+        is_generation: whether the model generates; this decides a dummy run's default mode.
     """
 
     model: ModelConfig
@@ -43,7 +43,7 @@ class ModelRunner:
         weights: WeightSource | None = None,
         overlap: Sequence[OverlapStrategy] = (),
     ) -> ModelRunner:
-        """Make the rank's stage; without ``weights`` from shapes alone, for a recording.
+        """Build the rank's stage; without ``weights`` it has only shapes, for a recording.
 
         Raises:
             UserError: the model does not fit the layout.
@@ -55,7 +55,7 @@ class ModelRunner:
 
     @property
     def at(self) -> RankCoordinates:
-        """Where the rank is in the layout; ``stage`` may be another tensor rank's in recordings."""
+        """The rank's place in the layout; in recordings, tensor ranks may share one ``stage``."""
         return self.parallel.coordinates(self.rank)
 
     def forward(
@@ -66,11 +66,11 @@ class ModelRunner:
     def _dummy_run(
         self, batch_size: int, forward_mode_override: ForwardMode | None = None
     ) -> PPProxyTensors | Tensor:
-        """Run this rank's stage alone on made-up input.
+        """Run this rank's stage on dummy input, without other stages.
 
         The mode is ``forward_mode_override``, else DECODE for a generation model, else EXTEND;
-        everything after that follows the resulting mode. As in SGLang the batch has ``batch_size``
-        sequences of one token each, so both modes see ``batch_size`` tokens.
+        everything after that follows this mode. As in SGLang, the batch has ``batch_size``
+        sequences of one token each, so both modes run ``batch_size`` tokens.
 
         Returns:
             Proxy tensors on inner stages, logits on the last.
@@ -83,7 +83,7 @@ class ModelRunner:
     def prepare_dummy_run(
         self, batch_size: int, forward_mode_override: ForwardMode | None = None
     ) -> Callable[[], PPProxyTensors | Tensor]:
-        """The forward of :meth:`_dummy_run` with its input made, so that it can be captured."""
+        """The forward of :meth:`_dummy_run` with its input already made, ready for capture."""
         if batch_size < 1 or batch_size % self.parallel.attn_cp:
             raise UserError(
                 f"dummy batch size {batch_size} must be a positive multiple of "
@@ -106,13 +106,13 @@ class ModelRunner:
         return self.backend.dummy_ids(tokens, self.model.vocab_size)
 
     def dummy_proxy(self, batch: ForwardBatch) -> PPProxyTensors | None:
-        """Proxy tensors without content."""
+        """Proxy tensors of zeros; None on the first stage."""
         return self.proxy(batch, lambda name, shape: self.backend.zeros(*shape))
 
     def proxy(
         self, batch: ForwardBatch, make: Callable[[str, tuple[int, int]], Tensor]
     ) -> PPProxyTensors | None:
-        """What the stage before hands on, each made by its name and shape; None on the first stage.
+        """Input from the previous stage, made by ``make(name, shape)``; None on the first stage.
 
         Stage 0 has already split EXTEND tokens over ``attn_cp``.
         """

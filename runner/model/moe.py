@@ -1,10 +1,10 @@
 """Gated MLPs and the mixture of experts: the operations of both model families.
 
-Without expert parallelism each rank holds a slice of every expert, with it whole experts of its
-own. With replicated tokens each rank's experts take what is theirs, and one all-reduce sums the
-results. With scattered ones (``moe_a2a``) a rank has a block of the tokens: with expert parallelism
-an all-to-all brings each expert's owner its tokens, without it a gather brings every rank all of
-them; the results go back by all-to-all or by a scatter that sums.
+With expert parallelism each rank holds some whole experts; without it, a slice of every expert.
+If tokens are replicated, each rank runs its experts on the tokens that chose them, and an
+all-reduce sums the results. If tokens are scattered (``moe_a2a``), each rank has a block of them.
+With expert parallelism, an all-to-all sends tokens to their experts' ranks and another one returns
+the results; without it, all-gather and reduce-scatter do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from runner.model.operations import LayerState, Operation
 
 
 class GatedMlp:
-    """``down(silu(gate(x)) * up(x))`` on FP8 GEMMs: shared experts and the dense layers.
+    """``down(silu(gate(x)) * up(x))`` on FP8 GEMMs, for shared experts and dense layers.
 
-    Cut over the tensor-parallel ranks, each with a partial sum, unless ``sharded`` is False.
+    If ``sharded``, tensor-parallel ranks each hold a part and compute a partial sum.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class GatedMlp:
         self._down = ctx.fp8(layer, f"{name}_down", hidden, inner)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H], this rank's part of the sum where it is cut."""
+        """[T, H] -> [T, H]; this rank's part of the sum if sharded."""
         gate_up = self._backend.gemm_fp8(x, self._gate_up)
         activated = self._backend.silu_and_mul(gate_up, self._limit)
         return self._backend.gemm_fp8(activated, self._down, partial=True)
 
 
 class MixtureOfExperts:
-    """One layer's mixture of experts where every rank has all tokens: nothing to wait for."""
+    """One layer's mixture of experts when every rank has all tokens, so that dispatch is local."""
 
     def __init__(
         self, ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool = False
@@ -77,7 +77,7 @@ class MixtureOfExperts:
         )
 
     def operations(self) -> dict[str, Operation]:
-        """The operations between the two norms, or hyper-connections, around the experts."""
+        """The operations of the experts by name, in the default order."""
         return {
             "gate": self.gate,
             "select_experts": self.select_experts,
@@ -106,7 +106,7 @@ class MixtureOfExperts:
             state["routing"] = backend.top_k(logits, self._choice, self._moe)
 
     def shared_experts(self, state: LayerState) -> None:
-        """moe_input -> shared_output, a partial sum unless this rank has a block of the tokens."""
+        """moe_input -> shared_output; a partial sum, or the full one if tokens are scattered."""
         state["shared_output"] = self._shared(state["moe_input"])
 
     def experts(self, state: LayerState) -> None:
@@ -121,21 +121,21 @@ class MixtureOfExperts:
         return batch.tokens
 
     def dispatch_a(self, state: LayerState) -> None:
-        """moe_input and routing: start to bring tokens to their experts."""
+        """moe_input, routing -> dispatched; if tokens are scattered, only start to send them."""
         state["dispatched"] = self._lay_out(state["moe_input"], state["routing"], state["batch"])
 
     def dispatch_b(self, state: LayerState) -> None:
-        """Wait for them and lay them out: dispatched."""
+        """If tokens are scattered, wait for them: -> dispatched."""
 
     def combine_a(self, state: LayerState) -> None:
-        """expert_output: start to bring results back to their tokens."""
+        """expert_output -> routed_output; if tokens are scattered, only start to send results."""
         state["routed_output"] = self._combine(state)
 
     def combine_b(self, state: LayerState) -> None:
-        """Wait for them: routed_output."""
+        """If tokens are scattered, wait for their results: -> routed_output."""
 
     def output(self, state: LayerState) -> None:
-        """Sum of routed and shared outputs -> sublayer_output [T, H]."""
+        """routed_output + shared_output -> sublayer_output [T, H], summed over ranks."""
         ctx, batch = self._ctx, state["batch"]
         total = ctx.sum_hidden("moe output", self._add_outputs(state), ctx.tp_group, batch)
         state["sublayer_output"] = ctx.own_rows(total, batch)
@@ -160,13 +160,13 @@ class MixtureOfExperts:
 
 
 class ScatteredExperts(MixtureOfExperts):
-    """The same where every rank has a block of the tokens (``moe_a2a``)."""
+    """One layer's mixture of experts when each rank has a block of the tokens (``moe_a2a``)."""
 
     def routed_tokens(self, batch: ForwardBatch) -> Tokens:
         return self._ctx.block_tokens(batch)
 
     def dispatch_a(self, state: LayerState) -> None:
-        """Send each owner its tokens, or everyone all, and what they are routed by."""
+        """Send tokens to their experts' ranks, or to all ranks, along with their routing."""
         ctx, backend = self._ctx, self._ctx.backend
         x, routing = state["moe_input"], state.pop("routing")
         own = self.routed_tokens(state["batch"])
@@ -198,13 +198,13 @@ class ScatteredExperts(MixtureOfExperts):
         state["routed_output"] = results
 
     def output(self, state: LayerState) -> None:
-        """Nothing is left to sum over ranks."""
+        """routed_output + shared_output -> sublayer_output; no sum over ranks is needed."""
         state["sublayer_output"] = self._add_outputs(state).bfloat16()
 
     def _begin(
         self, state: LayerState, kind: str, what: str, x: Tensor, *, width: int = 2
     ) -> Begun:
-        # Two batches may have theirs under way at a time.
+        # Both halves of a batch may have such a collective in flight, so names must differ.
         name = f"{what} of {state['half']}"
         return self._ctx.backend.begin(kind, name, x, self._ctx.tp_group, width=width)
 
@@ -212,6 +212,6 @@ class ScatteredExperts(MixtureOfExperts):
 def make_experts(
     ctx: RankContext, model: ModelConfig, layer: int, *, hash_routed: bool = False
 ) -> MixtureOfExperts:
-    """The mixture of a layer, for tokens that are replicated or scattered as the layout says."""
+    """A layer's mixture of experts, for replicated or scattered tokens as the layout requires."""
     kind = ScatteredExperts if ctx.scatters else MixtureOfExperts
     return kind(ctx, model, layer, hash_routed=hash_routed)

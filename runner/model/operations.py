@@ -1,8 +1,8 @@
 """A layer's forward as named operations, cut into stages, and their execution.
 
 Names and order follow SGLang's two-batch-overlap operations. A strategy orders a layer's operations
-and puts marks between them; marks cut the order into stages. Two batches run over the same stages
-in turns, so that what one has begun to communicate goes on while the other computes.
+and puts marks between them, which cut the order into stages. Two batches take turns to run the
+stages, so that one communicates while the other computes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from runner.backend.tensor import Dispatched, Routing, Tensor
 
 
 class LayerState(TypedDict, total=False):
-    """What operations of one batch hand to each other, each value put once and popped once.
+    """Values that the operations of one batch pass on; each is stored once and popped once.
 
     ``batch``, ``half`` (which of two halves the batch is) and ``index_metadata`` (the indexer's
-    work split) stay for the whole forward. ``residual`` is DSV3's stream [T, H], ``mixing`` DSV4's
-    stream [T, M * H] with the weights that mix its copies.
+    work split) stay for the whole forward. ``residual`` is DSV3's stream [T, H]; ``mixing`` is
+    DSV4's stream [T, M * H] with the weights that mix its copies.
     """
 
     batch: ForwardBatch
@@ -52,11 +52,11 @@ Operation = Callable[[LayerState], None]
 Stage = tuple[Operation, ...]
 S = TypeVar("S")
 Note = Callable[[str, str], None]
-"""Notes a point of the forward: its kind and its name."""
+"""Records a point in the forward, by kind and name."""
 
 
 def cut_stages(steps: Iterable[S | str]) -> list[tuple[S, ...]]:
-    """The operations between marks; marks with nothing between them are one."""
+    """Split operations at the marks (the strings in ``steps``); empty stages are dropped."""
     stages: list[list[S]] = [[]]
     for step in steps:
         if not isinstance(step, str):
@@ -67,10 +67,10 @@ def cut_stages(steps: Iterable[S | str]) -> list[tuple[S, ...]]:
 
 
 def overlapped_order(num_stages: int, delta_stages: int) -> list[tuple[int, int]]:
-    """(batch, stage) in the order in which two batches run them.
+    """(batch, stage) pairs in the order in which two batches run them.
 
     The first batch runs ``delta_stages`` stages alone, then both take turns, then the second
-    batch ends alone. ``delta_stages`` is at most ``num_stages``.
+    batch finishes alone. ``delta_stages`` is at most ``num_stages``.
     """
     order = [(0, stage) for stage in range(delta_stages)]
     for stage in range(num_stages - delta_stages):
@@ -81,9 +81,9 @@ def overlapped_order(num_stages: int, delta_stages: int) -> list[tuple[int, int]
 def run_overlapped(
     states: tuple[LayerState, LayerState], stages: Sequence[Stage], delta_stages: int, note: Note
 ) -> None:
-    """Run two batches over the same stages in turns.
+    """Let two batches take turns to run the stages.
 
-    Notes ``("batch", "0" or "1")`` before each stage, and ``("batch", "both")`` after all.
+    Notes ``("batch", "0")`` or ``("batch", "1")`` before each stage and ``("batch", "both")`` last.
     """
     for batch, stage in overlapped_order(len(stages), delta_stages):
         note("batch", str(batch))

@@ -1,4 +1,4 @@
-"""A pipeline stage: embedding on the first, its layers, head on the last."""
+"""A pipeline stage: its layers, with the embedding on the first stage and the head on the last."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from runner.model.strategy import PLAIN, OverlapStrategy, concatenate
 Layers = Sequence[tuple[int, Dsv3Layer | Dsv4Layer]]
 
 OVERLAPPED = "overlapped by"
-"""What the mark of layers that run in halves says between their numbers and the strategy."""
+"""Text between layer numbers and strategy in the mark of layers that overlap two halves."""
 
 
 class PipelineStage:
-    """The part of the model that one rank holds, and its forward.
+    """One rank's part of the model, and its forward.
 
-    By the strategies of ``overlap`` two halves of a batch overlap; forwards of other modes, and
-    batches of one sequence, run as they are.
+    In modes with a strategy in ``overlap``, the two halves of a batch overlap; forwards in other
+    modes, and batches of one sequence, run as one batch.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class PipelineStage:
         return stage
 
     def forward(self, batch: ForwardBatch, proxy: PPProxyTensors | None) -> PPProxyTensors | Tensor:
-        """Run the stage: logits [sequences, vocab] on the last, proxy tensors on the others.
+        """Run the stage: returns logits [sequences, vocab] on the last, proxy tensors on others.
 
-        ``proxy`` holds those of the stage before; None on the first.
+        ``proxy`` has the previous stage's proxy tensors; None on the first stage.
         """
         self._ctx.backend.mark("forward", f"{batch.mode.name} {batch.num_tokens}")
         if self.is_first:
@@ -74,7 +74,7 @@ class PipelineStage:
     def _run_plain(
         self, layers: Layers, tensors: PPProxyTensors, batch: ForwardBatch
     ) -> PPProxyTensors:
-        """The whole batch through layers, one after the other."""
+        """Run the whole batch through layers, one after the other."""
         if not layers:
             return tensors
         mark = self._ctx.backend.mark
@@ -99,7 +99,7 @@ class PipelineStage:
         halves: tuple[ForwardBatch, ForwardBatch],
         strategy: OverlapStrategy,
     ) -> PPProxyTensors:
-        """Both halves through all layers' stages, in turns."""
+        """Run both halves through all layers' stages, taking turns."""
         if not layers:
             return tensors
         backend = self._ctx.backend
@@ -115,7 +115,7 @@ class PipelineStage:
         return {name: backend.joined(x, ends[1][name]) for name, x in ends[0].items()}
 
     def _begin(self, tensors: PPProxyTensors, batch: ForwardBatch, *, half: int) -> LayerState:
-        """A batch's state before its first layer, its rows this rank's own."""
+        """A batch's state before its first layer, with only this rank's rows."""
         own = {name: self._ctx.scatter(x, batch) for name, x in tensors.items()}
         state: LayerState = {
             "batch": batch,
@@ -128,7 +128,7 @@ class PipelineStage:
         return state
 
     def _end(self, state: LayerState, batch: ForwardBatch) -> PPProxyTensors:
-        """The tensors after a batch's last layer, all its rows."""
+        """The tensors after a batch's last layer, with all rows."""
         tensors = {"hidden_states": state.pop("hidden_states")}
         if "residual" in state:
             tensors["residual"] = state.pop("residual")
@@ -138,9 +138,9 @@ class PipelineStage:
         return {name: self._ctx.gather(name, x, batch) for name, x in tensors.items()}
 
     def _embed(self, batch: ForwardBatch) -> PPProxyTensors:
-        """Tensors before the first layer; every rank embeds all tokens with its vocabulary part.
+        """Tensors before the first layer: each rank embeds all tokens with its vocabulary shard.
 
-        Context-parallel ranks keep their own tokens afterwards.
+        After the sum over ranks, context-parallel ranks keep only their own tokens.
         """
         ctx, backend = self._ctx, self._ctx.backend
         embedded = backend.embed(batch.tokens, self._embedding, self._vocab.start)

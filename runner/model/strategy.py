@@ -1,9 +1,8 @@
 """Strategies of two-batch overlap, by name or from a file.
 
-A strategy is the order of a layer's operations with marks, where a batch yields, between them. The
-named ones are SGLang's: its DeepSeek decode placement before and after PR 6711, its DeepSeek
-prefill placement, and that of DeepSeek-V4, whose hyper-connections take the place of norms and
-residual additions.
+A strategy is an order of a layer's operations, with marks between them where a batch yields. The
+named strategies are SGLang's: DeepSeek decode before and after PR 6711, DeepSeek prefill, and
+DeepSeek-V4 prefill, where hyper-connections replace norms and residual additions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from runner.errors import UserError
 from runner.model.operations import Operation, Stage, cut_stages
 
 MARK = "|"
-"""Stands between two stages."""
+"""Separates two stages."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "comm_prepare_attn": (),
@@ -36,10 +35,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "output": ("combine_b", "shared_experts"),
     "comm_postprocess_layer": ("output",),
 }
-"""Operations of a layer with experts, and which others each one needs before it."""
+"""Operations of a layer with experts, each with the operations that must come before it."""
 
 COMM_SMS = 20
-"""SMs that SGLang's dispatcher takes by default (``DeepEPConfig.num_sms``)."""
+"""SMs that SGLang's dispatcher uses by default (``DeepEPConfig.num_sms``)."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class OverlapStrategy:
     """An order of a layer's operations with yield marks, and how two batches run through it.
 
     Attributes:
-        name: for reports.
-        mode: which forwards it orders.
-        steps: names of operations, :data:`MARK` between stages.
+        name: name in reports.
+        mode: the mode of the forwards that it is for.
+        steps: names of operations, with :data:`MARK` between stages.
         delta_stages: how many stages the first batch is ahead.
         comm_sms: SMs that DeepGEMM leaves to communication while two batches overlap.
 
@@ -123,9 +122,9 @@ class OverlapStrategy:
         where, order = f"strategy {self.name}", self.operations
         for index, name in enumerate(order):
             if name not in NEEDS:
-                raise UserError(f"{where}: there is no operation {name!r}: {', '.join(NEEDS)}")
+                raise UserError(f"{where}: operation {name!r} is not one of {', '.join(NEEDS)}")
             if name in order[:index]:
-                raise UserError(f"{where}: {name} is there twice")
+                raise UserError(f"{where}: {name} appears twice: give each operation once")
         if missing := [name for name in NEEDS if name not in order]:
             raise UserError(f"{where}: {', '.join(missing)} missing: a layer needs every operation")
         for index, name in enumerate(order):
@@ -166,17 +165,17 @@ PLAIN = {
     ForwardMode.DECODE: STRATEGIES["deepseek-decode"],
     ForwardMode.EXTEND: STRATEGIES["dsv4-prefill"],
 }
-"""Order in which a batch that is alone runs a layer."""
+"""The order in which a layer runs when no batches overlap."""
 
 
 def load_strategy(name_or_path: str) -> OverlapStrategy:
     """A strategy by name, or from a TOML file.
 
-    The file has ``mode`` ("decode" or "extend"), ``operations`` (names with ``|`` between stages,
-    in a string), and, if not 0, ``delta_stages`` and ``comm_sms``.
+    The file has ``mode`` ("decode" or "extend"), ``operations`` (a string of names with ``|``
+    between stages), and optionally ``delta_stages`` and ``comm_sms`` (default 0).
 
     Raises:
-        UserError: neither a name nor a readable file, or not a strategy.
+        UserError: neither a strategy's name nor a readable file with a valid strategy.
     """
     if name_or_path in STRATEGIES:
         return STRATEGIES[name_or_path]
@@ -196,7 +195,7 @@ def load_strategies(names: Sequence[str]) -> tuple[OverlapStrategy, ...]:
     """The strategies of ``--overlap``.
 
     Raises:
-        UserError: one is not known, or two are for one mode.
+        UserError: a strategy is not known, or two are for the same mode.
     """
     found: dict[ForwardMode, OverlapStrategy] = {}
     for strategy in map(load_strategy, names):
@@ -215,7 +214,7 @@ _FIELDS: dict[str, type] = {"mode": str, "operations": str, "delta_stages": int,
 def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
     for key, value in data.items():
         if key not in _FIELDS:
-            raise UserError(f"strategy {name}: {key!r} is not known: {', '.join(_FIELDS)}")
+            raise UserError(f"strategy {name}: {key!r} is not known: use {', '.join(_FIELDS)}")
         if type(value) is not _FIELDS[key]:
             raise UserError(f"strategy {name}: {key} = {value!r} must be a {_FIELDS[key].__name__}")
     for key in ("mode", "operations"):
@@ -233,7 +232,7 @@ def _from_fields(name: str, data: Mapping[str, object]) -> OverlapStrategy:
 def concatenate(
     strategy: OverlapStrategy, layers: Sequence[Mapping[str, Operation]]
 ) -> list[Stage]:
-    """Stages of layers one after the other; a stage may run from one layer into the next."""
+    """Stages of consecutive layers; a stage may continue from one layer into the next."""
     stages = cut_stages(step for layer in layers for step in strategy.arrange(layer))
     strategy.check_lead(len(stages))
     return stages

@@ -1,4 +1,4 @@
-"""Building the stand-in GPU, and the environment in which a child runs on it."""
+"""Build the stand-in GPU, and make the environment in which a child process runs on it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from runner.standin.gpus import Gpu
 MOST_DEVICES = 16
 PREFIX = "DEEPGEMM_STANDIN_"
 COMPILES = PREFIX + "COMPILES"
-"""Variable with the file of all compiles: a line for each, nvcc's arguments split by \\x1f."""
+"""Variable that names the file of compiles: one line each, nvcc's arguments separated by \\x1f."""
 FAILURES = PREFIX + "FAILURES"
-"""Variable with the file of failed calls: a line for each process and missing function."""
+"""Variable that names the file of failed calls: one line per process and missing function."""
 
 LIBRARY, NVCC = "lib/libcuda.so.1", "bin/nvcc"
-"""The two programs in the folder of a build, which can serve as ``CUDA_HOME``: the GPU, which is
-loaded before CUDA's runtime and in the driver's place, and the compiler that compiles nothing."""
+"""The two files of a build, whose folder can serve as ``CUDA_HOME``: the GPU, a library that is
+loaded before CUDA's runtime in place of the driver, and an nvcc that compiles nothing."""
 
 _COMPILES_FILE = "compiles.txt"
 _NATIVE = Path(__file__).parent / "native"
@@ -45,12 +45,12 @@ def standin_environment(
     python: Path = Path(sys.executable),
     devices: int = 1,
 ) -> dict[str, str]:
-    """``environment`` with a stand-in GPU and a stand-in nvcc, for one child and its children.
+    """``environment`` with a stand-in GPU and nvcc, for a child process and its children.
 
     Args:
-        version_text: what ``nvcc --version`` prints, to the byte: it goes into cache keys.
-        work_dir: a folder, where compiles and calls of missing functions are recorded.
-        python: the interpreter whose torch will run on it.
+        version_text: exact output of ``nvcc --version``; it is part of cache keys.
+        work_dir: folder for the records of compiles and of calls to missing functions.
+        python: the interpreter whose torch will run on the stand-in.
 
     Raises:
         UserError: no torch with CUDA 13, no C compiler, or a cache folder that cannot be written.
@@ -83,14 +83,14 @@ def _gpu_variables(gpu: Gpu) -> dict[str, str]:
 
 
 def read_compiles(work_dir: Path) -> list[list[str]]:
-    """Arguments of each compile that the stand-in nvcc was asked for."""
+    """The arguments of each call to the stand-in nvcc."""
     path = work_dir / _COMPILES_FILE
     lines = path.read_bytes().decode().splitlines() if path.is_file() else []
     return [line.split("\x1f")[1:] for line in lines]
 
 
 def _loader_variables(root: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which the loader, the library and Triton find the stand-in."""
+    """Variables through which the loader, the library and Triton find the stand-in."""
     library = root / LIBRARY
     found = {"TRITON_LIBCUDA_PATH": str(library.parent)}
     for name, own in (("LD_PRELOAD", library), ("LD_LIBRARY_PATH", library.parent)):
@@ -98,12 +98,12 @@ def _loader_variables(root: Path, environment: Mapping[str, str]) -> dict[str, s
         found[name] = f"{own}:{old}" if old else str(own)
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     if not home or not Path(home).is_dir():
-        found["CUDA_HOME"] = str(root)  # The library requires a folder.
+        found["CUDA_HOME"] = str(root)  # The library requires an existing folder.
     return found
 
 
 def build_standin(libraries: Sequence[Path], environment: Mapping[str, str]) -> Path:
-    """Folder of the stand-in for these CUDA libraries; it is built only once."""
+    """Folder of the stand-in for these CUDA libraries; builds it if it is not there yet."""
     compiler = _find_compiler(environment)
     version = _run([*compiler, "--version"], environment).stdout
     stubs = stub_source(names_to_stub(libraries))
@@ -123,7 +123,7 @@ def build_standin(libraries: Sequence[Path], environment: Mapping[str, str]) -> 
 
 
 def _digest(parts: Sequence[str]) -> str:
-    """Digest of everything that the programs follow from."""
+    """Digest of everything that goes into the build."""
     machine = " ".join((platform.machine(), *platform.libc_ver()))
     digest = hashlib.sha256("\0".join([*parts, machine]).encode())
     for path in (*sorted(_NATIVE.glob("*.[ch]")), Path(__file__)):
@@ -132,7 +132,7 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _build(root: Path, compiler: Sequence[str], stubs: str, environment: Mapping[str, str]) -> None:
-    """Build in a temporary folder and move it into place; of two at a time the first one stays."""
+    """Build in a temporary folder and move it into place; if two processes do, the first wins."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=root.parent) as scratch:
         stub_path, made = Path(scratch) / "stubs.c", Path(scratch) / "made"
         stub_path.write_text(stubs)
@@ -158,18 +158,18 @@ def _build(root: Path, compiler: Sequence[str], stubs: str, environment: Mapping
 
 
 def _find_compiler(environment: Mapping[str, str]) -> list[str]:
-    """``$CC``, else cc, gcc or clang: the program and its first arguments."""
+    """The command ``$CC``, else cc, gcc or clang, with its arguments."""
     named = environment.get("CC", "")
     try:
         chosen = shlex.split(named)
     except ValueError as error:
-        raise UserError(f"CC={named} is no command ({error}): unset CC") from None
+        raise UserError(f"CC={named} is not a command ({error}): unset CC") from None
     for name in chosen[:1] or ("cc", "gcc", "clang"):
         program = shutil.which(name, path=environment.get("PATH"))
         if program is not None:
             return [program, *chosen[1:]]
     if chosen:
-        raise UserError(f"CC={named} is no program: unset CC or name a C compiler")
+        raise UserError(f"CC={named} is not a program: unset CC or set it to a C compiler")
     raise UserError("the stand-in GPU needs a C compiler: apt-get install gcc")
 
 
@@ -179,12 +179,12 @@ def _run(
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-# -- a function that fails by its name for everything that the stand-in does not define -----------
+# -- functions that the stand-in does not define: each fails and reports its name -----------------
 
 _DRIVER_NAMES = _NATIVE / "driver_names.txt"
-"""Every function of CUDA 13's driver, whose library exists only on machines with a GPU."""
+"""All functions of CUDA 13's driver, listed here because its library needs a machine with a GPU."""
 
-# Functions of cuBLAS that work on plain structures of the host, or return its version.
+# cuBLAS functions that only use host memory, or return its version: these are not replaced.
 _LEFT_REAL = re.compile(
     r"cublasLt(Matmul|MatrixTransform|Emulation)Desc"
     r"|cublasLtMatrixLayout|cublasLtMatmulPreference|cublasLtMatmulAlgo(Config|Cap)"
@@ -195,7 +195,7 @@ _STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*")
 _NM_FUNCTION = re.compile(r"^(\w+)\S* [TWi] ", re.MULTILINE)
 
 _HEAD = """\
-// Generated: one function for each name, which fails, unless the stand-in defines it.
+// Generated: one function for each name, which fails unless the stand-in defines it.
 #include "standin.h"
 
 #define MISSING(name, status) \\
@@ -206,17 +206,17 @@ _HEAD = """\
 
 
 def names_to_stub(libraries: Iterable[Path]) -> list[str]:
-    """Functions of these libraries, and of the driver, that must not be reached."""
+    """Functions of these libraries, and of the driver, that must not be called for real."""
     found = {name for path in libraries for name in exported_functions(path)}
     kept = {name for name in found if _STUBBED.fullmatch(name) and not _LEFT_REAL.match(name)}
     return sorted(kept.union(_DRIVER_NAMES.read_text().split()))
 
 
 def exported_functions(path: Path) -> list[str]:
-    """Names of the functions that a shared library defines for others.
+    """Names of the functions that a shared library exports.
 
     Raises:
-        UserError: not a readable library, or no ``nm`` to read it with.
+        UserError: the library cannot be read, or there is no ``nm``.
     """
     command = ["nm", "--dynamic", "--defined-only", "--format=posix", str(path)]
     try:

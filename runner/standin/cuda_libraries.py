@@ -1,4 +1,4 @@
-"""The CUDA libraries of an interpreter's torch, found without importing torch."""
+"""Find the CUDA libraries of an interpreter's torch without importing it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from runner.errors import UserError
 
 CUDA_MAJOR = 13
-"""The only version whose structures the stand-in fills."""
+"""The only CUDA version that the stand-in supports."""
 
 _TOOLKIT = Path("/usr/local/cuda")
 
@@ -27,14 +27,14 @@ print(json.dumps([cuda, torch, folders("nvidia"), sys.prefix]))
 
 
 def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[int, list[Path]]:
-    """The CUDA libraries that torch of ``python`` calls.
+    """The CUDA libraries that the torch of ``python`` uses.
 
     Returns:
-        The version that torch was built with (13000 is CUDA 13.0), and the paths of libcudart and,
-        if they are there, of libcublas and libcublasLt.
+        The CUDA version of torch (13000 is CUDA 13.0), and the paths of libcudart and, if they are
+        there, of libcublas and libcublasLt.
 
     Raises:
-        UserError: no torch there, one without CUDA, one for another CUDA, or no libcudart.
+        UserError: no torch, a torch without CUDA or for another version, or no libcudart.
     """
     command = [str(python), "-c", _INSPECT]
     try:
@@ -44,13 +44,13 @@ def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[i
     try:
         cuda, torch, nvidia, prefix = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise UserError(f"{python} is no working Python: it ended with {done.returncode}") from None
+        raise UserError(f"{python} is not a working Python: exit {done.returncode}") from None
     if not torch:
         raise UserError(f"{python} has no torch: install one with CUDA {CUDA_MAJOR}")
     if not cuda:
         raise UserError(
-            f"torch of {python} is built without CUDA: install a build with it, or name a library "
-            "whose tables ship (--library sgl-deep-gemm==0.2.5)"
+            f"torch of {python} is built without CUDA: install one with CUDA, or give a library "
+            "whose tables ship with this tool (--library sgl-deep-gemm==0.2.5)"
         )
     major, minor = map(int, cuda.split(".")[:2])
     if major != CUDA_MAJOR:
@@ -71,7 +71,7 @@ def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[i
 def _library_folders(
     torch: str, nvidia: list[str], prefix: str, environment: Mapping[str, str]
 ) -> list[Path]:
-    """Where the libraries may be: their own wheels, torch's, conda's, a toolkit's."""
+    """Folders that may have the libraries: of NVIDIA's wheels, torch, conda and CUDA toolkits."""
     parts = (f"cu{CUDA_MAJOR}", "cuda_runtime", "cublas")
     wheels = [Path(root, part, "lib") for part in parts for root in nvidia]
     searched = [Path(text) for text in environment.get("LD_LIBRARY_PATH", "").split(":") if text]

@@ -1,4 +1,4 @@
-"""The GPUs that can be stood in for, by the numbers that a library can query."""
+"""The GPUs that the stand-in can imitate, with the properties that a library can query."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Gpu:
     """One model of GPU; sizes in bytes.
 
     Attributes:
-        name: what ``--gpu`` calls it.
-        device_name: what the driver calls it.
-        memory: what a process sees in total.
+        name: name in ``--gpu``.
+        device_name: name that the driver reports.
+        memory: total memory that a process sees.
         shared_optin: most shared memory that a block can opt in to.
     """
 
@@ -35,27 +35,27 @@ class Gpu:
 
     @property
     def arch(self) -> str:
-        """What DeepGEMM compiles for on it: its own features, or those of its family."""
+        """The architecture that DeepGEMM compiles for on this GPU (a: exact, f: family)."""
         return "sm_90a" if self.major == 9 else f"sm_{self.major}0f"
 
 
-# Shared memory and threads of an SM are those that NVIDIA's CCCL lists for the architecture.
+# Shared memory and threads per SM are from NVIDIA's CCCL, which lists them per architecture.
 GPUS = (
-    # Name, device name, compute capability, SMs, L2, memory; above each, where they are from.
+    # Name, device name, compute capability, SMs, L2, memory; the comments name the sources.
     # deviceQuery output; SMs measured.
     Gpu("h100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 50 * _MIB, 85045477376),
     # Measured, driver 580.159.
     Gpu("h200", "NVIDIA H200", 9, 0, 132, 60 * _MIB, 150109880320),
-    # torch's properties, as users quote them.
+    # torch's device properties, as quoted by users.
     Gpu("h20", "NVIDIA H20", 9, 0, 78, 60 * _MIB, 102010716160),
     Gpu("b200", "NVIDIA B200", 10, 0, 148, 132644864, 191514017792),
-    # Users' notes, memory from an out-of-memory message; L2 assumed to be B200's.
+    # Users' notes; memory from an out-of-memory message; L2 assumed to equal B200's.
     Gpu("gb200", "NVIDIA GB200", 10, 0, 152, 132644864, 197901418496),
-    # Logs that users quote.
+    # Logs quoted by users.
     Gpu("b300", "NVIDIA B300 SXM6 AC", 10, 3, 148, 132644864, 287428771840),
-    # Users' notes, memory from an out-of-memory message; L2 assumed to be B300's.
+    # Users' notes; memory from an out-of-memory message; L2 assumed to equal B300's.
     Gpu("gb300", "NVIDIA GB300", 10, 3, 152, 132644864, 296889614336),
-    # torch's properties, as a user quotes them.
+    # torch's device properties, as quoted by a user.
     Gpu(
         "rtx-pro-6000",
         "NVIDIA RTX PRO 6000 Blackwell Server Edition",
@@ -69,7 +69,7 @@ GPUS = (
         threads_per_sm=1536,
     ),
 )
-"""DeepGEMM's keys depend on the architecture and the number of SMs alone."""
+"""DeepGEMM's keys depend only on the architecture and the number of SMs."""
 
 
 def gpu_named(name: str, num_sms: int | None = None) -> Gpu:

@@ -561,7 +561,7 @@ def test_check_needs_a_library(
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     line = (
         "only the library itself knows its kernels for h200 (sm_90a), and none is installed here: "
-        "pip install 'deepgemm-coldstart[library]', or name one with --library (our rules cover "
+        "pip install 'deepgemm-coldstart[library]', or give one with --library (our rules cover "
         "sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
     )
     refuses(capsys, line, *SMALL, "--check")

@@ -93,7 +93,7 @@ def test_a_path_without_a_library_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             find_library(str(path))
         assert str(caught.value) == (
-            f"--library {path} is no DeepGEMM: it holds no include/deep_gemm; give one of "
+            f"--library {path} is not DeepGEMM: it has no include/deep_gemm; give one of "
             "sgl-deep-gemm, deep_gemm, vllm, or the path of a deep_gemm folder"
         )
 

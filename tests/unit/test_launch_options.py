@@ -145,7 +145,7 @@ def test_kernels_are_those_of_the_gpu() -> None:
         options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("b200"))
     assert str(caught.value) == (
         "only the library itself knows its kernels for b200 (sm_100f), and none is installed here: "
-        "pip install 'deepgemm-coldstart[library]', or name one with --library (our rules cover "
+        "pip install 'deepgemm-coldstart[library]', or give one with --library (our rules cover "
         "sgl-deep-gemm 0.1.4.post1 on Hopper GPUs only)"
     )
 

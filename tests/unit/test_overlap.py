@@ -108,8 +108,8 @@ def test_commas_are_allowed_and_numbers_default_to_0(tmp_path: Path) -> None:
 ALL = " ".join(NEEDS)
 BAD = {
     "missing": (ALL.replace(" gate", ""), "gate missing: a layer needs every operation"),
-    "repeated": (f"{ALL} gate", "gate is there twice"),
-    "unknown": (f"{ALL} mlp", "there is no operation 'mlp'"),
+    "repeated": (f"{ALL} gate", "gate appears twice: give each operation once"),
+    "unknown": (f"{ALL} mlp", "operation 'mlp' is not one of"),
     "order": (
         ALL.replace("dispatch_a shared_experts dispatch_b", "dispatch_b shared_experts dispatch_a"),
         "dispatch_b comes before dispatch_a, whose result it",

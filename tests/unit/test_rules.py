@@ -110,7 +110,7 @@ def test_headers_exist_in_the_library(
 
 
 def test_a_type_without_rules_is_refused() -> None:
-    with pytest.raises(UserError, match="our rules do not know gemm_nt_f8f4bf16: ask a library"):
+    with pytest.raises(UserError, match="our rules do not cover gemm_nt_f8f4bf16: give a library"):
         kernels_of(call(T.GEMM_NT_F8F4BF16))
 
 

@@ -142,7 +142,7 @@ def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Libra
         return str(caught.value)
 
     other = write_nvcc(tmp_path / "gcc", "gcc (GCC) 14.2.0")
-    assert message(other) == f"{other} --version names no release: is it nvcc?"
+    assert message(other) == f"{other} --version prints no release: is it nvcc?"
     old = write_nvcc(tmp_path / "old", "release 12.8, V12.8.61")
     assert message(old) == f"{old} is release 12.8: 12.9 or newer is needed"
     oldest_known = write_nvcc(tmp_path / "known", "release 12.9, V12.9.41")

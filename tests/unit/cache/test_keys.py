@@ -130,7 +130,7 @@ def test_the_recipe_says_which_keys(newer: Library) -> None:
     assert keys_for(older, first, NVCC, Path("/there")) == CacheKeys(
         older, first, "NVCC13.0", Path("/there/include")
     )
-    with pytest.raises(UserError, match=r"its compiled part \(_C\*\.so\) is missing or another"):
+    with pytest.raises(UserError, match=r"its compiled module \(_C\*\.so\) is missing or of"):
         keys_for(newer, first, NVCC, Path("/there"))
     with pytest.raises(UserError, match="does not look like"):
         keys_for(older, RECIPE, NVCC, Path("/there"))

@@ -148,7 +148,8 @@ def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Libra
     with pytest.raises(UserError) as caught:
         relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), here, made[0])
     assert one_line(caught) == (
-        "the compiler's text 'clang' names no CUDA release, such as NVCC13.0 or 'release 13.0'"
+        "the compiler's version text 'clang' has no CUDA release, such as NVCC13.0 or "
+        "'release 13.0'"
     )
 
 

@@ -128,7 +128,8 @@ def test_what_a_compiler_prints_may_be_a_file(
     assert cache("verify", directory, *right) == 2
     refuses(
         capsys,
-        "the compiler's text 'gcc 14' names no CUDA release, such as NVCC13.0 or 'release 13.0'",
+        "the compiler's version text 'gcc 14' has no CUDA release, such as NVCC13.0 or "
+        "'release 13.0'",
     )
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 12.4"))
     assert cache("verify", directory, *right) == 2

@@ -373,7 +373,7 @@ def test_bad_deployments(machine: BuildMachine, arguments: str, message: str) ->
     [
         ("DG_JIT_NVCC_COMPILER", "/no/nvcc", "DG_JIT_NVCC_COMPILER=/no/nvcc is not a file"),
         ("DG_JIT_CPP_STANDARD", "new", "DG_JIT_CPP_STANDARD='new' is not an integer"),
-        ("DG_JIT_NVCC_COMPILER", sys.executable, "--version names no release: is it nvcc?"),
+        ("DG_JIT_NVCC_COMPILER", sys.executable, "--version prints no release: is it nvcc?"),
     ],
 )
 def test_bad_environments(machine: BuildMachine, variable: str, value: str, message: str) -> None:
@@ -397,7 +397,7 @@ def test_a_library_of_another_version_is_asked_itself(machine: BuildMachine) -> 
 def test_a_library_that_is_not_there(machine: BuildMachine) -> None:
     nowhere = machine.root / "nowhere"
     assert error_line(machine.run(*GEMM, "--library", str(nowhere)), 2) == (
-        f"--library {nowhere} is no DeepGEMM: it holds no include/deep_gemm; give one of "
+        f"--library {nowhere} is not DeepGEMM: it has no include/deep_gemm; give one of "
         "sgl-deep-gemm, deep_gemm, vllm, or the path of a deep_gemm folder"
     )
     assert not machine.cache.root.exists()

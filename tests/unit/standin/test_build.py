@@ -84,8 +84,8 @@ def test_it_builds_without_warnings(libraries: list[Path], tmp_path: Path) -> No
 def test_a_missing_compiler(libraries: list[Path], tmp_path: Path) -> None:
     for variables, words in (
         ({"PATH": str(tmp_path)}, "the stand-in GPU needs a C compiler: apt-get install gcc"),
-        ({"CC": "nocc"}, "CC=nocc is no program: unset CC or name a C compiler"),
-        ({"CC": "'gcc"}, "CC='gcc is no command (No closing quotation): unset CC"),
+        ({"CC": "nocc"}, "CC=nocc is not a program: unset CC or set it to a C compiler"),
+        ({"CC": "'gcc"}, "CC='gcc is not a command (No closing quotation): unset CC"),
     ):
         with pytest.raises(UserError) as caught:
             build_standin(libraries, environment(tmp_path, **variables))

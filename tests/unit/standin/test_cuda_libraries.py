@@ -59,8 +59,8 @@ def test_other_places(tmp_path: Path, place: str) -> None:
     [
         (
             None,
-            "torch of {python} is built without CUDA: install a build with it, or name a library "
-            "whose tables ship (--library sgl-deep-gemm==0.2.5)",
+            "torch of {python} is built without CUDA: install one with CUDA, or give a library "
+            "whose tables ship with this tool (--library sgl-deep-gemm==0.2.5)",
         ),
         (
             "12.8",
@@ -92,5 +92,5 @@ def test_no_torch_and_no_python(tmp_path: Path) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
-    with pytest.raises(UserError, match=r"python is no working Python: it ended with 3"):
+    with pytest.raises(UserError, match=r"python is not a working Python: exit 3"):
         find_cuda_libraries(broken, {})
