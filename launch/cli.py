@@ -77,8 +77,8 @@ def launch(
     )
     _check(options, environ)
     world_size = environ.world_size
-    alone = len(options.policies) == 1 and not options.probe
-    if world_size == options.num_ranks and (world_size > 1 or alone):
+    single_run = len(options.policies) == 1 and not options.probe
+    if world_size == options.num_ranks and (world_size > 1 or single_run):
         _be_a_rank(options, environ, rank_files)
     elif world_size == 1:
         _start_ranks(options, environ)
@@ -96,9 +96,9 @@ def _check(options: LaunchOptions, environ: Environ) -> None:
     scenarios = [options.scenario(environ, policy=policy) for policy in options.policies]
     check_options(options)
     check_outputs(**vars(options.files), others=(options.logits, options.schedule))
-    alone = environ.world_size == 1
-    check_jit(options, environ, scenarios if alone else ())
-    if options.probe and not alone:
+    starts_ranks = environ.world_size == 1
+    check_jit(options, environ, scenarios if starts_ranks else ())
+    if options.probe and not starts_ranks:
         raise UserError("--probe needs launch to start the ranks itself: run it without torchrun")
 
 

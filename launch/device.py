@@ -23,7 +23,7 @@ class Device:
         self._origin: tuple[float, torch.cuda.Event] | None = None
 
     def synchronise(self) -> None:
-        """Wait for the current stream alone: a send to a late stage must not hold this rank up."""
+        """Wait only for the current stream: a send to a late stage must not hold this rank up."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 

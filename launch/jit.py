@@ -44,7 +44,7 @@ def find_compiler(options: LaunchOptions, environ: Environ) -> NvccCompiler | st
         return "deep_gemm's headers are missing (pip install --no-deps sgl-deep-gemm)"
     nvcc = find_nvcc(environ)
     if nvcc is None:
-        return "there is no nvcc (pip install 'deepgemm-coldstart[nvcc]')"
+        return "no nvcc was found (pip install 'deepgemm-coldstart[nvcc]')"
     return NvccCompiler(nvcc, library, first_recipe(environ))
 
 

@@ -34,7 +34,7 @@ class RankOptions:
         "auto", OptionDetails("Where the ranks run.", choices=("auto", "cpu", "cuda"))
     )
     seed: int = option(0, OptionDetails("Seed of the weights."))
-    timeout: float = option(1800.0, OptionDetails("Longest run.", unit="SECONDS"))
+    timeout: float = option(1800.0, OptionDetails("Time limit of the run.", unit="SECONDS"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,4 +211,4 @@ def check_options(options: LaunchOptions) -> None:
         raise UserError("--timeline needs a file: a launch prints its progress to standard output")
     for flag, path in (("--logits", options.logits), ("--schedule", options.schedule)):
         if path is not None and len(options.policies) > 1:
-            raise UserError(f"{flag} {path} holds one run: give one --warmup with it")
+            raise UserError(f"{flag} {path} can hold only one run: give one --warmup with it")

@@ -192,7 +192,7 @@ def _introduction(rank: Rank, jit: RankJit) -> str:
 
 
 def _facts(rank: Rank, jit: RankJit) -> dict[str, object]:
-    """What the Timeline's metadata holds besides the scenario."""
+    """Facts about this run that the Timeline's metadata has besides the scenario."""
     here = rank.environ.ranks_on_host
     gpus = torch.cuda.device_count() if rank.device.type == "cuda" else here
     return {

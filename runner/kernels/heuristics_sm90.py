@@ -166,8 +166,8 @@ def _library_cycles(desc: GemmDesc, layout: Layout, m: int) -> int:
     waves = ceil_div(blocks, desc.num_sms)
     if layout.cluster_size > 1 and waves <= 1:
         return _INT64_MAX
-    of = _traffic(desc, layout)
-    cycles = max(of.l1_bytes * blocks // of.l1_rate, of.l2_bytes * blocks // of.l2_rate)
+    load = _traffic(desc, layout)
+    cycles = max(load.l1_bytes * blocks // load.l1_rate, load.l2_bytes * blocks // load.l2_rate)
     efficiency = _f32(_f32(blocks) / _f32(waves * desc.num_sms))
     return int(_f32(_f32(cycles) / efficiency))
 
@@ -196,8 +196,8 @@ def _candidates(desc: GemmDesc, m: int) -> list[_Candidate]:
     found = []
     least: dict[tuple[int, int, bool], float] = {}
     for layout in layouts:
-        of = _traffic(desc, layout)
-        cycles = desc.num_sms * max(of.l1_bytes / of.l1_rate, of.l2_bytes / of.l2_rate)
+        load = _traffic(desc, layout)
+        cycles = desc.num_sms * max(load.l1_bytes / load.l1_rate, load.l2_bytes / load.l2_rate)
         blocks = (layout.block_m, _blocks_per_row(desc, layout), layout.cluster_size > 1)
         least[blocks] = min(cycles, least.get(blocks, inf))
         found.append((blocks, cycles, layout))

@@ -306,7 +306,7 @@ BAD_INPUT = {
     "--model dsv4-tiny --logits /no/x.pt": "cannot write /no/x.pt: its folder does not exist",
     "--model dsv4-tiny --plot x.gif": "suffix must be one of .png, .svg",
     "--model dsv4-tiny --timeline -": "--timeline needs a file",
-    "--model dsv4-tiny --schedule s.json --warmup none --warmup pp-parallel": "holds one run",
+    "--model dsv4-tiny --schedule s.json --warmup none --warmup pp-parallel": "only one run",
 }
 
 

@@ -218,7 +218,7 @@ def test_bad_options_are_one_line(arguments: str, line: str) -> None:
         ("--timeline -", "--timeline needs a file"),
         (
             "--warmup none --warmup fast --logits x",
-            "--logits x holds one run: give one --warmup with it",
+            "--logits x can hold only one run: give one --warmup with it",
         ),
     ],
 )
