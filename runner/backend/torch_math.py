@@ -154,7 +154,7 @@ class TorchMath(AttentionMath, ExpertMath):
 
 
 def _sinkhorn(comb: Tensor, iterations: int, eps: float) -> Tensor:
-    """Normalise rows and columns of [T, M, M] in turns; the first rows step is a softmax."""
+    """Normalise rows and columns of [T, M, M] in turns; the first row step is a softmax."""
     comb = comb.softmax(-1) + eps
     comb = comb / (comb.sum(-2, keepdim=True) + eps)
     for _ in range(iterations - 1):

@@ -9,7 +9,7 @@ from runner.config.model import FP8_BLOCK
 
 E4M3_MAX = 448.0
 _MIN_AMAX = 1e-4
-"""Lower limit of the magnitude in a scale, as in DeepGEMM's own casts."""
+"""Smallest magnitude for which a scale is computed, as in DeepGEMM's own casts."""
 
 PAGE = 64
 """Entries per page of the index cache."""

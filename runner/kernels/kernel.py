@@ -55,7 +55,7 @@ class Kernel:
 
     @property
     def identity(self) -> str:
-        """Short text for Timelines, equal only for equal kernels."""
+        """A short text for Timelines, which is equal for equal kernels."""
         return _identity(self)
 
     @property
