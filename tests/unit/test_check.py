@@ -64,18 +64,18 @@ def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list
             [(1, 64, (A,))],
             [
                 f"{A_WORDS} is run by M 1..64, not 1..16",
-                f"M 17..64 would run {B_WORDS}, which none does",
+                f"M 17..64 would run {B_WORDS}, but none does",
             ],
         ),
         (
             [(1, 16, (A,)), (17, 63, (B,)), (64, 64, (B, C))],
-            [f"M 64 run {C_WORDS}, which no rule tells"],
+            [f"M 64 run {C_WORDS}, which no rule gives"],
         ),
         (
             [(1, 16, (A,)), (17, 64, (ODD,))],
             [
-                f"M 17..64 would run {B_WORDS}, which none does",
-                f"M 17..64 run odd ({ODD.identity}), which no rule tells",
+                f"M 17..64 would run {B_WORDS}, but none does",
+                f"M 17..64 run odd ({ODD.identity}), which no rule gives",
             ],
         ),
         (
@@ -99,10 +99,10 @@ def test_each_gemm_has_its_own_lines() -> None:
     theirs = merge_tables(table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED))
     grouped = "grouped_gemm_nt_f8f8bf16_masked:64:128:4 on 132 SMs"
     assert differences(demands, ours, theirs) == [
-        f"{DENSE_WORDS}: M 1 would run {A_WORDS}, which none does",
-        f"{DENSE_WORDS}: M 1 run {B_WORDS}, which no rule tells",
+        f"{DENSE_WORDS}: M 1 would run {A_WORDS}, but none does",
+        f"{DENSE_WORDS}: M 1 run {B_WORDS}, which no rule gives",
         f"{grouped}: {A_WORDS} is run by M 1, not 1..2",
-        f"{grouped}: M 2 run {B_WORDS}, which no rule tells",
+        f"{grouped}: M 2 run {B_WORDS}, which no rule gives",
     ]
     assert differences(demands[:1], ours, ours) == []
 
@@ -475,7 +475,7 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
         (
             [*SMALL, "--json", "-", "--target-root", "deep_gemm"],
-            "--target-root deep_gemm must be an absolute path: the key holds it",
+            "--target-root deep_gemm must be an absolute path: it is part of the key",
         ),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (
@@ -574,7 +574,10 @@ def test_check_needs_a_library(
     [
         (["--cuda-version", "13"], "--cuda-version '13' must be X.Y, such as 13.0"),
         (["--cuda-version", "12.8"], "--cuda-version 12.8 is too old: 12.9 or newer is needed"),
-        (["--target-root", "dg"], "--target-root dg must be an absolute path: the key holds it"),
+        (
+            ["--target-root", "dg"],
+            "--target-root dg must be an absolute path: it is part of the key",
+        ),
     ],
     ids=["no release", "old release", "relative"],
 )

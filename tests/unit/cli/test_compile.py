@@ -317,7 +317,7 @@ def test_no_m_is_no_plan(machine: BuildMachine) -> None:
     spec = "grouped_gemm_nt_f8f8bf16_contig:1024:4096:8"  # its M are multiples of 128
     done = machine.run("--gemm", spec, "--max-m", "100")
     assert error_line(done, 2) == (
-        "--max-m 100: grouped_gemm_nt_f8f8bf16_contig has M of 128 rows and more only"
+        "--max-m 100 must be at least 128 for grouped_gemm_nt_f8f8bf16_contig"
     )
     assert machine.compiled() == []
 
@@ -326,14 +326,16 @@ BAD_INPUT = {
     "--jobs 0": "0 is not in the range x>=1",
     "--jobs -3": "-3 is not in the range x>=1",
     "--jobs x": "'x' is not a valid integer",
-    "--target-root opt/dg": ("--target-root opt/dg must be an absolute path: the key holds it"),
+    "--target-root opt/dg": (
+        "--target-root opt/dg must be an absolute path: it is part of the key"
+    ),
     "--cuda-version x": "--cuda-version 'x' must be X.Y, such as 13.0",
     "--cuda-version 13": "--cuda-version '13' must be X.Y, such as 13.0",
     "--cuda-version 13.0.88": "--cuda-version '13.0.88' must be X.Y, such as 13.0",
     "--cuda-version 11.8": "--cuda-version 11.8 is too old: 12.9 or newer is needed",
     "--cuda-version 12.8": "--cuda-version 12.8 is too old: 12.9 or newer is needed",
-    "--cuda-version 12.9": "nvcc here is 13.0 and the target's is 12.9: build with the "
-    "target's release, or with an older one and relocate (runner cache relocate)",
+    "--cuda-version 12.9": "nvcc here is 13.0 but the target's is 12.9: build with the "
+    "target's release, or build for an older one and run runner cache relocate",
     "--max-m 0": "--max-m 0 must lie in 1..1048576",
     "--num-sms 0": "'0' must be whole numbers from 1 on",
     "--num-sms many": "'many' must be whole numbers from 1 on",

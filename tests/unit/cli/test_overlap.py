@@ -94,7 +94,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--measured", "none.json"], "cannot read none.json"),
     (["--measured", "README.md"], "README.md is not a file of launch.steps"),
     (["--json", "one.json", "--save", "one.json"], "one.json is asked for twice"),
-    (["--layers", "99"], "99 layers of dsv4-tiny were asked for: the model has 1..8"),
+    (["--layers", "99"], "layers=99 of dsv4-tiny must lie in 1..8"),
     (["--tp", "3"], "tp=3 must divide"),
     (["--model", "dsv3", "--layers", "3"], "this stage has no layer with experts"),
     (["--plot", "turns.bmp"], "cannot plot to turns.bmp: suffix must be one of"),

@@ -169,7 +169,7 @@ def test_bad_options(room: Path, fake_nvcc: Path, options: list[str], line: str)
 def test_a_bad_plan(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "touch=ran"), "--plan", "../small.cu")
     assert (ran.code, ran.out, len(ran.err)) == (2, [], 1)
-    assert ran.err[0].startswith("error: ../small.cu is not a plan of runner plan --json: ")
+    assert ran.err[0].startswith("error: ../small.cu is not a plan from runner plan --json: ")
     assert not (room / "ran").exists()
 
 
