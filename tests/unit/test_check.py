@@ -422,15 +422,15 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
         (
             [*SMALL, "--stream", "4"],
-            "--stream says how a warm-up runs: give --policy with it",
+            "--stream describes the run of a warm-up: give --policy with it",
         ),
         (
             [*SMALL, "--nodes", "2"],
-            "--nodes says how a warm-up runs: give --policy with it",
+            "--nodes describes the run of a warm-up: give --policy with it",
         ),
         (
             [*SMALL, "--walk-memory", "2"],
-            "--walk-memory says how a warm-up runs: give --policy with it",
+            "--walk-memory describes the run of a warm-up: give --policy with it",
         ),
         (
             [*TINY, "--policy", "full", "--cuda-graphs", "0"],
@@ -522,8 +522,8 @@ def test_check_tells_that_there_is_no_difference(
     assert captured.out.splitlines() == [
         "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), asked on a stand-in GPU",
         f"{GEMM}: M up to 64, 132 SMs",
-        "no difference: 4 kernels in 64 calls, each kernel and each M that runs it is the "
-        "library's",
+        "no difference: 4 kernels in 64 calls, and each M runs the same kernel in our rules and in "
+        "the library",
     ]
     assert captured.err == ""
 
@@ -535,8 +535,8 @@ def test_check_has_no_rules_for_other_libraries(
     asked.append(replace(known, origin=replace(known.origin, library="vllm 0.33.0")))
     assert plan(*SMALL, "--check") == 2
     assert (
-        "--check holds our rules against sgl-deep-gemm 0.1.4.post1 on sm_90a, and this is vllm "
-        "0.33.0 on sm_90a: there are no rules for it"
+        "--check needs sgl-deep-gemm 0.1.4.post1 on sm_90a, but this is vllm 0.33.0 on sm_90a: "
+        "there are no rules for it"
     ) in capsys.readouterr().err
 
 

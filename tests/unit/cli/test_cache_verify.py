@@ -315,7 +315,7 @@ def test_without_a_manifest_second_generation_keys_are_not_known(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
         err="error: cannot tell whether a server here would hit this cache: there is no manifest, "
-        "and only one says what the keys of this library hold\n",
+        "and this library's keys cannot be computed without one\n",
     )
 
 

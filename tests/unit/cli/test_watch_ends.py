@@ -156,7 +156,7 @@ def test_nvrtc_turned_off_is_fine(room: Path, fake_nvcc: Path) -> None:
         (["--forbid-after", "-1"], "--forbid-after -1 must be at least 0 seconds, or a file"),
         (["--forbid-after", "nan"], "--forbid-after nan must be at least 0 seconds, or a file"),
         (["--forbid-after", "inf"], "--forbid-after inf must be at least 0 seconds, or a file"),
-        (["--json", "-"], "--json needs a file: the command has standard output"),
+        (["--json", "-"], "--json needs a file: standard output belongs to the command"),
         (["--json", "no/x.json"], "cannot write no/x.json: its folder does not exist"),
         (["--json", "."], "Invalid value for '--json': File '.' is a directory."),
         (["--plan", "gone"], "Invalid value for '--plan': File 'gone' does not exist."),
