@@ -95,7 +95,7 @@ class Option:
         return self.details.flag or f"--{self.name.replace('_', '-')}"
 
     @property
-    def _off(self) -> str:
+    def _off_flag(self) -> str:
         """The flag that switches off an option that is on by default; empty if there is none."""
         return f"--no-{self.flag[2:]}" if self.kind is bool and self.default is not False else ""
 
@@ -110,7 +110,7 @@ class Option:
         default = to_plain(self.default)
         if self.default == () or self.details.required or self.details.listed:
             default = None
-        flag = f"{self.flag}/{self._off}" if self._off else self.flag
+        flag = f"{self.flag}/{self._off_flag}" if self._off_flag else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
         if default is not None:
             kind["default"] = default
@@ -164,7 +164,7 @@ class Option:
         if value == self.default:
             return []
         if isinstance(value, bool):
-            return [self.flag if value else self._off]
+            return [self.flag if value else self._off_flag]
         if isinstance(value, tuple) and self._repeats:
             return [word for item in value for word in (self.flag, str(to_plain(item)))]
         if isinstance(value, tuple):

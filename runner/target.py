@@ -152,7 +152,9 @@ class Target:
 
     def describe(self, table: KernelTable) -> str:
         """The library and the compiler, on two lines."""
-        compiler = "not known" if self.version_text is None else _last_words(self.version_text)
+        compiler = (
+            "not known" if self.version_text is None else _release_and_build(self.version_text)
+        )
         return f"{table.origin.describe()}\ncompiler: {compiler}"
 
 
@@ -259,7 +261,7 @@ def _check_age(release: tuple[int, int], what: str) -> None:
         raise UserError(f"{what} is too old: {oldest} or newer is needed")
 
 
-def _last_words(version_text: str) -> str:
+def _release_and_build(version_text: str) -> str:
     """The lines of a compiler's version text that give its release and its build date."""
     lines = [line.strip() for line in version_text.splitlines() if line.strip()]
     known = [line for line in lines if "release" in line or line.startswith("Built on")]

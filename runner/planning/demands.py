@@ -58,7 +58,7 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
             for call in calls:
                 in_halves, whole = False, True
                 if cut := halved[batch.mode]:
-                    gemms = _gemms(tokens, call, {batch.num_tokens})
+                    gemms = _possible_gemms(tokens, call, {batch.num_tokens})
                     in_halves, whole = bool(gemms & cut[0]), bool(gemms & cut[1])
                 key = (batch.mode, call, in_halves, whole)
                 if key not in shapes_of:
@@ -212,7 +212,7 @@ def _halved_gemms(
                 batch.num_tokens == most or op.type in MASKED_TYPES
             ):
                 counts = halves if inside else {batch.num_tokens}
-                (in_halves if inside else whole).update(_gemms(tokens, op, counts))
+                (in_halves if inside else whole).update(_possible_gemms(tokens, op, counts))
     return in_halves, whole
 
 
@@ -229,7 +229,7 @@ def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[Forw
         yield ForwardBatch.decode((1,) * count)
 
 
-def _gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
+def _possible_gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
     """The GEMMs that a call may belong to in forwards, or halves, with these token counts.
 
     With few tokens, a block may have as many rows as all tokens; the call may then be either.
@@ -251,16 +251,16 @@ def _shapes(
     """The GEMMs of a probed call, with every M that batches of its mode can give them."""
     mode = batch.mode
     counts = tokens.of(mode) if whole else tokens.of_one_sequence(mode)
-    yield from _with_ms(tokens, batch, call, counts)
+    yield from _with_every_m(tokens, batch, call, counts)
     for strategy in tokens.scenario.overlap if in_halves else ():
         if strategy.mode is mode:
             left = call
             if call.type is not T.TF32_HC_PRENORM_GEMM:
                 left = replace(call, num_sms=tokens.scenario.num_sms - strategy.comm_sms)
-            yield from _with_ms(tokens, batch, left, tokens.of_halves(mode))
+            yield from _with_every_m(tokens, batch, left, tokens.of_halves(mode))
 
 
-def _with_ms(
+def _with_every_m(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
 ) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""

@@ -50,7 +50,9 @@ class RunMetadata:
             raise UserError(f"link {self.backend!r} is not known: use {' or '.join(_LINKS)}")
         link = _LINKS[self.backend]
         if link not in profile.links:
-            raise UserError(f"profile {profile.name} has no link {link!r}, for {self.backend}")
+            raise UserError(
+                f"profile {profile.name} has no link {link!r} for backend {self.backend}"
+            )
         if not self.on_gpu:
             profile = replace(
                 profile,

@@ -107,7 +107,7 @@ class _RankProgram:
         self._loaded: set[Kernel] = set()
 
     def add(self, op: Op) -> None:
-        self._meet(op)
+        self._add_meeting(op)
         if not self._has_computed and isinstance(op, Compute | KernelCall):
             self._host += self._costs.first_forward
             self._has_computed = True
@@ -119,7 +119,7 @@ class _RankProgram:
                 self.add(op)
             return
         for op, after in stops_of(forward, self._costs):
-            self._meet(op)
+            self._add_meeting(op)
             self._work(after)
 
     def end_work(self) -> None:
@@ -132,7 +132,7 @@ class _RankProgram:
         self._host += seconds.host
         self._device += seconds.device
 
-    def _meet(self, op: Op) -> None:
+    def _add_meeting(self, op: Op) -> None:
         """Add what the engine does at an operation, besides the rank's own work."""
         instruction = self._instruction(op)
         if instruction is not None:
