@@ -1,7 +1,7 @@
 """The Python API: plan, compile, verify, simulate, and read Timelines.
 
-It takes and returns the values that the commands work with; docs/api.md shows them at work. Nothing
-here needs torch. An ``environ`` that is not given is read from the process's variables.
+It takes and returns the same values as the commands; docs/api.md has examples. Nothing here needs
+torch. Without an ``environ``, the process's environment variables are read.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ def find_target(
     compiler: CompilerOptions = _THIS_MACHINE,
     environ: Environ | None = None,
 ) -> Target:
-    """Whose kernels, on which GPU, compiled by what; give its ``source`` to a Scenario.
+    """Find the library, GPU and compiler to plan for; pass the result's ``source`` to a Scenario.
 
     Raises:
-        UserError: options that contradict each other, or a library or GPU that is not known.
+        UserError: options that contradict each other, or an unknown library or GPU.
     """
     environ = environ or Environ.read(os.environ)
     return target_of(library, gpu_named(library.gpu or DEFAULT_GPU), environ, compiler=compiler)
 
 
 def plan(scenario: Scenario) -> Plan:
-    """Every kernel that any rank can need in a forward of up to ``max_tokens`` tokens.
+    """List every kernel that any rank can need in a forward of up to ``max_tokens`` tokens.
 
     Raises:
-        UserError: a GEMM that the scenario's source knows nothing of.
+        UserError: the scenario's source does not know one of its GEMMs.
     """
     return plan_of(scenario)
 
@@ -95,19 +95,19 @@ def compile(  # noqa: A001  # the command's name
     environ: Environ | None = None,
     progress: Callable[[int, int, float], None] = lambda done, total, fraction: None,
 ) -> BuildReport:
-    """Build what a cache lacks of a plan; see :func:`runner.build.prebuild.prebuild`.
+    """Build the planned kernels that a cache lacks; see :func:`runner.build.prebuild.prebuild`.
 
     Args:
-        plan: what is built.
-        target: what the plan's scenario took its source from.
-        cache_dir: the cache.
-        jobs: compiler processes at a time; by default one for each core.
+        plan: the kernels to build.
+        target: the target that the plan's scenario got its source from.
+        cache_dir: the cache to build into.
+        jobs: compiler processes that run at a time; by default one per core.
         environ: variables that change the compiler's flags.
-        progress: called with (kernels done, of how many, fraction of the work).
+        progress: called with (kernels done, kernels in total, fraction of the work done).
 
     Raises:
-        UserError: no nvcc, no library, or a cache that cannot be written or is another machine's.
-        WorkFailedError: the disk is full or the like. What does not compile is in the report.
+        UserError: no nvcc, no library, or a cache that is not writable or for another machine.
+        WorkFailedError: the build stopped, say on a full disk. Failed kernels are in the report.
     """
     environ = environ or Environ.read(os.environ)
     cache = KernelCache.of_text(str(cache_dir))
@@ -124,10 +124,10 @@ def build_request(
     jobs: int | None = None,
     fast: bool = True,
 ) -> BuildRequest:
-    """What :func:`compile` builds; see there, and :class:`BuildRequest`.
+    """Make the request that :func:`compile` carries out, from the same arguments.
 
     Raises:
-        UserError: no nvcc, no library, or a cache of the other JIT generation.
+        UserError: no nvcc, no library, or a cache directory that this JIT generation cannot read.
     """
     nvcc, table = require_nvcc(environ), plan.table
     if target.library is None:
@@ -150,16 +150,16 @@ def build_request(
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found out of a cache.
+    """The result of checking a cache.
 
     Attributes:
         cache: the cache.
-        manifest: what it says of itself, if it does.
-        built: the manifest, else what the plan was made for; None where neither says.
-        machine: on which a server would look it up; None where it is not known.
-        findings: every problem of its entries.
-        differences: between what it was built for and the machine.
-        unknown: why nobody can tell whether a server there would hit it; empty where it was found.
+        manifest: the cache's manifest, if it has one.
+        built: what the cache was built for, from the manifest or else the plan; None if unknown.
+        machine: the machine where a server will use the cache; None if unknown.
+        findings: every problem with the entries.
+        differences: how ``machine`` differs from what the cache was built for.
+        unknown: why hits cannot be predicted; empty if they can.
     """
 
     cache: KernelCache
@@ -172,7 +172,7 @@ class Verification:
 
     @property
     def would_hit(self) -> bool:
-        """Whether a server on the machine finds everything that should be there."""
+        """Whether a server on the machine would find every expected kernel."""
         return bool(self.cache.entries()) and not (
             self.findings or self.differences or self.unknown
         )
@@ -186,20 +186,20 @@ def verify(
     compiler: CompilerOptions = _THIS_MACHINE,
     environ: Environ | None = None,
 ) -> Verification:
-    """Will a server hit these entries?
+    """Check whether a server will hit these entries.
 
-    Entries are compared with the cache's manifest and a plan, and what they were built for with
-    this machine, or the one that the options describe.
+    Entries are compared with the cache's manifest and a plan. The machine they were built for is
+    compared with this machine, or with the one that the options describe.
 
     Args:
-        cache_dir: the cache.
-        plan: the JSON of ``runner plan``, whose kernels must be there.
-        library: of the server; by default the one that the cache was built for.
-        compiler: of the server's machine.
-        environ: the server's variables.
+        cache_dir: the cache to check.
+        plan: JSON from ``runner plan``; the cache must hold all its kernels.
+        library: the server's library; by default the one that the cache was built for.
+        compiler: the compiler of the server's machine.
+        environ: the server's environment variables.
 
     Raises:
-        UserError: no cache, or a file that cannot be read.
+        UserError: there is no cache, or a file cannot be read.
     """
     cache = KernelCache.existing(cache_dir)
     manifest = read_manifest(cache.root)
@@ -213,7 +213,7 @@ def verify(
     )
     built = manifest or (plan_file.target if plan_file is not None else None)
     if machine is not None and built is None and machine.library.generation == 2:
-        unknown = "there is no manifest, and only one says what the keys of this library hold"
+        unknown = "there is no manifest, and this library's keys cannot be computed without one"
     differences = list(machine.differences(built)) if machine is not None and built else []
     expected = _expectation(manifest, plan_file, machine, differ=bool(differences))
     findings = verify_entries(cache, expected)
@@ -223,7 +223,7 @@ def verify(
 def _expectation(
     manifest: Manifest | None, plan: PlanFile | None, machine: TargetMachine | None, *, differ: bool
 ) -> Expectation:
-    """What entries must be; on a machine that differs, what they were built for is enough."""
+    """What to expect of the entries: on a different machine, only what they were built for."""
     named = list(manifest.entries) if manifest else []
     wanted = plan.keys if plan else named
     built = manifest or (plan.target if plan is not None else None)
@@ -246,7 +246,7 @@ def simulate(scenario: Scenario, machine: MachineOptions = _H200) -> Prediction:
     """Predict a start-up, as ``runner sim`` does.
 
     Raises:
-        UserError: a profile or link that is not known, or nodes that do not fit the hosts.
+        UserError: an unknown profile or link, or nodes that do not fit the hosts.
     """
     profile = load_profile(machine.hardware)
     return simulate_on(with_walk_memory(scenario, profile), machine.machine(profile))

@@ -1,4 +1,4 @@
-"""Errors that end a command, and what a command's end looks like."""
+"""Errors that end a command, and how they are printed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WorkFailedError(Exception):
 
 
 def run_guarded(command: Command, arguments: Sequence[str] | None, *, program: str) -> int:
-    """Run a click command, print its errors and warnings in one line each, return the exit code.
+    """Run a click command, print each error and warning on one line, and return the exit code.
 
     0: done. 1: the work itself failed. 2: bad input. 130: interrupted.
     """
@@ -49,7 +49,7 @@ def run_guarded(command: Command, arguments: Sequence[str] | None, *, program: s
 
 
 def print_error(message: str) -> None:
-    """Print what ended a program, in one line."""
+    """Print the error that ended a program, on one line."""
     print(f"error: {message}", file=sys.stderr, flush=True)
 
 

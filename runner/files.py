@@ -1,4 +1,4 @@
-"""Writing results where the user asked for them; file locks, and file systems that have none."""
+"""Write results where the user asked for them, and lock files where the file system can."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from runner.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path, whose file takes the place of ``path`` at the end; gone after an error."""
+    """Yield a temporary path whose file replaces ``path`` at the end, or is removed on an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -45,8 +45,7 @@ def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
     """Write plain data as :func:`write_text` does, on one line unless ``indent`` is given.
 
     Raises:
-        UserError: the file cannot be written, or a number is not finite, which JSON has no word
-            for.
+        UserError: the file cannot be written, or a number is not finite, which JSON cannot express.
     """
     separators = (",", ":") if indent is None else None
     try:
@@ -57,17 +56,17 @@ def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
 
 
 _NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
-"""What ``flock`` fails with where there are no locks; EBADF is NFS's answer for a folder."""
+"""Errors of ``flock`` on file systems without locks; NFS gives EBADF for a folder."""
 
 
 def take_lock(
     file: IO[str] | int, folder: Path, *, shared: bool = False, wait: bool = True
 ) -> bool | None:
-    """Lock an open file until it is closed, however its process ends.
+    """Lock an open file until it is closed or its process ends.
 
     Returns:
-        Whether it was taken: False if another process holds it and ``wait`` is off. None where the
-        file system has no locks: one warning for each ``folder`` says so, and the caller goes on.
+        True if the lock was taken, False if another process holds it and ``wait`` is off. None if
+        the file system has no locks: this warns once for each ``folder``, and the caller goes on.
     """
     operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -79,7 +78,7 @@ def take_lock(
             raise
         warnings.warn(
             f"the file system of {folder} has no file locks: use it from one process at a time",
-            stacklevel=1,  # So that Python shows it once for each folder.
+            stacklevel=1,  # Python then shows it once per folder.
         )
         return None
     return True

@@ -1,7 +1,7 @@
-"""Command-line options made from dataclasses, and values back into a command line.
+"""Make command-line options from dataclasses, and command lines from their values.
 
-A field that :func:`runner.config.fields.option` describes is an option: its type says what the text
-must be, its default stands once. Commands get typed values, never a dictionary.
+Each field made by :func:`runner.config.fields.option` is an option: its type says how to parse the
+text, and its default is written only there. Commands get typed values, never a dictionary.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class IntList(click.ParamType):  # type: ignore[type-arg]  # generic from click 
 
 
 class _Listed(click.ParamType):  # type: ignore[type-arg]
-    """Values of another type with commas between them."""
+    """Comma-separated values of another type."""
 
     name = "VALUE,..."
 
@@ -82,7 +82,7 @@ _SCALES = {"GIB": GIB}
 
 @dataclass(frozen=True)
 class Option:
-    """A field as an option of commands."""
+    """A dataclass field as a command-line option."""
 
     name: str
     kind: object
@@ -95,8 +95,8 @@ class Option:
         return self.details.flag or f"--{self.name.replace('_', '-')}"
 
     @property
-    def _off(self) -> str:
-        """The flag that switches off what is on by default; empty where there is none."""
+    def _off_flag(self) -> str:
+        """The flag that switches off an option that is on by default; empty if there is none."""
         return f"--no-{self.flag[2:]}" if self.kind is bool and self.default is not False else ""
 
     @property
@@ -110,7 +110,7 @@ class Option:
         default = to_plain(self.default)
         if self.default == () or self.details.required or self.details.listed:
             default = None
-        flag = f"{self.flag}/{self._off}" if self._off else self.flag
+        flag = f"{self.flag}/{self._off_flag}" if self._off_flag else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
         if default is not None:
             kind["default"] = default
@@ -144,7 +144,7 @@ class Option:
         return click.Path(path_type=Path) if kind is Path else kind
 
     def value(self, given: object) -> object:
-        """The field's value for what click gives."""
+        """Convert click's value to the field's."""
         if given is None or given == ():
             return self.default
         if isinstance(given, tuple) and self._repeats:
@@ -152,7 +152,7 @@ class Option:
         if isinstance(self.kind, type) and issubclass(self.kind, Enum):
             return from_plain(self.kind, given)
         if isinstance(given, float):
-            if isnan(given):  # No range refuses it.
+            if isnan(given):  # Ranges let NaN through.
                 raise UserError(
                     f"Invalid value for '{self.flag}': '{given}' is not a finite number"
                 )
@@ -160,11 +160,11 @@ class Option:
         return given
 
     def argv(self, value: object) -> list[str]:
-        """Words that give the field this value; none where that is its default."""
+        """The arguments that give the field this value; none if it is the default."""
         if value == self.default:
             return []
         if isinstance(value, bool):
-            return [self.flag if value else self._off]
+            return [self.flag if value else self._off_flag]
         if isinstance(value, tuple) and self._repeats:
             return [word for item in value for word in (self.flag, str(to_plain(item)))]
         if isinstance(value, tuple):
@@ -175,7 +175,7 @@ class Option:
 
 
 def _options_of(cls: type, groups: Iterable[str] = ()) -> list[Option]:
-    """Options of a dataclass's fields, of all or of some groups."""
+    """Options of a dataclass's fields, in all groups or in some."""
     kinds = field_types(cls)
     return [
         Option(item.name, without_none(kinds[item.name]), item.default, item.metadata["option"])
@@ -185,7 +185,7 @@ def _options_of(cls: type, groups: Iterable[str] = ()) -> list[Option]:
 
 
 def to_argv(value: object) -> list[str]:
-    """The options that give a dataclass of options this value."""
+    """The command-line arguments that produce this value of an options dataclass."""
     return [
         word for item in _options_of(type(value)) for word in item.argv(getattr(value, item.name))
     ]
@@ -193,7 +193,7 @@ def to_argv(value: object) -> list[str]:
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """Options that together make one argument of a command, from their values by field."""
+    """Options whose values together make one argument of a command."""
 
     options: Sequence[Option]
     make: Callable[[dict[str, object]], object]
@@ -205,12 +205,12 @@ class OptionGroup:
         return function
 
     def take(self, values: dict[str, object]) -> object:
-        """Take the options' values out of click's and make the argument."""
+        """Remove these options' values from click's and make the argument from them."""
         return self.make({item.name: item.value(values.pop(item.name)) for item in self.options})
 
 
 def options_of(cls: Callable[..., object], *, without: Sequence[str] = ()) -> OptionGroup:
-    """The options of a dataclass, but for fields that then keep their defaults."""
+    """The options of a dataclass; fields in ``without`` keep their defaults."""
     assert isinstance(cls, type)
     options = [item for item in _options_of(cls) if item.name not in without]
     return OptionGroup(options, lambda values: cls(**values))
@@ -219,7 +219,7 @@ def options_of(cls: Callable[..., object], *, without: Sequence[str] = ()) -> Op
 def with_options(
     *groups: type | OptionGroup,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of dataclasses (or groups); it gets a value of each, in order."""
+    """Add the options of dataclasses or groups to a command, which gets one value of each."""
     made = [options_of(each) if isinstance(each, type) else each for each in groups]
 
     names = [item.name for each in made for item in each.options]
@@ -240,33 +240,33 @@ def with_options(
 
 @dataclass(frozen=True)
 class ScenarioOptions:
-    """What a command line said of its scenario, by field; the model and strategies as texts."""
+    """A command line's scenario options by field; the model and strategies are still text."""
 
     options: Sequence[Option]
     given: Mapping[str, object]
 
     @property
     def model(self) -> ModelConfig:
-        """The model of ``--model`` and ``--layers``.
+        """Load the model that ``--model`` and ``--layers`` describe.
 
         Raises:
-            UserError: no such model, or not so many layers.
+            UserError: no such model, or it has fewer layers.
         """
         model, layers = load_model(str(self.given["model"])), self.given["layers"]
         return with_layers(model, layers) if isinstance(layers, int) else model
 
     def scenario(self, environ: Environ, **fixed: object) -> Scenario:
-        """The scenario, with what the environment says where no option does.
+        """Make the scenario; where no option sets a value, the environment may.
 
         Args:
             environ: the environment.
-            fixed: fields of Scenario or ParallelConfig instead of options.
+            fixed: values for fields of Scenario or ParallelConfig that override the options.
 
         Raises:
             UserError: values that contradict each other or the model.
         """
         given = {**self.given, **fixed}
-        # What click has checked option by option needs no types of its own here.
+        # Click has already checked each option's type.
         make_layout: Callable[..., ParallelConfig] = ParallelConfig
         make: Callable[..., Scenario] = Scenario
         strategies: Callable[..., tuple[OverlapStrategy, ...]] = load_strategies
@@ -281,7 +281,7 @@ class ScenarioOptions:
         return make(**{"bf16_fp32_algo": environ.bf16_fp32_algo, **own})
 
     def changed(self, *groups: str) -> list[Option]:
-        """Options of some groups that do not have their defaults."""
+        """Options of some groups that differ from their defaults."""
         return [
             item
             for item in self.options
@@ -289,13 +289,13 @@ class ScenarioOptions:
         ]
 
     def to_argv(self) -> list[str]:
-        """The command line that gives the same options."""
+        """The command-line arguments that give the same options."""
         return [word for item in self.options for word in item.argv(self.given[item.name])]
 
 
 @dataclass(frozen=True)
 class _ModelOptions:
-    """Fields of a scenario that a command line gives as texts."""
+    """Scenario fields that the command line gives as text."""
 
     model: str = option(
         "dsv4",
@@ -304,7 +304,7 @@ class _ModelOptions:
         ),
     )
     layers: int | None = option(
-        None, OptionDetails("Only the model's first N layers.", group="model", metavar="N")
+        None, OptionDetails("Use only the model's first N layers.", group="model", metavar="N")
     )
     overlap: tuple[str, ...] = option(
         (),
@@ -317,13 +317,13 @@ class _ModelOptions:
 
 
 def scenario_options(*groups: str, without: Sequence[str] = (), **defaults: object) -> OptionGroup:
-    """Groups of a scenario's options, which make one :class:`ScenarioOptions`.
+    """Some groups of the scenario's options, as one :class:`ScenarioOptions`.
 
     Args:
         groups: ``model``, ``deployment``, ``plan``, ``run``, ``placement``: see the fields of
             Scenario and ParallelConfig.
         without: fields that the command sets itself.
-        defaults: of single fields, where a command has its own.
+        defaults: the command's own defaults, by field.
     """
     defaults = {"nodes": None, **defaults}
     found = [
@@ -337,16 +337,16 @@ def scenario_options(*groups: str, without: Sequence[str] = (), **defaults: obje
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOptions:
-    """Which warm-up policies are run."""
+    """Which warm-up policies to run."""
 
     warmup: tuple[WarmupPolicy, ...] = option(
-        (), OptionDetails("Warm-up policy; give it again for several.")
+        (), OptionDetails("Warm-up policy; repeat the option for several.")
     )
 
     def policies(
         self, environ: Environ, default: Sequence[WarmupPolicy]
     ) -> tuple[WarmupPolicy, ...]:
-        """Those of the command line, else the one of SGLang's variables, else the default."""
+        """Policies from the command line, else from SGLang's variables, else the default."""
         if self.warmup:
             return tuple(dict.fromkeys(self.warmup))
         of_flags = policy_of_flags(
@@ -359,7 +359,7 @@ class PolicyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Files that Timelines are written to."""
+    """Files to write Timelines to."""
 
     timeline: Path | None = option(
         None, OptionDetails("Write the Timelines as JSON (- for stdout).")

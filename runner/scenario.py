@@ -1,7 +1,7 @@
-"""``Scenario``: the one value that says what is planned, simulated or run.
+"""``Scenario``: the one value that says what to plan, simulate or run.
 
-Each field says how it is given on a command line, and its type how it stands in JSON: a new one is
-written once.
+Each field describes its command-line option, and its type decides its JSON form, so a new field is
+added in one place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from runner.kernels.types import DeepGemmKernelType
 from runner.model.strategy import OverlapStrategy
 
 MAX_TOKENS = 131072
-"""Largest M that SGLang's warm-up ever walks to; more tokens than that in a forward are refused."""
+"""Largest M that SGLang's warm-up ever walks to; a forward may not have more tokens."""
 
 MAX_SMS = 1024
 """More than any GPU has."""
@@ -42,27 +42,27 @@ _BLOCK_M = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What decides the kernels and the operations of every rank, and nothing else.
+    """Everything that decides the kernels and operations of every rank, and nothing else.
 
-    Requests have the batch sizes of the warm-up unless ``stream`` is given, so that every policy
-    ends at the same point: all these shapes served once. Sizes are in tokens.
+    Unless ``stream`` is given, requests have the warm-up's batch sizes, so that every policy ends
+    at the same point: each of these shapes served once. Sizes are in tokens.
 
     Attributes:
-        num_sms: SMs of the GPU that kernels are chosen for.
-        reduced_num_sms: smaller SM counts that are planned for as well.
+        num_sms: the GPU's SM count, which kernels are chosen for.
+        reduced_num_sms: smaller SM counts to plan for as well.
         max_tokens: most tokens of an EXTEND forward (the chunked prefill size).
-        decode_batch_sizes: tokens of DECODE forwards; None is any number up to ``max_tokens``.
+        decode_batch_sizes: tokens of DECODE forwards; None means any number up to ``max_tokens``.
         disaggregation: a prefill node never decodes, a decode node never extends.
-        without: kernel types that the server does not take from DeepGEMM.
-        overlap: strategies of two-batch overlap, at most one for each forward mode. Strategies that
-            leave SMs to communication run the halves of their mode's batches with other kernels.
-        bf16_fp32_algo: what computes bf16 x bf16 -> fp32 GEMMs.
-        batch_sizes: of dummy runs and requests; None is the five that follow from the SMs.
-        graph_batch_sizes: sizes that a CUDA graph of DECODE is captured for after the warm-up.
-        walk_max_m: ends the lists of M that are walked; None leaves them as upstream has them.
-        walk_memory: bytes of GPU memory that a walk may take; None is no limit on shapes, and what
-            is free on a GPU.
-        compile_lock: ranks of a node take turns at the first uses of one GEMM's kernels.
+        without: kernel types that the server does not use DeepGEMM for.
+        overlap: two-batch overlap strategies, at most one per forward mode. A strategy that leaves
+            SMs to communication runs the halves of its mode's batches with other kernels.
+        bf16_fp32_algo: how bf16 x bf16 -> fp32 GEMMs are computed.
+        batch_sizes: sizes of dummy runs and requests; None derives five sizes from the SM count.
+        graph_batch_sizes: sizes to capture a DECODE CUDA graph for after the warm-up.
+        walk_max_m: largest M of a walk; None keeps upstream's lists.
+        walk_memory: bytes of GPU memory that a walk may take; None means no limit on shapes, and
+            the free memory on a GPU.
+        compile_lock: whether ranks of a node take turns at first using one GEMM's kernels.
         source: says which kernels a GEMM runs; not part of the plain data.
     """
 
@@ -96,12 +96,12 @@ class Scenario:
     )
     without: tuple[DeepGemmKernelType, ...] = option(
         (),
-        OptionDetails("A kernel type that the server does not take from DeepGEMM.", group="plan"),
+        OptionDetails("A kernel type that the server does not use DeepGEMM for.", group="plan"),
     )
     batch_sizes: tuple[int, ...] | None = option(
         None,
         OptionDetails(
-            "Batch sizes of warm-up and requests.  [default: the five that follow from the SMs]",
+            "Batch sizes of warm-up and requests.  [default: five derived from the SM count]",
             group="run",
         ),
     )
@@ -118,7 +118,7 @@ class Scenario:
     graph_batch_sizes: tuple[int, ...] = option(
         (),
         OptionDetails(
-            "Batch sizes that a CUDA graph of DECODE is captured for.",
+            "Batch sizes to capture a DECODE CUDA graph for.",
             group="run",
             flag="--cuda-graphs",
         ),
@@ -126,7 +126,7 @@ class Scenario:
     walk_max_m: int | None = option(
         None,
         OptionDetails(
-            "End the lists of M that full, fast and relax walk there.",
+            "Largest M that full, fast and relax walk.",
             group="run",
             metavar="N",
             least=1,
@@ -135,16 +135,14 @@ class Scenario:
     walk_memory: float | None = option(
         None,
         OptionDetails(
-            "GPU memory that a walk of full or fast may take; its M halve to fit.",
+            "GPU memory that a full or fast walk may take; its largest M is halved until it fits.",
             group="run",
             unit="GIB",
         ),
     )
     compile_lock: bool = option(
         False,
-        OptionDetails(
-            "Ranks of a node take turns at the first uses of one GEMM's kernels.", group="run"
-        ),
+        OptionDetails("Ranks of a node take turns at first using one GEMM's kernels.", group="run"),
     )
     speculative: bool = option(
         False, OptionDetails("Speculative decoding: no pp-parallel warm-up.", group="run")
@@ -179,7 +177,7 @@ class Scenario:
         if sizes is not None and not 1 <= min(sizes, default=0) <= max(sizes) <= MAX_TOKENS:
             raise UserError(f"decode batch sizes {_listed(sizes)} must lie in 1..{MAX_TOKENS}")
         if sizes is not None and self.disaggregation is DisaggregationMode.PREFILL:
-            raise UserError("decode batch sizes mean nothing for a prefill node: it never decodes")
+            raise UserError("a prefill node never decodes: leave decode batch sizes out")
         if self.prompt_len < 1:
             raise UserError(f"prompt_len={self.prompt_len} must be at least 1")
         step = self.parallel.attn_cp
@@ -194,13 +192,13 @@ class Scenario:
         if self.policy.plans and largest > self.max_tokens:
             what = "batch size" if self.stream is None else "token count"
             raise UserError(
-                f"{what} {largest} is above --max-tokens {self.max_tokens}, for which "
-                f"{self.policy.value} prepares: give smaller ones"
+                f"{what} {largest} is above --max-tokens {self.max_tokens}, the limit that "
+                f"{self.policy.value} prepares for: give smaller ones"
             )
 
     @cached_property
     def deployment(self) -> Scenario:
-        """The same server without its warm-up, requests and nodes: all that decides its plan."""
+        """This scenario reduced to what decides its plan: no warm-up, requests or nodes."""
         run_fields = {
             item.name: item.default
             for item in fields(self)
@@ -232,9 +230,9 @@ class Scenario:
         return rank % self.parallel.ranks_per_node == 0
 
     def to_json(self) -> dict[str, object]:
-        """Plain data: field by field, with the library and the GPU that the source answers for.
+        """Plain data: every field, and the library and GPU of the source.
 
-        :meth:`from_json` is its inverse, except that batch sizes are written as they are resolved.
+        :meth:`from_json` is the inverse, except that batch sizes are written resolved.
         """
         layout = {item.name: getattr(self.parallel, item.name) for item in fields(ParallelConfig)}
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
@@ -248,7 +246,7 @@ class Scenario:
         }
 
     def timeline_meta(self) -> dict[str, object]:
-        """What a Timeline says of its scenario; its policy stands in the Timeline itself."""
+        """The scenario as a Timeline's metadata; the policy is a field of the Timeline itself."""
         parallel = self.parallel
         places = [(parallel.coordinates(rank), rank) for rank in range(parallel.world_size)]
         ranks = [
@@ -259,16 +257,16 @@ class Scenario:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object], *, source: KernelSource = RULES) -> Scenario:
-        """The Scenario of :meth:`to_json`'s data; an absent field has its default.
+        """Rebuild a Scenario from :meth:`to_json`'s data; absent fields get their defaults.
 
         Args:
-            data: the data; what names no field is ignored.
+            data: the data; keys that name no field are ignored.
             source: says which kernels a GEMM runs.
 
         Raises:
-            KeyError: a field that no version has left out is absent.
-            ValueError: a value of another form.
-            UserError: a model that is not known, or values that contradict each other.
+            KeyError: a field that every version writes is absent.
+            ValueError: a value is malformed.
+            UserError: an unknown model, or values that contradict each other.
         """
         name, layers = read_text("model", data), read_count("layers", data)
         whole = load_model(name)
@@ -285,7 +283,7 @@ class Scenario:
 _OWN_FIELDS = tuple(
     item.name for item in fields(Scenario) if item.name not in ("model", "parallel", "source")
 )
-"""Fields that stand in JSON under their own names."""
+"""Fields that keep their names in JSON."""
 
 _ALWAYS_WRITTEN = frozenset(
     [
@@ -311,7 +309,7 @@ _ALWAYS_WRITTEN = frozenset(
         "bf16_fp32_algo",
     ]
 )
-"""Fields that every version that wrote Timelines has written; others came later."""
+"""Fields that every version has written to Timelines; the others came later."""
 
 
 def _read_fields(cls: type, data: Mapping[str, object]) -> dict[str, object]:
@@ -328,7 +326,7 @@ def pp_parallel_batch_sizes(num_sms: int) -> tuple[int, ...]:
     """The batch sizes of SGLang's per-PP-rank warm-up.
 
     1; 2 * 64; max(num_sms // 8, 2) * 64; max(num_sms // 4, 4) * 64; num_sms * 64. With 64-row
-    blocks they cover the brackets of the hyper-connection GEMM's split count.
+    blocks they cover every split count of the hyper-connection GEMM.
     """
     blocks = (2, max(num_sms // 8, 2), max(num_sms // 4, 4), num_sms)
     return (1, *(count * _BLOCK_M for count in blocks))

@@ -1,4 +1,4 @@
-"""The options that say whose kernels are meant: library, GPU, and the machine that will run."""
+"""The options that name a target: the library, the GPU, and the machine that will run."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _GPU_NAMES = ", ".join(gpu.name for gpu in GPUS)
 
 @dataclass(frozen=True, kw_only=True)
 class LibraryOptions:
-    """Whose kernels are meant, and on which GPU."""
+    """The library whose kernels are meant, and the GPU."""
 
     library: str | None = option(
         None,
         OptionDetails(
-            f"Whose kernels: {', '.join(LIBRARIES)}, or a deep_gemm folder.  [default: the "
+            f"Library: {', '.join(LIBRARIES)}, or a deep_gemm folder.  [default: the "
             "installed one]",
             metavar="NAME|PATH",
         ),
@@ -49,7 +49,7 @@ class CompilerOptions:
     target_root: Path | None = option(
         None,
         OptionDetails(
-            "The deep_gemm folder of the machine that will run; keys hold it up to "
+            "The deep_gemm folder on the machine that will run; part of the keys up to "
             "sgl-deep-gemm 0.1.x.  [default: this machine's]",
             metavar="PATH",
         ),
@@ -58,14 +58,14 @@ class CompilerOptions:
         None,
         OptionDetails(
             "CUDA release of that machine's nvcc; enough up to sgl-deep-gemm 0.1.x.  [default: "
-            "this nvcc's]",
+            "the local nvcc's]",
             metavar="X.Y",
         ),
     )
     compiler_text: Path | None = option(
         None,
         OptionDetails(
-            "What nvcc --version prints on that machine.  [default: what it prints here]",
+            "File with what nvcc --version prints on that machine.  [default: what it prints here]",
             metavar="FILE",
         ),
     )
@@ -78,16 +78,16 @@ class CompilerOptions:
         """
         if self.target_root is not None and not self.target_root.is_absolute():
             raise UserError(
-                f"--target-root {self.target_root} must be an absolute path: the key holds it"
+                f"--target-root {self.target_root} must be an absolute path: it is part of the key"
             )
         return self.target_root
 
     def version_text(self, generation: int, environ: Environ) -> str | None:
-        """What ``nvcc --version`` prints there; None where nobody knows.
+        """What ``nvcc --version`` prints there; None if unknown.
 
         Raises:
-            UserError: options that contradict each other, an old release, or a release where the
-                keys of this JIT generation need the whole text.
+            UserError: options that contradict each other, a release that is too old, or only a
+                release where the keys of this JIT generation need the whole text.
         """
         if self.compiler_text is not None and self.cuda_version is not None:
             raise UserError("--compiler-text and --cuda-version both name the compiler: give one")
@@ -100,22 +100,22 @@ class CompilerOptions:
         here = None if nvcc is None else nvcc_version(nvcc)
         if release is not None and (here is None or release_of(here) != release):
             raise UserError(
-                f"--cuda-version {self.cuda_version} is not enough: this library's keys hold all "
-                "that nvcc --version prints there; give that with --compiler-text FILE"
+                f"--cuda-version {self.cuda_version} is not enough: this library's keys include "
+                "all that nvcc --version prints there; give it with --compiler-text FILE"
             )
         return here
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whose kernels, and for which machine.
+    """The library, and the machine that its kernels are for.
 
     Attributes:
         gpu: the GPU.
-        library: the library on this machine, None where there is none.
-        root: its folder on the machine that will run, None where nobody knows.
-        version_text: what ``nvcc --version`` prints there, None where nobody knows.
-        source: tells which kernels a GEMM needs.
+        library: the library on this machine; None if there is none.
+        root: its folder on the machine that will run; None if unknown.
+        version_text: what ``nvcc --version`` prints there; None if unknown.
+        source: says which kernels a GEMM needs.
     """
 
     gpu: Gpu
@@ -126,7 +126,7 @@ class Target:
 
     @property
     def lacking(self) -> str:
-        """Why there are no cache keys; empty where there are."""
+        """Why cache keys cannot be computed; empty if they can."""
         if self.library is None and self.source.origin.generation == 1:
             return "deep_gemm's headers are missing: pip install --no-deps sgl-deep-gemm"
         if self.version_text is None:
@@ -140,7 +140,7 @@ class Target:
         """Cache keys for the machine that will run.
 
         Raises:
-            UserError: no library or no compiler is known.
+            UserError: the library or the compiler is unknown.
         """
         if self.lacking or self.version_text is None:
             raise UserError(self.lacking)
@@ -151,8 +151,10 @@ class Target:
         return keys_for(table, table.recipe, self.version_text, self.root or Path())
 
     def describe(self, table: KernelTable) -> str:
-        """Whose kernels and keys these are, in two lines."""
-        compiler = "not known" if self.version_text is None else _last_words(self.version_text)
+        """The library and the compiler, on two lines."""
+        compiler = (
+            "not known" if self.version_text is None else _release_and_build(self.version_text)
+        )
         return f"{table.origin.describe()}\ncompiler: {compiler}"
 
 
@@ -166,25 +168,24 @@ def target_of(
     ask: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Target:
-    """The library, GPU and machine that options mean.
+    """Find the library, GPU and machine that the options name.
 
     Args:
-        wanted: names the library.
-        gpu: what kernels are chosen for.
-        environ: the variables that change the compiler's flags.
-        compiler: of the machine that will run.
-        ignore_installed: do as if there were no library here.
-        ask: ask the library even where its answer is known already.
-        progress: told how far asking is.
+        wanted: the library.
+        gpu: the GPU that kernels are chosen for.
+        environ: variables that change the compiler's flags.
+        compiler: the compiler of the machine that will run.
+        ignore_installed: act as if no library were installed here.
+        ask: ask the library even where its answer is already known.
+        progress: called while the library is asked.
 
     Raises:
-        UserError: options that contradict each other, a library that is not there, or kernels
-            that nobody knows.
+        UserError: options that contradict each other, a missing library, or unknown kernels.
     """
     name = None if ignore_installed else wanted.library
     library = None if ignore_installed else find_library(name)
     compiler = compiler or CompilerOptions()
-    # Without a library the rules have no keys, and tables that ship are of the second generation.
+    # Without a library the rules have no keys, and the shipped tables are second generation.
     generation = 2 if library is None else library.generation
     root, text = compiler.root(), compiler.version_text(generation, environ)
     source = choose_source(
@@ -201,9 +202,10 @@ def cache_machine(
     library: str | None = None,
     gpu: str | None = None,
 ) -> tuple[TargetMachine | None, str]:
-    """The machine that will look a cache up, or None and why it is not known.
+    """The machine that will use a cache, or None and the reason why it is not known.
 
-    What is not said is this machine's. A library of the manifest's name is looked for first.
+    This machine supplies whatever the options leave out. Without ``library``, the one that the
+    manifest names is tried first.
 
     Raises:
         UserError: a bad path or release.
@@ -224,7 +226,7 @@ def cache_machine(
 
 
 def _servers_library(wanted: str | None, built: Manifest | None) -> Library | None:
-    """The library that was asked for, else one of the name that a cache was built for, else any."""
+    """The library asked for, else the one that the cache was built for, else any installed one."""
     if wanted is None and built is not None:
         named = built.library.partition(" ")[0]
         found = find_library(named) if named in LIBRARIES else None
@@ -244,7 +246,7 @@ def _read_compiler_text(file: Path) -> str:
 
 
 def check_release(text: str) -> tuple[int, int]:
-    """The numbers of ``X.Y``, which must be a release that the library's flags are made for."""
+    """Parse ``X.Y``, which must be a release that the library's flags work with."""
     major, dot, minor = text.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise UserError(f"--cuda-version {text!r} must be X.Y, such as 13.0")
@@ -259,8 +261,8 @@ def _check_age(release: tuple[int, int], what: str) -> None:
         raise UserError(f"{what} is too old: {oldest} or newer is needed")
 
 
-def _last_words(version_text: str) -> str:
-    """The line of a compiler's text that tells its release, and the one that tells its build."""
+def _release_and_build(version_text: str) -> str:
+    """The lines of a compiler's version text that give its release and its build date."""
     lines = [line.strip() for line in version_text.splitlines() if line.strip()]
-    told = [line for line in lines if "release" in line or line.startswith("Built on")]
-    return "; ".join(told or lines)
+    known = [line for line in lines if "release" in line or line.startswith("Built on")]
+    return "; ".join(known or lines)

@@ -1,4 +1,4 @@
-"""The Timeline: what happened when on each rank. Real and simulated runs make the same type."""
+"""The Timeline: what each rank did when. Real and simulated runs give the same type."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from runner.errors import UserError
 from runner.files import write_json
 
 FIRST_REQUEST = "first request"
-"""Phase after which a server is up."""
+"""Phase whose end means that the server is up."""
 
 KINDS = ("compile", "load", "compute", "comm", "wait", "setup", "phase", "beside")
 """Kinds of span.
 
-``setup`` comes before a warm-up. ``phase`` spans enclose others, and ``beside`` is what a
-communication stream does while the rank does something else: totals leave both out.
+``setup`` comes before a warm-up. ``phase`` spans enclose others, and ``beside`` spans are what a
+communication stream does while the rank does something else; totals leave both kinds out.
 """
 
 _JOIN_GAP = 1e-3
-"""Seconds between two spans that are joined all the same."""
+"""Largest gap in seconds across which two spans are still joined."""
 
 
 class Span(NamedTuple):
@@ -36,12 +36,12 @@ class Span(NamedTuple):
         end: seconds since the run's origin.
         kind: one of :data:`KINDS`.
         name: a kernel's name, an operation, or a phase.
-        key: of a compile, the kernel (same key, same kernel), empty for work that a builder does
-            for several kernels at once; of comm, the operation's identity, equal on all ranks
-            that take part; otherwise empty.
+        key: for a compile, the kernel's identity, or empty if a builder works on several kernels
+            at once; for comm, the operation's identity, equal on all ranks that take part;
+            otherwise empty.
 
-    A kernel's first use is a ``compile`` span if neither memory nor disk has it, then a ``load``
-    span. A load alone is a hit on disk; a hit in memory leaves no span.
+    The first use of a kernel that is neither in memory nor on disk is a ``compile`` span and then a
+    ``load`` span. A load alone is a hit on disk; a hit in memory leaves no span.
     """
 
     rank: int
@@ -57,13 +57,13 @@ class Span(NamedTuple):
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is the compile of a single kernel."""
+        """Whether this is the compile of a single kernel."""
         return self.kind == "compile" and bool(self.key)
 
 
 @dataclass(frozen=True)
 class RankTotals:
-    """Seconds of one rank by kind; ``total`` is from the origin to the rank's last moment."""
+    """Seconds of one rank by kind; ``total`` runs from the origin to the rank's last span."""
 
     rank: int
     compile: float
@@ -85,7 +85,7 @@ class Timeline:
         source: ``measured`` or ``predicted``.
         world_size: number of ranks.
         spans: ordered by (rank, start).
-        meta: what the run was (model, layout, machine, versions), for reports and provenance.
+        meta: model, layout, machine and versions of the run, for reports and provenance.
     """
 
     policy: str
@@ -96,7 +96,7 @@ class Timeline:
 
     @property
     def label(self) -> str:
-        """What reports call the run."""
+        """The run's name in reports."""
         return f"{self.policy} ({self.source})"
 
     @cached_property
@@ -105,7 +105,7 @@ class Timeline:
         return max((span.end for span in self.spans), default=0.0)
 
     def end_of(self, phase: str) -> float | None:
-        """When the last rank leaves a phase, in seconds since the origin; None without it."""
+        """When the last rank leaves a phase, in seconds since the origin; None if none has it."""
         ends = [s.end for s in self.spans if s.kind == "phase" and s.name == phase]
         return max(ends, default=None)
 
@@ -117,12 +117,12 @@ class Timeline:
 
     @cached_property
     def compiles(self) -> list[Span]:
-        """Compile spans, those of work for several kernels included."""
+        """Compile spans, including those for several kernels at once."""
         return [span for span in self.spans if span.kind == "compile"]
 
     @property
     def kernels_compiled(self) -> int:
-        """Number of compiles, the same kernel on two ranks or nodes counted twice."""
+        """Number of compiles; a kernel compiled on two ranks or nodes counts twice."""
         return sum(span.is_kernel for span in self.compiles)
 
     @property
@@ -141,14 +141,14 @@ class Timeline:
         return sum(span.seconds for span in self.compiles)
 
     def by_rank(self) -> list[list[Span]]:
-        """Spans of every rank in order of start."""
+        """Each rank's spans, ordered by start."""
         ranks: list[list[Span]] = [[] for _ in range(self.world_size)]
         for span in self.spans:
             ranks[span.rank].append(span)
         return ranks
 
     def phases(self) -> dict[str, float]:
-        """Longest duration over the ranks of each phase, in order of first appearance."""
+        """Each phase's longest duration over the ranks, in order of first appearance."""
         longest: dict[str, float] = {}
         for span in sorted(self.spans, key=lambda span: (span.start, span.end)):
             if span.kind == "phase":
@@ -209,11 +209,11 @@ class Timeline:
 
 
 def merge(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Put raw spans of all ranks in order, cut waits out of communication, join neighbours.
+    """Sort the raw spans of all ranks, cut waits out of communication, and join neighbours.
 
-    A collective or receive is one comm span per rank with the same key on every rank that takes
-    part. A rank waits until the last of them has arrived; the rest is communication. A send does
-    not wait for its receiver. Adjoining compute (or comm) spans of a rank become one.
+    A collective or receive is one comm span per rank, with the same key on every rank that takes
+    part. Each rank waits until the last one has arrived; the rest is communication. A send does
+    not wait for its receiver. Adjacent compute (or comm) spans of a rank become one.
     """
     ordered = sorted(spans, key=lambda span: (span.rank, span.start, -span.end))
     last_arrival: dict[str, float] = {}
@@ -255,7 +255,7 @@ def read_timelines(path: Path) -> list[Timeline]:
     """Read a file that :func:`write_timelines` wrote.
 
     Raises:
-        UserError: unreadable, not JSON, or not a Timeline file.
+        UserError: the file is unreadable, not JSON, or not a Timeline file.
     """
     try:
         data = json.loads(path.read_text())

@@ -1,1 +1,1 @@
-"""The simulator: replays a Schedule in virtual time with cost models. No torch."""
+"""The simulator replays a Schedule in virtual time with cost models, without torch."""

@@ -1,4 +1,4 @@
-"""The machine that a simulated run happens on, and the options that describe it."""
+"""The machine of a simulated run, and the options that describe it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sim.costs.start_up import PHASES, StartPhases, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a simulated run happens."""
+    """The machine of a simulated run."""
 
     profile: Profile
-    host_factor: float = 1.0  # how many times as long as the profile's its CPUs take
-    cores_per_node: int | None = None  # CPU cores of a machine; None takes the profile's
-    hosts: int | None = None  # machines that the nodes are on; None is one for each node
-    link: str = "nvlink"  # one of the profile's
+    host_factor: float = 1.0  # CPU time relative to the profile's
+    cores_per_node: int | None = None  # CPU cores of a machine; None means the profile's
+    hosts: int | None = None  # machines that the nodes are on; None means one per node
+    link: str = "nvlink"  # one of the profile's links
     ranks_per_gpu: int = 1
-    nccl_timeout: float | None = None  # seconds in a collective; None is torch's for the link
-    run_ahead: bool | None = None  # hosts queue communication and go on; None is as the link has it
+    nccl_timeout: float | None = None  # seconds in a collective; None means torch's for the link
+    run_ahead: bool | None = None  # whether hosts queue communication and go on; None: by the link
     start: StartPhases = field(default_factory=lambda: StartPhases(()))  # before the warm-up
-    fold: bool = True  # simulate replicas that behave alike once
+    fold: bool = True  # simulate only one of several replicas that behave alike
 
     @cached_property
     def costs(self) -> ProfileCosts:
@@ -42,7 +42,7 @@ class Machine:
         """Machines that a layout's nodes are on.
 
         Raises:
-            UserError: the nodes do not fit them.
+            UserError: the nodes do not fit the hosts.
         """
         hosts = parallel.nodes if self.hosts is None else self.hosts
         if hosts < 1 or parallel.nodes % hosts:
@@ -55,20 +55,18 @@ _SKIPPABLE = {name.replace(" ", "-"): name for name in PHASES}
 
 @dataclass(frozen=True, kw_only=True)
 class MachineOptions:
-    """Where a simulated run happens; see :class:`Machine`."""
+    """Options for the machine of a simulated run; see :class:`Machine`."""
 
     hardware: str = option("h200", OptionDetails("Profile name or file."))
     cores: int | None = option(
         None, OptionDetails("CPU cores of a node.  [default: the profile's]", least=1)
     )
     hosts: int | None = option(
-        None, OptionDetails("Machines that the nodes share.  [default: one a node]", metavar="N")
+        None, OptionDetails("Machines that the nodes share.  [default: one per node]", metavar="N")
     )
     host_factor: float = option(
         1.0,
-        OptionDetails(
-            "How many times as long the host's CPUs take (runner probe tells).", unit="X"
-        ),
+        OptionDetails("CPU time relative to the profile's, as measured by runner probe.", unit="X"),
     )
     link: str = option("nvlink", OptionDetails("One of the profile's links."))
     ranks_per_gpu: int = option(1, OptionDetails("Ranks that share a GPU.", least=1))
@@ -90,14 +88,14 @@ class MachineOptions:
     )
     skip_phase: tuple[str, ...] = option(
         (),
-        OptionDetails("Leave a phase before the warm-up out.", choices=tuple(_SKIPPABLE)),
+        OptionDetails("Leave out a phase before the warm-up.", choices=tuple(_SKIPPABLE)),
     )
 
     def machine(self, profile: Profile) -> Machine:
-        """The machine, with a profile's costs.
+        """Make the machine, with a profile's costs.
 
         Raises:
-            UserError: a link that the profile lacks.
+            UserError: the profile lacks the link.
         """
         link_of(profile, self.link)
         skipped = {_SKIPPABLE[name] for name in self.skip_phase}
@@ -116,10 +114,10 @@ class MachineOptions:
 
 
 def link_of(profile: Profile, name: str) -> Link:
-    """A link of the profile.
+    """Find a link of the profile.
 
     Raises:
-        UserError: it has no such link.
+        UserError: the profile has no such link.
     """
     if name not in profile.links:
         known = ", ".join(profile.links)
@@ -128,17 +126,17 @@ def link_of(profile: Profile, name: str) -> Link:
 
 
 def with_walk_memory(scenario: Scenario, profile: Profile) -> Scenario:
-    """The scenario with a limit to what walks take: what a server's cache leaves free on a GPU."""
+    """Limit the scenario's walks to the GPU memory that is free once a server has its cache."""
     if scenario.walk_memory is not None:
         return scenario
     return replace(scenario, walk_memory=profile.gpu.memory * profile.start_up.graph_free)
 
 
 def gpu_of(profile: Profile) -> str:
-    """The GPU of a profile: the one that it is named after, else h200 where its SMs agree.
+    """The GPU of a profile: the one in its name, or h200 if the SM counts agree.
 
     Raises:
-        UserError: it is for another one.
+        UserError: the profile is for some other GPU.
     """
     names = [gpu.name for gpu in GPUS]
     if profile.name in names:
@@ -146,7 +144,7 @@ def gpu_of(profile: Profile) -> str:
     sms = gpu_named(DEFAULT_GPU).num_sms
     if profile.num_sms != sms:
         raise UserError(
-            f"--hardware {profile.name} has {profile.num_sms} SMs, and a {DEFAULT_GPU} has {sms}: "
-            f"say with --gpu which GPU it is ({', '.join(names)})"
+            f"--hardware {profile.name} has {profile.num_sms} SMs, but a {DEFAULT_GPU} has {sms}: "
+            f"name the GPU with --gpu ({', '.join(names)})"
         )
     return DEFAULT_GPU

@@ -1,4 +1,4 @@
-"""From a scenario and a machine to a predicted Timeline."""
+"""Predict the Timeline of a scenario on a machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Prediction:
     timeline: Timeline  # what happens if no wait is too long
     timeout: CollectiveTimeout | None  # the first wait beyond the limit, which would end the run
     longest_wait: float = 0.0  # seconds in a communication
-    stalls: int = 0  # kernels that a forward can need and some node lacks once the server is up
+    stalls: int = 0  # kernels that some node can need but lacks once the server is up
     stall_seconds: float = 0.0  # to compile them one by one
 
 
@@ -73,7 +73,7 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
 
 
 def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:
-    """The run from ``start`` on, its spans merged."""
+    """The run from ``start`` on, with merged spans."""
     parallel, costs, hosts = scenario.parallel, machine.costs, machine.hosts_of(scenario.parallel)
     folds = machine.fold and can_fold(parallel, hosts)
     nodes_per_host = parallel.nodes // hosts
@@ -82,7 +82,7 @@ def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:
         costs,
         table_of(scenario),
         locked=scenario.compile_lock,
-        # A node's first rank walks alone under all policies but one.
+        # Under all policies but one, only a node's first rank walks.
         walkers_per_gpu=costs.ranks_per_gpu if scenario.policy is WarmupPolicy.RELAX else 1,
     )
     outcome = Engine(
@@ -102,7 +102,7 @@ def _replay(scenario: Scenario, machine: Machine, start: float) -> Outcome:
 
 
 def _phase_spans(phases: list[tuple[str, float]], ranks: int) -> list[Span]:
-    """The phases before the warm-up, one after the other, the same on every rank."""
+    """Spans of the consecutive phases before the warm-up, equal on every rank."""
     spans, start = [], 0.0
     for name, seconds in phases:
         for kind in ("phase", "setup"):

@@ -1,7 +1,7 @@
-"""Build many kernels the fast way, and one by one with nvcc where the fast way cannot.
+"""Build many kernels the fast way, and with nvcc one by one where the fast way fails.
 
-Kernels of one header share its preprocessing and, as units, the front end; each then has an
-assembler of its own.
+Kernels of one header share its preprocessing, and kernels of one unit share the front end; the
+assembler then runs once per kernel.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from runner.kernels.kernel import Kernel
 from runner.watch.shim import WATCHED
 
 _FIRST = 1000.0
-"""Preprocessing goes before everything else: all units of a header wait for it."""
+"""Priority of preprocessing: it goes first, since all units of a header wait for it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to build under a key; ``source`` is its whole generated text."""
+    """One kernel to build under a key; ``source`` is the whole generated text."""
 
     key: str
     kernel: Kernel
@@ -47,9 +47,9 @@ class BuildResult:
     """The outcome of a job.
 
     Attributes:
-        cubin: None if the compiler refused the kernel, and said ``error``.
-        started: when work on it alone began, in seconds since the epoch.
-        fallback: why nvcc compiled it alone; empty if it was built the fast way.
+        cubin: None if the compiler refused the kernel with the message ``error``.
+        started: when work on this kernel alone began, in seconds since the epoch.
+        fallback: why nvcc compiled the kernel alone; empty if it was built the fast way.
     """
 
     job: Job
@@ -64,10 +64,10 @@ class KernelBuilder:
     """Builds jobs with up to ``workers`` compiler processes at a time.
 
     Attributes:
-        on_result: called from worker threads; what it raises ends the build.
+        on_result: called from worker threads; an exception in it ends the build.
         fast: False compiles every kernel alone.
-        on_shared: called with (name, start, end) of each step for several kernels, from worker
-            threads.
+        on_shared: called from worker threads with (name, start, end) of each step that serves
+            several kernels.
     """
 
     compiler: NvccCompiler
@@ -97,7 +97,7 @@ class KernelBuilder:
             if not self.fast:
                 raise UnusualError("as asked")
             if WATCHED in environment:
-                raise UnusualError("runner watch sees each kernel's own compile only")
+                raise UnusualError("runner watch sees only compiles of single kernels")
             arguments = compiler.arguments
             self._stages = find_stages(compiler.nvcc, arguments, self._scratch, environment)
         except UnusualError as error:
@@ -105,7 +105,7 @@ class KernelBuilder:
             return
         kernels = [kernel for kernel in self._jobs if kernel.entry]
         alone = [kernel for kernel in self._jobs if not kernel.entry]
-        self._add_plain(alone, "a source of a form of its own")
+        self._add_plain(alone, "a source of an unusual form")
         by_header: dict[str, list[Unit]] = defaultdict(list)
         for unit in split_into_units(kernels, self.workers):
             by_header[unit[0].header].append(unit)
@@ -132,7 +132,7 @@ class KernelBuilder:
         self._pool.add(seconds_to_end(unit), task)
 
     def _compile_unit(self, unit: Unit, header: bytes, folder: Path) -> None:
-        """The front end of a unit; its kernels' assemblers are queued at once."""
+        """Run a unit's front end, and queue its kernels' assemblers."""
         folder.mkdir()
         started = time.time()
         text = folder / self._stages.preprocessed
@@ -144,7 +144,7 @@ class KernelBuilder:
             entries = match_entries(unit, list(modules))
         except UnusualError as error:
             if isinstance(error, StageError) and len(unit) > 1:
-                # One wrong kernel fails its whole unit: halve it down to that kernel.
+                # One bad kernel fails its whole unit: halve the unit to isolate it.
                 for number, half in enumerate((unit[::2], unit[1::2])):
                     self._add_unit(half, header, folder / f"part{number}")
             else:
@@ -165,7 +165,7 @@ class KernelBuilder:
             self._stages.run(self._stages.assemble, folder)
             cubin = (folder / "kernel.cubin").read_bytes()
             if list(kernels_in(cubin)) != [entry]:
-                raise UnusualError("a cubin of other kernels than its own")
+                raise UnusualError("the cubin does not hold exactly this kernel")
         except (UnusualError, NotACubinError) as error:
             self._add_plain([kernel], str(error))
             return
@@ -189,7 +189,7 @@ class KernelBuilder:
 
 
 class TaskPool:
-    """Runs tasks, which may add tasks, on threads: always the one with the most work behind it."""
+    """Runs tasks on threads, the one on the longest path first; tasks may add tasks."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -198,20 +198,20 @@ class TaskPool:
         self._error: BaseException | None = None
 
     def add(self, seconds_to_end: float, task: Callable[[], None]) -> None:
-        """Queue a task, which it takes so many seconds to do with all that follows from it."""
+        """Queue a task; the task and everything that depends on it take ``seconds_to_end``."""
         self._tasks.put((-seconds_to_end, next(self._order), task))
 
     def run(self) -> None:
         """Run until every task is done.
 
         Raises:
-            BaseException: the first that a task raised; tasks that had not begun are dropped.
+            BaseException: the first that a task raised; tasks not yet started are dropped.
         """
         for _ in range(self._workers):
             threading.Thread(target=self._work, daemon=True).start()
         try:
             self._tasks.join()
-        except BaseException as error:  # An interrupt: whatever runs is left to itself.
+        except BaseException as error:  # An interrupt: running tasks are abandoned.
             self._error = error
             raise
         finally:
@@ -225,7 +225,7 @@ class TaskPool:
             try:
                 if self._error is None:
                     task()
-            except BaseException as error:  # run raises it
+            except BaseException as error:  # run() raises it
                 self._error = self._error or error
             finally:
                 self._tasks.task_done()
@@ -233,15 +233,15 @@ class TaskPool:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new empty folder in the system's temporary directory, gone after the block.
+    """A new empty folder in the system's temporary directory, removed after the block.
 
-    Folders of builds that were killed are removed first.
+    Folders that killed builds left behind are removed first.
     """
     for abandoned in Path(tempfile.gettempdir()).glob("deepgemm-build-*"):
         with suppress(OSError), (abandoned / ".lock").open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(abandoned, ignore_errors=True)
-    # It takes the name by which abandoned ones are found only once it is locked.
+    # It gets the name that marks folders as removable only once it is locked.
     new = Path(tempfile.mkdtemp(prefix="deepgemm-new-")).resolve()
     folder = new.with_name(new.name.replace("-new-", "-build-"))
     with (new / ".lock").open("w") as lock:

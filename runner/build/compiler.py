@@ -1,4 +1,4 @@
-"""Single compiles, as DeepGEMM makes them, and a lazy JIT of them."""
+"""Compile single kernels as DeepGEMM does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompileError(Exception):
 
 @dataclass(frozen=True)
 class NvccCompiler:
-    """Compiles kernels of one library for one GPU with one nvcc, or a recording shim around it."""
+    """Compiles one library's kernels for one GPU with nvcc, or with a shim that records it."""
 
     nvcc: Path
     library: Library
@@ -49,7 +49,7 @@ class NvccCompiler:
         return keys_for(self.library, self.recipe, self.version_text, self.library.root)
 
     def compile(self, source: str, folder: Path) -> bytes:
-        """The cubin of a source; nvcc runs in ``folder``, and both files are left there."""
+        """Compile a source to a cubin; nvcc runs in ``folder`` and leaves both files there."""
         source_path, cubin_path = folder.absolute() / SOURCE, folder.absolute() / CUBIN
         source_path.write_bytes(source.encode())
         command = [str(self.nvcc.absolute()), str(source_path), "-cubin", "-o", str(cubin_path)]
@@ -63,9 +63,9 @@ class NvccCompiler:
         return cubin_path.read_bytes()
 
     def reference_seconds(self, repeats: int = 3) -> float:
-        """How fast this machine compiles now: the median time of one always equal kernel.
+        """How fast this machine compiles now: the median time of a fixed reference kernel.
 
-        Machines of one type differ, and a shared one changes by the minute.
+        Machines of one type differ, and the speed of a shared one changes by the minute.
         """
         source = self.keys.source(kernels_of(_REFERENCE)[-1])
         found = []

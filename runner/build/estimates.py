@@ -1,8 +1,8 @@
-"""Expected CPU seconds of a build's steps, and the schedule that they add up to.
+"""Expected CPU seconds of a build's steps, and the schedule that results.
 
-They only order and divide work and never change a result. Fitted to 304 kernels on two cores with
-nvcc 13.0.88 (docs/building.md): what a kernel costs in the front end and in the assembler follows
-the size of its PTX, and that follows its tile.
+Estimates only order and divide work; they never change a result. They were fitted to 304 kernels
+on two cores with nvcc 13.0.88 (docs/building.md): a kernel's cost in the front end and in the
+assembler depends on the size of its PTX, which depends on its tile.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ _MOST_COPIES = 4
 _UNROLLED = 8
 
 NVCC_SECONDS = 0.4
-"""What an nvcc process takes in addition to the stages that it runs."""
+"""Seconds that an nvcc process takes besides the stages that it runs."""
 
 
 def front_end_seconds(kernel: Kernel) -> float:
-    """What a kernel adds to the front end of its unit."""
+    """Seconds that a kernel adds to the front end of its unit."""
     return max(0.02, _FRONT_END_PER_MEGABYTE * _ptx_megabytes(kernel))
 
 
 def assemble_seconds(ptx_bytes: float) -> float:
-    """The assembler on one kernel's PTX."""
+    """Seconds of the assembler on one kernel's PTX."""
     return float(max(0.04, 7.54e-9 * ptx_bytes**1.469))
 
 
 def expected_assemble_seconds(kernel: Kernel) -> float:
-    """:func:`assemble_seconds`, before there is PTX."""
+    """:func:`assemble_seconds` of a kernel whose PTX does not exist yet."""
     return assemble_seconds(1e6 * _ptx_megabytes(kernel))
 
 
 def plain_seconds(kernel: Kernel) -> float:
-    """One nvcc process for one kernel."""
+    """Seconds of one nvcc process that compiles one kernel."""
     return NVCC_SECONDS + unit_seconds([kernel]) + expected_assemble_seconds(kernel)
 
 
 def unit_seconds(unit: Sequence[Kernel]) -> float:
-    """The front end of a unit: kernels of one header in one source."""
+    """Seconds of the front end of a unit: kernels of one header in one source."""
     header = _HEADER_SECONDS.get(_stem(unit[0].header), _OTHER_HEADER_SECONDS)
     return header + sum(map(front_end_seconds, unit))
 
 
 def seconds_to_end(unit: Sequence[Kernel]) -> float:
-    """From a unit's start to the end of its last kernel, with enough cores."""
+    """Seconds from a unit's start to the end of its last kernel, with enough cores."""
     return unit_seconds(unit) + max(map(expected_assemble_seconds, unit))
 
 
 def unrolled_k_blocks(kernel: Kernel) -> int:
-    """How many K-blocks of a tiled GEMM's main loop its code holds.
+    """How many K-blocks the unrolled main loop of a tiled GEMM has.
 
-    Eight (``#pragma unroll 8``), or all of a K that is compiled in and has fewer.
+    Eight (``#pragma unroll 8``), or fewer if K is a compile-time constant with fewer blocks.
     """
     config = config_of(kernel)
     k_blocks = ceil_div(int(config["compiled_k"]), int(config["block_k"]))
@@ -80,7 +80,7 @@ _Step = tuple[float, int, float, Sequence[Kernel], bool]
 
 @dataclass(frozen=True, slots=True)
 class ExpectedStep:
-    """A step of a build, in seconds from the first front end; ``kernel`` is None for a unit's."""
+    """A build step in seconds from the first front end; ``kernel`` is None for a front end."""
 
     kernel: Kernel | None
     start: float
@@ -88,7 +88,7 @@ class ExpectedStep:
 
 
 def expected_schedule(units: Sequence[Sequence[Kernel]], workers: int) -> list[ExpectedStep]:
-    """The builder's order of work, ordered by end: what takes longest to the end goes first."""
+    """The builder's steps ordered by end; it starts the step on the longest path first."""
     ready: list[_Step] = []
     for number, unit in enumerate(units):
         heapq.heappush(ready, (-seconds_to_end(unit), number, unit_seconds(unit), unit, True))
@@ -110,7 +110,7 @@ def expected_schedule(units: Sequence[Sequence[Kernel]], workers: int) -> list[E
 
 
 def makespan(units: Sequence[Sequence[Kernel]], workers: int) -> float:
-    """Expected seconds of a build without its preprocessing."""
+    """Expected seconds of a build, without preprocessing."""
     return max((step.end for step in expected_schedule(units, workers)), default=0.0)
 
 
@@ -124,7 +124,7 @@ def _ptx_megabytes(kernel: Kernel) -> float:
     if stem != "sm90_fp8_gemm_1d2d" or not config:
         return _PTX_MEGABYTES.get(stem, _OTHER_PTX_MEGABYTES)
     block_m, block_n, block_k = (int(config[f"block_{axis}"]) for axis in "mnk")
-    # The main loop is there once for each number of K-blocks before the scales of B change.
+    # The code has one copy of the main loop per number of K-blocks before the scales of B change.
     step = gcd(block_k, block_n)
     many = block_k % block_n and block_k // step <= _MOST_COPIES
     copies = min(block_n, block_k) // step + 1 if many else 1

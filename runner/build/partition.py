@@ -1,4 +1,4 @@
-"""Share kernels out over nodes so that all are done at about the same time."""
+"""Share kernels out over nodes so that all nodes finish at about the same time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from runner.kernels.kernel import Kernel
 
 
 def share_out(kernels: Sequence[Kernel], nodes: int) -> list[tuple[Kernel, ...]]:
-    """A share a node: the dearest kernel first, to whoever has the least so far.
+    """One share per node: costliest first, each kernel goes to the node with the least work so far.
 
-    Every process that calls it with the same arguments gets the same shares.
+    Every process that calls this with the same arguments gets the same shares.
     """
     loads = [0.0] * nodes
     shares: list[list[Kernel]] = [[] for _ in range(nodes)]

@@ -1,4 +1,4 @@
-"""Build a plan into a cache: what is there stays, what is missing is built once."""
+"""Build a plan into a cache: existing kernels stay, missing ones are built once."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class BuildReport:
     """What a build did, in numbers of kernels.
 
     Attributes:
-        present: there before.
-        replaced: of those built, in place of a broken entry.
-        plain: of those built, compiled alone by nvcc, by reason.
-        failed: kernel names with the compiler's text.
+        present: in the cache beforehand.
+        replaced: built to replace a broken entry.
+        plain: built by an nvcc process each, by the reason for that.
+        failed: names of kernels that did not compile, with the compiler's message.
     """
 
     planned: int
@@ -52,12 +52,12 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What is built, where, and with what.
+    """What to build, where, and with which compiler.
 
     Attributes:
-        keys: for the machine that will run.
-        compiler: this machine's.
-        jobs: compiler processes at a time.
+        keys: cache keys of the machine that will run.
+        compiler: this machine's compiler.
+        jobs: compiler processes that run at a time.
         fast: False compiles every kernel alone.
     """
 
@@ -75,7 +75,7 @@ class BuildRequest:
         return {self.keys.cache_key(item.kernel): item for item in self.plan.kernels}
 
     def manifest(self, kernels: Mapping[str, PlannedKernel]) -> Manifest:
-        """A manifest that names every given kernel that is in the cache, whoever built it."""
+        """A manifest of those given kernels that the cache holds, whoever built them."""
         origin = self.plan.table.origin
         entries = {
             key: describe_entry(folder, item.kernel.name, list(map(use_to_json, item.uses)))
@@ -99,32 +99,32 @@ def prebuild(
     on_wait: Callable[[], None] = lambda: None,
     progress: Progress = lambda done, total, fraction: None,
 ) -> BuildReport:
-    """Build what the cache lacks of the plan, and write the manifest.
+    """Build the planned kernels that the cache lacks, and write the manifest.
 
-    One builder at a time works in a cache; the next one waits and then finds everything there. A
-    killed build leaves whole entries behind, and the next one goes on from them.
+    Only one builder works in a cache at a time; the next one waits and then finds everything there.
+    A killed build leaves only whole entries behind, and the next build continues from them.
 
     Args:
-        on_wait: called when another builder is at work and this one waits.
-        progress: called with (kernels done, of how many, fraction of the work).
+        on_wait: called when this builder has to wait for another one.
+        progress: called with (kernels done, kernels in total, fraction of the work done).
 
     Raises:
-        UserError: a cache that cannot be written or is another machine's, or an nvcc of another
-            release than the target's.
-        WorkFailedError: the disk is full or the like; what was built is kept.
+        UserError: a cache that is not writable or for another machine, or an nvcc whose release
+            is not the target's.
+        WorkFailedError: the build stopped, for example on a full disk; built kernels are kept.
     """
     ours, theirs = release_of(request.compiler.signature), release_of(request.keys.signature)
     if ours != theirs:
         raise UserError(
-            "nvcc here is {}.{} and the target's is {}.{}: ".format(*ours, *theirs)
-            + "build with the target's release, or with an older one and relocate (runner cache "
-            "relocate)"
+            "nvcc here is {}.{} but the target's is {}.{}: ".format(*ours, *theirs)
+            + "build with the target's release, or build for an older one and run runner cache "
+            "relocate"
         )
     cache = request.cache
     try:
         cache.prepare()
     except UserError:
-        if _is_complete(request):  # Then it need not be written.
+        if _is_complete(request):  # A complete cache may be read-only.
             return BuildReport(len(request.plan.kernels), present=len(request.plan.kernels))
         raise
     with locked(cache.root, wait=False) as lock:
@@ -175,8 +175,8 @@ def _build(request: BuildRequest, progress: Progress, *, alone: bool) -> BuildRe
     except OSError as error:
         words = error.strerror or str(error) or type(error).__name__
         raise WorkFailedError(
-            f"the build stopped after {report.built} of {len(missing)} kernels: {words}; what was "
-            "built is kept, run it again to go on"
+            f"the build stopped after {report.built} of {len(missing)} kernels: {words}; "
+            "finished kernels are kept, run it again to go on"
         ) from None
     report.wall_seconds = time.monotonic() - started
     report.cpu_seconds = _cpu_seconds() - cpu
@@ -184,7 +184,7 @@ def _build(request: BuildRequest, progress: Progress, *, alone: bool) -> BuildRe
 
 
 def _cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """CPU seconds of this process and of its finished children."""
     both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(sum(resource.getrusage(who)[:2]) for who in both)
 

@@ -1,4 +1,4 @@
-"""nvcc's own stages, as ``--dryrun`` shows them, and PTX split by entry between two of them."""
+"""Run nvcc's stages, as ``--dryrun`` shows them, and split PTX by entry between two of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _Argv = tuple[str, ...]
 
 
 class UnusualError(Exception):
-    """Something that the fast way cannot do: nvcc compiles the kernel alone."""
+    """The fast way cannot build this: nvcc must compile the kernel alone."""
 
 
 class StageError(UnusualError):
-    """A stage refused its input; the text is its own."""
+    """A stage refused its input; the text is the stage's own message."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Command lines of the three stages, made for one folder; they run in any other.
+    """Command lines of the three stages, which run in any folder.
 
-    From ``kernel.cu`` over the file ``preprocessed`` and ``kernel.ptx`` to ``kernel.cubin``.
+    They turn ``kernel.cu`` into ``preprocessed``, ``kernel.ptx`` and then ``kernel.cubin``.
     """
 
     folder: str
@@ -57,8 +57,8 @@ def find_stages(
     """Ask nvcc which programs it runs, with which arguments.
 
     Raises:
-        UnusualError: this nvcc works in another way, or the flags keep line numbers, which would
-            name the unit instead of the kernel.
+        UnusualError: this nvcc works differently, or the flags keep line numbers, which would
+            point into the unit instead of the kernel.
     """
     if {"-lineinfo", "-G", "-g"} & set(flags):
         raise UnusualError("the flags keep line numbers")
@@ -75,7 +75,7 @@ def find_stages(
     except ValueError as error:
         raise UnusualError(f"nvcc --dryrun cannot be read: {error}") from None
     if front_end.count(text) != 1 or front_end[-2:] != ("-o", f"{folder}/kernel.ptx"):
-        raise UnusualError("cicc does not read what was preprocessed, or writes elsewhere")
+        raise UnusualError("cicc does not read the preprocessed file, or writes elsewhere")
     ptx = next((word for word in assemble if word.endswith(".ptx")), "")
     if not ptx or assemble[-2:] != ("-o", f"{folder}/kernel.cubin"):
         raise UnusualError("ptxas does not read PTX, or writes elsewhere")
@@ -92,7 +92,7 @@ def find_stages(
 def _dry_run(
     nvcc: Path, flags: Sequence[str], folder: Path, kind: str, environment: Mapping[str, str]
 ) -> tuple[list[_Argv], dict[str, str]]:
-    """Commands and variables that nvcc would use, with its temporary files in ``folder``."""
+    """Commands and variables that nvcc would use, with temporary files in ``folder``."""
     files = [f"{folder}/kernel.cu", f"-{kind}", "-o", f"{folder}/kernel.{kind}"]
     done = subprocess.run(
         [str(nvcc.absolute()), *files, *flags, "--dryrun"],
@@ -132,10 +132,10 @@ _DIRECTIVES = ("//", ".version ", ".target ", ".address_size ")
 
 
 def split_ptx(ptx: str) -> dict[str, str]:
-    """Modules by entry: the declarations that concern it, then the entry.
+    """One PTX module per entry: the declarations that it needs, then the entry.
 
-    A declaration that some entries name goes with those; one that none names goes with all, as
-    in the PTX of each kernel alone.
+    A declaration goes to the entries that name it; one that no entry names goes to all of them,
+    as in the PTX of each kernel compiled alone.
 
     Raises:
         UnusualError: anything besides declarations and entries, such as functions or strings.
@@ -147,7 +147,7 @@ def split_ptx(ptx: str) -> dict[str, str]:
     bodies = {match[1]: ptx[a:b] for match, (a, b) in zip(starts, pairwise(bounds), strict=True)}
     for body in bodies.values():
         if _OUTSIDE_ENTRIES.search(body) or not body.rstrip().endswith("\n}"):
-            raise UnusualError("PTX with more than entries")
+            raise UnusualError("PTX with unknown parts")
     if len(bodies) != len(starts):
         raise UnusualError("PTX with two entries of one name")
     head = [(line, _declared(line)) for line in ptx[: bounds[0]].splitlines()]
@@ -166,9 +166,9 @@ def split_ptx(ptx: str) -> dict[str, str]:
 
 
 def _uses(body: str, name: str) -> bool:
-    """Whether the text names the variable, and not only one that begins or ends with its name."""
-    # Most texts do not have the word at all, which a plain search finds a hundred times as fast:
-    # PTX is megabytes, and all workers wait for one interpreter.
+    """Whether the text contains the variable's name as a whole word."""
+    # Most texts lack the name altogether; a plain search finds that out a hundred times as fast.
+    # PTX has megabytes, and all workers share one interpreter.
     return name in body and re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", body) is not None
 
 

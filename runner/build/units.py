@@ -1,4 +1,4 @@
-"""Units: several kernels of one header in one source, how they are chosen and told apart again."""
+"""Units: several kernels of one header in one source, and how to tell their entries apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner.kernels.kernel import Kernel
 
 Unit = list[Kernel]
 Signature = tuple[str, tuple[int, ...]]
-"""A template's name and its literal arguments, by which a unit's entries find their kernels."""
+"""A template's name and its literal arguments, which match a unit's entries to its kernels."""
 
 _BUDGETS = [0.25 * 1.5**step for step in range(-2, 12)]
 _FUNCTION = "__instantiate_kernel"
@@ -23,7 +23,7 @@ _BOOLEANS = {"true": 1, "false": 0}
 
 
 def split_into_units(kernels: Sequence[Kernel], workers: int) -> list[Unit]:
-    """Units of one header each, of the size with the smallest expected makespan."""
+    """Split kernels into units of one header each, sized for the smallest expected makespan."""
     by_header: dict[str, list[Kernel]] = defaultdict(list)
     for kernel in kernels:
         by_header[kernel.header].append(kernel)
@@ -35,9 +35,9 @@ def split_into_units(kernels: Sequence[Kernel], workers: int) -> list[Unit]:
 
 
 def _units_of(kernels: Sequence[Kernel], budget: float) -> list[Unit]:
-    """Units of about ``budget`` seconds, evenly filled.
+    """Split kernels of one header evenly into units of about ``budget`` seconds.
 
-    Kernels of one signature never share a unit: their entries could not be told apart.
+    Kernels with the same signature never share a unit: their entries could not be told apart.
     """
     same_signature = Counter(map(signature, kernels))
     total = sum(map(front_end_seconds, kernels))
@@ -59,10 +59,10 @@ def _units_of(kernels: Sequence[Kernel], budget: float) -> list[Unit]:
 
 
 def unit_text(unit: Sequence[Kernel]) -> str:
-    """The instantiations of a unit's kernels, which follow the header's text.
+    """The instantiations of a unit's kernels, to append to the header's text.
 
     Raises:
-        UnusualError: a source that is not one include and one instantiation.
+        UnusualError: a source is not one include and one instantiation.
     """
     texts = []
     for number, kernel in enumerate(unit):
@@ -74,10 +74,10 @@ def unit_text(unit: Sequence[Kernel]) -> str:
 
 
 def match_entries(unit: Sequence[Kernel], entries: Sequence[str]) -> dict[str, Kernel]:
-    """The kernel of each entry; an entry may have more arguments than were written (defaults).
+    """Find each entry's kernel; an entry may have more arguments than its source (defaults).
 
     Raises:
-        UnusualError: not exactly one entry for each kernel.
+        UnusualError: a kernel does not have exactly one entry.
     """
     signatures = {entry: entry_signature(entry) for entry in entries}
     found: dict[str, Kernel] = {}
@@ -92,7 +92,7 @@ def match_entries(unit: Sequence[Kernel], entries: Sequence[str]) -> dict[str, K
             raise UnusualError("a unit's entries cannot be told apart")
         found[own[0]] = kernel
     if len(found) != len(entries):
-        raise UnusualError("a unit has entries that are not its kernels")
+        raise UnusualError("a unit has entries of other kernels")
     return found
 
 
@@ -109,7 +109,7 @@ def entry_signature(mangled: str) -> Signature:
     """The template and literal arguments in an entry's mangled name.
 
     Raises:
-        UnusualError: not the name of a template's instance.
+        UnusualError: the name is not a template instance's.
     """
     position = 3 if mangled.startswith("_ZN") else 2
     name = ""

@@ -1,6 +1,6 @@
-"""One reproducible archive of a cache: equal caches give equal bytes.
+"""Pack a cache into one reproducible archive: equal caches give equal bytes.
 
-A tar.gz of ``manifest.json``, then for each of its keys in order ``cache/<key>/<file>``.
+A tar.gz of ``manifest.json``, then ``cache/<key>/<file>`` for each of the manifest's keys in order.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ _LARGEST_FILE = 256 << 20
 
 
 def pack(cache: KernelCache, manifest: Manifest, archive: Path) -> int:
-    """Write the manifest and its entries to ``archive``, which appears whole; returns its bytes.
+    """Write the manifest and its entries to ``archive`` in one step; returns the archive's size.
 
     Raises:
-        UserError: an entry of the manifest is missing or not what was built, or the archive cannot
-            be written.
+        UserError: an entry of the manifest is missing or changed, or the archive is not writable.
     """
     _check_complete(cache, manifest)
     try:
@@ -65,7 +64,7 @@ def _check_complete(cache: KernelCache, manifest: Manifest) -> None:
     for key, entry in manifest.entries.items():
         if describe_entry(cache.entry(key), entry.name, entry.uses) != entry:
             raise UserError(
-                f"{cache.entry(key)} is not what was built: runner cache verify {cache.root}"
+                f"{cache.entry(key)} is not what was built: run runner cache verify {cache.root}"
             )
 
 
@@ -80,18 +79,18 @@ def unpack(
     cache: KernelCache,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Manifest, int]:
-    """Place the archive's entries in a cache; the caller holds its lock.
+    """Place the archive's entries in a cache; the caller holds the cache's lock.
 
-    An entry that is there stays if it is what the cache's own manifest names, or, where that names
-    none, the archive's; any other one is replaced.
+    An existing entry stays if it matches the cache's own manifest or, if that does not name it,
+    the archive's manifest; otherwise it is replaced.
 
     Returns:
-        The manifest of the archive's entries as they now are in the cache, and how many of them
-        were placed.
+        The manifest of the archive's entries as they now are in the cache, and how many were
+        placed.
 
     Raises:
-        UserError: not such an archive, an entry that differs from the archive's manifest, or a
-            cache of another machine. Entries placed before the error stay, each of them whole.
+        UserError: not a packed cache, an entry that differs from the archive's manifest, or a
+            cache for another machine. Entries placed before the error stay, each of them whole.
     """
     placed, entries = 0, {}
     try:
@@ -118,18 +117,18 @@ def unpack(
 
 
 def _read_entry(tar: tarfile.TarFile, key: str, entry: Entry, archive: Path) -> dict[str, bytes]:
-    """The files of an entry, with the digests that the manifest names."""
-    if not files_of(key):  # It might even be a path to somewhere else.
+    """Read an entry's files and check their digests against the manifest."""
+    if not files_of(key):  # Otherwise the key could be a path that leads out of the cache.
         raise UserError(f"{archive}: its manifest names {key!r}, which is not a kernel's key")
     files = {file: _read(tar, f"cache/{key}/{file}", archive) for file in files_of(key)}
     for file, digest in ((SOURCE, entry.source_sha256), (CUBIN, entry.cubin_sha256)):
         if sha256(files[file]) != digest:
-            raise UserError(f"{archive}: cache/{key}/{file} is not what its manifest names")
+            raise UserError(f"{archive}: cache/{key}/{file} does not match its manifest")
     return files
 
 
 def _read(tar: tarfile.TarFile, name: str, archive: Path) -> bytes:
-    """The archive's next member, which must be a plain file of this name."""
+    """Read the archive's next member, which must be a plain file of this name."""
     member = tar.next()
     if member is None or member.name != name:
         found = "nothing" if member is None else member.name

@@ -1,4 +1,4 @@
-"""A check that a cache is complete: the library, called with every M, compiles nothing."""
+"""Check that a cache is complete: the library, called with every M, must compile nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GPU_DRIVER = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True)
 class CallReport:
-    """What a library did on a cache: names of the entries that it compiled, and that it added."""
+    """What a library did on a cache: the names of entries that it compiled and that it added."""
 
     where: str
     calls: int
@@ -41,10 +41,10 @@ def call_on_cache(
     jobs: int,
     progress: Callable[[int, int], None],
 ) -> CallReport:
-    """Call the library with every M of the manifest's GEMMs; the cache itself is not written.
+    """Call the library with every M of the manifest's GEMMs, without writing to the cache.
 
-    Without a GPU here, a stand-in takes the place of the manifest's; see ``call_library`` for the
-    other arguments and the errors.
+    Without a GPU here, a stand-in replaces the manifest's GPU; see ``call_library`` for the other
+    arguments and the errors.
     """
     demands = _demands(manifest)
     with tempfile.TemporaryDirectory(prefix="deepgemm-verify-") as folder:
@@ -70,7 +70,7 @@ def call_on_cache(
 
 
 def _environment(work: Path, manifest: Manifest, machine: TargetMachine) -> dict[str, str]:
-    """The GPU here with a compiler that refuses to compile, else a stand-in with its compiler."""
+    """Variables for the GPU here with a compiler that refuses to compile, or for a stand-in GPU."""
     if not _GPU_DRIVER.exists():
         return standin_environment(
             gpu_named(manifest.gpu, manifest.num_sms),
@@ -80,7 +80,7 @@ def _environment(work: Path, manifest: Manifest, machine: TargetMachine) -> dict
         )
     nvcc = find_nvcc(machine.environ)
     if nvcc is None:
-        raise UserError("--call on a GPU needs nvcc: the library asks it for its version")
+        raise UserError("--call on a GPU needs nvcc: the library reads its version")
     shim = write_shim(work / "nvcc", nvcc=nvcc, log_dir=work / "log", forbid=work)
     return {**os.environ, "DG_JIT_NVCC_COMPILER": str(shim), "DG_JIT_USE_NVRTC": "0"}
 
@@ -89,7 +89,7 @@ def _demands(manifest: Manifest) -> list[Demand]:
     """The GEMMs that a cache was built for, with every M that its manifest lists."""
     uses = [use for entry in manifest.entries.values() for use in entry.uses]
     if not uses or not manifest.gpu:
-        raise UserError("the manifest names no GEMM, or not the GPU: build the cache again")
+        raise UserError("the manifest names no GEMM, or no GPU: build the cache again")
     demands = []
     for use in uses:
         try:

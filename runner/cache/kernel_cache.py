@@ -1,4 +1,4 @@
-"""The disk cache, laid out as DeepGEMM lays it out, so that the library hits what we build."""
+"""The disk cache in DeepGEMM's own layout, so that the library hits what we build."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from runner.kernels.entry import CUBIN, SOURCE, cubin_damage, format_of, missing
 
 @dataclass(frozen=True)
 class KernelCache:
-    """One cache (``DG_JIT_CACHE_DIR``); its entries are the folders in ``<root>/cache``.
+    """A cache (``DG_JIT_CACHE_DIR``), whose entries are the folders in ``<root>/cache``.
 
     Attributes:
-        root: the directory that is written.
-        below: more directories to find entries in, which are only read; the second generation
-            takes ``DG_JIT_CACHE_DIR=writable:readonly:...``.
+        root: the directory that is written to.
+        below: further directories that are only read; the second generation accepts
+            ``DG_JIT_CACHE_DIR=writable:readonly:...``.
     """
 
     root: Path
@@ -33,7 +33,7 @@ class KernelCache:
         """The cache that a value of ``DG_JIT_CACHE_DIR`` names.
 
         Raises:
-            UserError: one of its parts is empty.
+            UserError: a part of the text is empty.
         """
         parts = text.split(":")
         if not all(parts):
@@ -46,7 +46,7 @@ class KernelCache:
 
     @classmethod
     def existing(cls, directory: Path) -> KernelCache:
-        """The cache in a directory.
+        """Open the cache in a directory.
 
         Raises:
             UserError: there is none.
@@ -57,16 +57,16 @@ class KernelCache:
         return found
 
     def check_generation(self, generation: int) -> None:
-        """Raise UserError for a list of directories if the JIT reads only one."""
+        """Raise UserError if this is a list of directories and the JIT reads only one."""
         if self.below and generation == 1:
             raise UserError(
-                f"cache directory {self.text!r} is a list, which sgl-deep-gemm reads since 0.2.0: "
+                f"cache directory {self.text!r} is a list, which needs sgl-deep-gemm >= 0.2.0: "
                 "give one directory"
             )
 
     @property
     def text(self) -> str:
-        """The value of ``DG_JIT_CACHE_DIR`` that names it in any working directory."""
+        """The value of ``DG_JIT_CACHE_DIR`` that names this cache from any working directory."""
         return ":".join(str(path.absolute()) for path in (self.root, *self.below))
 
     def prepare(self) -> None:
@@ -87,7 +87,7 @@ class KernelCache:
             ) from None
 
     def entries(self) -> list[Path]:
-        """Everything in the place of an entry, whole or not, ordered by name."""
+        """Every entry, whole or broken, ordered by name."""
         found: dict[str, Path] = {}
         for root in (self.root, *self.below):
             folder = root / "cache"
@@ -96,12 +96,12 @@ class KernelCache:
         return [found[name] for name in sorted(found)]
 
     def entry(self, key: str) -> Path:
-        """Directory of a kernel; if no place has it, the one where it would be written."""
+        """The directory of a kernel's entry, or where it would be written if there is none."""
         places = [root / "cache" / key for root in (self.root, *self.below)]
         return next((place for place in places if place.exists()), places[0])
 
     def has(self, key: str) -> bool:
-        """Whether the kernel is there.
+        """Whether the cache has the kernel.
 
         Raises:
             UserError: the directory exists but is not whole; the library would abort on it.
@@ -116,7 +116,7 @@ class KernelCache:
         return True
 
     def holds(self, key: str, source: str, cubin_sha256: str = "") -> bool:
-        """Whether the entry is there and whole, with this source and, if given, this cubin."""
+        """Whether the entry exists and is whole, with this source and, if given, this cubin."""
         entry = self.entry(key)
         if format_of(key) is None or missing_files(entry):
             return False
@@ -131,11 +131,11 @@ class KernelCache:
     def keys_to_build(
         self, sources: Mapping[str, str], cubin_sha256: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Keys without an entry, or with a broken one, which is discarded.
+        """Discard broken entries, and return the keys that have no entry.
 
-        Several processes may ask at once: an entry that another one has completed meanwhile
-        stays, because only what is still broken under a lock is discarded. A cubin without a
-        digest only has to be whole.
+        Several processes may call this at once. An entry that another process has completed in the
+        meantime stays, because an entry must still be broken under a lock to be discarded. Without
+        a digest, a cubin only has to be whole.
         """
         missing = []
         for key, source in sources.items():
@@ -161,8 +161,8 @@ class KernelCache:
     ) -> bool:
         """Write an entry to a temporary directory and move it into place.
 
-        Returns False if another process was first, whose entry stays. Directories of the default
-        ``prefix`` are those that :meth:`remove_leftovers` removes.
+        Returns False if another process was first; that entry stays. :meth:`remove_leftovers`
+        removes temporary directories with the default ``prefix``.
         """
         temporary = self._temporary(prefix)
         temporary.mkdir(parents=True)
@@ -184,7 +184,7 @@ class KernelCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def discard(self, key: str) -> None:
-        """Remove an entry in one step, whole or not; do nothing if there is none."""
+        """Remove an entry, whole or broken, in one step; do nothing if there is none."""
         away = self._temporary("discarded-")
         away.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -197,7 +197,7 @@ class KernelCache:
             away.unlink()
 
     def remove_leftovers(self) -> None:
-        """Remove temporary folders of processes that were killed; nobody else may be building."""
+        """Remove temporary folders that killed processes left; no other builder may be running."""
         for prefix in ("build-", "discarded-"):
             for path in (self.root / "tmp").glob(f"{prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -207,7 +207,7 @@ class KernelCache:
 
 
 def size_of(entry: Path) -> int:
-    """Bytes of an entry's files."""
+    """Total size of an entry's files in bytes."""
     return sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
 
 

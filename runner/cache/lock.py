@@ -1,4 +1,4 @@
-"""Locks of a cache."""
+"""Locks on a cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from runner.files import take_lock
 
 @contextmanager
 def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Iterator[bool | None]:
-    """Hold a cache's lock among builders; the library itself does not take it.
+    """Hold the lock that builders of a cache take; the library itself does not take it.
 
-    Builders that hold it ``shared``, each with kernels of its own to build, do not exclude each
-    other.
+    Builders that each build different kernels hold it ``shared`` and do not exclude each other.
 
     Raises:
         UserError: the directory cannot be written.
@@ -31,7 +30,7 @@ def locked(cache_dir: Path, *, wait: bool = True, shared: bool = False) -> Itera
 
 @contextmanager
 def folder_lock(folder: Path, cache_dir: Path) -> Iterator[None]:
-    """Hold a lock on a folder itself, for a moment, exclusively."""
+    """Hold an exclusive lock on a folder itself, for a short time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         take_lock(descriptor, cache_dir)

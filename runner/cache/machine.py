@@ -1,9 +1,9 @@
-"""The machine that will run a cache: what differs from the one that it was built for, and moving.
+"""Compare a cache with the machine that will run it, and relocate it to another machine.
 
-The first generation's key digests the include path, so a cache built for one path misses at
-another although the kernels are the same. An entry may take another key if the headers' digest in
-its source is the target's, and the target's CUDA release is not older than the one that built it:
-a driver loads what older compilers made, not what newer ones did.
+The first generation's keys digest the include path, so a cache built for one path misses at
+another although the kernels are the same. An entry may get a new key if the headers' digest in its
+source is the target's and the target's CUDA release is not older than the one that built it: a
+driver loads what older compilers made, but not necessarily what newer ones made.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MAJOR, _MINOR, _SM_COUNT = 75, 76, 16
 
 @dataclass(frozen=True)
 class Device:
-    """The properties of a GPU that decide its kernels."""
+    """The properties of a GPU that decide which kernels it runs."""
 
     capability: tuple[int, int]
     num_sms: int
 
 
 def device_here() -> Device | None:
-    """The first GPU of this machine, from its driver; None if there is none."""
+    """The first GPU of this machine, as its driver reports it; None if there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -58,10 +58,11 @@ class TargetMachine:
     """The machine on which a server will look for a cache's kernels.
 
     Attributes:
-        library: its DeepGEMM, as installed here; ``root`` is its folder there.
+        library: the server's DeepGEMM, as installed here.
+        root: the library's folder on that machine.
         version_text: what ``nvcc --version`` prints there.
-        environ: the server's variables.
-        device: its GPU, None if it is not known.
+        environ: the server's environment variables.
+        device: the GPU; None if unknown.
     """
 
     library: Library
@@ -71,35 +72,35 @@ class TargetMachine:
     device: Device | None = None
 
     def recipe(self, built: Manifest | None) -> Recipe:
-        """How the library compiles there; without a manifest, as the first generation does."""
+        """How the library compiles there; without a manifest, the first generation's way."""
         return with_variables(built.recipe if built else FIRST_RECIPE, self.environ)
 
     def keys(self, built: Manifest | None) -> CacheKeys:
         return keys_for(self.library, self.recipe(built), self.version_text, self.root)
 
     def changed_flags(self, built: Manifest) -> list[str]:
-        """Flags that the server's variables add or take away."""
+        """Flags that the server's variables add or remove."""
         return sorted(set(built.recipe.flags) ^ set(self.recipe(built).flags))
 
     def differences(self, built: Manifest) -> Iterator[str]:
-        """What keeps a server there from hitting a cache, each with what to do, in one line."""
+        """Each reason why a server there would miss the cache, and the remedy, on one line."""
         if built.library != self.library.title:
             yield (
-                f"other library: built for {built.library}, and {self.library.title} looks for "
-                "other kernels: build with that one (runner compile --library)"
+                f"other library: built for {built.library}, but {self.library.title} needs other "
+                "kernels: build for that one (runner compile --library)"
             )
             return
         if self.environ.use_nvrtc or self.environ.dg_jit_use_nvrtc:
             yield (
-                "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it "
+                "other compiler: DG_JIT_USE_NVRTC is set, but nvcc built these entries: unset it "
                 "where the server runs"
             )
         signature = signature_of(self.version_text, built.generation)
         if signature != built.signature:
             yield (
                 f"other compiler: built for {compiler_words(built.signature)}, here it is "
-                f"{compiler_words(signature)}: runner cache relocate, or build with what nvcc "
-                "--version prints there (runner compile --compiler-text)"
+                f"{compiler_words(signature)}: runner cache relocate, or build for the nvcc "
+                "there (runner compile --compiler-text)"
             )
         here = str(self.root / "include")
         if built.generation == 1 and built.include_path != here:
@@ -110,7 +111,7 @@ class TargetMachine:
         if changed := self.changed_flags(built):
             yield (
                 f"other compiler flags ({', '.join(changed)}): DG_JIT_* variables differ; set them "
-                "as they were when it was built, or build it with them set"
+                "as they were at build time, or rebuild the cache with them"
             )
         yield from self._other_gpu(built)
 
@@ -133,7 +134,7 @@ class TargetMachine:
 
 
 def compiler_words(signature: str) -> str:
-    """A compiler's signature in a few words: the second generation's has several lines."""
+    """A compiler's signature in a few words; the second generation's has several lines."""
     release = "nvcc {}.{}".format(*release_of(signature))
     when = [line for line in signature.splitlines() if line.startswith("Built on")]
     return f"{release} ({when[0]})" if when else release
@@ -147,18 +148,18 @@ def relocate(
     target: KernelCache,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Manifest, int, list[Finding]]:
-    """Copy every sound entry of ``source`` to ``target`` under the keys of another machine.
+    """Copy every intact entry of ``source`` to ``target`` under another machine's keys.
 
     Args:
         manifest: what ``source`` was built for.
-        keys: of the machine that will run.
-        library: its library, whose headers sources must name.
-        target: another directory than ``source``.
-        progress: called with (entries done, of how many).
+        keys: cache keys of the machine that will run.
+        library: that machine's library, whose headers the sources must name.
+        target: the cache to copy to; not ``source`` itself.
+        progress: called with (entries done, entries in total).
 
     Returns:
-        The manifest of these entries as they now are in ``target``, how many of them were placed,
-        and why others were refused.
+        The manifest of these entries as they now are in ``target``, how many were placed, and why
+        others were refused.
 
     Raises:
         UserError: the target's compiler is older than the one that built the cache.
@@ -166,8 +167,8 @@ def relocate(
     built, wanted = release_of(manifest.built_with), release_of(keys.signature)
     if wanted < built:
         raise UserError(
-            f"the cache was built with CUDA {built[0]}.{built[1]} and cannot go to CUDA "
-            f"{wanted[0]}.{wanted[1]}: a driver need not load what a newer compiler made; build "
+            f"the cache was built with CUDA {built[0]}.{built[1]} and cannot move to CUDA "
+            f"{wanted[0]}.{wanted[1]}: a driver may not load what a newer compiler made; build "
             f"it with nvcc {wanted[0]}.{wanted[1]}"
         )
     named = manifest.entries

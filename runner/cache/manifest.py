@@ -1,4 +1,4 @@
-"""The manifest of a cache: what was built into it, for which machine, with what.
+"""The manifest of a cache: what was built, for which machine, and with which tools.
 
 It is ``<cache_dir>/manifest.json``, next to the entries; the library never looks at it.
 """
@@ -27,12 +27,12 @@ _NAME = "manifest.json"
 _INCLUDE_FLAG = re.compile(r"(?<!\S)-I(.*?/include)(?= -|$)")
 
 Use = dict[str, Any]
-"""A GEMM that runs a kernel, as :func:`runner.planning.plan_json.use_to_json` writes it."""
+"""A GEMM that runs a kernel, as :func:`runner.planning.plan.use_to_json` writes it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel of the cache; ``name`` is the library's name of it."""
+    """One kernel of the cache; ``name`` is the library's name for it."""
 
     name: str
     uses: list[Use]
@@ -43,15 +43,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds, and the machine that it is for.
+    """What a cache holds, and which machine it is for.
 
     Attributes:
-        library: name and version of the library whose kernels these are.
-        signature: what the keys hold of the running machine's compiler.
-        flags: what they hold of its flags, including that machine's include path if any.
+        library: name and version of the library that the kernels belong to.
+        signature: the running machine's compiler, as the keys include it.
+        flags: that compiler's flags, as the keys include them, with the include path if any.
         built_with: signature of the compiler that built them.
-        gpu: name of the GPU, of several the one with the most SMs; empty in old manifests.
-        num_sms: its SMs; 0 in old manifests.
+        gpu: name of the GPU, or of the one with the most SMs; empty in old manifests.
+        num_sms: SM count of ``gpu``; 0 in old manifests.
         plans: titles of the plans that were built.
         entries: kernels by cache key.
     """
@@ -69,29 +69,29 @@ class Manifest:
     entries: Mapping[str, Entry] = field(default_factory=dict)
 
     def same_target(self, other: Manifest) -> bool:
-        """Whether both are for machines that look for the same keys."""
+        """Whether both are for machines with the same keys."""
         names = ("library", "arch", "signature", "flags", "extra_signature")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     @property
     def include_path(self) -> str:
-        """The include path among the flags; empty if they have none."""
+        """The include path in the flags; empty if there is none."""
         match = _INCLUDE_FLAG.search(self.flags)
         return match[1] if match else ""
 
     @property
     def recipe(self) -> Recipe:
         """How the library compiles on the machine that the cache is for."""
-        path = self.include_path  # which may hold blanks
+        path = self.include_path  # may contain blanks
         flags = self.flags.replace(f"-I{path}", f"-I{INCLUDE}", 1) if path else self.flags
         return Recipe(self.generation, tuple(flags.split(" ")), self.extra_signature)
 
     def keys(self, headers: Headers) -> CacheKeys:
-        """Keys as the manifest's machine makes them, from a library's headers."""
+        """Cache keys of the manifest's machine, from a library's headers."""
         return CacheKeys(headers, self.recipe, self.signature, Path(self.include_path))
 
     def merged(self, newer: Manifest) -> Manifest:
-        """Both manifests' entries and plans; if both have an entry, the newer one's."""
+        """Combine both manifests' entries and plans; the newer one's entries win."""
         entries = dict(self.entries)
         for key, entry in newer.entries.items():
             uses = entries[key].uses if key in entries else []
@@ -101,7 +101,7 @@ class Manifest:
             newer,
             plans=list(dict.fromkeys([*self.plans, *newer.plans])),
             entries=entries,
-            # What a newer compiler built must not pass for an older one's.
+            # A newer compiler's entries must not pass for an older one's.
             built_with=max(self.built_with, newer.built_with, key=release_of),
             gpu=largest.gpu,
             num_sms=largest.num_sms,
@@ -109,13 +109,13 @@ class Manifest:
 
     @property
     def sm_counts(self) -> set[int]:
-        """Numbers of SMs that kernels were built for."""
+        """SM counts that kernels were built for."""
         uses = (use for entry in self.entries.values() for use in entry.uses)
         return {self.num_sms, *(use["num_sms"] for use in uses if "num_sms" in use)} - {0}
 
     @classmethod
     def of_keys(cls, keys: CacheKeys, library: str, **more: Any) -> Manifest:
-        """A manifest for the machine of ``keys``, whose compiler also built what it lists."""
+        """A manifest for the machine of ``keys``, whose compiler also built the entries."""
         recipe, signature = keys.recipe, keys.signature
         return cls(
             library,
@@ -145,21 +145,21 @@ def _merged_uses(uses: list[Use]) -> list[Use]:
 
 
 def describe_entry(folder: Path, name: str, uses: list[Use]) -> Entry:
-    """The manifest's line for an entry on disk."""
+    """Describe an entry on disk for the manifest."""
     source, cubin = (folder / SOURCE).read_bytes(), (folder / CUBIN).read_bytes()
     return Entry(name, uses, sha256(source), sha256(cubin), len(cubin))
 
 
 def sha256(data: bytes) -> str:
-    """Hex digest."""
+    """Hex SHA-256 digest."""
     return hashlib.sha256(data).hexdigest()
 
 
 def read_manifest(cache_dir: Path) -> Manifest | None:
-    """The manifest of a cache, None if it has none.
+    """Read the manifest of a cache; None if it has none.
 
     Raises:
-        UserError: a file that is not a manifest.
+        UserError: the file is unreadable or not a manifest.
     """
     path = cache_dir / _NAME
     try:
@@ -171,7 +171,7 @@ def read_manifest(cache_dir: Path) -> Manifest | None:
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """A manifest from its JSON; ``where`` names it in the error.
+    """Parse a manifest's JSON; ``where`` names it in the error.
 
     Raises:
         UserError: not a manifest.
@@ -233,7 +233,7 @@ def write_manifest(cache_dir: Path, manifest: Manifest) -> None:
 
 
 def check_target(cache_dir: Path, newer: Manifest) -> None:
-    """Raise UserError if the cache was built for another machine: one cache is for one."""
+    """Raise UserError if the cache was built for another machine: a cache serves only one."""
     older = read_manifest(cache_dir)
     if older is not None and older.entries and not older.same_target(newer):
         raise UserError(
@@ -243,7 +243,7 @@ def check_target(cache_dir: Path, newer: Manifest) -> None:
 
 
 def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
-    """Add to a cache's manifest, of the same machine; the caller holds the lock."""
+    """Merge into the manifest of a cache for the same machine; the caller holds the lock."""
     check_target(cache_dir, newer)
     older = read_manifest(cache_dir)
     merged = older.merged(newer) if older is not None and older.entries else newer
@@ -252,7 +252,7 @@ def merge_manifest(cache_dir: Path, newer: Manifest) -> Manifest:
 
 
 def remove_entries(cache: KernelCache, entries: Collection[Path]) -> int:
-    """Remove entries, from the manifest first, under the caller's lock; returns their bytes."""
+    """Remove entries, first from the manifest; the caller holds the lock. Returns bytes freed."""
     manifest = read_manifest(cache.root)
     if manifest is not None:
         write_manifest(cache.root, manifest.without({path.name for path in entries}))

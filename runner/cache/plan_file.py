@@ -1,4 +1,4 @@
-"""A plan read back from ``runner plan --json``: which keys, and which M a kernel serves."""
+"""A plan read back from ``runner plan --json``: its keys, and the M that each kernel serves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PlannedEntry:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What tools need of a plan; ``target`` is what its keys are for, None if it has none."""
+    """What tools need of a plan; ``target`` is the machine of its keys, None without keys."""
 
     title: str
     kernels: list[PlannedEntry]
@@ -56,7 +56,7 @@ def read_plan_file(path: Path) -> PlanFile:
     """Read the JSON of ``runner plan``.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file is unreadable or not a plan.
     """
     try:
         data = json.loads(path.read_text())
@@ -75,11 +75,11 @@ def read_plan_file(path: Path) -> PlanFile:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a plan of runner plan --json: {error!r}") from None
+        raise UserError(f"{path} is not a plan from runner plan --json: {error!r}") from None
 
 
 def uses_in_words(uses: Sequence[Use]) -> str:
-    """``gemm_nt_f8f8bf16:4096:1024 M 1..16; ...``, a few of them."""
+    """The first few uses, as ``gemm_nt_f8f8bf16:4096:1024 M 1..16; ...``."""
     words = []
     for use in uses[:_SHOWN]:
         groups = f":{use['num_groups']}" if use["num_groups"] > 1 else ""

@@ -1,4 +1,4 @@
-"""Is a cache what it should be: every problem, entry by entry."""
+"""Verify a cache: list every problem, entry by entry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runner.kernels.keys import CacheKeys
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with the entry of that key: the kind of problem, and the problem in words."""
+    """A problem with the entry of ``key``: its kind, and a description in ``words``."""
 
     problem: str
     key: str
@@ -25,14 +25,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a cache is compared with.
+    """What to compare a cache with.
 
     Attributes:
-        wanted: keys that must be there.
-        known: keys that may be there; None allows any.
-        keys: of the machine that will run; None leaves keys unchecked.
-        library: headers that sources must name; None leaves them unchecked.
-        manifest: digests; None leaves contents unchecked, except for being whole.
+        wanted: keys that must be present.
+        known: keys that may be present; None allows any.
+        keys: cache keys of the machine that will run; None leaves keys unchecked.
+        library: library whose headers the sources must name; None leaves them unchecked.
+        manifest: digests of the files; without one, entries only have to be whole.
     """
 
     wanted: Collection[str]
@@ -43,7 +43,7 @@ class Expectation:
 
 
 def verify(cache: KernelCache, expected: Expectation) -> list[Finding]:
-    """Every problem of the cache, missing entries first."""
+    """List every problem of the cache, missing entries first."""
     present = {path.name: path for path in cache.entries()}
     findings = [
         Finding("missing", key, "is not in the cache")
@@ -88,7 +88,7 @@ def _problems(path: Path, expected: Expectation) -> Iterator[tuple[str, str]]:
 
 
 def _key(keys: CacheKeys, name: str, source: str) -> str:
-    """The key; empty if the source names a header that the library lacks."""
+    """The source's key; empty if the source names a header that the library lacks."""
     try:
         return keys.key_of(name, source)
     except OSError:
@@ -96,7 +96,7 @@ def _key(keys: CacheKeys, name: str, source: str) -> str:
 
 
 def _names_headers_of(library: Library, source: str) -> bool:
-    """Whether the digest in a source's first line is that of the library's headers."""
+    """Whether a source's first line has the digest of the library's headers."""
     line = HASH_LINE.match(source)
     try:
         return line is not None and line[1] == include_hash(library, source[line.end() :])

@@ -1,4 +1,4 @@
-"""The ``runner`` command; its subcommands are imported only when they are used."""
+"""The ``runner`` command; it imports a subcommand only when it is used."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from runner import __version__
 from runner.errors import run_guarded
 
 _COMMANDS = {
-    "sim": "Predict a start-up: the same schedule in virtual time.",
+    "sim": "Predict a start-up: run the same schedule in virtual time.",
     "sweep": "Simulate many layouts and policies: start-up time against coverage.",
-    "overlap": "What two-batch overlap is worth, and where its yield marks belong.",
-    "plan": "The exact kernels that a deployment can ever need.",
+    "overlap": "Compare two-batch overlap strategies, and find the best yield marks.",
+    "plan": "List exactly the kernels that a deployment can ever need.",
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",
     "standin": "Run any command on GPUs that do nothing.",
     "watch": "Run any server and report every DeepGEMM compile.",
-    "probe": "How fast this machine compiles, against a profile's.",
+    "probe": "Measure how fast this machine compiles, compared with a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",
-    "compare": "Lay Timelines side by side, or measured ones beside their predictions.",
+    "compare": "Compare Timelines, or measured ones with their predictions.",
 }
 
 
 class _LazyGroup(click.Group):
-    """Knows its commands by name and imports ``runner.cli.<name>`` on use."""
+    """Lists its commands by name and imports ``runner.cli.<name>`` on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -51,7 +51,7 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of the ``runner`` console script."""
-    # Nearly all that a command makes it keeps to its end: looking for cycles costs a fifth of it.
+    """Entry point of the ``runner`` console script."""
+    # A command keeps nearly all objects to its end; searching for cycles takes a fifth of its time.
     gc.set_threshold(200_000, 50, 50)
     sys.exit(run_guarded(cli, arguments, program="runner"))

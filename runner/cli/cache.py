@@ -34,7 +34,7 @@ cache.add_command(relocate)
 
 @dataclass(frozen=True)
 class _Row:
-    """An entry as ``ls`` lists it."""
+    """An entry in the list of ``ls``."""
 
     cache_key: str
     name: str
@@ -45,7 +45,7 @@ class _Row:
 
     @property
     def order(self) -> tuple[str, int, str]:
-        """By name, then by the first M that is served; keys alone would shuffle them."""
+        """Sort by name, then by the first M served; the order of keys is arbitrary."""
         return self.name, min((use["m_ranges"][0][0] for use in self.uses), default=0), self.words
 
 
@@ -59,7 +59,7 @@ class _Row:
     help="Write the list as JSON (- for stdout, and nothing else).",
 )
 def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
-    """List kernels in words: name, configuration, the M that each serves."""
+    """List kernels with their names, configurations and the M that each serves."""
     found = KernelCache.existing(directory)
     manifest = read_manifest(directory)
     plan = read_plan_file(plan_path) if plan_path else None
@@ -112,16 +112,16 @@ def pack(directory: Path, archive: Path) -> None:
 @click.argument("archive", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("directory", type=directory_type)
 def unpack(archive: Path, directory: Path) -> None:
-    """Place an ARCHIVE's kernels in a cache; those that are rightly there stay."""
+    """Place an ARCHIVE's kernels in a cache; intact kernels that are already there stay."""
     if not archive.is_file():
-        raise UserError(f"{archive} is not a file: it must be an archive of runner cache pack")
+        raise UserError(f"{archive} is not a file: give an archive from runner cache pack")
     target = KernelCache(directory)
     target.prepare()
     with locked(directory), progress("unpack") as shown:
         manifest, placed = unpack_archive(archive, target, counting(shown))
         merge_manifest(directory, manifest)
     there = len(manifest.entries) - placed
-    print(f"{directory}: {placed} kernels placed, {there} were there")
+    print(f"{directory}: {placed} kernels placed, {there} already there")
 
 
 @cache.command()
@@ -132,9 +132,9 @@ def unpack(archive: Path, directory: Path) -> None:
     multiple=True,
     required=True,
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="JSON of runner plan; kernels of any given plan stay.",
+    help="JSON from runner plan; kernels of every given plan stay.",
 )
-@click.option("--yes", is_flag=True, help="Really remove; without it only show what would go.")
+@click.option("--yes", is_flag=True, help="Remove them; without it, only show what would go.")
 def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     """Remove kernels that no given plan needs."""
     found = KernelCache.existing(directory)
@@ -142,13 +142,13 @@ def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
     wanted = {key for plan in plans for key in plan.keys}
     manifest = read_manifest(directory)
     for plan in plans:
-        # A plan for another machine needs none of these keys: it would remove them all.
+        # A plan for another machine has none of these keys: it would remove them all.
         if manifest and plan.target and not manifest.same_target(plan.target):
             raise UserError(
                 f"the plan of {plan.title} is for another machine than {directory}: make it with "
                 "the --target-root and --cuda-version that the cache was built with"
             )
-    # Without --yes nothing is written, not even a lock: the cache may be read-only.
+    # Without --yes write nothing, not even a lock: the cache may be read-only.
     with locked(directory) if yes else nullcontext():
         entries = found.entries()
         kept = sum(path.name in wanted for path in entries)

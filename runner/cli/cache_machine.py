@@ -1,4 +1,4 @@
-"""``runner cache verify`` and ``relocate``: a cache and the machine that will look it up."""
+"""``runner cache verify`` and ``relocate``: a cache and the machine that will use it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ plan_option = click.option(
     "--plan",
     "plan_path",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="JSON of runner plan.",
+    help="JSON from runner plan.",
 )
 
 
@@ -50,9 +50,9 @@ _LIBRARY = OptionDetails(
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What a cache is compared with."""
+    """What to compare a cache with."""
 
-    plan: Path | None = option(None, OptionDetails("JSON of runner plan."))
+    plan: Path | None = option(None, OptionDetails("JSON from runner plan."))
     library: str | None = option(None, _LIBRARY)
     gpu: str | None = option(
         None,
@@ -63,21 +63,21 @@ class VerifyOptions:
     call: bool = option(
         False,
         OptionDetails(
-            "Also call the library with every M that the manifest names, on the GPU here or on a "
+            "Also call the library with every M in the manifest, on the GPU here or on a "
             "stand-in: it must compile nothing."
         ),
     )
-    jobs: int | None = option(None, OptionDetails("Walks of --call at a time.", least=1))
+    jobs: int | None = option(None, OptionDetails("Walks that --call runs at a time.", least=1))
 
 
 @click.command()
 @click.argument("directory", type=directory_type)
 @with_options(VerifyOptions, CompilerOptions)
 def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -> None:
-    """Will a server here hit these entries? Exit code 0 only if so; else say what differs.
+    """Check whether a server here will hit these entries; exit with 0 if so, else show why not.
 
-    Entries are compared with the manifest and a plan, and what they were built for with this
-    machine, or the one that the options describe.
+    Entries are compared with the manifest and a plan. The machine they were built for is compared
+    with this machine, or with the one that the options describe.
     """
     result = verify_cache(
         directory,
@@ -122,7 +122,7 @@ def _print_findings(findings: list[Finding]) -> None:
 
 
 def _call(verified: Verification, jobs: int) -> None:
-    """Prove by the library itself that nothing of what the manifest names is compiled again."""
+    """Check with the library itself that it compiles none of the manifest's kernels again."""
     from runner.cache.call_check import call_on_cache
 
     found, manifest, machine = verified.cache, verified.manifest, verified.machine
@@ -141,10 +141,10 @@ def _call(verified: Verification, jobs: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RelocateOptions:
-    """Where a cache goes, and what one without a manifest was built for."""
+    """Where to put the cache, and what a cache without a manifest was built for."""
 
     to: Path = option(
-        Path(), OptionDetails("Where the new entries go.", metavar="DIRECTORY", required=True)
+        Path(), OptionDetails("Where to put the new entries.", metavar="DIRECTORY", required=True)
     )
     library: str | None = option(None, _LIBRARY)
     from_root: Path | None = option(
@@ -164,28 +164,28 @@ class RelocateOptions:
 @click.argument("directory", type=directory_type)
 @with_options(RelocateOptions, CompilerOptions)
 def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Path) -> None:
-    """Copy a cache so that it hits at another install path or with another compiler."""
+    """Copy a cache so that a server with another install path or compiler hits it."""
     source = KernelCache.existing(directory)
     manifest = read_manifest(source.root)
     if compiler.target_root is None and (manifest is None or manifest.generation == 1):
-        raise UserError("--target-root PATH is needed: where deep_gemm is on that machine")
+        raise UserError("give --target-root PATH: where deep_gemm is on that machine")
     machine, unknown = cache_machine(
         compiler, Environ.read(os.environ), manifest, library=options.library
     )
     if machine is None:
         raise UserError(unknown)
     if manifest is None and machine.library.generation == 2:
-        raise UserError(f"{directory} has no manifest, and only one says what its keys hold")
+        raise UserError(f"{directory} has no manifest, and its keys cannot be computed without one")
     manifest = manifest or _manifest_of(source, machine, options.from_root, options.from_cuda)
     if manifest.library != machine.library.title:
         raise UserError(
-            f"{directory} was built for {manifest.library}, and the library here is "
+            f"{directory} was built for {manifest.library}, but the library here is "
             f"{machine.library.title}: install that one, or give it with --library"
         )
     if changed := machine.changed_flags(manifest):
         raise UserError(
-            f"{directory} was built with other flags than DG_JIT_* variables ask for here "
-            f"({', '.join(changed)}): unset them, or build the cache anew"
+            f"{directory} was built with other flags than the DG_JIT_* variables here ask for "
+            f"({', '.join(changed)}): unset them, or build the cache again"
         )
     keys = machine.keys(manifest)
     to = options.to
@@ -202,7 +202,7 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
     _print_findings(refused)
     print(
         f"{placed} kernels placed in {target.root} for {machine.root} and "
-        f"{compiler_words(keys.signature)}, {len(moved.entries) - placed} were there"
+        f"{compiler_words(keys.signature)}, {len(moved.entries) - placed} already there"
     )
     if refused:
         raise WorkFailedError(f"{len(refused)} entries could not be relocated")
@@ -211,7 +211,7 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
 def _manifest_of(
     source: KernelCache, machine: TargetMachine, from_root: Path | None, from_cuda: str | None
 ) -> Manifest:
-    """A manifest for a cache that the library made, from what the user says of it."""
+    """Make a manifest for a cache that the library filled, from the user's options."""
     if from_root is None or from_cuda is None:
         raise UserError(
             f"{source.root} has no manifest: say what it was built for with --from-root PATH and "

@@ -1,4 +1,4 @@
-"""``runner calibrate``: a hardware profile out of measured runs."""
+"""``runner calibrate``: fit a hardware profile to measured runs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from sim.costs.profile import load_profile, write_profile
     "--base",
     default="h200",
     show_default=True,
-    help="Profile name or file that supplies what no run says.",
+    help="Profile name or file that supplies values which no run gives.",
 )
 @click.option("--name", help="The new profile's name.  [default: the output's]")
 def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | None) -> None:
     """Fit a hardware profile to measured runs and print its leave-one-out error.
 
-    TIMELINE.json are files that launch wrote with --timeline. Every run is also predicted by a
-    profile that is fitted to the others: that is the error to expect for a run that was not
+    TIMELINE.json are files that launch wrote with --timeline. Each run is also predicted by a
+    profile fitted to the other runs, which shows the error to expect for a run that was not
     measured.
     """
     check_outputs(others=(output,))
@@ -55,7 +55,7 @@ def calibrate(timelines: tuple[Path, ...], output: Path, base: str, name: str | 
         table.add_row(line.name, line.value, str(line.samples))
     make_console().print(table)
     if len(measured) < 2:
-        print("only one run: there is no other to fit a profile to and predict it with")
+        print("no leave-one-out error: that needs at least two runs")
     else:
         with progress("leave one out") as show:
             runs = leave_one_out(measured, known, counting(show))

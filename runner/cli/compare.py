@@ -1,4 +1,4 @@
-"""``runner compare``: two files of Timelines, or measured runs and a profile's predictions."""
+"""``runner compare``: compare two files of Timelines, or measured runs with predictions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _FILE = click.Path(path_type=Path)
 
 
 def _compared_names() -> list[str]:
-    """Metadata in which two Timelines of the same scenario agree.
+    """Metadata that is equal in two Timelines of the same scenario.
 
-    The memory of walks is left out: without the option, a prediction takes its profile's.
+    The memory of walks is left out: without the option, a prediction uses its profile's.
     """
     names = [item.name for item in (*fields(ParallelConfig), *fields(Scenario))]
     return [name for name in dict.fromkeys(["model", "layers", *names]) if name != "walk_memory"]
@@ -40,7 +40,7 @@ def _compared_names() -> list[str]:
 @click.option(
     "--hardware",
     metavar="PROFILE",
-    help="Predict every measured run of the files with this profile, and compare.",
+    help="Predict every measured run in the files with this profile, and compare.",
 )
 @click.option(
     "--json", "json_path", type=_FILE, help="Write JSON here; - is stdout, without the tables."
@@ -57,7 +57,7 @@ def compare(files: tuple[Path, ...], hardware: str | None, json_path: Path | Non
         return
     if len(files) != 2:
         raise UserError(
-            f"{len(files)} files were given: give two to compare, or measured ones and --hardware"
+            f"{len(files)} files were given: give two to compare, or measured ones with --hardware"
         )
     comparisons = _compare_files(*files)
     if json_path is not None:
@@ -84,7 +84,7 @@ def _validate(files: tuple[Path, ...], hardware: str, json_path: Path | None) ->
 
 
 def _compare_files(a: Path, b: Path) -> list[TimelineComparison]:
-    """Compare the policies that both files have, and note on stderr what is not comparable."""
+    """Compare the policies that both files have, and report on stderr what cannot be compared."""
     of_a, of_b = _by_policy(a), _by_policy(b)
     common = [policy for policy in of_a if policy in of_b]
     if not common:
@@ -105,7 +105,7 @@ def _by_policy(path: Path) -> dict[str, Timeline]:
     for timeline in read_timelines(path):
         if timeline.policy in found:
             raise UserError(
-                f"{path} has policy {timeline.policy} more than once: each may be there once"
+                f"{path} has policy {timeline.policy} more than once: each may appear once"
             )
         found[timeline.policy] = timeline
     return found

@@ -30,18 +30,18 @@ _SHOWN_WORDS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
-    """Where kernels go, and how they are built."""
+    """Where to put kernels, and how to build them."""
 
     cache_dir: Path | None = option(
         None,
         OptionDetails(
-            "Where the kernels go.  [default: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else "
+            "Where to put kernels.  [default: SGLANG_DG_CACHE_DIR, DG_JIT_CACHE_DIR, else "
             "~/.deep_gemm]",
             metavar="DIRECTORY",
         ),
     )
     jobs: int | None = option(
-        None, OptionDetails("Compiler processes at a time.  [default: one per core]", least=1)
+        None, OptionDetails("Parallel compiler processes.  [default: one per core]", least=1)
     )
     plain: bool = option(
         False, OptionDetails("One nvcc process per kernel, as the library compiles: slower.")
@@ -66,11 +66,11 @@ def compile(  # noqa: A001  # the command's name
     compiler: CompilerOptions,
     options: CompileOptions,
 ) -> None:
-    """Build every planned kernel exactly once, in parallel; a rerun goes on where one stopped."""
+    """Build every planned kernel exactly once, in parallel; a rerun continues where one stopped."""
     environ = Environ.read(os.environ)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
-    require_nvcc(environ)  # Asking the library takes a while.
+    require_nvcc(environ)  # Asking the library takes a while: fail first.
     with progress("ask the library") as shown:
         gpu = gpu_named(library.gpu or DEFAULT_GPU, what.most_sms)
         target = target_of(library, gpu, environ, compiler=compiler, progress=counting(shown))
@@ -93,7 +93,7 @@ def compile(  # noqa: A001  # the command's name
 
 
 def _build(request: BuildRequest, what: str) -> None:
-    """Build and print what was done."""
+    """Build, and print a summary."""
 
     def say_waiting() -> None:
         click.echo(f"another builder is at work in {request.cache.root}: waiting for it", err=True)
@@ -102,7 +102,7 @@ def _build(request: BuildRequest, what: str) -> None:
         report = prebuild(request, on_wait=say_waiting, progress=shown)
     replaced = f", {report.replaced} of them in place of broken ones" if report.replaced else ""
     print(
-        f"{report.built} built{replaced}, {report.present} were there; "
+        f"{report.built} built{replaced}, {report.present} already there; "
         f"{report.wall_seconds:.1f} s, {report.cpu_seconds:.1f} CPU-seconds"
     )
     if request.fast:
@@ -115,10 +115,10 @@ def _build(request: BuildRequest, what: str) -> None:
 
 
 def _check(request: BuildRequest) -> None:
-    """Compare every kernel's machine code with what an nvcc process of its own makes of it."""
+    """Compare every kernel's machine code with that of a separate nvcc process."""
     with tempfile.TemporaryDirectory(prefix="deepgemm-check-") as folder:
         plain = replace(request, cache=KernelCache(Path(folder)), fast=False)
-        print("the plain way, to compare:", flush=True)
+        print("building everything the plain way, to compare:", flush=True)
         _build(plain, "check")
         keys = list(request.by_key())
         differing = [key for key in keys if _code(request.cache, key) != _code(plain.cache, key)]

@@ -1,4 +1,4 @@
-"""The options that say what is planned: a model's deployment, or single GEMMs; and the plan."""
+"""Plan what the options name: a model's deployment, or single GEMMs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from runner.target import Target
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOptions:
-    """SM counts that are planned for, and single GEMMs instead of a model."""
+    """SM counts to plan for, and single GEMMs instead of a model."""
 
     num_sms: tuple[int, ...] | None = option(
         None,
         OptionDetails(
-            "SMs of the GPU; after it reduced numbers that an overlap asks for.  [default: the "
-            "GPU's]"
+            "SMs of the GPU, then any reduced counts that an overlap uses.  [default: the GPU's]"
         ),
     )
     gemm: tuple[str, ...] = option(
@@ -43,11 +42,11 @@ class PlannedOptions:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the options ask for.
+    """The plan that the options ask for.
 
     Attributes:
-        scenario: None where single GEMMs are planned.
-        title: one line that names it.
+        scenario: the scenario; None if single GEMMs are planned.
+        title: one line that describes the plan.
         plan: the plan.
     """
 
@@ -63,7 +62,7 @@ def planned(
     target: Target,
     **fixed: object,
 ) -> Planned:
-    """Plan what the options say; ``fixed`` are fields of the scenario that no option gives.
+    """Plan what the options name; ``fixed`` sets scenario fields that are not options here.
 
     Raises:
         UserError: options that contradict each other or the model.

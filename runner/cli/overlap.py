@@ -1,4 +1,4 @@
-"""``runner overlap``: what strategies of two-batch overlap are worth, and the best placement."""
+"""``runner overlap``: compare two-batch overlap strategies, and find the best placement."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from sim.overlap.measured import StepSettings, read_steps, validate
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapOptions:
-    """Which forward is compared, on what, and where the figures go."""
+    """Which forward to compare, on which hardware, and where to write the results."""
 
-    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Which forwards."))
+    mode: ForwardMode = option(ForwardMode.DECODE, OptionDetails("Mode of the forward."))
     batch: int | None = option(
         None,
         OptionDetails(
-            "Tokens of the forward: sequences, of a decode.  [default: 4096; 16384 of an extend]",
+            "Tokens of the forward; in a decode, sequences.  [default: 4096; 16384 in an extend]",
             metavar="N",
             least=2,
         ),
@@ -65,24 +65,24 @@ class OverlapOptions:
     measured: Path | None = option(
         None,
         OptionDetails(
-            "Validate the prediction with steps that launch.steps measured, with their settings."
+            "Validate the prediction against steps measured by launch.steps, with their settings."
         ),
     )
-    no_search: bool = option(False, OptionDetails("Compare only."))
+    no_search: bool = option(False, OptionDetails("Only compare; do not search."))
     per_layer: bool = option(False, OptionDetails("Show each layer's exposed communication."))
     json: Path | None = option(
         None, OptionDetails("Write the figures as JSON (- for stdout, and nothing else).")
     )
     plot: Path | None = option(
-        None, OptionDetails("Draw two layers of each as a Gantt picture (.png or .svg).")
+        None, OptionDetails("Draw two layers of each run as a Gantt picture (.png or .svg).")
     )
     save: Path | None = option(
-        None, OptionDetails("Write the best placement as a file that --overlap takes.")
+        None, OptionDetails("Write the best placement to a file for --overlap.")
     )
 
     @property
     def tokens(self) -> int:
-        """Tokens of the forward; by default as many as in large servers, which overlap is for."""
+        """Tokens of the forward; the default is that of large servers, where overlap pays off."""
         return self.batch or (16384 if self.mode.is_extend else 4096)
 
     @property
@@ -93,7 +93,7 @@ class OverlapOptions:
         return ForwardBatch.extend(prompt_lens(self.tokens, self.prompt_len))
 
     def title(self, given: ScenarioOptions) -> str:
-        """What runs, in a line."""
+        """The forward, on one line."""
         values = given.given
         layers = "" if values["layers"] is None else f", {values['layers']} layers"
         ep = ", ep" if values["ep"] else ""
@@ -105,7 +105,7 @@ class OverlapOptions:
         )
 
     def to_json(self, given: ScenarioOptions) -> dict[str, object]:
-        """What runs, as plain data."""
+        """The forward as plain data."""
         layout = ("model", "layers", "pp", "tp", "ep", "stage_layers")
         return {
             **{name: to_plain(given.given[name]) for name in layout},
@@ -162,7 +162,7 @@ def overlap(given: ScenarioOptions, options: OverlapOptions) -> None:
 
 
 def _check(options: OverlapOptions) -> None:
-    """Find contradictions before any work.
+    """Check the options before any work.
 
     Raises:
         UserError: an output that cannot be written, or options that contradict each other.
@@ -172,7 +172,7 @@ def _check(options: OverlapOptions) -> None:
     given = [path for path in (options.plot, *others) if path is not None]
     for path in given:
         if given.count(path) > 1:
-            raise UserError(f"{path} is asked for twice: give each output a file of its own")
+            raise UserError(f"{path} is given for two outputs: give each its own file")
     if str(options.save) == "-":
         raise UserError("--save needs a file: - is only for JSON outputs")
     if not options.no_search and find_spec("numpy") is None:
@@ -181,9 +181,9 @@ def _check(options: OverlapOptions) -> None:
             "'deepgemm-coldstart[search]', or give --no-search"
         )
     if options.save is not None and options.no_search:
-        raise UserError("--save writes what the search finds: it does not go with --no-search")
+        raise UserError("--save writes the search's result: it does not go with --no-search")
     if options.measured is not None and options.overlap:
-        raise UserError("--overlap does not go with --measured, which brings its strategies")
+        raise UserError("--overlap does not go with --measured, which has its own strategies")
 
 
 def _strategies(options: OverlapOptions) -> Sequence[OverlapStrategy]:
@@ -198,7 +198,7 @@ def _strategies(options: OverlapOptions) -> Sequence[OverlapStrategy]:
                 f"{mode.value}"
             )
         if strategy.name in found:
-            raise UserError(f"two strategies are called {strategy.name}: rename a file")
+            raise UserError(f"two strategies are called {strategy.name}: rename one of the files")
         found[strategy.name] = strategy
     return [*found.values()]
 
@@ -206,7 +206,7 @@ def _strategies(options: OverlapOptions) -> Sequence[OverlapStrategy]:
 def _with_settings(
     given: ScenarioOptions, options: OverlapOptions, settings: StepSettings
 ) -> tuple[ScenarioOptions, OverlapOptions]:
-    """The options with what a measurement was of in place of theirs."""
+    """The options, with the measurement's settings in place of their own."""
     values = dict(vars(settings))
     of_scenario = {name: values.pop(name) for name in given.given if name in values}
     change: partial[OverlapOptions] = partial(replace, options)
@@ -217,14 +217,14 @@ def _forward(given: ScenarioOptions, options: OverlapOptions, profile: Profile) 
     attn_cp = given.given["attn_cp"]
     if attn_cp != 1:
         raise UserError(
-            f"--attn-cp {attn_cp} must be 1: around overlapped experts the tokens are split over "
-            "all ranks"
+            f"--attn-cp {attn_cp} must be 1: overlapped experts need the tokens split over all "
+            "ranks"
         )
     environ = Environ.read(os.environ)
     scenario = given.scenario(environ, moe_a2a=True, num_sms=profile.num_sms)
     parallel = scenario.parallel
     if parallel.tp < 2:
-        raise UserError(f"--tp {parallel.tp} must be at least 2: one rank has nothing to wait for")
+        raise UserError(f"--tp {parallel.tp} must be at least 2: a single rank never waits")
     if options.stage >= parallel.pp:
         raise UserError(f"--stage {options.stage} must be below --pp {parallel.pp}")
     return Forward(scenario, parallel.rank_of(options.stage, 0), options.forward_batch)

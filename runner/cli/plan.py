@@ -1,4 +1,4 @@
-"""``runner plan``: the exact kernels that a deployment can ever need."""
+"""``runner plan``: exactly the kernels that a deployment can ever need."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from sim.machine import gpu_of, with_walk_memory
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What is said of the plan, and where it goes."""
+    """What to print about the plan, and where to write it."""
 
     policy: WarmupPolicy | None = option(
-        None, OptionDetails("Say what this warm-up leaves uncovered.")
+        None, OptionDetails("Show what this warm-up policy leaves uncovered.")
     )
     hardware: str = option(
-        "h200", OptionDetails("Profile to estimate compiles and free memory with.")
+        "h200", OptionDetails("Profile for estimates of compile time and free memory.")
     )
     check: bool = option(
         False,
         OptionDetails(
-            "Hold our rules against the library itself, M by M, and print every difference."
+            "Compare our rules with the library itself, M by M, and print every difference."
         ),
     )
     json: Path | None = option(
@@ -66,9 +66,9 @@ def plan(
     compiler: CompilerOptions,
     options: PlanOptions,
 ) -> None:
-    """Plan exactly: every kernel that any number of tokens can need, without a GPU.
+    """Plan every kernel that any number of tokens can need, without a GPU.
 
-    Options of a warm-up's run go with --policy.
+    Options that describe the run of a warm-up need --policy.
     """
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ, profile = Environ.read(os.environ), load_profile(options.hardware)
@@ -108,24 +108,24 @@ def plan(
 
 
 def _check(options: PlanOptions, given: ScenarioOptions) -> None:
-    """Options that do not go together."""
+    """Raise UserError for options that do not go together."""
     if options.check and (options.policy is not None or options.json is not None):
         raise UserError("--check only shows differences: it does not go with --policy or --json")
     of_run = [item.flag for item in given.changed("run", "placement")]
     if of_run and options.policy is None:
-        raise UserError(f"{of_run[0]} says how a warm-up runs: give --policy with it")
+        raise UserError(f"{of_run[0]} describes the run of a warm-up: give --policy with it")
 
 
 def check_rules(result: Planned) -> None:
-    """Print every difference between the plan's table, which is the library's, and our rules.
+    """Print every difference between the plan's table, from the library, and our rules.
 
     Raises:
-        WorkFailedError: there are some.
+        WorkFailedError: there are differences.
     """
     table = result.plan.table
     if table.origin.library != RULES.origin.library or table.origin.arch != RULES_ARCH:
         raise UserError(
-            f"--check holds our rules against {RULES.origin.library} on {RULES_ARCH}, and this is "
+            f"--check needs {RULES.origin.library} on {RULES_ARCH}, but this is "
             f"{table.origin.library} on {table.origin.arch}: there are no rules for it"
         )
     rules = RULES.on(table.origin.gpu, table.origin.num_sms, table.recipe)
@@ -137,13 +137,13 @@ def check_rules(result: Planned) -> None:
     calls = sum(len(demand.ms) for demand in result.plan.demands)
     print(
         f"{table.origin.describe()}\n{result.title}\n"
-        f"no difference: {len(result.plan.kernels)} kernels in {calls} calls, each kernel and "
-        "each M that runs it is the library's"
+        f"no difference: {len(result.plan.kernels)} kernels in {calls} calls, and each M runs the "
+        "same kernel in our rules and in the library"
     )
 
 
 def costs_of(profile: Profile) -> ProfileCosts:
-    """What compiles cost on a node of a profile; the link makes no difference to them."""
+    """Cost of compiles on a profile's node; the choice of link does not matter to it."""
     return ProfileCosts(profile, next(iter(profile.links.values())), profile.cores_per_node)
 
 

@@ -1,4 +1,4 @@
-"""``runner probe``: how fast this machine compiles, compared with a hardware profile."""
+"""``runner probe``: measure how fast this machine compiles, compared with a profile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sim.costs.profile import load_profile
     type=click.IntRange(1, 100),
     default=3,
     show_default=True,
-    help="Compiles of the reference kernel; their median counts.",
+    help="Number of compiles of the reference kernel; the median counts.",
 )
 def probe(hardware: str, repeats: int) -> None:
     """Compile a reference kernel here and print the --host-factor for runner sim."""

@@ -1,4 +1,4 @@
-"""``runner sim``: serial against parallel start-up, predicted."""
+"""``runner sim``: predict serial and parallel start-ups."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sim.simulate import Prediction, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class SimOptions:
-    """Where the figures go."""
+    """Where to write the figures."""
 
     json: Path | None = option(
         None,
@@ -58,7 +58,7 @@ def sim(
     options: SimOptions,
     files: ReportOptions,
 ) -> None:
-    """Predict a start-up: replay the schedule that a launch would run, in virtual time."""
+    """Predict a start-up by replaying in virtual time the schedule that launch would run."""
     check_outputs(**vars(files), others=(options.json,))
     environ, profile = Environ.read(os.environ), load_profile(machine.hardware)
     simulated = machine.machine(profile)

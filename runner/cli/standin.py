@@ -1,4 +1,4 @@
-"""``runner standin``: any command, unchanged, on GPUs that do nothing."""
+"""``runner standin``: run any command unchanged on GPUs that do nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PYTHON = re.compile(r"python[\d.]*")
     "--num-sms",
     type=click.IntRange(1, MOST_SMS),
     metavar="N",
-    help="SMs, where they are not the model's.",
+    help="SMs, if not the GPU model's usual number.",
 )
 @click.option(
     "--devices",
@@ -41,9 +41,9 @@ _PYTHON = re.compile(r"python[\d.]*")
     default=1,
     show_default=True,
     metavar="N",
-    help="How many such GPUs there are.",
+    help="Number of such GPUs.",
 )
-@click.option("--no-compile", is_flag=True, help="A stand-in for nvcc too: no kernel is compiled.")
+@click.option("--no-compile", is_flag=True, help="Replace nvcc too: no kernel is compiled.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def standin(
     command: tuple[str, ...], gpu: str, num_sms: int | None, devices: int, no_compile: bool
@@ -74,7 +74,7 @@ def standin(
 
 
 def _interpreter(command: Sequence[str]) -> Path:
-    """The Python that a command runs in: itself, the one of its first line, else ours."""
+    """The Python that runs a command: the command itself, the one in its first line, or ours."""
     program = shutil.which(command[0])
     if program is None:
         raise UserError(f"cannot run {command[0]}: no such program")
@@ -88,7 +88,7 @@ def _interpreter(command: Sequence[str]) -> Path:
 
 def _version_text(nvcc: Path | None) -> str:
     if nvcc is None:
-        _say("there is no nvcc: nothing is compiled, and no cache key is one of a real nvcc")
+        _say("there is no nvcc: nothing is compiled, and cache keys differ from any real nvcc's")
         return _UNKNOWN_NVCC
     try:
         done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True)
@@ -98,7 +98,7 @@ def _version_text(nvcc: Path | None) -> str:
 
 
 def _real_compiler(nvcc: Path) -> dict[str, str]:
-    """Variables that give the command its real compiler back."""
+    """Variables that give the command the real compiler."""
     found = {
         "DG_JIT_NVCC_COMPILER": str(nvcc),
         "DG_JIT_USE_NVRTC": os.environ.get("DG_JIT_USE_NVRTC", "0"),

@@ -1,4 +1,4 @@
-"""``runner sweep``: many layouts, machines and policies, start-up time against coverage."""
+"""``runner sweep``: start-up time and coverage of many layouts, machines and policies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from sim.sweep.run import Case, Ended, run_cases
 
 @dataclass(frozen=True, kw_only=True)
 class AxisOptions:
-    """Lists of values; every combination is a point."""
+    """Lists of values; each combination of them is a point."""
 
     pp: tuple[int, ...] = option((4,), OptionDetails("Pipeline stages.  [default: 4]", listed=True))
     tp: tuple[int, ...] = option(
@@ -55,7 +55,7 @@ class AxisOptions:
     nodes: tuple[int, ...] = option(
         (),
         OptionDetails(
-            "Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
+            "Nodes; ranks of a node share its cores and disk cache.  [default: one per stage]",
             listed=True,
         ),
     )
@@ -65,7 +65,7 @@ class AxisOptions:
     warmup: tuple[WarmupPolicy, ...] = option(
         (WarmupPolicy.NONE, WarmupPolicy.PP_PARALLEL, WarmupPolicy.PLANNED),
         OptionDetails(
-            f"Policies, out of {', '.join(policy.value for policy in WarmupPolicy)}.  [default: "
+            f"Policies, from {', '.join(policy.value for policy in WarmupPolicy)}.  [default: "
             "none,pp-parallel,planned]",
             metavar="POLICY,...",
             listed=True,
@@ -73,7 +73,7 @@ class AxisOptions:
     )
 
     def points(self, profile: Profile) -> list[Point]:
-        """Every combination once, layouts (which share a plan) together."""
+        """Every combination once; those of one layout, which share a plan, are adjacent."""
         points = (
             Point(policy=policy, pp=pp, tp=tp, ep=ep == "on", nodes=nodes, cores=cores)
             for pp, tp, ep in product(self.pp, self.tp, self.ep)
@@ -85,10 +85,10 @@ class AxisOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """How the points are simulated and shown."""
+    """How to simulate and show the points."""
 
     jobs: int | None = option(
-        None, OptionDetails("Processes that simulate.  [default: one a core]", least=1)
+        None, OptionDetails("Number of simulating processes.  [default: one per core]", least=1)
     )
     all: bool = option(
         False,
@@ -119,7 +119,7 @@ def sweep(
     machine: MachineOptions,
     options: SweepOptions,
 ) -> None:
-    """Simulate every combination of lists; show the frontier of start-up time and coverage."""
+    """Simulate every combination of the lists; show the frontier of start-up time and coverage."""
     check_outputs(plot=options.plot, others=(options.json,))
     cases, skipped = _cases(given, axes, library, machine)
     ended: list[Ended] = []
@@ -149,13 +149,13 @@ def sweep(
 def _cases(
     given: ScenarioOptions, axes: AxisOptions, library: LibraryOptions, machine: MachineOptions
 ) -> tuple[list[Case], list[Skipped]]:
-    """The combinations that fit, and the others.
+    """Sort the combinations into those that fit and those that do not.
 
     Raises:
         UserError: options that contradict each other, the model or the profile.
     """
     environ, profile = Environ.read(os.environ), load_profile(machine.hardware)
-    given.model  # noqa: B018  # A bad model is not each point's own reason.
+    given.model  # noqa: B018  # Report a bad model once, not for each point.
     cases: list[Case] = []
     skipped: list[Skipped] = []
     with progress("ask the library") as shown:
@@ -177,7 +177,7 @@ def _cases(
 
 
 def _run(cases: Sequence[Case], jobs: int, ended: list[Ended]) -> None:
-    """Simulate; what has ended is in ``ended`` at once, so that it outlives an interruption."""
+    """Simulate; each result goes into ``ended`` at once, so that it survives an interruption."""
     with progress("sweep") as shown:
         count = counting(shown)
 
@@ -197,7 +197,7 @@ def _none_fits(skipped: Sequence[Skipped]) -> UserError:
 
 
 def _settings(case: Case) -> dict[str, object]:
-    """What a run's Timeline would say of the scenario, except the axes, and of the machine."""
+    """A Timeline's metadata of the scenario, except the axes, and of the machine."""
     meta, machine = case.scenario.timeline_meta(), case.machine
     return {
         **{name: value for name, value in meta.items() if name not in (*AXES, "ranks")},

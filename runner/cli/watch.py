@@ -1,4 +1,4 @@
-"""``runner watch``: any server, unchanged, with every DeepGEMM compile reported."""
+"""``runner watch``: run any server unchanged and report every DeepGEMM compile."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _SHOWN_PROCESSES = 8
 @click.option(
     "--forbid-after",
     metavar="SECONDS|FILE",
-    help="Compiles fail after so many seconds, or once FILE exists; then the exit code is 1.",
+    help="Fail compiles after this many seconds, or once FILE exists; the exit code is then 1.",
 )
 @click.option(
     "--plan",
     "plan_path",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="JSON of runner plan: shows which M a compiled kernel serves.",
+    help="JSON from runner plan, to show which M a compiled kernel serves.",
 )
 @click.option(
     "--json",
@@ -52,9 +52,9 @@ def watch(
     plan_path: Path | None,
     json_path: Path | None,
 ) -> None:
-    """Run COMMAND unchanged and report every DeepGEMM compile: when, who, what, how long."""
+    """Run COMMAND unchanged and report each DeepGEMM compile: its start, process and duration."""
     if str(json_path) == "-":
-        raise UserError("--json needs a file: the command has standard output")
+        raise UserError("--json needs a file: standard output belongs to the command")
     check_outputs(others=(json_path,))
     plan = read_plan_file(plan_path) if plan_path else None
     environ = Environ.read(os.environ)

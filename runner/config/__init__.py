@@ -1,1 +1,1 @@
-"""Sizes of models, layouts and warm-ups; environment variables; the codec of dataclasses."""
+"""Models, layouts and warm-up policies; environment variables; dataclasses as options and JSON."""

@@ -1,4 +1,4 @@
-"""Every environment variable the project understands: typed, and read once at the entry.
+"""Every environment variable that the project understands, typed and read once at the entry.
 
 Names, defaults and meanings are SGLang's and DeepGEMM's (docs/environment.md). Nothing else in the
 project reads ``os.environ`` for configuration; an :class:`Environ` value is passed down instead.
@@ -38,7 +38,7 @@ class Bf16Fp32Algo(Enum):
 
 
 DEFAULT_BF16_FP32_ALGO = Bf16Fp32Algo.DEEP_GEMM
-"""Taken where the environment names none. SGLang 0.5.23 takes cuBLAS; this has more kernels."""
+"""The default. SGLang 0.5.23 defaults to cuBLAS; this choice has more kernels to compile."""
 
 
 def _variable(name: str, default: object) -> Any:
@@ -104,7 +104,7 @@ class Environ:
 
     @property
     def ranks_on_host(self) -> int:
-        """Ranks of this machine: all of them without torchrun."""
+        """Ranks on this machine; all of them without torchrun."""
         return self.local_world_size or self.world_size
 
     @property
@@ -114,7 +114,7 @@ class Environ:
 
     @property
     def stage_layers(self) -> tuple[int, ...] | None:
-        """Layers of each pipeline stage from SGLANG_PP_LAYER_PARTITION, None where it is unset.
+        """Layers of each pipeline stage, from SGLANG_PP_LAYER_PARTITION; None if it is unset.
 
         Raises:
             UserError: not a list of integers.
@@ -177,7 +177,7 @@ def _parse_bool(variable: str, text: str) -> bool:
 
 
 def _parse_algo(variable: str, text: str) -> Bf16Fp32Algo:
-    """The algorithm of that name; an empty name is as good as none."""
+    """The algorithm of that name; an empty name means the default."""
     if not text:
         return DEFAULT_BF16_FP32_ALGO
     try:
@@ -190,7 +190,7 @@ def _parse_algo(variable: str, text: str) -> Bf16Fp32Algo:
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
-    """Where this project keeps what it can make again: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """This project's folder for regenerable files, in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     base = environment.get("XDG_CACHE_HOME")
     home = Path(environment.get("HOME") or "~").expanduser()
     return (Path(base) if base else home / ".cache") / "deepgemm-coldstart"
@@ -200,14 +200,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cores(cgroup: Path = _CGROUP) -> int:
-    """CPU cores that this process may use: its affinity, and its container's quota rounded up."""
+    """CPU cores that this process may use: by its affinity and its container's rounded-up quota."""
     cores = len(os.sched_getaffinity(0))
     quota = _cpu_quota(cgroup)
     return cores if quota is None else max(1, min(cores, ceil(quota)))
 
 
 def _cpu_quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that the control group allows (v2, else v1); None without a limit."""
+    """CPU cores that the control group allows (v2, else v1); None without a limit."""
     try:
         if (cgroup / "cpu.max").exists():
             quota, period = (cgroup / "cpu.max").read_text().split()
@@ -216,5 +216,5 @@ def _cpu_quota(cgroup: Path) -> float | None:
                 (cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
             )
         return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError):  # No such files, or "max".
+    except (OSError, ValueError):  # The files are missing, or say "max".
         return None

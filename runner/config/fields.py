@@ -1,4 +1,4 @@
-"""Fields of dataclasses: how each is given on a command line, and how it stands in JSON."""
+"""Fields of dataclasses as command-line options and in JSON."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class OptionDetails:
 
     Attributes:
         help: shown by ``--help``.
-        group: name of the options that commands take together.
-        flag: the option's name; empty is the field's with dashes.
-        metavar: how its value is called in ``--help``.
-        unit: of a number: ``SECONDS``, ``GIB`` (the field holds bytes) or ``X`` (a factor).
-        least: smallest whole number that is allowed.
-        choices: texts that are allowed; empty allows any.
-        listed: a value is several, with commas between them, and the option may be repeated.
+        group: the group of options that commands take together.
+        flag: the option's name; if empty, the field's name with dashes.
+        metavar: the name of the value in ``--help``.
+        unit: unit of a number: ``SECONDS``, ``GIB`` (the field holds bytes) or ``X`` (a factor).
+        least: smallest whole number allowed.
+        choices: texts allowed; empty allows any.
+        listed: whether the option takes comma-separated values and may be repeated.
         hidden: whether ``--help`` leaves it out.
-        required: whether it must be given; the default only says what type it has.
+        required: whether the option must be given; the default then only sets its type.
     """
 
     help: str
@@ -41,7 +41,7 @@ class OptionDetails:
 
 
 def option(default: T, details: OptionDetails) -> T:
-    """A field of a dataclass that is an option of commands; ``runner.options`` makes them."""
+    """Declare a dataclass field that ``runner.options`` turns into a command-line option."""
     return field(default=default, metadata={"option": details})
 
 
@@ -58,12 +58,12 @@ def to_plain(value: object) -> object:
 
 
 def from_plain(kind: object, value: object, *, zero: bool = False) -> object:
-    """The value of a type that :func:`to_plain` gave: whole numbers from 1 on, numbers above 0.
+    """Convert :func:`to_plain`'s data back to a value of a type.
 
-    With ``zero`` a number may be 0 as well.
+    Whole numbers start at 1 and others must be above 0; with ``zero`` both may be 0.
 
     Raises:
-        ValueError: other data; the message goes on after "its 'name' is".
+        ValueError: other data; the message continues the words "its 'name' is".
     """
     if value is None and NoneType in get_args(kind):
         return None
@@ -90,11 +90,11 @@ def from_plain(kind: object, value: object, *, zero: bool = False) -> object:
 def read_plain(
     kind: object, name: str, data: Mapping[str, object], *, zero: bool = False
 ) -> object:
-    """The value of a type that stands under a name; see :func:`from_plain`.
+    """Read the value of a type under a name; see :func:`from_plain`.
 
     Raises:
-        KeyError: there is none.
-        ValueError: it has another form.
+        KeyError: the name is missing.
+        ValueError: the value is malformed.
     """
     try:
         return from_plain(kind, data[name], zero=zero)
@@ -103,12 +103,12 @@ def read_plain(
 
 
 def read_text(name: str, data: Mapping[str, object]) -> str:
-    """:func:`read_plain` of a text."""
+    """:func:`read_plain` for text."""
     return str(read_plain(str, name, data))
 
 
 def read_count(name: str, data: Mapping[str, object]) -> int:
-    """:func:`read_plain` of a whole number from 1 on."""
+    """:func:`read_plain` for a whole number from 1 on."""
     count = read_plain(int, name, data)
     assert isinstance(count, int)
     return count
@@ -139,7 +139,7 @@ def _short(value: object) -> str:
 
 
 def without_none(kind: object) -> object:
-    """A type without the None that it may allow."""
+    """The type without its ``None`` option, if it has one."""
     args = get_args(kind)
     return next(each for each in args if each is not NoneType) if NoneType in args else kind
 

@@ -1,7 +1,7 @@
 """Model configurations by name or from a Hugging Face ``config.json``, without transformers.
 
-The fields of our configurations are named as in the published files, so a file is read field by
-field. A field without a default here must be there; anything else in the file is ignored.
+The fields of our configurations have the names of the published files, so a file is read field by
+field. A field without a default here is required; anything else in the file is ignored.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MAY_BE_ZERO = ("num_hash_layers", "first_k_dense_replace", "compress_ratios", "
 
 
 def load_model(name_or_path: str) -> ModelConfig:
-    """A preset by its name, or the model of a ``config.json`` (the file or its directory).
+    """Load a preset by name, or the model of a ``config.json`` (the file or its directory).
 
-    A loaded model has the name of its directory, or of its file where that is not ``config.json``.
+    A loaded model is named after its directory, or after its file if that is not ``config.json``.
 
     Raises:
-        UserError: no such preset or file, or a file that does not describe a known model.
+        UserError: no such preset or file, or a file that describes no known model.
     """
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
@@ -47,7 +47,7 @@ def load_model(name_or_path: str) -> ModelConfig:
 
 
 def from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
-    """The model called ``name`` that the contents of a ``config.json`` describe.
+    """Make the model ``name`` from the contents of a ``config.json``.
 
     Raises:
         UserError: an unknown model type, a missing field, or a value that cannot be used.
@@ -56,21 +56,19 @@ def from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     values, moe = _read_fields(cls, data), _read_fields(MoeConfig, data)
     if cls is Dsv4Config:
         moe.setdefault("scoring_func", "sqrtsoftplus")
-        # Entries beyond the layers belong to the next-token-prediction modules.
+        # Entries beyond the last layer belong to the next-token-prediction modules.
         values["compress_ratios"] = values["compress_ratios"][: values["num_hidden_layers"]]
     return cls(name=name, moe=MoeConfig(**moe), **values)
 
 
 def with_layers(model: M, n: int) -> M:
-    """The same model cut to its first ``n`` layers.
+    """Cut a model to its first ``n`` layers.
 
     Raises:
         UserError: ``n`` is not in 1..num_hidden_layers.
     """
     if not 1 <= n <= model.num_hidden_layers:
-        raise UserError(
-            f"{n} layers of {model.name} were asked for: the model has 1..{model.num_hidden_layers}"
-        )
+        raise UserError(f"layers={n} of {model.name} must lie in 1..{model.num_hidden_layers}")
     if isinstance(model, Dsv4Config):
         return replace(model, num_hidden_layers=n, compress_ratios=model.compress_ratios[:n])
     return replace(model, num_hidden_layers=n)
@@ -110,7 +108,7 @@ def _family(data: Mapping[str, Any]) -> type[ModelConfig]:
 
 
 def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the fields of ``cls`` that ``data`` holds; null means the default, if any."""
+    """Values in ``data`` for the fields of ``cls``; null means the default, if there is one."""
     values, kinds = {}, field_types(cls)
     for item in fields(cls):
         if item.name in ("name", "moe"):
@@ -129,6 +127,6 @@ def _read_fields(cls: type[ModelConfig | MoeConfig], data: Mapping[str, Any]) ->
 
 
 def _show(value: object) -> str:
-    """``value`` as JSON on one line, cut where it is long."""
+    """``value`` as JSON on one line, cut short if long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,5 @@
-"""Model shapes: frozen values with presets and one parser of Hugging Face ``config.json`` files.
+"""Model shapes as frozen values.
 
-Sizes of the presets are those of the published configurations (docs/models.md lists the sources).
 All sizes are in elements; "replicated" weights are whole on every tensor-parallel rank.
 """
 
@@ -80,9 +79,9 @@ class ModelConfig:
         return {"num_attention_heads": self.num_attention_heads, "vocab_size": self.vocab_size}
 
     def fp8_head_widths(self) -> dict[str, int]:
-        """Rows per attention head of FP8 weights that are cut by heads, by name.
+        """Rows per attention head of FP8 weights that are split by head, by name.
 
-        A rank's heads must fill whole scaling blocks, or its scales would not be the model's.
+        A rank's heads must fill whole scaling blocks, or its scales would differ from the model's.
         """
         return {}
 
@@ -91,8 +90,8 @@ class ModelConfig:
 class Dsv4Config(ModelConfig):
     """DeepSeek-V4: hyper-connections, compressed sparse attention with an indexer, MoE throughout.
 
-    ``compress_ratios`` has one entry a layer: 0 sliding window only, 4 compressed sparse (with an
-    indexer), 128 heavily compressed.
+    ``compress_ratios`` has one entry per layer: 0 is sliding window only, 4 is compressed sparse
+    (with an indexer), 128 is heavily compressed.
     """
 
     head_dim: int

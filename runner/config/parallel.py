@@ -1,6 +1,6 @@
-"""How a model is laid out over ranks: pure functions of integers, shared by driver and simulator.
+"""How a model is laid out over ranks, for the driver and the simulator alike.
 
-World rank order is replica-major, then pipeline stage, then tensor rank, as SGLang numbers them:
+World ranks are ordered by replica, then pipeline stage, then tensor rank, as in SGLang:
 ``rank = (replica * pp + pp_rank) * tp + tp_rank``.
 """
 
@@ -15,7 +15,7 @@ from runner.errors import UserError
 
 @dataclass(frozen=True)
 class RankCoordinates:
-    """Where one world rank stands in its replica."""
+    """Position of a world rank: its replica, stage and tensor rank."""
 
     replica: int
     pp_rank: int
@@ -26,9 +26,9 @@ class RankCoordinates:
 class ParallelConfig:
     """Degrees of parallelism and their placement on nodes.
 
-    ``ep`` spreads whole experts over the tensor-parallel ranks instead of cutting each expert.
-    ``moe_a2a`` gives each tensor-parallel rank its own part of the tokens outside of attention and
-    brings them to the experts and back: all-to-all with ``ep``, else gather and scatter.
+    ``ep`` spreads whole experts over the tensor-parallel ranks instead of slicing each expert.
+    ``moe_a2a`` gives each tensor-parallel rank its own part of the tokens outside attention and
+    moves them to the experts and back: by all-to-all with ``ep``, else by gather and scatter.
     ``attn_cp`` splits the tokens of an EXTEND batch over groups of tensor-parallel ranks; the
     attention's own tensor-parallel degree is then ``tp // attn_cp``.
     ``stage_layers`` gives the number of layers of each stage; None splits evenly.
@@ -42,15 +42,15 @@ class ParallelConfig:
     moe_a2a: bool = option(
         False,
         OptionDetails(
-            "Each rank has a block of the tokens; around the experts all-to-all (with --ep), or "
-            "gather and scatter.",
+            "Each rank has a block of the tokens; they reach the experts by all-to-all (with "
+            "--ep), or by gather and scatter.",
             group="deployment",
         ),
     )
     attn_cp: int = option(
         1,
         OptionDetails(
-            "Split EXTEND tokens of the attention over so many ranks.", group="deployment"
+            "Number of ranks to split EXTEND tokens over in attention.", group="deployment"
         ),
     )
     stage_layers: tuple[int, ...] | None = option(
@@ -59,7 +59,7 @@ class ParallelConfig:
     replicas: int = option(
         1,
         OptionDetails(
-            "Whole copies of the pipeline that start at once, on nodes of their own.",
+            "Copies of the whole pipeline that start together, each on its own nodes.",
             group="placement",
             metavar="R",
         ),
@@ -67,7 +67,7 @@ class ParallelConfig:
     nodes: int = option(
         1,
         OptionDetails(
-            "Nodes; the ranks of one share its cores and disk cache.  [default: one a stage]",
+            "Nodes; ranks of a node share its cores and disk cache.  [default: one per stage]",
             group="placement",
         ),
     )
@@ -132,7 +132,7 @@ class ParallelConfig:
         return tuple(range(first, first + self.attn_tp))
 
     def attn_cp_group(self, rank: int) -> tuple[int, ...]:
-        """World ranks among which this rank's EXTEND tokens are split, in token order."""
+        """World ranks that split this rank's EXTEND tokens, in token order."""
         at = self.coordinates(rank)
         within = at.tp_rank % self.attn_tp
         return tuple(
@@ -147,7 +147,7 @@ class ParallelConfig:
         return range(first, first + sizes[pp_rank])
 
     def check_fits(self, model: ModelConfig) -> None:
-        """Raise UserError where the model cannot be laid out so."""
+        """Raise UserError if the model cannot be laid out like this."""
         stage_sizes(model.num_hidden_layers, self.pp, self.stage_layers)
         for name, size in model.tensor_parallel_sizes().items():
             degree = self.tp if name == "vocab_size" else self.attn_tp
@@ -181,8 +181,8 @@ class ParallelConfig:
 def stage_sizes(num_layers: int, pp: int, explicit: tuple[int, ...] | None = None) -> list[int]:
     """Number of layers of each pipeline stage.
 
-    Without an explicit list the split is even and left-over layers go one each to the last
-    stages, as SGLang's ``get_pp_indices`` does.
+    Without an explicit list the split is even, and each of the last stages takes one left-over
+    layer, as in SGLang's ``get_pp_indices``.
 
     Raises:
         UserError: more stages than layers, or a list that does not add up.

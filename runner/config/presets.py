@@ -1,4 +1,4 @@
-"""Published model sizes by name, and ``dsv4-tiny``: the same structure in seconds on two cores."""
+"""Published model sizes by name, and ``dsv4-tiny``, which runs in seconds on two cores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warm-up policies by name, and the part of a prefill/decode split that a server is."""
+"""Warm-up policies, and a server's role in a prefill/decode split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class DisaggregationMode(Enum):
-    """Which part of a prefill/decode split the server is; NONE serves both."""
+    """The server's role in a prefill/decode split; NONE serves both."""
 
     NONE = "none"
     PREFILL = "prefill"
@@ -34,7 +34,7 @@ class WarmupPolicy(Enum):
 
     @property
     def runs_dummies(self) -> bool:
-        """Whether each stage runs dummy batches of its own before it serves."""
+        """Whether each stage runs its own dummy batches before it serves."""
         return self.value.startswith("pp-parallel")
 
     @property
@@ -46,9 +46,9 @@ class WarmupPolicy(Enum):
 def policy_of_flags(
     *, precompile: bool | None, fast: bool | None, pp_parallel: bool | None
 ) -> WarmupPolicy | None:
-    """The policy that SGLang's variables ask for; None where none of them is set.
+    """The policy that SGLang's variables ask for; None if none of them is set.
 
-    Unset ones have upstream's defaults: precompile on, fast and pp-parallel off.
+    If some are set, the others have upstream's defaults: precompile on, fast and pp-parallel off.
     """
     if precompile is fast is pp_parallel is None:
         return None

@@ -1,1 +1,1 @@
-"""Which kernels a deployment needs, which a policy covers, and what is on disk when."""
+"""Which kernels a deployment needs, which of them a policy covers, and what is on disk when."""

@@ -1,4 +1,4 @@
-"""What a warm-up policy compiles of a plan, and what it leaves to stall a request."""
+"""Which planned kernels a warm-up policy compiles, and which it leaves to stall a request."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from runner.schedule import Part
 
 @dataclass(frozen=True)
 class Coverage:
-    """A policy against a plan, once the server is up: warmed up, first request answered.
+    """How much of a plan a policy covers once the server is up: warmed up, first request answered.
 
     Attributes:
         policy: the policy.
-        compiled: kernels that it compiles on any node.
-        uncovered: M of each GEMM that would stall afterwards on some node.
-        missing: planned kernels that a node which needs them lacks.
-        superfluous: kernels that it compiles and no forward needs.
-        stalls: what the requests after the first would compile, in order.
+        compiled: kernels that the policy compiles on any node.
+        uncovered: M of each GEMM that would stall later on some node.
+        missing: planned kernels missing on a node that needs them.
+        superfluous: kernels that the policy compiles but no forward needs.
+        stalls: kernels that the requests after the first would compile, in order.
     """
 
     policy: WarmupPolicy
@@ -38,11 +38,11 @@ class Coverage:
 
 
 def coverage(scenario: Scenario, ranks: Sequence[Sequence[Part]]) -> Coverage:
-    """What the scenario's policy leaves uncovered of its plan, from cold caches.
+    """Coverage of the scenario's plan by its policy, starting from cold caches.
 
     Args:
-        scenario: what is run.
-        ranks: what each rank runs, as :func:`runner.driver.run.record_parts` says.
+        scenario: the scenario.
+        ranks: what each rank runs, from :func:`runner.driver.run.record_parts`.
 
     Raises:
         UserError: the source does not know all kernels.
@@ -82,7 +82,7 @@ def _uncovered(
 
 
 def missing_kernels(scenario: Scenario, disks: Mapping[int, frozenset[Kernel]]) -> set[Kernel]:
-    """Planned kernels that some node which can need them lacks."""
+    """Planned kernels missing on some node that can need them."""
     plan, parallel = plan_of(scenario), scenario.parallel
     return {
         item.kernel
@@ -100,10 +100,10 @@ def node_stages(parallel: ParallelConfig, node: int) -> tuple[int, ...]:
 
 
 def node_coverage(scenario: Scenario, node: int, present: Collection[Kernel]) -> dict[str, object]:
-    """A node's proof of coverage as plain data.
+    """A node's coverage as plain data.
 
-    It says how many of the kernels that the node's stages can need its cache holds, and the M of
-    each GEMM that would compile.
+    It counts the kernels that the node's stages can need, and those of them in its cache. Its
+    ``stalls`` are the M of each GEMM that would still compile.
     """
     plan, stages = plan_of(scenario), node_stages(scenario.parallel, node)
     needed = plan.needed_by(stages)
@@ -118,9 +118,9 @@ def node_coverage(scenario: Scenario, node: int, present: Collection[Kernel]) ->
 def nodes_coverage(
     scenario: Scenario, disks: Mapping[int, frozenset[Kernel]]
 ) -> list[dict[str, object]]:
-    """:func:`node_coverage` of every node, by what its disk holds.
+    """:func:`node_coverage` of every node, given the kernels on each node's disk.
 
-    It is found once for nodes of the same stages with the same disk.
+    Nodes with the same stages and the same disk share one result.
     """
     known: dict[object, dict[str, object]] = {}
     found = []

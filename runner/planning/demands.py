@@ -1,7 +1,7 @@
 """Which GEMMs the ranks of a scenario call, and with which M.
 
-The GEMMs are found by running the model's own forward on shapes, stage by stage, so that the plan
-cannot know other GEMMs than the forward runs. Their M follow from the tokens a forward may have.
+The GEMMs are found by running the model's own forward on shapes, stage by stage, so the plan and
+the forward cannot disagree. Their M follow from the token counts that a forward may have.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from runner.scenario import Scenario
 from runner.schedule import Mark
 
 Gemm = tuple[T, int, int, bool]
-"""Type, n, k, and whether a rank's block of the tokens goes in: what calls of one GEMM share.
+"""Identity of a GEMM: type, n, k, and whether its input is the rank's block of the tokens.
 
-Two GEMMs may have one n and k: at tp 8 dsv3's o_proj takes all tokens, its shared experts a block.
+Two GEMMs may have the same n and k: at tp 8, dsv3's o_proj takes all tokens, but its shared experts
+take a block.
 """
 
 
 def demands(scenario: Scenario) -> tuple[Demand, ...]:
-    """Every GEMM that the scenario's forwards can call, with every M, in order of first use."""
+    """Every GEMM that the scenario's forwards can call, with every M, ordered by first use."""
     return _demands(scenario.deployment)
 
 
@@ -57,7 +58,7 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
             for call in calls:
                 in_halves, whole = False, True
                 if cut := halved[batch.mode]:
-                    gemms = _gemms(tokens, call, {batch.num_tokens})
+                    gemms = _possible_gemms(tokens, call, {batch.num_tokens})
                     in_halves, whole = bool(gemms & cut[0]), bool(gemms & cut[1])
                 key = (batch.mode, call, in_halves, whole)
                 if key not in shapes_of:
@@ -76,7 +77,7 @@ def _demands(deployment: Scenario) -> tuple[Demand, ...]:
 
 
 def _at_each_sm_count(scenario: Scenario, shape: GemmShape) -> Iterator[GemmShape]:
-    """The GEMM at each SM count; the hyper-connection GEMM always asks for the whole GPU."""
+    """The GEMM at each SM count; the hyper-connection GEMM always uses the whole GPU."""
     yield shape
     if shape.type is not T.TF32_HC_PRENORM_GEMM:
         for count in dict.fromkeys(scenario.reduced_num_sms):
@@ -86,7 +87,7 @@ def _at_each_sm_count(scenario: Scenario, shape: GemmShape) -> Iterator[GemmShap
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Tokens that a scenario's forwards may have, and how many of them reach the experts."""
+    """Token counts that a scenario's forwards may have, and how many tokens reach the experts."""
 
     scenario: Scenario
 
@@ -108,44 +109,44 @@ class _Tokens:
         return self.extend if mode.is_extend else self.decode
 
     def of_halves(self, mode: ForwardMode) -> Sequence[int]:
-        """Tokens of half a forward: DECODE is cut in the middle, EXTEND anywhere."""
+        """Token counts of half a forward: DECODE is cut in the middle, EXTEND anywhere."""
         if mode.is_extend:
             return range(1, max(self.extend, default=1))
         counts = (count for count in self.decode if count > 1)
         return sorted({half for count in counts for half in (count // 2, count - count // 2)})
 
     def of_one_sequence(self, mode: ForwardMode) -> Sequence[int]:
-        """Tokens of a forward of one sequence, which cannot be cut into halves."""
+        """Token counts of forwards with one sequence, which cannot be cut into halves."""
         return self.extend if mode.is_extend else [count for count in self.decode if count == 1]
 
     def at_experts(self, tokens: int) -> int:
-        """Tokens that a rank's experts see: blocks of one size where ranks have blocks."""
+        """Tokens that a rank's experts see; where ranks have blocks, all blocks have one size."""
         tp = self.scenario.parallel.tp
         return ceil_div(tokens, tp) * tp if self.scenario.parallel.moe_a2a else tokens
 
     @cached_property
     def local_experts(self) -> int:
-        """Experts that a rank holds at least a slice of."""
+        """Number of experts that a rank holds, whole or as slices."""
         experts, parallel = self.scenario.model.moe.n_routed_experts, self.scenario.parallel
         return experts // parallel.tp if parallel.ep else experts
 
     @cached_property
     def masked_limit(self) -> int:
-        """Most tokens of a DECODE forward that still uses the masked expert layout."""
+        """Most tokens with which a DECODE forward still uses the masked expert layout."""
         model, parallel = self.scenario.model, self.scenario.parallel
         width = model.moe.moe_intermediate_size // (1 if parallel.ep else parallel.tp)
         return masked_token_limit(self.local_experts, model.hidden_size, width)
 
     def runs_in_halves(self, mode: ForwardMode) -> bool:
-        """Whether a strategy runs forwards of the mode in halves."""
+        """Whether an overlap strategy runs forwards of the mode in halves."""
         return any(strategy.mode is mode for strategy in self.scenario.overlap)
 
 
 def _probe(tokens: _Tokens, stage: int) -> Iterator[tuple[ForwardBatch, Iterable[KernelCall]]]:
-    """Distinct calls of a stage, in forwards that between them run every GEMM it ever runs.
+    """Distinct calls of a stage, from forwards that together run every GEMM the stage ever runs.
 
-    Of any but the largest forward of a mode only the masked experts count: they are masked there
-    or nowhere.
+    Except for the largest forward of each mode, only masked experts count: if a smaller forward
+    does not mask them, none does.
     """
     runner, recorder = _shape_runner(replace(tokens.scenario, overlap=()), stage)
     for batch in _probe_batches(tokens):
@@ -157,7 +158,7 @@ def _probe(tokens: _Tokens, stage: int) -> Iterator[tuple[ForwardBatch, Iterable
 
 
 def _probe_batches(tokens: _Tokens) -> Iterator[ForwardBatch]:
-    """The largest forwards, and the smallest DECODE: experts are masked there or nowhere."""
+    """The largest forwards and the smallest DECODE, which masks the experts if any forward does."""
     if tokens.extend:
         most = tokens.extend[-1]
         yield ForwardBatch.extend((1,) * most)
@@ -184,15 +185,15 @@ def _shape_runner(scenario: Scenario, stage: int) -> tuple[ModelRunner, Schedule
     return runner, recorder
 
 
-# -- two-batch overlap: what runs in halves, what whole
+# -- two-batch overlap: what runs in halves, and what runs whole
 
 
 def _halved_gemms(
     tokens: _Tokens, stage: int, mode: ForwardMode
 ) -> tuple[set[Gemm], set[Gemm]] | None:
-    """GEMMs that a stage runs for halves of a mode's batches, and for whole ones all the same.
+    """GEMMs that a stage runs on halves of a mode's batches, and those it runs on whole batches.
 
-    The latter are those of layers without experts. None where no strategy cuts batches of the mode.
+    The latter are in layers without experts. None if no strategy cuts the mode's batches.
     """
     most = max(tokens.of(mode), default=0)
     if most < 2 or not tokens.runs_in_halves(mode):
@@ -211,14 +212,14 @@ def _halved_gemms(
                 batch.num_tokens == most or op.type in MASKED_TYPES
             ):
                 counts = halves if inside else {batch.num_tokens}
-                (in_halves if inside else whole).update(_gemms(tokens, op, counts))
+                (in_halves if inside else whole).update(_possible_gemms(tokens, op, counts))
     return in_halves, whole
 
 
 def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[ForwardBatch]:
-    """Batches of more than one sequence that between them run every GEMM of halves.
+    """Batches of more than one sequence whose halves together run every GEMM.
 
-    The largest run all but masked experts, which the smallest DECODE runs, if any does.
+    The largest run everything except masked experts; the smallest DECODE runs those if any does.
     """
     if mode.is_extend:
         yield ForwardBatch.extend((1,) * most)
@@ -228,10 +229,10 @@ def _cut_batches(tokens: _Tokens, mode: ForwardMode, most: int) -> Iterator[Forw
         yield ForwardBatch.decode((1,) * count)
 
 
-def _gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
-    """What a call may be among those of forwards, or halves, of so many tokens.
+def _possible_gemms(tokens: _Tokens, call: KernelCall, counts: set[int]) -> set[Gemm]:
+    """The GEMMs that a call may belong to in forwards, or halves, with these token counts.
 
-    Of few tokens a block may have as many rows as all of them: then it may be either.
+    With few tokens, a block may have as many rows as all tokens; the call may then be either.
     """
     parallel = tokens.scenario.parallel
     of_block = {False}
@@ -250,16 +251,16 @@ def _shapes(
     """The GEMMs of a probed call, with every M that batches of its mode can give them."""
     mode = batch.mode
     counts = tokens.of(mode) if whole else tokens.of_one_sequence(mode)
-    yield from _with_ms(tokens, batch, call, counts)
+    yield from _with_every_m(tokens, batch, call, counts)
     for strategy in tokens.scenario.overlap if in_halves else ():
         if strategy.mode is mode:
             left = call
             if call.type is not T.TF32_HC_PRENORM_GEMM:
                 left = replace(call, num_sms=tokens.scenario.num_sms - strategy.comm_sms)
-            yield from _with_ms(tokens, batch, left, tokens.of_halves(mode))
+            yield from _with_every_m(tokens, batch, left, tokens.of_halves(mode))
 
 
-def _with_ms(
+def _with_every_m(
     tokens: _Tokens, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
 ) -> Iterator[tuple[GemmShape, Iterable[int]]]:
     """The GEMM of a probed call, with every M that batches of ``counts`` tokens can give it."""
@@ -292,7 +293,7 @@ def ms_by_splits(k: int, ms: Iterable[int], num_sms: int) -> dict[int, list[int]
 def _own_rows(
     scenario: Scenario, batch: ForwardBatch, call: KernelCall, counts: Sequence[int]
 ) -> Sequence[int]:
-    """Rows of a rank's part of the tokens, where the probed call has only that part."""
+    """Rows for each token count: the rank's part if the probed call had only that, else all."""
     parallel, whole = scenario.parallel, batch.num_tokens
     if batch.mode.is_extend and parallel.attn_cp > 1 and call.m * parallel.attn_cp == whole:
         return [count // parallel.attn_cp for count in counts]
@@ -304,8 +305,8 @@ def _own_rows(
 def _expert_rows(tokens: _Tokens, kind: T, counts: Sequence[int], *, extend: bool) -> Iterable[int]:
     """M of the grouped GEMMs.
 
-    Contiguous: every multiple of the alignment up to the bound that no routing passes, since the
-    routing decides how many rows there really are where tokens are dispatched.
+    For contiguous ones, every multiple of the alignment up to the most rows that any routing can
+    give, since the routing decides the number of rows.
     """
     moe, limit = tokens.scenario.model.moe, tokens.masked_limit
     top_k = moe.num_experts_per_tok

@@ -1,4 +1,4 @@
-"""``TYPE:N:K[:GROUPS]``: one GEMM as the command line names it."""
+"""Parse ``TYPE:N:K[:GROUPS]``, which names one GEMM on the command line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LARGEST = 2**31 - 1
 
 
 def gemm_demands(spec: str, *, max_m: int, num_sms: int) -> list[Demand]:
-    """The GEMM with every M up to ``max_m``; contiguous types with multiples of 128 only.
+    """The GEMM with every M up to ``max_m``; for contiguous types, multiples of 128 only.
 
-    The hyper-connection GEMM has one demand a number of splits: with no GROUPS, or 1, the number
-    follows M as ``hc_num_splits`` of ``runner.backend.token_to_m`` says; 0 stands for no splits,
-    any other number for itself.
+    The hyper-connection GEMM has one demand per number of splits. Without GROUPS, or with 1, the
+    number depends on M: see ``runner.backend.token_to_m.hc_num_splits``. GROUPS 0 means no splits,
+    and any other value is the number of splits.
 
     Raises:
-        UserError: not such a text, or sizes out of range.
+        UserError: the text is malformed, or a size is out of range.
     """
     kind, n, k, groups = _parse(spec)
     if not 1 <= max_m <= 1 << 20:
@@ -34,10 +34,10 @@ def gemm_demands(spec: str, *, max_m: int, num_sms: int) -> list[Demand]:
     if groups == 0:
         raise UserError(f"--gemm {spec!r}: GROUPS must be at least 1")
     if groups not in (None, 1) and kind not in _GROUPED:
-        raise UserError(f"--gemm {spec!r}: {kind.name.lower()} has no GROUPS")
+        raise UserError(f"--gemm {spec!r}: {kind.name.lower()} takes no GROUPS")
     step = CONTIGUOUS_M_ALIGNMENT if kind in CONTIGUOUS_TYPES else 1
     if max_m < step:
-        raise UserError(f"--max-m {max_m}: {kind.name.lower()} has M of {step} rows and more only")
+        raise UserError(f"--max-m {max_m} must be at least {step} for {kind.name.lower()}")
     shape = GemmShape(kind, n, k, groups if groups is not None else 1, num_sms)
     return [Demand(shape, range(step, max_m + 1, step))]
 

@@ -1,4 +1,4 @@
-"""The plan: the exact set of kernels that any M of given GEMMs can need."""
+"""The plan: exactly those kernels that given GEMMs can need at any M."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runner.schedule import Walk
 
 @dataclass(frozen=True, slots=True)
 class KernelUse:
-    """The M of one GEMM that run a kernel."""
+    """The values of M at which one GEMM runs a kernel."""
 
     shape: GemmShape
     m_ranges: MRanges
@@ -31,14 +31,14 @@ class KernelUse:
 
 @dataclass(frozen=True)
 class PlannedKernel:
-    """A kernel and all that needs it."""
+    """A kernel and the GEMMs that need it."""
 
     kernel: Kernel
     uses: tuple[KernelUse, ...]
 
     @cached_property
     def m_ranges(self) -> MRanges:
-        """M of any of its GEMMs."""
+        """The M of all GEMMs that run it, combined."""
         return union(use.m_ranges for use in self.uses)
 
     @cached_property
@@ -49,7 +49,7 @@ class PlannedKernel:
 
 @dataclass(frozen=True)
 class Plan:
-    """Distinct kernels, in order of first need, with what they are needed for."""
+    """Distinct kernels, ordered by first need, with the GEMMs that need them."""
 
     kernels: tuple[PlannedKernel, ...]
     demands: tuple[Demand, ...]
@@ -60,7 +60,7 @@ class Plan:
         return [item for item in self.kernels if not set(stages).isdisjoint(item.stages)]
 
     def uncovered(self, covered: Collection[Kernel], stages: Collection[int]) -> list[KernelUse]:
-        """M of each GEMM of the stages that would still compile if only ``covered`` were there."""
+        """M of each of the stages' GEMMs that would still compile with only ``covered``."""
         missing: dict[GemmShape, list[KernelUse]] = {}
         for planned in self.kernels:
             if planned.kernel not in covered:
@@ -74,7 +74,7 @@ class Plan:
 
 
 def make_plan(demands: Iterable[Demand], table: KernelTable) -> Plan:
-    """Plan all demands; kernels that several share are one.
+    """Plan all demands; a kernel that several of them need appears once.
 
     Raises:
         UserError: a GEMM that the table does not know.
@@ -89,10 +89,10 @@ def make_plan(demands: Iterable[Demand], table: KernelTable) -> Plan:
 
 
 def plan_to_json(plan: Plan, keys: CacheKeys | None) -> dict[str, object]:
-    """The plan; keys are null where ``keys`` is None.
+    """The plan as plain data; cache keys are null if ``keys`` is None.
 
-    ``kernels`` holds one item a distinct kernel: ``name``, ``cache_key``, ``config`` (template
-    arguments by name), ``m_ranges`` (M of any of its GEMMs, [[first, last], ...]) and ``uses``
+    ``kernels`` has one item per distinct kernel: ``name``, ``cache_key``, ``config`` (template
+    arguments by name), ``m_ranges`` (the M of all its GEMMs, [[first, last], ...]) and ``uses``
     (the same for each GEMM, with the stages that run it).
     """
     origin = plan.table.origin
@@ -136,11 +136,11 @@ def use_to_json(use: KernelUse) -> dict[str, object]:
     }
 
 
-# -- of a scenario
+# -- the plan of a scenario
 
 
 def plan_of(scenario: Scenario) -> Plan:
-    """Every kernel that a forward of up to ``max_tokens`` can need, on any rank.
+    """Every kernel that a forward of up to ``max_tokens`` tokens can need on any rank.
 
     Raises:
         UserError: the source does not know all of its GEMMs.
@@ -155,10 +155,10 @@ def _plan_of(deployment: Scenario) -> Plan:
 
 
 def with_one_table(scenarios: Iterable[Scenario]) -> list[Scenario]:
-    """Scenarios of one source with a table of all that they call, which is asked for at once.
+    """Give scenarios with the same source one table of all their calls, asking the source once.
 
     Raises:
-        UserError: the source does not know all of it.
+        UserError: the source does not know all calls.
     """
     given = list(scenarios)
     if not given:
@@ -170,12 +170,12 @@ def with_one_table(scenarios: Iterable[Scenario]) -> list[Scenario]:
 
 @lru_cache(maxsize=32)
 def table_of(scenario: Scenario) -> KernelTable:
-    """Kernels of every call that a run of the scenario makes, its walks included."""
+    """Kernels of every call in a run of the scenario, including walks."""
     return scenario.source.table(lambda: run_demands(scenario))
 
 
 def run_demands(scenario: Scenario) -> list[Demand]:
-    """Every GEMM that a run calls, with every M, whatever it serves and walks."""
+    """Every GEMM that a run can call, with every M, in walks as well as in forwards."""
     tokens = max(
         scenario.max_tokens,
         *scenario.resolved_batch_sizes,
@@ -192,7 +192,7 @@ def run_demands(scenario: Scenario) -> list[Demand]:
 
 
 def hook_m_list(scenario: Scenario) -> Sequence[int] | None:
-    """M that the execution hook walks under the policy; None where it walks nothing."""
+    """M that the execution hook walks under the policy; None if it walks nothing."""
     if not scenario.policy.walked:
         return None
     make = full_m_list if scenario.policy.walked == "full" else fast_m_list

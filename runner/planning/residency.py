@@ -1,7 +1,7 @@
-"""What is on each node's disk at a moment of a run, and which requests stall because of it.
+"""Which kernels are on each node's disk at some point of a run, and which requests stall.
 
-Both follow from the operations alone: what a rank uses it compiles or finds, so afterwards its
-node has it. No clock is needed.
+Both follow from the operations alone, without a clock: a rank finds or compiles every kernel that
+it uses, so its node has the kernel afterwards.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from runner.scenario import Scenario
 from runner.schedule import EXCHANGE, Collective, Forward, KernelWork, Mark, Part, Walk
 
 SERVING = "requests"
-"""Phase that begins once the server is up: from then on a compile holds up traffic."""
+"""Phase that begins once the server is up; from then on, a compile delays requests."""
 
 
 def kernels_at_start(scenario: Scenario) -> frozenset[Kernel]:
-    """What every node's disk holds before the run: nothing, or the prebuilt cache."""
+    """Kernels on every node's disk before the run: none, or those of the prebuilt cache."""
     if scenario.policy is not WarmupPolicy.PREBUILT:
         return frozenset()
     return frozenset(item.kernel for item in plan_of(scenario).kernels)
@@ -39,9 +39,9 @@ def kernels_once_up(
 
     Args:
         ranks: what each rank runs.
-        table: which kernels that needs.
-        node_of: node of a rank.
-        at_start: what every disk holds before the run.
+        table: the kernels of each call.
+        node_of: gives a rank's node.
+        at_start: kernels on every disk before the run.
     """
     disks: dict[int, set[Kernel]] = {}
     exchanging: set[int] = set()
@@ -66,8 +66,8 @@ class Stall:
 
     Attributes:
         forward: index of the forward among those after the first request.
-        name: the forward's mode and tokens.
-        node: where it happens.
+        name: the forward's mode and number of tokens.
+        node: the node where it stalls.
         kernel: the kernel's identity.
     """
 
@@ -83,14 +83,14 @@ def stalls_of(
     node_of: Callable[[int], int],
     at_start: frozenset[Kernel] = frozenset(),
 ) -> list[Stall]:
-    """Stalls of the requests after the first one, a kernel once on each node.
+    """Stalls of the requests after the first one, at most one per kernel and node.
 
     See :func:`kernels_once_up` for the arguments.
     """
     up = kernels_once_up(ranks, table, node_of, at_start)
     disks = {node: set(held) for node, held in up.items()}
     found = []
-    # Ranks may serve unequal numbers of forwards.
+    # Ranks may serve different numbers of forwards.
     served = zip_longest(*map(_served_forwards, ranks), fillvalue=("", ()))
     for index, forwards in enumerate(served):
         for rank, (name, parts) in enumerate(forwards):
@@ -103,7 +103,7 @@ def stalls_of(
 
 
 def _served_forwards(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
-    """Name and parts of each forward that serves a request after the first."""
+    """Name and parts of each forward that serves a request after the first one."""
     found: list[tuple[str, list[Part]]] = []
     serving = False
     for part in parts:
@@ -118,7 +118,7 @@ def _served_forwards(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
 
 
 def _used(part: Part, table: KernelTable) -> Iterable[Kernel]:
-    """Kernels that a part brings to the node's disk, in order of first use."""
+    """Kernels that a part leaves on the node's disk, ordered by first use."""
     if isinstance(part, Forward):
         return chain.from_iterable(table.kernels_of(call) for _, call in part.calls)
     if isinstance(part, KernelCall):

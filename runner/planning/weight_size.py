@@ -1,4 +1,4 @@
-"""How much a rank's weights take, counted without making them."""
+"""Count the size of a rank's weights without making them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class WeightSize:
     """Weights of one rank.
 
     Attributes:
-        elements: their number.
-        nbytes: their bytes, FP8 with its scales.
-        shapes: the number of elements where weights of one kind and shape are one buffer, as
-            ``launch`` makes them up for a model too large for real math.
+        elements: number of elements.
+        nbytes: number of bytes, including the scales of FP8 weights.
+        shapes: number of elements if weights of one kind and shape share one buffer, as in
+            ``launch`` for models too large for real math.
     """
 
     elements: int
@@ -34,7 +34,7 @@ class WeightSize:
 
 
 def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> WeightSize:
-    """Weights of a rank."""
+    """Count the weights of a rank."""
     counter = _CountingWeights()
     backend = Backend(ScheduleRecorder(), num_sms=1)
     ModelRunner.build(model, parallel, rank, backend=backend, weights=counter)
@@ -42,7 +42,7 @@ def weight_size(model: ModelConfig, parallel: ParallelConfig, rank: int) -> Weig
 
 
 def model_elements(model: ModelConfig) -> int:
-    """Weights of a whole model, each counted once however it is laid out."""
+    """Elements of a whole model's weights, each counted once whatever the layout."""
     return weight_size(model, ParallelConfig(), 0).elements
 
 
@@ -68,7 +68,7 @@ class _CountingWeights(ShapeWeights):
 
 
 def _scale_bytes(request: WeightRequest) -> int:
-    """An fp32 a block of an FP8 weight, those at the edges included."""
+    """Bytes of an FP8 weight's scales: one fp32 per block, including partial blocks."""
     if request.kind != "fp8":
         return 0
     *groups, n, k = request.view

@@ -12,11 +12,11 @@ Event = dict[str, object]
 
 
 def chrome_trace(timelines: Sequence[Timeline]) -> dict[str, object]:
-    """Make a trace: a process per Timeline, a thread per rank, a complete event per span.
+    """Make a trace: one process per Timeline, one thread per rank, one complete event per span.
 
     ``ts`` and ``dur`` are in microseconds, to the nanosecond. Phases enclose the spans within
-    them. Spans of one rank that overlap without nesting, which the format cannot show on one
-    thread, go to further threads ``rank N #2`` and so on.
+    them. The format cannot show spans that overlap without nesting on one thread, so those of one
+    rank go to further threads ``rank N #2`` and so on.
     """
     events: list[Event] = []
     for index, timeline in enumerate(timelines):
@@ -32,10 +32,10 @@ def _process_events(pid: int, timeline: Timeline) -> Iterator[Event]:
         name = f"rank {rank}"
         if rank < len(layout):
             name += f" (stage {layout[rank]['pp_rank']}, tp {layout[rank]['tp_rank']})"
-        # A rank without spans still has its thread: that it did nothing is worth seeing.
+        # A rank without spans still gets a thread, to show that it did nothing.
         for lane, lane_spans in enumerate(_lanes(spans) or [[]]):
-            # Perfetto takes a thread with id 0 for the idle task and one with its process's id
-            # for the main thread, so no thread may have either.
+            # Perfetto takes thread id 0 for the idle task and the process's id for the main
+            # thread, so no thread may have either.
             tid = pid * _THREADS_PER_PROCESS + lane * timeline.world_size + rank
             suffix = f" #{lane + 1}" if lane else ""
             yield _metadata("thread_name", pid, tid, name=name + suffix)
@@ -59,13 +59,13 @@ def _metadata(event: str, pid: int, tid: int, **args: object) -> Event:
 
 
 def _nanoseconds(span: Span) -> tuple[int, int]:
-    # Whole numbers, so that spans which share an edge neither overlap nor stick out of a phase.
+    # Whole numbers, so that adjacent spans neither overlap nor stick out of their phase.
     start = round(span.start * 1e9)
     return start, max(start, round(span.end * 1e9))
 
 
 def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
-    """Share spans of one rank out to as few lanes as it takes for each lane's to nest."""
+    """Spread one rank's spans over as few lanes as possible so that the spans of each lane nest."""
 
     def outermost_first(span: Span) -> tuple[int, int, bool]:
         start, end = _nanoseconds(span)

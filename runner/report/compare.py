@@ -1,4 +1,4 @@
-"""Two Timelines side by side: usually a prediction and the measurement that it is held against."""
+"""Compare two Timelines: usually a prediction and a measurement."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from runner.report.timelines import BUSY_KINDS
 from runner.timeline import Timeline
 
 _SHOWN_AS_ZERO = 0.005
-"""Half of the last digit that tables show: an error relative to less than that means nothing."""
+"""Half of the last digit in tables: an error relative to a smaller value means nothing."""
 
 _COUNTS = ("kernels compiled", "distinct kernels", "duplicates")
-"""Figures that are not seconds."""
+"""Names of the figures that are counts, not seconds."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of both Timelines; None where a Timeline does not have it."""
+    """One number of both Timelines; None where a Timeline lacks it."""
 
     name: str
     a: float | None
@@ -29,14 +29,14 @@ class Figure:
 
     @property
     def relative_error(self) -> float | None:
-        """``(a - b) / b``; None where ``b`` shows as 0 or either is missing."""
+        """``(a - b) / b``; None if ``b`` rounds to 0 in tables or either is missing."""
         if self.a is None or self.b is None or abs(self.b) < _SHOWN_AS_ZERO:
             return None
         return (self.a - self.b) / self.b
 
     @property
     def cells(self) -> list[str]:
-        """Name, values and error as a table shows them."""
+        """Name, values and error, formatted for a table."""
         error, seconds = self.relative_error, self.name not in _COUNTS
         percent = 0.0 if error is None else round(100 * error, 1)
         return [
@@ -53,9 +53,9 @@ class TimelineComparison:
     a: Timeline
     b: Timeline
     summary: tuple[Figure, ...]  # wall seconds and numbers of compiles
-    phases: tuple[Figure, ...]  # the reference's, then those only in the first
+    phases: tuple[Figure, ...]  # the reference's phases, then those only in ``a``
     kinds: tuple[Figure, ...]  # seconds by kind, summed over the ranks
-    ranks: tuple[tuple[Figure, ...], ...]  # of every rank: by kind, in all, and its compiles
+    ranks: tuple[tuple[Figure, ...], ...]  # for every rank: by kind, in total, and its compiles
 
 
 def compare_timelines(a: Timeline, b: Timeline) -> TimelineComparison:
@@ -77,7 +77,7 @@ def compare_timelines(a: Timeline, b: Timeline) -> TimelineComparison:
 
 
 def _numbers(timeline: Timeline) -> list[dict[str, float]]:
-    """The summary, phases and kinds of a Timeline, then those of every rank, by name."""
+    """A Timeline's summary, phases and kinds, then each rank's figures, all by name."""
     totals = timeline.totals()
     summary = {
         "wall": timeline.wall,
@@ -97,8 +97,8 @@ def _numbers(timeline: Timeline) -> list[dict[str, float]]:
 def comparison_tables(found: TimelineComparison) -> Iterator[Table]:
     """Tabulate a comparison: summary, phases (if any), kinds, and every rank by kind.
 
-    Seconds have two decimals. A missing value or undefined error is ``-``; kinds that are 0 on
-    both sides of a rank are left out.
+    Seconds have two decimals. ``-`` is a missing value or undefined error; a rank's kinds that are
+    0 on both sides are left out.
     """
     a, b = found.a, found.b
     title = f"A: {a.label}\nB: {b.label}\n{a.world_size} ranks"
@@ -122,7 +122,7 @@ def comparison_tables(found: TimelineComparison) -> Iterator[Table]:
 
 
 def comparison_json(found: TimelineComparison) -> dict[str, object]:
-    """Plain data of a comparison; times in seconds, relative errors as fractions or None."""
+    """A comparison as plain data: times in seconds, relative errors as fractions or None."""
     return {
         "a": {"policy": found.a.policy, "source": found.a.source},
         "b": {"policy": found.b.policy, "source": found.b.source},

@@ -1,4 +1,4 @@
-"""The console and the tables that all reports are printed with."""
+"""The console and the table style of all reports."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 100
-"""Columns of output that does not go to a terminal."""
+"""Width in columns of output that does not go to a terminal."""
 
 
 def make_console(*, highlight: bool = True) -> Console:
-    """A console as wide as the terminal, else :data:`PIPED_WIDTH` columns."""
+    """A console as wide as the terminal, or :data:`PIPED_WIDTH` columns without one."""
     console = Console(highlight=highlight)
     return console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=highlight)
 

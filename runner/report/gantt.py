@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
+# Okabe and Ito's palette: distinguishable with any colour vision, and by lightness in print.
 _COLORS = {
     "compile": "#D55E00",
     "load": "#F0C342",
@@ -27,10 +27,10 @@ _COLORS = {
 
 
 def plot_gantt(path: Path, timelines: Sequence[Timeline]) -> None:
-    """Draw a panel per Timeline, all on one time axis in seconds, a row per rank.
+    """Draw one panel per Timeline with one row per rank, all on one time axis in seconds.
 
     Raises:
-        UserError: unknown suffix, no matplotlib, or the file cannot be written.
+        UserError: unknown suffix, no matplotlib, or an unwritable file.
     """
     save_picture(path, lambda: _figure(timelines))
 

@@ -1,4 +1,4 @@
-"""What a command prints and writes of its Timelines, real and simulated alike."""
+"""Print and write a command's Timelines, real or simulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runner.timeline import Timeline, write_timelines
 
 
 def print_timelines(timelines: Sequence[Timeline]) -> None:
-    """Print each Timeline's ranks, as a table and as bars on one scale, then the policies."""
+    """Print each Timeline's ranks as a table and as bars on one scale, then a table of policies."""
     console = make_console()
     print_ranks(timelines, console, tables=True)
     console.print(policy_table(timelines))
@@ -30,7 +30,7 @@ def print_timelines(timelines: Sequence[Timeline]) -> None:
 
 
 def print_ranks(timelines: Sequence[Timeline], console: Console, *, tables: bool) -> None:
-    """Print every Timeline's ranks as bars on one scale, below a table or only its name."""
+    """Print every Timeline's ranks as bars on one scale, each below a table or just its name."""
     scale = max((timeline.wall for timeline in timelines), default=0.0)
     for timeline in timelines:
         console.print(timeline_table(timeline) if tables else timeline.label)
@@ -45,7 +45,7 @@ def check_outputs(
     plot: Path | None = None,
     others: Sequence[Path | None] = (),
 ) -> None:
-    """Check before a long run that its files can be written after it; UserError if not."""
+    """Raise UserError before a long run if its output files cannot be written afterwards."""
     if "-" in (str(trace), str(plot)):
         raise UserError("--trace and --plot need a file: - is only for JSON outputs")
     given = [path for path in (timeline, trace, plot, *others) if path is not None]
@@ -69,11 +69,11 @@ def write_reports(
     """Write the files that were asked for and say so.
 
     Args:
-        timelines: what to write.
-        timeline: the JSON file; ``-`` is standard output, which then holds nothing else.
-        trace: the Chrome trace.
-        plot: the Gantt picture.
-        quiet: standard output already holds JSON.
+        timelines: the Timelines to write.
+        timeline: path of the JSON; ``-`` is standard output, which then holds nothing else.
+        trace: path of the Chrome trace.
+        plot: path of the Gantt picture.
+        quiet: whether standard output already holds JSON.
     """
     if timeline is not None:
         write_timelines(timeline, timelines)

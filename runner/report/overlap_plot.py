@@ -1,4 +1,4 @@
-"""Two layers of a forward as a Gantt picture: the GPU and its link, by each strategy."""
+"""Gantt picture of two layers of a forward: the GPU and its link, under each strategy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of Okabe and Ito's palette: the halves differ in lightness too.
+# From Okabe and Ito's palette; the halves also differ in lightness.
 _COLORS = {0: "#0072B2", 1: "#E69F00"}
 _WAIT = "#D4D4D4"
 _LETTERS = 185.0
-"""Letters that fit on the width of the picture; names are cut to what fits on their bar."""
+"""Letters that fit on the picture's width; names are cut to fit their bars."""
 
 
 def plot_turns(path: Path, comparison: Comparison, title: str) -> None:
-    """Draw a panel for each strategy, all on one scale, from one moment of a layer on.
+    """Draw one panel per strategy, all on one scale and from the same point of a layer.
 
     Raises:
         UserError: unknown suffix, no matplotlib, or the file cannot be written.
@@ -50,7 +50,7 @@ def _figure(comparison: Comparison, title: str) -> Figure:
 
 
 def _two_layers(run: Run, layers: int) -> tuple[float, float]:
-    """From where the first half begins a layer in the middle until it begins the next but one."""
+    """From when the first half begins a middle layer until it begins the layer after the next."""
     starts: dict[int, float] = {}
     for piece in run.turns.pieces:
         if piece.half == 0 and piece.lane == "compute":

@@ -1,4 +1,4 @@
-"""What overlap strategies are worth: tables for the terminal, and plain data."""
+"""Compare overlap strategies in terminal tables and as plain data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sim.overlap.turns import explain_waits
 def print_comparison(
     comparison: Comparison, title: str, console: Console, *, per_layer: bool
 ) -> None:
-    """Print the strategies, layer by layer if asked for, and what the search found."""
+    """Print the strategies, each layer's waits if asked for, and the search's result."""
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(_strategy_table(comparison))
     if per_layer:
@@ -58,7 +58,7 @@ def _layer_table(comparison: Comparison) -> Table:
 
 
 def _gain(comparison: Comparison) -> float:
-    """Seconds that the best waits less than the reference; 0 for a difference of rounding."""
+    """Seconds that the best waits less than the reference; 0 for rounding differences."""
     gain = comparison.reference.turns.exposed - comparison.best.turns.exposed
     return gain if gain > 1e-9 else 0.0
 
@@ -89,9 +89,7 @@ def _search_lines(comparison: Comparison) -> list[str]:
 def _why_table(comparison: Comparison) -> Table:
     title = f"Why: what the GPU waits for, {comparison.reference.name} against the best"
     table = make_table(title, ["collective"], ["on link\nms", "waited\nms", "best\nms"])
-    table.add_column(
-        "computed meanwhile in the best: operations of the other half, own ones", overflow="fold"
-    )
+    table.add_column('computed meanwhile in the best ("own": by the same half)', overflow="fold")
     for waits in explain_waits(comparison.reference.turns, comparison.best.turns):
         before, after = waits.meanwhile
         meanwhile = f"{after} (the same)" if before == after else after

@@ -1,4 +1,4 @@
-"""Pictures as PNG or SVG files."""
+"""Draw and save pictures as PNG or SVG files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 
 INK = "#333333"
-"""Colour of text and lines."""
+"""Colour of text and of lines."""
 
 
 def check_plot(path: Path) -> None:
-    """Raise UserError where nothing can be drawn to ``path``: suffix, matplotlib."""
+    """Raise UserError if ``path`` has an unknown suffix or matplotlib is missing."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"cannot plot to {path}: suffix must be one of {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
@@ -29,7 +29,7 @@ def check_plot(path: Path) -> None:
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of our width; not pyplot's, which would pick a backend for the process."""
+    """An empty figure of our width, without pyplot, which would pick a backend for the process."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(10.0, height), layout="constrained")
@@ -38,7 +38,7 @@ def new_figure(height: float) -> Figure:
 def draw_panels(
     titles: Sequence[str], heights: Sequence[float], xlabel: str, right: float
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with a titled panel for bars for each height in inches, all on one x axis."""
+    """A figure with one titled panel of bars per height (inches), all on one x axis."""
     figure = new_figure(sum(heights) + 0.9)
     grid = figure.subplots(
         len(heights), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -55,7 +55,7 @@ def draw_panels(
 
 
 def add_legend(figure: Figure, colors: Mapping[str, str], *others: Artist) -> None:
-    """Explain the colours of bars, and other artists by their labels, below the panels."""
+    """Add a legend below the panels for the bars' colours and for other artists' labels."""
     from matplotlib.patches import Patch
 
     patches = [Patch(color=color, label=label) for label, color in colors.items()]
@@ -64,7 +64,7 @@ def add_legend(figure: Figure, colors: Mapping[str, str], *others: Artist) -> No
 
 
 def save_picture(path: Path, draw: Callable[[], Figure]) -> None:
-    """Draw a figure under our settings and write it; the same one is the same SVG, byte for byte.
+    """Draw a figure with our settings and write it; equal figures give byte-identical SVG.
 
     Raises:
         UserError: unknown suffix, no matplotlib, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""A plan and its coverage as text."""
+"""Print a plan and its coverage."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _SHOWN_RANGES = 6
 
 @dataclass(frozen=True)
 class Machine:
-    """What compiling would cost on a machine, all estimates."""
+    """Estimated cost of compiling on a machine."""
 
     name: str
     cores: int
-    seconds_of: Callable[[Kernel], float]  # of one nvcc process
-    build_seconds: float  # of ``runner compile`` for all planned kernels
+    seconds_of: Callable[[Kernel], float]  # for one nvcc process
+    build_seconds: float  # for ``runner compile`` with all planned kernels
 
 
 def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
-    """Print the kernels of each type, how stages share them, and what compiling them costs."""
+    """Print the kernels of each type, how stages share them, and the cost of compiling them."""
     console = make_console()
     groups: dict[str, list[PlannedKernel]] = {}
     for item in plan.kernels:
@@ -80,7 +80,7 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     if not covered.uncovered:
         console.print("covered: no token count up to the limit compiles anything afterwards")
         return
-    # One row a GEMM; numbers of splits of one hyper-connection GEMM together.
+    # One row per GEMM; split counts of one hyper-connection GEMM share a row.
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for use in covered.uncovered:
         shape = use.shape
@@ -96,7 +96,7 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
 
 
 def print_stalls(stalls: Sequence[Stall]) -> None:
-    """Print what a stream of requests would compile, a row for each forward and node."""
+    """Print what a stream of requests would compile, one row per forward and node."""
     rows: dict[tuple[int, str, int], list[str]] = {}
     for stall in stalls:
         rows.setdefault((stall.forward, stall.name, stall.node), []).append(stall.kernel)
@@ -113,7 +113,7 @@ def print_stalls(stalls: Sequence[Stall]) -> None:
 
 
 def _ranges_text(m_ranges: Sequence[tuple[int, int]]) -> str:
-    """``1..16, 33`` and so on; many ranges are cut short with their number."""
+    """``1..16, 33`` and so on; a long list is cut short and ends with the number left out."""
     words = [str(a) if a == b else f"{a}..{b}" for a, b in m_ranges]
     if len(words) <= _SHOWN_RANGES:
         return ", ".join(words)
@@ -122,7 +122,7 @@ def _ranges_text(m_ranges: Sequence[tuple[int, int]]) -> str:
 
 
 def coverage_line(nodes: Sequence[Mapping[str, Any]], max_tokens: int) -> str:
-    """One line for the coverage of all nodes: the least that any of them holds."""
+    """The coverage of all nodes on one line: that of the node with the fewest kernels."""
     planned = max(node["planned"] for node in nodes)
     least = min(node["present"] for node in nodes)
     held = f"{least} of {planned} kernels covered, forwards of up to {max_tokens} tokens"

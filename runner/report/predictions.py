@@ -1,4 +1,4 @@
-"""Predictions of several policies in one table, and which policy to take."""
+"""Several policies' predictions in one table, and advice on which policy to take."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sim.sweep.run import cpu_seconds
 
 
 def advise(predictions: Sequence[Prediction]) -> tuple[Prediction, str]:
-    """Which policy to take, and why, in a line.
+    """The policy to take, and why, on one line.
 
-    Of those that survive, the one whose start-up and stalls together take the least time; a stall
-    is a compile that traffic waits for. ``prebuilt`` needs a step before the deployment, so the
-    best of the others is named as well.
+    Among the runs that survive, it is the one with the least total of start-up and stalls; a stall
+    is a compile that requests wait for. Since ``prebuilt`` needs a step before the deployment, the
+    reason then also names the best other policy.
     """
     alive = [p for p in predictions if p.timeout is None]
     best = min(alive or predictions, key=_cost)
@@ -67,7 +67,7 @@ def print_predictions(
 ) -> None:
     """Print what was simulated, the policies in one table, which runs die, and the advice.
 
-    With ``bars`` also draw every rank, and say where the time of the last one goes.
+    With ``bars``, also draw every rank, and break down the time of the rank that ends last.
     """
     print(_title(predictions[0], machine))
     print(f"kernels: {kernels}")
@@ -109,10 +109,10 @@ def _title(prediction: Prediction, machine: Machine) -> str:
 
 
 def advice_table(predictions: Sequence[Prediction]) -> Table:
-    """One policy a row.
+    """A table with one policy per row.
 
     ``up`` is the time until the first request is answered, ``served`` until all are; stalls are
-    kernels that traffic can still need once the server is up.
+    kernels that requests can still need once the server is up.
     """
     headers = ["up s", "served\ns", "com-\npiles", "dupli-\ncates", "CPU s", "covered"]
     headers += ["stalls", "stall\ns", "longest\nwait s", "dies\nat s"]
@@ -138,12 +138,12 @@ def advice_table(predictions: Sequence[Prediction]) -> Table:
 
 
 def _reached(seconds: float, lost: CollectiveTimeout | None) -> str:
-    """A time, in brackets where the run dies before."""
+    """A time, in brackets if the run dies before it."""
     return f"({seconds:.1f})" if lost is not None and lost.time < seconds else f"{seconds:.1f}"
 
 
 def _print_death(policy: str, lost: CollectiveTimeout, console: Console) -> None:
-    if lost.of_hosts:  # Hosts that talk to each other have a limit that no option sets.
+    if lost.of_hosts:  # No option sets the limit of hosts that wait for each other.
         who, remedy = "its hosts' limit", f"its hosts would have to wait {ceil(lost.needed)} s"
     else:
         who, remedy = "the watchdog", f"--nccl-timeout {ceil(lost.needed)} would survive"

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds."""
+"""Progress of long work: a bar on a terminal, or else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 _PLAIN_EVERY_SECONDS = 5.0
 
 Show = Callable[[int, int, float], None]
-"""Called with (items done, of how many, fraction of the work done)."""
+"""Called with (items done, items in total, fraction of the work done)."""
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Show]:
-    """Gives a function that shows how far work is, its rate and time left on standard error."""
+    """Yield a function that shows progress, rate and time left on standard error."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield _plain_lines(what)
         return
@@ -28,7 +28,7 @@ def progress(what: str) -> Iterator[Show]:
     started = time.monotonic()
 
     def show(done: int, total: int, fraction: float) -> None:
-        bar.start()  # not before there is something to show
+        bar.start()  # only once there is something to show
         rate = done / max(1e-6, time.monotonic() - started)
         bar.update(task, completed=fraction, words=f"{done}/{total} {rate:.1f}/s")
 
@@ -39,12 +39,12 @@ def progress(what: str) -> Iterator[Show]:
 
 
 def counting(show: Show) -> Callable[[int, int], None]:
-    """Show progress of work whose items all cost about the same."""
+    """Show the progress of work whose items all cost about the same."""
     return lambda done, total: show(done, total, done / total)
 
 
 def _plain_lines(what: str) -> Show:
-    """Prints a line at most every few seconds, and one at the end."""
+    """Show progress as a line every few seconds at most, and one at the end."""
     started = last = time.monotonic()
     ended = False
 
@@ -58,7 +58,7 @@ def _plain_lines(what: str) -> Show:
         elapsed = max(1e-6, now - started)
         left = elapsed / fraction - elapsed if fraction else 0.0
         line = f"{what}: {done} of {total}, {done / elapsed:.1f}/s, {left:.0f} s left"
-        with suppress(OSError, ValueError):  # Work does not depend on a reader.
+        with suppress(OSError, ValueError):  # The work goes on if nobody reads this.
             print(line, file=sys.stderr, flush=True)
 
     return show

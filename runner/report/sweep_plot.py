@@ -1,4 +1,4 @@
-"""A sweep as a picture: start-up time against coverage."""
+"""Draw a sweep: start-up time against coverage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe and Ito's palette first; a marker's shape tells the policy as well as its colour does.
+# Okabe and Ito's palette first; a marker's shape and colour each identify the policy.
 _LOOKS = (
     ("o", "#D55E00"),
     ("s", "#0072B2"),
@@ -31,11 +31,11 @@ _LOOKS = (
 
 
 def plot_sweep(path: Path, sweep: Sweep) -> None:
-    """Draw the points (one at least): start-up seconds (log) against coverage.
+    """Draw one or more points: start-up seconds (log scale) against coverage.
 
-    The frontier is a step line: the best coverage that a start-up of so many seconds can have.
-    Its points are labelled by what varies. A marker's look is its policy; hollow ones are runs
-    that the watchdog ends.
+    The frontier is a step line, the best coverage for each start-up time; its points are labelled
+    with the values that vary. The marker shows the policy; hollow markers are runs that the
+    watchdog ends.
 
     Raises:
         UserError: unknown suffix, no matplotlib, or the file cannot be written.
@@ -71,7 +71,7 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
     high = max(result.up_seconds for result in sweep.results)
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
-    # Powers of ten alone would leave a narrow range without a tick.
+    # With powers of ten alone, a narrow range would have no tick.
     narrow = high < 5 * low
     axes.xaxis.set_major_locator(MaxNLocator(8) if narrow else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -86,7 +86,7 @@ def _draw_axes(axes: Axes, sweep: Sweep) -> None:
 
 
 def _draw_frontier(axes: Axes, sweep: Sweep, varied: Sequence[str]) -> None:
-    """The step line to the right edge, and a label a corner; equal points share the first's."""
+    """Draw the step line to the right edge and label its corners; equal points share a label."""
     corners = {
         (result.up_seconds, _percent(result)): _label(result.point, varied)
         for result in reversed(sweep.results)
@@ -143,6 +143,6 @@ def _percent(result: Result) -> float:
 
 
 def _label(point: Point, names: Sequence[str]) -> str:
-    """The values of some axes."""
+    """A point's values on some axes."""
     words = [f"{name} {getattr(point, name)}" for name in names if name not in ("policy", "ep")]
     return ", ".join([*words, *["ep"] * (point.ep and "ep" in names)])

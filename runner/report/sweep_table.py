@@ -9,7 +9,7 @@ from runner.report.console import make_console
 from sim.sweep.points import Point, Result, Sweep, count_reasons
 
 _SHOWN_OTHERS = 20
-"""Points off the frontier that are shown unless all are asked for."""
+"""How many points off the frontier are shown by default."""
 
 _SHOWN_REASONS = 20
 
@@ -21,7 +21,7 @@ _HEADERS = (
 
 
 def print_sweep(sweep: Sweep, *, show_all: bool) -> None:
-    """Print the points, fastest first, the frontier marked, then why others were skipped."""
+    """Print the points, fastest first, with the frontier marked, then why others were skipped."""
     console = make_console(highlight=False)
     for line in _title_lines(sweep):
         console.print(line, markup=False)
@@ -42,11 +42,11 @@ def shown_results(sweep: Sweep) -> list[Result]:
 
 
 def _table(sweep: Sweep, results: list[Result]) -> Table:
-    """One point a row; those on the frontier have a ``*``.
+    """A table with one point per row; those on the frontier have a ``*``.
 
-    The percentage covered is rounded down, so that 100.0 is all.
+    The coverage is rounded down, so that 100.0 % means all.
     """
-    # Gaps of one column: a policy's whole name and every axis then fit on 100.
+    # With one-column gaps, a policy's whole name and every axis fit into 100 columns.
     table = Table(box=box.SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=1)
     table.add_column("policy", overflow="fold")
@@ -71,7 +71,7 @@ def _table(sweep: Sweep, results: list[Result]) -> Table:
 
 
 def skipped_lines(sweep: Sweep) -> list[str]:
-    """One line for each distinct reason."""
+    """One line per distinct reason for skipping points."""
     lines = [f"skipped {count}: {reason}" for reason, count in count_reasons(sweep.skipped)]
     more = len(lines) - _SHOWN_REASONS
     return (
@@ -103,7 +103,7 @@ def _notes(sweep: Sweep, hidden: int) -> list[str]:
 
 
 def sweep_json(sweep: Sweep) -> dict[str, object]:
-    """Every point: those simulated, fastest first, those that do not fit, those not reached."""
+    """A sweep as plain data: points simulated (fastest first), skipped, and not reached."""
     return {
         "version": 1,
         "settings": sweep.settings,

@@ -13,12 +13,12 @@ from runner.report.console import make_table
 from runner.timeline import KINDS, RankTotals, Span, Timeline
 
 BUSY_KINDS = tuple(kind for kind in KINDS if kind not in ("phase", "beside"))
-"""Kinds that take up a rank's time, in the order in which one hides another where spans overlap."""
+"""Kinds that take up a rank's time; where spans overlap, the first of these kinds counts."""
 
 Segment = tuple[float, float, str]
 """Start and end in seconds, and the kind."""
 
-# The characters alone tell the kinds apart: logs and pipes have no colours.
+# The characters alone distinguish the kinds, since logs and pipes have no colours.
 _CELLS = {
     "compile": ("#", "bold red"),
     "load": ("o", "yellow"),
@@ -31,10 +31,10 @@ _CELLS = {
 
 
 def busy_segments(spans: Iterable[Span]) -> list[Segment]:
-    """Cut one rank's time so that every moment counts for one kind only, in order of time.
+    """Cut one rank's time into segments, in order, so that each moment counts for one kind only.
 
-    Spans can overlap (compiles that run in parallel), so their sum can exceed the time that went
-    by; segments never overlap. Neighbours of the same kind are joined; gaps stay gaps.
+    Spans can overlap (compiles that run in parallel), so their sum can exceed the elapsed time;
+    segments never overlap. Neighbours of the same kind are joined; gaps stay gaps.
     """
     edges: list[tuple[float, str, int]] = []
     for span in spans:
@@ -55,14 +55,14 @@ def busy_segments(spans: Iterable[Span]) -> list[Segment]:
 
 
 def critical_rank(timeline: Timeline) -> RankTotals:
-    """Totals of the rank that finishes last; the lowest such rank if several do."""
+    """Totals of the rank that finishes last; the lowest rank in a tie."""
     return max(timeline.totals(), key=lambda totals: totals.total)
 
 
 def timeline_table(timeline: Timeline) -> Table:
-    """Tabulate what every rank did: seconds by kind, in all, and the kernels it compiled.
+    """Tabulate what every rank did: seconds by kind and in total, and the kernels it compiled.
 
-    Seconds are sums of spans: where compiles of a rank overlap, they can exceed its total.
+    Seconds are sums of spans: if a rank's compiles overlap, they can exceed its total.
     """
     headers = ["rank", *BUSY_KINDS, "total", "kernels"]
     title = f"{timeline.label}: wall {timeline.wall:.2f} s, seconds by rank"
@@ -74,9 +74,9 @@ def timeline_table(timeline: Timeline) -> Table:
 
 
 def policy_table(timelines: Sequence[Timeline]) -> Table:
-    """Tabulate policies, one a row: wall seconds, compiles and their sum, the last rank to end.
+    """Tabulate policies, one per row: wall seconds, compiles and their sum, the last rank to end.
 
-    With more than one Timeline, the last column says how the wall changed against the first:
+    With more than one Timeline, the last column compares the wall with the first Timeline's:
     ``-62 %`` is 62 % less time.
     """
     headers = ["wall s", "kernels\ncompiled", "distinct", "dupli-\ncates"]
@@ -106,11 +106,10 @@ def _change(wall: float, first: float) -> str:
 
 
 def phase_summary(timeline: Timeline) -> Table:
-    """Tabulate where the time of the rank that finishes last went: seconds and share by kind.
+    """Tabulate where the last rank to finish spent its time: seconds and share by kind.
 
-    Where spans of the rank overlap, each moment counts once, for the first of the kinds in
-    the table's order, so that the rows add up to the rank's total. ``other`` is time that no
-    span accounts for.
+    Where its spans overlap, each moment counts once, for the kind that comes first in the table,
+    so that the rows add up to the rank's total. ``other`` is time outside all spans.
     """
     critical = critical_rank(timeline)
     seconds = dict.fromkeys((*BUSY_KINDS, "other"), 0.0)
@@ -126,13 +125,12 @@ def phase_summary(timeline: Timeline) -> Table:
 
 
 def rank_bars(timeline: Timeline, scale: float, width: int = 60) -> Text:
-    """Draw one bar a rank, time from left to right, each cell the kind that dominates its slice.
+    """Draw one bar per rank from left to right; each cell shows the kind that dominates its time.
 
-    ``idle`` is time before the rank's end that no span accounts for; after its end the bar is
-    blank.
+    ``idle`` is time outside all spans before the rank's end; after its end the bar is blank.
 
     Args:
-        timeline: what to draw.
+        timeline: the Timeline to draw.
         scale: seconds that ``width`` columns stand for, at least the wall.
         width: columns of the longest bar.
     """
@@ -157,7 +155,7 @@ def _dominant_kinds(
     """The kind that takes up most of each cell of ``step`` seconds, up to the rank's end."""
     if total <= 0 or step <= 0:
         return []
-    # Cells that the rank's end only touches because of rounding are not its own.
+    # A cell that the rank's end touches only because of rounding does not count.
     cells = min(width, int(total / step - 1e-9) + 1)
     shares = [dict.fromkeys(BUSY_KINDS, 0.0) for _ in range(cells)]
     for start, end, kind in segments:

@@ -1,4 +1,4 @@
-"""Predictions against measured runs, as a table and as plain data."""
+"""Compare predictions with measured runs, as a table and as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sim.calibration.validation import ValidatedRun, error_summary
 
 
 def print_validation(console: Console, runs: Sequence[ValidatedRun], title: str) -> None:
-    """Print one run a row, wall time from process start to the last answer, and a summary."""
+    """Print a summary, and one run per row: wall time from process start to the last answer."""
     headers = ["measured\ns", "predicted\ns", "error", "compiles", "predicted"]
     table = make_table(title, ["run"], [*headers, "duplicates", "predicted"])
     for run in runs:
@@ -33,7 +33,7 @@ def print_validation(console: Console, runs: Sequence[ValidatedRun], title: str)
 
 
 def validation_json(runs: Sequence[ValidatedRun], hardware: str) -> dict[str, object]:
-    """The table as plain data; times in seconds, errors as fractions."""
+    """The table as plain data, with times in seconds and errors as fractions."""
     rows = [
         {
             "run": run.name,

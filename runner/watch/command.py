@@ -1,7 +1,7 @@
 """Run any server unchanged and see every DeepGEMM compile that happens while it runs.
 
-The only means is ``DG_JIT_NVCC_COMPILER``: a shim in nvcc's place records what it passes on, and
-refuses it once compiles are forbidden.
+This only needs ``DG_JIT_NVCC_COMPILER``: a shim in nvcc's place records every compile that it
+passes on, and refuses compiles once they are forbidden.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Watched:
     """What a watched run did.
 
     Attributes:
-        exit_code: the command's; 128 + n if signal n ended it.
+        exit_code: the command's exit code; 128 + n if signal n ended it.
         started: seconds since the epoch.
         records: finished compiles, including forbidden ones.
-        unfinished: compiles that had begun and never ended.
+        unfinished: compiles that started and never ended.
     """
 
     exit_code: int
@@ -70,11 +70,11 @@ def watch(
     """Run ``command`` to its end.
 
     Args:
-        environment: the command's; the shim is added.
-        work_dir: for the shim and its records.
-        forbid_after: compiles fail after so many seconds, or once this file exists.
-        on_compile: called for each compile soon after its end, with its start in seconds since
-            the command's.
+        environment: the command's environment, to which the shim is added.
+        work_dir: folder for the shim and its records.
+        forbid_after: compiles fail after this many seconds, or once this file exists.
+        on_compile: called soon after each compile ends, with its start in seconds since the
+            command's start.
 
     Raises:
         UserError: the command cannot be started.
@@ -116,10 +116,9 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a command, pass signals on to it, and end it if the block is left early.
 
-    A terminal's Ctrl-C reaches a whole process group by itself. So with a terminal, which the
-    command may read, the group is shared and an interrupt is not passed on; without one the
-    command has a group of its own, and an interrupt goes to all of it. Other signals go to the
-    command alone.
+    Ctrl-C in a terminal reaches the whole process group. So with a terminal, which the command may
+    read, the command shares our group and we pass no interrupt on; without one, the command has its
+    own group and we pass interrupts on to all of it. Other signals go to the command alone.
 
     Raises:
         UserError: the command cannot be started.
@@ -136,7 +135,7 @@ def running(
         elif not shared:
             os.killpg(child.pid, got)
 
-    # What is ignored (a hang-up under nohup) stays ignored, here and in the command.
+    # An ignored signal (a hang-up under nohup) stays ignored, here and in the command.
     heard = [each for each in _PASSED_ON if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, pass_on) for each in heard}
     try:

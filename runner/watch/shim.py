@@ -1,8 +1,8 @@
-"""A compiler shim: an nvcc that records each compile it passes on.
+"""A compiler shim: a stand-in for nvcc that records each compile that it passes on.
 
 DeepGEMM runs whatever ``DG_JIT_NVCC_COMPILER`` names. The shim is a small POSIX shell script that
-runs the real nvcc and writes one record for each compile, so compiles of any process are seen
-instead of guessed from slow calls. A record is one file, renamed into place: those of parallel
+runs the real nvcc and writes one record for each compile, so it sees the compiles of any process
+and need not guess them from slow calls. Each record is one file, renamed into place, so parallel
 compiles never mix.
 """
 
@@ -51,13 +51,13 @@ exit $code
 """
 
 WATCHED = "DEEPGEMM_COLDSTART_WATCHED"
-"""Set in the environment of a watched command: our own builder then compiles where it is seen."""
+"""Set in the environment of a watched command, so that our own builder uses visible compiles."""
 
 FORBIDDEN_EXIT = 97
 """Exit code of a compile that was not allowed."""
 
 FINISHED = "*.compile"
-"""Pattern of the records of finished compiles; their names sort by start."""
+"""Pattern of finished compiles' records; their names sort by start."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class CompileRecord:
 
     Attributes:
         start: seconds since the epoch.
-        end: the same; 0 if it never ended.
+        end: seconds since the epoch; 0 if it never ended.
         rank: world rank, -1 if the environment names none.
         pid: the process that asked for the kernel; ``command`` is its command line.
         exit_code: -1 if it never ended.
@@ -86,7 +86,7 @@ class CompileRecord:
 
 
 def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = None) -> Path:
-    """Write the shim for ``nvcc``; compiles fail once the file ``forbid`` exists."""
+    """Write a shim for ``nvcc`` that fails compiles once the file ``forbid`` exists."""
     log_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(
         _SCRIPT.format(
@@ -101,26 +101,26 @@ def write_shim(path: Path, *, nvcc: Path, log_dir: Path, forbid: Path | None = N
 
 
 def read_records(log_dir: Path) -> list[CompileRecord]:
-    """Finished compiles in order of their start."""
+    """Finished compiles, ordered by start."""
     return _read(log_dir, FINISHED)
 
 
 def read_unfinished(log_dir: Path) -> list[CompileRecord]:
-    """Compiles that have begun and not ended: running, or killed."""
+    """Compiles that have started and not ended: still running, or killed."""
     return _read(log_dir, "*.running")
 
 
 def _read(log_dir: Path, pattern: str) -> list[CompileRecord]:
     records = []
     for path in log_dir.glob(pattern):
-        # One that has ended since the listing has another name now.
+        # A compile that ended after the listing has renamed its record.
         with suppress(FileNotFoundError):
             records.append(read_record(path))
     return sorted(records, key=lambda record: (record.start, record.pid))
 
 
 def read_record(path: Path) -> CompileRecord:
-    """One record, as the shim wrote it."""
+    """Read one record that the shim wrote."""
     head, _, source = path.read_text(errors="replace").partition("\n\n")
     values = dict(line.partition(" ")[::2] for line in head.splitlines())
     return CompileRecord(

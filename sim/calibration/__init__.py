@@ -1,1 +1,1 @@
-"""Measured runs: their scenarios, profiles fitted to them, and predictions held against them."""
+"""Measured runs: their scenarios, profiles fitted to them, and errors of predictions."""

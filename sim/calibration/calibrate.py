@@ -1,4 +1,4 @@
-"""A hardware profile fitted to measured runs."""
+"""Fit a hardware profile to measured runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sim.costs.profile import Probe, Profile
 
 @dataclass(frozen=True)
 class Calibration:
-    """A fitted profile and the figures that were fitted."""
+    """A fitted profile and its fitted figures."""
 
     profile: Profile
     fitted: list[FittedLine]
 
 
 def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calibration:
-    """Fit a profile called ``name``; what no run says is taken from ``base``.
+    """Fit a profile called ``name``; values that no run gives come from ``base``.
 
     Raises:
         UserError: a Timeline's metadata cannot be read.
@@ -34,7 +34,7 @@ def fit_profile(measured: Sequence[Timeline], base: Profile, name: str) -> Calib
     timed = [seconds for seconds in probes if seconds is not None]
     if timed:
         base = replace(base, probe=Probe(round(exp(fmean(map(log, timed))), 4)))
-    # Host work is what the GPU leaves, so the GPU's rates come first, in a reading of their own.
+    # The GPU explains part of the host's time: fit its rates first, then read the runs again.
     first = SectionFits(base, [read_calibration_data(timeline, base) for timeline in measured])
     base = replace(base, gpu=first.gpu())
     data = [read_calibration_data(timeline, base) for timeline in measured]
@@ -60,9 +60,9 @@ def leave_one_out(
     base: Profile,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ValidatedRun]:
-    """Each run, predicted by a profile that is fitted to the others.
+    """Predict each run with a profile fitted to the others.
 
-    ``on_step`` is called with how many runs are done, and of how many.
+    ``on_step`` is called with (runs done, runs in total).
     """
     validated = []
     for index, timeline in enumerate(measured):

@@ -1,8 +1,7 @@
-"""What a calibration takes from a measured Timeline: compiles, loads, walks, and rank totals.
+"""Read calibration data from a measured Timeline: compiles, loads, walks, and rank totals.
 
-A run's host factor, its probe over the profile's, is how many times as long its CPUs take. Times
-that CPUs alone account for are divided by it here; where the GPU has a part in them, the fit
-takes it into account.
+A run's host factor, its probe time over the profile's, is the relative slowness of its CPUs. Times
+that depend on CPUs alone are divided by it here; where the GPU plays a part, the fit applies it.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from sim.engine.rank_program import FirstUse, Instruction, ProgramCompiler, Run,
 
 @dataclass(frozen=True)
 class CompileSample:
-    """A compile of one nvcc process."""
+    """A compile by one nvcc process."""
 
     kernel: Kernel
-    seconds: float  # over the host factor
-    concurrency: float  # mean number of compiles that ran meanwhile, itself included
+    seconds: float  # divided by the host factor
+    concurrency: float  # mean number of compiles that ran at the same time, including this one
     cores: int  # CPU cores of the machine
 
     @cached_property
@@ -47,15 +46,15 @@ class CompileSample:
 
     @cached_property
     def plain(self) -> float:
-        """Seconds by the kernel's size alone."""
+        """Seconds estimated from the kernel's code size alone."""
         return plain_seconds(self.kernel)
 
 
 class BuildSample(NamedTuple):
-    """A build of the policy ``planned``; seconds are over the host factor."""
+    """A build under the policy ``planned``; seconds are divided by the host factor."""
 
-    kernels: tuple[Kernel, ...]  # the largest share of a node
-    start: float  # from the warm-up's begin to the first compile
+    kernels: tuple[Kernel, ...]  # the largest share of any node
+    start: float  # from the warm-up's start to the first compile
     seconds: float  # from there to the last compile's end
     workers: int  # compiles at a time
 
@@ -65,22 +64,22 @@ class RankSample(NamedTuple):
 
     runs: tuple[tuple[int, float], ...]  # host operations, GPU seconds between communications
     compute: float  # seconds measured in these runs
-    ring_bytes: float  # what its all-reduces move on a ring, and what it receives
-    gather_bytes: float  # what its other collectives move
-    messages: int  # number of its collectives and receives
+    ring_bytes: float  # bytes that all-reduces move around a ring, and bytes received
+    gather_bytes: float  # bytes that other collectives move
+    messages: int  # number of collectives and receives
     comm: float  # seconds measured in them, without waits
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Everything that a calibration takes from one measured run."""
+    """Everything that calibration needs from one measured run."""
 
     metadata: RunMetadata
-    host_factor: float  # how many times as long its CPUs take as the profile's
+    host_factor: float  # its CPUs' time relative to the profile's
     compiles: list[CompileSample]
     build: BuildSample | None
     ranks: list[RankSample]
-    loads: dict[str, tuple[int, float]]  # kernels, seconds over the host factor; by Cache's fields
+    loads: dict[str, tuple[int, float]]  # kernels and seconds / host factor, by field of Cache
     walks: list[tuple[WalkRun, float]]  # with their seconds
     phases: dict[str, float]  # seconds
     made_elements: int  # of dummy weights that a GPU makes
@@ -91,14 +90,14 @@ def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationDa
 
     Args:
         timeline: the run.
-        profile: its probe gives the host factor, its GPU rates the GPU seconds of operations.
+        profile: its probe gives the host factor, and its GPU rates the operations' GPU seconds.
 
     Raises:
         UserError: the Timeline's metadata cannot be read, or the profile lacks the run's link.
     """
     run = read_metadata(timeline)
     scenario, link = run.scenario, profile.links[run.machine(profile).link]
-    # Operations are counted by what they cost, so nothing else may be in that cost.
+    # Operations are counted by their cost, so that cost may include nothing else.
     counting = replace(profile, host=replace(profile.host, first_forward=0.0))
     costs = ProfileCosts(counting, link, run.cores, run.ranks_per_gpu)
     compiler = ProgramCompiler(costs, table_of(scenario))
@@ -115,7 +114,7 @@ def read_calibration_data(timeline: Timeline, profile: Profile) -> CalibrationDa
         host_factor=factor,
         compiles=_compiles(timeline, programs, run, factor),
         build=_build(timeline, run, factor),
-        # Without a GPU, forwards and walks are the host's work or none at all.
+        # Without a GPU, forwards and walks are host work, or take no time at all.
         ranks=ranks if run.on_gpu else [rank._replace(runs=()) for rank in ranks],
         loads=loads,
         walks=walks if run.on_gpu else [],
@@ -182,7 +181,7 @@ def _build(timeline: Timeline, run: RunMetadata, factor: float) -> BuildSample |
 def _walks_and_loads(
     timeline: Timeline, programs: Sequence[Sequence[Instruction]], factor: float
 ) -> tuple[list[tuple[WalkRun, float]], dict[str, tuple[int, float]]]:
-    """Walks with their seconds; of all other loads, their number and seconds by purpose."""
+    """Walks with their seconds; and the number and seconds of all other loads by purpose."""
     spent: dict[tuple[int, str], float] = defaultdict(float)
     for span in timeline.spans:
         if span.kind == "load":

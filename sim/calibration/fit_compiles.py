@@ -1,4 +1,4 @@
-"""Compile times fitted to measured compiles: by configuration, by template, and by contention."""
+"""Fit compile times to measured compiles: by configuration, by template, and by contention."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sim.costs.profile_costs import slowdown
 
 _MOST_CONTENTION = 4.0
 _EXPECTED_SAMPLES = 0.5
-"""What a kernel's size lets expect of its configuration counts as half a sample."""
+"""Weight, in samples, of the time that a configuration's code size predicts."""
 
 _KNOWN_CONTENTION = 1.0
-"""Weight of the contention known before: as much as a hundred compiles that are off by 10 %."""
+"""Weight of the known contention: as much as a hundred compiles that are off by 10 %."""
 
 
 def fit_compile_times(
@@ -27,10 +27,10 @@ def fit_compile_times(
     base: CompileTimes,
     note: Callable[[str, str, int], None],
 ) -> CompileTimes:
-    """Fit compile times to the compiles of each run; what they do not say is from ``base``.
+    """Fit compile times to the compiles of each run; values that no run gives come from ``base``.
 
-    The contention is the one that makes compiles within each run agree best: between runs the
-    machine differs. Scales are geometric means over a template, seconds over a configuration.
+    The contention is chosen so that compiles within each run agree best, since machines differ
+    between runs. Scales are geometric means per template, and seconds per configuration.
     """
     samples = list(chain.from_iterable(runs))
     if not samples:
@@ -72,7 +72,7 @@ def _config_seconds(
 def _disagreement(
     runs: Iterable[Sequence[CompileSample]], base: CompileTimes, contention: float
 ) -> float:
-    """Sum of squares around the means of the runs and of the templates."""
+    """Sum of squared deviations from the means of the runs and templates."""
     alone = replace(base, contention=contention)
     scales = _log_scales(chain.from_iterable(runs), alone)
     total = _KNOWN_CONTENTION * (contention - base.contention) ** 2
@@ -91,7 +91,7 @@ def _log_scales(samples: Iterable[CompileSample], times: CompileTimes) -> dict[s
 
 
 def _log_seconds(sample: CompileSample, times: CompileTimes) -> float:
-    """Log of the seconds that the compile would have taken with no other at the same time."""
+    """Log of the seconds that the compile would have taken alone."""
     low = int(sample.concurrency)
     share = sample.concurrency - low
     slow = (1 - share) * slowdown(times, max(low, 1), sample.cores)

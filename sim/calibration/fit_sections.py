@@ -1,4 +1,4 @@
-"""Sections of a hardware profile, but for its compile times, fitted to measured runs."""
+"""Fit the sections of a hardware profile, except compile times, to measured runs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sim.calibration.fitting import KNOWN_SECONDS, minimum, near_known, non_nega
 from sim.costs.profile import Builder, Cache, Gpu, Host, Link, Phase, Profile, StartUp
 
 _GPU_BOUND = 2.0
-"""Seconds of GPU work from which on a walk's time gives the GPU's rate."""
+"""A walk's time gives the GPU's rate only if the GPU works for at least this many seconds."""
 
 _SLOWEST_CALL = 0.1
-"""Upper bound of the seconds of one host operation."""
+"""Upper bound on the seconds of one host operation."""
 
 _MANY_CALLS = 1000
-"""Calls that the longest walk needs for the time of a call to be told from that of a walk."""
+"""Calls that the longest walk needs for separate fits of the time per call and per walk."""
 
 _FEWEST_RANKS = 3
-"""Ranks that a link is fitted to at least."""
+"""Smallest number of ranks that a link is fitted to."""
 
 
 class FittedLine(NamedTuple):
@@ -38,9 +38,9 @@ class FittedLine(NamedTuple):
 
 @dataclass(frozen=True)
 class SectionFits:
-    """Sections of a profile fitted to runs; what no run says is from ``base``.
+    """Fits sections of a profile to runs; values that no run gives come from ``base``.
 
-    Each figure that is fitted adds a line.
+    Each fitted figure adds a line.
     """
 
     base: Profile
@@ -51,7 +51,7 @@ class SectionFits:
         self.lines.append(FittedLine(name, value, samples))
 
     def gpu(self) -> Gpu:
-        """Rates from the walks whose time is the GPU's."""
+        """Rates from the walks that the GPU dominates."""
 
         def rate(name: str, walk: str, known: float) -> float:
             walks = [
@@ -78,7 +78,7 @@ class SectionFits:
         builds = [run.build for run in self.data if run.build is not None]
         if not builds:
             return self.base.builder
-        # One build says little about others: what was known counts as one more.
+        # One build says little about others, so the known value counts as one more.
         logs = [log(self.base.builder.scale)]
         for build in builds:
             units = split_into_units(build.kernels, build.workers)
@@ -127,7 +127,7 @@ class SectionFits:
         return Host(calls[False], calls[True], round(first, 4), walk, walk_call)
 
     def _walks(self) -> tuple[float, float]:
-        """Seconds of a walk, and of each of its calls that the GPU is done with before the host."""
+        """Seconds of a walk, and of each call that the GPU finishes before the host."""
         host = self.base.host
         rows, targets = [], []
         for run in self.data:
@@ -158,7 +158,7 @@ class SectionFits:
                 rank
                 for run in self.data
                 if run.metadata.backend == backend
-                # Over NCCL, ranks that share a GPU wait for their turns at it.
+                # Over NCCL, ranks that share a GPU wait for their turns on it.
                 and not (backend == "nccl" and run.metadata.ranks_per_gpu > 1)
                 for rank in run.ranks
                 if rank.messages
@@ -181,7 +181,7 @@ class SectionFits:
         )
 
     def _phase(self, name: str, known: Phase, *, per_host: bool = False) -> Phase:
-        """A phase as a line through (ranks, seconds)."""
+        """Fit a phase as a line through (ranks, seconds)."""
         runs = [run for run in self.data if name in run.phases]
         if not runs:
             return known
@@ -193,7 +193,7 @@ class SectionFits:
         return Phase(round(seconds, 3), round(per_rank, 4))
 
     def _weights(self) -> tuple[Phase, float]:
-        """The set-up of a rank: a constant of the host, and elements that its GPU makes up."""
+        """Fit a rank's set-up: constant host time, and the GPU's rate of making up elements."""
         base = self.base.start_up
         known = (base.weights.seconds, 1 / base.weights_made)
         runs = [run for run in self.data if "weights" in run.phases]
@@ -210,9 +210,9 @@ class SectionFits:
 def _fit_call(
     ranks: Sequence[tuple[RankSample, float]], known: float, known_first: float
 ) -> tuple[float, float]:
-    """Seconds of an operation, and what a first forward takes more, near what was known.
+    """Fit seconds of an operation, and extra seconds of a first forward, near the known values.
 
-    Each stretch takes as long as its host or its GPU, whichever is slower. ``ranks`` have their
+    Each stretch takes as long as the slower of its host and its GPU. ``ranks`` come with their
     run's host factor.
     """
 

@@ -7,13 +7,13 @@ from math import isclose
 from operator import mul
 
 KNOWN_SECONDS = 0.3
-"""Weight of what was known: as much as one sample that is off by this many seconds."""
+"""Weight of a known value: as much as one sample that is off by this many seconds."""
 
 _MOST_ROUNDS = 100_000
 
 
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with one valley is least, by golden-section search."""
+    """Minimise a function with a single valley by golden-section search."""
     ratio = (5**0.5 - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
@@ -22,10 +22,10 @@ def minimum(function: Callable[[float], float], low: float, high: float) -> floa
 
 
 def non_negative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """Least squares with coefficients of at least 0, for a few columns.
+    """Least squares with non-negative coefficients, for a few columns.
 
-    The best value of each coefficient beside the others, again and again until none changes: with
-    one valley, that ends at its bottom.
+    Sets each coefficient in turn to its best value given the others, until none changes; as the
+    error is convex, this ends at the minimum.
     """
     columns = list(zip(*rows, strict=True))
     products = [[sum(map(mul, a, b)) for b in columns] for a in columns]
@@ -44,10 +44,10 @@ def non_negative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> l
 def near_known(
     rows: Sequence[Sequence[float]], targets: Sequence[float], known: Sequence[float]
 ) -> list[float]:
-    """As :func:`non_negative`, with targets in seconds and known coefficients as samples.
+    """Like :func:`non_negative`, with targets in seconds and known coefficients as samples.
 
-    Each known coefficient counts as if 0.3 s had once been measured at it, so that samples which
-    hardly depend on a coefficient leave it where it was.
+    Each known coefficient counts like one measurement of 0.3 s, so samples that hardly depend on
+    a coefficient leave it unchanged.
     """
     prior = [
         [KNOWN_SECONDS / value if other == column else 0.0 for other in range(len(known))]

@@ -1,4 +1,4 @@
-"""What a measured Timeline's metadata says: what was run, and on which machine."""
+"""Read a measured Timeline's metadata: what was run, and on which machine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.machine import Machine
 
 _LINKS = {"gloo": "gloo", "nccl": "nvlink"}
-"""A profile's link by the backend of torch.distributed that a run used."""
+"""A profile's link for each torch.distributed backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """A measured run: what ran, and on which machine."""
+    """A measured run: its scenario and its machine."""
 
     scenario: Scenario
     cores: int  # CPU cores of a machine
@@ -34,14 +34,14 @@ class RunMetadata:
     backend: str  # of torch.distributed
     ranks_per_gpu: int
     probe: float | None  # seconds of the reference compile just before the run
-    on_gpu: bool  # whether a GPU did the work of the forwards
+    on_gpu: bool  # whether the forwards ran on a GPU
 
     def host_factor(self, profile: Profile) -> float:
-        """How many times as long as the profile's CPUs this machine's take; 1 without a probe."""
+        """This machine's CPU time relative to the profile's; 1 without a probe."""
         return 1.0 if self.probe is None else self.probe / profile.probe.seconds
 
     def machine(self, profile: Profile) -> Machine:
-        """The run's machine with the profile's costs, as :func:`sim.simulate.simulate` takes it.
+        """The run's machine with the profile's costs, for :func:`sim.simulate.simulate`.
 
         Raises:
             UserError: the profile has no link for the run's backend.
@@ -50,7 +50,9 @@ class RunMetadata:
             raise UserError(f"link {self.backend!r} is not known: use {' or '.join(_LINKS)}")
         link = _LINKS[self.backend]
         if link not in profile.links:
-            raise UserError(f"profile {profile.name} has no link {link!r}, which {self.backend} is")
+            raise UserError(
+                f"profile {profile.name} has no link {link!r} for backend {self.backend}"
+            )
         if not self.on_gpu:
             profile = replace(
                 profile,
@@ -65,7 +67,7 @@ class RunMetadata:
             link=link,
             ranks_per_gpu=self.ranks_per_gpu,
             nccl_timeout=inf,
-            # The driver waits for each communication, to measure it.
+            # The driver waits for each communication in order to measure it.
             run_ahead=False,
             start=StartPhases(PHASES, Weights.DUMMY),
         )
@@ -129,10 +131,10 @@ def _read(timeline: Timeline) -> RunMetadata:
 
 
 def _source(meta: Mapping[str, Any]) -> KernelSource:
-    """The run's library. Timelines that name none are from before a second one was supported.
+    """The run's library; Timelines that name none predate support for a second library.
 
     Raises:
-        UserError: the library is not known.
+        UserError: the library is unknown.
     """
     if meta.get("library", RULES.origin.library) == RULES.origin.library:
         return RULES

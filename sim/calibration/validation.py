@@ -1,4 +1,4 @@
-"""Measured runs against the simulator's predictions of the same runs."""
+"""Compare measured runs with the simulator's predictions of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ValidatedRun:
 
     @property
     def counts_agree(self) -> bool:
-        """Whether the numbers of compiles and of duplicates are those measured."""
+        """Whether the predicted numbers of compiles and duplicates are exact."""
         measured, predicted = self.measured, self.predicted.timeline
         return (measured.kernels_compiled, measured.duplicates) == (
             predicted.kernels_compiled,
@@ -48,7 +48,7 @@ class ValidatedRun:
 
 
 def validate(measured: Sequence[Timeline], profile: Profile) -> list[ValidatedRun]:
-    """Predict every measured run on its own machine: its cores, link and probe.
+    """Predict every measured run on its own machine, with its cores, link and probe.
 
     Raises:
         UserError: a Timeline's metadata cannot be read.
@@ -71,7 +71,7 @@ def error_summary(runs: Sequence[ValidatedRun]) -> str:
 
 
 def read_measured(paths: Sequence[Path]) -> list[Timeline]:
-    """Measured Timelines of several files, in order.
+    """Read the measured Timelines in several files, in order.
 
     Raises:
         UserError: an unreadable file, a predicted Timeline, or no Timeline at all.

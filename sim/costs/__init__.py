@@ -1,1 +1,1 @@
-"""What things cost: profiles of machines and the cost model made of one."""
+"""Profiles of machines, and the cost model that is made from one."""

@@ -1,4 +1,4 @@
-"""Hardware profiles: measured constants of one machine type, as data with their provenance."""
+"""Hardware profiles: measured constants of a machine type, with their provenance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Link:
 
     latency: float  # seconds before the first byte
     bandwidth: float  # bytes per second of reductions and transfers
-    gather_bandwidth: float | None = None  # of gathers; None is ``bandwidth``
+    gather_bandwidth: float | None = None  # of gathers; None means ``bandwidth``
     queues: bool = False  # whether hosts queue communication on GPUs and run ahead, as over NCCL
 
     def seconds(self, nbytes: float) -> float:
@@ -39,19 +39,19 @@ class Link:
 class CompileTimes:
     """Seconds of one compile alone on a node, and how compiles slow each other down.
 
-    With all cores of a node compiling, each compile takes ``1 + contention`` times as long as
+    When all cores of a node compile, each compile takes ``1 + contention`` times as long as
     alone; the slowdown is linear in the number of compiles.
     """
 
     by_config: Mapping[str, float]  # by sim.costs.profile_costs.config_key, where measured
     scale: Mapping[str, float]  # by template, times runner.build.estimates.plain_seconds
-    default_scale: float  # the same for other templates
+    default_scale: float  # ``scale`` of other templates
     contention: float
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Our builder against the expectation of :mod:`runner.build.estimates`, all cores at work."""
+    """Our builder on all cores, relative to the estimates of :mod:`runner.build.estimates`."""
 
     start: float  # seconds before the first front end
     scale: float  # of everything after that
@@ -59,9 +59,9 @@ class Builder:
 
 @dataclass(frozen=True)
 class Cache:
-    """Seconds for one compiled kernel on disk."""
+    """Seconds per compiled kernel on disk."""
 
-    verify: float  # to find it complete
+    verify: float  # to check that it is whole
     load: float  # to load it on its own
     first_use: float  # to load it inside a call
 
@@ -71,8 +71,8 @@ class Host:
     """Seconds of host work."""
 
     call: float  # one operation of a forward
-    shared_call: float  # the same where ranks share a GPU
-    first_forward: float  # more for a rank's first forward: libraries initialise their GPU
+    shared_call: float  # the same if ranks share a GPU
+    first_forward: float  # extra for a rank's first forward, when libraries initialise the GPU
     walk: float  # one walk, for its buffers and its end
     walk_call: float  # one call of a walk whose kernel is loaded
 
@@ -82,7 +82,7 @@ class Gpu:
     """Sustained rates of the GPU, per second."""
 
     memory: float  # bytes
-    kernel: float  # seconds of a DeepGEMM call besides its bytes or operations
+    kernel: float  # seconds of overhead per DeepGEMM call
     memory_bandwidth: float  # bytes
     fp8_flops: float  # operations of FP8 GEMMs
     bf16_flops: float  # operations of everything else
@@ -91,7 +91,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of start-up: seconds, and more of them for each rank that shares the machine."""
+    """A phase of start-up: seconds, plus seconds per rank that shares the machine."""
 
     seconds: float
     per_rank: float = 0.0
@@ -103,11 +103,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class StartUp:
-    """What happens before the warm-up, and graph captures."""
+    """Costs before the warm-up, and of graph captures."""
 
     imports: Phase  # until a process has imported its libraries
     process_group: Phase  # until the ranks have met
-    weights: Phase  # until a rank's model is set up, without the time of its bytes
+    weights: Phase  # until a rank's model is set up, not counting its bytes
     weight_bandwidth: Mapping[str, float]  # bytes per second of a machine: disk, page-cache
     weights_made: float  # elements of dummy weights that a GPU makes per second
     capture: float  # seconds of a graph capture
@@ -124,7 +124,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Validation:
-    """How far predictions of wall time were off, on measured runs that were not fitted to."""
+    """Errors of predicted wall times, on measured runs outside the fit."""
 
     runs: int
     median_error: float  # of absolute relative errors
@@ -170,10 +170,10 @@ class Profile:
 
 
 _RETIRED = ("compile.spread", "probe.settling")
-"""Fields of older profiles that mean nothing any more."""
+"""Fields of older profiles that are no longer used."""
 
 _NOT_ZERO = ("num_sms", "cores", "bandwidth", "flops", "memory", "probe", "weights_made")
-"""Parts of the names of numbers that others are divided by."""
+"""Parts of field names whose numbers are divisors, and so must not be 0."""
 
 _WEIGHT_SOURCES = ("disk", "page-cache")
 
@@ -193,7 +193,7 @@ def _read_record(kind: type[Record], data: object, name: str) -> Record:
 
 
 def _read(kind: object, value: object, name: str) -> object:
-    """What JSON has under ``name``, as a value of a field's type."""
+    """Convert the JSON value of field ``name`` to the field's type."""
     if value is None and NoneType in get_args(kind):
         return None
     kind = without_none(kind)
@@ -211,7 +211,7 @@ def _read(kind: object, value: object, name: str) -> object:
 
 
 def slowed(profile: Profile, factor: float) -> Profile:
-    """The profile of a machine whose CPUs take ``factor`` times as long for everything."""
+    """The profile of a machine whose CPUs take ``factor`` times as long."""
     phases = ("imports", "process_group", "weights", "capture", "capture_operation")
     return replace(
         profile,
@@ -224,7 +224,7 @@ def slowed(profile: Profile, factor: float) -> Profile:
 
 
 def _scaled(record: Record, factor: float, names: tuple[str, ...] = ()) -> Record:
-    """The record with these fields, by default all, times ``factor``."""
+    """Multiply the named fields of a record (by default all of them) by ``factor``."""
     scaled: dict[str, object] = {}
     for name in names or [item.name for item in fields(record)]:
         value = getattr(record, name)
@@ -246,7 +246,7 @@ def shipped_profiles() -> list[str]:
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """A shipped profile, or one read from a JSON file.
+    """Load a shipped profile, or one from a JSON file.
 
     Raises:
         UserError: neither a shipped name nor a readable profile.

@@ -1,4 +1,4 @@
-"""The cost model of a profile: tables for compiles, roofline for kernels, alpha-beta for links."""
+"""A profile's cost model: tables for compiles, roofline for kernels, alpha-beta for links."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _FP8_TYPES = frozenset(
 )
 
 _SENDS = {"all_reduce": 2, "reduce_scatter": 1, "all_to_all": 1}
-"""How often a rank sends each byte of its input, without its own share."""
+"""How often a rank sends each byte of its input, except for its own share."""
 
 _ONE_STEP = "all_to_all"
-"""The collective in which all ranks send at once; others take ``n - 1`` steps round a ring."""
+"""The collective in which all ranks send at once; others take ``n - 1`` steps around a ring."""
 
 
 _TILED = ("sm90_fp8_gemm_1d2d", "sm90_bf16_gemm")
 _SHAPE = (1, 2)
-"""Template arguments of dimensions and of the number of groups."""
+"""Template arguments for dimensions and the number of groups."""
 
 _SMS = 8
-"""The argument that begins with, or is, the number of SMs."""
+"""The template argument that is or begins with the number of SMs."""
 
 
 class Seconds(NamedTuple):
-    """Work of one rank: seconds of its host and of its GPU, which overlap."""
+    """Work of one rank: overlapping seconds of its host and of its GPU."""
 
     host: float
     device: float = 0.0
@@ -49,39 +49,39 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ProfileCosts:
-    """Seconds of the operations of a Schedule on the machine of a profile."""
+    """Seconds that a Schedule's operations take on a profile's machine."""
 
     profile: Profile
     link: Link  # of collectives and transfers
     cores: int  # CPU cores of a machine
-    ranks_per_gpu: int = 1  # its time is divided among them
+    ranks_per_gpu: int = 1  # they share its time
     _compile_seconds: dict[Kernel, float] = field(default_factory=dict, init=False)
 
     @property
     def host_call(self) -> float:
-        """One operation on the host."""
+        """Seconds of one operation on the host."""
         host = self.profile.host
         return host.call if self.ranks_per_gpu == 1 else host.shared_call
 
     @property
     def first_forward(self) -> float:
-        """What a rank's first forward takes more on its host."""
+        """Extra seconds of a rank's first forward on its host."""
         return self.profile.host.first_forward
 
     def compile_seconds(self, kernel: Kernel) -> float:
-        """One compile alone on a machine."""
+        """Seconds of one compile alone on a machine."""
         if kernel not in self._compile_seconds:
             self._compile_seconds[kernel] = compile_seconds(self.profile.compile, kernel)
         return self._compile_seconds[kernel]
 
     def slowdown(self, compilers: int) -> float:
-        """How many times as long each of ``compilers`` compiles at a time takes."""
+        """Factor by which each of ``compilers`` parallel compiles is slower than one alone."""
         return slowdown(self.profile.compile, compilers, self.cores)
 
     def build_spans(
         self, kernels: Sequence[Kernel], cores: int
     ) -> list[tuple[Kernel | None, float, float]]:
-        """One builder's steps from its start; None is a front end for several kernels."""
+        """One builder's steps from its start; kernel None is a front end for several kernels."""
         if not kernels:
             return []
         builder = self.profile.builder
@@ -96,26 +96,26 @@ class ProfileCosts:
         ]
 
     def verify_seconds(self, kernel: Kernel) -> float:
-        """Finding a compiled kernel complete on disk."""
+        """Seconds to check that a compiled kernel on disk is whole."""
         return self.profile.cache.verify
 
     def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
-        """Loading a compiled kernel from disk, on its own or inside a call."""
+        """Seconds to load a compiled kernel from disk, on its own or inside a call."""
         return self.profile.cache.load if bulk else self.profile.cache.first_use
 
     def kernel_seconds(self, call: KernelCall) -> Seconds:
-        """One call whose kernels are loaded."""
+        """Time of one call whose kernels are loaded."""
         return Seconds(self.host_call, self._device(call) * self.ranks_per_gpu)
 
     def walk_seconds(self) -> float:
-        """A walk without its calls."""
+        """Seconds of a walk without its calls."""
         return self.profile.host.walk
 
     def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
-        """One call of a walk up to ``max_m``; linear in M, so a mean M stands for many.
+        """Time of one call of a walk up to ``max_m``; linear in M, so a mean M covers many calls.
 
-        A walk of a masked GEMM uses no row, as in upstream's executor; what is left is the
-        transpose of the scales of ``max_m`` rows a group.
+        As in upstream's executor, a walk of a masked GEMM uses no rows; it only transposes the
+        scales of ``max_m`` rows per group.
         """
         if shape.type in MASKED_TYPES:
             scales = 8.0 * shape.num_groups * max_m * (shape.k // 128)
@@ -125,7 +125,7 @@ class ProfileCosts:
         return Seconds(self.profile.host.walk_call, device)
 
     def compute_seconds(self, op: Compute) -> Seconds:
-        """Work that is no DeepGEMM kernel."""
+        """Time of work other than DeepGEMM kernels."""
         gpu = self.profile.gpu
         device = max(op.flops / gpu.bf16_flops, op.bytes / gpu.memory_bandwidth)
         return Seconds(self.host_call, device * self.ranks_per_gpu)
@@ -135,7 +135,7 @@ class ProfileCosts:
         return start_up.capture + op.operations * start_up.capture_operation
 
     def _device(self, call: KernelCall) -> float:
-        """Roofline of a call; fewer SMs have less of the peak rate, not of the bandwidth."""
+        """Roofline of a call; fewer SMs lower the peak rate but not the bandwidth."""
         gpu = self.profile.gpu
         flops, nbytes = gemm_work(call)
         peak = gpu.fp8_flops if call.type in _FP8_TYPES else gpu.bf16_flops
@@ -143,10 +143,10 @@ class ProfileCosts:
         return gpu.kernel + max(flops / peak, nbytes / gpu.memory_bandwidth)
 
     def collective_seconds(self, op: Collective | Begin) -> float:
-        """A collective of ``n`` ranks once all are there and their links are free.
+        """Seconds of a collective of ``n`` ranks once all have arrived and their links are free.
 
-        An all-reduce sends 2 (n - 1) / n of a rank's bytes, a reduce-scatter and an all-to-all
-        (n - 1) / n, and a gather n - 1 times them. All go round a ring but for the all-to-all.
+        Of a rank's bytes, an all-reduce sends 2 (n - 1) / n, a reduce-scatter or an all-to-all
+        (n - 1) / n, and a gather n - 1 times all. All but the all-to-all go around a ring.
         """
         n, kind = len(op.group), op.name.partition(" ")[0]
         times = _SENDS.get(kind)
@@ -157,11 +157,11 @@ class ProfileCosts:
         return turns + self.link.latency + (n - 1) * op.bytes / bandwidth
 
     def transfer_seconds(self, nbytes: int) -> float:
-        """From a send until its bytes are there."""
+        """Seconds from a send until its bytes arrive."""
         return self._turns(1) + self.link.seconds(nbytes)
 
     def _turns(self, steps: int) -> float:
-        """Waits of NCCL's steps for the GPU's other ranks, which take turns."""
+        """Seconds that NCCL's steps wait for the GPU's other ranks, which take turns."""
         if not self.link.queues:
             return 0.0
         return steps * (self.ranks_per_gpu - 1) * self.profile.gpu.time_slice
@@ -184,15 +184,15 @@ def gemm_work(call: KernelCall) -> tuple[float, float]:
 
 
 def template_of(kernel: Kernel) -> str:
-    """Dense, contiguous and masked GEMMs of a family instantiate one template."""
+    """The kernel's template, shared by dense, contiguous and masked GEMMs of a family."""
     return kernel.entry.rsplit("::", 1)[-1].removesuffix("_impl")
 
 
 def config_key(kernel: Kernel) -> str:
     """Template and configuration (tile, stages, threads, ...) of a kernel.
 
-    Shape, number of groups and SMs are left out: of these only a short K changes the size of the
-    code, since its loop is unrolled completely.
+    Shape, groups and SMs are left out: of these, only a short K changes the code size, since its
+    loop is fully unrolled.
     """
     template = template_of(kernel)
     if template not in _TILED:
@@ -204,7 +204,7 @@ def config_key(kernel: Kernel) -> str:
 
 
 def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
-    """Seconds of a compile alone on a machine: measured, else from the size of its code."""
+    """Seconds of a compile alone on a machine: measured, or else estimated from its code size."""
     measured = times.by_config.get(config_key(kernel))
     if measured is not None:
         return measured
@@ -212,7 +212,7 @@ def compile_seconds(times: CompileTimes, kernel: Kernel) -> float:
 
 
 def slowdown(times: CompileTimes, compilers: int, cores: int) -> float:
-    """How many times as long each of ``compilers`` compiles takes on ``cores`` cores."""
+    """Factor by which each of ``compilers`` compiles on ``cores`` cores is slower than alone."""
     busy = min(compilers, cores)
     contention = times.contention * (busy - 1) / max(cores - 1, 1)
     return (1.0 + contention) * compilers / busy

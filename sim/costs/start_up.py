@@ -1,4 +1,4 @@
-"""What a server does before its warm-up: imports, process group, weights."""
+"""Cost of what a server does before its warm-up: imports, process group, weights."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def start_phases(
     hosts: int,
     ranks_per_gpu: int = 1,
 ) -> list[tuple[str, float]]:
-    """Names and seconds of the phases, of the slowest rank.
+    """Names and seconds of the phases, for the slowest rank.
 
-    Ranks of a host share its disk's bandwidth; those of a GPU make up weights one after the other.
+    Ranks on a host share its disk bandwidth; ranks on a GPU make up weights one after the other.
     """
     ranks = parallel.world_size // hosts
     seconds = {
@@ -62,21 +62,21 @@ def start_phases(
 
 
 def made_elements(model: ModelConfig, parallel: ParallelConfig, ranks_per_gpu: int) -> int:
-    """Elements of dummy weights that are made up on the GPU with most of them."""
+    """Elements of dummy weights on the GPU that makes up the most."""
     elements = [size.shapes for size in _stage_sizes(model, parallel)]
     return _largest_sum(elements, parallel, ranks_per_gpu)
 
 
 @lru_cache(maxsize=256)
 def _stage_sizes(model: ModelConfig, parallel: ParallelConfig) -> tuple[WeightSize, ...]:
-    """Weights of a rank of each stage; counted once for all policies of a layout."""
+    """Weights of one rank per stage; counted once for all policies of a layout."""
     return tuple(
         weight_size(model, parallel, parallel.rank_of(stage, 0)) for stage in range(parallel.pp)
     )
 
 
 def _largest_sum(by_stage: Sequence[int], parallel: ParallelConfig, ranks: int) -> int:
-    """Largest sum over ``ranks`` consecutive ranks (a host's, a GPU's) of their stages' values."""
+    """Largest sum of the stages' values over ``ranks`` consecutive ranks of a host or GPU."""
     by_rank = [by_stage[parallel.coordinates(rank).pp_rank] for rank in range(parallel.world_size)]
     return max(
         sum(by_rank[first : first + ranks]) for first in range(0, parallel.world_size, ranks)

@@ -1,1 +1,1 @@
-"""The event engine: programs of ranks in virtual time."""
+"""The event engine runs the ranks' programs in virtual time."""

@@ -1,16 +1,16 @@
-"""The event engine: every rank's program in virtual time.
+"""The event engine runs every rank's program in virtual time.
 
-A rank has two clocks, its host's and its GPU's. The host runs ahead through what concerns only
-itself and stops where it meets others: at a kernel that is not loaded (its node's disk and cores),
-at a lock, and where it waits for its GPU. The GPU works off what the host has queued; a collective
-there ends once every member's GPU has come to it. A host waits for its GPU after each message, as
-our driver does, or, where it runs ahead, only for what it receives and at the end of a forward, as
-a server over NCCL does.
+A rank has two clocks, its host's and its GPU's. The host runs freely through work that concerns
+only itself, and stops where others are involved: at a kernel that is not loaded (its node's disk
+and cores), at a lock, and where it waits for its GPU. The GPU runs the work that the host has
+queued; a collective ends only after every member's GPU has reached it. A host waits for its GPU
+after each message, as our driver does. A host that runs ahead waits only for what it receives and
+at the end of a forward, as a server over NCCL does.
 
-There is one heap of (time, priority, tie, event). An event is a rank whose host goes on, or the
-cores of a machine on which a compile may end. At one time compiles end before hosts go on, then
-the order of planning decides. A rank that misses a kernel while another one still compiles it
-compiles it too, as the library does, unless first uses are locked.
+There is one heap of (time, priority, tie, event). An event is a rank whose host resumes, or the
+cores of a machine on which a compile may end. At equal times, compiles end before hosts resume, and
+events go in the order in which they were scheduled. A rank that misses a kernel while another rank
+compiles it compiles it too, as the library does, unless first uses are locked.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ class Outcome:
 
     spans: list[Span]  # raw, see runner.timeline.merge
     timeout: CollectiveTimeout | None  # the wait that would have ended the run
-    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # of each node, in the end
-    longest_wait: float = 0.0  # seconds of a rank's longest wait that Engine's ``timeout`` limits
-    ends: tuple[float, ...] = ()  # when each rank was done
+    disks: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # by node, at the end
+    longest_wait: float = 0.0  # seconds of the longest wait that Engine's ``timeout`` limits
+    ends: tuple[float, ...] = ()  # when each rank finished
     up: dict[int, frozenset[Kernel]] = field(default_factory=dict)  # disks when the server is up
 
 
 class SimulationError(Exception):
-    """The schedule cannot run to its end: ranks wait for something that never comes."""
+    """The schedule cannot finish: ranks wait for something that never comes."""
 
 
 class Engine:
-    """Replays the programs of all ranks.
+    """Replays all ranks' programs.
 
     Args:
-        programs: what every rank does; see :func:`sim.engine.rank_program.ProgramCompiler`.
-        costs: how long it takes.
+        programs: each rank's program; see :class:`sim.engine.rank_program.ProgramCompiler`.
+        costs: how long operations take.
         node_of: node of each rank; ranks of a node share its disk cache and cores.
         cores_per_node: cores that a builder uses.
-        host_of: machine of each node, whose cores its nodes share; by default each has its own.
-        timeout: longest wait of a rank in a communication, in seconds; None is no limit.
-        host_timeout: the same for hosts that run ahead and wait for each other: to receive from
-            another stage, to exchange kernels.
+        host_of: machine of each node, whose cores its nodes share; by default one per node.
+        timeout: longest wait of a rank in a communication, in seconds; None means no limit.
+        host_timeout: longest wait of hosts that run ahead, to receive from another stage or to
+            exchange kernels.
         cached: kernels on every node's disk at the start.
         run_ahead: whether hosts queue communication and go on, until a forward's end.
         start: seconds since the origin at which all ranks start.
@@ -98,7 +98,7 @@ class Engine:
         """Run to the end.
 
         Raises:
-            SimulationError: some ranks wait for ever.
+            SimulationError: some ranks wait forever.
         """
         for rank in self._ranks:
             rank.host = self._run_host(rank)
@@ -112,7 +112,7 @@ class Engine:
         stuck = [rank for rank in self._ranks if not rank.done]
         if stuck:
             waits = (f"rank {rank.index} in {describe_wait(rank.queue[0])}" for rank in stuck[:4])
-            raise SimulationError(f"{len(stuck)} ranks wait for ever: {', '.join(waits)}")
+            raise SimulationError(f"{len(stuck)} ranks wait forever: {', '.join(waits)}")
         spans = [span for rank in self._ranks for span in rank.spans]
         return Outcome(
             spans,
@@ -134,7 +134,7 @@ class Engine:
             self._schedule(time, rank)
 
     def _end_compiles(self, cores: Cores) -> None:
-        # An end that was planned before another compile started comes too early and ends none.
+        # An end scheduled before another compile started comes too early: no compile ends then.
         ended = cores.finish(self._now)
         for rank in ended:
             self._resume(rank)
@@ -181,7 +181,7 @@ class Engine:
         yield self._release(rank, item.lock)
 
     def _walk(self, rank: Rank, item: WalkRun) -> Host:
-        """A walk's calls queue behind what the GPU has to do, and it ends with the GPU done."""
+        """Run a walk: its calls queue on the GPU, and it ends when the GPU is done."""
         yield from self._wait_for_device(rank)
         rank.end_compute()
         yield rank.clock
@@ -207,7 +207,7 @@ class Engine:
             rank.note(since, self._now, "wait", "compile lock")
 
     def _release(self, rank: Rank, lock: LockKey | None) -> float:
-        """Hand the lock to the rank that asked first; its holder goes on now."""
+        """Hand the lock to the rank that asked first; the previous holder goes on now."""
         if lock is not None and rank.node.locks[lock]:
             self._schedule(self._now, rank.node.locks[lock].popleft())
         elif lock is not None:
@@ -215,7 +215,7 @@ class Engine:
         return rank.go_on_at(self._now)
 
     def _load(self, rank: Rank, kernel: Kernel, *, bulk: bool) -> Host:
-        """Load a kernel from the node's disk; if it is not there, compile it first."""
+        """Load a kernel from the node's disk; compile it first if it is missing."""
         node, since = rank.node, self._now
         rank.use([kernel])
         if kernel not in node.disk:
@@ -230,7 +230,7 @@ class Engine:
         yield end
 
     def _kernel_work(self, rank: Rank, op: KernelWork) -> Host:
-        """Build or verify; the builder has its node's cores to itself, since all wait for it."""
+        """Build or verify; a builder has its node's cores to itself, since all wait for it."""
         yield from self._wait_for_device(rank)
         rank.end_compute()
         yield rank.clock
@@ -252,7 +252,7 @@ class Engine:
     # -- GPUs -----------------------------------------------------------------------------------
 
     def _communicate(self, rank: Rank, op: Message | Await) -> Host:
-        """Queue a message; the host waits for it, or runs ahead."""
+        """Queue a message; the host waits for it or runs ahead."""
         waits = not self._run_ahead or isinstance(op, Recv) or op.name in OF_HOSTS
         waits = waits and not isinstance(op, Begin)
         if waits:
@@ -265,7 +265,7 @@ class Engine:
             yield from self._wait_for_device(rank)
 
     def _run_devices(self, first: Rank) -> None:
-        """Work off a GPU's queue, and the queues of those that wait for its messages."""
+        """Run a GPU's queue, and the queues of the GPUs that wait for its messages."""
         unblocked = deque([first])
         while unblocked:
             rank = unblocked.popleft()

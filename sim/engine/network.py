@@ -1,7 +1,7 @@
 """Messages between ranks: who meets whom, and when.
 
-A collective starts when the GPUs of all its members have come to it and their links are free. A
-begun collective runs on its members' communication streams while they go on. Two collectives would
+A collective starts when the GPUs of all its members have reached it and their links are free. An
+asynchronous one runs on its members' communication streams while they go on. Two collectives would
 share a link's bandwidth, so one waits for the other.
 """
 
@@ -17,15 +17,15 @@ from sim.engine.timeout_diagnosis import WaitLimits
 
 @dataclass
 class _Meeting:
-    """A collective under way: ranks whose GPUs have come to it, and ranks that await its end."""
+    """A collective under way: ranks whose GPUs have reached it, and ranks that await its end."""
 
     members: list[tuple[Rank, Queued]] = field(default_factory=list)
     awaited: list[tuple[Rank, Queued]] = field(default_factory=list)
-    end: float | None = None  # known once all members are there
+    end: float | None = None  # known once all members have arrived
 
 
 class Network:
-    """All messages under way; every wait is compared with ``limits``."""
+    """All messages under way; ``limits`` checks every wait."""
 
     def __init__(self, costs: ProfileCosts, limits: WaitLimits) -> None:
         self._costs, self._limits = costs, limits
@@ -36,10 +36,10 @@ class Network:
         self._receiving: dict[str, tuple[Rank, Queued]] = {}
 
     def arrive(self, rank: Rank, item: Queued) -> list[Rank]:
-        """A rank's GPU has come to a message; sets the ends that this decides.
+        """Let a rank's GPU arrive at a message, and set the ends that this decides.
 
         Returns:
-            Other ranks that no longer wait.
+            Other ranks that need not wait any longer.
         """
         if isinstance(item.work, Collective | Begin):
             return self._join(rank, item, item.work)
@@ -81,7 +81,7 @@ class Network:
         return [member for member, _ in meeting.members if member is not rank]
 
     def _start(self, op: Collective | Begin, arrival: float) -> float:
-        """When all members are there and their links free; hosts among themselves use none."""
+        """When all members have arrived and their links are free; host collectives use none."""
         if op.name in OF_HOSTS or not self._link_free:
             return arrival
         return max(arrival, *(self._link_free.get(member, 0.0) for member in op.group))
@@ -96,7 +96,7 @@ class Network:
         return [member for member, _ in meeting.awaited]
 
     def _send(self, rank: Rank, item: Queued, op: Send) -> list[Rank]:
-        """A send does not wait for its receiver."""
+        """End a send, which does not wait for its receiver."""
         at = _arrived(item)
         self._sent[item.key] = at, at + self._costs.transfer_seconds(op.bytes)
         self._end_message(rank, item, at)
@@ -110,7 +110,7 @@ class Network:
         return [rank]
 
     def _end_message(self, rank: Rank, item: Queued, end: float) -> None:
-        """Communication is on the rank's own time line only where its host waits for it."""
+        """Finish a message, which is on the rank's own time line only if its host waits for it."""
         item.end = end
         span = self._limits.add_span(rank, item, end)
         if item.host_waits or isinstance(item.work, Send):
@@ -118,7 +118,7 @@ class Network:
 
 
 def _end_await(rank: Rank, item: Queued, end: float) -> None:
-    # Not from the arrival on: the host may have compiled since then.
+    # Not from the arrival: the host may have compiled since then.
     start = max(_arrived(item), rank.device)
     item.end = max(start, end)
     if end > start:
@@ -132,10 +132,10 @@ def _arrived(item: Queued) -> float:
 
 
 def describe_wait(item: Queued) -> str:
-    """What a rank with this head of its GPU's queue waits in."""
+    """Describe the wait of a rank whose GPU has this item at the head of its queue."""
     if isinstance(item.work, Collective | Begin):
         return f"{item.work.name} of ranks {item.work.group}"
     if isinstance(item.work, Recv):
         return f"recv {item.work.name} from rank {item.work.peer}"
     assert isinstance(item.work, Await)
-    return f"{item.work.name}, which others have not begun"
+    return f"{item.work.name}, which other ranks have not begun"

@@ -1,8 +1,8 @@
-"""A rank's operations as the engine runs them.
+"""Compile a rank's operations into a program for the engine.
 
-Operations that concern only the rank are summed up beforehand: between two points at which ranks
-can meet there is one :class:`Run`. First uses of kernels are known beforehand too, since a process
-keeps every kernel that it has loaded.
+Operations that concern only one rank are summed up in advance: between two points at which ranks
+can meet, there is one :class:`Run`. The first uses of kernels are also known in advance, since a
+process keeps every kernel that it has loaded.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from runner.schedule import (
 from sim.costs.profile_costs import ProfileCosts, Seconds
 
 LockKey = tuple[DeepGemmKernelType, int, int, int]
-"""Type, n, k and number of groups of the GEMM whose first uses take turns on a node."""
+"""Type, n, k and number of groups of a GEMM; its first uses on a node take turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Work of this rank alone: seconds of its host and of its GPU, which overlap."""
+    """Work of one rank alone: overlapping seconds of its host and of its GPU."""
 
     host: float
     device: float
@@ -43,20 +43,20 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class FirstUse:
-    """Kernels that this process loads for the first time, in order."""
+    """Kernels that the process loads for the first time, in order."""
 
     kernels: tuple[Kernel, ...]
     bulk: bool = False  # loaded on their own, not inside a call
-    lock: LockKey | None = None  # held meanwhile; None where first uses do not take turns
+    lock: LockKey | None = None  # held meanwhile; None if first uses do not take turns
 
 
 @dataclass(frozen=True, slots=True)
 class WalkRun:
-    """A walk: kernels to load and then the seconds of the calls that run them, step by step."""
+    """A walk: in each step, kernels to load and then the time of the calls that run them."""
 
     name: str
     steps: tuple[tuple[tuple[Kernel, ...], float], ...]
-    calls: tuple[tuple[int, float], ...]  # of each step but the first: number, GPU seconds of one
+    calls: tuple[tuple[int, float], ...]  # per step after the first: number, GPU seconds each
     lock: LockKey | None = None
 
 
@@ -64,13 +64,13 @@ Instruction = Run | FirstUse | WalkRun | Message | Await | KernelWork | Mark | C
 
 
 class ProgramCompiler:
-    """Makes the programs of the ranks of one run.
+    """Compiles the programs of one run's ranks.
 
     Args:
         costs: how long operations take.
-        table: which kernels they run.
-        locked: whether first uses take turns on a node.
-        walkers_per_gpu: how many of the ranks that share a GPU walk at a time.
+        table: which kernels the operations run.
+        locked: whether first uses on a node take turns.
+        walkers_per_gpu: how many of the ranks on a GPU walk at a time.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class ProgramCompiler:
         self.locked, self.walkers_per_gpu = locked, walkers_per_gpu
 
     def program(self, parts: Iterable[Part]) -> list[Instruction]:
-        """Instructions of the rank that runs these parts."""
+        """Instructions for the rank that runs these parts."""
         rank = _RankProgram(self)
         for part in parts:
             if isinstance(part, Forward):
@@ -97,7 +97,7 @@ class ProgramCompiler:
 
 
 class _RankProgram:
-    """A rank's instructions as they are made. Its process loads each kernel once."""
+    """A rank's instructions in the making; its process loads each kernel once."""
 
     def __init__(self, compiler: ProgramCompiler) -> None:
         self.instructions: list[Instruction] = []
@@ -107,7 +107,7 @@ class _RankProgram:
         self._loaded: set[Kernel] = set()
 
     def add(self, op: Op) -> None:
-        self._meet(op)
+        self._add_meeting(op)
         if not self._has_computed and isinstance(op, Compute | KernelCall):
             self._host += self._costs.first_forward
             self._has_computed = True
@@ -119,11 +119,11 @@ class _RankProgram:
                 self.add(op)
             return
         for op, after in stops_of(forward, self._costs):
-            self._meet(op)
+            self._add_meeting(op)
             self._work(after)
 
     def end_work(self) -> None:
-        """Put the work since the last instruction into one."""
+        """Turn the work since the last instruction into an instruction."""
         if self._host or self._device:
             self.instructions.append(Run(self._host, self._device))
         self._host = self._device = 0.0
@@ -132,8 +132,8 @@ class _RankProgram:
         self._host += seconds.host
         self._device += seconds.device
 
-    def _meet(self, op: Op) -> None:
-        """Add what the engine does at an operation apart from the rank's own work."""
+    def _add_meeting(self, op: Op) -> None:
+        """Add what the engine does at an operation, besides the rank's own work."""
         instruction = self._instruction(op)
         if instruction is not None:
             self.end_work()
@@ -190,7 +190,7 @@ def stops_of(forward: Forward, costs: ProfileCosts) -> tuple[tuple[Op, Seconds],
     """
     first_calls = {index for index, _ in forward.calls}
     stops: list[tuple[Op, Seconds]] = []
-    seconds: dict[int, Seconds] = {}  # Layers share their operations.
+    seconds: dict[int, Seconds] = {}  # layers share their operations
     for index, op in enumerate(forward.ops):
         own = seconds.get(id(op))
         if own is None:
@@ -207,7 +207,7 @@ def stops_of(forward: Forward, costs: ProfileCosts) -> tuple[tuple[Op, Seconds],
 def _walk_parts(
     walk: Walk, table: KernelTable
 ) -> tuple[tuple[tuple[Kernel, ...], int, float], ...]:
-    """A walk's calls cut where other kernels run: the kernels, number of calls, their mean M."""
+    """Split a walk's calls where kernels change: the kernels, number of calls, their mean M."""
     ms = expand(walk.steps)
     return tuple(
         (kernels, high - low, fmean((ms[low], ms[high - 1])))

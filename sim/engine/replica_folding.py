@@ -1,8 +1,8 @@
-"""Replicas that behave alike: simulate the first whole, and of the others only what is shared.
+"""Simulate one of several replicas that behave alike, and of the others only the shared part.
 
-Replicas on nodes and hosts of their own meet only in operations of all ranks (the exchange of built
-kernels). After the last of these every replica starts from the same state at the same time and does
-the same, so the first one's spans are the others', shifted by rank.
+Replicas on their own nodes and hosts meet only in operations of all ranks (the exchange of built
+kernels). After the last of these, all replicas start from the same state at the same time and do
+the same, so the spans of the others are those of the first, shifted by rank.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from sim.engine.engine import Outcome
 
 
 def can_fold(parallel: ParallelConfig, hosts: int) -> bool:
-    """Whether no node holds ranks of two replicas, and no host nodes of two."""
+    """Whether each node, and each host, belongs to one replica only."""
     replicas = parallel.replicas
     return replicas > 1 and parallel.nodes % replicas == 0 and hosts % replicas == 0
 
 
 def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
-    """The outcome of all replicas, from merged spans of one whose later replicas were cut off.
+    """Extend an outcome to all replicas; its spans are merged, later replicas cut off.
 
     Raises:
         AssertionError: the replicas did not part at the same time.
@@ -31,10 +31,10 @@ def unfold(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
     parted = set(outcome.ends[ranks:])
     assert len(parted) == 1, f"replicas part at different times: {sorted(parted)}"
     (since,) = parted
-    # Only phases, which enclose others, lie across that point.
+    # Only phases, which enclose other spans, extend across that point.
     own = [s for s in outcome.spans if s.rank < ranks and (s.end > since or s.start == since)]
     copies = [
-        # Messages of another replica have other keys; kernels are the same.
+        # Other replicas have other message keys, but the same kernels.
         Span(rank + shift, start, end, kind, name, prefix + key if kind == "comm" else key)
         for replica in range(1, parallel.replicas)
         for shift, prefix in [(replica * ranks, f"{replica}:")]

@@ -1,4 +1,4 @@
-"""Waits that take too long, and which rank is responsible."""
+"""Find waits that take too long, and the rank responsible."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from sim.engine.state import Queued, Rank
 
 @dataclass(frozen=True)
 class CollectiveTimeout:
-    """A wait beyond the limit, at which the run would have died."""
+    """A wait beyond the limit, which would have ended the run."""
 
     time: float  # seconds since the origin
     rank: int  # the rank that gave up
-    operation: str  # the communication that it waited in
-    waiting_for: int  # the rank that was working: the one it waited for, or that one in turn
+    operation: str  # the communication in which it waited
+    waiting_for: int  # the rank that was working, at the end of the chain of waiting ranks
     busy_with: str  # what that rank was doing then
-    needed: float  # seconds of the longest wait of this kind: the smallest limit that is enough
-    of_hosts: bool = False  # hosts waited for each other, which has a limit of its own
+    needed: float  # seconds of the longest wait of this kind: the smallest sufficient limit
+    of_hosts: bool = False  # hosts waited for each other, which has its own limit
 
 
 class WaitLimits:
     """Compares all waits with their limits.
 
     Args:
-        limit: longest wait in a communication of GPUs, and of hosts that do not run ahead.
-        host_limit: longest wait of hosts for each other, where they run ahead of their GPUs.
-        run_ahead: whether they do.
+        limit: longest wait in a communication of GPUs, or of hosts that do not run ahead.
+        host_limit: longest wait for each other of hosts that run ahead of their GPUs.
+        run_ahead: whether hosts run ahead.
     """
 
     def __init__(self, limit: float | None, host_limit: float | None, run_ahead: bool) -> None:
@@ -41,12 +41,12 @@ class WaitLimits:
         """Longest wait of GPUs (False) and of hosts (True)."""
 
     def check(self, rank: Rank, item: Queued, waiting_for: int, until: float) -> None:
-        """Check a rank's wait for another rank, which came ``until`` then."""
+        """Check a rank's wait for another rank, which lasted until ``until``."""
         assert isinstance(item.work, Message)
         of_hosts = self._run_ahead and item.host_waits
         since = item.queued
         if isinstance(item.work, Begin):
-            # The rank goes on meanwhile; only its stream waits.
+            # The rank itself goes on; only its stream waits.
             assert item.arrived is not None
             since = item.arrived
             self.add_span(rank, item, until)
@@ -60,7 +60,7 @@ class WaitLimits:
             self._timeouts.append(timeout)
 
     def add_span(self, rank: Rank, item: Queued, end: float) -> Span:
-        """The span of a message, which is kept to tell later who waited for whom."""
+        """Make a message's span, and keep it to find out later who waited for whom."""
         assert isinstance(item.work, Message) and item.arrived is not None
         name = message_name(item.work)
         span = Span(rank.index, item.arrived, end, "comm", name, item.key)
@@ -68,7 +68,7 @@ class WaitLimits:
         return span
 
     def first_timeout(self, spans: Sequence[Span]) -> CollectiveTimeout | None:
-        """The time-out that ends the run; ``spans`` are those of all ranks."""
+        """The time-out that ends the run, given the spans of all ranks."""
         if not self._timeouts:
             return None
         first = min(self._timeouts, key=lambda timeout: timeout.time)
@@ -81,7 +81,7 @@ _WORK = ("compile", "load", "compute")
 
 
 def with_busy_rank(timeout: CollectiveTimeout, spans: Sequence[Span]) -> CollectiveTimeout:
-    """Follow who waits for whom at that time to a rank that works."""
+    """Follow the chain of waiting ranks at that time to a rank that works."""
     rank, seen = timeout.waiting_for, {timeout.rank}
     while rank not in seen:
         seen.add(rank)

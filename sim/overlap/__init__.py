@@ -1,1 +1,1 @@
-"""What a placement of yield marks is worth, and the best one. No torch."""
+"""Evaluate placements of yield marks and find the best one, without torch."""

@@ -1,4 +1,4 @@
-"""A forward as one batch, by each strategy, and by the best placement that there is."""
+"""Run a forward as one batch, with each strategy, and with the best placement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """A forward by a strategy; None is the whole batch as one."""
+    """A forward run with a strategy; None runs the whole batch as one."""
 
     strategy: OverlapStrategy | None
     turns: Turns
@@ -32,9 +32,9 @@ class Comparison:
     """Runs of one forward.
 
     Attributes:
-        layers: numbers of the layers that overlap.
+        layers: the model's layers that overlap.
         runs: the whole batch, then the strategies in the order asked for, then the best found.
-        found: result of the search; None without a search.
+        found: the search's result; None without a search.
         reference: the fastest of the strategies asked for, which the search has to beat.
     """
 
@@ -55,9 +55,9 @@ def compare(
     strategies: Sequence[OverlapStrategy],
     progress: Progress | None,
 ) -> Comparison:
-    """Run a forward by each strategy (one at least), and search for the best placement.
+    """Run a forward with each strategy (at least one), and search for the best placement.
 
-    The search keeps the SMs of the fastest strategy; without ``progress`` there is none.
+    The search uses the SMs of the fastest strategy; without ``progress`` there is no search.
 
     Raises:
         UserError: there is nothing to overlap.
@@ -73,7 +73,7 @@ def compare(
     its_work = work[reference.strategy.comm_sms]
     found = None
     if progress is not None:
-        # It needs numpy, and comparing does not.
+        # Only the search needs numpy.
         from sim.overlap.search import search
 
         found = search(its_work, reference.strategy, progress)

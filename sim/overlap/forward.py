@@ -1,7 +1,7 @@
-"""One forward of a pipeline stage, cut into parts, and how long each part takes on a GPU.
+"""Cut one forward of a pipeline stage into parts, and estimate each part's time on a GPU.
 
-A forward runs as one batch, or as two halves of the batch that take turns. Either way it is a
-sequence of :class:`Part`: recorded operations first, seconds on the GPU and its link later.
+A forward runs as one batch, or as two halves that take turns. Either way it is a sequence of
+:class:`Part`, which hold recorded operations at first and then seconds on the GPU and its link.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class StepKind(Enum):
-    """What a step occupies: the GPU, the GPU and its link, the link alone, or nothing."""
+    """What a step occupies: the GPU, the GPU and its link, only the link, or nothing."""
 
     COMPUTE = "compute"
     BLOCK = "block"
@@ -40,8 +40,8 @@ class Step:
 
     Attributes:
         kind: what it occupies.
-        name: of a collective, the same where it begins and where it is awaited; else empty.
-        seconds: how long it takes once it runs; 0 for an AWAIT.
+        name: the collective's name, equal where it begins and where it is awaited; else empty.
+        seconds: how long the step takes once it runs; 0 for an AWAIT.
     """
 
     kind: StepKind
@@ -60,8 +60,8 @@ class Part(Generic[T]):
     Attributes:
         half: which half of the batch; -1 is the whole batch.
         layer: index among the layers that overlap; -1 is outside them.
-        name: the operation; ``before``, ``after`` or ``layer`` where the batch is whole.
-        content: its operations or its steps.
+        name: the operation; ``before``, ``after`` or ``layer`` if the batch is whole.
+        content: the part's operations or steps.
     """
 
     half: int
@@ -75,10 +75,10 @@ class Halves(Generic[T]):
     """A forward in two halves.
 
     Attributes:
-        before: what comes before the layers that overlap.
-        halves: for each half and layer, the content of each operation.
-        after: what comes after those layers.
-        layers: their numbers in the model.
+        before: the content before the layers that overlap.
+        halves: the content of each operation, for each half and layer.
+        after: the content after those layers.
+        layers: the numbers of those layers in the model.
     """
 
     before: T
@@ -119,11 +119,11 @@ class Forward:
         """Record the forward on shapes with a mark after every operation, and cut it there.
 
         Args:
-            comm_sms: SMs that its GEMMs leave to communication.
-            content: makes a part's content of its operations.
+            comm_sms: SMs that the GEMMs leave to communication.
+            content: makes a part's content from its operations.
 
         Raises:
-            UserError: there is nothing to overlap: one sequence, or no layer with experts.
+            UserError: nothing can overlap: there is one sequence only, or no layer with experts.
         """
         if self.batch.batch_size < 2:
             raise UserError(
@@ -148,7 +148,7 @@ class Forward:
         return Halves(content(before), halves, content(after), held[-len(halves[0]) :])
 
     def whole(self, layers: range, content: Callable[[Ops], T]) -> list[Part[T]]:
-        """Record the forward as one batch: what is before ``layers``, each of them, what is after.
+        """Record the forward as one batch: the part before ``layers``, each layer, and the rest.
 
         The layers' own communication still overlaps with their own compute.
         """
@@ -164,7 +164,7 @@ class Forward:
         ]
 
     def _sections(self, kind: str, *overlap: OverlapStrategy) -> list[tuple[str, Ops]]:
-        """The recorded operations cut at one kind of mark: the mark's name, and what follows it."""
+        """Cut the recorded operations at marks of a kind: each mark's name, and what follows it."""
         scenario = replace(self.scenario, overlap=overlap)
         sections: list[tuple[str, list[Op]]] = [("", [])]
         for op in record_forward(scenario, self.rank, self.batch).ops:
@@ -181,7 +181,7 @@ def _by_layer(names: Sequence[str], stages: Sequence[T]) -> tuple[dict[str, T], 
 
 
 def to_steps(ops: Iterable[Op], costs: ProfileCosts) -> Steps:
-    """What operations take on the GPU and its link; compute between communication is one step."""
+    """Turn operations into timed steps; compute between communication becomes one step."""
     steps: list[Step] = []
     seconds = 0.0
     for op in ops:

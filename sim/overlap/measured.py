@@ -1,7 +1,7 @@
-"""Steps that ``launch.steps`` measured, as :class:`sim.overlap.turns.Turns`, and their validation.
+"""Read steps that ``launch.steps`` measured, and validate predictions against them.
 
-A measured step says when each operation of a forward ended. The forward, recorded again, says which
-operation that was.
+A measured step gives the time at which each operation of a forward ended. Recording the forward
+again tells which operation that was.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Span = tuple[float, float]
 """Start and end in seconds."""
 
 Row = dict[str, str | float]
-"""A line of a table as plain data."""
+"""A table row as plain data."""
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What was measured, by the names of the options."""
+    """Settings of the measurement, by option name."""
 
     model: str
     layers: int | None
@@ -44,13 +44,13 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A forward by a strategy; None is one batch.
+    """A measured forward.
 
     Attributes:
-        strategy: which.
-        step_seconds: of a step in which nothing was timed in between.
-        ends: seconds at which each operation ended; the first is the start, 0.
-        link: start and end of every collective, in the order in which they began.
+        strategy: the overlap strategy; None is one batch.
+        step_seconds: duration of a step without timing of single operations.
+        ends: seconds at which each operation ended; the first value is the start, 0.
+        link: start and end of every collective, ordered by start.
     """
 
     strategy: OverlapStrategy | None
@@ -61,7 +61,7 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """What one run of ``launch.steps`` wrote: where, and its steps, one batch first."""
+    """What one run of ``launch.steps`` wrote; the first step is the one without a strategy."""
 
     settings: StepSettings
     machine: dict[str, object]
@@ -76,7 +76,7 @@ def read_steps(path: Path) -> MeasuredSteps:
     """Read a file that ``launch.steps`` wrote.
 
     Raises:
-        UserError: it cannot be read, or is not such a file.
+        UserError: the file cannot be read, or ``launch.steps`` did not write it.
     """
     try:
         data = json.loads(path.read_text())
@@ -96,14 +96,14 @@ def read_steps(path: Path) -> MeasuredSteps:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a file of launch.steps: {error!r}") from None
+        raise UserError(f"{path} is not a file from launch.steps: {error!r}") from None
 
 
 def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
-    """What the GPU and its link did.
+    """Turn a measured step into what the GPU and its link did.
 
     Raises:
-        UserError: the forward has other operations than were measured.
+        UserError: the forward's operations are not those measured.
     """
     halves = forward.in_halves(0 if step.strategy is None else step.strategy.comm_sms, tuple)
     parts: Iterable[Part[Ops]] = (
@@ -114,8 +114,8 @@ def measured_turns(forward: Forward, step: MeasuredStep) -> Turns:
     ops = [(part, op) for part in parts for op in part.content]
     if len(ops) != len(step.ends) - 1:
         raise UserError(
-            f"{len(step.ends) - 1} operations were measured and the forward has {len(ops)}: "
-            "another version measured them"
+            f"{len(step.ends) - 1} operations were measured, but the forward has {len(ops)}: "
+            "measure again with this version"
         )
     turns, link = Turns(seconds=step.ends[-1]), iter(step.link)
     for (part, op), ran in zip(ops, pairwise(step.ends), strict=True):
@@ -132,12 +132,12 @@ def validate(forward: Forward, measured: MeasuredSteps, comparison: Comparison) 
     """Compare each measured step with its prediction.
 
     Returns:
-        A row a step: its strategy's name; seconds of a step in which nothing was timed in between;
-        then seconds, and those that the GPU only waited, of the same step with every operation
-        timed, and of the profile's prediction.
+        One row per step: its strategy's name; the seconds of a step without timing of single
+        operations; then total seconds and seconds waited, for the same step with every operation
+        timed and for the profile's prediction.
 
     Raises:
-        UserError: the forward has other operations than were measured.
+        UserError: the forward's operations are not those measured.
     """
     rows: list[Row] = []
     runs = {run.strategy: run for run in comparison.runs}

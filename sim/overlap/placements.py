@@ -1,12 +1,12 @@
-"""All legal placements: orders of a layer's operations, sets of marks, and how far one half leads.
+"""All legal placements: orders of a layer's operations, sets of marks, and one half's lead.
 
-A layer's operations are a chain except for those that can stand in several places
-(``shared_experts``). A mark can follow any operation, and a half can lead by up to a layer's
-stages. All layers have the same marks.
+A layer's operations form a chain, except that ``shared_experts`` can go in several places. A mark
+can follow any operation, and one half can lead by up to a layer's number of stages. All layers
+have the same marks.
 
-Compute takes as long in every placement. What a placement waits depends only on its events
-(collectives that a half begins or waits for): on the order of both halves' events, and on the
-compute between them. So placements over one order of operations are advanced together.
+Compute takes equally long in every placement. A placement's waits depend only on its events (a half
+begins a collective or waits for one): on the order of both halves' events, and on the compute
+between them. So all placements with one order of operations are advanced together.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 OPERATIONS = len(NEEDS)
-"""Operations of a layer."""
+"""Number of operations in a layer."""
 
 _BLOCK = 2048
-"""Placements that are advanced together: as many as a core's cache can hold."""
+"""Placements that are advanced together: as many as fit into a core's cache."""
 
 
 def legal_orders(order: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every order that continues ``order`` and puts each operation after those that it needs."""
+    """Every order that starts with ``order`` and puts each operation after those that it needs."""
     if len(order) == OPERATIONS:
         yield order
     for name, needs in NEEDS.items():
@@ -46,10 +46,10 @@ class Choices:
     """Sets of marks, each with a lead.
 
     Attributes:
-        marks: [choices, OPERATIONS] how many operations of a layer come before each mark,
-            ascending; padded with zeros at the end.
-        sizes: [choices] how many marks.
-        leads: [choices] how many stages the first half is ahead.
+        marks: [choices, OPERATIONS] number of a layer's operations before each mark, ascending;
+            padded with zeros at the end.
+        sizes: [choices] number of marks.
+        leads: [choices] number of stages that the first half is ahead.
     """
 
     marks: Ints
@@ -57,27 +57,27 @@ class Choices:
     leads: Ints
 
     def ahead(self, op: int) -> Ints:
-        """How far the second half is when the first comes to an operation of a layer.
+        """How far the second half is when the first half reaches an operation of a layer.
 
         Returns:
-            [choices] operations that it has done since the start of that layer; negative numbers
-            are earlier layers. Beyond the forward's ends it has done nothing, or everything.
+            [choices] operations done since the start of that layer; negative in earlier layers.
+            Beyond the forward's ends, the second half has done nothing or everything.
         """
         return self._end_of(self._stages[op] - self.leads - 1)
 
     def behind(self, op: int) -> Ints:
-        """How far the first half is when the second comes to an operation: its stage is done."""
+        """How far the first half is (at a stage's end) when the second reaches an operation."""
         return self._end_of(self._stages[op] + self.leads)
 
     @cached_property
     def _stages(self) -> Ints:
-        """[OPERATIONS, choices] the stage of each operation, counted from its layer's first."""
+        """[OPERATIONS, choices] the stage of each operation, counted within its layer."""
         padding = OPERATIONS - self.sizes  # zeros count as marks before every operation
         marks_before = [(self.marks <= op).sum(axis=1) - padding for op in range(OPERATIONS)]
         return np.stack(marks_before).astype(np.int16)
 
     def _end_of(self, stage: Ints) -> Ints:
-        """Where a stage ends, in operations since the start of the layer."""
+        """The end of a stage, in operations since the start of the layer."""
         layer, mark = np.divmod(stage, self.sizes)
         found: Ints = OPERATIONS * layer + self.marks[np.arange(len(stage)), mark]
         return found
@@ -101,7 +101,7 @@ def all_choices() -> Choices:
 def to_strategy(
     like: OverlapStrategy, order: tuple[str, ...], choices: Choices, at: int
 ) -> OverlapStrategy:
-    """A placement as a strategy with the mode and the SMs of another one."""
+    """Make a strategy from a placement, with the mode and SMs of ``like``."""
     after = set(choices.marks[at, : choices.sizes[at]].tolist())
     steps: list[str] = []
     for index, name in enumerate(order, start=1):
@@ -115,12 +115,12 @@ class Half:
     """One half's compute, and its events in every layer.
 
     Attributes:
-        before: [layers x OPERATIONS + 1] seconds of its compute before each operation.
-        ops: [events] the operation of each event of a layer, by its place in the order.
-        kinds: [events] what each event is; a BLOCK begins and waits at once.
-        collectives: [events] which of the layer's collectives it is.
+        before: [layers x OPERATIONS + 1] seconds of this half's compute before each operation.
+        ops: [events] index in the order of the operation with each event of a layer.
+        kinds: [events] kind of each event; a BLOCK begins a collective and waits for it.
+        collectives: [events] index of the event's collective in the layer.
         computed: [events, layers] seconds of this half's compute before each event.
-        seconds: [events, layers] how long a collective takes; 0 for an AWAIT.
+        seconds: [events, layers] duration of the collective; 0 for an AWAIT.
     """
 
     before: Floats
@@ -131,7 +131,7 @@ class Half:
     seconds: Floats
 
     def events_before(self, done: Ints) -> Ints:
-        """How many events lie in ``done`` operations, which can span several layers."""
+        """Number of events in the first ``done`` operations, which can span several layers."""
         layers, rest = np.divmod(done, OPERATIONS)
         within = np.searchsorted(self.ops, np.arange(OPERATIONS)).astype(np.int16)
         found: Ints = len(self.ops) * layers + within[rest]
@@ -139,10 +139,10 @@ class Half:
 
 
 def line_up(layers: Sequence[LayerSteps], order: Sequence[str]) -> Half:
-    """Sum up a half's compute, and line its events up over the layers.
+    """Sum up a half's compute, and align its events across the layers.
 
     Raises:
-        ValueError: layers differ in what they communicate.
+        ValueError: layers communicate differently.
     """
     at = 0.0
     before, times = [at], []
@@ -167,13 +167,13 @@ def line_up(layers: Sequence[LayerSteps], order: Sequence[str]) -> Half:
 
 @dataclass(frozen=True)
 class Placements:
-    """Placements that differ in how far one half is at some event of the other.
+    """Distinct placements: at some event of one half, the other half's progress differs.
 
     Attributes:
-        halves: both halves, lined up.
-        which: [placements] their rows among all choices.
-        done: [events of the first half, then of the second; placements] how far the other half
-            is; see :meth:`Choices.ahead` and :meth:`Choices.behind`.
+        halves: both halves, aligned.
+        which: [placements] row of each placement among all choices.
+        done: [events of the first half, then of the second; placements] progress of the other
+            half; see :meth:`Choices.ahead` and :meth:`Choices.behind`.
     """
 
     halves: tuple[Half, Half]
@@ -182,11 +182,11 @@ class Placements:
 
     @classmethod
     def of(cls, work: Work, order: Sequence[str], choices: Choices) -> Placements:
-        """Those of one order; of placements that do not differ, the first choice."""
+        """The placements of one order; of equal placements, only the first choice."""
         first, second = (line_up(half, order) for half in work.halves)
         done = [*map(choices.ahead, first.ops), *map(choices.behind, second.ops)]
         stacked = np.stack(done)
-        which = np.lexsort(stacked)  # stable, so that the first of equal ones stays the first
+        which = np.lexsort(stacked)  # stable: the first of equal placements stays first
         differs = (np.diff(stacked[:, which], axis=1) != 0).any(axis=0)
         which = np.sort(which[np.append(True, differs)])
         return cls((first, second), which, stacked[:, which])
@@ -198,9 +198,9 @@ class Placements:
         """[placements] seconds that the GPU waits.
 
         Args:
-            window: count only while the second half runs these layers, as if nothing had been
-                under way before. What is under way can only delay later ends, so this is the
-                least that the GPU waits there. Needs two more layers after the window.
+            window: count only waits while the second half runs these layers, as if nothing had
+                been under way before. Anything under way can only delay later ends, so this is a
+                lower bound. Needs two more layers after the window.
         """
         blocks = [
             self.only(np.arange(at, min(at + _BLOCK, len(self.which))))._advance(window)
@@ -224,7 +224,7 @@ class Placements:
         its_first = 1 + max(first.collectives)
         names = [*first.collectives, *(its_first + name for name in second.collectives)]
         collective = np.array(names)[slot]
-        # What the GPU has waited, when the link is free, and when each collective ends.
+        # How long the GPU has waited, when the link is free, and when each collective ends.
         waited = np.zeros(len(columns))
         free = np.full(len(columns), 0.0 if window is None else -np.inf)
         ends = np.full((1 + max(names), len(columns)), -np.inf)
@@ -238,14 +238,14 @@ class Placements:
         return waited
 
     def _turns(self, window: range | None) -> tuple[Flags, Ints, Ints]:
-        """[turns, placements] whether the second half has an event, its row in ``done``, its layer.
+        """[turns, placements] if the event is the second half's, its row in ``done``, its layer.
 
-        A half's events come in its own order; ``done`` says when those of the other come between.
+        A half's events keep their order; ``done`` says where the other half's come in between.
         """
         first, second = self.halves
         (events, layers), its_events = first.computed.shape, len(second.ops)
         its_layers = range(layers) if window is None else window
-        # Events that the first half has had before each event of the second half.
+        # Number of the first half's events before each event of the second half.
         layer, event = np.divmod(_count(its_events * len(its_layers)), its_events)
         passed = first.events_before(self.done[events:])[event[:, 0]]
         passed = np.clip(passed + events * (layer + its_layers.start), 0, events * layers)
@@ -266,5 +266,5 @@ class Placements:
 
 
 def _count(number: int) -> Ints:
-    """0, 1, 2 and so on as a column."""
+    """0, 1, 2 and so on, as a column."""
     return np.arange(number, dtype=np.int16)[:, None]

@@ -1,7 +1,7 @@
-"""The best of all placements, exactly: every one is decided.
+"""Find the best of all placements by an exact search.
 
-A few layers that come again and again (the window) say how long a placement waits at least. Those
-that wait longer there than the best one does in all are given up; the others run as a whole.
+A few layers that repeat often (the window) give a lower bound on how long a placement waits. A
+placement whose bound exceeds the total wait of the best one so far is dropped; others run in full.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from sim.overlap.forward import Work
 from sim.overlap.placements import Placements, all_choices, legal_orders, to_strategy
 
 SLACK = 1e-12
-"""Seconds by which sums of the same numbers in another order can differ."""
+"""Seconds by which sums of the same numbers in a different order can differ."""
 
 _TRIED = 256
-"""Placements of an order, those with the smallest lower bounds, that run first to find one that
-rules most others out."""
+"""How many placements of an order, those with the smallest lower bounds, run first, so that a good
+one rules out most others early."""
 
 _LAYERS = 4
-"""Layers of a window: enough that what it does not know of the layers before hardly matters."""
+"""Layers of a window: enough that ignoring the layers before it hardly matters."""
 
 _REACH = 3
-"""Layers that follow a window and whose compute can fall into it, since the first half leads."""
+"""Layers after a window whose compute can fall into it, since the first half leads."""
 
 Progress = Callable[[int, int], None]
 
@@ -36,9 +36,9 @@ class Found:
     """Result of a search.
 
     Attributes:
-        best: the placement that waits least; of several the one with the fewest marks, then the
-            smallest lead, then the order of operations that the named strategy has.
-        placements: how many were decided.
+        best: the placement that waits least; ties go to the fewest marks, then the smallest lead,
+            then the given strategy's order of operations.
+        placements: number of placements decided.
     """
 
     best: OverlapStrategy
@@ -52,8 +52,8 @@ def search(
 
     Args:
         work: the forward.
-        like: the strategy whose mode, SMs and, among equals, order the result has.
-        progress: called with the orders of operations done, and all of them.
+        like: strategy that supplies the mode and SMs, and the order of operations in ties.
+        progress: called with (orders of operations done, orders in total).
     """
     orders = sorted(legal_orders(), key=lambda order: order != like.operations)
     choices = all_choices()
@@ -79,9 +79,9 @@ def search(
 
 
 def find_window(work: Work) -> tuple[range, int]:
-    """The layers whose like come most often one after the other, and how often; at worst 0 times.
+    """The layers that repeat most often in a row, and how often they do (0 if none repeats).
 
-    What a placement waits in them once, it waits each time.
+    A placement waits equally long in each repetition.
     """
 
     def around(first: int) -> list[object]:

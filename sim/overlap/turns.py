@@ -1,8 +1,8 @@
-"""Parts of a forward on one GPU and its link, in virtual time.
+"""Run the parts of a forward on one GPU and its link, in virtual time.
 
-All ranks of a group do the same at the same time, so one stands for all. Work is queued on the GPU
-before it is needed, as in a CUDA graph. The rules are the engine's: the GPU does one thing at a
-time, the link runs one collective at a time in the order in which they began, and a wait lasts
+All ranks of a group do the same at the same time, so one of them represents all. Work is queued on
+the GPU before it is needed, as in a CUDA graph. The rules are the engine's: the GPU does one thing
+at a time, the link runs one collective at a time in the order in which they began, and a wait lasts
 until its collective is done.
 """
 
@@ -16,14 +16,14 @@ from sim.overlap.forward import Part, Step, StepKind, Steps
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Something that a GPU or its link did.
+    """One thing that a GPU or its link did.
 
     Attributes:
         start: seconds since the forward's start.
         end: seconds since the forward's start.
         lane: ``compute``, ``link``, or ``wait`` while the GPU waits for a collective.
         half: see :class:`sim.overlap.forward.Part`.
-        layer: the same.
+        layer: see there.
         name: the operation, or the collective.
     """
 
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Seconds of one layer, both halves together."""
+    """Seconds of one layer, summed over both halves."""
 
     compute: float
     communication: float
@@ -50,10 +50,10 @@ class LayerTotals:
 
 @dataclass
 class Turns:
-    """A forward as it ran.
+    """The course of a forward.
 
     Attributes:
-        pieces: what the GPU and its link did, in the order in which each piece began.
+        pieces: what the GPU and its link did, ordered by start.
         seconds: when the GPU was done.
     """
 
@@ -76,7 +76,7 @@ class Turns:
         return self._total("wait")
 
     def by_layer(self) -> list[LayerTotals]:
-        """Totals of each layer that overlaps, or could."""
+        """Totals of each layer that overlaps or could overlap."""
         layers = 1 + max((piece.layer for piece in self.pieces), default=-1)
         sums = [{"compute": 0.0, "link": 0.0, "wait": 0.0} for _ in range(layers)]
         for piece in self.pieces:
@@ -98,7 +98,7 @@ def run(parts: Iterable[Part[Steps]]) -> Turns:
 
 
 class _Gpu:
-    """What it has done until when, when its link is free, and when each collective ends."""
+    """A GPU's pieces and clock, when its link is free, and when each collective ends."""
 
     def __init__(self) -> None:
         self.turns = Turns()
@@ -127,7 +127,7 @@ class _Gpu:
 
 
 def without_half(name: str) -> str:
-    """A collective's name without the half that it belongs to."""
+    """Strip the half from a collective's name."""
     return name.partition(" of ")[0]
 
 
@@ -137,9 +137,9 @@ class Waits:
 
     Attributes:
         name: the collective.
-        seconds: on the link.
+        seconds: its time on the link in the other run.
         waited: how long the GPU waited for it, in the reference and in the other run.
-        meanwhile: what the GPU computed meanwhile in a middle layer, in both runs.
+        meanwhile: what the GPU computed during it in a middle layer, in both runs.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Waits:
 
 
 def explain_waits(reference: Turns, other: Turns) -> list[Waits]:
-    """Why one run waits less: each kind of collective in the layers, in the order of a layer."""
+    """Show why a run waits less: each kind of collective in a layer, in the layer's order."""
     first, second = (
         [piece for piece in turns.pieces if piece.layer >= 0] for turns in (reference, other)
     )
@@ -169,7 +169,7 @@ def _total(pieces: list[Piece], lane: str, name: str) -> float:
 
 
 def _computed_during(pieces: list[Piece], name: str) -> str:
-    """Operations of either half during the first half's collective in the middle layer."""
+    """Operations of both halves during the first half's collective in the middle layer."""
     middle = max(piece.layer for piece in pieces) // 2
     where = ("link", name, 0, middle)
     under_way = [p for p in pieces if (p.lane, p.name, p.half, p.layer) == where]

@@ -1,1 +1,1 @@
-"""Many simulations, their figures and their frontier."""
+"""Run many simulations, and find the frontier of their results."""

@@ -1,4 +1,4 @@
-"""A sweep's points, what became of each, and which of them no other one beats."""
+"""A sweep's points, their results, and the frontier: the points that no other beats."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runner.config.warmup import WarmupPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One combination: a layout, a node's CPU cores, a policy."""
+    """One combination of a layout, a node's CPU cores and a policy."""
 
     policy: WarmupPolicy
     pp: int
@@ -32,14 +32,14 @@ class Result:
     """The figures of a simulated point.
 
     Attributes:
-        up_seconds: until the first request is answered, rounded to microseconds, so that rounding
-            noise decides no tie.
-        kernels_compiled: number of compiles, the same kernel on two ranks or nodes counted twice.
+        up_seconds: until the first request is answered; rounded to microseconds so that noise
+            decides no tie.
+        kernels_compiled: number of compiles; a kernel compiled on two ranks or nodes counts twice.
         duplicates: compiles of a kernel beyond its first.
-        cpu_seconds: seconds of CPU cores that the compiles used.
-        present: planned kernels that the disk of the worst node holds in the end.
+        cpu_seconds: core-seconds that the compiles used.
+        present: planned kernels on the worst node's disk at the end.
         planned: kernels that the deployment can ever need.
-        timeout_seconds: when the watchdog of a collective ends the run; None if it does not.
+        timeout_seconds: when a collective's watchdog ends the run; None if none does.
     """
 
     point: Point
@@ -53,32 +53,32 @@ class Result:
 
     @property
     def coverage(self) -> Fraction:
-        """The part of the plan that is present, exactly; all of an empty plan."""
+        """Exact fraction of the plan that is present; 1 for an empty plan."""
         return Fraction(self.present, self.planned) if self.planned else Fraction(1)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A combination that does not fit, and the line that says why."""
+    """A combination that does not fit, and why, on one line."""
 
     point: Point
     reason: str
 
 
 def count_reasons(skipped: Iterable[Skipped]) -> list[tuple[str, int]]:
-    """Each distinct reason with its number of points, the most frequent first."""
+    """Each distinct reason and how many points it skipped, most frequent first."""
     return Counter(item.reason for item in skipped).most_common()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a sweep gave.
+    """The result of a sweep.
 
     Attributes:
         settings: what all points share, as plain data.
         results: the simulated points, fastest first.
         skipped: combinations that do not fit.
-        unfinished: points that were not reached before the sweep was stopped.
+        unfinished: points not reached before the sweep was stopped.
     """
 
     settings: dict[str, Any]
@@ -88,10 +88,10 @@ class Sweep:
 
     @cached_property
     def frontier(self) -> frozenset[Point]:
-        """The points that no other one beats; a run that the watchdog ends serves nobody.
+        """The points that no other beats; runs that the watchdog ends are left out.
 
-        A point beats another that is no faster and covers no more, if the two are not equal in
-        both. Equal points are on the frontier together or not at all.
+        A point beats another if it is at least as fast and covers at least as much, and they
+        differ in one of these. Equal points are on the frontier together or not at all.
         """
         alive = [result for result in self.results if result.timeout_seconds is None]
         found = []
@@ -106,5 +106,5 @@ class Sweep:
 
 
 def by_start_up(results: Iterable[Result]) -> list[Result]:
-    """Fastest first; of equally fast ones those that cover more, then in the order given."""
+    """Sort fastest first; of equally fast results, the larger coverage, then the given order."""
     return sorted(results, key=lambda result: (result.up_seconds, -result.coverage))

@@ -1,4 +1,4 @@
-"""Many scenarios simulated, each reduced to a few figures, spread over processes."""
+"""Simulate many scenarios in several processes, and reduce each to a few figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Ended = Result | Skipped
 
 @dataclass(frozen=True)
 class Case:
-    """A point as it is simulated."""
+    """A point with the scenario and machine to simulate."""
 
     point: Point
     scenario: Scenario
@@ -35,7 +35,7 @@ class Case:
 
 
 def simulate_case(case: Case) -> Ended:
-    """Simulate one point; what the model does not allow is skipped."""
+    """Simulate one point; skip it if its options do not fit the model or machine."""
     try:
         prediction = simulate(case.scenario, case.machine)
     except UserError as error:
@@ -56,10 +56,10 @@ def simulate_case(case: Case) -> Ended:
 
 
 def cpu_seconds(timeline: Timeline, cores: int) -> float:
-    """Seconds of CPU cores that compiles used: on each machine as many at a time as run, or all.
+    """Core-seconds that compiles used: at each time one core per compile, or all of a machine's.
 
     Nodes that share a machine share its cores. The result is less than the sum of the compiles'
-    spans where more of them run than there are cores.
+    spans if more of them run at a time than there are cores.
     """
     edges: dict[int, list[tuple[float, int]]] = defaultdict(list)
     meta = timeline.meta
@@ -77,11 +77,11 @@ def cpu_seconds(timeline: Timeline, cores: int) -> float:
 
 
 def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], None]) -> None:
-    """Simulate all cases on ``jobs`` processes; ``on_end`` gets each result as it comes.
+    """Simulate all cases in ``jobs`` processes; ``on_end`` gets each result as it comes.
 
     Raises:
         WorkFailedError: a process died.
-        KeyboardInterrupt: Ctrl-C was pressed; the processes have been ended.
+        KeyboardInterrupt: Ctrl-C was pressed; the processes have been stopped.
     """
     jobs = min(jobs, len(cases))
     if jobs <= 1:
@@ -89,11 +89,11 @@ def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], Non
             on_end(simulate_case(case))
         return
     with _processes(jobs) as pool:
-        # Ctrl-C reaches every process of a terminal; those started here never see it.
+        # Ctrl-C reaches every process of a terminal, so those started here ignore it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            # One by one, so that each result is known at once. Processes then repeat plans that
-            # neighbours share, which takes less time than waiting for one of them would.
+            # One by one, so that each result is known at once. Neighbours that share a plan then
+            # compute it several times, which is quicker than waiting for one process to do it.
             futures = [pool.submit(simulate_case, case) for case in cases]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -103,9 +103,9 @@ def run_cases(cases: Sequence[Case], *, jobs: int, on_end: Callable[[Ended], Non
 
 @contextmanager
 def _processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes are ended at once where its block is left by an exception."""
+    """A pool whose processes are stopped at once if an exception leaves the block."""
     others = set(active_children())
-    # Not by fork: a thread of ours that draws the progress could hold a lock right then.
+    # Not by fork: our thread that draws the progress could hold a lock at that moment.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
@@ -127,7 +127,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed leaves no processes behind."""
+    """End this process when the sweep is killed."""
     parent = parent_process()
     if parent is not None:
         parent.join()

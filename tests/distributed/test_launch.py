@@ -297,7 +297,7 @@ BAD_INPUT = {
     "--model dsv4-tiny --stream 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --stream 4,-1": "'4,-1' must be whole numbers from 1 on",
     "--model dsv4-tiny --stream 99 --warmup planned --batch-sizes 1 --max-tokens 64": (
-        "token count 99 is above --max-tokens 64, for which planned prepares"
+        "token count 99 is above --max-tokens 64, the limit that planned prepares for"
     ),
     "--model dsv4-tiny --cuda-graphs 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --walk-max-m 0": "'--walk-max-m': 0 is not in the range",

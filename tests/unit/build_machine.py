@@ -134,7 +134,7 @@ def output(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def summary(lines: list[str]) -> str:
-    (line,) = [line for line in lines if " were there; " in line]
+    (line,) = [line for line in lines if " already there; " in line]
     return line.partition(";")[0]
 
 

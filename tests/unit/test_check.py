@@ -64,18 +64,18 @@ def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list
             [(1, 64, (A,))],
             [
                 f"{A_WORDS} is run by M 1..64, not 1..16",
-                f"M 17..64 would run {B_WORDS}, which none does",
+                f"M 17..64 would run {B_WORDS}, but none does",
             ],
         ),
         (
             [(1, 16, (A,)), (17, 63, (B,)), (64, 64, (B, C))],
-            [f"M 64 run {C_WORDS}, which no rule tells"],
+            [f"M 64 run {C_WORDS}, which no rule gives"],
         ),
         (
             [(1, 16, (A,)), (17, 64, (ODD,))],
             [
-                f"M 17..64 would run {B_WORDS}, which none does",
-                f"M 17..64 run odd ({ODD.identity}), which no rule tells",
+                f"M 17..64 would run {B_WORDS}, but none does",
+                f"M 17..64 run odd ({ODD.identity}), which no rule gives",
             ],
         ),
         (
@@ -99,10 +99,10 @@ def test_each_gemm_has_its_own_lines() -> None:
     theirs = merge_tables(table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED))
     grouped = "grouped_gemm_nt_f8f8bf16_masked:64:128:4 on 132 SMs"
     assert differences(demands, ours, theirs) == [
-        f"{DENSE_WORDS}: M 1 would run {A_WORDS}, which none does",
-        f"{DENSE_WORDS}: M 1 run {B_WORDS}, which no rule tells",
+        f"{DENSE_WORDS}: M 1 would run {A_WORDS}, but none does",
+        f"{DENSE_WORDS}: M 1 run {B_WORDS}, which no rule gives",
         f"{grouped}: {A_WORDS} is run by M 1, not 1..2",
-        f"{grouped}: M 2 run {B_WORDS}, which no rule tells",
+        f"{grouped}: M 2 run {B_WORDS}, which no rule gives",
     ]
     assert differences(demands[:1], ours, ours) == []
 
@@ -422,15 +422,15 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
         (
             [*SMALL, "--stream", "4"],
-            "--stream says how a warm-up runs: give --policy with it",
+            "--stream describes the run of a warm-up: give --policy with it",
         ),
         (
             [*SMALL, "--nodes", "2"],
-            "--nodes says how a warm-up runs: give --policy with it",
+            "--nodes describes the run of a warm-up: give --policy with it",
         ),
         (
             [*SMALL, "--walk-memory", "2"],
-            "--walk-memory says how a warm-up runs: give --policy with it",
+            "--walk-memory describes the run of a warm-up: give --policy with it",
         ),
         (
             [*TINY, "--policy", "full", "--cuda-graphs", "0"],
@@ -475,7 +475,7 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
         (
             [*SMALL, "--json", "-", "--target-root", "deep_gemm"],
-            "--target-root deep_gemm must be an absolute path: the key holds it",
+            "--target-root deep_gemm must be an absolute path: it is part of the key",
         ),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (
@@ -522,8 +522,8 @@ def test_check_tells_that_there_is_no_difference(
     assert captured.out.splitlines() == [
         "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), asked on a stand-in GPU",
         f"{GEMM}: M up to 64, 132 SMs",
-        "no difference: 4 kernels in 64 calls, each kernel and each M that runs it is the "
-        "library's",
+        "no difference: 4 kernels in 64 calls, and each M runs the same kernel in our rules and in "
+        "the library",
     ]
     assert captured.err == ""
 
@@ -535,8 +535,8 @@ def test_check_has_no_rules_for_other_libraries(
     asked.append(replace(known, origin=replace(known.origin, library="vllm 0.33.0")))
     assert plan(*SMALL, "--check") == 2
     assert (
-        "--check holds our rules against sgl-deep-gemm 0.1.4.post1 on sm_90a, and this is vllm "
-        "0.33.0 on sm_90a: there are no rules for it"
+        "--check needs sgl-deep-gemm 0.1.4.post1 on sm_90a, but this is vllm 0.33.0 on sm_90a: "
+        "there are no rules for it"
     ) in capsys.readouterr().err
 
 
@@ -574,7 +574,10 @@ def test_check_needs_a_library(
     [
         (["--cuda-version", "13"], "--cuda-version '13' must be X.Y, such as 13.0"),
         (["--cuda-version", "12.8"], "--cuda-version 12.8 is too old: 12.9 or newer is needed"),
-        (["--target-root", "dg"], "--target-root dg must be an absolute path: the key holds it"),
+        (
+            ["--target-root", "dg"],
+            "--target-root dg must be an absolute path: it is part of the key",
+        ),
     ],
     ids=["no release", "old release", "relative"],
 )

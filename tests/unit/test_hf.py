@@ -266,7 +266,7 @@ def test_with_layers_keeps_the_first(name: str, data: st.DataObject) -> None:
 def test_with_layers_outside(n: int) -> None:
     with pytest.raises(UserError) as caught:
         with_layers(DSV4, n)
-    assert str(caught.value) == f"{n} layers of dsv4 were asked for: the model has 1..43"
+    assert str(caught.value) == f"layers={n} of dsv4 must lie in 1..43"
 
 
 def test_with_all_layers_is_the_model() -> None:

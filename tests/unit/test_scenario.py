@@ -259,6 +259,7 @@ def test_bad_streams_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         scenario(WarmupPolicy.PLANNED, stream=(300,))
     assert str(caught.value) == (
-        "token count 300 is above --max-tokens 256, for which planned prepares: give smaller ones"
+        "token count 300 is above --max-tokens 256, the limit that planned prepares for: give "
+        "smaller ones"
     )
     assert scenario(WarmupPolicy.FULL, stream=(300,)).request_tokens[1] == 300

@@ -204,5 +204,6 @@ def test_a_batch_beyond_what_is_planned_for_is_refused() -> None:
             max_tokens=64,
         )
     assert str(caught.value) == (
-        "batch size 65 is above --max-tokens 64, for which prebuilt prepares: give smaller ones"
+        "batch size 65 is above --max-tokens 64, the limit that prebuilt prepares for: give "
+        "smaller ones"
     )

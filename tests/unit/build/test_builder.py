@@ -194,7 +194,7 @@ def test_one_wrong_kernel_fails_alone(
     [
         (gemm("9", "calling"), 3, "PTX with '.func f()' before its first entry"),
         (gemm("9, 9", entry="refused"), 1, "ptxas: fatal: not this one"),
-        (gemm("9, 9", entry="renamed"), 1, "a cubin of other kernels than its own"),
+        (gemm("9, 9", entry="renamed"), 1, "the cubin does not hold exactly this kernel"),
         (gemm("1", "2"), 3, "a unit's entries cannot be told apart"),
     ],
     ids=["a function", "refused by ptxas", "another entry", "alike"],

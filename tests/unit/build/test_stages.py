@@ -67,7 +67,7 @@ def test_flags_that_keep_line_numbers_are_refused(tmp_path: Path, flag: str) -> 
     assert not (tmp_path / "asked").exists()
 
 
-OTHER_FRONT_END = "cicc does not read what was preprocessed, or writes elsewhere"
+OTHER_FRONT_END = "cicc does not read the preprocessed file, or writes elsewhere"
 OTHER_ASSEMBLER = "ptxas does not read PTX, or writes elsewhere"
 
 
@@ -198,18 +198,18 @@ def test_a_declaration_whose_name_begins_anothers() -> None:
         (f"{PTX_HEAD}.func f()\n{{\n\tret;\n}}\n", "PTX without an entry"),
         (
             f"{PTX_HEAD}{entry_text('one')}.func f()\n{{\n\tret;\n}}\n",
-            "PTX with more than entries",
+            "PTX with unknown parts",
         ),
         (
             f"{PTX_HEAD}{entry_text('one')}.visible .func f()\n{{\n\tret;\n}}\n{entry_text('two')}",
-            "PTX with more than entries",
+            "PTX with unknown parts",
         ),
-        (f"{PTX_HEAD}{entry_text('one', 'call f;')}", "PTX with more than entries"),
-        (f"{PTX_HEAD}{entry_text('one', '.loc 1 2 3')}", "PTX with more than entries"),
-        (f'{PTX_HEAD}{entry_text("one")}.file 1 "k.cu"\n', "PTX with more than entries"),
-        (f"{PTX_HEAD}{entry_text('one')}.section .debug\n{{\n}}\n", "PTX with more than entries"),
-        (f"{PTX_HEAD}{entry_text('one')}// the end\n", "PTX with more than entries"),
-        (f"{PTX_HEAD}{entry_text('one')[:-3]}", "PTX with more than entries"),
+        (f"{PTX_HEAD}{entry_text('one', 'call f;')}", "PTX with unknown parts"),
+        (f"{PTX_HEAD}{entry_text('one', '.loc 1 2 3')}", "PTX with unknown parts"),
+        (f'{PTX_HEAD}{entry_text("one")}.file 1 "k.cu"\n', "PTX with unknown parts"),
+        (f"{PTX_HEAD}{entry_text('one')}.section .debug\n{{\n}}\n", "PTX with unknown parts"),
+        (f"{PTX_HEAD}{entry_text('one')}// the end\n", "PTX with unknown parts"),
+        (f"{PTX_HEAD}{entry_text('one')[:-3]}", "PTX with unknown parts"),
         (f"{PTX_HEAD}{entry_text('one')}{entry_text('one')}", "PTX with two entries of one name"),
         (
             f"{PTX_HEAD}.global .align 1 .b8 str[3] = {{72, 105, 0}};\n{entry_text('one')}",

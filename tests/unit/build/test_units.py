@@ -297,7 +297,7 @@ def test_entries_find_their_kernels_whatever_their_defaults() -> None:
         (["1", "1, 2"], [[1], [1, 2]], "cannot be told apart"),
         (["1, 2"], [[1, 3]], "cannot be told apart"),
         (["1, 2"], [], "cannot be told apart"),
-        (["1, 2"], [[1, 2], [7]], "has entries that are not its kernels"),
+        (["1, 2"], [[1, 2], [7]], "has entries of other kernels"),
     ],
 )
 def test_entries_that_are_not_one_for_each_kernel(

@@ -119,7 +119,9 @@ def test_an_entry_that_changed_is_not_packed(
     change(path)
     with pytest.raises(UserError) as caught:
         pack(*made, tmp_path / "x.tar.gz")
-    assert one_line(caught) == (f"{path} is not what was built: runner cache verify {made[0].root}")
+    assert one_line(caught) == (
+        f"{path} is not what was built: run runner cache verify {made[0].root}"
+    )
     assert not (tmp_path / "x.tar.gz").exists()
 
 
@@ -238,11 +240,11 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
     "device": (with_first(tarfile.CHRTYPE), "{archive}: {expected} is not a plain file"),
     "other source": (
         lambda m: [m[0], plain(m[1][0].name, b"x"), *m[2:]],
-        "{archive}: {expected} is not what its manifest names",
+        "{archive}: {expected} does not match its manifest",
     ),
     "other cubin": (
         lambda m: [*m[:2], plain(m[2][0].name, b"x"), *m[3:]],
-        "{archive}: {expected}bin is not what its manifest names",
+        "{archive}: {expected}bin does not match its manifest",
     ),
     "a cubin less": (
         lambda m: m[:-1],

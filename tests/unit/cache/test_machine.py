@@ -29,7 +29,7 @@ FLAGS = (
     "--gpu-architecture=sm_90a -O3"
 )
 VARIABLES_DIFFER = (
-    "DG_JIT_* variables differ; set them as they were when it was built, or build it with them set"
+    "DG_JIT_* variables differ; set them as they were at build time, or rebuild the cache with them"
 )
 
 
@@ -83,15 +83,15 @@ def test_another_library_is_the_only_difference(built: Manifest, there: TargetMa
         device=Device((10, 0), 148),
     )
     assert differences(other, built) == [
-        "other library: built for sgl-deep-gemm 0.1.4.post1, and vllm 0.33.0 looks for other "
-        "kernels: build with that one (runner compile --library)"
+        "other library: built for sgl-deep-gemm 0.1.4.post1, but vllm 0.33.0 needs other "
+        "kernels: build for that one (runner compile --library)"
     ]
 
 
 def test_another_release(built: Manifest, there: TargetMachine) -> None:
     assert differences(replace(there, version_text="NVCC13.1"), built) == [
         "other compiler: built for nvcc 13.0, here it is nvcc 13.1: runner cache relocate, or "
-        "build with what nvcc --version prints there (runner compile --compiler-text)"
+        "build for the nvcc there (runner compile --compiler-text)"
     ]
 
 
@@ -99,7 +99,7 @@ def test_another_build_of_a_release(second: Manifest, second_there: TargetMachin
     text = NVCC_TEXT.replace("Built on Wed_Aug_20_01:58:59_PM_PDT_2025\n", "")
     assert differences(replace(second_there, version_text=text), second) == [
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
-        "is nvcc 13.0: runner cache relocate, or build with what nvcc --version prints there "
+        "is nvcc 13.0: runner cache relocate, or build for the nvcc there "
         "(runner compile --compiler-text)"
     ]
 
@@ -245,7 +245,7 @@ def test_another_number_of_sms(built: Manifest, there: TargetMachine) -> None:
 def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: TargetMachine) -> None:
     environ = Environ(**{variable: True})  # type: ignore[arg-type]
     assert differences(replace(there, environ=environ), built) == [
-        "other compiler: DG_JIT_USE_NVRTC is set, and these entries are nvcc's: unset it where "
+        "other compiler: DG_JIT_USE_NVRTC is set, but nvcc built these entries: unset it where "
         "the server runs"
     ]
 

@@ -96,7 +96,7 @@ def test_a_file_that_is_not_a_plan_is_refused_in_one_line(tmp_path: Path, text: 
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
         read_plan_file(path)
-    assert one_line(caught).startswith(f"{path} is not a plan of runner plan --json: ")
+    assert one_line(caught).startswith(f"{path} is not a plan from runner plan --json: ")
 
 
 def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_an_older_release_is_refused(
     with pytest.raises(UserError) as caught:
         relocate(made[0], manifest, keys_for(here, OTHER_ROOT, f"NVCC{wanted}"), here, target)
     assert one_line(caught) == (
-        f"the cache was built with CUDA {built} and cannot go to CUDA {wanted}: a driver need not "
+        f"the cache was built with CUDA {built} and cannot move to CUDA {wanted}: a driver may not "
         f"load what a newer compiler made; build it with nvcc {wanted}"
     )
     assert len(target.entries()) == 0

@@ -27,7 +27,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     target = tmp_path / "deep" / "target"
     assert cache("unpack", archive, target) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{target}: 4 kernels placed, 0 were there\n"
+    assert captured.out == f"{target}: 4 kernels placed, 0 already there\n"
     counted(captured.err, "unpack", 4)
     assert contents(target) == contents(directory)
     assert cache("verify", target, "--target-root", ROOT) == 0
@@ -35,7 +35,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     assert (tmp_path / "y.tar.gz").read_bytes() == archive.read_bytes()
     capsys.readouterr()
     assert cache("unpack", archive, target) == 0
-    assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 were there\n"
+    assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 already there\n"
 
 
 def test_unpack_into_a_cache_with_other_kernels(
@@ -51,7 +51,7 @@ def test_unpack_into_a_cache_with_other_kernels(
     assert manifest is not None
     write_manifest(target, replace(manifest, plans=["few"]))
     assert cache("unpack", archive, target) == 0
-    assert capsys.readouterr().out == f"{target}: 2 kernels placed, 2 were there\n"
+    assert capsys.readouterr().out == f"{target}: 2 kernels placed, 2 already there\n"
     merged = read_manifest(target)
     assert merged is not None and merged.plans == ["few", "small"]
     assert set(merged.entries) == set(made[1].entries)
@@ -93,7 +93,7 @@ def test_unpack_refuses_a_file_that_is_not_an_archive(
     before = contents(directory)
     gone = tmp_path / "gone.tar.gz"
     assert cache("unpack", gone, tmp_path / "target") == 2
-    refuses(capsys, f"{gone} is not a file: it must be an archive of runner cache pack")
+    refuses(capsys, f"{gone} is not a file: give an archive from runner cache pack")
     assert not (tmp_path / "target").exists()
     text = tmp_path / "text.tar.gz"
     text.write_text("no archive")

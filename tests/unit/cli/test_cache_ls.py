@@ -179,7 +179,7 @@ def test_commands_refuse_a_file_that_is_not_a_plan(
     assert cache(*command, directory, "--plan", bad) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(f"error: {bad} is not a plan of runner plan --json: ")
+    assert captured.err.startswith(f"error: {bad} is not a plan from runner plan --json: ")
     assert captured.err.count("\n") == 1
     assert cache(*command, directory, "--plan", tmp_path / "gone.json") == 2
     err = capsys.readouterr().err

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def placed_line(target: Path, placed: int, present: int, release: str = "13.0") -> str:
     return (
         f"{placed} kernels placed in {target} for {ELSEWHERE} and nvcc {release}, "
-        f"{present} were there"
+        f"{present} already there"
     )
 
 
@@ -90,7 +90,7 @@ def test_relocate_refuses_unsound_entries(
 
 def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
-    refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
+    refuses(capsys, "give --target-root PATH: where deep_gemm is on that machine")
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
@@ -187,7 +187,7 @@ def test_relocate_of_the_second_generation(
     assert cache("relocate", root, "--to", target, "--compiler-text", text) == 0
     assert capsys.readouterr().out == (
         f"4 kernels placed in {target} for {library.root} and nvcc 13.0 (Built on "
-        "Wed_Aug_21_01:58:59_PM_PDT_2025), 0 were there\n"
+        "Wed_Aug_21_01:58:59_PM_PDT_2025), 0 already there\n"
     )
     keys = second_keys_for(library, text.read_text())
     assert {path.name for path in KernelCache(target).entries()} == {

@@ -142,7 +142,7 @@ def test_what_a_compiler_prints_may_be_a_file(
 def compiler_line(release: str) -> str:
     return (
         f"other compiler: built for nvcc 13.0, here it is nvcc {release}: runner cache relocate, "
-        "or build with what nvcc --version prints there (runner compile --compiler-text)"
+        "or build for the nvcc there (runner compile --compiler-text)"
     )
 
 
@@ -154,7 +154,7 @@ def test_flags_that_the_environment_changes(
     says(
         capsys,
         "other compiler flags (-std=c++17, -std=c++20): DG_JIT_* variables differ; set them as "
-        "they were when it was built, or build it with them set",
+        "they were at build time, or rebuild the cache with them",
         err=f"error: {directory}: {AGAIN}\n",
     )
 
@@ -187,14 +187,14 @@ def test_a_cache_of_the_second_generation(
         capsys,
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
         "is nvcc 13.0 (Built on Wed_Aug_21_01:58:59_PM_PDT_2025): runner cache relocate, or build "
-        "with what nvcc --version prints there (runner compile --compiler-text)",
+        "for the nvcc there (runner compile --compiler-text)",
         err=f"error: {root}: {AGAIN}\n",
     )
     assert cache("verify", root, "--cuda-version", "13.1") == 2
     refuses(
         capsys,
-        "--cuda-version 13.1 is not enough: this library's keys hold all that nvcc --version "
-        "prints there; give that with --compiler-text FILE",
+        "--cuda-version 13.1 is not enough: this library's keys include all that nvcc --version "
+        "prints there; give it with --compiler-text FILE",
     )
 
 
@@ -282,7 +282,7 @@ def test_verify_misses_what_a_plan_needs(
         (["--cuda-version", "13"], "--cuda-version '13' must be X.Y, such as 13.0"),
         (
             ["--target-root", "here"],
-            "--target-root here must be an absolute path: the key holds it",
+            "--target-root here must be an absolute path: it is part of the key",
         ),
         (["--cuda-version", "11.8"], "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
     ],
@@ -316,7 +316,7 @@ def test_without_a_manifest_second_generation_keys_are_not_known(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
         err="error: cannot tell whether a server here would hit this cache: there is no manifest, "
-        "and only one says what the keys of this library hold\n",
+        "and this library's keys cannot be computed without one\n",
     )
 
 

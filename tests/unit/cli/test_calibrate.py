@@ -94,7 +94,7 @@ def test_one_run_has_no_others_to_be_predicted_by(
 ) -> None:
     assert calibrate(files(tmp_path)[0], "-o", str(tmp_path / "mine.json")) == 0
     assert capsys.readouterr().out.splitlines()[-2] == (
-        "only one run: there is no other to fit a profile to and predict it with"
+        "no leave-one-out error: that needs at least two runs"
     )
 
 

@@ -217,7 +217,7 @@ def test_bad_input(
     nowhere = tmp_path / "no" / "x"
     bad: list[tuple[list[object], str]] = [
         ([], "Missing argument 'A.json B.json | MEASURED.json...'"),
-        ([path], "1 files were given: give two to compare, or measured ones and --hardware"),
+        ([path], "1 files were given: give two to compare, or measured ones with --hardware"),
         ([path] * 3, "3 files were given: give two to compare"),
         ([files[0], other], f"no policy in common: {files[0]} has cold, warm; {other} has hot"),
         ([files[0], twice], f"{twice} has policy cold more than once"),

@@ -47,7 +47,7 @@ def test_each_planned_kernel_is_built_once(machine: BuildMachine) -> None:
         f"{SPEC}: M up to 128, 132 SMs",
         f"4 kernels -> {machine.cache.root}",
     ]
-    assert summary(lines) == "4 built, 0 were there"
+    assert summary(lines) == "4 built, 0 already there"
     assert lines[-1] == f"4 built the plain way: {REASON}"
     names = [entry.name for entry in machine.cache.entries()]
     assert sorted(machine.compiled()) == names
@@ -56,7 +56,7 @@ def test_each_planned_kernel_is_built_once(machine: BuildMachine) -> None:
     assert_tidy(machine)
     before = machine.stats()
     lines = output(machine.run(*GEMM, "--jobs", "64"))
-    assert summary(lines) == "0 built, 4 were there"
+    assert summary(lines) == "0 built, 4 already there"
     assert len(lines) == 5
     assert machine.stats() == before
     assert sorted(machine.compiled()) == names
@@ -65,7 +65,7 @@ def test_each_planned_kernel_is_built_once(machine: BuildMachine) -> None:
 def test_another_plan_adds_to_the_cache(machine: BuildMachine) -> None:
     output(machine.run("--gemm", SPEC, "--max-m", "64", "--plain"))
     lines = output(machine.run(*GEMM, "--plain"))
-    assert summary(lines) == "2 built, 2 were there"
+    assert summary(lines) == "2 built, 2 already there"
     assert len(lines) == 5  # nothing about the plain way, which was asked for
     assert len(machine.compiled()) == 4
     assert_manifest_names_all(machine)
@@ -123,7 +123,7 @@ def test_a_killed_build_goes_on(machine: BuildMachine) -> None:
     before, half = machine.stats(), machine.cache.root / "tmp" / "build-4711-half"
     half.mkdir()
     (half / "kernel.cu").write_text("left by a builder that was killed")
-    assert summary(output(machine.run(*GEMM))) == "2 built, 2 were there"
+    assert summary(output(machine.run(*GEMM))) == "2 built, 2 already there"
     assert_whole(machine, 4)
     assert machine.stats() | before == machine.stats()
     assert Counter(machine.compiled()) == Counter(
@@ -144,7 +144,7 @@ def test_an_interrupted_build_keeps_what_it_has(machine: BuildMachine) -> None:
     assert_whole(machine, 2)
     assert_manifest_names_all(machine)
     assert_tidy(machine)
-    assert summary(output(machine.run(*GEMM))) == "2 built, 2 were there"
+    assert summary(output(machine.run(*GEMM))) == "2 built, 2 already there"
 
 
 @pytest.mark.timeout(120)
@@ -158,7 +158,7 @@ def test_two_builders_share_the_work(machine: BuildMachine) -> None:
         machine.let_nvcc_go()
         outputs = [job.communicate(timeout=60)[0].splitlines() for job in (first, second)]
     assert [job.returncode for job in (first, second)] == [0, 0]
-    assert list(map(summary, outputs)) == ["4 built, 0 were there", "0 built, 4 were there"]
+    assert list(map(summary, outputs)) == ["4 built, 0 already there", "0 built, 4 already there"]
     assert sorted(machine.compiled()) == [entry.name for entry in machine.cache.entries()]
     assert_whole(machine, 4)
     assert_manifest_names_all(machine)
@@ -175,7 +175,7 @@ def test_a_builder_takes_over_from_a_killed_one(machine: BuildMachine) -> None:
         out, _ = second.communicate(timeout=60)
         machine.let_nvcc_go()
     assert second.returncode == 0
-    assert summary(out.splitlines()) == "3 built, 1 were there"
+    assert summary(out.splitlines()) == "3 built, 1 already there"
     assert_whole(machine, 4)
 
 
@@ -226,7 +226,7 @@ def test_a_broken_entry_is_replaced(machine: BuildMachine, how: str) -> None:
     damage(machine.cache.entry(key), how)
     kept = machine.cache.entry(other).stat()
     lines = output(machine.run(*GEMM))
-    assert summary(lines) == "1 built, 1 of them in place of broken ones, 3 were there"
+    assert summary(lines) == "1 built, 1 of them in place of broken ones, 3 already there"
     assert machine.compiled()[4:] == [key]
     assert machine.cache.entry(other).stat().st_mtime_ns == kept.st_mtime_ns
     assert_whole(machine, 4)
@@ -239,18 +239,18 @@ def test_a_kernel_that_does_not_compile(machine: BuildMachine) -> None:
     done = machine.run(*GEMM)
     assert error_line(done, 1) == "1 of 4 kernels do not compile"
     lines = done.stdout.splitlines()
-    assert summary(lines) == "3 built, 0 were there"
+    assert summary(lines) == "3 built, 0 already there"
     assert lines[-1] == "failed: sm90_paged_mqa_logits_metadata: error: it is broken"
     assert_whole(machine, 3)
     assert_manifest_names_all(machine)
     assert_tidy(machine)
     (machine.root / "nvcc" / "broken").unlink()
-    assert summary(output(machine.run(*GEMM))) == "1 built, 3 were there"
+    assert summary(output(machine.run(*GEMM))) == "1 built, 3 already there"
 
 
 def test_check_compares_with_the_plain_way(machine: BuildMachine) -> None:
     lines = output(machine.run(*GEMM, "--check"))
-    assert "the plain way, to compare:" in lines
+    assert "building everything the plain way, to compare:" in lines
     assert lines[-1] == "all 4 kernels have the same machine code"
     assert Counter(Counter(machine.compiled()).values()) == {2: 4}
     (key,) = keys_of(machine, 64)
@@ -298,7 +298,7 @@ def test_a_build_goes_on_where_nobody_reads_its_progress(machine: BuildMachine) 
         )
     finally:
         os.close(writing)
-    assert (done.returncode, summary(done.stdout.splitlines())) == (0, "4 built, 0 were there")
+    assert (done.returncode, summary(done.stdout.splitlines())) == (0, "4 built, 0 already there")
 
 
 @pytest.mark.parametrize("spoil", ["kernel.cubin", "kernel.cu"])
@@ -309,7 +309,7 @@ def test_an_entry_that_changed_is_built_again(machine: BuildMachine, spoil: str)
     before = file.read_bytes()
     file.write_bytes(tiny_cubin(b"other") if spoil == "kernel.cubin" else before + b"//")
     lines = output(machine.run(*GEMM))
-    assert summary(lines) == "1 built, 1 of them in place of broken ones, 3 were there"
+    assert summary(lines) == "1 built, 1 of them in place of broken ones, 3 already there"
     assert file.read_bytes() == before
 
 
@@ -317,7 +317,7 @@ def test_no_m_is_no_plan(machine: BuildMachine) -> None:
     spec = "grouped_gemm_nt_f8f8bf16_contig:1024:4096:8"  # its M are multiples of 128
     done = machine.run("--gemm", spec, "--max-m", "100")
     assert error_line(done, 2) == (
-        "--max-m 100: grouped_gemm_nt_f8f8bf16_contig has M of 128 rows and more only"
+        "--max-m 100 must be at least 128 for grouped_gemm_nt_f8f8bf16_contig"
     )
     assert machine.compiled() == []
 
@@ -326,14 +326,16 @@ BAD_INPUT = {
     "--jobs 0": "0 is not in the range x>=1",
     "--jobs -3": "-3 is not in the range x>=1",
     "--jobs x": "'x' is not a valid integer",
-    "--target-root opt/dg": ("--target-root opt/dg must be an absolute path: the key holds it"),
+    "--target-root opt/dg": (
+        "--target-root opt/dg must be an absolute path: it is part of the key"
+    ),
     "--cuda-version x": "--cuda-version 'x' must be X.Y, such as 13.0",
     "--cuda-version 13": "--cuda-version '13' must be X.Y, such as 13.0",
     "--cuda-version 13.0.88": "--cuda-version '13.0.88' must be X.Y, such as 13.0",
     "--cuda-version 11.8": "--cuda-version 11.8 is too old: 12.9 or newer is needed",
     "--cuda-version 12.8": "--cuda-version 12.8 is too old: 12.9 or newer is needed",
-    "--cuda-version 12.9": "nvcc here is 13.0 and the target's is 12.9: build with the "
-    "target's release, or with an older one and relocate (runner cache relocate)",
+    "--cuda-version 12.9": "nvcc here is 13.0 but the target's is 12.9: build with the "
+    "target's release, or build for an older one and run runner cache relocate",
     "--max-m 0": "--max-m 0 must lie in 1..1048576",
     "--num-sms 0": "'0' must be whole numbers from 1 on",
     "--num-sms many": "'many' must be whole numbers from 1 on",

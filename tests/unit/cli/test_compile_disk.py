@@ -59,7 +59,7 @@ def test_a_full_disk_keeps_what_was_built(
             prebuild(request_for(machine))
     assert str(caught.value) == (
         "the build stopped after 2 of 4 kernels: No space left on device; "
-        "what was built is kept, run it again to go on"
+        "finished kernels are kept, run it again to go on"
     )
     assert_whole(machine, 2)
     assert_manifest_names_all(machine)
@@ -131,7 +131,7 @@ def build_on_small_disk(machine: BuildMachine, disk: Path) -> Manifest | None:
     assert list((cache.root / "tmp").iterdir()) == []
     assert error_line(done, 1) == (
         "the build stopped after 2 of 4 kernels: No space left on device; "
-        "what was built is kept, run it again to go on"
+        "finished kernels are kept, run it again to go on"
     )
     return read_manifest(cache.root)
 

@@ -70,7 +70,7 @@ def words(text: str) -> list[list[str]]:
 # -- bad input ------------------------------------------------------------------------------------
 
 BAD: list[tuple[list[str], str]] = [
-    (["--tp", "1"], "--tp 1 must be at least 2: one rank has nothing to wait for"),
+    (["--tp", "1"], "--tp 1 must be at least 2: a single rank never waits"),
     (["--batch", "1"], "Invalid value for '--batch': 1 is not in the range x>=2."),
     (["--prompt-len", "0"], "Invalid value for '--prompt-len': 0 is not in the range x>=1."),
     (["--mode", "prefill"], "Invalid value for '--mode': 'prefill' is not one of"),
@@ -92,9 +92,9 @@ BAD: list[tuple[list[str], str]] = [
     (["--pp", "0"], "pp=0 must be at least 1"),
     (["--save", "-"], "--save needs a file"),
     (["--measured", "none.json"], "cannot read none.json"),
-    (["--measured", "README.md"], "README.md is not a file of launch.steps"),
-    (["--json", "one.json", "--save", "one.json"], "one.json is asked for twice"),
-    (["--layers", "99"], "99 layers of dsv4-tiny were asked for: the model has 1..8"),
+    (["--measured", "README.md"], "README.md is not a file from launch.steps"),
+    (["--json", "one.json", "--save", "one.json"], "one.json is given for two outputs"),
+    (["--layers", "99"], "layers=99 of dsv4-tiny must lie in 1..8"),
     (["--tp", "3"], "tp=3 must divide"),
     (["--model", "dsv3", "--layers", "3"], "this stage has no layer with experts"),
     (["--plot", "turns.bmp"], "cannot plot to turns.bmp: suffix must be one of"),
@@ -116,7 +116,7 @@ def test_bad_input_is_refused_in_one_line(
 def test_outputs_that_contradict_each_other(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "best.toml"
     assert overlap(*COMPARE, "--save", path) == 2
-    no_search = "--save writes what the search finds: it does not go with --no-search"
+    no_search = "--save writes the search's result: it does not go with --no-search"
     assert capsys.readouterr() == ("", f"error: {no_search}\n") and not path.exists()
     assert overlap(*TINY, "--json", "-", "--save", "-") == 2
     assert capsys.readouterr() == ("", "error: only one output can go to standard output (-)\n")
@@ -255,7 +255,7 @@ def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> 
         path.parent.mkdir()
         path.write_text(STRATEGIES["deepseek-decode"].to_toml())
     assert overlap(*TINY, *(word for path in paths for word in ("--overlap", path))) == 2
-    assert "two strategies are called mine: rename a file" in capsys.readouterr().err
+    assert "two strategies are called mine: rename one of the files" in capsys.readouterr().err
 
 
 def test_only_the_search_needs_numpy(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

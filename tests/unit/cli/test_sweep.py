@@ -169,7 +169,7 @@ BAD = {
     "--warmup none,": "Invalid value for '--warmup': '' is not one of 'none', ",
     "--jobs 0": "Invalid value for '--jobs': 0 is not in the range x>=1",
     "--model nothing": "model 'nothing' is not known: use one of",
-    "--layers 9": "9 layers of dsv4-tiny were asked for: the model has 1..8",
+    "--layers 9": "layers=9 of dsv4-tiny must lie in 1..8",
     "--hardware abacus": "hardware 'abacus' is not known: use one of",
     "--link string": "--link 'string' is not in profile h200: use one of",
     "--ranks-per-gpu 0": "Invalid value for '--ranks-per-gpu': 0 is not in the range x>=1",

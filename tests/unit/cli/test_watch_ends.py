@@ -156,7 +156,7 @@ def test_nvrtc_turned_off_is_fine(room: Path, fake_nvcc: Path) -> None:
         (["--forbid-after", "-1"], "--forbid-after -1 must be at least 0 seconds, or a file"),
         (["--forbid-after", "nan"], "--forbid-after nan must be at least 0 seconds, or a file"),
         (["--forbid-after", "inf"], "--forbid-after inf must be at least 0 seconds, or a file"),
-        (["--json", "-"], "--json needs a file: the command has standard output"),
+        (["--json", "-"], "--json needs a file: standard output belongs to the command"),
         (["--json", "no/x.json"], "cannot write no/x.json: its folder does not exist"),
         (["--json", "."], "Invalid value for '--json': File '.' is a directory."),
         (["--plan", "gone"], "Invalid value for '--plan': File 'gone' does not exist."),
@@ -169,7 +169,7 @@ def test_bad_options(room: Path, fake_nvcc: Path, options: list[str], line: str)
 def test_a_bad_plan(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "touch=ran"), "--plan", "../small.cu")
     assert (ran.code, ran.out, len(ran.err)) == (2, [], 1)
-    assert ran.err[0].startswith("error: ../small.cu is not a plan of runner plan --json: ")
+    assert ran.err[0].startswith("error: ../small.cu is not a plan from runner plan --json: ")
     assert not (room / "ran").exists()
 
 

@@ -61,7 +61,7 @@ def test_a_host_that_does_not_run_ahead_waits_where_it_awaits() -> None:
 
 
 def test_a_collective_that_others_never_begin_is_an_error() -> None:
-    with pytest.raises(SimulationError, match="rank 0 in a, which others have not begun"):
+    with pytest.raises(SimulationError, match="rank 0 in a, which other ranks have not begun"):
         simulate([begin("a", 1), Await("a")], [gpu(1)], run_ahead=True)
 
 

@@ -157,7 +157,7 @@ def test_phases_enclose_what_they_hold() -> None:
 
 
 def test_a_schedule_that_cannot_end_is_an_error() -> None:
-    with pytest.raises(SimulationError, match=r"1 ranks wait for ever: rank 0 in recv x"):
+    with pytest.raises(SimulationError, match=r"1 ranks wait forever: rank 0 in recv x"):
         simulate([Recv("x", 1, 1)], [])
 
 

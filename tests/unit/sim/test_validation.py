@@ -223,7 +223,7 @@ def test_a_link_that_is_unknown_or_not_in_the_profile_is_refused() -> None:
     only_fast = replace(usual(), links={"nvlink": usual().links["nvlink"]})
     with pytest.raises(UserError) as caught:
         validate([run_of(scenario())], only_fast)
-    assert str(caught.value) == "profile usual has no link 'gloo', which gloo is"
+    assert str(caught.value) == "profile usual has no link 'gloo' for backend gloo"
 
 
 # -- validation -----------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
     assert turns.compute == len(ops) - waits
     assert {piece.half for piece in turns.pieces} == {-1, 0, 1}
     short = replace(step, ends=step.ends[:-1])
-    with pytest.raises(UserError, match=f"{len(ops) - 1} operations were measured and the forward"):
+    with pytest.raises(UserError, match=f"{len(ops) - 1} operations were measured, but"):
         measured_turns(forward, short)
 
 
@@ -186,5 +186,5 @@ def test_bad_settings_are_refused(name: str, value: Any, message: str, tmp_path:
     data["settings"][name] = value
     path = tmp_path / "steps.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=f"is not a file of launch.steps: .*{message}"):
+    with pytest.raises(UserError, match=f"is not a file from launch.steps: .*{message}"):
         read_steps(path)
