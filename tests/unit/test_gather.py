@@ -106,7 +106,7 @@ def test_the_metadata_holds_the_least_memory_of_any_walk() -> None:
     assert assemble([less, one], SCENARIO, {}).timeline.meta["walk_memory"] == 3e9
 
 
-# -- logits -----------------------------------------------------------------------------------
+# -- logits ---------------------------------------------------------------------------------------
 
 MADE = torch.tensor([[1.0, -2.5]], dtype=torch.bfloat16)
 

@@ -145,7 +145,7 @@ def test_a_command_exits_with_1_if_the_library_crashes(
     )
 
 
-# -- a cache that is called ---------------------------------------------------------------------
+# -- a cache that is called -----------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
     return made
 
 
-# -- what a rank says that waited too long ----------------------------------------------------
+# -- what a rank says that waited too long --------------------------------------------------------
 
 
 def compile_on(log_dir: Path, rank: int, start: float, ending: str = "running") -> None:
@@ -126,7 +126,7 @@ def test_finished_compiles_do_not_count(tmp_path: Path) -> None:
     assert reason(RECV, tmp_path) == reason(SUM, tmp_path) == IDLE
 
 
-# -- limits of waits --------------------------------------------------------------------------
+# -- limits of waits ------------------------------------------------------------------------------
 
 
 def short_limit(log_dir: Path) -> WaitLimit:
@@ -210,7 +210,7 @@ def test_ranks_that_do_not_connect_in_time_say_so(monkeypatch: pytest.MonkeyPatc
     )
 
 
-# -- the limit of a run -----------------------------------------------------------------------
+# -- the limit of a run ---------------------------------------------------------------------------
 
 
 def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
@@ -237,7 +237,7 @@ def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:
     assert not ended.errors
 
 
-# -- how a rank fails -------------------------------------------------------------------------
+# -- how a rank fails -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

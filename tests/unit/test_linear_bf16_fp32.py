@@ -60,7 +60,7 @@ class Spy(DeepGemmWrapper):
             super().gemm_nt_bf16bf16f32(lhs, rhs, out)
 
 
-# -- one linear layer -------------------------------------------------------------------------
+# -- one linear layer -----------------------------------------------------------------------------
 
 
 @each_algo
@@ -125,7 +125,7 @@ def test_what_each_algorithm_calls(
     assert products_on(device, algo) == (operators, calls)
 
 
-# -- the model --------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
@@ -186,7 +186,7 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
     assert changed
 
 
-# -- the environment --------------------------------------------------------------------------
+# -- the environment ------------------------------------------------------------------------------
 
 
 @each_algo

@@ -103,7 +103,7 @@ def test_the_command_line_loads_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- locks ------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------
 
 
 def can_be_taken(locks: CompileLocks, shape: GemmShape, within: float = 10) -> bool:

@@ -78,7 +78,7 @@ def test_stages_without_a_mark_at_the_end_run_into_the_next_layer(
     assert len(cut_stages(steps)) == stages
 
 
-# -- strategies of a user's own ------------------------------------------------------------------
+# -- strategies of a user's own -------------------------------------------------------------------
 
 
 def written(folder: Path, text: str) -> str:

@@ -88,7 +88,7 @@ def test_nccl_without_data_on_gpus_is_refused_before_ranks_start(
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
-# -- what a rank computes ---------------------------------------------------------------------
+# -- what a rank computes -------------------------------------------------------------------------
 
 OPTIONS = parsed("--model", "dsv4-tiny")
 
@@ -137,7 +137,7 @@ def test_a_graph_cannot_hold_collectives_over_gloo(
         check_graphs(scenario, on_gpu=on_gpu, backend=backend)
 
 
-# -- when a process began ---------------------------------------------------------------------
+# -- when a process began -------------------------------------------------------------------------
 
 PRINT = "from launch.rank import process_start; print(process_start())"
 

@@ -272,7 +272,7 @@ def test_over_nccl_it_is_timed_by_the_gpu_and_limited_until_it_is_done() -> None
     assert sink.spans[-1] == Span(0, 3.0, 5.0, "beside", BEGIN.name)
 
 
-# -- compiles that the shim recorded ----------------------------------------------------------
+# -- compiles that the shim recorded --------------------------------------------------------------
 
 
 def compiled(start: float, end: float, kernel: Kernel | None = None) -> CompileRecord:

@@ -61,7 +61,7 @@ def points(*, check: bool = True) -> Any:
     return DeepGemmWrapper(FalseLibrary(), sanity_check=check)  # type: ignore[arg-type]
 
 
-# -- what is a bad scale ----------------------------------------------------------------------
+# -- what is a bad scale --------------------------------------------------------------------------
 
 
 @bad_values
@@ -85,7 +85,7 @@ def test_what_quantisation_makes_is_good(m: int, n: int, blocks: int, exponent: 
     check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)))
 
 
-# -- the entry points -------------------------------------------------------------------------
+# -- the entry points -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FP8_CALLS)
@@ -206,7 +206,7 @@ def test_nothing_is_checked_unless_asked_for(name: str) -> None:
     getattr(points(check=False), name)(*arguments)
 
 
-# -- who asks for it --------------------------------------------------------------------------
+# -- who asks for it ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ForwardMode)

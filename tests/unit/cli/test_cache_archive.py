@@ -1,4 +1,4 @@
-"""``runner cache pack`` and ``unpack``: there and back."""
+"""``runner cache pack`` and ``unpack``."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,9 @@ def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
     return path
 
 
-def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_unpacked_cache_equals_the_packed_one_and_packs_to_the_same_bytes(
+    archive: Path, directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
     target = tmp_path / "deep" / "target"
     assert cache("unpack", archive, target) == 0
     captured = capsys.readouterr()
@@ -38,7 +40,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 were there\n"
 
 
-def test_unpack_into_a_cache_with_other_kernels(
+def test_unpack_merges_into_a_cache_that_has_some_of_the_kernels(
     archive: Path,
     made: tuple[KernelCache, Manifest],
     tmp_path: Path,
@@ -58,10 +60,10 @@ def test_unpack_into_a_cache_with_other_kernels(
     assert cache("verify", few.root, "--target-root", ROOT) == 0
 
 
-def test_another_build_of_an_entry_stays_when_unpacking(
+def test_unpack_keeps_existing_entry_with_different_cubin(
     archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library
 ) -> None:
-    """The same key, another nvcc build: its entry stays, and the manifest must say so."""
+    """Two nvcc builds may give one key two cubins; the manifest must describe the one kept."""
     target = tmp_path / "target"
     other, manifest = fill(target, keys_for(here), small_plan().kernels[:1])
     (key,) = manifest.entries
@@ -76,7 +78,7 @@ def test_another_build_of_an_entry_stays_when_unpacking(
     assert cache("verify", target, "--target-root", ROOT) == 0
 
 
-def test_unpack_into_another_machines_cache_places_nothing(
+def test_unpack_into_cache_for_different_machine_places_nothing(
     archive: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     target = tmp_path / "target"
@@ -102,14 +104,16 @@ def test_unpack_refuses_a_file_that_is_not_an_archive(
     assert contents(directory) == before
 
 
-def test_pack_without_a_manifest(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_pack_refuses_cache_without_manifest(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
     (directory / "manifest.json").unlink()
     assert cache("pack", directory, tmp_path / "x.tar.gz") == 2
     refuses(capsys, f"{directory} has no manifest: build it with runner compile")
     assert not (tmp_path / "x.tar.gz").exists()
 
 
-def test_pack_of_half_an_entry(
+def test_pack_refuses_incomplete_entry(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -119,10 +123,10 @@ def test_pack_of_half_an_entry(
     refuses(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
 
 
-def test_a_cache_that_cannot_be_locked(
+def test_cache_that_cannot_be_locked_is_packed_but_not_pruned(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
-    """As in a read-only image, where even root may not write: reading is enough to pack."""
+    """As in a read-only image, where not even root can write."""
     (directory / ".lock").mkdir()
     plan = plan_file(tmp_path / "plan.json", here)
     assert cache("pack", directory, tmp_path / "x.tar.gz") == 0

@@ -1,4 +1,4 @@
-"""``runner cache prune``: what it tells, removes and refuses."""
+"""``runner cache prune``: what it shows, removes and refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from tests.unit.small_cache import contents, keys_for, small_plan
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def going(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list[str]]:
-    """A plan of M up to 16 and the kernels that it does not need."""
+def unneeded(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list[str]]:
+    """A plan for M up to 16, and the keys of the kernels it does not need."""
     keys = keys_for(here)
     kept = {keys.cache_key(item.kernel) for item in small_plan(max_m=16).kernels}
     plan = plan_file(tmp_path / "few.json", here, max_m=16)
@@ -27,7 +27,7 @@ def test_prune_without_yes_only_shows_what_would_go(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     before = contents(cache_.root)
     assert cache("prune", cache_.root, "--plan", plan) == 0
     says(
@@ -38,11 +38,11 @@ def test_prune_without_yes_only_shows_what_would_go(
     assert contents(cache_.root) == before
 
 
-def test_prune_removes(
+def test_prune_with_yes_removes_unneeded_kernels(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     cache_.entry("notes.txt").write_text("mine")
     assert cache("prune", cache_.root, "--plan", plan, "--yes") == 0
     says(
@@ -59,11 +59,11 @@ def test_prune_removes(
     assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 0
 
 
-def test_prune_keeps_what_any_plan_needs(
+def test_prune_keeps_kernels_that_any_given_plan_needs(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, _ = going(manifest, tmp_path, here)
+    plan, _ = unneeded(manifest, tmp_path, here)
     whole = plan_file(tmp_path / "all.json", here)
     before = contents(cache_.root)
     assert cache("prune", cache_.root, "--plan", plan, "--plan", whole, "--yes") == 0
@@ -101,7 +101,7 @@ def test_prune_counts_only_wanted_kernels_as_staying(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     remove(cache_.entry(next(key for key in manifest.entries if key not in keys)))
     cache_.entry("folder").mkdir()
     assert cache("prune", cache_.root, "--plan", plan) == 0

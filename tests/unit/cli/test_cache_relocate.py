@@ -1,4 +1,4 @@
-"""``runner cache relocate``: to another directory for another machine."""
+"""``runner cache relocate``: copying a cache to another directory for another machine."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def placed_line(target: Path, placed: int, present: int, release: str = "13.0") 
 
 
 @pytest.mark.parametrize("release", [[], ["--cuda-version", "13.1"]])
-def test_relocate_to_another_directory(
+def test_relocated_cache_verifies_on_the_target_machine(
     release: list[str], directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     before = contents(directory)
@@ -52,7 +52,7 @@ def test_relocate_to_another_directory(
     assert capsys.readouterr().out == placed_line(target, 0, 4, there) + "\n"
 
 
-def test_relocate_needs_a_directory(directory: Path, capsys: Capture) -> None:
+def test_relocate_requires_to_option(directory: Path, capsys: Capture) -> None:
     before = contents(directory)
     assert cache("relocate", directory, "--target-root", ELSEWHERE) == 2
     refuses(capsys, "Missing option '--to'.")
@@ -61,7 +61,7 @@ def test_relocate_needs_a_directory(directory: Path, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("name", ["made", "made/../made", "link"])
 @pytest.mark.parametrize("root", [ROOT, str(ELSEWHERE)])
-def test_relocate_needs_another_directory(
+def test_relocate_refuses_its_own_directory_as_target(
     name: str, root: str, directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "link").symlink_to(directory)
@@ -72,7 +72,7 @@ def test_relocate_needs_another_directory(
     assert contents(directory) == before
 
 
-def test_relocate_refuses_unsound_entries(
+def test_relocate_skips_damaged_entries_and_exits_with_1(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -88,13 +88,13 @@ def test_relocate_refuses_unsound_entries(
     assert captured.err.splitlines()[-1] == "error: 1 entries could not be relocated"
 
 
-def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_relocate_requires_target_root(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
     refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
-def test_relocate_without_a_manifest_needs_both_origin_options(
+def test_relocate_without_manifest_requires_both_origin_options(
     given: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (directory / "manifest.json").unlink()
@@ -107,7 +107,7 @@ def test_relocate_without_a_manifest_needs_both_origin_options(
     )
 
 
-def test_relocate_without_a_manifest(
+def test_relocate_without_manifest_uses_the_origin_options(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     (directory / "manifest.json").unlink()
@@ -122,7 +122,7 @@ def test_relocate_without_a_manifest(
     assert cache("verify", target, "--target-root", ELSEWHERE) == 0
 
 
-def test_relocate_from_a_root_that_it_was_not(
+def test_relocate_with_wrong_from_root_places_nothing(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -141,7 +141,7 @@ def test_relocate_from_a_root_that_it_was_not(
     )
 
 
-def test_relocate_into_another_machines_cache_places_nothing(
+def test_relocate_into_cache_for_different_machine_places_nothing(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     target = tmp_path / "target"
@@ -152,7 +152,7 @@ def test_relocate_into_another_machines_cache_places_nothing(
     assert contents(target) == before
 
 
-def test_relocate_without_headers(
+def test_relocate_without_installed_library_is_refused(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -162,10 +162,9 @@ def test_relocate_without_headers(
     assert not (tmp_path / "moved").exists()
 
 
-def test_relocate_without_an_nvcc(
+def test_relocate_without_nvcc_requires_cuda_version(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Whose release is not said is this machine's; one that is said is enough."""
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
@@ -175,10 +174,10 @@ def test_relocate_without_an_nvcc(
     assert capsys.readouterr().out == placed_line(tmp_path / "moved", 4, 0) + "\n"
 
 
-def test_relocate_of_the_second_generation(
+def test_relocate_generation_2_cache_to_a_different_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Its keys hold no path, so that only the compiler can be another."""
+    """Generation 2 keys hold no install path, so only the compiler can differ."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     root = fill(tmp_path / "second", second_keys_for(library))[0].root

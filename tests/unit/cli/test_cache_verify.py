@@ -1,4 +1,4 @@
-"""``runner cache verify``: every problem, and bad targets."""
+"""``runner cache verify``: reported problems, and invalid targets."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,9 @@ def path_line(root: str | Path) -> str:
 AGAIN = "a server here would compile all of it again"
 
 
-def test_verify(directory: Path, tmp_path: Path, here: Library, capsys: Capture) -> None:
+def test_verify_of_intact_cache_says_what_was_checked(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
     before = contents(directory)
     plan = plan_file(tmp_path / "plan.json", here)
     right = ["--target-root", ROOT]
@@ -44,10 +46,9 @@ def test_verify(directory: Path, tmp_path: Path, here: Library, capsys: Capture)
     assert contents(directory) == before
 
 
-def test_a_cache_for_another_install_path(
+def test_verify_defaults_to_this_machines_install_path(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
-    """Whatever the options do not say is this machine's."""
     plan = plan_file(tmp_path / "plan.json", here)
     for words in ([], ["--plan", plan]):
         assert cache("verify", directory, *words) == 1
@@ -57,10 +58,9 @@ def test_a_cache_for_another_install_path(
     says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_without_manifest_and_plan_only_the_keys_show_another_machine(
+def test_verify_without_manifest_and_plan_reports_wrong_keys(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
-    """Without a manifest or a plan only the keys tell."""
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("verify", cache_.root) == 1
@@ -78,7 +78,7 @@ def test_without_manifest_and_plan_only_the_keys_show_another_machine(
     ("missing", "words"),
     [("find_library", "there is no deep_gemm here"), ("find_nvcc", "there is no nvcc here")],
 )
-def test_verify_fails_if_the_machine_is_not_known(
+def test_verify_fails_without_library_or_nvcc(
     missing: str, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(f"runner.target.{missing}", lambda _: None)
@@ -90,7 +90,7 @@ def test_verify_fails_if_the_machine_is_not_known(
     )
 
 
-def test_problems_are_named_even_if_the_machine_is_not_known(
+def test_verify_names_problems_without_installed_library(
     made: tuple[KernelCache, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -104,7 +104,7 @@ def test_problems_are_named_even_if_the_machine_is_not_known(
     )
 
 
-def test_a_release_that_is_said_needs_no_nvcc(
+def test_verify_with_cuda_version_needs_no_nvcc(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
@@ -113,7 +113,7 @@ def test_a_release_that_is_said_needs_no_nvcc(
     says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
 
 
-def test_what_a_compiler_prints_may_be_a_file(
+def test_verify_reads_nvcc_version_from_compiler_text_file(
     directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     text = tmp_path / "nvcc.txt"
@@ -145,7 +145,7 @@ def compiler_line(release: str) -> str:
     )
 
 
-def test_flags_that_the_environment_changes(
+def test_verify_reports_flags_changed_by_environment(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("DG_JIT_CPP_STANDARD", "17")
@@ -160,7 +160,7 @@ def test_flags_that_the_environment_changes(
 
 @pytest.fixture
 def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """A library of the second generation in place of what is installed."""
+    """A library of JIT generation 2 in place of the installed one."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     return library
@@ -172,7 +172,7 @@ def nvcc_text(tmp_path: Path) -> Path:
     return tmp_path / "nvcc.txt"
 
 
-def test_a_cache_of_the_second_generation(
+def test_verify_of_generation_2_cache_compares_full_nvcc_version(
     newer: Library, nvcc_text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
@@ -239,15 +239,14 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
     ],
     ids=["path", "compiler", "both"],
 )
-def test_verify_for_another_machine(
+def test_verify_for_different_machine_names_the_differences(
     target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:
-    """Entries are compared with what they were built for, so damage is named all the same."""
     assert cache("verify", directory, *target) == 1
     says(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_damage_is_named_for_another_machine_too(
+def test_verify_for_different_machine_also_names_damage(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
     key, path = first_of(made)
@@ -261,7 +260,7 @@ def test_damage_is_named_for_another_machine_too(
     )
 
 
-def test_verify_misses_what_a_plan_needs(
+def test_verify_names_kernels_missing_from_a_plan(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -286,7 +285,7 @@ def test_verify_misses_what_a_plan_needs(
         (["--cuda-version", "11.8"], "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
     ],
 )
-def test_bad_targets(
+def test_verify_and_relocate_refuse_invalid_targets(
     arguments: list[str], words: str, directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     before = contents(directory)
@@ -299,13 +298,13 @@ def test_bad_targets(
     assert contents(directory) == before
 
 
-def test_a_directory_without_entries(tmp_path: Path, capsys: Capture) -> None:
+def test_verify_of_empty_cache_fails(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty" / "cache").mkdir(parents=True)
     assert cache("verify", tmp_path / "empty") == 1
     says(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
 
 
-def test_without_a_manifest_second_generation_keys_are_not_known(
+def test_verify_of_generation_2_cache_needs_a_manifest(
     newer: Library, tmp_path: Path, capsys: Capture
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
@@ -319,10 +318,9 @@ def test_without_a_manifest_second_generation_keys_are_not_known(
     )
 
 
-def test_the_gpu_that_is_meant(
+def test_verify_checks_gpu_option_or_this_machines_gpu(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The one that ``--gpu`` names, else the machine's."""
     right = [directory, "--target-root", ROOT]
     change_manifest(directory, gpu="h200", num_sms=132)
     assert cache("verify", *right) == 0
