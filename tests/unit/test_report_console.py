@@ -16,7 +16,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.errors import run_guarded
 from runner.report.console import PIPED_WIDTH, make_console, make_table
 from runner.timeline import write_timelines
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -98,7 +98,7 @@ def test_validated_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None
     write_timelines(
         path,
         [
-            measured(scenario(policy, tp=2), another())
+            measured(scenario(policy, tp=2), other_profile())
             for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED)
         ],
     )

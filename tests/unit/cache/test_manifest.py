@@ -25,7 +25,7 @@ from runner.cache.manifest import (
 )
 from runner.errors import UserError
 from runner.kernels.installed import Library
-from tests.unit.kept_cache import first_of, halve, one_line
+from tests.unit.kept_cache import first_of, make_incomplete, one_line
 from tests.unit.small_cache import (
     ENTRY_BYTES,
     contents,
@@ -280,7 +280,7 @@ def test_remove_entries_deletes_files_and_manifest_entries(
 ) -> None:
     cache, manifest = made
     half, gone, *kept = sorted(manifest.entries)
-    halve(cache.entry(half))
+    make_incomplete(cache.entry(half))
     freed = sum(size_of(cache.entry(key)) for key in (half, gone))
     assert remove_entries(cache, [cache.entry(half), cache.entry(gone)]) == freed
     assert [path.name for path in cache.entries()] == kept

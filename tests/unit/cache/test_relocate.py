@@ -12,7 +12,7 @@ from runner.cache.manifest import Manifest, write_manifest
 from runner.cache.verify import verify
 from runner.errors import UserError
 from runner.kernels.installed import Library
-from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
+from tests.unit.kept_cache import change, expected, first_of, make_incomplete, one_line, remove
 from tests.unit.small_cache import (
     NVCC_TEXT,
     contents,
@@ -94,7 +94,7 @@ def cut(path: Path) -> None:
     [
         (cut, "truncated", "kernel.cubin is cut short"),
         (change, "changed", "kernel.cubin is not what was built"),
-        (halve, "truncated", "kernel.cubin is missing: the library aborts on this entry"),
+        (make_incomplete, "truncated", "kernel.cubin is missing: the library aborts on this entry"),
         (remove, "missing", "is not in the cache"),
     ],
     ids=["truncated", "changed", "incomplete", "missing"],

@@ -8,7 +8,16 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest, read_manifest, sha256, write_manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, plan_file, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_progress,
+    assert_refused,
+    cache,
+    plan_file,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import contents, fill, keys_for, small_plan
 
@@ -19,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("here")
 def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
     path = tmp_path / "x.tar.gz"
     assert cache("pack", directory, path) == 0
-    says(capsys, f"{path}: 4 kernels, 0.0 MiB")
+    assert_prints(capsys, f"{path}: 4 kernels, 0.0 MiB")
     return path
 
 
@@ -30,7 +39,7 @@ def test_unpacked_cache_equals_the_packed_one_and_packs_to_the_same_bytes(
     assert cache("unpack", archive, target) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{target}: 4 kernels placed, 0 were there\n"
-    counted(captured.err, "unpack", 4)
+    assert_progress(captured.err, "unpack", 4)
     assert contents(target) == contents(directory)
     assert cache("verify", target, "--target-root", ROOT) == 0
     assert cache("pack", target, tmp_path / "y.tar.gz") == 0
@@ -95,12 +104,12 @@ def test_unpack_refuses_a_file_that_is_not_an_archive(
     before = contents(directory)
     gone = tmp_path / "gone.tar.gz"
     assert cache("unpack", gone, tmp_path / "target") == 2
-    refuses(capsys, f"{gone} is not a file: it must be an archive of runner cache pack")
+    assert_refused(capsys, f"{gone} is not a file: it must be an archive of runner cache pack")
     assert not (tmp_path / "target").exists()
     text = tmp_path / "text.tar.gz"
     text.write_text("no archive")
     assert cache("unpack", text, directory) == 2
-    refuses(capsys, f"cannot read {text}: not a gzip file")
+    assert_refused(capsys, f"cannot read {text}: not a gzip file")
     assert contents(directory) == before
 
 
@@ -109,7 +118,7 @@ def test_pack_refuses_cache_without_manifest(
 ) -> None:
     (directory / "manifest.json").unlink()
     assert cache("pack", directory, tmp_path / "x.tar.gz") == 2
-    refuses(capsys, f"{directory} has no manifest: build it with runner compile")
+    assert_refused(capsys, f"{directory} has no manifest: build it with runner compile")
     assert not (tmp_path / "x.tar.gz").exists()
 
 
@@ -120,7 +129,7 @@ def test_pack_refuses_incomplete_entry(
     half = cache_.entry(min(manifest.entries))
     (half / "kernel.cu").unlink()
     assert cache("pack", cache_.root, tmp_path / "x.tar.gz") == 2
-    refuses(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
+    assert_refused(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
 
 
 def test_cache_that_cannot_be_locked_is_packed_but_not_pruned(

@@ -7,7 +7,15 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest, read_manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_progress,
+    assert_refused,
+    cache,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import (
     NVCC_TEXT,
@@ -40,14 +48,14 @@ def test_relocated_cache_verifies_on_the_target_machine(
     assert cache(*command) == 0
     captured = capsys.readouterr()
     assert captured.out == placed_line(target, 4, 0, there) + "\n"
-    counted(captured.err, "relocate", 4)
+    assert_progress(captured.err, "relocate", 4)
     keys = keys_for(here, ELSEWHERE / "include", f"NVCC{there}")
     manifest = read_manifest(target)
     assert manifest is not None
     assert set(manifest.entries) == {keys.cache_key(item.kernel) for item in small_plan().kernels}
     assert contents(directory) == before
     assert cache("verify", target, "--target-root", ELSEWHERE, *release) == 0
-    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
     assert cache(*command) == 0
     assert capsys.readouterr().out == placed_line(target, 0, 4, there) + "\n"
 
@@ -55,7 +63,7 @@ def test_relocated_cache_verifies_on_the_target_machine(
 def test_relocate_requires_to_option(directory: Path, capsys: Capture) -> None:
     before = contents(directory)
     assert cache("relocate", directory, "--target-root", ELSEWHERE) == 2
-    refuses(capsys, "Missing option '--to'.")
+    assert_refused(capsys, "Missing option '--to'.")
     assert contents(directory) == before
 
 
@@ -68,7 +76,7 @@ def test_relocate_refuses_its_own_directory_as_target(
     before = contents(directory)
     to = tmp_path / name
     assert cache("relocate", directory, "--target-root", root, "--to", to) == 2
-    refuses(capsys, f"--to {to} must be another directory: a cache is for one machine")
+    assert_refused(capsys, f"--to {to} must be another directory: a cache is for one machine")
     assert contents(directory) == before
 
 
@@ -90,7 +98,7 @@ def test_relocate_skips_damaged_entries_and_exits_with_1(
 
 def test_relocate_requires_target_root(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
-    refuses(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
+    assert_refused(capsys, "--target-root PATH is needed: where deep_gemm is on that machine")
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
@@ -100,7 +108,7 @@ def test_relocate_without_manifest_requires_both_origin_options(
     (directory / "manifest.json").unlink()
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target, *given) == 2
-    refuses(
+    assert_refused(
         capsys,
         f"{directory} has no manifest: say what it was built for with --from-root PATH and "
         "--from-cuda X.Y",
@@ -130,7 +138,7 @@ def test_relocate_with_wrong_from_root_places_nothing(
     origin = ["--from-root", "/srv", "--from-cuda", "13.0"]
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "target"]
     assert cache("relocate", cache_.root, *target, *origin) == 1
-    says(
+    assert_prints(
         capsys,
         *(
             f"wrong key: {key} is not this source's key for this machine"
@@ -158,7 +166,7 @@ def test_relocate_without_installed_library_is_refused(
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
-    refuses(capsys, "there is no deep_gemm here")
+    assert_refused(capsys, "there is no deep_gemm here")
     assert not (tmp_path / "moved").exists()
 
 
@@ -168,7 +176,7 @@ def test_relocate_without_nvcc_requires_cuda_version(
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
-    refuses(capsys, "there is no nvcc here")
+    assert_refused(capsys, "there is no nvcc here")
     assert not (tmp_path / "moved").exists()
     assert cache("relocate", directory, *target, "--cuda-version", "13.0") == 0
     assert capsys.readouterr().out == placed_line(tmp_path / "moved", 4, 0) + "\n"
@@ -193,4 +201,4 @@ def test_relocate_generation_2_cache_to_a_different_compiler(
         keys.cache_key(item.kernel) for item in small_plan().kernels
     }
     assert cache("verify", target, "--compiler-text", text) == 0
-    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")

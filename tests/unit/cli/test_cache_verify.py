@@ -9,7 +9,15 @@ from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import Device
 from runner.cache.manifest import Manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_refused,
+    cache,
+    plan_file,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import change, first_of, remove
 from tests.unit.small_cache import NVCC_TEXT, contents, fill, second_keys_for, second_library
@@ -34,14 +42,14 @@ def test_verify_of_intact_cache_says_what_was_checked(
     plan = plan_file(tmp_path / "plan.json", here)
     right = ["--target-root", ROOT]
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
     assert cache("verify", directory, "--plan", plan, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, this machine")
     (directory / "manifest.json").unlink()
     assert cache("verify", directory, "--plan", plan, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, plan, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, plan, this machine")
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, this machine")
     del before["manifest.json"]
     assert contents(directory) == before
 
@@ -52,10 +60,10 @@ def test_verify_defaults_to_this_machines_install_path(
     plan = plan_file(tmp_path / "plan.json", here)
     for words in ([], ["--plan", plan]):
         assert cache("verify", directory, *words) == 1
-        says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+        assert_prints(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
     (directory / "manifest.json").unlink()
     assert cache("verify", directory, "--plan", plan) == 1
-    says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
 
 
 def test_verify_without_manifest_and_plan_reports_wrong_keys(
@@ -64,7 +72,7 @@ def test_verify_without_manifest_and_plan_reports_wrong_keys(
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("verify", cache_.root) == 1
-    says(
+    assert_prints(
         capsys,
         *(
             f"wrong key: {key} is not this source's key for this machine"
@@ -83,7 +91,7 @@ def test_verify_fails_without_library_or_nvcc(
 ) -> None:
     monkeypatch.setattr(f"runner.target.{missing}", lambda _: None)
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         f"{directory} is whole: checked 4 entries, manifest",
         err=f"error: cannot tell whether a server here would hit this cache: {words}\n",
@@ -97,7 +105,7 @@ def test_verify_names_problems_without_installed_library(
     key, path = first_of(made)
     change(path)
     assert cache("verify", made[0].root) == 1
-    says(
+    assert_prints(
         capsys,
         f"changed: {key} kernel.cubin is not what was built",
         err=f"error: {made[0].root}: 1 changed\n",
@@ -110,7 +118,7 @@ def test_verify_with_cuda_version_needs_no_nvcc(
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     right = ["--target-root", ROOT, "--cuda-version", "13.0"]
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
 
 
 def test_verify_reads_nvcc_version_from_compiler_text_file(
@@ -120,22 +128,24 @@ def test_verify_reads_nvcc_version_from_compiler_text_file(
     right = ["--target-root", ROOT, "--compiler-text", text]
     text.write_text(NVCC_TEXT)
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
     assert cache("verify", directory, *right) == 1
-    says(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
     text.write_text("gcc 14")
     assert cache("verify", directory, *right) == 2
-    refuses(
+    assert_refused(
         capsys,
         "the compiler's text 'gcc 14' names no CUDA release, such as NVCC13.0 or 'release 13.0'",
     )
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 12.4"))
     assert cache("verify", directory, *right) == 2
-    refuses(capsys, f"release 12.4 of --compiler-text {text} is too old: 12.9 or newer is needed")
+    assert_refused(
+        capsys, f"release 12.4 of --compiler-text {text} is too old: 12.9 or newer is needed"
+    )
     text.write_text(NVCC_TEXT)
     assert cache("verify", directory, *right, "--cuda-version", "13.0") == 2
-    refuses(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
+    assert_refused(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
 
 
 def compiler_line(release: str) -> str:
@@ -150,7 +160,7 @@ def test_verify_reports_flags_changed_by_environment(
 ) -> None:
     monkeypatch.setenv("DG_JIT_CPP_STANDARD", "17")
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         "other compiler flags (-std=c++17, -std=c++20): DG_JIT_* variables differ; set them as "
         "they were when it was built, or build it with them set",
@@ -177,12 +187,12 @@ def test_verify_of_generation_2_cache_compares_full_nvcc_version(
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
     assert cache("verify", root, "--compiler-text", nvcc_text) == 0
-    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
     assert cache("verify", root, "--compiler-text", nvcc_text, "--target-root", ELSEWHERE) == 0
-    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
     nvcc_text.write_text(NVCC_TEXT.replace("Aug_20", "Aug_21"))
     assert cache("verify", root, "--compiler-text", nvcc_text) == 1
-    says(
+    assert_prints(
         capsys,
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
         "is nvcc 13.0 (Built on Wed_Aug_21_01:58:59_PM_PDT_2025): runner cache relocate, or build "
@@ -190,7 +200,7 @@ def test_verify_of_generation_2_cache_compares_full_nvcc_version(
         err=f"error: {root}: {AGAIN}\n",
     )
     assert cache("verify", root, "--cuda-version", "13.1") == 2
-    refuses(
+    assert_refused(
         capsys,
         "--cuda-version 13.1 is not enough: this library's keys hold all that nvcc --version "
         "prints there; give that with --compiler-text FILE",
@@ -205,7 +215,7 @@ def test_verify_names_every_problem(made: tuple[KernelCache, Manifest], capsys: 
     (cache_.entry(changed) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
     cache_.entry("notes.txt").write_text("")
     assert cache("verify", cache_.root, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         f"missing: {missing} is not in the cache",
         f"truncated: {half} kernel.cubin is missing: the library aborts on this entry",
@@ -219,7 +229,7 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
     for number in range(23):
         (directory / "cache" / f"note{number:02}").write_text("")
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         *(f"foreign: note{number:02} is not a kernel's folder" for number in range(20)),
         "... and 3 more",
@@ -243,7 +253,7 @@ def test_verify_for_different_machine_names_the_differences(
     target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:
     assert cache("verify", directory, *target) == 1
-    says(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
 
 
 def test_verify_for_different_machine_also_names_damage(
@@ -252,7 +262,7 @@ def test_verify_for_different_machine_also_names_damage(
     key, path = first_of(made)
     change(path)
     assert cache("verify", made[0].root, "--target-root", ELSEWHERE) == 1
-    says(
+    assert_prints(
         capsys,
         path_line(ELSEWHERE),
         f"changed: {key} kernel.cubin is not what was built",
@@ -269,7 +279,7 @@ def test_verify_names_kernels_missing_from_a_plan(
     remove(cache_.entry(lacking))
     plan = plan_file(tmp_path / "plan.json", here)
     assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys, f"missing: {lacking} is not in the cache", err=f"error: {cache_.root}: 1 missing\n"
     )
 
@@ -290,10 +300,10 @@ def test_verify_and_relocate_refuse_invalid_targets(
 ) -> None:
     before = contents(directory)
     assert cache("verify", directory, *arguments) == 2
-    refuses(capsys, words)
+    assert_refused(capsys, words)
     root = [] if "--target-root" in arguments else ["--target-root", ROOT]
     assert cache("relocate", directory, "--to", tmp_path / "moved", *root, *arguments) == 2
-    refuses(capsys, words)
+    assert_refused(capsys, words)
     assert not (tmp_path / "moved").exists()
     assert contents(directory) == before
 
@@ -301,7 +311,7 @@ def test_verify_and_relocate_refuse_invalid_targets(
 def test_verify_of_empty_cache_fails(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty" / "cache").mkdir(parents=True)
     assert cache("verify", tmp_path / "empty") == 1
-    says(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
+    assert_prints(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
 
 
 def test_verify_of_generation_2_cache_needs_a_manifest(
@@ -310,7 +320,7 @@ def test_verify_of_generation_2_cache_needs_a_manifest(
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
     (root / "manifest.json").unlink()
     assert cache("verify", root) == 1
-    says(
+    assert_prints(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
         err="error: cannot tell whether a server here would hit this cache: there is no manifest, "
@@ -325,15 +335,15 @@ def test_verify_checks_gpu_option_or_this_machines_gpu(
     change_manifest(directory, gpu="h200", num_sms=132)
     assert cache("verify", *right) == 0
     whole = f"{directory} is whole for h200 (132 SMs): checked 4 entries, manifest, this machine"
-    says(capsys, whole)
+    assert_prints(capsys, whole)
     assert cache("verify", *right, "--gpu", "h100") == 0
-    says(capsys, f"{whole}, GPU")
+    assert_prints(capsys, f"{whole}, GPU")
     other = "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile"
     assert cache("verify", *right, "--gpu", "b200") == 1
-    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
     monkeypatch.setattr("runner.target.device_here", lambda: Device((10, 0), 148))
     assert cache("verify", *right) == 1
-    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
 
 
 def change_manifest(directory: Path, **values: object) -> None:

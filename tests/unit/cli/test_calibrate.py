@@ -15,7 +15,7 @@ from runner.timeline import Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile, leave_one_out
 from sim.calibration.validation import error_summary
 from sim.costs.profile import Profile, load_profile, write_profile
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import h200, scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -30,7 +30,7 @@ def runs(tmp_path: Path) -> list[Timeline]:
     """Two measured runs, one per file: none.json and planned.json."""
     made = []
     for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED):
-        run = measured(scenario(policy, tp=2), another())
+        run = measured(scenario(policy, tp=2), other_profile())
         write_timelines(tmp_path / f"{policy.value}.json", [run])
         made.append(run)
     return made
@@ -79,7 +79,7 @@ def test_sim_accepts_the_calibrated_profile(runs: list[Timeline], tmp_path: Path
 def test_figures_that_no_run_measures_come_from_the_base_profile(
     runs: list[Timeline], tmp_path: Path
 ) -> None:
-    base = another()
+    base = other_profile()
     write_profile(tmp_path / "base.json", base)
     output = tmp_path / "mine.json"
     assert (

@@ -15,7 +15,7 @@ from runner.report.validation import validation_json
 from runner.timeline import Span, Timeline, write_timelines
 from sim.calibration.validation import error_summary, validate
 from sim.costs.profile import write_profile
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import h200, scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -157,7 +157,7 @@ def test_compare_refuses_different_world_sizes() -> None:
 def test_compare_notes_different_scenario_settings(tmp_path: Path, capsys: Capture) -> None:
     for name, values in (("a", {}), ("b", {"layers": 2, "stream": (5,)})):
         one = scenario(WarmupPolicy.NONE, tp=2, **values)
-        write_timelines(tmp_path / f"{name}.json", [measured(one, another())])
+        write_timelines(tmp_path / f"{name}.json", [measured(one, other_profile())])
     assert compare(tmp_path / "a.json", tmp_path / "a.json") == 0
     assert capsys.readouterr().err == ""
     assert compare(tmp_path / "a.json", tmp_path / "b.json") == 0
@@ -173,7 +173,7 @@ def test_compare_notes_different_scenario_settings(tmp_path: Path, capsys: Captu
 @pytest.fixture
 def run(tmp_path: Path) -> Timeline:
     """A run as it is read back from run.json."""
-    made = measured(scenario(WarmupPolicy.NONE, tp=2), another())
+    made = measured(scenario(WarmupPolicy.NONE, tp=2), other_profile())
     write_timelines(tmp_path / "run.json", [made])
     return Timeline.from_json(made.to_json())
 
@@ -190,7 +190,7 @@ def test_compare_with_hardware_predicts_every_measured_run(
     figures = f" {run.wall:.1f} {found.predicted.timeline.wall:.1f} {100 * found.error:+.1f} % "
     assert sum(line.startswith("dsv4-tiny 4 layers") and figures in line for line in lines) == 3
     assert lines[-1] == error_summary([found] * 3)
-    write_profile(tmp_path / "another.json", another())
+    write_profile(tmp_path / "another.json", other_profile())
     assert compare(path, "--hardware", tmp_path / "another.json") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "1 runs: median absolute error 0.0%, worst 0.0%; compiles and duplicates exact in 1"

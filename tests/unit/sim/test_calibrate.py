@@ -17,11 +17,11 @@ from sim.calibration.validation import validate
 from sim.costs.profile import Builder, Link, Probe, Profile, slowed
 from sim.costs.profile_costs import config_key, template_of
 from sim.costs.start_up import made_elements
-from tests.unit.measured_runs import another, measured, usual
+from tests.unit.measured_runs import measured, other_profile, usual_profile
 from tests.unit.tiny_runs import scenario
 
 P = WarmupPolicy
-KNOWN = another()
+KNOWN = other_profile()
 
 
 VALUES: dict[str, Any] = {"walk_max_m": 2048, "max_tokens": 2048, "batch_sizes": (1, 64, 512)}
@@ -50,7 +50,7 @@ def long_run() -> Timeline:
 @cache
 def base() -> Profile:
     """The usual profile with a slow link, so that these runs' few bytes take measurable time."""
-    return replace(usual(), links={**usual().links, "gloo": Link(0.001, 8e6, 2e6)})
+    return replace(usual_profile(), links={**usual_profile().links, "gloo": Link(0.001, 8e6, 2e6)})
 
 
 @cache
@@ -82,15 +82,15 @@ def test_fit_recovers_host_times_within_a_thousandth() -> None:
 
 def test_fit_to_sequential_compiles_recovers_scales_and_keeps_contention() -> None:
     alone = measured(scenario(P.NONE), KNOWN)
-    made = fit_profile([alone], usual(), "mine").profile.compile
-    assert made.contention == pytest.approx(usual().compile.contention, abs=1e-4)
+    made = fit_profile([alone], usual_profile(), "mine").profile.compile
+    assert made.contention == pytest.approx(usual_profile().compile.contention, abs=1e-4)
     for name, scale in KNOWN.compile.scale.items():
         assert made.scale[name] == pytest.approx(scale, rel=1e-3)
     unlisted = set(made.scale) - set(KNOWN.compile.scale)
     assert "transpose_fp32" in unlisted
     for name in unlisted:
         assert made.scale[name] == pytest.approx(KNOWN.compile.default_scale, rel=1e-3)
-    for sample in read_calibration_data(alone, usual()).compiles:
+    for sample in read_calibration_data(alone, usual_profile()).compiles:
         # Here the mean scale equals that of the sample itself.
         found = made.by_config[config_key(sample.kernel)]
         assert found == pytest.approx(sample.seconds, rel=0.1)
@@ -108,8 +108,8 @@ def concurrent_runs(speeds: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> lis
 
 
 def test_fit_recovers_contention_within_a_tenth() -> None:
-    made = fit_profile(concurrent_runs(), usual(), "mine").profile.compile
-    assert usual().compile.contention == 0.2 and KNOWN.compile.contention == 0.5
+    made = fit_profile(concurrent_runs(), usual_profile(), "mine").profile.compile
+    assert usual_profile().compile.contention == 0.2 and KNOWN.compile.contention == 0.5
     assert made.contention == pytest.approx(0.5, abs=0.05)
     for name, scale in KNOWN.compile.scale.items():
         assert made.scale[name] == pytest.approx(scale, rel=0.05)
@@ -120,15 +120,15 @@ def test_fit_recovers_contention_from_hosts_of_different_speed(
     speeds: tuple[float, float, float],
 ) -> None:
     """No run has a probe; the most concurrent one is on the slowest or the fastest host."""
-    made = fit_profile(concurrent_runs(speeds), usual(), "mine").profile.compile
+    made = fit_profile(concurrent_runs(speeds), usual_profile(), "mine").profile.compile
     assert made.contention == pytest.approx(0.5, abs=0.05)
 
 
 def test_fitted_probe_is_the_geometric_mean_of_the_runs_probes() -> None:
     one = scenario(P.NONE, tp=2)
     unprobed, same, slow = (measured(one, KNOWN, factor=factor) for factor in (None, 1.0, 2.25))
-    assert fit_profile([unprobed, same, slow], usual(), "mine").profile.probe == Probe(3.0)
-    assert fit_profile([unprobed], usual(), "mine").profile.probe == usual().probe
+    assert fit_profile([unprobed, same, slow], usual_profile(), "mine").profile.probe == Probe(3.0)
+    assert fit_profile([unprobed], usual_profile(), "mine").profile.probe == usual_profile().probe
 
 
 def test_fit_to_faster_and_slower_hosts_corrects_for_their_probes() -> None:
@@ -140,7 +140,7 @@ def test_fit_to_faster_and_slower_hosts_corrects_for_their_probes() -> None:
     }
     made = fit_profile(runs[0.5] + runs[2.0], base(), "mine").profile
     expected = fit_profile(2 * runs[1.0], base(), "mine").profile
-    assert made.probe == expected.probe == usual().probe
+    assert made.probe == expected.probe == usual_profile().probe
     assert (made.cache, made.builder) == (expected.cache, expected.builder)
     assert made.compile.scale == pytest.approx(expected.compile.scale, rel=1e-3)
     for name in ("call", "first_forward", "walk", "walk_call"):
@@ -152,7 +152,7 @@ def test_fit_to_faster_and_slower_hosts_corrects_for_their_probes() -> None:
 
 
 def test_fit_recovers_first_forward_within_a_twentieth() -> None:
-    assert (usual().host.first_forward, KNOWN.host.first_forward) == (0.25, 0.75)
+    assert (usual_profile().host.first_forward, KNOWN.host.first_forward) == (0.25, 0.75)
     made = fit_profile([*runs(), long_run()], base(), "mine").profile.host
     assert made.first_forward == pytest.approx(0.75, rel=0.05)
 
@@ -187,7 +187,7 @@ def test_fit_recovers_start_up_times_within_a_tenth() -> None:
         measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN)
         for pp, tp in ((1, 1), (2, 1), (2, 2), (4, 2))
     ]
-    made = fit_profile(4 * seen, usual(), "mine").profile.start_up
+    made = fit_profile(4 * seen, usual_profile(), "mine").profile.start_up
     for ranks in (1, 2, 4, 8):
         for name in ("imports", "process_group"):
             phase, known = getattr(made, name), getattr(KNOWN.start_up, name)
@@ -201,8 +201,8 @@ def test_fit_recovers_dummy_weight_rate_within_a_tenth() -> None:
         measured(scenario(P.PREBUILT, pp=pp, tp=tp), KNOWN, ranks_per_gpu=ranks)
         for pp, tp, ranks in layouts
     ]
-    made = fit_profile(4 * seen, usual(), "mine").profile.start_up
-    assert (usual().start_up.weights_made, KNOWN.start_up.weights_made) == (1e7, 4e6)
+    made = fit_profile(4 * seen, usual_profile(), "mine").profile.start_up
+    assert (usual_profile().start_up.weights_made, KNOWN.start_up.weights_made) == (1e7, 4e6)
     assert made.weights_made == pytest.approx(4e6, rel=0.1)
     assert made.weights.per_rank == 0.0
     for run in seen:
@@ -218,7 +218,7 @@ def test_fitted_import_time_depends_on_ranks_per_host() -> None:
         measured(scenario(P.PREBUILT, pp=2, tp=2, nodes=hosts), KNOWN, hosts=hosts)
         for hosts in (1, 2, 4)
     ]
-    made = fit_profile(4 * seen, usual(), "mine").profile.start_up
+    made = fit_profile(4 * seen, usual_profile(), "mine").profile.start_up
     for hosts in (1, 2, 4):
         known = KNOWN.start_up.imports.of(4 // hosts)
         assert made.imports.of(4 // hosts) == pytest.approx(known, rel=0.1)
@@ -254,7 +254,7 @@ def test_fitted_profile_records_its_provenance() -> None:
     assert made.provenance == [
         "fitted to 2 measured runs (a GPU): none, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), "
         "2026-11-22; planned, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), 2026-11-22",
-        "what they do not say is from usual: " + " | ".join(usual().provenance),
+        "what they do not say is from usual: " + " | ".join(usual_profile().provenance),
     ]
     assert Profile.from_json(made.to_json()) == made
 
@@ -304,19 +304,19 @@ def test_leave_one_out_predicts_each_run_from_the_others() -> None:
 
 
 def test_runs_without_weights_do_not_change_the_weight_rate() -> None:
-    made = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
+    made = measured(scenario(WarmupPolicy.PREBUILT, tp=2), other_profile())
     skipped = replace(made, meta={**made.meta, "device": "cpu", "compute": "skip"})
-    fitted = fit_profile([skipped], usual(), "skipped").profile.start_up
-    assert fitted.weights_made == usual().start_up.weights_made
-    assert fitted.weights.seconds > usual().start_up.weights.seconds
+    fitted = fit_profile([skipped], usual_profile(), "skipped").profile.start_up
+    assert fitted.weights_made == usual_profile().start_up.weights_made
+    assert fitted.weights.seconds > usual_profile().start_up.weights.seconds
 
 
 def test_fitted_first_forward_averages_shared_and_unshared_gpus() -> None:
-    shared = measured(scenario(WarmupPolicy.PREBUILT, tp=2), another())
+    shared = measured(scenario(WarmupPolicy.PREBUILT, tp=2), other_profile())
     assert shared.meta["ranks_per_gpu"] == 1
     of_two = replace(shared, meta={**shared.meta, "ranks_per_gpu": 2})
     firsts = [
-        fit_profile(runs, usual(), "one").profile.host.first_forward
+        fit_profile(runs, usual_profile(), "one").profile.host.first_forward
         for runs in ([shared], [of_two], [shared, of_two])
     ]
     assert firsts[2] == pytest.approx((firsts[0] + firsts[1]) / 2, abs=1e-3)

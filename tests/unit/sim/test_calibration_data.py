@@ -16,23 +16,23 @@ from runner.timeline import Span, Timeline
 from sim.calibration.calibrate import fit_profile
 from sim.calibration.data import CalibrationData, read_calibration_data
 from sim.costs.profile_costs import compile_seconds
-from tests.unit.measured_runs import another, measured, usual
+from tests.unit.measured_runs import measured, other_profile, usual_profile
 from tests.unit.tiny_runs import scenario
 
 
 def run_of(policy: P = P.NONE, **layout: int) -> Timeline:
-    return measured(scenario(policy, **{"pp": 1, "tp": 1, **layout}), another())
+    return measured(scenario(policy, **{"pp": 1, "tp": 1, **layout}), other_profile())
 
 
 def data_of(policy: P = P.NONE, **layout: int) -> CalibrationData:
-    return read_calibration_data(run_of(policy, **layout), usual())
+    return read_calibration_data(run_of(policy, **layout), usual_profile())
 
 
 def test_every_compile_of_a_rank_is_a_sample() -> None:
     run, found = run_of(), data_of()
     assert len(found.compiles) == run.kernels_compiled > 10
     for sample in found.compiles:
-        alone = compile_seconds(another().compile, sample.kernel)
+        alone = compile_seconds(other_profile().compile, sample.kernel)
         assert (sample.seconds, sample.concurrency) == (pytest.approx(alone), pytest.approx(1.0))
         assert sample.cores == 16
     assert data_of(P.PLANNED).compiles == [], "a builder's compiles are not counted"
@@ -42,7 +42,7 @@ def test_unknown_kernels_and_zero_length_compiles_are_skipped() -> None:
     run = run_of()
     known = next(span for span in run.spans if span.is_kernel)
     odd = (Span(0, 1.0, 2.0, "compile", "other", "other 0"), known._replace(end=known.start))
-    found = read_calibration_data(replace(run, spans=(*run.spans, *odd)), usual())
+    found = read_calibration_data(replace(run, spans=(*run.spans, *odd)), usual_profile())
     assert len(found.compiles) == run.kernels_compiled
 
 
@@ -51,7 +51,7 @@ def test_concurrency_is_the_mean_number_of_simultaneous_compiles() -> None:
     run = run_of()
     first = next(s for s in run.spans if s.is_kernel)
     half = first._replace(end=first.start + first.seconds / 2)
-    found = read_calibration_data(replace(run, spans=(*run.spans, half)), usual())
+    found = read_calibration_data(replace(run, spans=(*run.spans, half)), usual_profile())
     (sample,) = (
         s
         for s in found.compiles
@@ -64,7 +64,7 @@ def test_concurrency_is_the_mean_number_of_simultaneous_compiles() -> None:
 def test_host_times_are_scaled_by_the_host_factor_and_gpu_times_are_not(policy: P) -> None:
     one = scenario(policy, tp=2)
     plain, slow = (
-        read_calibration_data(measured(one, another(), factor=factor), usual())
+        read_calibration_data(measured(one, other_profile(), factor=factor), usual_profile())
         for factor in (None, 1.5)
     )
     assert (plain.host_factor, slow.host_factor) == (1.0, 1.5)
@@ -102,7 +102,7 @@ def test_walks_are_read_with_their_seconds() -> None:
     ops = [op for op in record(found.metadata.scenario).ranks[0] if isinstance(op, Walk)]
     assert [walk.name for walk, _ in found.walks] == [op.name for op in ops]
     for walk, seconds in found.walks:
-        # At another()'s costs: 50 ms a walk, 0.02 s a load, 0.2 ms a call.
+        # Costs of other_profile(): 50 ms a walk, 0.02 s a load, 0.2 ms a call.
         calls = sum(count for count, _ in walk.calls)
         loads = sum(len(kernels) for kernels, _ in walk.steps)
         assert seconds == pytest.approx(0.05 + 0.02 * loads + 0.0002 * calls, rel=1e-3)
@@ -113,8 +113,8 @@ def test_walks_are_read_with_their_seconds() -> None:
 )
 def test_runs_without_gpu_computation_give_no_gpu_data(facts: dict[str, str]) -> None:
     run = run_of(P.FULL, tp=2)
-    on_gpu = read_calibration_data(run, usual())
-    found = read_calibration_data(replace(run, meta={**run.meta, **facts}), usual())
+    on_gpu = read_calibration_data(run, usual_profile())
+    found = read_calibration_data(replace(run, meta={**run.meta, **facts}), usual_profile())
     assert on_gpu.walks and on_gpu.made_elements > 0
     assert (found.walks, found.made_elements) == ([], 0)
     assert [rank.runs for rank in found.ranks] == [()] * 2
@@ -123,8 +123,8 @@ def test_runs_without_gpu_computation_give_no_gpu_data(facts: dict[str, str]) ->
     assert [one.comm for one in found.ranks] == [one.comm for one in on_gpu.ranks]
     silent = tuple(span for span in run.spans if span.kind != "load")
     run = replace(run, meta={**run.meta, **facts}, spans=silent)
-    made = fit_profile([run], usual(), "x").profile
-    assert (made.gpu, made.host) == (usual().gpu, usual().host)
+    made = fit_profile([run], usual_profile(), "x").profile
+    assert (made.gpu, made.host) == (usual_profile().gpu, usual_profile().host)
 
 
 def test_build_is_the_largest_share_of_any_node() -> None:
@@ -136,7 +136,7 @@ def test_build_is_the_largest_share_of_any_node() -> None:
     assert (build.workers, build.start) == (16, pytest.approx(2.5))
     assert build.seconds == max(s.end for s in spans) - min(s.start for s in spans)
     one = scenario(P.PLANNED, pp=2, tp=2, nodes=4)
-    shared = read_calibration_data(measured(one, another(), hosts=2), usual()).build
+    shared = read_calibration_data(measured(one, other_profile(), hosts=2), usual_profile()).build
     assert shared is not None and shared.workers == 8
     assert len(shared.kernels) == max(map(len, node_shares(one)))
     assert data_of(P.NONE).build is data_of(P.PREBUILT).build is None
@@ -145,7 +145,7 @@ def test_build_is_the_largest_share_of_any_node() -> None:
 def test_rank_totals_of_operations_and_communication() -> None:
     run = run_of(tp=2)
     ops = record(scenario(pp=1, tp=2)).ranks[0]
-    rank, other = read_calibration_data(run, usual()).ranks
+    rank, other = read_calibration_data(run, usual_profile()).ranks
     operations = sum(isinstance(op, Compute | KernelCall) for op in ops)
     assert sum(count for count, _ in rank.runs) == operations
     collectives = [op for op in ops if isinstance(op, Collective)]
@@ -156,7 +156,7 @@ def test_rank_totals_of_operations_and_communication() -> None:
     assert rank.messages == len(collectives)
     totals = run.totals()[0]
     assert (rank.compute, rank.comm) == (totals.compute, totals.comm)
-    # Costs of another(): 3 ms a message, 4 and 1 MB/s; 2 ms of host time an operation, and
+    # Costs of other_profile(): 3 ms a message, 4 and 1 MB/s; 2 ms of host time an operation, and
     # 0.75 s more for the first forward.
     assert rank.comm == pytest.approx(0.003 * len(collectives) + reduced / 4e6 + gathered / 1e6)
     assert rank.compute == pytest.approx(0.002 * operations + 0.75)

@@ -24,7 +24,7 @@ from sim.costs.profile import Probe
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.machine import Machine
 from sim.simulate import Prediction
-from tests.unit.measured_runs import another, measured, usual
+from tests.unit.measured_runs import measured, other_profile, usual_profile
 from tests.unit.tiny_runs import scenario
 
 MACHINE = {"cores": 16, "gpu": "a GPU", "date": "2026-11-22"}
@@ -95,9 +95,9 @@ def test_default_batch_sizes_are_recovered_as_explicit_values() -> None:
 def test_metadata_gives_the_machine_of_the_run() -> None:
     facts = {"cores": 6, "probe": 3.0}
     run = run_of(scenario(tp=2), hosts=1, ranks_per_gpu=2, machine=facts, link="nccl")
-    assert usual().probe == Probe(2.0)
-    assert read_metadata(run).machine(usual()) == Machine(
-        profile=usual(),
+    assert usual_profile().probe == Probe(2.0)
+    assert read_metadata(run).machine(usual_profile()) == Machine(
+        profile=usual_profile(),
         host_factor=1.5,
         cores_per_node=6,
         hosts=1,
@@ -108,7 +108,7 @@ def test_metadata_gives_the_machine_of_the_run() -> None:
         start=StartPhases(PHASES, Weights.DUMMY),
     )
     for unprobed in ({}, {"probe": None}):
-        machine = read_metadata(run_of(scenario(), machine=unprobed)).machine(usual())
+        machine = read_metadata(run_of(scenario(), machine=unprobed)).machine(usual_profile())
         assert (machine.host_factor, machine.link) == (1.0, "gloo")
 
 
@@ -118,16 +118,19 @@ def test_metadata_gives_the_machine_of_the_run() -> None:
 def test_runs_without_gpu_computation_have_no_first_forward_or_weight_time(
     facts: dict[str, str],
 ) -> None:
-    profile = read_metadata(run_of(scenario(), **facts)).machine(another()).profile
-    host = replace(another().host, first_forward=0.0)
-    start_up = replace(another().start_up, weights_made=inf)
-    assert profile == replace(another(), host=host, start_up=start_up) != another()
+    profile = read_metadata(run_of(scenario(), **facts)).machine(other_profile()).profile
+    host = replace(other_profile().host, first_forward=0.0)
+    start_up = replace(other_profile().start_up, weights_made=inf)
+    assert profile == replace(other_profile(), host=host, start_up=start_up) != other_profile()
 
 
 def refusal(run: Timeline) -> str:
     """The error when validating the run, which must equal that when fitting a profile to it."""
     messages = []
-    for use in (lambda: validate([run], usual()), lambda: fit_profile([run], usual(), "x")):
+    for use in (
+        lambda: validate([run], usual_profile()),
+        lambda: fit_profile([run], usual_profile(), "x"),
+    ):
         with pytest.raises(UserError) as caught:
             use()
         messages.append(str(caught.value))
@@ -220,7 +223,7 @@ def test_run_without_jit_is_refused() -> None:
 def test_link_that_is_unknown_or_not_in_the_profile_is_refused() -> None:
     pigeon = run_of(scenario(), link="carrier pigeon")
     assert refusal(pigeon) == "link 'carrier pigeon' is not known: use gloo or nccl"
-    only_fast = replace(usual(), links={"nvlink": usual().links["nvlink"]})
+    only_fast = replace(usual_profile(), links={"nvlink": usual_profile().links["nvlink"]})
     with pytest.raises(UserError) as caught:
         validate([run_of(scenario())], only_fast)
     assert str(caught.value) == "profile usual has no link 'gloo', which gloo is"
@@ -235,39 +238,39 @@ def test_profile_that_simulated_a_run_predicts_it_exactly(
     policy: WarmupPolicy, factor: float | None
 ) -> None:
     one = scenario(policy, pp=2, tp=2, nodes=2, graph_batch_sizes=(1,), stream=(9, 64))
-    run = measured(one, another(), cores=3, hosts=1, factor=factor)
-    (found,) = validate([run], another())
+    run = measured(one, other_profile(), cores=3, hosts=1, factor=factor)
+    (found,) = validate([run], other_profile())
     assert (found.error, found.counts_agree) == (0.0, True)
     assert found.predicted.timeout is None
     assert found.predicted.timeline.phases() == run.phases()
 
 
 def test_error_is_relative_to_the_measured_time() -> None:
-    run = measured(scenario(), another())
-    (found,) = validate([run], usual())
+    run = measured(scenario(), other_profile())
+    (found,) = validate([run], usual_profile())
     assert found.error == found.predicted.timeline.wall / run.wall - 1
     assert found.error < -0.2
-    slow = measured(scenario(), another(), factor=1.5)
+    slow = measured(scenario(), other_profile(), factor=1.5)
     unprobed = {**slow.meta, "machine": {**slow.meta["machine"], "probe": None}}
-    (found,) = validate([replace(slow, meta=unprobed)], another())
+    (found,) = validate([replace(slow, meta=unprobed)], other_profile())
     assert found.error == run.wall / slow.wall - 1 < -0.1
 
 
 def test_counts_agree_requires_equal_compiles_and_duplicates() -> None:
-    run = measured(scenario(), another())
+    run = measured(scenario(), other_profile())
     first = next(span for span in run.spans if span.is_kernel)
     another_span = next(s for s in run.spans if s.is_kernel and s.key != first.key)
     one_less = replace(run, spans=tuple(s for s in run.spans if s is not first))
     same_number = replace(run, spans=(*one_less.spans, first._replace(key="another kernel")))
     duplicate = replace(run, spans=(*one_less.spans, first._replace(key=another_span.key)))
-    found = validate([duplicate, one_less, same_number], another())
+    found = validate([duplicate, one_less, same_number], other_profile())
     assert [one.counts_agree for one in found] == [False, False, True]
 
 
 def test_error_summary_has_median_and_worst_error() -> None:
-    run = measured(scenario(), another())
+    run = measured(scenario(), other_profile())
     spans = tuple(s._replace(start=s.start / 2, end=s.end / 2) for s in run.spans[:-1])
-    assert error_summary(validate([run, run, replace(run, spans=spans)], another())) == (
+    assert error_summary(validate([run, run, replace(run, spans=spans)], other_profile())) == (
         "3 runs: median absolute error 0.0%, worst 100.0%; compiles and duplicates exact in 3"
     )
 

@@ -28,7 +28,7 @@ LIBRARIES = {
 
 
 def shared_library(path: Path, functions: tuple[str, ...]) -> Path:
-    """A shared library that exports these functions, and has other symbols that are not callable."""
+    """A shared library that exports these functions and has other symbols, not callable."""
     code = "".join(f"int {name}(void) {{ return 77; }}\n" for name in functions)
     code += "static int hidden(void) { return 1; }\nint data = 1;\nint puts(const char *);\n"
     code += "int (*kept)(void) = hidden; int (*wanted)(const char *) = puts;\n"
