@@ -41,7 +41,7 @@ from tests.unit.cpu_runner import (  # noqa: E402
     on_reference,
 )
 from tests.unit.entry_calls import CALLS, ENTRIES  # noqa: E402
-from tests.unit.test_entry_points import FalseLibrary  # noqa: E402
+from tests.unit.test_entry_points import MockLibrary  # noqa: E402
 from tests.unit.test_launch_options import parsed  # noqa: E402
 
 GEMMS = [
@@ -58,7 +58,7 @@ bad_values = pytest.mark.parametrize("bad", BAD, ids=str)
 
 def points(*, check: bool = True) -> Any:
     """Entry points on a library that computes nothing."""
-    return DeepGemmWrapper(FalseLibrary(), sanity_check=check)  # type: ignore[arg-type]
+    return DeepGemmWrapper(MockLibrary(), sanity_check=check)  # type: ignore[arg-type]
 
 
 # -- what is a bad scale --------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_walked_calls_pass(kind: T, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_ones", lambda *shape: torch.ones(shape))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    library = FalseLibrary()
+    library = MockLibrary()
     points = DeepGemmWrapper(library, sanity_check=True)  # type: ignore[arg-type]
     walker.walk(points, GemmShape(kind, 256, 128, 2, 132), (128, 256))
     assert len([name for name in library.called if "num_sms" not in name]) == 2
