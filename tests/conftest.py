@@ -15,15 +15,15 @@ from runner.kernels.installed import Library, find_library
 from runner.kernels.keys import first_recipe
 from runner.kernels.nvcc import find_nvcc
 
-# Their assertions then tell their values, as those of test files do.
+# Failed assertions in these helpers then show their values, as in test files.
 for _helper in ("build_machine", "cache_cli", "kept_cache"):
     pytest.register_assert_rewrite(f"tests.unit.{_helper}")
 
 
 def pytest_configure() -> None:
-    """Shells have background jobs ignore interrupts, nohup the end of a terminal.
+    """Restore SIGINT and SIGHUP, which background jobs of shells and nohup ignore.
 
-    What tests start would inherit that, and wait for a signal that never comes.
+    Processes started by tests would inherit that, and wait forever for a signal.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def library() -> Library:
-    """The installed deep_gemm's headers; skips where there are none that we know."""
+    """The installed deep_gemm; skips if there is none."""
     try:
         found = find_library()
     except UserError as error:
@@ -45,7 +45,7 @@ def library() -> Library:
 
 @pytest.fixture(scope="session")
 def nvcc_compiler(library: Library) -> NvccCompiler:
-    """A real nvcc with the library's headers; skips where either is missing."""
+    """A real nvcc with the library's headers; skips if either is missing."""
     environ = Environ(
         cuda_home=os.environ.get("CUDA_HOME", ""), search_path=os.environ.get("PATH", "")
     )
@@ -75,7 +75,7 @@ def fake_library(tmp_path: Path) -> Library:
 def fake_nvcc(tmp_path: Path) -> Path:
     """A script that answers ``--version`` as nvcc 13.0 and "compiles" by copying the source.
 
-    It fails with code 3 where the source holds the word "broken".
+    It fails with code 3 if the source contains the word "broken".
     """
     path = tmp_path / "real-nvcc"
     path.write_text(

@@ -1,4 +1,4 @@
-"""The commands whose output the docs show, and how the shown blocks are made anew.
+"""The commands whose output the docs show, and a script that regenerates it.
 
 ``python -m tests.golden`` rewrites every golden block and transcript of README and docs.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 FRESH = "--library sgl-deep-gemm==0.2.5"
-"""What a machine without a library takes by itself; others have one of their own."""
+"""The default on a machine without an installed library, so that output is the same everywhere."""
 
 COMMANDS = {
     "sim": f"sim {FRESH}",
@@ -37,30 +37,30 @@ COMMANDS = {
     "fidelity-nodes": "compare --hardware h200 docs/measurements/h200x2_vn.json "
     "docs/measurements/h200x2_vn_layouts.json",
 }
-"""Arguments of ``runner`` by the name of the block, paths relative to the repository."""
+"""Arguments of ``runner`` by block name; paths are relative to the repository."""
 
 SCRIPTS = {"published": "docs/measurements/published.py"}
-"""Scripts whose output is shown, in the same way."""
+"""Scripts whose output is shown, by block name."""
 
 SHOWN_FROM = {
     "overlap-measured": "Measured",
     "sim-dies": "Policies",
     "plan-stream": "fast: compiles",
 }
-"""Blocks that begin at a line of the output instead of its first."""
+"""Blocks that start at a given text of the output instead of its first line."""
 
 BLOCK = re.compile(r"<!-- golden: (\S+) -->\n```\n(.*?)\n?```", re.DOTALL)
 TRANSCRIPT = re.compile(r"<!-- transcript -->\n```\n(.*?)\n```", re.DOTALL)
 
 
 def tidy(text: str) -> str:
-    """Without blanks at the ends of lines, blank lines at both ends, and this machine's nvcc."""
+    """Strip trailing spaces, leading and trailing blank lines, and the line naming this nvcc."""
     lines = (line.rstrip() for line in text.splitlines() if not line.startswith("compiler: "))
     return "\n".join(lines).strip("\n")
 
 
 def run(arguments: list[str], folder: Path = ROOT) -> str:
-    """What Python prints with these arguments: a script, or ``-m runner``."""
+    """Output of Python with these arguments: a script, or ``-m runner``."""
     command = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -89,7 +89,7 @@ def _transcript(found: re.Match[str]) -> str:
 
 
 def main() -> None:
-    """Rewrite the documents."""
+    """Rewrite all golden blocks and transcripts."""
     for path in DOCUMENTS:
         before = path.read_text()
         after = TRANSCRIPT.sub(_transcript, BLOCK.sub(_block, before))

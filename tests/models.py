@@ -29,4 +29,4 @@ DSV3_SMALL: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
-"""The DSV3 structure with dimensions that tp 2 cuts into whole FP8 blocks."""
+"""A small DSV3 with dimensions that tp 2 splits into whole FP8 blocks."""

@@ -177,16 +177,7 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
     if manifest is None and machine.library.generation == 2:
         raise UserError(f"{directory} has no manifest, and its keys cannot be computed without one")
     manifest = manifest or _manifest_of(source, machine, options.from_root, options.from_cuda)
-    if manifest.library != machine.library.title:
-        raise UserError(
-            f"{directory} was built for {manifest.library}, but the library here is "
-            f"{machine.library.title}: install that one, or give it with --library"
-        )
-    if changed := machine.changed_flags(manifest):
-        raise UserError(
-            f"{directory} was built with other flags than the DG_JIT_* variables here ask for "
-            f"({', '.join(changed)}): unset them, or build the cache again"
-        )
+    _check_same_build(directory, manifest, machine)
     keys = machine.keys(manifest)
     to = options.to
     if to.resolve() == directory.resolve():
@@ -206,6 +197,20 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
     )
     if refused:
         raise WorkFailedError(f"{len(refused)} entries could not be relocated")
+
+
+def _check_same_build(directory: Path, manifest: Manifest, machine: TargetMachine) -> None:
+    """Raise UserError if the machine's library or flags make other kernels than the cache's."""
+    if manifest.library != machine.library.title:
+        raise UserError(
+            f"{directory} was built for {manifest.library}, but the library here is "
+            f"{machine.library.title}: install that one, or give it with --library"
+        )
+    if changed := machine.changed_flags(manifest):
+        raise UserError(
+            f"{directory} was built with other flags than the DG_JIT_* variables here ask for "
+            f"({', '.join(changed)}): unset them, or build the cache again"
+        )
 
 
 def _manifest_of(

@@ -24,7 +24,7 @@ from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.report.progress import counting, progress
 from runner.standin.gpus import gpu_named
-from runner.target import CompilerOptions, LibraryOptions, target_of
+from runner.target import CompilerOptions, LibraryOptions, Target, target_of
 from sim.costs.profile import Profile, load_profile
 from sim.costs.profile_costs import ProfileCosts
 from sim.machine import gpu_of, with_walk_memory
@@ -98,13 +98,7 @@ def plan(
         print(target.describe(result.plan.table))
         _print(result, profile, covered)
     if options.json is not None:
-        if target.lacking:
-            click.echo(f"cache keys are left out: {target.lacking}", err=True)
-        keys = None if target.lacking else target.keys(result.plan.table)
-        data = plan_to_json(result.plan, keys)
-        data["for"] = result.title
-        data["policy"] = None if covered is None else _policy_json(covered)
-        write_json(options.json, data, indent=1)
+        write_json(options.json, _plan_json(result, target, covered), indent=1)
 
 
 def _check(options: PlanOptions, given: ScenarioOptions) -> None:
@@ -163,6 +157,15 @@ def _print(result: Planned, profile: Profile, covered: Coverage | None) -> None:
     if covered is not None:
         print_coverage(covered, result.plan)
         print_stalls(covered.stalls)
+
+
+def _plan_json(result: Planned, target: Target, covered: Coverage | None) -> dict[str, object]:
+    """The plan with its cache keys, unless something that they depend on is unknown."""
+    if target.lacking:
+        click.echo(f"cache keys are left out: {target.lacking}", err=True)
+    keys = None if target.lacking else target.keys(result.plan.table)
+    policy = None if covered is None else _policy_json(covered)
+    return {**plan_to_json(result.plan, keys), "for": result.title, "policy": policy}
 
 
 def _policy_json(covered: Coverage) -> dict[str, object]:

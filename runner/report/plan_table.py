@@ -122,9 +122,9 @@ def _ranges_text(m_ranges: Sequence[tuple[int, int]]) -> str:
 
 
 def coverage_line(nodes: Sequence[Mapping[str, Any]], max_tokens: int) -> str:
-    """The coverage of all nodes on one line: that of the node with the fewest kernels."""
-    planned = max(node["planned"] for node in nodes)
-    least = min(node["present"] for node in nodes)
-    held = f"{least} of {planned} kernels covered, forwards of up to {max_tokens} tokens"
+    """The coverage of all nodes on one line: that of the node that lacks the most kernels."""
+    worst = max(nodes, key=lambda node: int(node["planned"]) - int(node["present"]))
+    held = f"{worst['present']} of {worst['planned']} kernels covered"
     gemms = max(len(node["stalls"]) for node in nodes)
-    return f"{held}: {f'{gemms} GEMMs can still stall' if gemms else 'none can stall'}"
+    stalls = f"{gemms} GEMMs can still stall" if gemms else "none can stall"
+    return f"{held}, forwards of up to {max_tokens} tokens: {stalls}"

@@ -1,4 +1,4 @@
-"""Real launches, for the tests of this folder."""
+"""Helpers that run real launches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FEW_KERNELS = DSV3_SMALL | {
     "kv_lora_rank": 512,
     "v_head_dim": 128,
 }
-"""Dense layers whose GEMMs all have K = 512: a handful of kernels on each stage."""
+"""Dense layers whose GEMMs all have K = 512, so that each stage needs only a few kernels."""
 
 
 def split(*arguments: str | Path) -> list[str]:
-    """Texts of several words each, and paths, as words of a command line."""
+    """Command line words from strings, which are split, and paths, which are not."""
     words: list[str] = []
     for argument in arguments:
         words += [str(argument)] if isinstance(argument, Path) else argument.split()
@@ -31,7 +31,7 @@ def split(*arguments: str | Path) -> list[str]:
 
 
 def launch(*arguments: str | Path, torchrun: str | None = None, timeout: float = 300) -> str:
-    """Run a launch and return what it printed; the test fails if the launch does."""
+    """Run a launch that must succeed, and return its output."""
     done = run_launch(*arguments, torchrun=torchrun, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -43,7 +43,7 @@ def run_launch(
     timeout: float = 300,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a launch, on ranks that ``torchrun`` with these arguments starts or on its own."""
+    """Run a launch, optionally under torchrun with these arguments."""
     prefix = "" if torchrun is None else f"-m torch.distributed.run {torchrun}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("DG_", "SGL"))}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Predictions against real runs, where there is nvcc and no GPU: counts exactly, time roughly."""
+"""Predictions against real CPU runs with nvcc: counts exactly, times roughly."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ COMMON = (
     "--walk-max-m 64"
 )
 STAGES = "--pp 2 --virtual-nodes 2"
-"""Each stage has a cache of its own, so that nobody compiles in a race."""
+"""Each stage has its own cache, so no two ranks race to compile."""
 SHARDS = "--tp 2 --compile-lock"
-"""Both ranks share a cache, and the lock decides who compiles."""
+"""Both ranks share a cache; the lock decides which one compiles."""
 
 
 def measure(folder: Path, arguments: str, policies: list[str]) -> list[Timeline]:
@@ -41,7 +41,7 @@ def measure(folder: Path, arguments: str, policies: list[str]) -> list[Timeline]
     return read_timelines(path)
 
 
-def test_real_runs_stall_where_predicted_and_take_about_as_long(
+def test_real_runs_have_predicted_stalls_counts_and_approximate_times(
     nvcc_compiler: NvccCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A profile fitted to some runs predicts the others."""
@@ -67,5 +67,5 @@ def test_real_runs_stall_where_predicted_and_take_about_as_long(
         print(f"{item.name}: {item.measured.wall:.1f} s, off by {item.error:+.0%}")
         assert item.counts_agree, item.name
         if item.measured not in (none, planned):
-            # Other tests share the cores: a factor, not an error, is what holds.
+            # Other tests share the cores, so only a factor is checked.
             assert 0.4 < 1 + item.error < 2.5, item.name

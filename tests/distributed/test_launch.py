@@ -1,4 +1,4 @@
-"""Real ranks under torchrun, gloo on CPU: any split of a model computes the same."""
+"""Launches of real ranks over gloo on CPUs: logits, recorded operations, errors and signals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ LAYOUTS = [
 def test_logits_do_not_depend_on_the_layout(
     layout: str, reference: dict[str, list], tmp_path: Path
 ) -> None:
-    """Stated tolerance 1e-6: on a CPU partial sums stay wide until they are summed."""
+    """The tolerance is 1e-6, because partial sums on a CPU stay in fp32 until they are added."""
     path = tmp_path / "logits.pt"
     launch("--model dsv4-tiny --warmup none", layout, SMALL, "--logits", path)
     assert_same_logits(reference["dsv4-tiny"], path)
@@ -93,15 +93,13 @@ def test_dsv3_logits_do_not_depend_on_the_layout(
     assert_same_logits(reference[str(dsv3_config)], path)
 
 
-def test_a_warm_up_does_not_change_the_logits(reference: dict[str, list], tmp_path: Path) -> None:
+def test_warm_up_does_not_change_the_logits(reference: dict[str, list], tmp_path: Path) -> None:
     path = tmp_path / "logits.pt"
     launch("--model dsv4-tiny --pp 2 --warmup pp-parallel", SMALL, "--logits", path)
     assert_same_logits(reference["dsv4-tiny"], path)
 
 
-def test_under_torchrun_the_given_ranks_are_used(
-    reference: dict[str, list], tmp_path: Path
-) -> None:
+def test_launch_under_torchrun_uses_its_ranks(reference: dict[str, list], tmp_path: Path) -> None:
     path = tmp_path / "logits.pt"
     printed = launch(
         "--model dsv4-tiny --pp 2 --tp 2 --warmup none",
@@ -114,7 +112,7 @@ def test_under_torchrun_the_given_ranks_are_used(
     assert_same_logits(reference["dsv4-tiny"], path)
 
 
-def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> None:
+def test_launch_under_a_single_torchrun_worker_starts_its_own_ranks(tmp_path: Path) -> None:
     rendezvous = "--rdzv-backend c10d --rdzv-endpoint localhost:0"
     printed = launch("--model dsv4-tiny --pp 2 --tp 1", SMALL, torchrun=rendezvous)
     assert "pp 2 x tp 1 = 2 ranks over gloo on cpu" in printed
@@ -130,8 +128,7 @@ def test_under_one_torchrun_worker_it_starts_its_own_ranks(tmp_path: Path) -> No
         "--model dsv3 --layers 4 --pp 2 --tp 1 --compute skip --batch-sizes 1",
     ],
 )
-def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path) -> None:
-    """Operation by operation, on every rank."""
+def test_real_run_performs_the_recorded_operations(arguments: str, tmp_path: Path) -> None:
     words = dict(_pairs(arguments.split()))
     path = tmp_path / "schedule.json"
     launch(arguments, "--no-jit --device cpu --schedule", path)
@@ -159,8 +156,8 @@ def test_a_real_run_does_the_recorded_operations(arguments: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("algo", [Bf16Fp32Algo.CUBLAS, Bf16Fp32Algo.TORCH])
-def test_the_environment_names_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_path: Path) -> None:
-    """Every rank reads it for itself, and runs what is recorded for that algorithm."""
+def test_environment_selects_the_bf16_fp32_algorithm(algo: Bf16Fp32Algo, tmp_path: Path) -> None:
+    """Each rank reads the variable and runs the operations recorded for that algorithm."""
     path = tmp_path / "schedule.json"
     done = run_launch(
         "--model dsv4-tiny --pp 2 --warmup none",
@@ -193,8 +190,9 @@ def _pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.nvcc
-def test_stages_compile_in_turn_or_at_once(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
-    """The point of it all, with real compiles: serial through the pipeline, or parallel."""
+def test_stages_compile_serially_without_warm_up_and_concurrently_with_pp_parallel(
+    nvcc_compiler: NvccCompiler, tmp_path: Path
+) -> None:
     config, path = tmp_path / "config.json", tmp_path / "timeline.json"
     config.write_text(json.dumps(FEW_KERNELS))
     launch(
@@ -220,10 +218,10 @@ PLANNED = (
 
 
 @pytest.mark.nvcc
-def test_planned_builds_each_kernel_once_and_prebuilt_none(
+def test_planned_builds_each_kernel_once_and_prebuilt_compiles_none(
     nvcc_compiler: NvccCompiler, tmp_path: Path
 ) -> None:
-    """Two nodes share the plan out and exchange it; what one then holds is enough for any rank."""
+    """Two nodes divide the plan and exchange kernels; then one node's cache serves all ranks."""
     config, cache = tmp_path / "config.json", tmp_path / "cache"
     config.write_text(json.dumps(FEW_KERNELS))
     common = ["--model", config, PLANNED, "--cache-dir"]
@@ -290,9 +288,6 @@ BAD_INPUT = {
     "--model dsv4-tiny --warmup slow": "'slow'",
     "--model dsv4-tiny --warmup planned --max-tokens 64": "is above --max-tokens 64",
     "--model dsv4-tiny --warmup none --max-tokens 0": "max-tokens 0 must lie in 1..131072",
-    "--model dsv4-tiny --timeout 0": "0.0 is not in the range",
-    "--model dsv4-tiny --timeout nan": "'nan' is not a finite number",
-    "--model dsv4-tiny --nccl-timeout 0": "'--nccl-timeout': 0.0 is not in the range",
     "--model dsv4-tiny --prompt-len 0": "0 is not in the range x>=1",
     "--model dsv4-tiny --stream 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --stream 4,-1": "'4,-1' must be whole numbers from 1 on",
@@ -301,7 +296,6 @@ BAD_INPUT = {
     ),
     "--model dsv4-tiny --cuda-graphs 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --walk-max-m 0": "'--walk-max-m': 0 is not in the range",
-    "--model dsv4-tiny --walk-memory 0": "'--walk-memory': 0.0 is not in the range",
     "--model dsv4-tiny --num-sms 7": "--num-sms 7 must be a positive even number",
     "--model dsv4-tiny --logits /no/x.pt": "cannot write /no/x.pt: its folder does not exist",
     "--model dsv4-tiny --plot x.gif": "suffix must be one of .png, .svg",
@@ -311,7 +305,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda text: text.replace(" ", "_"))
-def test_bad_input_is_one_line_and_exit_code_2(arguments: str) -> None:
+def test_invalid_input_is_one_line_and_exit_code_2(arguments: str) -> None:
     if "--device cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     done = run_launch(arguments, "--no-jit")
@@ -321,21 +315,21 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: str) -> None:
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
 
 
-def test_a_wrong_world_size_shows_the_right_command() -> None:
+def test_wrong_world_size_error_shows_the_correct_command() -> None:
     done = run_launch("--pp 4 --tp 2", env={"WORLD_SIZE": "3", "RANK": "0"})
     assert done.returncode == 2
     assert "WORLD_SIZE=3 but --pp 4 --tp 2 needs 8 ranks" in done.stderr
     assert "torchrun --nproc-per-node 8 -m launch --pp 4 --tp 2" in done.stderr
 
 
-def test_a_bad_environment_value_names_the_variable() -> None:
+def test_invalid_environment_value_names_the_variable() -> None:
     done = run_launch("--model dsv4-tiny", env={"SGLANG_DEEPGEMM_PDL": "perhaps"})
     assert done.returncode == 2
     assert done.stderr.startswith("error: SGLANG_DEEPGEMM_PDL='perhaps' is not a boolean")
 
 
 @pytest.mark.nvcc
-def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
+def test_unwritable_cache_is_a_one_line_error(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = run_launch(
@@ -346,7 +340,7 @@ def test_an_unwritable_cache_is_one_line(nvcc_compiler: NvccCompiler, tmp_path: 
     assert f"cache directory {blocker / 'cache'} cannot be written" in done.stderr
 
 
-def test_a_rank_beyond_the_world_is_one_line() -> None:
+def test_rank_outside_the_world_is_a_one_line_error() -> None:
     done = run_launch("--model dsv4-tiny --no-jit", env={"RANK": "5"})
     assert done.returncode == 2
     assert "RANK=5 must be below WORLD_SIZE=1" in done.stderr
@@ -356,8 +350,8 @@ TWO_RANKS = "--model dsv4-tiny --pp 2 --no-jit --device cpu"
 
 
 @pytest.mark.parametrize("seconds", ["0.01", "12"])
-def test_a_run_past_its_time_out_ends(seconds: str) -> None:
-    """Before the ranks have met, and in the middle of a run that would take much longer."""
+def test_run_above_its_timeout_ends_with_an_error(seconds: str) -> None:
+    """Before the ranks have connected, and in the middle of a longer run."""
     done = run_launch(TWO_RANKS, "--timeout", seconds, timeout=120)
     assert done.returncode == 1
     words = rf"rank [01] failed: OutOfTimeError: not finished after --timeout {seconds} s, in: .+"
@@ -373,7 +367,7 @@ def start_launch(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
+def test_killed_rank_ends_the_job_and_is_named() -> None:
     job = start_launch(TWO_RANKS)
     try:
         os.kill(_pid_of_rank(job.pid, 1), signal.SIGKILL)
@@ -390,9 +384,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_named() -> None:
     [(signal.SIGINT, 130, "error: interrupted"), (signal.SIGTERM, 143, "error: ended by SIGTERM")],
     ids=lambda value: str(getattr(value, "name", "")),
 )
-def test_an_ended_launch_takes_its_ranks_along(
-    number: signal.Signals, code: int, line: str
-) -> None:
+def test_signal_to_launch_ends_its_ranks(number: signal.Signals, code: int, line: str) -> None:
     job = start_launch(TWO_RANKS)
     try:
         ranks = [_pid_of_rank(job.pid, rank) for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""Two overlapped halves of a batch over real ranks compute what the whole batch does."""
+"""Two-batch overlap on real ranks: logits equal those without overlap."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.distributed
 
 SMALL = "--batch-sizes 3,25 --prompt-len 5 --no-jit --device cpu --max-tokens 64 --seed 1"
-"""EXTEND of 3 tokens in one prompt, which is not cut, and of 5 x 5; DECODE of 1 and of 5.
+"""EXTEND of 3 tokens in one prompt, which is not split, and of 5 x 5; DECODE of 1 and 5.
 
-The order in which ranks' results are summed differs in the sixteenth digit. With this seed that
-turns no rounding to bf16 around; with seed 0 it does so once.
+The order of summation over ranks changes the sixteenth digit. With this seed that changes no
+rounding to bf16; with seed 0 it changes one.
 """
 
 FOR_TP_4 = {"num_attention_heads": 8, "moe_intermediate_size": 512}
-"""What of the small DSV3 four ranks can cut into whole FP8 blocks."""
+"""Sizes for the small DSV3 that four ranks can split into whole FP8 blocks."""
 
 STRATEGY_PAIRS = {
     "after": "--overlap deepseek-decode --overlap deepseek-prefill",
@@ -67,7 +67,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, dsv3_config: Path) -> di
         ("dsv3", "--tp 4 --moe-a2a", "before"),
     ],
 )
-def test_overlapped_logits_are_the_plain_ones(
+def test_logits_with_overlap_equal_those_without(
     model: str,
     layout: str,
     pair: str,
@@ -75,7 +75,7 @@ def test_overlapped_logits_are_the_plain_ones(
     dsv3_config: Path,
     tmp_path: Path,
 ) -> None:
-    """Odd numbers of tokens and of sequences; the halves differ, and blocks are filled up."""
+    """Numbers of tokens and sequences are odd, so halves differ and blocks are padded."""
     path = tmp_path / "logits.pt"
     name = "dsv4-tiny" if model == "dsv4" else str(dsv3_config)
     overlap = STRATEGY_PAIRS[pair]
@@ -86,7 +86,9 @@ def test_overlapped_logits_are_the_plain_ones(
         assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
 
-def test_overlapped_ranks_run_what_is_recorded_and_time_each_collective(tmp_path: Path) -> None:
+def test_overlapped_run_performs_recorded_operations_and_times_each_collective(
+    tmp_path: Path,
+) -> None:
     schedule, timeline = tmp_path / "schedule.json", tmp_path / "timeline.json"
     launch(
         "--model dsv4-tiny --tp 2 --ep --moe-a2a --warmup none",

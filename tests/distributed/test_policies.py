@@ -1,4 +1,4 @@
-"""Every warm-up policy on real ranks runs the recorded operations."""
+"""Warm-up policies on real ranks perform the recorded operations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scenario_of(policy: WarmupPolicy, **warmup: Any) -> Scenario:
 
 
 def ran(path: Path, *arguments: str, **env: str) -> str:
-    """Launch and return what was printed; the operations go to ``path``."""
+    """Run a launch, write its operations to ``path`` and return its output."""
     done = run_launch(ARGUMENTS, *arguments, "--schedule", path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -61,8 +61,8 @@ def assert_ran(path: Path, scenario: Scenario) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "pp-parallel+fast", "relax", "planned", "prebuilt"])
-def test_a_policy_runs_what_is_recorded(name: str, tmp_path: Path) -> None:
-    """Graphs, walks, a stream and all; the command line wins over SGLang's variables."""
+def test_policy_performs_the_recorded_operations(name: str, tmp_path: Path) -> None:
+    """With graphs, walks and a stream; --warmup overrides SGLang's variables."""
     path = tmp_path / "schedule.json"
     arguments = f"--no-jit --walk-max-m 64 --warmup {name}"
     printed = ran(path, arguments, **{PRECOMPILE: "1", FAST: "1"})
@@ -78,10 +78,9 @@ def test_a_policy_runs_what_is_recorded(name: str, tmp_path: Path) -> None:
         ({PRECOMPILE: "1", PP_PARALLEL: "true"}, "pp-parallel+full"),
     ],
 )
-def test_sglangs_variables_name_the_policy(
+def test_sglang_variables_select_the_policy_and_disable_the_jit(
     variables: dict[str, str], name: str, tmp_path: Path
 ) -> None:
-    """And one of them turns the JIT off, as ``--no-jit`` does."""
     path = tmp_path / "schedule.json"
     printed = ran(path, **{JIT: "0", **variables})
     assert f"policy {name}, batch sizes 1,8" in printed

@@ -1,4 +1,4 @@
-"""``torchrun -m launch.steps`` on CPUs: steps are measured, and ``runner overlap`` reads them."""
+"""``torchrun -m launch.steps`` on CPUs measures steps that ``runner overlap`` compares."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps(*arguments: str | Path, ranks: int) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("decode", "5"), ("extend", "7")])
-def test_steps_are_measured_and_laid_beside_predictions(
+def test_measured_steps_are_compared_with_predictions(
     mode: str, batch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, shown = tmp_path / "steps.json", tmp_path / "shown.json"
@@ -52,13 +52,13 @@ def test_steps_are_measured_and_laid_beside_predictions(
     assert all(row["predicted_seconds"] > 0 for row in rows)
 
 
-def test_ranks_that_are_not_tps_are_refused() -> None:
+def test_number_of_ranks_other_than_tp_is_refused() -> None:
     done = steps("--tp 2 --json none.json", ranks=1)
     assert done.returncode != 0
     assert "error: --pp 1 --tp 2 with 1 ranks: this measures one stage; run torchrun" in done.stderr
 
 
-def test_a_sink_notes_when_operations_ended_and_collectives_ran(
+def test_step_sink_records_end_of_operations_and_span_of_collectives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from launch.steps import StepSink
@@ -66,7 +66,7 @@ def test_a_sink_notes_when_operations_ended_and_collectives_ran(
     ticks = iter(range(100))
     monkeypatch.setattr("launch.steps.time.perf_counter", lambda: float(next(ticks)))
     sink = StepSink(None)
-    for _ in range(2):  # What an earlier forward noted is forgotten.
+    for _ in range(2):  # Records of an earlier forward are dropped.
         sink.listen(True)
         sink.run(Mark("batch", "0"), lambda: None)
         sink.run(Compute("x", 1, 1), lambda: None)

@@ -1,4 +1,4 @@
-"""A rank that waits too long for another says for whom, and what that one compiles."""
+"""A rank whose wait times out names the rank it waits for and what that rank compiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def slow_nvcc(tmp_path: Path) -> Path:
-    """An nvcc whose compiles take longer than anybody waits."""
+    """An nvcc that compiles for longer than the time-out."""
     path = tmp_path / "nvcc"
     path.write_text(
         "#!/bin/sh\n"
@@ -30,7 +30,7 @@ def slow_nvcc(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_late_rank_is_named_with_what_it_compiles(
+def test_timeout_names_the_late_rank_and_what_it_compiles(
     library: Library, slow_nvcc: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.json"

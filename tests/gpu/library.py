@@ -1,4 +1,4 @@
-"""The real library behind its wrapper, imported once a process."""
+"""The real library behind its wrapper, imported once per process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runner.kernels.nvcc import find_nvcc
 
 @cache
 def real_wrapper():  # type: ignore[no-untyped-def]
-    """A ``DeepGemmWrapper`` that caches and compiles as the environment says."""
+    """A ``DeepGemmWrapper`` with the cache and compiler that the environment names."""
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_deep_gemm
 
     environ = Environ.read(os.environ)

@@ -1,4 +1,4 @@
-"""Launches of a small model on GPUs, of kernels that were built before."""
+"""Launches of a small model on GPUs, with prebuilt kernels."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ CONFIG = {
     "scoring_func": "sqrtsoftplus",
     "swiglu_limit": 10.0,
 }
-"""Layers of DeepSeek-V4-Flash with few and narrow experts: each has weights of its own."""
+"""Layers of DeepSeek-V4-Flash with few, narrow experts, so that all weights fit separately."""
 
 MAX_TOKENS = ["--max-tokens", "512"]
 REQUESTS = ["--batch-sizes", "2,65", "--prompt-len", "5", *MAX_TOKENS]
-"""A prompt and a decode of one request, then of thirteen."""
+"""A prompt and a decode step of one request, then of thirteen."""
 
 HandOut = Callable[[int], AbstractContextManager[list[int]]]
 
@@ -54,10 +54,10 @@ class Gpus:
     """Launches on this machine's GPUs.
 
     Attributes:
-        count: how many it has.
-        hand_out: takes so many of them for as long as its block lasts.
-        shared: folder of all tests, whose workers may run side by side.
-        own: folder of this test.
+        count: number of GPUs.
+        hand_out: context manager that reserves a number of GPUs.
+        shared: folder shared by all test workers.
+        own: this test's folder.
     """
 
     count: int
@@ -75,11 +75,11 @@ class Gpus:
     def launch(
         self, layout: str, *arguments: str, backend: str = "nccl", cache: Path | None = None
     ) -> tuple[Timeline, list[Any]]:
-        """Timeline and logits of a launch; without ``cache`` its kernels are there before."""
+        """Timeline and logits of a launch; without ``cache`` its kernels are prebuilt."""
         self._runs += 1
         timeline, logits = (self.own / f"{self._runs}.{end}" for end in ("json", "pt"))
         if cache is None:
-            # One test at a time, and each kernel once.
+            # One test at a time builds, so each kernel is built once.
             with self._alone("building"):
                 self.build(self.kernels, layout, *arguments)
         done = self.start(
@@ -103,7 +103,7 @@ class Gpus:
     def start(
         self, layout: str, *arguments: str, backend: str = "nccl"
     ) -> subprocess.CompletedProcess[str]:
-        """A launch on as many GPUs as its ranks can use; ranks that share one are nodes to NCCL."""
+        """A launch on as many GPUs as it can use; over NCCL, virtual nodes may share GPUs."""
         world = _world_size(layout)
         gpus = max(n for n in range(1, self.count + 1) if world % n == 0)
         words = ["--backend", backend]
@@ -123,7 +123,7 @@ class Gpus:
             )
 
     def build(self, cache: Path, layout: str, *arguments: str) -> None:
-        """Build what a launch can need into a cache."""
+        """Build all kernels that a launch may need into a cache."""
         done = subprocess.run(
             [
                 sys.executable,
@@ -146,7 +146,7 @@ class Gpus:
         assert done.returncode == 0, done.stdout + done.stderr
 
     def of_one_rank(self, *arguments: str) -> list[Any]:
-        """Logits of one rank alone, computed once for all tests."""
+        """Logits of a single rank, computed once for all tests."""
         import torch
 
         name = "-".join(["one", *arguments])
@@ -159,7 +159,7 @@ class Gpus:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """No other test is in a block of this name meanwhile."""
+        """Excludes other tests from blocks of the same name."""
         with (self.shared / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -175,6 +175,6 @@ def _world_size(layout: str) -> int:
 
 
 def differences(left: list[Any], right: list[Any]) -> list[Any]:
-    """Of each forward, how far each sequence's logits are apart, against their size."""
+    """Relative difference of each sequence's logits, for each forward."""
     assert len(left) == len(right) == 4
     return [(a - b).norm(dim=1) / b.norm(dim=1) for a, b in zip(left, right, strict=True)]

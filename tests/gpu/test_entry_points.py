@@ -1,4 +1,4 @@
-"""Every wrapped kernel on a real GPU: its numbers, and the cache entries it makes."""
+"""Every wrapped kernel on a real GPU: its results, and the cache entries it creates."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _calls() -> list[KernelCall]:
 
 
 @cache
-def _asked() -> tuple[KernelTable, CacheKeys]:
-    """What the library says on a stand-in GPU of all these calls, and its keys here."""
+def _answers_of_the_library() -> tuple[KernelTable, CacheKeys]:
+    """The library's kernels for all these calls on a stand-in GPU, and this machine's keys."""
     from launch.rank import gpu_of
 
     library, nvcc = find_library(), find_nvcc(Environ.read(os.environ))
@@ -74,13 +74,13 @@ def _asked() -> tuple[KernelTable, CacheKeys]:
 
 
 @pytest.mark.parametrize("call", _calls(), ids=lambda call: call.describe().replace(" ", "-"))
-def test_agrees_with_float64_and_with_the_stand_in(call: KernelCall) -> None:
+def test_kernel_agrees_with_float64_and_creates_the_predicted_entries(call: KernelCall) -> None:
     torch.manual_seed(call.m * 7 + call.n + call.k)
     error = _EXERCISES[call.type](real_wrapper(), call)
     print(f"{call.describe()}: relative error {error:.2e}")
     assert error < MAX_BF16_ERROR
     cached = Path(Environ.read(os.environ).jit_cache_dirs.partition(":")[0]) / "cache"
-    table, keys = _asked()
+    table, keys = _answers_of_the_library()
     for kernel in table.kernels_of(call):
         entry = Path(cached) / keys.cache_key(kernel)
         assert entry.is_dir(), f"the library made no {entry.name}"
@@ -92,7 +92,7 @@ def _random(*shape: int):  # type: ignore[no-untyped-def]
 
 
 def _random_experts(call: KernelCall):  # type: ignore[no-untyped-def]
-    """Group by group: all groups' fp32 values at once would not fit beside other tests."""
+    """Made group by group, to save memory: all fp32 values at once are too large."""
     from runner.backend.tensor import Fp8Weight
     from runner.deep_gemm_wrapper.quantise import quantise_blocks
 

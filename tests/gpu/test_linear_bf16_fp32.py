@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 MAX_ERROR = 1e-4
-"""An output that went through bf16 would be off by 1e-3 and more."""
+"""A result rounded to bf16 would have an error of at least 1e-3."""
 
 GATE, COMPRESSOR, WIDE_COMPRESSOR = (256, 4096), (1024, 4096), (2048, 4096)
 """(n, k) of dsv4."""
@@ -23,7 +23,7 @@ each_algo = pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.
 
 
 class _Untouched:
-    """Entry points that nobody may call."""
+    """Entry points that must not be called."""
 
     def __getattr__(self, name: str) -> None:
         raise AssertionError(f"{name} was called")
@@ -36,7 +36,9 @@ def _entry_points(algo: Bf16Fp32Algo):  # type: ignore[no-untyped-def]
 @each_algo
 @pytest.mark.parametrize(("n", "k"), [GATE, COMPRESSOR, WIDE_COMPRESSOR])
 @pytest.mark.parametrize("m", [1, 129, 1024])
-def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int) -> None:
+def test_each_algorithm_agrees_with_float64_on_a_gpu(
+    algo: Bf16Fp32Algo, m: int, n: int, k: int
+) -> None:
     from runner.backend.torch_math import TorchMath
 
     torch.manual_seed(m + n)
@@ -51,7 +53,7 @@ def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int) -> None
 
 
 @each_algo
-def test_no_rows_are_no_rows(algo: Bf16Fp32Algo) -> None:
+def test_input_without_rows_gives_output_without_rows(algo: Bf16Fp32Algo) -> None:
     from runner.backend.torch_math import TorchMath
 
     n, k = GATE

@@ -1,6 +1,6 @@
-"""Real runs over NCCL: every layout computes what one rank does, overlap, and time-outs.
+"""Real runs over NCCL: logits of every layout, overlap, and time-outs.
 
-Where there are fewer GPUs than ranks, those of a GPU are on virtual nodes of their own.
+If there are fewer GPUs than ranks, ranks that share a GPU are on different virtual nodes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ EP = "--pp 1 --tp 2 --ep --moe-a2a"
 OVERLAP = ["--overlap", "deepseek-decode", "--overlap", "deepseek-prefill"]
 
 
-def test_eight_stages_compute_what_one_does(gpus: Gpus) -> None:
-    """The same kernels on the same numbers: bit for bit."""
+def test_eight_stages_give_the_logits_of_one_rank(gpus: Gpus) -> None:
+    """Bit for bit, because the same kernels run on the same values."""
     timeline, found = gpus.launch("--pp 8 --tp 1")
     assert (timeline.meta["link"], timeline.kernels_compiled) == ("nccl", 0)
     assert all(float(apart.max()) == 0 for apart in differences(found, gpus.of_one_rank()))
@@ -45,21 +45,21 @@ def test_eight_stages_compute_what_one_does(gpus: Gpus) -> None:
     "layout",
     ["--pp 1 --tp 2", EP, "--pp 4 --tp 2", "--pp 2 --tp 4", "--pp 1 --tp 8 --ep --moe-a2a"],
 )
-def test_tensor_ranks_compute_what_one_does(layout: str, gpus: Gpus) -> None:
-    """Sums in another order turn roundings to FP8 around, of 4 bits each, in layer after layer.
+def test_tensor_parallel_logits_are_close_to_those_of_one_rank(layout: str, gpus: Gpus) -> None:
+    """A different summation order changes roundings to FP8 (3 mantissa bits) in every layer.
 
-    A decode step after prompts may start from another token, so only the prompts are compared.
+    Decode steps may start from different tokens, so only prompts are compared.
     """
     timeline, found = gpus.launch(layout, *FOUR)
     assert (timeline.meta["link"], timeline.kernels_compiled) == ("nccl", 0)
     prompts = differences(found, gpus.of_one_rank(*FOUR))[::2]
     print(layout, [(float(apart.max()), float(apart.median())) for apart in prompts])
-    # Measured on 2 H200s: 0.06 to 0.13 and 0.06 to 0.12, whatever the layout.
+    # Measured on 2 H200s over all layouts: maximum 0.06 to 0.13, median 0.06 to 0.12.
     assert all(float(apart.max()) < 0.25 and float(apart.median()) < 0.2 for apart in prompts)
 
 
-def test_nccl_computes_what_gloo_does(gpus: Gpus) -> None:
-    """Two addends have one sum, whoever adds them: bit for bit, whatever the roundings."""
+def test_nccl_and_gloo_give_the_same_logits(gpus: Gpus) -> None:
+    """Bit for bit, because the sum of two values does not depend on their order."""
     layout = "--pp 4 --tp 2"
     timeline, expected = gpus.launch(layout, *FOUR, backend="gloo")
     assert timeline.meta["link"] == "gloo"
@@ -68,8 +68,8 @@ def test_nccl_computes_what_gloo_does(gpus: Gpus) -> None:
 
 
 @two_gpus
-def test_overlapped_halves_compute_what_the_whole_batch_does(gpus: Gpus) -> None:
-    """And what is beside: communication, while the GPU computes."""
+def test_logits_with_overlap_are_close_to_those_without(gpus: Gpus) -> None:
+    """Also, collectives run while the GPU computes."""
     _, expected = gpus.launch(EP, *FOUR)
     timeline, found = gpus.launch(EP, *FOUR, *OVERLAP)
     apart = differences(found, expected)
@@ -84,8 +84,8 @@ def test_overlapped_halves_compute_what_the_whole_batch_does(gpus: Gpus) -> None
 
 
 @two_gpus
-def test_kernels_of_fewer_sms_are_compiled_as_planned(gpus: Gpus, tmp_path: Path) -> None:
-    """With all kernels of whole batches there, what is compiled is what halves need and planned."""
+def test_overlap_compiles_only_planned_kernels_for_fewer_sms(gpus: Gpus, tmp_path: Path) -> None:
+    """Kernels for whole batches are prebuilt, so only those for half batches are compiled."""
     cache = tmp_path / "kernels"
     gpus.build(cache, EP, *FOUR)
     timeline, _ = gpus.launch(EP, *FOUR, *OVERLAP, cache=cache)
@@ -108,12 +108,12 @@ def test_kernels_of_fewer_sms_are_compiled_as_planned(gpus: Gpus, tmp_path: Path
     ("layout", "policy", "op"),
     [
         ("--pp 1 --tp 2", ["--warmup", "fast", "--walk-max-m", "512"], "all_reduce"),
-        # The first message of a pair: NCCL connects them inside the call.
+        # First message between two ranks: NCCL connects them inside the call.
         ("--pp 2 --tp 1", ["--warmup", "none"], "hidden_states"),
     ],
     ids=["a collective", "a first message"],
 )
-def test_the_watchdog_names_who_compiles(
+def test_nccl_timeout_names_the_compiling_rank(
     layout: str, policy: list[str], op: str, gpus: Gpus, tmp_path: Path
 ) -> None:
     """Rank 0 compiles while rank 1 waits for it."""
@@ -128,7 +128,7 @@ def test_the_watchdog_names_who_compiles(
         "5",
     )
     assert done.returncode == 1
-    # Between two compiles there is a moment without one.
+    # There may be a moment between two compiles.
     busy = r"(rank 0 compiles sm90_\w+|none of them is compiling)"
     words = rf"{op}.* waited 5 s for rank 0, the limit of --nccl-timeout: {busy}"
     assert re.search(f"^error: rank 1: {words}$", done.stderr, re.MULTILINE), done.stderr

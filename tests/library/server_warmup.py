@@ -1,4 +1,4 @@
-"""A server's own warm-up in a process of its own, with stubs for the rest of the server.
+"""A server's own warm-up code in a separate process, with stubs for the rest of the server.
 
 ``server_warmup.py sglang|vllm SITE SIZES``: SITE holds files unpacked from the server's wheel,
 SIZES is JSON. Prints which M of which GEMM reached DeepGEMM, what the server announced, and how
@@ -24,24 +24,24 @@ CONTIGUOUS = "m_grouped_fp8_gemm_nt_contiguous"
 MASKED = "fp8_m_grouped_gemm_nt_masked"
 
 CALLS: dict[str, list[int]] = {}
-"""``entry point:N:K:GROUPS`` to the M that it was called with, in order."""
+"""From ``entry point:N:K:GROUPS`` to the M of its calls, in order."""
 ANNOUNCED: list[int] = []
-"""What the server gave its progress bars: how many steps each would have."""
+"""Number of steps of each of the server's progress bars."""
 
 
 def stub(name: str, **attributes: Any) -> None:
-    """A module with these attributes and nothing else, in the place of one that is not unpacked."""
+    """Install a stub module with only these attributes."""
     module = module_from_spec(ModuleSpec(name, None))
     vars(module).update(attributes)
     sys.modules[name] = module
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """In the place of a function whose work is not needed."""
+    """Stub for a function whose work is not needed."""
 
 
 class Bar:
-    """tqdm as both servers use it: around a list, or told of each step."""
+    """Stub for tqdm, as both servers use it: around a list, or with explicit updates."""
 
     def __init__(self, steps: Iterable[int] = (), total: int | None = None, **_: Any) -> None:
         self.steps = list(steps)
@@ -54,14 +54,14 @@ class Bar:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        """Has nothing to close."""
+        """Nothing to close."""
 
     def update(self, steps: int) -> None:
-        """Take note of progress."""
+        """Ignore progress."""
 
 
 def note_calls(library: ModuleType, *names: str) -> None:
-    """Have entry points write down what they are called with, before anyone takes them."""
+    """Make entry points record their calls; must run before they are imported elsewhere."""
     for name in names:
         setattr(library, name, noting(name, getattr(library, name)))
 
@@ -79,7 +79,7 @@ def noting(name: str, entry_point: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fp8(*shape: int, scale_rows: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """A quantised tensor and its scales: blocks of 128 columns and so many rows."""
+    """A quantised tensor and its scales, one per block of ``scale_rows`` x 128."""
     *groups, rows, columns = shape
     scales = (*groups, -(-rows // scale_rows), -(-columns // 128))
     values = torch.empty(shape, device="cuda", dtype=torch.float8_e4m3fn)
@@ -87,7 +87,7 @@ def fp8(*shape: int, scale_rows: int = 128) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def stub_sglang(chunked_prefill_size: int) -> None:
-    """What deep_gemm_wrapper imports of SGLang, besides its own folder and environ.py."""
+    """Stub what deep_gemm_wrapper imports of SGLang, except its own folder and environ.py."""
     major, minor = torch.cuda.get_device_capability()
     stub(
         "sglang.srt.utils",
@@ -115,7 +115,7 @@ def stub_sglang(chunked_prefill_size: int) -> None:
 
 
 def warm_up_sglang(chunked_prefill_size: int, gemms: list[list[Any]]) -> None:
-    """Call each GEMM once, with the fewest rows: what is beyond that is SGLang's pre-compile."""
+    """Call each GEMM once with the fewest rows; all other calls are SGLang's pre-compile."""
     stub_sglang(chunked_prefill_size)
     wrapper = import_module("sglang.srt.layers.deep_gemm_wrapper.entrypoint")
     note_calls(import_module("deep_gemm"), DENSE, CONTIGUOUS, MASKED)
@@ -143,7 +143,7 @@ def call_sglang(wrapper: Any, kind: str, n: int, k: int, groups: int) -> None:
 
 
 class Linear(torch.nn.Module):
-    """A linear layer whose kernel, vLLM's for DeepGEMM, offers it for the warm-up."""
+    """A linear layer that vLLM's DeepGEMM kernel offers for the warm-up."""
 
     def __init__(self, provider: Any, n: int, k: int) -> None:
         super().__init__()
@@ -153,18 +153,18 @@ class Linear(torch.nn.Module):
 
 
 class LinearKernel:
-    """In the place of DeepGemmFp8BlockScaledMMKernel."""
+    """Stub for DeepGemmFp8BlockScaledMMKernel."""
 
     def get_deep_gemm_warmup_weights(self, layer: Linear) -> tuple[torch.Tensor, torch.Tensor]:
         return layer.weights
 
 
 class Experts:
-    """In the place of DeepGemmExperts."""
+    """Stub for DeepGemmExperts."""
 
 
 class MoE(torch.nn.Module):
-    """In the place of MoERunner: routed experts, and a quantisation that uses DeepGEMM."""
+    """Stub for MoERunner: routed experts with a quantisation that uses DeepGEMM."""
 
     def __init__(self, groups: int, hidden: int, intermediate: int, top_k: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class MoE(torch.nn.Module):
 
 
 class Workspace:
-    """In the place of vLLM's workspace manager: a tensor for each that is asked for."""
+    """Stub for vLLM's workspace manager, which allocates each requested tensor."""
 
     @staticmethod
     def get_simultaneous(*wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
@@ -193,8 +193,8 @@ class Workspace:
 
 
 def stub_vllm() -> None:
-    """What the warm-up, utils/deep_gemm.py and deep_gemm_utils.py import of vLLM."""
-    sys.modules["deep_gemm"] = None  # type: ignore[assignment]  # else it goes before vLLM's own
+    """Stub the modules of vLLM that the warm-up and its DeepGEMM helpers import."""
+    sys.modules["deep_gemm"] = None  # type: ignore[assignment]  # else it is preferred to vLLM's copy
     major = torch.cuda.get_device_capability()[0]
     platform = SimpleNamespace(
         support_deep_gemm=lambda: major in {9, 10, 12},
@@ -225,7 +225,7 @@ def say(text: str, *values: Any) -> None:
 
 
 def stub_layers() -> None:
-    """The layers that the warm-up looks for, and what lies beside its rule for an expert's rows."""
+    """Stub the layers that the warm-up looks for, and what its rule for expert rows imports."""
     experts = "vllm.model_executor.layers.fused_moe"
     stub(f"{experts}.experts.deep_gemm_moe", DeepGemmExperts=Experts)
     stub(f"{experts}.experts.triton_deep_gemm_moe", TritonOrDeepGemmExperts=Experts)
@@ -250,7 +250,7 @@ def warm_up_vllm(max_tokens: int, linears: list[list[int]], experts: list[list[i
 
 
 def compiles() -> int:
-    """How often the stand-in nvcc was asked to compile."""
+    """Number of compiles requested from the stand-in nvcc."""
     record = Path(os.environ["DEEPGEMM_STANDIN_COMPILES"])
     return len(record.read_bytes().splitlines()) if record.exists() else 0
 

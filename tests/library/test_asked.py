@@ -1,7 +1,6 @@
-"""The library itself on a stand-in GPU: what our rules, plans, caches and launches are held to.
+"""Rules, plans, caches and launches, against the real library on a stand-in GPU.
 
-The interpreter that has it, beside a CUDA build of torch, is named by
-DEEPGEMM_COLDSTART_LIBRARY_PYTHON.
+DEEPGEMM_COLDSTART_LIBRARY_PYTHON names an interpreter with the library and a CUDA build of torch.
 """
 
 import json
@@ -28,7 +27,7 @@ pytestmark = [
 
 
 def run(*words: str, cache: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """``runner`` in the library's environment, with answers kept in ``cache``."""
+    """Run ``runner`` in the library's environment, with recorded answers in ``cache``."""
     done = subprocess.run(
         [PYTHON, "-m", "runner", *words],
         capture_output=True,
@@ -46,7 +45,7 @@ def memo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("memo")
 
 
-def the_rules_version(memo: Path) -> bool:
+def has_rules(memo: Path) -> bool:
     planned = run("plan", "--gemm", "gemm_nt_f8f8bf16:128:128", "--max-m", "1", cache=memo).stdout
     return planned.startswith("sgl-deep-gemm 0.1.4.post1 ")
 
@@ -59,7 +58,7 @@ BF16 = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "checked"),
     [
         (["--model", "dsv4", "--tp", "2"], "644 kernels in 239697 calls"),
         (["--model", "dsv3", "--tp", "8", "--pp", "1"], "85 kernels in 150076 calls"),
@@ -70,14 +69,18 @@ BF16 = [
     ],
     ids=["dsv4", "dsv3", "bf16"],
 )
-def test_our_rules_are_the_librarys(arguments: list[str], told: str, memo: Path) -> None:
-    """Every type, every M: the same kernels, in the same ranges."""
-    if not the_rules_version(memo):
+def test_rules_give_the_same_kernels_as_the_library(
+    arguments: list[str], checked: str, memo: Path
+) -> None:
+    """For every GEMM type and every M."""
+    if not has_rules(memo):
         pytest.skip("the rules are those of sgl-deep-gemm 0.1.4.post1")
-    assert f"no difference: {told}" in run("plan", *arguments, "--check", cache=memo).stdout
+    assert f"no difference: {checked}" in run("plan", *arguments, "--check", cache=memo).stdout
 
 
-def test_a_second_plan_is_read_from_the_memo(tmp_path: Path) -> None:
+def test_second_plan_reads_recorded_answers_and_damaged_ones_are_asked_again(
+    tmp_path: Path,
+) -> None:
     words = ["plan", "--gpu", "b200", "--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "64"]
     first, second = (run(*words, "--json", "-", cache=tmp_path) for _ in range(2))
     assert "ask the library" in first.stderr
@@ -98,8 +101,8 @@ NEWER = [
 
 
 @pytest.mark.parametrize("spec", NEWER)
-def test_entry_points_of_blackwell(spec: str, memo: Path) -> None:
-    """Scales that are packed, FP4 weights, blocks of 32: no rules, the library alone tells."""
+def test_library_plans_blackwell_only_gemm_types(spec: str, memo: Path) -> None:
+    """Packed scales, FP4 weights and blocks of 32 have no rules, so the library is asked."""
     words = ["plan", "--gpu", "b200", "--gemm", spec, "--max-m", "256", "--json", "-"]
     plan = json.loads(run(*words, cache=memo).stdout)
     assert plan["arch"] in ("sm_100f", "sm_100a")
@@ -110,7 +113,9 @@ def test_entry_points_of_blackwell(spec: str, memo: Path) -> None:
 
 
 @pytest.mark.nvcc
-def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
+def test_verify_call_finds_missing_kernels_by_calling_the_library(
+    memo: Path, tmp_path: Path
+) -> None:
     built = str(tmp_path / "cache")
     gemm = ["--gemm", "gemm_nt_f8f8bf16:256:512", "--max-m", "40"]
     assert "4 built" in run("compile", *gemm, "--cache-dir", built, cache=memo).stdout
@@ -123,7 +128,7 @@ def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
     entry.rmdir()
     failed = run("cache", "verify", built, "--call", cache=memo, code=1)
     assert f"missing: {entry.name} is not in the cache" in failed.stdout
-    # Where nothing names the entry any more, only the calls tell.
+    # If the manifest does not name the entry either, only the calls reveal that it is missing.
     manifest = tmp_path / "cache" / "manifest.json"
     told_there = json.loads(manifest.read_text())
     uses = told_there["entries"].pop(entry.name)["uses"]
@@ -135,8 +140,7 @@ def test_a_built_cache_is_proven_by_calls(memo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nvcc
-def test_verify_sees_the_gpu_of_the_machine(memo: Path, tmp_path: Path) -> None:
-    """The one that the driver has, and the one that ``--gpu`` names."""
+def test_verify_checks_the_driver_gpu_or_the_gpu_option(memo: Path, tmp_path: Path) -> None:
     built = str(tmp_path / "cache")
     run(
         "compile",
@@ -158,10 +162,10 @@ def test_verify_sees_the_gpu_of_the_machine(memo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("pp", "tp"), [(1, 1), (2, 2)])
-def test_a_launch_on_the_stand_in_runs_the_recorded_operations(
+def test_launch_on_the_stand_in_performs_the_recorded_operations(
     pp: int, tp: int, memo: Path, tmp_path: Path
 ) -> None:
-    """The CUDA path without a GPU: math means nothing, calls and compiles are real."""
+    """The CUDA path without a GPU: results are meaningless, but calls are real."""
     schedule = tmp_path / "schedule.json"
     words = [
         "--model",

@@ -1,4 +1,4 @@
-"""Servers' own warm-ups, unmodified files of their wheels, on a cache of ``runner compile``.
+"""Unmodified warm-up code of SGLang and vLLM on a cache built by ``runner compile``.
 
 DEEPGEMM_COLDSTART_LIBRARY_PYTHON names an interpreter with torch for CUDA 13 and click; for SGLang
 torch 2.11 or 2.14, and apache-tvm-ffi. DEEPGEMM_COLDSTART_WHEELS names a folder with wheels of
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 SGL_DEEP_GEMM = {"2.11": "0.1.4.post1", "2.14": "0.2.3.post2"}
-"""Versions of torch, and the sgl-deep-gemm that loads with each."""
+"""From torch versions to the sgl-deep-gemm that loads with each."""
 
 SGLANG_FILES = ("sglang/srt/environ.py", "sglang/srt/layers/deep_gemm_wrapper/")
 VLLM_FILES = (
@@ -49,14 +49,14 @@ SERVERS_VARIABLES = ("DG_", "SGLANG_", "VLLM_")
 
 @dataclass(frozen=True)
 class Server:
-    """A server's files, and the cache that was built for its library.
+    """A server's files, and a cache built for its library.
 
     Attributes:
-        name: what the helper script calls it.
-        site: folder with its files and its library.
-        cache_variable: what names its cache.
+        name: its name in the helper script.
+        site: folder with the server's files and library.
+        cache_variable: environment variable that names the cache.
         cache: the cache.
-        memo: where ``runner`` keeps what it made.
+        memo: cache folder of ``runner`` itself.
     """
 
     name: str
@@ -66,14 +66,14 @@ class Server:
     memo: Path
 
     def compile(self, library: str, *gemms: str, max_m: int) -> str:
-        """What ``runner compile`` says of these GEMMs."""
+        """Output of ``runner compile`` for these GEMMs."""
         asked = [word for gemm in gemms for word in ("--gemm", gemm)]
         words = [*asked, "--max-m", str(max_m), "--gpu", "h200"]
         place = ["--library", str(self.site / library), "--cache-dir", str(self.cache)]
         return run("compile", *words, *place, memo=self.memo).stdout
 
     def warm_up(self, cache: Path, sizes: dict[str, Any], **variables: str) -> dict[str, Any]:
-        """What the helper script tells of a warm-up that finds this cache."""
+        """Output of the helper script for a warm-up with this cache."""
         script = [PYTHON, "tests/library/server_warmup.py", self.name, str(self.site)]
         done = run(
             *("standin", "--gpu", "h200", "--no-compile", "--", *script, json.dumps(sizes)),
@@ -86,7 +86,7 @@ class Server:
 
 
 def run(*words: str, memo: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """``runner`` in the library's environment, without what a server's user may have set."""
+    """Run ``runner`` in the library's environment, without the user's server variables."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -105,7 +105,7 @@ def run(*words: str, memo: Path, **variables: str) -> subprocess.CompletedProces
 
 
 def unpack(wheel: str, files: tuple[str, ...], site: Path) -> None:
-    """Files of the wheel whose name begins so, and whole folders where a name ends in a slash."""
+    """Unpack the files of a wheel whose names start with any of ``files``."""
     found = sorted(Path(WHEELS).glob(f"{wheel}-*.whl"))
     if len(found) != 1:
         pytest.skip(f"DEEPGEMM_COLDSTART_WHEELS holds {len(found)} wheels {wheel}-*.whl, not one")
@@ -126,7 +126,7 @@ print(json.dumps({(package.name or "").lower(): package.version for package in f
 
 @pytest.fixture(scope="module")
 def installed() -> dict[str, str]:
-    """Versions of what the interpreter has; skips where ``runner compile`` cannot run."""
+    """Versions of the interpreter's packages; skips if ``runner compile`` cannot run."""
     try:
         nvcc = find_nvcc(Environ.read(os.environ))
     except UserError as error:
@@ -142,7 +142,7 @@ def installed() -> dict[str, str]:
 
 
 def library_for_sglang(installed: dict[str, str]) -> str:
-    """Version of the sgl-deep-gemm that loads in this interpreter; skips where none does."""
+    """Version of sgl-deep-gemm that loads in this interpreter; skips if none does."""
     if "apache-tvm-ffi" not in installed:
         pytest.skip(f"{PYTHON} has no apache-tvm-ffi")
     release = ".".join(installed["torch"].split(".")[:2])
@@ -163,7 +163,7 @@ SGLANG_GEMMS: list[tuple[str, int, int, int]] = [
 ]
 
 FAST_LIST = [*range(1, 1024), *range(1024, 2048, 2), 2048]
-"""Which M SGLang walks with SGLANG_JIT_DEEPGEMM_FAST_WARMUP and chunks of 2048 tokens."""
+"""M that SGLang walks with SGLANG_JIT_DEEPGEMM_FAST_WARMUP and chunks of 2048 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,10 @@ def sglang(
     return server
 
 
-def test_sglangs_pre_compile_finds_all_built(sglang: Server, tmp_path: Path) -> None:
-    """All M of three types, and then the call itself, made through SGLang's entry points."""
+def test_sglang_pre_compile_compiles_nothing_on_a_built_cache(
+    sglang: Server, tmp_path: Path
+) -> None:
+    """SGLang's entry points first walk all M of three GEMM types, then make the call itself."""
     sizes = {"chunked_prefill_size": 2048, "gemms": SGLANG_GEMMS}
     built = entries(sglang.cache)
     told = sglang.warm_up(sglang.cache, sizes, SGLANG_JIT_DEEPGEMM_FAST_WARMUP="1")
@@ -205,7 +207,7 @@ def test_sglangs_pre_compile_finds_all_built(sglang: Server, tmp_path: Path) -> 
 
 
 VLLM_SIZES = {"max_tokens": 1024, "linears": [[256, 512]], "experts": [[4, 256, 256, 1]]}
-"""A linear of N and K, and experts: how many, hidden size, intermediate size, experts a token."""
+"""linears: (N, K); experts: (number, hidden size, intermediate size, experts per token)."""
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +228,14 @@ WALKED_BY_VLLM = {
     "relax": sorted([1, 2, 4, *range(8, 65, 8), *range(128, 1025, 64), 132 * 64 // 16]),
     "full": [*range(1, 1025)],
 }
-"""M of the linear: small ones, multiples of a tile, a wave of the smallest tiles; or all."""
+"""M of the linear: small M, multiples of a tile and a full wave of the smallest tile; or all."""
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("relax", 49), ("full", 1046)])
-def test_vllms_warm_up_finds_all_built(vllm: Server, mode: str, steps: int, tmp_path: Path) -> None:
-    """A linear and both GEMMs of experts, as a model's layers offer them."""
+def test_vllm_warm_up_compiles_nothing_on_a_built_cache(
+    vllm: Server, mode: str, steps: int, tmp_path: Path
+) -> None:
+    """A linear layer and both GEMMs of experts."""
     built = entries(vllm.cache)
     told = vllm.warm_up(vllm.cache, VLLM_SIZES, VLLM_DEEP_GEMM_WARMUP=mode)
     experts = [128, 256, *range(512, 1537, 128)]

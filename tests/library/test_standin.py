@@ -1,6 +1,6 @@
 """Unmodified torch with CUDA on the stand-in GPU.
 
-The interpreter that has it is named by DEEPGEMM_COLDSTART_LIBRARY_PYTHON.
+DEEPGEMM_COLDSTART_LIBRARY_PYTHON names the interpreter with torch.
 """
 
 import json
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 class Ran:
-    """What a snippet printed as JSON, and the functions that it missed."""
+    """A snippet's JSON output, and the unsupported functions that it called."""
 
     def __init__(self, snippet: str, work: Path, *, gpu: str = "h200", devices: int = 1) -> None:
         environment = standin_environment(
@@ -49,7 +49,7 @@ class Ran:
 
 
 @pytest.mark.parametrize("name", ["h200", "b300", "rtx-pro-6000"])
-def test_properties(tmp_path: Path, name: str) -> None:
+def test_torch_sees_the_properties_of_the_gpu(tmp_path: Path, name: str) -> None:
     snippet = """
 p = torch.cuda.get_device_properties(1)
 found = [p.name, p.major, p.minor, p.multi_processor_count, p.total_memory, p.L2_cache_size,
@@ -92,14 +92,14 @@ found = {name: list(value.shape) for name, value in y.items()}
 """
 
 
-def test_operations_run(tmp_path: Path) -> None:
+def test_torch_operations_run_without_unsupported_calls(tmp_path: Path) -> None:
     ran = Ran(OPERATIONS, tmp_path)
     assert len(ran.found) == 19
     assert ran.found["float32"] == ran.found["bfloat16"] == [64, 64]
     assert ran.missed == []
 
 
-def test_memory_runs_out(tmp_path: Path) -> None:
+def test_torch_runs_out_of_memory_like_on_a_real_gpu(tmp_path: Path) -> None:
     snippet = """
 total = torch.cuda.get_device_properties(0).total_memory
 free, all_of_it = torch.cuda.mem_get_info()
@@ -119,7 +119,7 @@ found = [total == all_of_it, total - free, more, again]
     assert ran.missed == []
 
 
-def test_graphs(tmp_path: Path) -> None:
+def test_torch_captures_and_replays_cuda_graphs(tmp_path: Path) -> None:
     snippet = """
 x = torch.randn(64, 64, device="cuda")
 x @ x
@@ -137,8 +137,8 @@ found = [*seen, torch.cuda.is_current_stream_capturing()]
     assert ran.missed == []
 
 
-def test_what_is_missing_fails(tmp_path: Path) -> None:
-    """cuFFT goes past the runtime to the driver, and is told by name that it cannot."""
+def test_unsupported_operation_fails_and_is_named(tmp_path: Path) -> None:
+    """cuFFT calls the driver directly, which reports the unsupported function by name."""
     snippet = """
 try:
     torch.fft.fft(torch.ones(4, device="cuda"))

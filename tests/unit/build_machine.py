@@ -1,4 +1,4 @@
-"""A build machine with a fake nvcc, and what ``runner compile`` leaves on it."""
+"""A build machine with a fake nvcc, and checks of what ``runner compile`` leaves on it."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from runner.planning.plan import Plan, make_plan
 REPOSITORY = Path(__file__).parents[2]
 SPEC = "paged_mqa_logits_metadata:1:1"
 GEMM = ("--gemm", SPEC, "--max-m", "128")
-"""Four kernels of one header, for 32, 64, 96 and 128 rows; in that order with one job."""
+"""Four kernels of one header, for 32, 64, 96 and 128 rows; built in that order by one job."""
 
 NVCC = """#!/bin/sh
 here={here}
@@ -42,7 +42,7 @@ cp "$here/kernel.cubin" "$4"
 
 @dataclass(frozen=True)
 class BuildMachine:
-    """A build machine: a fake nvcc in ``nvcc``, a fake library, an empty folder for scratch."""
+    """A folder with a fake nvcc, a fake library and an empty scratch folder."""
 
     root: Path
 
@@ -95,7 +95,7 @@ class BuildMachine:
         return path.read_text().split() if path.exists() else []
 
     def tell_nvcc(self, word: str, pattern: str) -> None:
-        """Let nvcc ``block`` at, or call ``broken``, sources that hold a pattern."""
+        """Make nvcc block at (``block``) or reject (``broken``) sources that match a pattern."""
         (self.root / "nvcc" / word).write_text(f"{pattern}\n")
 
     def wait_for_nvcc(self) -> str:
@@ -106,12 +106,12 @@ class BuildMachine:
         (self.root / "nvcc" / "go").write_text("go\n")
 
     def leave_no_nvcc(self) -> None:
-        """Let an nvcc go that still blocks, if there is one."""
+        """Unblock nvcc if it still blocks."""
         with suppress(OSError):  # nobody reads
             os.close(os.open(self.root / "nvcc" / "go", os.O_WRONLY | os.O_NONBLOCK))
 
     def stats(self) -> dict[str, tuple[int, int]]:
-        """Inode and time of every file of every entry: they tell whether one was touched."""
+        """Inode and modification time of every file of every entry, to detect changes."""
         files = [path for entry in self.cache.entries() for path in entry.iterdir()]
         return {
             f"{path.parent.name}/{path.name}": (path.stat().st_ino, path.stat().st_mtime_ns)
@@ -120,7 +120,7 @@ class BuildMachine:
 
 
 def error_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The one line on standard error that begins with ``error:``."""
+    """The text of the only line on standard error that starts with ``error:``."""
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == code, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""Kernels and jobs made by hand, and what the builder says of an nvcc without stages."""
+"""Hand-made kernels and jobs, and the builder's message about an nvcc without stages."""
 
 from runner.build.builder import Job
 from runner.kernels.kernel import Kernel

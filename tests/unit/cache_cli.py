@@ -1,4 +1,4 @@
-"""``runner cache`` in this process: plans for it, and what it says."""
+"""Helpers that run ``runner cache`` in this process and check its output."""
 
 import json
 from pathlib import Path
@@ -29,15 +29,15 @@ def cache(*arguments: str | Path) -> int:
     return caught.value.code
 
 
-def says(capsys: Capture, *lines: str, err: str = "") -> None:
+def assert_prints(capsys: Capture, *lines: str, err: str = "") -> None:
     captured = capsys.readouterr()
     assert (captured.out.splitlines(), captured.err) == (list(lines), err)
 
 
-def refuses(capsys: Capture, line: str) -> None:
-    says(capsys, err=f"error: {line}\n")
+def assert_refused(capsys: Capture, line: str) -> None:
+    assert_prints(capsys, err=f"error: {line}\n")
 
 
-def counted(captured: str, what: str, total: int) -> None:
+def assert_progress(captured: str, what: str, total: int) -> None:
     (line,) = captured.splitlines()
     assert line.startswith(f"{what}: {total} of {total}, ")

@@ -1,4 +1,4 @@
-"""A rank that really computes, on a CPU by the reference library."""
+"""A rank that really computes, on the CPU with the reference library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.models import DSV3_SMALL
 
 CPU = torch.device("cpu")
 FOUR_LAYERS = replace(DSV4_TINY, num_hidden_layers=4, compress_ratios=(0, 4, 128, 4))
-"""One layer slides a window, two compress by 4 and one by 128."""
+"""One layer has sliding-window attention, two compress by 4 and one by 128."""
 
 SMALL_DSV3 = from_hf(DSV3_SMALL, "dsv3-small")
 
@@ -40,7 +40,7 @@ def cpu_runner(
     algo: Bf16Fp32Algo = DEFAULT_BF16_FP32_ALGO,
     **parallel: int,
 ) -> ModelRunner:
-    """Rank 0 of a layout, alone."""
+    """The runner of rank 0 of a layout."""
     math = TorchMath(CPU, gemms or on_reference())
     backend = Backend(ScheduleRecorder(), 132, math, bf16_fp32_algo=algo)
     return ModelRunner.build(

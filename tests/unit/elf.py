@@ -1,4 +1,4 @@
-"""Tiny cubins made by hand: ELF64 files with one kernel, whole by every rule that we check."""
+"""Tiny hand-made cubins: ELF64 files with one kernel that pass every check."""
 
 import struct
 
@@ -15,8 +15,8 @@ def _section(name: int, kind: int, flags: int, offset: int, size: int) -> bytes:
 def tiny_cubin(code: bytes, name: str = "kernel") -> bytes:
     """An ELF64 little-endian file with ``code`` in a section ``.text.<name>``.
 
-    The section table comes last, so that each shorter file is a truncated one. nvcc puts program
-    headers behind it; here are none.
+    The section table comes last, so any shorter file is truncated. nvcc appends program headers;
+    this file has none.
     """
     text = f".text.{name}".encode()
     names = b"\0.shstrtab\0" + text + b"\0"

@@ -1,4 +1,4 @@
-"""One call of each entry point on a CPU, for any number of rows."""
+"""CPU arguments for one call of each DeepGEMM entry point, for any number of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dense(m: int) -> tuple[Any, ...]:
 
 
 def contiguous(m: int) -> tuple[Any, ...]:
-    """Rows of the groups in turn; every third is padding."""
+    """Rows alternate between the groups; every third row is padding."""
     indices = torch.tensor([-1 if row % 3 == 2 else row % GROUPS for row in range(m)])
     return (
         quantise_tokens(_bf16(m, K)),
@@ -38,7 +38,7 @@ def contiguous(m: int) -> tuple[Any, ...]:
 
 
 def masked(m: int) -> tuple[Any, ...]:
-    """Of group 0 all rows are in use, of group 1 none, of group 2 the first half."""
+    """Group 0 uses all rows, group 1 none, group 2 the first half."""
     used = torch.tensor([m, 0, m // 2], dtype=torch.int32)
     return (
         quantise_tokens(_bf16(GROUPS, m, K)),
@@ -76,7 +76,7 @@ def metadata(m: int) -> tuple[Any, ...]:
 
 
 def paged(m: int) -> tuple[Any, ...]:
-    """Row r reads the first r % PAGE + 1 entries, all of the first of two pages."""
+    """Row r reads the first r % PAGE + 1 entries, all in the first of two pages."""
     values, scales = quantise_tokens(_bf16(ENTRIES, DIM))
     lens = (torch.arange(m, dtype=torch.int32) % PAGE + 1).unsqueeze(1)
     table = torch.tensor([[0, 1]] * m, dtype=torch.int32).view(m, 2)
@@ -116,4 +116,4 @@ CALLS: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "fp8_paged_mqa_logits": paged,
     "fp8_mqa_logits": unpaged,
 }
-"""Arguments for a number of rows, by entry point."""
+"""Functions from a number of rows to arguments, by entry point."""

@@ -1,4 +1,4 @@
-"""A kept cache in tests: damage to its entries, what verify is to expect, errors of one line."""
+"""Helpers for cache tests: damaged entries, expectations of verify, one-line errors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def expected(manifest: Manifest, library: Library | None = None, /, **values: Any) -> Expectation:
-    """A manifest's own machine; keys of the first generation are told without its headers."""
+    """What verify expects on the manifest's own machine; ``values`` replace fields."""
     headers = Library(Path("nowhere")) if library is None else library
     given = {
         "wanted": list(manifest.entries),
@@ -47,5 +47,5 @@ def change(path: Path) -> None:
     (path / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
 
 
-def halve(path: Path) -> None:
+def make_incomplete(path: Path) -> None:
     (path / "kernel.cubin").unlink()

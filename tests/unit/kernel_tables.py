@@ -1,4 +1,4 @@
-"""Small tables made by hand."""
+"""Small hand-made kernel tables."""
 
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import Recipe
@@ -20,5 +20,5 @@ def table(runs: Runs, shape: GemmShape = DENSE) -> RecordedTable:
 
 
 def values(made: RecordedTable) -> tuple[object, ...]:
-    """What a table holds, for comparison: tables themselves are equal only to themselves."""
+    """A table's content, because tables compare by identity."""
     return made.origin, made.recipe, dict(made.runs), dict(made.headers)

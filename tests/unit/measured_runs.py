@@ -1,4 +1,4 @@
-"""Timelines as launch writes them, simulated with a known profile."""
+"""Timelines in the form that launch writes, simulated with a known profile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def measured(
     link: str = "gloo",
     factor: float | None = None,
 ) -> Timeline:
-    """A run with the profile's costs; a ``factor`` slows its CPUs and is what a probe found."""
+    """A run with the profile's costs; ``factor`` slows the CPUs and is recorded as the probe."""
     machine = Machine(
         profile=profile,
         host_factor=factor or 1.0,
@@ -68,7 +68,7 @@ def measured(
 
 
 def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span]:
-    """Bulk loads and walks have their operation's name, as in launch's Timelines."""
+    """Name the loads of bulk loads and walks after their operation, as launch does."""
     planning = scenario.policy.plans
     name = f"load {len(plan_of(scenario).kernels)} kernels"
     walk = ""
@@ -76,7 +76,7 @@ def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span
         if span.kind == "load" and span.name.startswith("walk "):
             walk = span.name
         elif span.kind not in ("load", "compile"):
-            # A call follows each first use, and none a kernel that a walk brings in.
+            # A first use is followed by a call; a load in a walk is not.
             walk = ""
         if span.kind == "load" and not span.name.startswith("verify"):
             yield span._replace(name=walk or (name if planning else span.name))
@@ -85,8 +85,8 @@ def _as_launch_names(spans: Sequence[Span], scenario: Scenario) -> Iterator[Span
 
 
 @cache
-def usual() -> Profile:
-    """A profile that stays as it is when the shipped one is fitted again."""
+def usual_profile() -> Profile:
+    """A profile that does not change when the shipped one is fitted again."""
     base = h200()
     return replace(
         base,
@@ -118,9 +118,9 @@ def usual() -> Profile:
 
 
 @cache
-def another() -> Profile:
-    """A profile that differs from the usual one in every constant that a calibration fits."""
-    base = usual()
+def other_profile() -> Profile:
+    """A profile that differs from ``usual_profile`` in every constant that calibration fits."""
+    base = usual_profile()
     times = base.compile
     return replace(
         base,

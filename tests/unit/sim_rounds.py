@@ -1,4 +1,4 @@
-"""Schedules and costs that one can add up by hand."""
+"""Schedules and costs for times that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWO = Seconds(2.0)
 
 @dataclass(frozen=True)
 class RoundCosts:
-    """Whole numbers; a compute's flops are its host's seconds and its bytes those of its GPU."""
+    """Round costs; a Compute's flops are its host seconds, its bytes its GPU seconds."""
 
     compile: float = 10.0
     load: float = 1.0
@@ -69,7 +69,7 @@ class RoundCosts:
         return max(1.0, compilers / self.cores)
 
 
-# The hyper-connection GEMM is one kernel a call; K makes different ones.
+# A hyper-connection GEMM call runs one kernel, which depends on K.
 def call(k: int) -> KernelCall:
     return KernelCall(DeepGemmKernelType.TF32_HC_PRENORM_GEMM, 1, 24, 64 * k, 1, 132)
 
@@ -79,7 +79,7 @@ def kernel_of(k: int) -> Kernel:
 
 
 def walk(k: int, many: int = 1) -> Walk:
-    """Calls of ``call(k)`` with M of 1 to ``many``, which is one kernel."""
+    """Calls of ``call(k)`` with M from 1 to ``many``, all with the same kernel."""
     one = call(k)
     shape = GemmShape(one.type, one.n, one.k, one.num_groups, one.num_sms)
     return Walk(shape, ((1, many, 1),))
@@ -117,7 +117,7 @@ def simulate(
 
 
 def rows(outcome: Outcome, rank: int) -> list[tuple[str, float, float]]:
-    """Kind, start and end of a rank's spans as a Timeline has them, without phases."""
+    """Kind, start and end of a rank's merged spans, without phases."""
     return [
         (s.kind, s.start, s.end)
         for s in merge(outcome.spans)

@@ -1,4 +1,4 @@
-"""Small caches made by hand: sources and keys as the library makes them, tiny cubins."""
+"""Small hand-made caches: sources and keys like the library's, with tiny cubins."""
 
 import hashlib
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ SECOND_RECIPE = Recipe(
 
 
 def small_plan(max_m: int = 64) -> Plan:
-    """Up to M 64: a transpose and three GEMM kernels, for M 1..16, 17..32 and 33..64."""
+    """Up to M 64: a transpose kernel, and GEMM kernels for M 1..16, 17..32 and 33..64."""
     return make_plan(gemm_demands(GEMM, max_m=max_m, num_sms=132), RULES)
 
 
@@ -58,12 +58,12 @@ def small_library(root: Path, text: str = "int a;\n") -> Library:
 def keys_for(
     library: Library, include_path: Path = INCLUDE, signature: str = "NVCC13.0"
 ) -> CacheKeys:
-    """Keys of a machine whose environment sets nothing."""
+    """Keys of a machine without DeepGEMM environment variables."""
     return CacheKeys(library, first_recipe(Environ()), signature, include_path)
 
 
 def second_library(root: Path, text: str = "int a;\n") -> Library:
-    """The same headers in a library whose compiled part marks entries as whole."""
+    """A library of JIT generation 2 with the headers of the small plan."""
     small_library(root, text)
     (root / "_C.abi3.so").write_bytes(b"\x7fELF\0.committed\0")
     (root / "VERSION").write_text(f"{SECOND_VERSION}\n")
@@ -71,18 +71,18 @@ def second_library(root: Path, text: str = "int a;\n") -> Library:
 
 
 def second_keys_for(library: Library, signature: str = NVCC_TEXT) -> CacheKeys:
-    """Keys of the second generation."""
+    """Keys of JIT generation 2."""
     return CacheKeys(library, SECOND_RECIPE, signature, Path())
 
 
 def cubin_for(source: str) -> bytes:
-    """A cubin of its own for each source, such that an entry holds ``ENTRY_BYTES``."""
+    """A cubin that is unique to the source; source and cubin together take ``ENTRY_BYTES``."""
     length = ENTRY_BYTES - len(source) - len(tiny_cubin(b""))
     return tiny_cubin((hashlib.sha256(source.encode()).digest() * ENTRY_BYTES)[:length])
 
 
 def add(cache: KernelCache, keys: CacheKeys, item: PlannedKernel) -> str:
-    """Place a kernel; returns its key."""
+    """Put a kernel into the cache and return its key."""
     key, source = keys.cache_key(item.kernel), keys.source(item.kernel)
     assert cache.put(key, source, cubin_for(source), keys.extra_files)
     return key
@@ -112,7 +112,7 @@ def fill(
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file below a folder but the lock."""
+    """Every file below a folder, except the lock."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))

@@ -1,4 +1,4 @@
-"""Points and results of a sweep that only tests use."""
+"""Hand-made points and results of a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``runner plan``: our rules against the library's answers, its JSON, and what it refuses."""
+"""``runner plan``: its output, ``--check`` against the library's answers, invalid input."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from tests.unit.small_cache import GEMM, NVCC_TEXT, keys_for, small_library, sma
 
 Capture = pytest.CaptureFixture[str]
 
-# The differences, on tables made by hand
+# Differences between hand-made tables
 
 DENSE = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
 GROUPED = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 128, 4, 132)
@@ -86,14 +86,16 @@ def compared(ours: RecordedTable, theirs: RecordedTable, last: int = 64) -> list
             ],
         ),
     ],
-    ids=["equal", "other runs", "other M", "never run", "not told", "odd", "many ranges"],
+    ids=["equal", "split run", "other M", "never run", "no rule", "unknown", "many ranges"],
 )
-def test_differences(theirs: list[tuple[int, int, tuple[Kernel, ...]]], lines: list[str]) -> None:
+def test_differences_name_kernels_whose_m_differ(
+    theirs: list[tuple[int, int, tuple[Kernel, ...]]], lines: list[str]
+) -> None:
     ours = table((1, 16, (A,)), (17, 64, (B,)))
     assert compared(ours, table(*theirs)) == [f"{DENSE_WORDS}: {line}" for line in lines]
 
 
-def test_each_gemm_has_its_own_lines() -> None:
+def test_differences_are_listed_per_gemm() -> None:
     demands = [Demand(DENSE, (1,)), Demand(GROUPED, (1, 2))]
     ours = merge_tables(table((1, 1, (A,))), table((1, 2, (A,)), shape=GROUPED))
     theirs = merge_tables(table((1, 1, (B,))), table((1, 1, (A,)), (2, 2, (B,)), shape=GROUPED))
@@ -107,7 +109,7 @@ def test_each_gemm_has_its_own_lines() -> None:
     assert differences(demands[:1], ours, ours) == []
 
 
-def test_a_gemm_that_a_table_does_not_know_is_no_difference() -> None:
+def test_gemm_missing_in_a_table_is_an_error() -> None:
     with pytest.raises(
         UserError,
         match=r"^no table of sgl-deep-gemm 0\.1\.4\.post1 on h200 has gemm_nt_f8f8bf16:4096",
@@ -116,13 +118,13 @@ def test_a_gemm_that_a_table_does_not_know_is_no_difference() -> None:
 
 
 def choices() -> st.SearchStrategy[list[tuple[Kernel, ...]]]:
-    """What each of twelve M runs."""
+    """The kernels run by each of twelve M."""
     some = st.sets(st.sampled_from([A, B, C])).map(lambda kernels: tuple(sorted(kernels, key=str)))
     return st.lists(some, min_size=12, max_size=12)
 
 
 @given(choices(), choices())
-def test_there_is_one_line_for_each_kernel_that_differs(
+def test_differences_have_one_line_per_differing_kernel(
     ours: list[tuple[Kernel, ...]], theirs: list[tuple[Kernel, ...]]
 ) -> None:
     tables = [table(*((m, m, ran) for m, ran in enumerate(each, 1))) for each in (ours, theirs)]
@@ -170,10 +172,10 @@ HEAD = [
     "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules",
     "compiler: Cuda compilation tools, release 13.0, V13.0.88",
 ]
-"""Whose kernels these are, and for which compiler their keys."""
+"""The first lines of the output: library, GPU, source and compiler."""
 
 
-def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> None:
+def test_json_holds_the_plan_and_is_the_only_output(here: Library, capsys: Capture) -> None:
     data = json_of(capsys, *SMALL)
     keys = keys_for(here, here.include_path)
     kernels = data.pop("kernels")
@@ -216,7 +218,9 @@ def test_json_is_the_plan_and_nothing_else(here: Library, capsys: Capture) -> No
     ]
 
 
-def test_json_in_a_file_beside_the_table(here: Library, tmp_path: Path, capsys: Capture) -> None:
+def test_json_file_is_written_and_table_printed(
+    here: Library, tmp_path: Path, capsys: Capture
+) -> None:
     data = json_of(capsys, *SMALL)
     assert plan(*SMALL, "--json", tmp_path / "plan.json") == 0
     captured = capsys.readouterr()
@@ -227,7 +231,7 @@ def test_json_in_a_file_beside_the_table(here: Library, tmp_path: Path, capsys: 
     assert captured.err == ""
 
 
-def test_json_of_a_type_whose_rows_come_in_steps(capsys: Capture, here: Library) -> None:
+def test_json_has_m_step_of_contiguous_gemms(capsys: Capture, here: Library) -> None:
     arguments = ["--gemm", "grouped_gemm_nt_f8f8bf16_contig:1024:4096:4", "--max-m", "300"]
     path = here.include_path / "deep_gemm" / "impls" / "sm90_fp8_gemm_1d2d.cuh"
     assert path.is_file()
@@ -243,7 +247,7 @@ LACKING = (
 )
 
 
-def test_without_headers_there_are_no_keys(
+def test_plan_without_headers_has_no_keys(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     whole = json_of(capsys, *SMALL)
@@ -256,7 +260,7 @@ def test_without_headers_there_are_no_keys(
     assert data == {**whole, **nulls}
 
 
-def test_without_an_nvcc_there_are_no_keys(
+def test_plan_without_nvcc_has_no_keys_unless_cuda_version_is_given(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
@@ -280,7 +284,7 @@ def test_without_an_nvcc_there_are_no_keys(
         (["--target-root", "/a", "--cuda-version", "13.1"], "/a/include", "NVCC13.1"),
     ],
 )
-def test_keys_of_another_machine(
+def test_target_options_change_the_keys(
     arguments: list[str], include: str | None, signature: str, here: Library, capsys: Capture
 ) -> None:
     ours, theirs = json_of(capsys, *SMALL), json_of(capsys, *SMALL, *arguments)
@@ -293,7 +297,9 @@ def test_keys_of_another_machine(
     assert f"-I{path}" in theirs["flags"].split(" ")
 
 
-def test_keys_for_what_a_compiler_prints(here: Library, tmp_path: Path, capsys: Capture) -> None:
+def test_compiler_text_option_changes_the_signature(
+    here: Library, tmp_path: Path, capsys: Capture
+) -> None:
     text = tmp_path / "nvcc.txt"
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
     assert json_of(capsys, *SMALL, "--compiler-text", text)["signature"] == "NVCC13.1"
@@ -314,7 +320,7 @@ def test_keys_for_what_a_compiler_prints(here: Library, tmp_path: Path, capsys: 
         (["--num-sms", "112"], "h200", [112]),
     ],
 )
-def test_the_gpu_says_how_many_sms_there_are(
+def test_sm_count_comes_from_gpu_or_num_sms_option(
     options: list[str], gpu: str, num_sms: list[int], here: Library, capsys: Capture
 ) -> None:
     data = json_of(capsys, *SMALL, *options)
@@ -325,7 +331,7 @@ def test_the_gpu_says_how_many_sms_there_are(
 TINY = ["--layers", "3", "--pp", "1", "--tp", "2", "--max-tokens", "256"]
 
 
-def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
+def test_policy_option_lists_uncovered_gemms(here: Library, capsys: Capture) -> None:
     assert plan(*TINY, "--policy", "full") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -347,8 +353,8 @@ def test_a_policy_that_leaves_stalls(here: Library, capsys: Capture) -> None:
     ]
 
 
-def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
-    """One token after another class of M: the einsum at 17 and 33, the metadata at 33."""
+def test_stream_option_lists_stalling_forwards(here: Library, capsys: Capture) -> None:
+    """New kernels are needed from M 17 and 33 by the einsum, from 33 by the metadata."""
     assert plan(*TINY, "--policy", "full", "--stream", "20,40,20") == 0
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("", lines.index("") + 1)
@@ -359,7 +365,7 @@ def test_what_a_stream_would_compile(here: Library, capsys: Capture) -> None:
     ]
 
 
-def test_a_streams_stalls_as_json(
+def test_json_lists_stalls_of_the_stream(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -373,7 +379,7 @@ def test_a_streams_stalls_as_json(
 
 
 @pytest.mark.parametrize("policy", ["planned", "prebuilt"])
-def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) -> None:
+def test_policy_that_covers_everything_says_so(policy: str, here: Library, capsys: Capture) -> None:
     assert plan(*TINY, "--policy", policy) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"{policy}: compiles 71 of 71 planned kernels until the first request is answered",
@@ -381,11 +387,13 @@ def test_a_policy_that_leaves_none(policy: str, here: Library, capsys: Capture) 
     ]
 
 
-def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_json_describes_coverage_of_the_policy(
+    here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     data = json_of(capsys, *TINY, "--policy", "full", err=LACKING)
     told = data["policy"]
-    # The first request, one token, brings the rest of the kernels that one token needs.
+    # The first request has one token, so it compiles all kernels needed for one token.
     assert (told["name"], told["missing"], told["superfluous"]) == ("full", 12, 62)
     assert told["compiled"] == len(data["kernels"]) - 12 + 62 == 121
     assert [(use["type"], use["m_ranges"]) for use in told["uncovered"]] == [
@@ -394,7 +402,7 @@ def test_a_policy_as_json(here: Library, monkeypatch: pytest.MonkeyPatch, capsys
     ]
 
 
-# Bad input
+# Invalid input
 
 
 def refuses(capsys: Capture, line: str, *arguments: str | Path) -> None:
@@ -465,18 +473,6 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
             [*SMALL, "--json", "/no/plan.json"],
             "cannot write /no/plan.json: its folder does not exist",
         ),
-        (
-            [*SMALL, "--json", "-", "--cuda-version", "13"],
-            "--cuda-version '13' must be X.Y, such as 13.0",
-        ),
-        (
-            [*SMALL, "--json", "-", "--cuda-version", "11.8"],
-            "--cuda-version 11.8 is too old: 12.9 or newer is needed",
-        ),
-        (
-            [*SMALL, "--json", "-", "--target-root", "deep_gemm"],
-            "--target-root deep_gemm must be an absolute path: it is part of the key",
-        ),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (
             ["--gemm", GEMM, "--num-sms", "x"],
@@ -485,15 +481,15 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         ),
     ],
 )
-def test_bad_input_is_one_line(
+def test_invalid_input_is_a_one_line_error(
     arguments: list[str], line: str, here: Library, capsys: Capture
 ) -> None:
     refuses(capsys, line, *arguments)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[RecordedTable]:
-    """What a library answers, whatever it is asked; the caller puts it here."""
+def library_answers(monkeypatch: pytest.MonkeyPatch) -> list[RecordedTable]:
+    """A list of tables that a fake library returns, one per question."""
     answers: list[RecordedTable] = []
 
     class Answering:
@@ -509,14 +505,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RecordedTable]:
 
 
 def recorded(change: Callable[[int], int] = int) -> RecordedTable:
-    """Our rules' own kernels as a library's answer, those of other M where ``change`` says so."""
+    """A library's answer with our rules' kernels; each M runs the kernels of ``change(M)``."""
     return table(*((m, m, kernels_of(DENSE.call(change(m)))) for m in range(1, 65)))
 
 
-def test_check_tells_that_there_is_no_difference(
-    here: Library, asked: list[RecordedTable], capsys: Capture
+def test_check_reports_no_difference(
+    here: Library, library_answers: list[RecordedTable], capsys: Capture
 ) -> None:
-    asked.append(recorded())
+    library_answers.append(recorded())
     assert plan(*SMALL, "--check") == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
@@ -528,11 +524,11 @@ def test_check_tells_that_there_is_no_difference(
     assert captured.err == ""
 
 
-def test_check_has_no_rules_for_other_libraries(
-    here: Library, asked: list[RecordedTable], capsys: Capture
+def test_check_refuses_library_without_rules(
+    here: Library, library_answers: list[RecordedTable], capsys: Capture
 ) -> None:
     known = recorded()
-    asked.append(replace(known, origin=replace(known.origin, library="vllm 0.33.0")))
+    library_answers.append(replace(known, origin=replace(known.origin, library="vllm 0.33.0")))
     assert plan(*SMALL, "--check") == 2
     assert (
         "--check needs sgl-deep-gemm 0.1.4.post1 on sm_90a, but this is vllm 0.33.0 on sm_90a: "
@@ -540,11 +536,11 @@ def test_check_has_no_rules_for_other_libraries(
     ) in capsys.readouterr().err
 
 
-def test_check_tells_every_difference(
-    here: Library, asked: list[RecordedTable], capsys: Capture
+def test_check_reports_each_difference(
+    here: Library, library_answers: list[RecordedTable], capsys: Capture
 ) -> None:
-    """A library that takes the next tile one row earlier than we say."""
-    asked.append(recorded(lambda m: 17 if m == 16 else m))
+    """The library switches to the next tile one row earlier than our rules."""
+    library_answers.append(recorded(lambda m: 17 if m == 16 else m))
     assert plan(*SMALL, "--check") == 1
     captured = capsys.readouterr()
     words = [f"sm90_fp8_gemm_1d2d (tile {m}x32x128, 16 stages, 132 SMs)" for m in (16, 32)]
@@ -555,7 +551,7 @@ def test_check_tells_every_difference(
     assert captured.err == "error: 2 differences between our rules and the library\n"
 
 
-def test_check_needs_a_library(
+def test_check_requires_an_installed_library(
     here: Library, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -579,9 +575,9 @@ def test_check_needs_a_library(
             "--target-root dg must be an absolute path: it is part of the key",
         ),
     ],
-    ids=["no release", "old release", "relative"],
+    ids=["not a release", "old release", "relative path"],
 )
-def test_a_bad_target_is_refused_before_anything_is_printed(
+def test_invalid_target_is_refused_before_anything_is_printed(
     option: list[str],
     line: str,
     headers: bool,
@@ -591,7 +587,6 @@ def test_a_bad_target_is_refused_before_anything_is_printed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    """With JSON or without, and whether there are headers or not."""
     monkeypatch.chdir(tmp_path)
     if not headers:
         monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
@@ -599,7 +594,7 @@ def test_a_bad_target_is_refused_before_anything_is_printed(
     assert not (tmp_path / "x.json").exists()
 
 
-def test_no_traceback_from_the_program_itself() -> None:
+def test_invalid_gemm_gives_no_traceback_from_the_command() -> None:
     code = "from runner.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", "--gemm", "gemm_nt_f8f8bf16:4096"],
@@ -614,8 +609,10 @@ def test_no_traceback_from_the_program_itself() -> None:
     )
 
 
-def test_the_plan_of_the_command_is_the_planners(here: Library, capsys: Capture) -> None:
-    """Several GEMMs and numbers of SMs, each once however often it is named."""
+def test_plan_of_several_gemms_and_sm_counts_equals_make_plan(
+    here: Library, capsys: Capture
+) -> None:
+    """A GEMM that is given twice is planned once."""
     specs = [GEMM, "fp8_mqa_logits:64:128", GEMM]
     options = [word for spec in specs for word in ("--gemm", spec)]
     path = here.include_path / "deep_gemm" / "impls" / "sm90_fp8_mqa_logits.cuh"

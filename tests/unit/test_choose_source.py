@@ -1,4 +1,4 @@
-"""Which source is chosen: our rules, a bundled table, or the library itself."""
+"""The source of kernels: built-in rules, a bundled table, or the library itself."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -25,7 +25,7 @@ VLLM = Library(Path("/dg"), "vllm", "0.1.4.post1")
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder of bundled tables, empty."""
+    """An empty folder in place of the bundled tables."""
     folder = tmp_path / "tables"
     folder.mkdir()
     monkeypatch.setattr("runner.kernels.table_file.BUNDLED_FOLDER", folder)
@@ -63,9 +63,9 @@ def test_rules_cover_one_version_on_hopper(
 @pytest.mark.parametrize(
     ("gpu", "library", "ask"),
     [("h200", NEWER, False), ("h200", VLLM, False), ("b200", RULED, False), ("h200", RULED, True)],
-    ids=["version", "name", "gpu", "asked for"],
+    ids=["other version", "other name", "other gpu", "always_ask"],
 )
-def test_otherwise_the_library_is_asked(gpu: str, library: Library, ask: bool) -> None:
+def test_library_is_asked_if_rules_do_not_cover_it(gpu: str, library: Library, ask: bool) -> None:
     text = "release 13.1"
     source = choose_source(gpu_named(gpu), library, Environ(), version_text=text, always_ask=ask)
     assert isinstance(source, LibrarySource)
@@ -75,7 +75,7 @@ def test_otherwise_the_library_is_asked(gpu: str, library: Library, ask: bool) -
     )
 
 
-def test_without_a_library_other_gpus_are_refused() -> None:
+def test_gpu_without_rules_is_refused_if_no_library_is_installed() -> None:
     for gpu in GPUS:
         if gpu.arch != "sm_90a":
             with pytest.raises(UserError, match=UNKNOWN.format(gpu.name, gpu.arch)):
@@ -87,7 +87,7 @@ def test_without_a_library_other_gpus_are_refused() -> None:
 # -- bundled tables -------------------------------------------------------------------------------
 
 
-def test_a_table_of_the_installed_library_comes_first(tables: Path) -> None:
+def test_bundled_table_is_preferred_only_for_its_library_gpu_and_sm_count(tables: Path) -> None:
     bundle(tables, "0.1.5")
     source = choose("b200", NEWER)
     assert isinstance(source, BundledFirst)
@@ -105,7 +105,7 @@ def test_a_table_of_the_installed_library_comes_first(tables: Path) -> None:
     assert isinstance(fewer_sms, LibrarySource), "the table is for another number of SMs"
 
 
-def test_a_table_is_not_used_for_a_build_with_other_headers(tables: Path, tmp_path: Path) -> None:
+def test_bundled_table_is_not_used_if_headers_differ(tables: Path, tmp_path: Path) -> None:
     header = tmp_path / "dg" / "include" / "deep_gemm" / "a.cuh"
     header.parent.mkdir(parents=True)
     header.write_text("int a;\n")
@@ -123,7 +123,7 @@ def test_a_table_is_not_used_for_a_build_with_other_headers(tables: Path, tmp_pa
     assert isinstance(choose("b200", without), LibrarySource)
 
 
-def test_the_environment_changes_a_tables_recipe(tables: Path) -> None:
+def test_environment_changes_flags_of_bundled_table(tables: Path) -> None:
     bundle(tables, "0.1.5")
     source = choose("b200", NEWER, Environ(dg_jit_cpp_standard=17))
     assert isinstance(source, BundledFirst)
@@ -131,7 +131,7 @@ def test_the_environment_changes_a_tables_recipe(tables: Path) -> None:
     assert source.bundled.recipe == replace(RECIPE, flags=flags)
 
 
-def test_the_library_is_asked_for_all_that_a_table_does_not_fully_cover(
+def test_library_is_asked_if_bundled_table_is_incomplete(
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle(tables, "0.1.5")
@@ -147,7 +147,7 @@ def test_the_library_is_asked_for_all_that_a_table_does_not_fully_cover(
     assert asked == [[demand]]
 
 
-def test_without_a_library_the_newest_table_is_used(tables: Path) -> None:
+def test_newest_or_named_bundled_table_is_used_without_a_library(tables: Path) -> None:
     for version in ("0.9.0", "0.10.0", "0.2.3"):
         bundle(tables, version)
     bundle(tables, "0.33.0", name="vllm")
@@ -175,7 +175,7 @@ def test_without_a_library_the_newest_table_is_used(tables: Path) -> None:
         choose("b200", None).table(lambda: [Demand(DENSE, (64,))])
 
 
-def test_rules_follow_a_table_only_if_no_other_library_was_named(tables: Path) -> None:
+def test_rules_are_used_after_bundled_table_unless_another_library_is_named(tables: Path) -> None:
     bundle(tables, "0.2.3", gpu="h200")
     demands = [Demand(DENSE, (64,))]
     assert choose("h200", None).table(lambda: demands).origin.source is Source.RULES

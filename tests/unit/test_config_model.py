@@ -1,4 +1,4 @@
-"""Model shapes and their presets."""
+"""Model configurations: presets and validation."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ def test_presets_by_name() -> None:
     assert all(model.name == name for name, model in PRESETS.items())
 
 
-def test_published_sizes() -> None:
+def test_preset_sizes_match_published_models() -> None:
     table = {
         "dsv4": (4096, 43, 64, 512, 64, 1024, 8, 1024, 64, 128, 512, 128, 3, 4, 129280),
         "dsv4-pro": (7168, 61, 128, 512, 64, 1536, 16, 1024, 64, 128, 1024, 128, 3, 4, 129280),
@@ -52,7 +52,9 @@ def test_published_sizes() -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_published_experts(model: ModelConfig, experts: tuple[object, ...]) -> None:
+def test_preset_experts_match_published_models(
+    model: ModelConfig, experts: tuple[object, ...]
+) -> None:
     moe = model.moe
     assert (
         moe.n_routed_experts,
@@ -68,7 +70,7 @@ def test_published_experts(model: ModelConfig, experts: tuple[object, ...]) -> N
     assert moe.norm_topk_prob is True
 
 
-def test_attention_kinds_by_layer() -> None:
+def test_attention_compression_ratio_of_each_layer() -> None:
     assert Counter(DSV4.compress_ratios) == {4: 21, 128: 20, 0: 2}
     assert [DSV4.compress_ratio(layer) for layer in (0, 1, 2, 3, 41, 42)] == [0, 0, 4, 128, 128, 4]
     assert Counter(DSV4_PRO.compress_ratios) == {4: 30, 128: 31}
@@ -76,7 +78,7 @@ def test_attention_kinds_by_layer() -> None:
     assert len(DSV4_TINY.compress_ratios) == DSV4_TINY.num_hidden_layers == 8
 
 
-def test_sizes_that_tensor_parallelism_divides() -> None:
+def test_tensor_parallel_sizes_name_the_dimensions_tp_divides() -> None:
     assert DSV4.tensor_parallel_sizes() == {
         "num_attention_heads": 64,
         "vocab_size": 129280,
@@ -102,7 +104,9 @@ def test_sizes_that_tensor_parallelism_divides() -> None:
         ),
     ],
 )
-def test_sizes_that_cannot_be(model: ModelConfig, change: dict[str, Any], message: str) -> None:
+def test_invalid_model_sizes_are_refused(
+    model: ModelConfig, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError) as caught:
         replace(model, **change)
     assert str(caught.value) == message
@@ -117,7 +121,7 @@ def test_sizes_that_cannot_be(model: ModelConfig, change: dict[str, Any], messag
         (DSV3.moe, "moe_intermediate_size"),
     ],
 )
-def test_widths_fill_scaling_blocks(config: Any, field: str, value: int) -> None:
+def test_widths_must_be_multiples_of_fp8_block_size(config: Any, field: str, value: int) -> None:
     with pytest.raises(UserError) as caught:
         replace(config, **{field: value})
     message = f"{field}={value} must be a positive multiple of 128 (FP8 blocks)"
@@ -146,7 +150,7 @@ def test_widths_fill_scaling_blocks(config: Any, field: str, value: int) -> None
         ),
     ],
 )
-def test_experts_that_cannot_be(change: dict[str, Any], message: str) -> None:
+def test_invalid_expert_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         replace(DSV3.moe, **change)
     assert str(caught.value) == message

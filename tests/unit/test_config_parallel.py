@@ -1,4 +1,4 @@
-"""Ranks, groups and pipeline stages."""
+"""Parallel layouts: ranks, groups, nodes and pipeline stages."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_nodes_hold_consecutive_ranks(parallel: ParallelConfig) -> None:
     )
 
 
-def test_one_layout_in_full() -> None:
+def test_groups_and_coordinates_of_one_layout() -> None:
     parallel = ParallelConfig(pp=2, tp=4, attn_cp=2, replicas=2, nodes=2)
     assert (parallel.world_size, parallel.ranks_per_node, parallel.attn_tp) == (16, 8, 2)
     assert parallel.coordinates(13) == RankCoordinates(replica=1, pp_rank=1, tp_rank=1)
@@ -78,14 +78,16 @@ def test_one_layout_in_full() -> None:
 
 
 @pytest.mark.parametrize("rank", [-1, 8])
-def test_rank_outside(rank: int) -> None:
+def test_rank_outside_the_world_is_refused(rank: int) -> None:
     with pytest.raises(UserError) as caught:
         ParallelConfig(pp=2, tp=4).coordinates(rank)
     assert str(caught.value) == f"rank {rank} is outside 0..7"
 
 
 @given(st.integers(1, 100), st.data())
-def test_stages_split_evenly_with_the_rest_at_the_end(layers: int, data: st.DataObject) -> None:
+def test_layers_split_evenly_with_extra_layers_in_last_stages(
+    layers: int, data: st.DataObject
+) -> None:
     pp = data.draw(st.integers(1, layers))
     sizes = stage_sizes(layers, pp)
     assert len(sizes) == pp
@@ -108,11 +110,11 @@ def test_stages_split_evenly_with_the_rest_at_the_end(layers: int, data: st.Data
         (8, 8, [1] * 8),
     ],
 )
-def test_stage_sizes(layers: int, pp: int, expected: list[int]) -> None:
+def test_stage_sizes_of_known_models(layers: int, pp: int, expected: list[int]) -> None:
     assert stage_sizes(layers, pp) == expected
 
 
-def test_explicit_stages() -> None:
+def test_explicit_stage_layers_determine_layer_ranges() -> None:
     parallel = ParallelConfig(pp=3, stage_layers=(20, 13, 10))
     assert [parallel.layer_range(43, stage) for stage in range(3)] == [
         range(0, 20),
@@ -122,7 +124,7 @@ def test_explicit_stages() -> None:
 
 
 @pytest.mark.parametrize("given_sizes", [(20, 20), (42, 2), (43, 0), (44, -1)])
-def test_explicit_stages_that_do_not_add_up(given_sizes: tuple[int, ...]) -> None:
+def test_explicit_stage_layers_must_add_up_to_the_model(given_sizes: tuple[int, ...]) -> None:
     shown = ",".join(map(str, given_sizes))
     with pytest.raises(UserError) as caught:
         ParallelConfig(pp=2, stage_layers=given_sizes).check_fits(DSV4)
@@ -147,7 +149,7 @@ def test_explicit_stages_that_do_not_add_up(given_sizes: tuple[int, ...]) -> Non
         ({"pp": 3, "stage_layers": (1, 2)}, "2 stage sizes were given for pp=3 stages"),
     ],
 )
-def test_layouts_that_cannot_be(values: dict[str, Any], message: str) -> None:
+def test_invalid_layouts_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         ParallelConfig(**values)
     assert str(caught.value) == message
@@ -159,7 +161,7 @@ def test_layouts_that_cannot_be(values: dict[str, Any], message: str) -> None:
         (DSV4_TINY, {"pp": 9}, "pp=9 stages need at least as many layers: the model has 8"),
         (DSV4, {"tp": 3}, "tp=3 must divide num_attention_heads=64 of dsv4"),
         (DSV4, {"tp": 16}, "tp=16 must divide o_groups=8 of dsv4"),
-        # Attention is cut over tp / attn_cp ranks, the vocabulary over all of them.
+        # Attention is split over tp / attn_cp ranks, the vocabulary over all tp.
         (DSV4, {"tp": 6, "attn_cp": 3}, "tp=6 must divide vocab_size=129280 of dsv4"),
         (DSV4, {"tp": 6, "attn_cp": 2}, "tp=3 must divide num_attention_heads=64 of dsv4"),
         (
@@ -181,7 +183,7 @@ def test_layouts_that_cannot_be(values: dict[str, Any], message: str) -> None:
         ),
     ],
 )
-def test_check_fits_says_what_does_not_fit(
+def test_check_fits_refuses_layouts_that_do_not_divide_the_model(
     model: ModelConfig, values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -200,5 +202,7 @@ def test_check_fits_says_what_does_not_fit(
         (DSV4_TINY, {"pp": 8, "tp": 2, "replicas": 3}),
     ],
 )
-def test_layouts_that_fit(model: ModelConfig, values: dict[str, Any]) -> None:
+def test_check_fits_accepts_layouts_that_divide_the_model(
+    model: ModelConfig, values: dict[str, Any]
+) -> None:
     ParallelConfig(**values).check_fits(model)

@@ -1,4 +1,4 @@
-"""What a policy leaves of a plan, against every M on its own."""
+"""Coverage: which planned kernels a policy leaves uncompiled, against brute force over M."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def coverage(scenario: Scenario) -> Coverage:
 
 
 def held_up(one: Scenario) -> dict[int, set[Kernel]]:
-    """Kernels of each node before its further requests, from every operation on its own."""
+    """Kernels each node holds before further requests, from every single operation."""
     nodes = range(one.parallel.nodes)
     if one.policy in (P.PLANNED, P.PREBUILT):
         return {node: {item.kernel for item in plan_of(one).kernels} for node in nodes}
@@ -70,7 +70,7 @@ def used(op: Op) -> list[Kernel]:
 def brute_force(
     parallel: ParallelConfig, plan: Plan, held: dict[int, set[Kernel]]
 ) -> tuple[dict[Any, set[int]], set[Kernel]]:
-    """M of each GEMM that would compile on some node, and the kernels."""
+    """The M of each GEMM that would compile on some node, and the missing kernels."""
     stalling: dict[Any, set[int]] = {}
     lacking: set[Kernel] = set()
     for node, kernels in held.items():
@@ -88,7 +88,7 @@ def brute_force(
 
 @POLICIES
 @pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, nodes: int) -> None:
+def test_coverage_equals_brute_force_over_every_m(policy: WarmupPolicy, nodes: int) -> None:
     one = tiny(nodes=nodes, policy=policy, walk_max_m=LIMIT)
     plan, found = plan_of(one), coverage(one)
     held = held_up(one)
@@ -97,7 +97,7 @@ def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, no
     compiled = set().union(*held.values())
     assert (found.policy, found.compiled) == (policy, compiled)
     assert (found.missing, found.superfluous) == (len(lacking), len(compiled - planned))
-    # A range covers M that no forward has, too: between multiples, where all compile the same.
+    # Ranges may include M that no forward has, where the neighbours run the same kernel.
     ms = {demand.shape: set(demand.ms) for demand in plan.demands}
     told = {
         use.shape: {m for first, last in use.m_ranges for m in range(first, last + 1)}
@@ -108,14 +108,14 @@ def test_what_is_left_is_what_every_m_on_its_own_leaves(policy: WarmupPolicy, no
     assert found.stalls == ()
 
 
-def test_nodes_stall_each_on_their_own() -> None:
+def test_stalls_are_counted_per_node() -> None:
     for nodes, expected in ((1, {0}), (2, {0, 1})):
         found = coverage(tiny(nodes=nodes, stream=(LIMIT,)))
         assert {stall.node for stall in found.stalls} == expected
 
 
 @POLICIES
-def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) -> None:
+def test_stalls_of_a_stream_are_missing_planned_kernels(policy: WarmupPolicy) -> None:
     made = tiny(policy=policy, stream=(7, LIMIT, 3, 7))
     plan, found = plan_of(made), coverage(made)
     assert {stall.forward for stall in found.stalls} <= set(range(8))
@@ -123,14 +123,14 @@ def test_stalls_of_a_stream_are_kernels_that_were_missing(policy: WarmupPolicy) 
     if not policy.walked:
         assert {stall.kernel for stall in found.stalls} <= planned
     assert (found.stalls == ()) == (policy in (P.PLANNED, P.PREBUILT))
-    # Sooner or later every M: then all that was missing has stalled someone.
+    # A stream with every M stalls on every missing kernel.
     if policy is P.NONE:
         every = coverage(replace(made, stream=tuple(range(1, LIMIT + 1))))
         pairs = {(stall.node, stall.kernel) for stall in every.stalls}
         assert len({kernel for _, kernel in pairs}) == found.missing
 
 
-def test_graphs_cover_what_their_decode_steps_use() -> None:
+def test_graph_capture_covers_kernels_of_its_decode_steps() -> None:
     one = tiny(graph_batch_sizes=(1, LIMIT))
     plain, captured = coverage(tiny()), coverage(one)
     assert plain.compiled < captured.compiled
@@ -138,8 +138,7 @@ def test_graphs_cover_what_their_decode_steps_use() -> None:
     assert captured.compiled == frozenset[Kernel]().union(*before.values())
 
 
-def test_overlapped_halves_are_what_the_policy_runs() -> None:
-    """What a warm-up compiles of a plan with two-batch overlap it compiles in halves."""
+def test_warm_up_with_overlap_compiles_kernels_of_half_batches() -> None:
     made = Scenario(
         model=with_layers(DSV4, 3),
         parallel=ParallelConfig(pp=3, tp=2, ep=True, moe_a2a=True, nodes=3),
@@ -160,20 +159,20 @@ def test_overlapped_halves_are_what_the_policy_runs() -> None:
     assert not called <= coverage(replace(made, overlap=())).compiled
 
 
-def test_memory_cuts_walks_short() -> None:
-    """256 experts of a grouped GEMM: a walk of M rows takes memory for M x 256."""
+def test_walk_memory_limit_reduces_coverage() -> None:
+    """With 256 experts, a walk of a masked GEMM needs memory for 256 M rows."""
     made = few_layers(pp=5, tp=2, max_tokens=4096, policy=P.FULL)
     much, little = (coverage(replace(made, walk_memory=gib * GIB)) for gib in (100.0, 1.0))
     assert much.missing < little.missing
     assert little.compiled < much.compiled
 
 
-def test_more_tokens_than_are_planned_for() -> None:
+def test_stream_above_max_tokens_is_refused() -> None:
     with pytest.raises(UserError, match=f"token count {LIMIT + 1} is above --max-tokens {LIMIT}"):
         tiny(policy=P.PLANNED, stream=(LIMIT + 1,))
 
 
-def test_a_plan_that_leaves_gemms_out_calls_nothing_superfluous() -> None:
+def test_kernels_excluded_from_the_plan_are_not_superfluous() -> None:
     made = tiny(policy=P.FULL)
     assert coverage(made).superfluous > 0
     assert coverage(replace(made, without=(T.PAGED_MQA_LOGITS_METADATA,))).superfluous == 0
@@ -192,25 +191,25 @@ def few_layers(max_tokens: int, policy: WarmupPolicy = P.NONE, **layout: int) ->
     )
 
 
-def test_what_policies_leave_uncovered() -> None:
+def test_coverage_of_each_policy_on_dsv4() -> None:
     made = few_layers(pp=5, tp=2, max_tokens=4096)
     plan = plan_of(made)
     found: dict[WarmupPolicy, Coverage] = {p: coverage(replace(made, policy=p)) for p in P}
     everything = len(plan.kernels)
     none = found[P.NONE]
-    # All that the first request leaves on its way: five stages, five nodes, a token.
+    # Only the first request of one token has compiled: five stages on five nodes.
     assert none.superfluous == 0 and none.missing < everything
     assert len(none.compiled) == len(first_request_kernels(made))
     for policy in (P.PLANNED, P.PREBUILT):
         assert (found[policy].missing, found[policy].superfluous) == (0, 0)
         assert found[policy].uncovered == ()
     full = found[P.FULL]
-    # The first request has called the logits, which are one kernel; these are several.
+    # The first request compiles the logits' single kernel; these types have several.
     assert {use.shape.type for use in full.uncovered} == {
         T.PAGED_MQA_LOGITS_METADATA,
         T.FP8_EINSUM_BHR_HDR_BHD,
     }
-    # The full list goes to 16384 whatever the chunk is, so it compiles what no forward needs.
+    # The full list always goes up to 16384, beyond what any forward needs.
     assert full.superfluous > 0
     assert found[P.FAST].missing >= full.missing
     relax = {use.shape.type for use in found[P.RELAX].uncovered}
@@ -230,17 +229,17 @@ def first_request_kernels(made: Scenario) -> set[Kernel]:
     }
 
 
-def test_with_one_stage_pp_parallel_is_none() -> None:
+def test_pp_parallel_equals_none_with_a_single_stage() -> None:
     made = few_layers(pp=1, tp=2, max_tokens=256)
     none, parallel = (coverage(replace(made, policy=each)) for each in (P.NONE, P.PP_PARALLEL))
     assert parallel.compiled == none.compiled == first_request_kernels(made)
     assert parallel.uncovered == none.uncovered
 
 
-# -- proofs ---------------------------------------------------------------------------------------
+# -- nodes ----------------------------------------------------------------------------------------
 
 
-def test_stages_of_nodes() -> None:
+def test_node_stages_lists_the_stages_of_each_node() -> None:
     def stages(nodes: int, **layout: int) -> list[tuple[int, ...]]:
         parallel = ParallelConfig(nodes=nodes, **layout)
         return [node_stages(parallel, node) for node in range(nodes)]
@@ -252,7 +251,7 @@ def test_stages_of_nodes() -> None:
     assert stages(2, pp=2, tp=1, replicas=2) == [(0, 1), (0, 1)]
 
 
-def test_a_nodes_proof() -> None:
+def test_node_coverage_lists_what_would_compile() -> None:
     made = tiny()
     plan = plan_of(made)
     needed = [item for item in plan.kernels if 1 in item.stages]

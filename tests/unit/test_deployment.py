@@ -1,4 +1,4 @@
-"""Deployments: every call that a forward makes is planned, and every M has its reason."""
+"""Demands of a deployment: every GEMM call of a forward is planned, and no other M."""
 
 from dataclasses import replace
 from functools import cache
@@ -76,7 +76,7 @@ def planned(index: int) -> tuple[Scenario, frozenset[Kernel]]:
     tokens=st.integers(1, 12000) | st.integers(1, 300),
     mode=st.sampled_from([ForwardMode.EXTEND, ForwardMode.DECODE]),
 )
-def test_a_forward_of_any_size_runs_planned_kernels_only(
+def test_forward_of_any_size_runs_only_planned_kernels(
     index: int, tokens: int, mode: ForwardMode
 ) -> None:
     made, kernels = planned(index)
@@ -93,7 +93,7 @@ def test_a_forward_of_any_size_runs_planned_kernels_only(
 
 
 def by_type(made: Scenario) -> dict[T, list[tuple[int, int]]]:
-    """(first, last) M of each demand, by type."""
+    """(first, last) M of each demand, by GEMM type."""
     found: dict[T, list[tuple[int, int]]] = {}
     for demand in demands(made):
         found.setdefault(demand.shape.type, []).append((demand.ms[0], demand.ms[-1]))
@@ -112,7 +112,7 @@ def test_m_limits_follow_from_the_deployment() -> None:
     assert T.FP8_MQA_LOGITS in by_type(deployment(max_tokens=8192, tp=2))
 
 
-def test_graph_batch_sizes_bound_a_decode_node() -> None:
+def test_decode_node_plans_only_its_decode_batch_sizes() -> None:
     sizes = (1, 2, 4, 8)
     node = deployment(decode_batch_sizes=sizes, disaggregation=DisaggregationMode.DECODE, tp=2)
     for demand in demands(node):
@@ -120,18 +120,18 @@ def test_graph_batch_sizes_bound_a_decode_node() -> None:
     assert T.GROUPED_GEMM_NT_F8F8BF16_CONTIG not in by_type(node)
 
 
-def test_a_prefill_node_has_no_masked_experts() -> None:
+def test_prefill_node_plans_no_masked_gemms() -> None:
     node = deployment(disaggregation=DisaggregationMode.PREFILL, tp=2)
     assert T.GROUPED_GEMM_NT_F8F8BF16_MASKED not in by_type(node)
     assert T.GROUPED_GEMM_NT_F8F8BF16_CONTIG in by_type(node)
 
 
-def test_types_that_something_else_serves_are_left_out() -> None:
+def test_excluded_gemm_types_are_not_planned() -> None:
     made = deployment(without=frozenset({T.PAGED_MQA_LOGITS_METADATA}), tp=2)
     assert T.PAGED_MQA_LOGITS_METADATA not in by_type(made)
 
 
-def test_a_reduced_sm_count_is_a_second_set() -> None:
+def test_reduced_sm_count_adds_a_second_set_of_demands() -> None:
     plain, overlapped = deployment(tp=2), deployment(tp=2, reduced_num_sms=(112,))
     once, twice = demands(plain), demands(overlapped)
     extra = [demand for demand in twice if demand.shape.num_sms == 112]
@@ -141,19 +141,19 @@ def test_a_reduced_sm_count_is_a_second_set() -> None:
     assert all(demand.shape.type is not T.TF32_HC_PRENORM_GEMM for demand in extra)
 
 
-def test_a_strategy_that_leaves_sms_adds_its_modes_kernels() -> None:
+def test_overlap_strategy_with_comm_sms_adds_demands_of_its_mode() -> None:
     plain, overlapped = deployment(tp=2), deployment(tp=2, overlap=OVERLAP)
     once, twice = demands(plain), demands(overlapped)
     masked = {demand.shape: demand.ms for demand in twice if demand.shape.type in MASKED_TYPES}
     assert [demand for demand in twice if demand.shape.num_sms == 132] == [
         replace(demand, ms=masked.get(demand.shape, demand.ms)) for demand in once
     ]
-    # DECODE of up to 2048 tokens runs the experts of a sequence alone and of halves.
+    # Overlapped DECODE of up to 2048 tokens runs experts on half batches, so fewer rows.
     of_once = {d.shape: d.ms for d in once if d.shape.type in MASKED_TYPES}
     assert {(ms[-1], masked[shape][-1]) for shape, ms in of_once.items()} == {(42, 24)}
     extra = [demand for demand in twice if demand.shape.num_sms != 132]
     assert {demand.shape.num_sms for demand in extra} == {132 - COMM_SMS}
-    # Half of an EXTEND of up to 2048 tokens; DECODE, which alone has masked experts, keeps all SMs.
+    # EXTEND halves use fewer SMs. DECODE, the only mode with masked experts, keeps all SMs.
     assert {demand.shape.type for demand in once} - {demand.shape.type for demand in extra} == {
         T.TF32_HC_PRENORM_GEMM,
         T.GROUPED_GEMM_NT_F8F8BF16_MASKED,
@@ -162,7 +162,7 @@ def test_a_strategy_that_leaves_sms_adds_its_modes_kernels() -> None:
     assert dense and all(demand.ms == tuple(range(1, 2048)) for demand in dense)
 
 
-def test_blocks_of_tokens_have_a_share_of_the_rows() -> None:
+def test_all_to_all_moe_ranks_plan_their_share_of_the_tokens() -> None:
     made = deployment(tp=4, moe_a2a=True, max_tokens=1000)
     shapes = {
         (demand.shape.type, demand.shape.n, demand.shape.k): demand.ms[-1]
@@ -174,8 +174,8 @@ def test_blocks_of_tokens_have_a_share_of_the_rows() -> None:
     assert (T.GEMM_NT_F8F8BF16, 1024, 4096) not in shapes  # and no slice of them
 
 
-def test_every_planned_row_comes_of_some_forward() -> None:
-    """But for contiguous experts, whose rows the routing decides."""
+def test_planned_m_equals_m_of_all_possible_forwards() -> None:
+    """Except for contiguous experts, whose M depends on routing."""
     limit = 24
     made = deployment(
         tp=4, moe_a2a=True, ep=True, max_tokens=limit, overlap=(STRATEGIES["deepseek-prefill"],)
@@ -193,10 +193,10 @@ def test_every_planned_row_comes_of_some_forward() -> None:
 @pytest.mark.parametrize("sizes", [(2,), (9,), (1, 5), (2, 64), (100,), (4001,)])
 @pytest.mark.parametrize(("model", "pp"), [("dsv4", 1), ("dsv3", 1), ("dsv3", 2)])
 @pytest.mark.parametrize("sms", [0, 20])
-def test_a_decode_node_that_overlaps_is_planned_exactly(
+def test_decode_node_with_overlap_plans_exactly_its_calls(
     sizes: tuple[int, ...], model: str, pp: int, sms: int
 ) -> None:
-    """Dense layers run the whole batch, layers with experts its halves."""
+    """Dense layers run the whole batch, layers with experts run half batches."""
     overlap = (replace(STRATEGIES["deepseek-decode"], comm_sms=sms),)
     made = deployment(
         model,
@@ -230,13 +230,13 @@ def test_a_decode_node_that_overlaps_is_planned_exactly(
     planned = {(demand.shape, m) for demand in demands(made) for m in demand.ms}
     contiguous = {pair for pair in planned if pair[0].type in CONTIGUOUS_TYPES}
     rows = {pair for pair in called if pair[0].type not in CONTIGUOUS_TYPES}
-    # With fewer tokens than two blocks a dense layer's GEMM may look like a block's.
+    # For small batches a dense layer may have the GEMM shape and M of an expert layer.
     assert rows <= planned and (planned - contiguous == rows or max(sizes) < 4 * made.parallel.tp)
     assert {pair for pair in called if pair[0].type in CONTIGUOUS_TYPES} <= contiguous
 
 
 def calls_of_every_forward(made: Scenario, limit: int) -> set[KernelCall]:
-    """DECODE of any size, EXTEND of one prompt and of two of any lengths."""
+    """Calls of DECODE of any size and of EXTEND of one or two prompts of any length."""
     recorder = ScheduleRecorder()
     runner = ModelRunner.build(
         made.model,
@@ -253,7 +253,7 @@ def calls_of_every_forward(made: Scenario, limit: int) -> set[KernelCall]:
     return {op for op in recorder.ops if isinstance(op, KernelCall)}
 
 
-def test_context_parallel_ranks_project_their_own_tokens_only() -> None:
+def test_context_parallel_rank_plans_attention_for_its_own_tokens() -> None:
     made = deployment(max_tokens=1000, tp=4, attn_cp=2, disaggregation=DisaggregationMode.PREFILL)
     last = {
         demand.shape.n: demand.ms[-1]
@@ -264,11 +264,11 @@ def test_context_parallel_ranks_project_their_own_tokens_only() -> None:
     assert last[1024] == 1000  # shared experts' gate_up
 
 
-def test_stages_know_what_they_run() -> None:
+def test_demands_name_the_stages_that_run_them() -> None:
     found = {
         demand.shape: demand.stages for demand in demands(deployment(pp=5, tp=2, max_tokens=256))
     }
-    # Layers 0 and 1 slide a window only, layers 2 to 4 compress by 4, 128, 4.
+    # Layers 0 and 1 have sliding-window attention only; layers 2 to 4 compress by 4, 128, 4.
     compressed = [stages for shape, stages in found.items() if shape.n == 8192]
     assert compressed == [(2, 4)]
 
@@ -285,21 +285,23 @@ def test_stages_know_what_they_run() -> None:
         ({"tp": 3}, "tp=3 must divide"),
     ],
 )
-def test_bad_deployments_are_one_line(values: dict[str, Any], message: str) -> None:
+def test_invalid_deployment_is_a_one_line_error(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         deployment(**values)
     assert message in str(caught.value)
 
 
 @given(st.integers(1, 256), st.sampled_from([4096, 7168]), st.sampled_from([256, 1024, 2048]))
-def test_the_masked_limit_is_the_last_that_fits(experts: int, hidden: int, width: int) -> None:
+def test_masked_token_limit_is_the_largest_that_fits_the_budget(
+    experts: int, hidden: int, width: int
+) -> None:
     limit = masked_token_limit(experts, hidden, width)
     assert masked_bytes(experts, masked_rows(limit + 1), hidden, width) > MASKED_BUDGET
     if limit:
         assert masked_bytes(experts, masked_rows(limit), hidden, width) <= MASKED_BUDGET
 
 
-def test_dsv4_at_tp_2_whole() -> None:
+def test_number_of_kernels_of_dsv4_with_pp_4_and_tp_2() -> None:
     made = Scenario(model=PRESETS["dsv4"], parallel=ParallelConfig(pp=4, tp=2))
     plan = make_plan(demands(made), RULES)
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""CUDA graphs, where a GPU is only pretended."""
+"""CUDA graph capture, on a CPU and with a mocked GPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def failing_with(error: Exception) -> Callable[[], None]:
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> object:
+def mocked_gpu(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return torch.device("cuda")
 
 
-def test_on_a_cpu_the_forward_runs_once_more() -> None:
+def test_capture_on_cpu_just_runs_the_forward() -> None:
     runs: list[int] = []
     device = Device(torch.device("cpu"), "gloo")
     device.capture(lambda: runs.append(1))
@@ -38,16 +38,16 @@ def test_on_a_cpu_the_forward_runs_once_more() -> None:
         device.capture(failing_with(RuntimeError("in the forward")))
 
 
-def test_a_forward_that_no_graph_can_hold_is_one_line(pretended_gpu: object) -> None:
+def test_failed_graph_capture_is_a_one_line_error(mocked_gpu: object) -> None:
     error = RuntimeError("CUDA error: not permitted\nframe #0")
     with pytest.raises(UserError) as caught:
-        capture_graph(pretended_gpu, failing_with(error))
+        capture_graph(mocked_gpu, failing_with(error))
     assert str(caught.value) == (
         "this forward cannot be captured as a CUDA graph: CUDA error: not permitted"
     )
 
 
-def test_running_out_of_memory_stays_an_error_of_its_own(pretended_gpu: object) -> None:
+def test_out_of_memory_during_capture_is_raised_unchanged(mocked_gpu: object) -> None:
     error = torch.OutOfMemoryError("Tried to allocate 2 GiB")
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
-        capture_graph(pretended_gpu, failing_with(error))
+        capture_graph(mocked_gpu, failing_with(error))

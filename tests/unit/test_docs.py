@@ -1,4 +1,4 @@
-"""Output shown in the docs is output that the commands give: each golden block, word for word."""
+"""The docs show real command output: golden blocks, transcripts, links and API examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocks() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("document", "name", "text"), blocks(), ids=lambda text: text[:20])
-def test_golden_output(
+def test_golden_block_is_output_of_its_command(
     document: str,
     name: str,
     text: str,
@@ -44,26 +44,26 @@ def test_golden_output(
     assert text.strip("\n") and text.strip("\n") in tidy(shown)
 
 
-def test_every_golden_command_is_shown_and_no_other() -> None:
+def test_golden_blocks_and_golden_commands_correspond() -> None:
     assert {name for _, name, _ in blocks()} == {*COMMANDS, *SCRIPTS}
 
 
 def transcripts() -> list[tuple[str, str]]:
-    """(document, text) of every transcript: commands after ``$``, each with what it printed."""
+    """(document, text) of every transcript: commands after ``$``, each with its output."""
     return [
         (path.name, text) for path in DOCUMENTS for text in TRANSCRIPT.findall(path.read_text())
     ]
 
 
 def masked(text: str) -> str:
-    """Without what a machine decides: seconds, sizes and keys."""
+    """The text without figures that depend on the machine: seconds, sizes and keys."""
     lines = (line.rstrip() for line in tidy(MEASURED_NUMBER.sub("N", text)).splitlines())
     return "\n".join(line for line in lines if line)
 
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize(("document", "text"), transcripts(), ids=lambda text: text[:20])
-def test_transcripts(
+def test_transcript_commands_print_the_shown_output(
     document: str,
     text: str,
     tmp_path: Path,
@@ -80,11 +80,11 @@ def test_transcripts(
         assert masked(capsys.readouterr().out) == masked(shown), command
 
 
-def test_there_is_a_transcript() -> None:
+def test_only_deploying_md_has_a_transcript() -> None:
     assert [document for document, _ in transcripts()] == ["deploying.md"]
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_have_existing_targets() -> None:
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
             if not target.startswith("http"):
@@ -99,8 +99,10 @@ sys.exit(doctest.testfile(sys.argv[1], module_relative=False).failed > 0)
 
 
 @pytest.mark.nvcc
-def test_examples_of_the_api(nvcc_compiler: NvccCompiler, tmp_path: Path) -> None:
-    """They need what the base install brings, and for compiling nvcc and the library's headers."""
+def test_api_examples_run_without_torch_and_numpy(
+    nvcc_compiler: NvccCompiler, tmp_path: Path
+) -> None:
+    """They need only the base install; compiling also needs nvcc and the library's headers."""
     done = subprocess.run(
         [sys.executable, "-c", _RUN_EXAMPLES, ROOT / "docs/api.md"],
         cwd=tmp_path,

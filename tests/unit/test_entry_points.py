@@ -1,4 +1,4 @@
-"""The entry points on a CPU: around a false library, and around the reference."""
+"""DeepGemmWrapper on a CPU, around a mock library and around the reference library."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.unit.cpu_runner import on_reference  # noqa: E402
 from tests.unit.entry_calls import CALLS, GROUPS, N, masked  # noqa: E402
 
 
-class FalseLibrary(SimpleNamespace):
-    """Answers to any name with a function that notes its call."""
+class MockLibrary(SimpleNamespace):
+    """A library in which every name is a function that records its call."""
 
     def __init__(self) -> None:
         super().__init__(called=[])
@@ -29,28 +29,28 @@ class FalseLibrary(SimpleNamespace):
         return function
 
 
-def test_the_calls_here_are_all_there_are() -> None:
+def test_every_public_entry_point_is_tested_here() -> None:
     names = {name for name, made in vars(DeepGemmWrapper).items() if callable(made)}
     assert {name for name in names if name[0] != "_"} == {*CALLS, "configure_deep_gemm_num_sms"}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_rows_reach_the_library(name: str) -> None:
-    library = FalseLibrary()
+def test_entry_point_with_rows_calls_the_library_once(name: str) -> None:
+    library = MockLibrary()
     getattr(DeepGemmWrapper(library), name)(*CALLS[name](4))
     assert len(library.called) == 1
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_without_rows_an_entry_point_returns_at_once(name: str) -> None:
-    library = FalseLibrary()
+def test_entry_point_without_rows_does_not_call_the_library(name: str) -> None:
+    library = MockLibrary()
     made = getattr(DeepGemmWrapper(library), name)(*CALLS[name](0))
     assert library.called == []
-    assert_nothing(name, made)
+    assert_empty_result(name, made)
 
 
-def assert_nothing(name: str, made: torch.Tensor | None) -> None:
-    """What a call without rows returns has the shape and type of any call's result."""
+def assert_empty_result(name: str, made: torch.Tensor | None) -> None:
+    """A result without rows has the usual width and type."""
     if name == "get_paged_mqa_logits_metadata":
         assert made is not None and made.shape == (133, 2) and made.dtype == torch.int32
         assert not made.any()
@@ -61,7 +61,7 @@ def assert_nothing(name: str, made: torch.Tensor | None) -> None:
         assert made is None
 
 
-def test_a_masked_call_that_expects_no_row_writes_none() -> None:
+def test_masked_gemm_with_expected_m_0_writes_nothing() -> None:
     """The library refuses an expected M of 0."""
     lhs, rhs, _, used, _ = masked(4)
     out = torch.full((GROUPS, 4, N), 7.0)
@@ -71,7 +71,7 @@ def test_a_masked_call_that_expects_no_row_writes_none() -> None:
     assert bool((out[0] != 7).any()) and bool((out[1] == 7).all())
 
 
-def test_sms_are_limited_inside_the_block_only() -> None:
+def test_sm_limit_is_restored_after_the_block() -> None:
     limits: list[int] = []
     library = SimpleNamespace(get_num_sms=lambda: 132, set_num_sms=limits.append)
     points = DeepGemmWrapper(library)
@@ -87,7 +87,7 @@ def test_sms_are_limited_inside_the_block_only() -> None:
 
 
 def with_modes(mode: int = 0, *, without: tuple[str, ...] = ()) -> SimpleNamespace:
-    """A library with a mode; ``calls`` are the modes that it was set to."""
+    """A mock library with a compile mode; ``calls`` records the modes it was set to."""
     made = SimpleNamespace(mode=mode, calls=[])
 
     def set_compile_mode(new: int) -> None:
@@ -102,7 +102,7 @@ def with_modes(mode: int = 0, *, without: tuple[str, ...] = ()) -> SimpleNamespa
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_the_compile_mode_is_restored(before: int) -> None:
+def test_compile_only_restores_the_previous_mode(before: int) -> None:
     library = with_modes(before)
     with pytest.raises(KeyError, match="walk"), compile_only(library):
         assert library.mode == COMPILE_ONLY == 1
@@ -115,7 +115,7 @@ def test_the_compile_mode_is_restored(before: int) -> None:
     [("get_compile_mode",), ("set_compile_mode",), ("get_compile_mode", "set_compile_mode")],
     ids=" ".join,
 )
-def test_a_library_without_modes_launches_as_ever(without: tuple[str, ...]) -> None:
+def test_compile_only_does_nothing_if_library_has_no_modes(without: tuple[str, ...]) -> None:
     library = with_modes(without=without)
     with compile_only(library):
         assert library.mode == 0

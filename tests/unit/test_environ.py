@@ -26,7 +26,7 @@ def value_of(variable: str, text: str) -> object:
     return getattr(Environ.read({variable: text}), VARIABLES[variable].name)
 
 
-def test_every_variable_is_of_a_known_kind() -> None:
+def test_known_environment_variables_and_their_types() -> None:
     assert sorted([*BOOLEANS, *INTEGERS, *STRINGS, ALGORITHM]) == sorted(VARIABLES)
     assert sorted(VARIABLES) == [
         "CUDA_HOME",
@@ -63,7 +63,7 @@ def test_every_variable_is_of_a_known_kind() -> None:
     ]
 
 
-def test_defaults() -> None:
+def test_unset_variables_have_defaults() -> None:
     environ = Environ.read({})
     assert environ == Environ()
     on = {name for name in BOOLEANS if getattr(environ, VARIABLES[name].name)}
@@ -85,7 +85,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("variable", BOOLEANS)
-def test_booleans(variable: str) -> None:
+def test_boolean_variables_accept_common_spellings(variable: str) -> None:
     for text in ("true", "1", "yes", "y", "t", "on", "TRUE", "On", " 1 "):
         assert value_of(variable, text) is True
     for text in ("false", "0", "no", "n", "f", "off", "False", "NO"):
@@ -94,7 +94,7 @@ def test_booleans(variable: str) -> None:
 
 @pytest.mark.parametrize("variable", BOOLEANS)
 @pytest.mark.parametrize("text", ["", "2", "maybe"])
-def test_bad_boolean(variable: str, text: str) -> None:
+def test_invalid_boolean_is_refused(variable: str, text: str) -> None:
     with pytest.raises(UserError) as caught:
         value_of(variable, text)
     assert str(caught.value) == (
@@ -103,7 +103,7 @@ def test_bad_boolean(variable: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("variable", INTEGERS)
-def test_integers(variable: str) -> None:
+def test_integer_variables_are_parsed_or_refused(variable: str) -> None:
     assert value_of(variable, "17") == 17
     for text in ("", "x", "1.5"):
         with pytest.raises(UserError) as caught:
@@ -112,30 +112,24 @@ def test_integers(variable: str) -> None:
 
 
 @pytest.mark.parametrize("variable", STRINGS)
-def test_strings(variable: str) -> None:
+def test_string_variables_are_taken_unchanged(variable: str) -> None:
     assert value_of(variable, "some text") == "some text"
 
 
-def test_pp_layer_partition() -> None:
-    assert Environ.read({}).pp_layer_partition == ""
-    environ = Environ.read({"SGLANG_PP_LAYER_PARTITION": "10,11,11,11"})
-    assert environ.pp_layer_partition == "10,11,11,11"
-
-
 @pytest.mark.parametrize("algo", Bf16Fp32Algo, ids=lambda algo: algo.value)
-def test_gemm_algorithms(algo: Bf16Fp32Algo) -> None:
+def test_gemm_algorithm_variable_accepts_each_algorithm(algo: Bf16Fp32Algo) -> None:
     assert value_of(ALGORITHM, algo.value) is algo
 
 
-def test_the_gemm_algorithm_is_deep_gemm_where_none_is_named() -> None:
-    """SGLang's own default is cublas; ours is the larger set of kernels."""
+def test_default_gemm_algorithm_is_deep_gemm() -> None:
+    """SGLang's default is cublas; deep_gemm needs the larger set of kernels."""
     assert Environ.read({}).bf16_fp32_algo is Bf16Fp32Algo.DEEP_GEMM
     assert value_of(ALGORITHM, "") is Bf16Fp32Algo.DEEP_GEMM
 
 
 @pytest.mark.parametrize("text", ["fast", "hpc", "DEEP_GEMM", " cublas"])
-def test_unknown_gemm_algorithm(text: str) -> None:
-    """``hpc`` is SGLang's name for a library that is not supported here."""
+def test_unknown_gemm_algorithm_is_refused(text: str) -> None:
+    """SGLang also knows ``hpc``, a library that is not supported here."""
     with pytest.raises(UserError) as caught:
         value_of(ALGORITHM, text)
     assert str(caught.value) == (
@@ -149,14 +143,14 @@ OLD_NAMES = {
 
 
 def two_values(variable: str) -> tuple[str, str]:
-    """Two texts that the variable takes; the first is not its default."""
+    """Two valid values of a variable; the first is not its default."""
     if variable in BOOLEANS:
         return ("0", "1") if VARIABLES[variable].default is True else ("1", "0")
     return "torch", "cublas"
 
 
 @pytest.mark.parametrize("old", OLD_NAMES)
-def test_old_names_warn_and_are_used(old: str) -> None:
+def test_deprecated_names_are_used_with_a_warning(old: str) -> None:
     new = OLD_NAMES[old]
     text, _ = two_values(new)
     with pytest.warns(UserWarning) as caught:
@@ -167,7 +161,7 @@ def test_old_names_warn_and_are_used(old: str) -> None:
 
 
 @pytest.mark.parametrize("old", OLD_NAMES)
-def test_the_new_name_wins(old: str) -> None:
+def test_new_name_overrides_the_deprecated_one(old: str) -> None:
     new = OLD_NAMES[old]
     kept, ignored = two_values(new)
     with pytest.warns(UserWarning) as caught:
@@ -178,19 +172,19 @@ def test_the_new_name_wins(old: str) -> None:
     assert environ == Environ.read({new: kept})
 
 
-def test_bad_value_under_an_old_name() -> None:
+def test_invalid_value_of_deprecated_name_is_refused() -> None:
     with pytest.warns(UserWarning), pytest.raises(UserError) as caught:
         Environ.read({"SGL_DG_USE_NVRTC": "maybe"})
     assert str(caught.value).startswith("SGLANG_DG_USE_NVRTC='maybe' is not a boolean")
 
 
-def test_other_variables_are_left_alone() -> None:
+def test_unknown_variables_are_ignored() -> None:
     environment = {"SGL_UNKNOWN": "1", "SGLANG_UNKNOWN": "?", "DG_JIT_UNKNOWN": "?", "USER": "me"}
     assert Environ.read(environment) == Environ()
     assert sorted(environment) == ["DG_JIT_UNKNOWN", "SGLANG_UNKNOWN", "SGL_UNKNOWN", "USER"]
 
 
-def test_cache_directory() -> None:
+def test_cache_directory_defaults_to_home_and_prefers_sglang_variable() -> None:
     def chosen(**values: str) -> str:
         return Environ(home="/home/me", **values).jit_cache_dirs
 
@@ -199,7 +193,7 @@ def test_cache_directory() -> None:
     assert chosen(dg_jit_cache_dir="/dg", sglang_dg_cache_dir="/sgl") == "/sgl"
 
 
-def test_a_reading_is_a_value() -> None:
+def test_environ_is_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         Environ().rank = 3  # type: ignore[misc]
 
@@ -215,7 +209,7 @@ def test_a_reading_is_a_value() -> None:
         ({}, 64),
     ],
 )
-def test_a_containers_quota_limits_the_cores(
+def test_container_cpu_quota_limits_available_cores(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))

@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Exit codes and error lines of commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ending_with(error: BaseException | None) -> click.Command:
         (click.Abort(), 130, "error: interrupted\n"),
     ],
 )
-def test_errors_and_warnings_are_one_line_each(
+def test_error_and_warning_are_one_line_each_with_exit_code(
     error: BaseException | None, code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_guarded(ending_with(error), [], program="runner") == code
@@ -40,7 +40,7 @@ def test_errors_and_warnings_are_one_line_each(
 
 
 @pytest.mark.parametrize("error", [None, UserError("bad"), ValueError("a bug")])
-def test_a_command_leaves_warnings_to_its_caller(error: Exception | None) -> None:
+def test_run_guarded_restores_warning_handler(error: Exception | None) -> None:
     before = warnings.showwarning
     with contextlib.suppress(ValueError):
         run_guarded(ending_with(error), [], program="runner")

@@ -1,4 +1,4 @@
-"""Writing what a user asked for."""
+"""Writing JSON files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from runner.files import write_json
 
 
 @pytest.mark.parametrize("number", [nan, inf, -inf])
-def test_what_json_has_no_word_for_is_not_written(number: float, tmp_path: Path) -> None:
+def test_non_finite_numbers_are_not_written(number: float, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with pytest.raises(UserError, match=f"^cannot write {path}: ") as caught:
         write_json(path, {"seconds": [1.5, number]})
     assert "\n" not in str(caught.value) and not path.exists()
 
 
-def test_on_one_line_unless_asked(tmp_path: Path) -> None:
+def test_json_is_written_on_one_line_unless_indented(tmp_path: Path) -> None:
     data = {"a": [1, None], "b": "x"}
     write_json(tmp_path / "short.json", data)
     write_json(tmp_path / "long.json", data, indent=1)
@@ -28,6 +28,6 @@ def test_on_one_line_unless_asked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "long.json").read_text()) == data
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_writing_json_to_a_directory_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^cannot write {tmp_path}: Is a directory"):
         write_json(tmp_path, {})

@@ -1,4 +1,4 @@
-"""What a run leaves: one Timeline of all ranks' records, and the logits."""
+"""Results of a run: one Timeline assembled from all ranks' records, and the logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runner.schedule import Compute, Mark
 from runner.timeline import Span
 
 
-def test_a_stall_is_a_compile_after_the_first_request_of_the_forward_that_it_delays() -> None:
+def test_stall_is_a_compile_attributed_to_the_forward_it_delays() -> None:
     served = [(30.0, "EXTEND 8"), (40.0, "DECODE 8")]
     spans = [
         Span(3, start, start + 1, "compile", "gemm", f"kernel {start:g}")
@@ -66,7 +66,7 @@ def made(**changes: Any) -> list[RankRecord]:
     return [zero, one]
 
 
-def test_a_timeline_begins_with_the_first_process() -> None:
+def test_assembled_timeline_starts_with_the_first_process() -> None:
     result = assemble(made(), SCENARIO, {"device": "cpu"})
     assert result.timeline.spans == (
         Span(0, 1.5, 2.5, "load", "x"),
@@ -77,7 +77,7 @@ def test_a_timeline_begins_with_the_first_process() -> None:
     assert result.timeline.world_size == 2
 
 
-def test_the_metadata_holds_the_run_its_coverage_and_its_stalls() -> None:
+def test_metadata_holds_scenario_coverage_and_stalls() -> None:
     meta = assemble(made(), SCENARIO, {"device": "cpu"}).timeline.meta
     assert meta == {
         **SCENARIO.timeline_meta(),
@@ -99,19 +99,19 @@ def test_coverage_comes_from_node_leaders_only() -> None:
     assert meta["coverage"] == COVERAGE[:1]
 
 
-def test_the_metadata_holds_the_least_memory_of_any_walk() -> None:
+def test_metadata_holds_the_smallest_walk_memory_of_any_rank() -> None:
     zero, one = made(walk_memory=5e9)
     assert assemble([zero, one], SCENARIO, {}).timeline.meta["walk_memory"] == 5e9
     less = RankRecord(zero.started, zero.spans, zero.ops, None, walk_memory=3e9)
     assert assemble([less, one], SCENARIO, {}).timeline.meta["walk_memory"] == 3e9
 
 
-# -- logits -----------------------------------------------------------------------------------
+# -- logits ---------------------------------------------------------------------------------------
 
 MADE = torch.tensor([[1.0, -2.5]], dtype=torch.bfloat16)
 
 
-def test_the_last_stages_first_rank_writes_the_logits_of_each_forward_as_fp32(
+def test_first_rank_of_last_stage_writes_logits_as_fp32(
     tmp_path: Path,
 ) -> None:
     for rank in range(4):
@@ -125,7 +125,7 @@ def test_the_last_stages_first_rank_writes_the_logits_of_each_forward_as_fp32(
     assert first.dtype == torch.float32
 
 
-def test_without_logits_or_a_path_there_is_no_file(tmp_path: Path) -> None:
+def test_no_file_is_written_without_logits_or_path(tmp_path: Path) -> None:
     Logits(tmp_path / "x.pt", ParallelConfig(), 0).save()
     nowhere = Logits(None, ParallelConfig(), 0)
     nowhere.keep(MADE)
@@ -133,7 +133,7 @@ def test_without_logits_or_a_path_there_is_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_logits_path_is_a_one_line_error(tmp_path: Path) -> None:
     logits = Logits(tmp_path / "none" / "x.pt", ParallelConfig(), 0)
     logits.keep(MADE)
     with pytest.raises(UserError, match=r"cannot write .*none/x\.pt"):

@@ -1,4 +1,4 @@
-"""Walks: lists of M, what is walked at first calls, on which ranks, and within which memory."""
+"""GEMM walks: lists of M, the hook that starts a walk at a first call, and memory limits."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ UPTO = range(1, 16385)
         (100000, 131072),
     ],
 )
-def test_full_list(chunked: int, last: int) -> None:
+def test_full_m_list_depends_on_chunk_size(chunked: int, last: int) -> None:
     assert full_m_list(chunked) == range(1, last + 1)
 
 
-def upstreams_fast_list(chunked: int) -> list[int]:
-    """SGLang 0.5.23's algorithm, word for word in what it does: lists that are joined and sorted.
+def sglang_fast_list(chunked: int) -> list[int]:
+    """SGLang 0.5.23's algorithm, step by step.
 
-    An octave is sampled to its end even where the largest prefill lies within it.
+    An octave is sampled to its end, even if the largest prefill lies within it.
     """
     ms = list(range(1, 1024 + 1))
     largest = 16 * 1024 if chunked < 1 else min(chunked, 32 * 1024)
@@ -65,11 +65,11 @@ def upstreams_fast_list(chunked: int) -> list[int]:
 
 
 @given(st.integers(-1, 200000) | st.sampled_from([2**n + d for n in range(18) for d in (-1, 0, 1)]))
-def test_fast_list_is_upstreams(chunked: int) -> None:
-    assert list(fast_m_list(chunked)) == upstreams_fast_list(chunked)
+def test_fast_m_list_equals_sglangs(chunked: int) -> None:
+    assert list(fast_m_list(chunked)) == sglang_fast_list(chunked)
 
 
-def test_relax_list() -> None:
+def test_relax_m_list_has_powers_multiples_and_full_waves() -> None:
     listed = relax_m_list(300, 32, 132)
     assert listed[:11] == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
     assert set(range(64, 301, 64)) <= set(listed)
@@ -78,7 +78,7 @@ def test_relax_list() -> None:
     assert 528 in relax_m_list(16384, 256, 132)
 
 
-def test_relax_walks_dense_and_contiguous_gemms_only() -> None:
+def test_relax_applies_to_dense_and_contiguous_gemms_only() -> None:
     ms = range(128, 8193, 128)
     assert relaxed_ms(CONTIGUOUS, ms, 4096) == ms
     assert relaxed_ms(DENSE, range(1, 4097), 4096) == relax_m_list(4096, 4096, 132)
@@ -89,12 +89,12 @@ def test_relax_walks_dense_and_contiguous_gemms_only() -> None:
 # -- steps ----------------------------------------------------------------------------------------
 
 
-def test_steps() -> None:
+def test_steps_of_compress_a_list_of_m() -> None:
     assert steps_of(()) == steps_of(range(0)) == ()
     assert steps_of([7]) == ((7, 7, 1),)
     assert steps_of(range(128, 1000, 128)) == ((128, 896, 128),)
     assert steps_of([1, 2, 3, 5, 7, 100]) == ((1, 3, 1), (5, 7, 2), (100, 100, 1))
-    # 1..1024, three octaves, and the largest: what a Schedule holds of 2560 values.
+    # 2560 values (1..1024 and three octaves) as a Schedule holds them.
     assert steps_of(fast_m_list(8192)) == (
         (1, 1024, 1),
         (1026, 2048, 2),
@@ -111,18 +111,18 @@ def test_steps_hold_exactly_the_values(values: list[int]) -> None:
 # -- the execution hook ---------------------------------------------------------------------------
 
 
-def test_a_key_is_walked_at_its_first_call_only() -> None:
+def test_gemm_is_walked_at_its_first_call_only() -> None:
     hook = ExecutionHook(UPTO)
     assert hook.before(DENSE.call(5)) == (Walk(DENSE, ((1, 16384, 1),)),)
     assert hook.before(DENSE.call(5)) == hook.before(DENSE.call(7)) == ()
 
 
-def test_nothing_is_walked_without_a_list_or_off_the_node_leader() -> None:
+def test_walks_happen_only_with_a_list_and_on_the_node_leader() -> None:
     for hook in (ExecutionHook(), ExecutionHook(UPTO, is_node_leader=False)):
         assert hook.before(DENSE.call(5)) == hook.before(HC.call(5)) == ()
 
 
-def test_einsum_logits_and_types_of_newer_libraries_are_not_walked() -> None:
+def test_gemm_types_that_are_not_walked() -> None:
     others = set(T) - HOOKED_TYPES
     assert others == {
         T.GEMM_NT_BF16BF16BF16,
@@ -139,7 +139,7 @@ def test_einsum_logits_and_types_of_newer_libraries_are_not_walked() -> None:
         assert ExecutionHook(UPTO).before(KernelCall(kind, 8, 64, 128, 1, 132)) == ()
 
 
-def test_a_contiguous_gemm_is_walked_with_whole_blocks() -> None:
+def test_contiguous_gemm_is_walked_with_multiples_of_128_rows() -> None:
     assert ExecutionHook(range(1, 1025)).before(CONTIGUOUS.call(128)) == (
         Walk(CONTIGUOUS, ((128, 1024, 128),)),
     )
@@ -150,7 +150,7 @@ def test_a_contiguous_gemm_is_walked_with_whole_blocks() -> None:
     assert ExecutionHook(range(1, 128)).before(CONTIGUOUS.call(128)) == ()
 
 
-def test_each_number_of_splits_is_walked_once() -> None:
+def test_hyper_connection_gemm_is_walked_once_per_number_of_splits() -> None:
     hook = ExecutionHook(UPTO)
     walks = hook.before(HC.call(5))
     firsts: dict[int, int] = {}
@@ -162,7 +162,7 @@ def test_each_number_of_splits_is_walked_once() -> None:
         Walk(GemmShape(HC.type, HC.n, HC.k, splits, HC.num_sms), ((m, m, 1),))
         for splits, m in firsts.items()
     )
-    # Another number of splits is the same key.
+    # A different number of splits does not make it a new GEMM.
     assert hook.before(GemmShape(HC.type, HC.n, HC.k, 1, 132).call(9000)) == ()
     assert len(hook.before(GemmShape(HC.type, HC.n, 2048, 8, 132).call(5))) > 1
 
@@ -174,7 +174,7 @@ def walked(budget: float, ms: Sequence[int]) -> tuple[Sequence[int], list[str]]:
     return list(expand(walk.steps)), warnings
 
 
-def test_a_walk_that_fits_is_whole() -> None:
+def test_walk_that_fits_in_memory_is_complete() -> None:
     assert walked(walk_bytes(DENSE, 16384), UPTO) == (list(UPTO), [])
 
 
@@ -184,7 +184,7 @@ def test_a_walk_that_fits_is_whole() -> None:
         (walk_bytes(DENSE, 16384) - 1, 16384, 8192),
         (walk_bytes(DENSE, 8192), 16384, 8192),
         (walk_bytes(DENSE, 8192) - 1, 16384, 4096),
-        # It halves while it is above 2048, and then is tried all the same.
+        # M is halved only while it is above 2048; below that the walk runs anyway.
         (walk_bytes(DENSE, 2048) - 1, 16384, 2048),
         (0, 2049, 1024),
         (0, 3001, 1500),
@@ -192,7 +192,7 @@ def test_a_walk_that_fits_is_whole() -> None:
         (0, 64, 64),
     ],
 )
-def test_the_largest_m_halves_until_it_fits(budget: int, last: int, most: int) -> None:
+def test_largest_m_of_a_walk_is_halved_until_it_fits(budget: int, last: int, most: int) -> None:
     found, warnings = walked(budget, range(1, last + 1))
     assert found == list(range(1, most + 1))
     assert warnings == [
@@ -202,7 +202,7 @@ def test_the_largest_m_halves_until_it_fits(budget: int, last: int, most: int) -
     ]
 
 
-def test_memory_is_asked_for_before_each_walk_only() -> None:
+def test_free_memory_is_queried_once_per_walk() -> None:
     asked: list[int] = []
 
     def budget() -> float:
@@ -218,7 +218,7 @@ def test_memory_is_asked_for_before_each_walk_only() -> None:
 # -- memory ---------------------------------------------------------------------------------------
 
 Buffer = tuple[int, tuple[int, ...]]
-"""Bytes of an element, and the shape."""
+"""Bytes per element, and the shape."""
 
 
 def blocks(size: int) -> int:
@@ -226,7 +226,7 @@ def blocks(size: int) -> int:
 
 
 def buffers(kind: T, m: int, n: int, k: int, groups: int) -> list[Buffer]:
-    """What the warm-up of that type allocates, buffer by buffer."""
+    """The buffers that SGLang's warm-up of a GEMM type allocates."""
     padded = -(-m // 4) * 4
     scales = (blocks(n), blocks(k))
     rows: list[Buffer] = [(1, (m, k)), (4, (m, blocks(k))), (4, (padded, blocks(k)))]
@@ -259,6 +259,6 @@ size = st.integers(1, 20000)
 
 @pytest.mark.parametrize("kind", sorted(HOOKED_TYPES))
 @given(m=size, n=size, k=size, groups=st.integers(0, 300))
-def test_a_walk_takes_the_sum_of_its_buffers(kind: T, m: int, n: int, k: int, groups: int) -> None:
+def test_walk_bytes_is_the_sum_of_its_buffers(kind: T, m: int, n: int, k: int, groups: int) -> None:
     expected = sum(each * prod(shape) for each, shape in buffers(kind, m, n, k, groups))
     assert walk_bytes(GemmShape(kind, n, k, groups, 132), m) == expected

@@ -1,4 +1,4 @@
-"""Models by preset name and from config.json."""
+"""Loading models by preset name and from config.json."""
 
 import json
 from dataclasses import MISSING, asdict, fields, replace
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from runner.config.hf import from_hf, load_model, with_layers
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
-from runner.config.presets import DSV3, DSV4, DSV4_PRO, DSV4_TINY, PRESETS
+from runner.config.presets import DSV3, DSV4, PRESETS
 from runner.errors import UserError
 
 
 def hf_of(model: ModelConfig) -> dict[str, Any]:
-    """A config.json as published: flat, with fields that we do not know."""
+    """A config.json as published: flat, with additional unknown fields."""
     values = {**asdict(model), **asdict(model.moe)}
     del values["name"], values["moe"]
     if isinstance(model, Dsv4Config):
@@ -49,16 +49,16 @@ def message_of(name_or_path: str | Path) -> str:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_load_by_name(name: str) -> None:
+def test_load_model_accepts_preset_names(name: str) -> None:
     assert load_model(name) is PRESETS[name]
 
 
 @pytest.mark.parametrize("model", PRESETS.values(), ids=PRESETS)
-def test_a_file_gives_the_same_model_as_the_preset(model: ModelConfig) -> None:
+def test_published_config_gives_the_same_model_as_the_preset(model: ModelConfig) -> None:
     assert from_hf(hf_of(model), model.name) == model
 
 
-def test_names_of_loaded_models(tmp_path: Path) -> None:
+def test_model_is_named_after_its_folder_or_file(tmp_path: Path) -> None:
     data = hf_of(DSV4)
     write(tmp_path / "DeepSeek-V4.1" / "config.json", data)
     assert load_model(str(tmp_path / "DeepSeek-V4.1")).name == "DeepSeek-V4.1"
@@ -66,21 +66,21 @@ def test_names_of_loaded_models(tmp_path: Path) -> None:
     assert load_model(write(tmp_path / "flash.json", data)).name == "flash"
 
 
-def test_a_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_accepts_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "v4" / "config.json", hf_of(DSV4))
     monkeypatch.chdir(tmp_path / "v4")
     assert load_model("config.json") == replace(DSV4, name="v4")
     assert load_model(".") == replace(DSV4, name="v4")
 
 
-def test_one_entry_a_layer_is_enough() -> None:
+def test_surplus_compress_ratios_are_ignored() -> None:
     data = {**hf_of(DSV4), "compress_ratios": list(DSV4.compress_ratios)}
     assert from_hf(data, "dsv4") == DSV4
     data["compress_ratios"] += [0, 0, 0]
     assert from_hf(data, "dsv4") == DSV4
 
 
-def test_absent_and_null_fields_take_the_familys_defaults() -> None:
+def test_absent_and_null_fields_have_defaults() -> None:
     data = hf_of(DSV4)
     for name in ("hc_eps", "hc_mult", "scoring_func", "norm_topk_prob", "compress_rope_theta"):
         del data[name]
@@ -91,7 +91,7 @@ def test_absent_and_null_fields_take_the_familys_defaults() -> None:
     assert from_hf(v3, "dsv3").moe.scoring_func == "sigmoid"
 
 
-def test_values_are_taken_from_the_file() -> None:
+def test_values_in_the_file_override_defaults() -> None:
     changed = {
         "hc_mult": 2,
         "hc_sinkhorn_iters": 5,
@@ -115,7 +115,7 @@ def test_values_are_taken_from_the_file() -> None:
     assert isinstance(model.moe.swiglu_limit, float)
 
 
-def test_architectures_name_the_family_where_model_type_does_not() -> None:
+def test_family_is_taken_from_architectures_if_model_type_is_unknown() -> None:
     data = hf_of(DSV3)
     del data["model_type"]
     assert isinstance(from_hf(data, "x"), Dsv3Config)
@@ -123,18 +123,18 @@ def test_architectures_name_the_family_where_model_type_does_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["dsv5", "deepseek-ai/DeepSeek-V4-Flash", "missing/config.json"])
-def test_unknown_preset(name: str) -> None:
+def test_unknown_preset_is_refused(name: str) -> None:
     assert message_of(name) == (
         f"model {name!r} is not known: use one of dsv4, dsv4-pro, dsv3, dsv4-tiny, "
         "or a path to a config.json"
     )
 
 
-def test_directory_without_a_file(tmp_path: Path) -> None:
+def test_directory_without_config_json_is_refused(tmp_path: Path) -> None:
     assert message_of(tmp_path) == f"{tmp_path} holds no config.json"
 
 
-def test_unreadable_file(tmp_path: Path) -> None:
+def test_unreadable_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     path = tmp_path / "config.json"
     assert message_of(tmp_path) == f"{path} cannot be read: Is a directory"
@@ -142,7 +142,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
     assert message_of(below) == f"{below} cannot be read: Not a directory"
 
 
-def test_not_json(tmp_path: Path) -> None:
+def test_config_that_is_not_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("{hidden_size: 1}")
     assert message_of(path).startswith(f"{path} is not JSON: Expecting property name")
@@ -156,7 +156,7 @@ def test_not_json(tmp_path: Path) -> None:
     ("data", "shown"),
     [([], "[]"), ("x", '"x"'), (None, "null"), ([0] * 99, "[" + "0, " * 18 + "0,...")],
 )
-def test_not_an_object(tmp_path: Path, data: object, shown: str) -> None:
+def test_config_that_is_not_an_object_is_refused(tmp_path: Path, data: object, shown: str) -> None:
     path = write(tmp_path / "config.json", data)
     assert message_of(path) == f"{path} holds {shown}: a JSON object is needed"
 
@@ -173,7 +173,7 @@ def test_not_an_object(tmp_path: Path, data: object, shown: str) -> None:
         ({"model_type": "deepseek_v32", "architectures": [None, {}]}, '"deepseek_v32"'),
     ],
 )
-def test_unknown_model_type(tmp_path: Path, data: dict[str, Any], shown: str) -> None:
+def test_unknown_model_type_is_refused(tmp_path: Path, data: dict[str, Any], shown: str) -> None:
     path = write(tmp_path / "config.json", data)
     assert message_of(path) == (
         f"{path}: model_type {shown} is not known: use deepseek_v3 or deepseek_v4"
@@ -190,7 +190,7 @@ REQUIRED = [
 
 
 @pytest.mark.parametrize(("model", "field"), REQUIRED)
-def test_missing_field(tmp_path: Path, model: ModelConfig, field: str) -> None:
+def test_missing_field_is_refused_and_named(tmp_path: Path, model: ModelConfig, field: str) -> None:
     data = hf_of(model)
     del data[field]
     path = write(tmp_path / "config.json", data)
@@ -214,7 +214,7 @@ def test_missing_field(tmp_path: Path, model: ModelConfig, field: str) -> None:
         ("scoring_func", 3, "its 'scoring_func' is 3, not a word"),
         ("compress_ratios", 4, "its 'compress_ratios' is 4, not a list"),
         ("compress_ratios", [0, "4"], "its 'compress_ratios' is '4', not a whole number from 0 on"),
-        # What the configuration itself refuses names the file as well.
+        # Errors raised by the model configuration are prefixed with the file, too.
         ("hidden_size", 4100, "hidden_size=4100 must be a positive multiple of 128 (FP8 blocks)"),
         (
             "compress_ratios",
@@ -223,7 +223,9 @@ def test_missing_field(tmp_path: Path, model: ModelConfig, field: str) -> None:
         ),
     ],
 )
-def test_wrong_value(tmp_path: Path, field: str, value: object, message: str) -> None:
+def test_invalid_value_is_refused_and_named(
+    tmp_path: Path, field: str, value: object, message: str
+) -> None:
     path = write(tmp_path / "config.json", {**hf_of(DSV4), field: value})
     assert message_of(path) == f"{path}: {message}"
 
@@ -246,7 +248,7 @@ def test_any_value_of_any_field_loads_or_is_refused(field: str, value: object) -
 
 
 @given(st.sampled_from(sorted(PRESETS)), st.data())
-def test_with_layers_keeps_the_first(name: str, data: st.DataObject) -> None:
+def test_with_layers_keeps_the_first_layers(name: str, data: st.DataObject) -> None:
     model = PRESETS[name]
     n = data.draw(st.integers(1, model.num_hidden_layers))
     cut = with_layers(model, n)
@@ -263,12 +265,7 @@ def test_with_layers_keeps_the_first(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("n", [-1, 0, 44])
-def test_with_layers_outside(n: int) -> None:
+def test_with_layers_refuses_invalid_numbers(n: int) -> None:
     with pytest.raises(UserError) as caught:
         with_layers(DSV4, n)
     assert str(caught.value) == f"layers={n} of dsv4 must lie in 1..43"
-
-
-def test_with_all_layers_is_the_model() -> None:
-    assert with_layers(DSV4_PRO, 61) == DSV4_PRO
-    assert with_layers(DSV4_TINY, 3).compress_ratios == (0, 4, 128)

@@ -1,4 +1,4 @@
-"""Which installed library is found, what it is called, and its headers' hashes."""
+"""Finding the installed DeepGEMM library: its name, version, generation and header hashes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runner.kernels.installed import Library, find_library, include_hash, own_he
 
 
 def make_package(root: Path, version: str | None = None) -> Path:
-    """A folder that is laid out like a ``deep_gemm`` package; importing it fails."""
+    """A folder with the layout of a ``deep_gemm`` package that cannot be imported."""
     (root / "include" / "deep_gemm").mkdir(parents=True)
     (root / "__init__.py").write_text("raise RuntimeError('importing needs CUDA')\n")
     if version is not None:
@@ -24,7 +24,7 @@ def make_package(root: Path, version: str | None = None) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site-packages folder before the real one; its own deep_gemm and vllm hide others."""
+    """A site-packages folder in front of the real one, whose deep_gemm and vllm hide any others."""
     folder = tmp_path / "site-packages"
     for name in ("deep_gemm", "vllm"):
         (folder / name).mkdir(parents=True)
@@ -39,14 +39,14 @@ def make_vllm(site: Path, release: str | None = "0.33.0") -> Path:
     return make_package(site / "vllm" / "third_party" / "deep_gemm")
 
 
-def test_nothing_is_installed(site: Path) -> None:
+def test_find_library_is_none_if_nothing_is_installed(site: Path) -> None:
     assert find_library() is None
     for name in ("sgl-deep-gemm", "deep_gemm", "vllm", "vllm==0.33.0"):
         assert find_library(name) is None
 
 
 @pytest.mark.parametrize("version", ["0.1.4.post1", "9.9"])
-def test_a_wheel_of_any_version(version: str, site: Path) -> None:
+def test_find_library_finds_a_wheel_of_any_version(version: str, site: Path) -> None:
     root = make_package(site / "deep_gemm", version)
     found = Library(root, "sgl-deep-gemm", version)
     assert find_library() == find_library("sgl-deep-gemm") == find_library("deep_gemm") == found
@@ -54,14 +54,14 @@ def test_a_wheel_of_any_version(version: str, site: Path) -> None:
     assert found.include_path == root / "include"
 
 
-def test_a_build_from_source_has_its_version_in_python(site: Path) -> None:
+def test_version_of_source_build_is_read_from_init_py(site: Path) -> None:
     root = make_package(site / "deep_gemm")
     assert find_library() == Library(root, "deep_gemm", "of unknown version")
     (root / "__init__.py").write_text("import torch\n\n__version__ = '2.6.1'\n")
     assert find_library() == Library(root, "deep_gemm", "2.6.1")
 
 
-def test_vllms_copy_comes_after_a_wheel(site: Path) -> None:
+def test_wheel_is_preferred_to_the_copy_in_vllm(site: Path) -> None:
     copy = Library(make_vllm(site), "vllm", "0.33.0")
     assert find_library() == find_library("vllm") == copy
     wheel = Library(make_package(site / "deep_gemm", "0.2.3"), "sgl-deep-gemm", "0.2.3")
@@ -72,14 +72,14 @@ def test_vllms_copy_comes_after_a_wheel(site: Path) -> None:
 
 
 @pytest.mark.parametrize("release", ["0.33.0rc1", "0.33.0+cu130", "1.0.0.post1", None])
-def test_vllms_copy_has_vllms_release(release: str | None, site: Path) -> None:
+def test_copy_in_vllm_has_the_version_of_vllm(release: str | None, site: Path) -> None:
     root = make_vllm(site, release)
     unknown = Library(root, "deep_gemm", "of unknown version")
     assert find_library("vllm") == (Library(root, "vllm", release) if release else unknown)
 
 
 @pytest.mark.parametrize("below", ["", "deep_gemm", "vllm/third_party/deep_gemm"])
-def test_a_path_may_be_the_package_or_a_folder_that_holds_it(
+def test_library_path_may_be_the_package_or_a_folder_that_contains_it(
     below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_package(tmp_path / "there" / below, "0.2.3")
@@ -88,7 +88,7 @@ def test_a_path_may_be_the_package_or_a_folder_that_holds_it(
         assert find_library(path) == Library(root, "sgl-deep-gemm", "0.2.3")
 
 
-def test_a_path_without_a_library_is_refused(tmp_path: Path) -> None:
+def test_path_without_a_library_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "gone"):
         with pytest.raises(UserError) as caught:
             find_library(str(path))
@@ -108,7 +108,7 @@ def test_a_path_without_a_library_is_refused(tmp_path: Path) -> None:
         ({"other.so": b".committed", "_C.txt": b".committed"}, 1),
     ],
 )
-def test_the_compiled_modules_tell_the_generation(
+def test_generation_is_detected_from_compiled_modules(
     files: dict[str, bytes], generation: int, tmp_path: Path
 ) -> None:
     for name, data in files.items():
@@ -116,7 +116,7 @@ def test_the_compiled_modules_tell_the_generation(
     assert Library(tmp_path).generation == generation
 
 
-def test_a_fingerprint_covers_all_that_decides_kernels(tmp_path: Path) -> None:
+def test_fingerprint_covers_code_but_not_headers_or_notes(tmp_path: Path) -> None:
     root = make_package(tmp_path / "deep_gemm")
     (root / "utils").mkdir()
     seen = [Library(root).fingerprint]
@@ -129,7 +129,7 @@ def test_a_fingerprint_covers_all_that_decides_kernels(tmp_path: Path) -> None:
     assert Library(root).fingerprint == seen[-1]
 
 
-def test_own_headers_of_a_text() -> None:
+def test_own_headers_lists_included_deep_gemm_headers() -> None:
     text = (
         '#include <deep_gemm/a.cuh>\n  # include "deep_gemm/b.cuh"\n#include <cuda.h>\n'
         "// #include <deep_gemm/c.cuh>\n#include <cute/d.hpp>\n#include <deep_gemm/a.cuh>\n"
@@ -137,7 +137,7 @@ def test_own_headers_of_a_text() -> None:
     assert own_headers(text) == ["deep_gemm/a.cuh", "deep_gemm/b.cuh", "deep_gemm/a.cuh"]
 
 
-def test_a_headers_hash_in_both_generations(fake_library: Library) -> None:
+def test_header_hash_in_both_generations(fake_library: Library) -> None:
     folder = fake_library.include_path / "deep_gemm"
     a, b = ((folder / name).read_text() for name in ("a.cuh", "b.cuh"))
     second = hex_digest(f"#{hex_digest(b)}")

@@ -1,4 +1,4 @@
-"""The recording nvcc."""
+"""The nvcc shim, which records every compile in a log directory."""
 
 import os
 import subprocess
@@ -47,7 +47,7 @@ def compile_with(
     )
 
 
-def test_version_passes_through_unrecorded(shim: Path, log_dir: Path) -> None:
+def test_version_query_is_passed_on_and_not_recorded(shim: Path, log_dir: Path) -> None:
     done = run(shim, "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "Cuda compilation tools, release 13.0, V13.0.88\n"
@@ -55,7 +55,7 @@ def test_version_passes_through_unrecorded(shim: Path, log_dir: Path) -> None:
     assert read_records(log_dir) == []
 
 
-def test_a_compile_is_recorded(shim: Path, log_dir: Path, tmp_path: Path) -> None:
+def test_shim_records_a_compile(shim: Path, log_dir: Path, tmp_path: Path) -> None:
     before = time.time()
     done = compile_with(shim, tmp_path / "k", RANK="5")
     after = time.time()
@@ -68,19 +68,21 @@ def test_a_compile_is_recorded(shim: Path, log_dir: Path, tmp_path: Path) -> Non
     assert before <= record.start <= record.end <= after
 
 
-def test_without_a_rank(shim: Path, log_dir: Path, tmp_path: Path) -> None:
+def test_rank_is_minus_1_if_not_set(shim: Path, log_dir: Path, tmp_path: Path) -> None:
     compile_with(shim, tmp_path / "k")
     assert [record.rank for record in read_records(log_dir)] == [-1]
 
 
-def test_a_failure_is_passed_on_and_recorded(shim: Path, log_dir: Path, tmp_path: Path) -> None:
+def test_failed_compile_is_passed_on_and_recorded(
+    shim: Path, log_dir: Path, tmp_path: Path
+) -> None:
     done = compile_with(shim, tmp_path / "k", source="broken\n")
     assert (done.returncode, done.stderr) == (3, "error: it is broken\n")
     assert not (tmp_path / "k" / "kernel.cubin").exists()
     assert [(r.exit_code, r.source) for r in read_records(log_dir)] == [(3, "broken\n")]
 
 
-def test_parallel_compiles_do_not_mix(shim: Path, log_dir: Path, tmp_path: Path) -> None:
+def test_parallel_compiles_have_separate_records(shim: Path, log_dir: Path, tmp_path: Path) -> None:
     sources = [f"{SOURCE}// {rank}\n" * 200 for rank in range(20)]
     with ThreadPoolExecutor(20) as pool:
         codes = list(
@@ -101,12 +103,12 @@ def test_parallel_compiles_do_not_mix(shim: Path, log_dir: Path, tmp_path: Path)
     assert len(list(log_dir.iterdir())) == 20
 
 
-def test_unfinished_records_are_not_read(shim: Path, log_dir: Path) -> None:
+def test_partly_written_records_are_ignored(shim: Path, log_dir: Path) -> None:
     (log_dir / "1.5-77.tmp").write_text("start 1.5\n")
     assert read_records(log_dir) == []
 
 
-def test_one_that_ends_while_it_is_read_is_not_running(
+def test_compile_that_ends_while_being_read_is_not_unfinished(
     log_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_dir.mkdir(parents=True)
@@ -125,11 +127,11 @@ def test_one_that_ends_while_it_is_read_is_not_running(
     assert [record.start for record in read_unfinished(log_dir)] == [2.5]
 
 
-def test_a_log_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_log_directory_has_no_records(tmp_path: Path) -> None:
     assert read_records(tmp_path / "nowhere") == []
 
 
-def test_the_compile_goes_on_where_the_log_is_gone(
+def test_compile_succeeds_if_log_directory_was_deleted(
     shim: Path, log_dir: Path, tmp_path: Path
 ) -> None:
     log_dir.rmdir()
@@ -167,5 +169,5 @@ GROUPED = "&{}<\n 1, GemmType::{}\n>)"
         ),
     ],
 )
-def test_name_of_source(source: str, name: str) -> None:
+def test_name_of_source_is_the_librarys_kernel_name(source: str, name: str) -> None:
     assert name_of_source(source) == name

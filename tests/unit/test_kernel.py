@@ -1,4 +1,4 @@
-"""A kernel out of its generated source, and back, byte for byte."""
+"""Kernel: parsing generated source, and writing it back byte for byte."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,7 +55,9 @@ static void __instantiate_kernel() {
 
 
 @pytest.mark.parametrize("kernel", [*kernels_of(DENSE), transpose_fp32(256)], ids=lambda k: k.name)
-def test_a_source_of_the_first_generation(kernel: Kernel, tmp_path: Path) -> None:
+def test_generation_1_source_is_parsed_without_its_hash_line(
+    kernel: Kernel, tmp_path: Path
+) -> None:
     source = keys_for(small_library(tmp_path / "deep_gemm")).source(kernel)
     assert source.startswith("// Includes' hash value: ")
     assert Kernel.of_source(kernel.name, source) == kernel
@@ -63,14 +65,14 @@ def test_a_source_of_the_first_generation(kernel: Kernel, tmp_path: Path) -> Non
     assert body_of(source) == body_of(kernel.body) == kernel.body
 
 
-def test_a_source_of_the_second_generation_has_no_hash(tmp_path: Path) -> None:
+def test_generation_2_source_has_no_hash_line(tmp_path: Path) -> None:
     kernel = kernels_of(DENSE)[1]
     source = second_keys_for(second_library(tmp_path / "deep_gemm")).source(kernel)
     assert source == kernel.body
     assert Kernel.of_source(kernel.name, source) == kernel
 
 
-def test_a_source_with_something_before_its_instantiation() -> None:
+def test_source_with_a_prelude_is_parsed() -> None:
     assert Kernel.of_source(SM100.name, SM100_SOURCE) == SM100
     assert SM100.body == SM100_SOURCE
 
@@ -85,16 +87,16 @@ def test_a_source_with_something_before_its_instantiation() -> None:
         SM100_SOURCE.replace("};\n", "}\n"),
         SM100_SOURCE.replace("        cute::", "    cute::"),
     ],
-    ids=["nothing", "any", "two headers", "more behind", "less", "other indent"],
+    ids=["empty", "arbitrary", "two headers", "trailing line", "cut", "other indent"],
 )
-def test_a_source_of_another_form_is_kept_whole(text: str) -> None:
+def test_source_of_unknown_form_is_kept_as_prelude(text: str) -> None:
     kernel = Kernel.of_source("odd", text)
     assert kernel == Kernel("odd", "", "", (), text)
     assert kernel.body == text
     assert Kernel.of_source("odd", f"// Includes' hash value: {'0f' * 16}\n{text}") == kernel
 
 
-def test_an_identity_is_the_name_and_the_body() -> None:
+def test_identity_is_name_and_digest_of_the_body() -> None:
     assert SM100.identity == f"{SM100.name} {hex_digest(SM100_SOURCE)[:16]}"
     assert replace(SM100, name="other").identity == f"other {hex_digest(SM100_SOURCE)[:16]}"
 
@@ -110,5 +112,5 @@ def kernels() -> st.SearchStrategy[Kernel]:
 
 
 @given(kernels())
-def test_what_is_written_is_read_back(kernel: Kernel) -> None:
+def test_of_source_inverts_body(kernel: Kernel) -> None:
     assert Kernel.of_source(kernel.name, kernel.body) == kernel

@@ -1,4 +1,4 @@
-"""A rank's planned kernels: what a build leaves in the cache and among the spans."""
+"""NodeKernels: building a rank's planned kernels into the cache, and the recorded spans."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GOOD, BROKEN = (
 
 
 class FakeBuilder:
-    """Builds every kernel but a broken one at once."""
+    """Builds every kernel immediately, except those named "broken"."""
 
     def __init__(self, *arguments: Any, on_shared: Any, **_: Any) -> None:
         self._take, self._on_shared = arguments[3], on_shared
@@ -65,7 +65,7 @@ def store(
     return NodeKernels(rank, jit, unused)
 
 
-def test_a_kernel_is_built_once(store: NodeKernels) -> None:
+def test_second_build_of_a_kernel_does_nothing(store: NodeKernels) -> None:
     for _ in range(2):
         store.build((GOOD,))
     assert store.built == 1
@@ -75,12 +75,12 @@ def test_a_kernel_is_built_once(store: NodeKernels) -> None:
     ]
 
 
-def test_a_kernel_that_does_not_compile_is_named(store: NodeKernels) -> None:
+def test_failed_build_names_the_kernel(store: NodeKernels) -> None:
     with pytest.raises(CompileError, match="broken: it is broken"):
         store.build((BROKEN,))
 
 
-def test_a_built_kernel_that_is_compiled_again_is_a_duplicate(store: NodeKernels) -> None:
+def test_later_compile_of_a_built_kernel_counts_as_duplicate(store: NodeKernels) -> None:
     store.build((GOOD,))
     source = store.compiler.keys.source(GOOD)
     again = CompileRecord(time.time(), time.time() + 1, 0, 1, 0, source)
@@ -90,10 +90,10 @@ def test_a_built_kernel_that_is_compiled_again_is_a_duplicate(store: NodeKernels
     assert (timeline.kernels_compiled, timeline.duplicates) == (2, 1)
 
 
-def test_what_another_launch_has_built_meanwhile_stays(
+def test_build_keeps_entry_committed_by_another_launch_meanwhile(
     store: NodeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one commits after this one has found the entry missing."""
+    """The other launch commits after this one has found the entry missing."""
     key, source = store.compiler.keys.cache_key(GOOD), store.compiler.keys.source(GOOD)
     holds = KernelCache.holds
 

@@ -1,4 +1,4 @@
-"""Kernel tables: what they know, what they refuse, and how they are merged."""
+"""Recorded kernel tables: look-ups, unknown GEMMs and M, and merging."""
 
 from dataclasses import replace
 from itertools import groupby, pairwise
@@ -46,7 +46,9 @@ def refusal(m: int, shape: GemmShape = DENSE) -> str:
         ((2, 62), [((A,), 0, 2)]),
     ],
 )
-def test_parts(ms: tuple[int, ...], parts: list[tuple[tuple[Kernel, ...], int, int]]) -> None:
+def test_parts_groups_consecutive_m_with_the_same_kernels(
+    ms: tuple[int, ...], parts: list[tuple[tuple[Kernel, ...], int, int]]
+) -> None:
     assert KNOWN.parts(DENSE, ms) == parts
 
 
@@ -54,13 +56,13 @@ def test_parts(ms: tuple[int, ...], parts: list[tuple[tuple[Kernel, ...], int, i
     ("ms", "unknown"),
     [((41,), 41), ((0, 1), 0), ((1, 45, 62), 45), ((64, 65), 65), (range(30, 70), 41)],
 )
-def test_an_unknown_m_is_refused(ms: tuple[int, ...], unknown: int) -> None:
+def test_unknown_m_is_refused(ms: tuple[int, ...], unknown: int) -> None:
     with pytest.raises(UserError) as caught:
         KNOWN.parts(DENSE, ms)
     assert str(caught.value) == refusal(unknown)
 
 
-def test_an_unknown_gemm_is_refused() -> None:
+def test_unknown_gemm_is_refused() -> None:
     for shape in (GROUPED, GemmShape(DENSE.type, 4096, 1024, 1, 132)):
         with pytest.raises(UserError) as caught:
             KNOWN.parts(shape, (1, 2))
@@ -68,7 +70,7 @@ def test_an_unknown_gemm_is_refused() -> None:
         assert KNOWN.parts(shape, ()) == []
 
 
-def test_kernels_of_a_call() -> None:
+def test_kernels_of_returns_the_kernels_of_a_call() -> None:
     calls = {m: KNOWN.kernels_of(DENSE.call(m)) for m in (0, 1, 17, 17, 40, 64)}
     assert calls == {0: (), 1: (A,), 17: (A, B), 40: (), 64: (A,)}
     with pytest.raises(UserError) as caught:
@@ -76,7 +78,7 @@ def test_kernels_of_a_call() -> None:
     assert str(caught.value) == refusal(128, GROUPED)
 
 
-def test_ranges_of_kernels() -> None:
+def test_kernel_ranges_lists_m_ranges_of_each_kernel() -> None:
     assert KNOWN.kernel_ranges(DENSE, (1, 16, 20, 36, 61, 64)) == {
         A: ((1, 20), (61, 64)),
         B: ((20, 20),),
@@ -86,15 +88,15 @@ def test_ranges_of_kernels() -> None:
     assert twice.kernel_ranges(DENSE, (1, 4)) == {A: ((1, 4),), B: ((1, 4),)}
 
 
-def test_a_table_is_its_own_source() -> None:
+def test_table_returns_itself_without_asking_for_demands() -> None:
     def never() -> list[Demand]:
-        raise AssertionError("a table knows what it knows")
+        raise AssertionError("demands were asked for")
 
     assert KNOWN.table(never) is KNOWN
     assert RULES.table(never) is RULES
 
 
-def test_an_origin_in_words() -> None:
+def test_origin_description() -> None:
     assert ORIGIN.describe() == "dg 1 (JIT 2), b200 (148 SMs, sm_100f), asked on a stand-in GPU"
     recorded = replace(ORIGIN, source=Source.RECORDED)
     assert recorded.describe().endswith(", asked before, on a stand-in GPU")
@@ -103,21 +105,21 @@ def test_an_origin_in_words() -> None:
     )
 
 
-def test_the_headers_of_a_table() -> None:
+def test_header_hash_comes_from_the_table() -> None:
     made = replace(KNOWN, headers={"deep_gemm/a.cuh": "0f"})
     assert made.header_hash("deep_gemm/a.cuh") == "0f"
     with pytest.raises(KeyError):
         made.header_hash("deep_gemm/b.cuh")
 
 
-# -- against one M after another ------------------------------------------------------------------
+# -- against a list of every M --------------------------------------------------------------------
 
 LAST = 30
 choices = st.sampled_from([(), (A,), (A, B), (B, C), None])
 
 
 def runs_of(each: list[tuple[Kernel, ...] | None]) -> Runs:
-    """Runs of M 1 to the last; None is an unknown M."""
+    """Runs from a list with the kernels of M = 1, 2, ...; None is an unknown M."""
     found, m = [], 1
     for kernels, alike in groupby(each):
         count = len(list(alike))
@@ -131,7 +133,7 @@ def runs_of(each: list[tuple[Kernel, ...] | None]) -> Runs:
     st.lists(choices, min_size=LAST, max_size=LAST),
     st.sets(st.integers(1, LAST)).map(sorted).map(tuple),
 )
-def test_all_views_of_a_table_agree(
+def test_parts_kernels_and_ranges_agree_with_each_m(
     each: list[tuple[Kernel, ...] | None], ms: tuple[int, ...]
 ) -> None:
     made = table(runs_of(each))
@@ -148,7 +150,7 @@ def test_all_views_of_a_table_agree(
         each[m - 1] for m in ms
     ]
     assert [made.kernels_of(DENSE.call(m)) for m in ms] == [each[m - 1] for m in ms]
-    assert all(one[0] != two[0] for one, two in pairwise(parts)), "maximal"
+    assert all(one[0] != two[0] for one, two in pairwise(parts)), "neighbouring parts differ"
     assert {
         kernel: [m for m in ms if any(a <= m <= b for a, b in pairs)]
         for kernel, pairs in made.kernel_ranges(DENSE, ms).items()
@@ -162,7 +164,7 @@ def test_all_views_of_a_table_agree(
     st.sampled_from([T.GEMM_NT_F8F8BF16, T.PAGED_MQA_LOGITS_METADATA, T.FP8_EINSUM_BHR_HDR_BHD]),
     st.sets(st.integers(1, 400), min_size=1, max_size=60).map(sorted).map(tuple),
 )
-def test_recorded_rules_answer_as_the_rules(kind: T, ms: tuple[int, ...]) -> None:
+def test_table_recorded_from_rules_gives_the_same_answers(kind: T, ms: tuple[int, ...]) -> None:
     shape = GemmShape(kind, 1024, 4096, 4, 132)
     recorded = table([(m, m, kernels_of(shape.call(m))) for m in ms], shape)
     assert recorded.parts(shape, ms) == RULES.parts(shape, ms)
@@ -172,7 +174,7 @@ def test_recorded_rules_answer_as_the_rules(kind: T, ms: tuple[int, ...]) -> Non
 # -- merging --------------------------------------------------------------------------------------
 
 
-def test_merged_tables() -> None:
+def test_merge_tables_joins_adjacent_runs_and_headers() -> None:
     one = replace(table([(1, 16, (A,)), (40, 48, (B,))]), headers={"a": "1"})
     two = replace(table([(17, 39, (A,)), (49, 60, (C,))]), headers={"b": "2"})
     three = table([(128, 256, (C,)), (384, 384, (C,))], GROUPED)
@@ -189,7 +191,7 @@ def test_merged_tables() -> None:
 
 
 @given(st.lists(st.sampled_from([(A,), (B, C), ()]), min_size=12, max_size=12), st.data())
-def test_a_table_in_pieces_is_the_table(
+def test_merging_overlapping_pieces_restores_the_table(
     each: list[tuple[Kernel, ...]], data: st.DataObject
 ) -> None:
     pieces: list[Runs] = [[], []]
@@ -209,6 +211,6 @@ def test_a_table_in_pieces_is_the_table(
     ],
     ids=["equal", "inside", "across"],
 )
-def test_tables_may_overlap(runs: Runs) -> None:
+def test_overlapping_tables_with_equal_kernels_merge(runs: Runs) -> None:
     made = merge_tables(*(table([run]) for run in runs))
     assert made.runs[DENSE] == (Run(1, max(last for _, last, _ in runs), (A,)),)

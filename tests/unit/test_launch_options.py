@@ -1,4 +1,4 @@
-"""A launch's command line: its scenario, what its ranks are given, and what is refused."""
+"""launch's command line: the scenario, options passed to ranks, and invalid options."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from runner.target import LibraryOptions
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
-    """What libraries are asked for; one that is named is there, no nvcc and no tables are."""
+def requested_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
+    """Collects requested libraries. Only a named one is found; there is no nvcc and no table."""
     found: list[str | None] = []
 
     def find(wanted: str | None) -> Library | None:
@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str | None]:
 
 
 def parsed(*arguments: str) -> LaunchOptions:
-    """The options as the command gets them."""
+    """The options that the command receives."""
     found: list[LaunchOptions] = []
 
     @click.command()
@@ -89,7 +89,7 @@ def rules_on(gpu: str, num_sms: int, cpp_standard: int = 20) -> RulesTable:
     return RULES.on(gpu, num_sms, first_recipe(Environ(dg_jit_cpp_standard=cpp_standard)))
 
 
-def test_defaults() -> None:
+def test_default_scenario() -> None:
     assert scenario() == Scenario(
         model=DSV4, num_sms=78, policy=WarmupPolicy.FAST, source=rules_on("h200", 78)
     )
@@ -103,7 +103,7 @@ EVERYTHING = (
 )
 
 
-def test_everything() -> None:
+def test_scenario_from_all_options() -> None:
     assert scenario(*EVERYTHING.split()) == Scenario(
         model=with_layers(DSV4_TINY, 4),
         parallel=ParallelConfig(pp=2, tp=2, ep=True, attn_cp=2, nodes=4, stage_layers=(1, 3)),
@@ -123,7 +123,7 @@ def test_everything() -> None:
     )
 
 
-def test_ranks_get_the_same_options() -> None:
+def test_argv_for_ranks_gives_the_same_options_except_timeline_files() -> None:
     rest = (
         "--warmup fast --warmup planned --library vllm --gpu h20 --compute skip --no-jit "
         "--device cpu --backend gloo --cache-dir /a/b --seed 7 --timeout 60 --nccl-timeout "
@@ -131,11 +131,11 @@ def test_ranks_get_the_same_options() -> None:
     )
     options = parsed(*EVERYTHING.split(), *rest.split())
     assert parsed(*options.to_argv()) == options
-    # The files of Timelines are the parent's to write.
+    # Only the parent writes Timeline files.
     assert parsed(*parsed("--timeline", "t.json").to_argv()).files == ReportOptions()
 
 
-def test_kernels_are_those_of_the_gpu() -> None:
+def test_detected_gpu_determines_sm_count_and_rules() -> None:
     options = parsed("--num-sms", "78")
     made = options.scenario(Environ(), policy=WarmupPolicy.NONE, gpu=gpu_named("h100"))
     assert (made.num_sms, made.source) == (132, rules_on("h100", 132))
@@ -150,7 +150,7 @@ def test_kernels_are_those_of_the_gpu() -> None:
     )
 
 
-def test_the_environment_changes_how_kernels_are_compiled() -> None:
+def test_environment_changes_compile_flags() -> None:
     made = scenario(environ=Environ(dg_jit_cpp_standard=17))
     assert made.source == rules_on("h200", 78, cpp_standard=17)
     assert made.source != rules_on("h200", 78)
@@ -160,11 +160,11 @@ def test_the_environment_changes_how_kernels_are_compiled() -> None:
     ("arguments", "names"),
     [([], [None]), (["--library", "vllm"], ["vllm"]), (["--no-jit"], [])],
 )
-def test_the_library_that_is_asked_for(
-    arguments: list[str], names: list[str | None], asked: list[str | None]
+def test_library_option_determines_the_requested_library(
+    arguments: list[str], names: list[str | None], requested_libraries: list[str | None]
 ) -> None:
     scenario(*arguments)
-    assert asked == names
+    assert requested_libraries == names
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_the_library_that_is_asked_for(
         (1, 1, 2, 2),
     ],
 )
-def test_nodes_are_torchruns_or_the_virtual_ones(
+def test_nodes_come_from_torchrun_or_virtual_nodes(
     world: int | None, local: int | None, virtual: int, nodes: int
 ) -> None:
     environ = Environ(world_size=world, local_world_size=local)
@@ -191,7 +191,7 @@ def test_nodes_are_torchruns_or_the_virtual_ones(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("--layers 99", "99 layers"),
+        ("--layers 99", "layers=99 of dsv4-tiny must lie in 1..8"),
         ("--tp 3", "tp=3 must divide num_attention_heads=4 of dsv4-tiny"),
         ("--pp 2 --virtual-nodes 3", "nodes=3 must divide the 2 ranks"),
         ("--virtual-nodes 0", "0 is not in the range x>=1"),
@@ -202,7 +202,7 @@ def test_nodes_are_torchruns_or_the_virtual_ones(
         ("--stream 0", "'0' must be whole numbers from 1 on"),
     ],
 )
-def test_bad_options_are_one_line(arguments: str, line: str) -> None:
+def test_invalid_scenario_option_is_a_one_line_error(arguments: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
         scenario("--model", "dsv4-tiny", *arguments.split())
     assert line in str(caught.value)
@@ -222,13 +222,13 @@ def test_bad_options_are_one_line(arguments: str, line: str) -> None:
         ),
     ],
 )
-def test_options_that_do_not_go_together(arguments: str, line: str) -> None:
+def test_conflicting_options_are_refused(arguments: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
         check_options(parsed(*arguments.split()))
     assert line in str(caught.value)
 
 
-def test_a_model_may_be_a_file(tmp_path: Path) -> None:
+def test_model_option_may_be_a_path(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(tmp_path)):
         scenario("--model", str(tmp_path / "config.json"))
 
@@ -242,10 +242,10 @@ def test_a_model_may_be_a_file(tmp_path: Path) -> None:
         ("--warmup none --pp 2", True),
     ],
 )
-def test_one_rank_runs_here_unless_there_is_more_to_do(
+def test_single_rank_runs_in_this_process_unless_several_runs_or_a_probe_are_needed(
     words: str, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several policies, or a probe before the run, take a process that starts the ranks."""
+    """Several policies, a probe or several ranks need a process that starts the ranks."""
     called: list[str] = []
     for name in ("_be_a_rank", "_start_ranks"):
         monkeypatch.setattr(f"launch.cli.{name}", lambda *_, name=name: called.append(name))
@@ -257,7 +257,7 @@ def test_one_rank_runs_here_unless_there_is_more_to_do(
 
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
 @pytest.mark.parametrize("flag", ["--timeout", "--nccl-timeout", "--walk-memory", "--probed"])
-def test_numbers_are_finite_and_above_0(
+def test_numeric_options_must_be_finite_and_positive(
     flag: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--model", "dsv4-tiny", "--no-jit", flag, value]) == 2
@@ -265,8 +265,8 @@ def test_numbers_are_finite_and_above_0(
     assert err.startswith(f"error: Invalid value for '{flag}'") and err.count("\n") == 1
 
 
-def test_each_of_several_policies_has_its_own_part_of_a_cache(tmp_path: Path) -> None:
-    """Directories that are only read serve all of them; ``prebuilt`` takes the cache as it is."""
+def test_each_of_several_policies_writes_to_its_own_subdirectory(tmp_path: Path) -> None:
+    """Read-only directories are shared; ``prebuilt`` uses the cache directory itself."""
     own, shared = tmp_path / "own", tmp_path / "shared"
     both = parsed("--cache-dir", f"{own}:{shared}", "--warmup", "none", "--warmup", "prebuilt")
     none, prebuilt = (cache_of_policy(both, Environ(), policy) for policy in both.policies)

@@ -1,6 +1,6 @@
-"""Calls of an installed library: how a worker may fail, what is remembered, what a check finds.
+"""Calling an installed library in worker processes: orders, answers, failures and checks.
 
-The worker is a shell script here; tests/library has the real one.
+Here the worker is a shell script; tests/library runs the real one.
 """
 
 import json
@@ -34,7 +34,7 @@ Worker = Callable[[str], None]
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
-    """Puts a shell script in the place of the worker."""
+    """Replaces the worker by a shell script."""
 
     def install(script: str) -> None:
         path = tmp_path / "python"
@@ -61,7 +61,7 @@ def call(*demands: Demand) -> list[tuple[Demand, EntryRuns]]:
     return found
 
 
-def test_what_a_worker_is_asked_and_answers(worker: Worker, tmp_path: Path) -> None:
+def test_worker_receives_demands_and_answers_with_runs(worker: Worker, tmp_path: Path) -> None:
     answers = answer([[1, 4, [0, 1]], [6, 6, []]], "a", "b"), answer([[128, 256, [0]]], "b")
     worker("\n".join(answers))
     dense, grouped = Demand(DENSE, (1, 2, 3, 4, 6)), Demand(GROUPED, (128, 256))
@@ -78,7 +78,7 @@ def test_what_a_worker_is_asked_and_answers(worker: Worker, tmp_path: Path) -> N
     }
 
 
-def test_each_of_several_workers_gets_a_share(worker: Worker, tmp_path: Path) -> None:
+def test_demands_are_divided_among_workers(worker: Worker, tmp_path: Path) -> None:
     worker(f"cp {tmp_path}/orders {tmp_path}/orders.$$; {answer([])}")
     demands = [Demand(DENSE, range(1, 9)), Demand(GROUPED, (128,))]
     found = call_library(LIBRARY, demands, os.environ, jobs=4, progress=lambda *_: None)
@@ -97,7 +97,7 @@ def test_each_of_several_workers_gets_a_share(worker: Worker, tmp_path: Path) ->
         ("exit 0", "its process died with exit code 0"),
     ],
 )
-def test_a_worker_that_dies_is_no_users_error(worker: Worker, script: str, words: str) -> None:
+def test_worker_crash_is_a_work_failed_error(worker: Worker, script: str, words: str) -> None:
     worker(script)
     with pytest.raises(WorkFailedError) as caught:
         call(Demand(DENSE, (1,)))
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_is_no_users_error(worker: Worker, script: str, words
     assert caught.value.exit_code == 1
 
 
-def test_a_library_that_refuses_a_gemm_is_a_users_error(worker: Worker) -> None:
+def test_gemm_refused_by_the_library_is_a_user_error(worker: Worker) -> None:
     worker("echo more >&2; echo no such GEMM >&2; exit 1")
     with pytest.raises(UserError) as caught:
         call(Demand(DENSE, (1,)))
@@ -114,7 +114,7 @@ def test_a_library_that_refuses_a_gemm_is_a_users_error(worker: Worker) -> None:
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Children without a stand-in GPU."""
+    """Runs child processes without a stand-in GPU."""
 
     def environment(gpu: object, *, work_dir: Path, **values: object) -> dict[str, str]:
         return {**os.environ, "WORK": str(work_dir)}
@@ -125,7 +125,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plain_environment")
-def test_a_command_exits_with_1_if_the_library_crashes(
+def test_command_exits_with_1_if_the_library_crashes(
     worker: Worker,
     tmp_path: Path,
     fake_nvcc: Path,
@@ -145,14 +145,14 @@ def test_a_command_exits_with_1_if_the_library_crashes(
     )
 
 
-# -- a cache that is called ---------------------------------------------------------------------
+# -- checking a cache by calls --------------------------------------------------------------------
 
 
 @pytest.fixture
 def check(
     tmp_path: Path, plain_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], CallReport]:
-    """Calls a worker on a small cache for an H200."""
+    """Checks a small cache for an H200 by calling the worker; the cache must not change."""
     monkeypatch.setattr("runner.cache.call_check._GPU_DRIVER", tmp_path / "none")
     library = small_library(tmp_path / "deep_gemm")
     cache, manifest = fill(tmp_path / "cache", keys_for(library))
@@ -169,7 +169,7 @@ def check(
     return run
 
 
-def test_a_complete_cache_compiles_nothing(
+def test_check_of_complete_cache_reports_no_compiles(
     worker: Worker, check: Callable[[], CallReport], tmp_path: Path
 ) -> None:
     worker(f"ls $DG_JIT_CACHE_DIR/cache > {tmp_path}/seen; {answer([])}")
@@ -188,15 +188,15 @@ printf 'nvcc\037/tmp/kernel.a.12/kernel.cu\037-cubin\n' > $WORK/compiles.txt
 
 
 @pytest.mark.parametrize("end", [answer([]), CRASH])
-def test_what_an_incomplete_cache_compiles(
+def test_check_of_incomplete_cache_reports_compiles_even_if_the_library_crashes(
     worker: Worker, check: Callable[[], CallReport], end: str
 ) -> None:
-    """A library may well crash on a compiler that compiles nothing."""
+    """The library may crash because the check's compiler writes nothing."""
     worker(COMPILE + end)
     assert check() == CallReport("a stand-in h200", 64, ["kernel.a.12"], ["kernel.a.12"])
 
 
-def test_a_crash_without_a_compile_is_no_answer(
+def test_check_fails_if_library_crashes_without_a_compile(
     worker: Worker, check: Callable[[], CallReport]
 ) -> None:
     worker(CRASH)

@@ -1,4 +1,4 @@
-"""How a rank that takes too long, or fails, ends, and what it says."""
+"""Time limits and failures of ranks: when the process ends, and its error message."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ENOUGH = 30.0
 
 
 class Ended:
-    """Keeps what would have ended the process."""
+    """Records the errors that would have ended the process."""
 
     def __init__(self) -> None:
         self.errors: list[Exception] = []
@@ -62,11 +62,11 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
     return made
 
 
-# -- what a rank says that waited too long ----------------------------------------------------
+# -- message of a rank that waited too long -------------------------------------------------------
 
 
 def compile_on(log_dir: Path, rank: int, start: float, ending: str = "running") -> None:
-    """A record as the shim leaves it."""
+    """Write a compile record like the shim's."""
     source = "// Includes' hash value: 0\n" + transpose_fp32(512).body
     (log_dir / f"{start}-{rank}.{ending}").write_text(
         f"start {start}\nend 0\nrank {rank}\npid 7\nexit -1\ncommand x\noutput y\n\n{source}"
@@ -74,13 +74,13 @@ def compile_on(log_dir: Path, rank: int, start: float, ending: str = "running") 
 
 
 def reason(op: Message, log_dir: Path) -> str:
-    """Why rank 1 of 4 on this host waited."""
+    """The reason in the time-out message of rank 1, with ranks 0 to 3 on this host."""
     error = WaitLimit(1, 30.0, log_dir, range(4)).timeout_error(op)
     assert isinstance(error, CommunicationTimeoutError)
     return str(error).partition(": ")[2]
 
 
-def test_a_time_out_names_operation_ranks_and_limit(tmp_path: Path) -> None:
+def test_timeout_message_names_operation_ranks_and_limit(tmp_path: Path) -> None:
     waiting = WaitLimit(1, 0.5, tmp_path / "none", range(4))
     assert str(waiting.timeout_error(RECV)) == (
         "hidden_states waited 0.5 s for rank 0, the limit of --nccl-timeout: " + IDLE
@@ -90,7 +90,7 @@ def test_a_time_out_names_operation_ranks_and_limit(tmp_path: Path) -> None:
     )
 
 
-def test_it_names_what_the_ranks_it_waits_for_compile(tmp_path: Path) -> None:
+def test_timeout_message_names_kernels_that_awaited_ranks_compile(tmp_path: Path) -> None:
     compile_on(tmp_path, 2, 10.5)
     compile_on(tmp_path, 0, 11.5)
     both = "rank 2 compiles transpose_fp32; rank 0 compiles transpose_fp32"
@@ -98,7 +98,7 @@ def test_it_names_what_the_ranks_it_waits_for_compile(tmp_path: Path) -> None:
     assert reason(Send("hidden_states", 2, 64), tmp_path) == "rank 2 compiles transpose_fp32"
 
 
-def test_ranks_that_do_not_compile_wait_for_others_that_do(tmp_path: Path) -> None:
+def test_timeout_message_names_other_compiling_ranks_if_awaited_ones_do_not(tmp_path: Path) -> None:
     compile_on(tmp_path, 5, 12.5)
     compile_on(tmp_path, 4, 13.5)
     for op in (RECV, SUM):
@@ -109,7 +109,7 @@ def test_ranks_that_do_not_compile_wait_for_others_that_do(tmp_path: Path) -> No
     assert reason(RECV, tmp_path) == "rank 0 compiles transpose_fp32"
 
 
-def test_ranks_of_other_hosts_cannot_be_seen(tmp_path: Path) -> None:
+def test_timeout_message_says_if_ranks_are_on_other_hosts(tmp_path: Path) -> None:
     far = Recv("hidden_states", 6, 64)
     both = Collective("all_reduce attention", (1, 2, 6, 7), 64)
     assert reason(far, tmp_path) == "rank 6 cannot be seen from this host"
@@ -121,12 +121,12 @@ def test_ranks_of_other_hosts_cannot_be_seen(tmp_path: Path) -> None:
     assert reason(both, tmp_path) == "rank 2 compiles transpose_fp32"
 
 
-def test_finished_compiles_do_not_count(tmp_path: Path) -> None:
+def test_timeout_message_ignores_finished_compiles(tmp_path: Path) -> None:
     compile_on(tmp_path, 0, 10.5, "compile")
     assert reason(RECV, tmp_path) == reason(SUM, tmp_path) == IDLE
 
 
-# -- limits of waits --------------------------------------------------------------------------
+# -- limits of waits ------------------------------------------------------------------------------
 
 
 def short_limit(log_dir: Path) -> WaitLimit:
@@ -138,7 +138,7 @@ def short_limit(log_dir: Path) -> WaitLimit:
     return rank.wait_limit(log_dir)
 
 
-def test_a_call_that_does_not_return_ends_the_process(ended: Ended, tmp_path: Path) -> None:
+def test_blocking_call_above_the_limit_ends_the_process(ended: Ended, tmp_path: Path) -> None:
     limit = short_limit(tmp_path)
     with limit.over(SUM):
         pass
@@ -150,7 +150,7 @@ def test_a_call_that_does_not_return_ends_the_process(ended: Ended, tmp_path: Pa
     ]
 
 
-def test_an_asynchronous_collective_may_not_take_longer_either(
+def test_asynchronous_collective_above_the_limit_ends_the_process(
     ended: Ended, tmp_path: Path
 ) -> None:
     limit = short_limit(tmp_path)
@@ -160,7 +160,7 @@ def test_an_asynchronous_collective_may_not_take_longer_either(
     assert [str(error).partition(" waited")[0] for error in ended.errors] == [BEGUN.name]
 
 
-def test_an_error_of_the_gpu_is_left_to_the_host(ended: Ended, tmp_path: Path) -> None:
+def test_gpu_error_during_query_does_not_stop_the_watcher(ended: Ended, tmp_path: Path) -> None:
     def query() -> bool:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -171,7 +171,7 @@ def test_an_error_of_the_gpu_is_left_to_the_host(ended: Ended, tmp_path: Path) -
     assert str(ended.errors[0]).startswith("hidden_states waited")
 
 
-def test_a_wait_ends_even_if_compiles_cannot_be_read(
+def test_process_ends_even_if_compile_records_cannot_be_read(
     ended: Ended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(log_dir: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_wait_ends_even_if_compiles_cannot_be_read(
     assert str(ended.errors[0]).endswith("the limit of --nccl-timeout: no records")
 
 
-def test_the_gpu_is_not_asked_during_a_capture(ended: Ended, tmp_path: Path) -> None:
+def test_gpu_is_not_queried_during_graph_capture(ended: Ended, tmp_path: Path) -> None:
     asked = threading.Event()
 
     def query() -> bool:
@@ -198,7 +198,7 @@ def test_the_gpu_is_not_asked_during_a_capture(ended: Ended, tmp_path: Path) -> 
     assert not ended.errors
 
 
-def test_ranks_that_do_not_connect_in_time_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_rendezvous_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_late(*_: object, **__: object) -> None:
         raise dist.DistStoreError("wait timeout after 1000ms, keys: /x\nframe #0")
 
@@ -210,10 +210,10 @@ def test_ranks_that_do_not_connect_in_time_say_so(monkeypatch: pytest.MonkeyPatc
     )
 
 
-# -- the limit of a run -----------------------------------------------------------------------
+# -- the limit of a run ---------------------------------------------------------------------------
 
 
-def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
+def test_run_above_its_timeout_names_the_current_operation(ended: Ended) -> None:
     with Deadline(0.5, 1) as deadline:
         deadline.where = lambda: "all_reduce attention"
         assert ended.event.wait(ENOUGH)
@@ -222,13 +222,13 @@ def test_a_run_past_its_time_out_says_what_it_was_doing(ended: Ended) -> None:
     assert str(error) == "not finished after --timeout 0.5 s, in: all_reduce attention"
 
 
-def test_before_the_first_operation_it_was_setting_up(ended: Ended) -> None:
+def test_run_that_times_out_before_its_first_operation_was_setting_up(ended: Ended) -> None:
     Deadline(0.01, 1)
     assert ended.event.wait(ENOUGH)
     assert str(ended.errors[0]) == "not finished after --timeout 0.01 s, in: setting up"
 
 
-def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:
+def test_deadline_is_cancelled_when_the_run_ends_in_time(ended: Ended) -> None:
     before = threading.enumerate()
     with Deadline(4 * ENOUGH, 1):
         (timer,) = set(threading.enumerate()) - set(before)
@@ -237,7 +237,7 @@ def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:
     assert not ended.errors
 
 
-# -- how a rank fails -------------------------------------------------------------------------
+# -- failure of a rank ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_run_that_ends_in_time_is_left_alone(ended: Ended) -> None:
         (ValueError(), "rank 2: ValueError: ValueError", 1),
     ],
 )
-def test_a_failure_is_one_line_and_a_record_for_the_launcher(
+def test_rank_failure_is_one_line_and_is_recorded_for_the_launcher(
     error: Exception, line: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = tmp_path / "error.json"
@@ -263,7 +263,7 @@ def test_a_failure_is_one_line_and_a_record_for_the_launcher(
     assert str(error) in json.loads(record.read_text())["message"]["message"]
 
 
-def test_a_lost_peer_is_recognised() -> None:
+def test_lost_connection_is_recognised() -> None:
     assert lost_a_peer(RuntimeError("[..] Connection reset by peer"))
     assert not lost_a_peer(RuntimeError("CUDA out of memory"))
 
@@ -281,10 +281,10 @@ with limit.over(Recv("hidden_states", 0, 64)):
 
 
 @pytest.mark.parametrize("record", ["error.json", "gone/error.json"])
-def test_a_process_ends_while_its_main_thread_is_stuck(
+def test_process_ends_although_its_main_thread_is_blocked(
     record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the launcher's file for the error cannot be written."""
+    """Also if the launcher's error file cannot be written."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / record))
     done = subprocess.run(
         [sys.executable, "-c", STUCK], check=False, capture_output=True, text=True, timeout=120
@@ -295,7 +295,7 @@ def test_a_process_ends_while_its_main_thread_is_stuck(
     assert (done.returncode, done.stderr) == (1, f"{line}\n")
 
 
-def test_it_ends_even_if_nobody_reads_its_error() -> None:
+def test_process_ends_although_its_stderr_is_closed() -> None:
     with subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         process.stderr.close()

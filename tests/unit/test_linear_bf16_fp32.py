@@ -1,4 +1,4 @@
-"""bf16 x bf16 -> fp32 GEMMs: three algorithms with one answer, and who chooses."""
+"""bf16 x bf16 -> fp32 GEMMs: three algorithms, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ others = pytest.mark.parametrize(
 
 
 class Spy(DeepGemmWrapper):
-    """The reference, with the shapes of its bf16 GEMMs written down."""
+    """The reference library; records the (m, n, k) of its bf16 GEMMs."""
 
     def __init__(self, *, compute: bool = True) -> None:
         super().__init__(reference)
@@ -60,26 +60,28 @@ class Spy(DeepGemmWrapper):
             super().gemm_nt_bf16bf16f32(lhs, rhs, out)
 
 
-# -- one linear layer -------------------------------------------------------------------------
+# -- one linear layer -----------------------------------------------------------------------------
 
 
 @each_algo
 @settings(max_examples=25, deadline=None)
 @given(m=st.integers(0, 40), n=st.integers(1, 70), k=st.integers(1, 600), seed=st.integers(0, 99))
-def test_agrees_with_float64(algo: Bf16Fp32Algo, m: int, n: int, k: int, seed: int) -> None:
+def test_each_algorithm_agrees_with_float64(
+    algo: Bf16Fp32Algo, m: int, n: int, k: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator).to(torch.bfloat16)
     y = torch.randn(n, k, generator=generator).to(torch.bfloat16)
     out = TorchMath(CPU, on_reference()).gemm_bf16_fp32(x, y, algo)
     assert out.dtype == torch.float32 and out.shape == (m, n) and out.device == x.device
-    # A product of two bf16 is exact in fp32; a sum of k of them errs by at most k half steps of
-    # the sum of their magnitudes.
+    # A product of two bf16 is exact in fp32. The error of a sum of k products is at most k half
+    # ulps of the sum of their magnitudes.
     limit = (x.double().abs() @ y.double().abs().T) * (k + 1) * 2**-24
     assert bool(((out.double() - x.double() @ y.double().T).abs() <= limit).all())
 
 
 class Log(TorchDispatchMode):
-    """Names of torch's operators as they run."""
+    """Records the names of torch operators as they run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +93,9 @@ class Log(TorchDispatchMode):
 
 
 def products_on(device: str, algo: Bf16Fp32Algo) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Conversions and products that torch is asked for, and calls of the entry point.
+    """torch's conversions and matrix products, and calls of the DeepGEMM entry point.
 
-    On tensors without numbers, so that it works for CUDA where there is none.
+    Uses fake tensors, so that "cuda" works without a GPU.
     """
     spy = Spy(compute=False)
     with FakeTensorMode(), Log() as log:
@@ -112,24 +114,24 @@ WIDENED = ["aten._to_copy.default", "aten._to_copy.default", "aten.mm.default"]
     [
         ("cpu", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
         ("cuda", Bf16Fp32Algo.DEEP_GEMM, [], [(5, 7, 256)]),
-        # torch knows a product of bf16 with fp32 output on CUDA alone.
+        # torch has a bf16 product with fp32 output only on CUDA.
         ("cpu", Bf16Fp32Algo.CUBLAS, WIDENED, []),
         ("cuda", Bf16Fp32Algo.CUBLAS, ["aten.mm.dtype"], []),
         ("cpu", Bf16Fp32Algo.TORCH, WIDENED, []),
         ("cuda", Bf16Fp32Algo.TORCH, WIDENED, []),
     ],
 )
-def test_what_each_algorithm_calls(
+def test_operators_and_entry_points_called_by_each_algorithm(
     device: str, algo: Bf16Fp32Algo, operators: list[str], calls: list[tuple[int, int, int]]
 ) -> None:
     assert products_on(device, algo) == (operators, calls)
 
 
-# -- the model --------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
-    """(m, n, k) of gate and compressors in a DECODE of three tokens, in the order of a forward."""
+    """(m, n, k) of gate and compressors in a DECODE of three tokens, in call order."""
     found = []
     hidden, experts = model.hidden_size, model.moe.n_routed_experts
     for layer in range(model.num_hidden_layers):
@@ -144,8 +146,8 @@ def wide_shapes(model: Any) -> list[tuple[int, int, int]]:
 
 
 @each_algo
-def test_gate_and_compressors_of_dsv4_use_it(algo: Bf16Fp32Algo) -> None:
-    """Four layers, of which one slides a window, two compress by 4 and one by 128."""
+def test_gate_and_compressors_of_dsv4_use_the_chosen_algorithm(algo: Bf16Fp32Algo) -> None:
+    """One layer has sliding-window attention, two compress by 4 and one by 128."""
     spy = Spy()
     runner = cpu_runner(FOUR_LAYERS, spy, algo=algo)
     with torch.inference_mode():
@@ -160,9 +162,7 @@ MODELS = {"dsv4": FOUR_LAYERS, "dsv3": SMALL_DSV3}
 
 @others
 @pytest.mark.parametrize("name", MODELS)
-def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
-    name: str, algo: Bf16Fp32Algo
-) -> None:
+def test_other_algorithms_replace_only_the_bf16_kernel_calls(name: str, algo: Bf16Fp32Algo) -> None:
     def recorded(chosen: Bf16Fp32Algo) -> list[Any]:
         scenario = Scenario(
             model=MODELS[name],
@@ -186,11 +186,11 @@ def test_each_kernel_call_becomes_a_compute_and_nothing_else_changes(
     assert changed
 
 
-# -- the environment --------------------------------------------------------------------------
+# -- the environment ------------------------------------------------------------------------------
 
 
 @each_algo
-def test_a_launch_takes_it_from_the_environment(algo: Bf16Fp32Algo) -> None:
+def test_launch_takes_algorithm_from_environment(algo: Bf16Fp32Algo) -> None:
     environ = Environ.read({VARIABLE: algo.value})
     options = parsed("--model", "dsv4-tiny", "--max-tokens", "64", "--batch-sizes", "1")
     scenario = options.scenario(environ, policy=WarmupPolicy.PLANNED)
@@ -210,7 +210,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_plan_takes_it_from_the_environment_and_says_so(
+def test_plan_takes_algorithm_from_environment_and_prints_it(
     clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("plan", "--model", "dsv4-tiny", "--pp", "1", "--tp", "1", "--max-tokens", "32")
@@ -226,7 +226,7 @@ def test_plan_takes_it_from_the_environment_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["launch", "sim", "plan"])
-def test_an_unknown_algorithm_is_one_line(
+def test_unknown_algorithm_is_a_one_line_error(
     name: str, clean: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clean.setenv(VARIABLE, "hpc")

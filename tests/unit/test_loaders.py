@@ -1,4 +1,4 @@
-"""What makes kernels ready, the library's JIT or ours, and the locks of a node's ranks."""
+"""Kernel loaders (the library's JIT and ours), and the compile locks of a node's ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCENARIO: Any = "the scenario"
 
 
 @pytest.fixture(autouse=True)
-def rules_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.loaders.table_of", lambda scenario: RULES)
     monkeypatch.setattr(
         "launch.loaders.plan_of",
@@ -42,7 +42,7 @@ def library_jit() -> LibraryJit:
     return LibraryJit(wrapper, SCENARIO)
 
 
-def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_jit_walk_makes_its_kernels_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     walker = pytest.importorskip("runner.deep_gemm_wrapper.walker")
     walked: list[object] = []
     monkeypatch.setattr(walker, "walk_list", lambda *arguments: walked.append(arguments))
@@ -54,7 +54,7 @@ def test_a_walk_of_the_library_loads_what_it_calls(monkeypatch: pytest.MonkeyPat
     assert not jit.is_ready(OTHER)
 
 
-def test_the_library_loads_new_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_jit_loads_only_new_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     walker = pytest.importorskip("runner.deep_gemm_wrapper.walker")
     asked: list[tuple[Kernel, GemmShape, int]] = []
 
@@ -72,10 +72,10 @@ def test_the_library_loads_new_kernels_only(monkeypatch: pytest.MonkeyPatch) -> 
     assert [kernel for kernel, _, _ in asked] == [two, three]
     assert all(RULES.kernels_of(shape.call(m))[-1] == kernel for kernel, shape, m in asked)
     assert jit.is_ready(first) and jit.is_ready(second)
-    assert not jit.is_ready(third), "what did not fit is loaded at its first use"
+    assert not jit.is_ready(third), "kernels that call_each skipped are not ready"
 
 
-def test_our_walk_makes_kernels_ready_in_order_of_their_first_m(
+def test_own_jit_walk_loads_kernels_in_order_of_first_m(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Kernel] = []
@@ -91,23 +91,23 @@ def test_our_walk_makes_kernels_ready_in_order_of_their_first_m(
     assert len(made) == len(set(made))
 
 
-def test_without_a_compiler_nothing_is_missing() -> None:
+def test_own_jit_without_a_compiler_is_always_ready() -> None:
     jit = OwnJit(RULES)
     jit.prepare(CALL)
     assert jit.is_ready(CALL)
 
 
-def test_the_command_line_loads_without_torch() -> None:
-    """So that it can say that torch is missing."""
+def test_launch_command_line_can_be_imported_without_torch() -> None:
+    """Otherwise it could not report that torch is missing."""
     code = "import sys; sys.modules['torch'] = None; import launch.cli"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# -- locks ------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------
 
 
 def can_be_taken(locks: CompileLocks, shape: GemmShape, within: float = 10) -> bool:
-    """Whether someone else gets the lock within some seconds."""
+    """Whether another thread gets the lock within this many seconds."""
     taken = threading.Event()
 
     def take() -> None:
@@ -118,7 +118,7 @@ def can_be_taken(locks: CompileLocks, shape: GemmShape, within: float = 10) -> b
     return taken.wait(within)
 
 
-def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
+def test_compile_lock_has_one_holder_and_is_released_on_error(tmp_path: Path) -> None:
     mine, theirs = CompileLocks(tmp_path), CompileLocks(tmp_path)
     with mine.held(DENSE):
         assert not can_be_taken(theirs, DENSE, within=0.3)
@@ -138,13 +138,13 @@ def test_a_lock_has_one_holder_at_a_time(tmp_path: Path) -> None:
     ],
     ids=["type", "n", "k", "groups"],
 )
-def test_each_gemm_has_a_lock_of_its_own(shape: GemmShape, tmp_path: Path) -> None:
+def test_each_gemm_has_its_own_compile_lock(shape: GemmShape, tmp_path: Path) -> None:
     locks = CompileLocks(tmp_path)
     with locks.held(DENSE):
         assert can_be_taken(locks, shape)
 
 
-def test_each_node_has_locks_of_its_own(tmp_path: Path) -> None:
+def test_each_node_has_its_own_compile_locks(tmp_path: Path) -> None:
     with CompileLocks(tmp_path / "node0").held(DENSE):
         assert can_be_taken(CompileLocks(tmp_path / "node1"), DENSE)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("node0/**/*.lock")] == [
@@ -165,7 +165,7 @@ with CompileLocks(Path(sys.argv[1])).held(GemmShape(T.GEMM_NT_F8F8BF16, 512, 512
 """
 
 
-def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
+def test_compile_lock_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
     locks = CompileLocks(tmp_path)
     words = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
@@ -176,7 +176,7 @@ def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
     assert can_be_taken(locks, DENSE)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_lock_folder_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
         CompileLocks(tmp_path / "file")

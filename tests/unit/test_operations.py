@@ -1,4 +1,4 @@
-"""Operations of a layer, their order, their yield marks, and turns of two batches."""
+"""A layer's operations, their yield marks, and running two batches in turns."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def context(recorder: ScheduleRecorder, parallel: ParallelConfig) -> RankContext
     return RankContext(Backend(recorder, num_sms=132), ShapeWeights(), parallel, rank=0)
 
 
-def test_layers_with_experts_have_what_a_strategy_orders() -> None:
+def test_layers_with_experts_have_the_operations_of_overlap_strategies() -> None:
     dsv3 = Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, 3)
     dsv4 = Dsv4Layer(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY, 1)
     for layer in (dsv3, dsv4):
         assert layer.has_experts and set(layer.operations()) == set(NEEDS)
 
 
-def test_dense_layers_have_an_order_of_their_own() -> None:
+def test_dense_layers_have_a_fixed_order_of_operations() -> None:
     layer = Dsv3Layer(context(ScheduleRecorder(), ParallelConfig(tp=2)), DSV3, 2)
     assert not layer.has_experts and ", ".join(layer.operations()) == DENSE
 
@@ -60,7 +60,7 @@ def recorded_forward(model: ModelConfig, mode: ForwardMode) -> list[Op]:
 
 
 @pytest.mark.parametrize(("mode", "yields"), [(ForwardMode.DECODE, 5), (ForwardMode.EXTEND, 2)])
-def test_recorded_layers_hold_their_marks(mode: ForwardMode, yields: int) -> None:
+def test_recorded_forward_has_layer_and_yield_marks(mode: ForwardMode, yields: int) -> None:
     ops = recorded_forward(with_layers(DSV3, 5), mode)
     marks = [op for op in ops if isinstance(op, Mark)]
     expected = [Mark("forward", f"{mode.name} 8")]
@@ -70,7 +70,7 @@ def test_recorded_layers_hold_their_marks(mode: ForwardMode, yields: int) -> Non
     assert marks == [*expected, Mark("layer", "end")]
 
 
-def test_operations_must_leave_nothing_behind() -> None:
+def test_state_left_behind_by_operations_is_an_error() -> None:
     stage = PipelineStage(context(ScheduleRecorder(), ParallelConfig()), DSV4_TINY)
     layer = stage._layers[0][1]
     forgetful = {"forget": lambda state: state.update(latent=state["hidden_states"])}
@@ -86,13 +86,13 @@ def noting(seen: list[Any], name: str) -> Operation:
     return lambda state: seen.append((name, state["half"]))
 
 
-def test_marks_with_nothing_between_are_one() -> None:
+def test_cut_stages_ignores_empty_stages() -> None:
     a, b = noting([], "a"), noting([], "b")
     assert cut_stages(["|", a, "|", "|", b, "|"]) == [(a,), (b,)]
     assert cut_stages(["|"]) == []
 
 
-def test_turns_with_a_batch_ahead() -> None:
+def test_overlapped_order_with_one_batch_ahead() -> None:
     assert overlapped_order(3, 2) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert overlapped_order(4, 1) == [
         (0, 0),
@@ -107,7 +107,9 @@ def test_turns_with_a_batch_ahead() -> None:
 
 
 @given(st.integers(0, 40), st.data())
-def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataObject) -> None:
+def test_overlapped_order_runs_each_stage_once_and_keeps_the_lead(
+    stages: int, data: st.DataObject
+) -> None:
     delta = data.draw(st.integers(0, stages))
     order = overlapped_order(stages, delta)
     for batch in (0, 1):
@@ -118,7 +120,7 @@ def test_every_stage_of_both_runs_once_in_its_order(stages: int, data: st.DataOb
         assert 0 <= ahead <= delta + 1
 
 
-def test_two_batches_run_in_turns_with_states_of_their_own() -> None:
+def test_run_overlapped_alternates_batches_with_separate_states() -> None:
     seen: list[Any] = []
     stages = [(noting(seen, "a"), noting(seen, "b")), (noting(seen, "c"),)]
     states: tuple[LayerState, LayerState] = ({"half": 0}, {"half": 1})

@@ -1,4 +1,4 @@
-"""One scenario, one codec: options, argv and JSON over all fields."""
+"""Scenario options: round trips of all fields through options, argv and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GROUPS = ("model", "deployment", "plan", "run", "placement")
 
 
 def parsed(*arguments: str) -> ScenarioOptions:
-    """The options as a command gets them."""
+    """The options that a command receives."""
     found: list[ScenarioOptions] = []
 
     @click.command()
@@ -70,7 +70,7 @@ VALUES = {
     "speculative": st.booleans(),
     "bf16_fp32_algo": st.sampled_from(Bf16Fp32Algo),
 }
-"""A strategy for each field of a Scenario that is plain data: a new field needs one here."""
+"""A hypothesis strategy per plain field of Scenario; each new field needs one."""
 
 
 @st.composite
@@ -88,7 +88,7 @@ def resolved(made: Scenario) -> Scenario:
     return replace(made, batch_sizes=made.resolved_batch_sizes)
 
 
-def test_every_field_is_tried() -> None:
+def test_round_trip_tests_cover_every_field() -> None:
     names = {item.name for item in fields(Scenario)} - {"model", "parallel", "source"}
     assert names == set(VALUES)
     assert {name for layout in LAYOUTS for name in layout} == {
@@ -97,15 +97,14 @@ def test_every_field_is_tried() -> None:
 
 
 @given(scenarios())
-def test_json_gives_the_scenario_back(made: Scenario) -> None:
+def test_scenario_round_trips_through_json(made: Scenario) -> None:
     data = json.loads(json.dumps(made.to_json()))
     assert Scenario.from_json(data) == resolved(made)
 
 
 @settings(deadline=None)
 @given(scenarios())
-def test_argv_gives_the_scenario_back(made: Scenario) -> None:
-    """From a scenario's values to a command line, and from what click makes of that back."""
+def test_scenario_round_trips_through_argv(made: Scenario) -> None:
     names = {item.name for item in parsed().options}
     parallel = {item.name: getattr(made.parallel, item.name) for item in fields(ParallelConfig)}
     own = {item.name: getattr(made, item.name) for item in fields(Scenario)}
@@ -122,18 +121,18 @@ def test_argv_gives_the_scenario_back(made: Scenario) -> None:
     assert again.scenario(Environ(), **fixed) == made
 
 
-def test_defaults_are_the_dataclass_defaults() -> None:
+def test_option_defaults_are_the_dataclass_defaults() -> None:
     assert parsed().to_argv() == []
     assert parsed().scenario(Environ()) == Scenario(model=DSV4)
 
 
-def test_a_stage_has_a_node_unless_nodes_are_given() -> None:
+def test_default_is_one_node_per_stage_and_replica() -> None:
     made = parsed("--pp", "4", "--tp", "2", "--replicas", "2").scenario(Environ())
     assert made.parallel.nodes == 8
     assert parsed("--pp", "4", "--nodes", "2").scenario(Environ()).parallel.nodes == 2
 
 
-def test_the_environment_speaks_where_no_option_does() -> None:
+def test_environment_applies_where_no_option_is_given() -> None:
     environ = Environ(pp_layer_partition="1,2", bf16_fp32_algo=Bf16Fp32Algo.TORCH)
     tiny = ("--model", "dsv4-tiny", "--layers", "3", "--pp", "2")
     made = parsed(*tiny).scenario(environ)
@@ -141,7 +140,7 @@ def test_the_environment_speaks_where_no_option_does() -> None:
     assert parsed(*tiny, "--stage-layers", "2,1").scenario(environ).parallel.stage_layers == (2, 1)
 
 
-def test_a_strategy_of_a_file_survives_json(tmp_path: Path) -> None:
+def test_strategy_from_a_file_round_trips_through_json(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(STRATEGIES["deepseek-decode"].to_toml())
     arguments = ("--model", "dsv4-tiny", "--overlap", str(path))
@@ -165,7 +164,7 @@ def test_a_strategy_of_a_file_survives_json(tmp_path: Path) -> None:
         ({"disaggregation": None}, "its 'disaggregation' is None, not one of none, prefill"),
     ],
 )
-def test_other_data_is_refused(change: dict[str, object], line: str) -> None:
+def test_invalid_json_values_are_refused(change: dict[str, object], line: str) -> None:
     data = Scenario(model=DSV4_TINY, batch_sizes=(1,)).to_json()
     with pytest.raises(ValueError, match="its") as caught:
         Scenario.from_json(data | change)
@@ -173,14 +172,14 @@ def test_other_data_is_refused(change: dict[str, object], line: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "layers", "pp", "tp", "nodes", "num_sms", "batch_sizes"])
-def test_what_every_version_wrote_must_be_there(name: str) -> None:
+def test_required_json_field_must_be_present(name: str) -> None:
     data = Scenario(model=DSV4_TINY, batch_sizes=(1,)).to_json()
     del data[name]
     with pytest.raises(KeyError, match=name):
         Scenario.from_json(data)
 
 
-def test_a_field_that_older_versions_lacked_has_its_default() -> None:
+def test_optional_json_fields_have_defaults() -> None:
     made = Scenario(model=DSV4_TINY, batch_sizes=(1,))
     data = made.to_json()
     for name in ("without", "decode_batch_sizes", "overlap", "moe_a2a", "library"):
@@ -199,7 +198,7 @@ def test_a_field_that_older_versions_lacked_has_its_default() -> None:
         (["--without", "what"], "'what' is not one of 'gemm_nt_f8f8bf16'"),
     ],
 )
-def test_bad_options_are_refused(arguments: list[str], line: str) -> None:
+def test_invalid_options_are_refused(arguments: list[str], line: str) -> None:
     with pytest.raises(UserError) as caught:
         parsed(*arguments)
     assert line in str(caught.value)
@@ -228,7 +227,7 @@ class Sample:
         limit=st.none() | st.integers(1, 50).map(lambda gib: gib * 2.0**28),
     )
 )
-def test_any_dataclass_of_options_survives_its_argv(value: Sample) -> None:
+def test_option_dataclass_round_trips_through_argv(value: Sample) -> None:
     found: list[Sample] = []
 
     @click.command()

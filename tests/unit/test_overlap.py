@@ -1,4 +1,4 @@
-"""Two-batch overlap: strategies and their files, and halves of a batch."""
+"""Two-batch overlap: strategies, strategy files, and splitting a batch into halves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DECODE = (
         ("dsv4-prefill", "extend", 0, 0, PREFILL),
     ],
 )
-def test_named_strategies_are_upstreams(
+def test_named_strategies_match_sglang(
     name: str, mode: str, delta: int, sms: int, steps: str
 ) -> None:
     strategy = load_strategy(name)
@@ -71,14 +71,12 @@ def test_named_strategies_are_upstreams(
         ("deepseek-prefill", 3, 7),
     ],
 )
-def test_stages_without_a_mark_at_the_end_run_into_the_next_layer(
-    name: str, layers: int, stages: int
-) -> None:
+def test_number_of_stages_over_several_layers(name: str, layers: int, stages: int) -> None:
     steps = [step for _ in range(layers) for step in STRATEGIES[name].arrange(OPERATIONS)]
     assert len(cut_stages(steps)) == stages
 
 
-# -- strategies of a user's own ------------------------------------------------------------------
+# -- strategy files -------------------------------------------------------------------------------
 
 
 def written(folder: Path, text: str) -> str:
@@ -87,7 +85,7 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_file_with_all_it_can_have(tmp_path: Path) -> None:
+def test_strategy_file_with_all_settings(tmp_path: Path) -> None:
     text = f'''
         mode = "extend"
         operations = """{" ".join(NEEDS)}|"""
@@ -99,7 +97,7 @@ def test_a_file_with_all_it_can_have(tmp_path: Path) -> None:
     assert OverlapStrategy.from_json(strategy.to_json()) == strategy
 
 
-def test_commas_are_allowed_and_numbers_default_to_0(tmp_path: Path) -> None:
+def test_strategy_file_with_commas_and_default_numbers(tmp_path: Path) -> None:
     text = f'mode = "decode"\noperations = "{", ".join(NEEDS)}"'
     strategy = load_strategy(written(tmp_path, text))
     assert (strategy.steps, strategy.delta_stages, strategy.comm_sms) == (tuple(NEEDS), 0, 0)
@@ -122,7 +120,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_operations_that_do_not_go(tmp_path: Path, name: str) -> None:
+def test_invalid_order_of_operations_is_refused(tmp_path: Path, name: str) -> None:
     operations, message = BAD[name]
     with pytest.raises(UserError, match=f"^strategy mine: {message}"):
         load_strategy(written(tmp_path, f'mode = "decode"\noperations = "{operations}"'))
@@ -141,17 +139,17 @@ def test_operations_that_do_not_go(tmp_path: Path, name: str) -> None:
         ("mode = ", "cannot read the overlap strategy"),
     ],
 )
-def test_files_that_are_no_strategy(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_strategy_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_strategy(written(tmp_path, text))
 
 
-def test_a_name_that_is_neither_known_nor_a_file() -> None:
+def test_unknown_strategy_name_is_refused() -> None:
     with pytest.raises(UserError, match="'decode' is not known: use one of deepseek-decode-before"):
         load_strategy("decode")
 
 
-def test_a_stage_runs_from_one_layer_into_the_next() -> None:
+def test_stage_without_a_final_mark_continues_in_the_next_layer() -> None:
     stages = concatenate(STRATEGIES["deepseek-decode"], [OPERATIONS] * 3)
     assert len(stages) == 16
     assert [step.__name__ for step in stages[5]] == [
@@ -162,7 +160,7 @@ def test_a_stage_runs_from_one_layer_into_the_next() -> None:
     ]
 
 
-def test_a_batch_cannot_be_further_ahead_than_there_are_stages() -> None:
+def test_delta_stages_above_the_number_of_stages_is_refused() -> None:
     far = replace(STRATEGIES["deepseek-decode"], delta_stages=7)
     assert len(concatenate(far, [OPERATIONS] * 2)) == 11
     with pytest.raises(UserError, match="delta_stages = 7 must be at most 6, the stages of the"):
@@ -170,7 +168,7 @@ def test_a_batch_cannot_be_further_ahead_than_there_are_stages() -> None:
 
 
 @given(st.permutations(list(NEEDS)))
-def test_an_order_is_legal_or_refused_with_a_reason(order: list[str]) -> None:
+def test_order_is_accepted_if_and_only_if_dependencies_hold(order: list[str]) -> None:
     legal = all(
         order.index(need) < order.index(name) for name, needs in NEEDS.items() for need in needs
     )
@@ -189,7 +187,7 @@ def test_an_order_is_legal_or_refused_with_a_reason(order: list[str]) -> None:
     ("lens", "first"),
     [((1, 1), 1), ((1, 1, 1), 1), ((5, 1, 1), 1), ((1, 1, 5), 2), ((3, 4, 5, 6, 7), 3)],
 )
-def test_a_batch_is_cut_between_sequences(lens: tuple[int, ...], first: int) -> None:
+def test_batch_is_split_between_sequences(lens: tuple[int, ...], first: int) -> None:
     ids = tuple(range(sum(lens)))
     halves = ForwardBatch.extend(lens, input_ids=ids).halves
     assert halves is not None
@@ -197,12 +195,12 @@ def test_a_batch_is_cut_between_sequences(lens: tuple[int, ...], first: int) -> 
     assert (*(halves[0].input_ids or ()), *(halves[1].input_ids or ())) == ids
 
 
-def test_one_sequence_is_not_cut() -> None:
+def test_single_sequence_is_not_split() -> None:
     assert ForwardBatch.extend((9,)).halves is None
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6))
-def test_no_other_cut_is_more_even(lens: list[int]) -> None:
+def test_split_is_as_even_as_possible(lens: list[int]) -> None:
     halves = ForwardBatch.extend(lens).halves
     assert halves is not None
     off = abs(halves[0].num_tokens - halves[1].num_tokens)

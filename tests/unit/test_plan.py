@@ -1,4 +1,4 @@
-"""The planner: against measurements, against the rule M by M, and its own arithmetic."""
+"""The planner, against measurements and against the rules for every M."""
 
 import struct
 from bisect import bisect_left
@@ -27,20 +27,22 @@ def spec_of(shape: dict[str, Any], *, groups: bool) -> str:
 
 @pytest.mark.parametrize("groups", [True, False])
 @pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
-def test_a_gemms_plan_is_what_an_h200_compiled(shape: dict[str, Any], groups: bool) -> None:
+def test_plan_of_a_gemm_matches_compiles_measured_on_h200(
+    shape: dict[str, Any], groups: bool
+) -> None:
     plan = make_plan(gemm_demands(spec_of(shape, groups=groups), max_m=16384, num_sms=132), RULES)
     kernels = plan_to_json(plan, None)["kernels"]
     first_m = sorted({item["m_ranges"][0][0] for item in kernels})
     compiled, count = [m for m, _ in shape["compiles"]], shape["kernels"]
     if TYPES[shape["kind"]] is T.TF32_HC_PRENORM_GEMM:
-        # The walk on the H200 split K by M alone, 132 and 66 times up to 128 rows. Servers cap
-        # the number by K: 64 for both.
+        # The measured walk chose splits by M only: 132 and 66 up to 128 rows. Servers also cap
+        # them by K, to 64 in both cases.
         compiled.remove(65)
         count -= 1
     assert (len(kernels), first_m) == (count, compiled)
 
 
-def test_splits_are_capped_by_k() -> None:
+def test_number_of_splits_is_capped_by_k() -> None:
     found = gemm_demands("tf32_hc_prenorm_gemm:24:16384", max_m=16384, num_sms=132)
     splits = {demand.shape.num_groups: (demand.ms[0], demand.ms[-1]) for demand in found}
     assert splits[64] == (1, 128)
@@ -63,7 +65,7 @@ def shapes() -> st.SearchStrategy[GemmShape]:
 
 @settings(max_examples=150, deadline=None)
 @given(shape=shapes(), last=st.integers(128, 20000), data=st.data())
-def test_every_m_runs_exactly_the_kernels_planned_for_it(
+def test_planned_kernels_of_each_m_are_those_its_call_runs(
     shape: GemmShape, last: int, data: st.DataObject
 ) -> None:
     step = 128 if shape.type in CONTIGUOUS_TYPES else 1
@@ -80,7 +82,7 @@ def test_every_m_runs_exactly_the_kernels_planned_for_it(
 
 
 @given(shape=shapes(), ms=st.sets(st.integers(1, 3000), min_size=1, max_size=40))
-def test_only_the_given_m_count(shape: GemmShape, ms: set[int]) -> None:
+def test_kernel_ranges_consider_only_the_given_m(shape: GemmShape, ms: set[int]) -> None:
     ordered = sorted(128 * m for m in ms) if shape.type in CONTIGUOUS_TYPES else sorted(ms)
     planned = RULES.kernel_ranges(shape, ordered)
     assert set(planned) == {kernel for m in ordered for kernel in kernels_of(shape.call(m))}
@@ -90,7 +92,7 @@ def test_only_the_given_m_count(shape: GemmShape, ms: set[int]) -> None:
             assert bisect_left(ordered, first) <= bisect_left(ordered, last)
 
 
-def test_no_m_no_kernels() -> None:
+def test_no_m_gives_no_kernels() -> None:
     assert RULES.kernel_ranges(GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132), ()) == {}
 
 
@@ -98,8 +100,8 @@ def f32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]  # type: ignore[no-any-return]
 
 
-def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout, m: int) -> int:
-    """``get_layout_info`` of csrc/jit_kernels/heuristics/sm90.hpp, line by line."""
+def library_cycles(desc: sm90.GemmDesc, layout: sm90.Layout, m: int) -> int:
+    """Line-by-line port of ``get_layout_info`` in csrc/jit_kernels/heuristics/sm90.hpp."""
     groups = 1 if desc.gemm_type is sm90.GemmType.CONTIGUOUS else desc.num_groups
     blocks = sm90.ceil_div(m, layout.block_m) * sm90.ceil_div(desc.n, layout.block_n) * groups
     waves = sm90.ceil_div(blocks, desc.num_sms)
@@ -125,7 +127,7 @@ def cycles_as_the_library_counts(desc: sm90.GemmDesc, layout: sm90.Layout, m: in
     groups=st.sampled_from([1, 4, 32, 256]),
     num_sms=st.sampled_from([132, 131, 112, 78, 20, 1]),
 )
-def test_the_choice_is_the_first_of_the_librarys_cheapest(
+def test_best_layout_is_the_first_cheapest_by_the_librarys_cost(
     gemm_type: sm90.GemmType,
     is_fp8: bool,
     m: int,
@@ -137,7 +139,7 @@ def test_the_choice_is_the_first_of_the_librarys_cheapest(
     groups = 1 if gemm_type is sm90.GemmType.NORMAL else groups
     desc = sm90.GemmDesc(gemm_type, is_fp8, n, k, groups, num_sms)
     candidates = sm90.legal_layouts(desc, m)
-    best = min(candidates, key=lambda layout: cycles_as_the_library_counts(desc, layout, m))
+    best = min(candidates, key=lambda layout: library_cycles(desc, layout, m))
     assert sm90.best_layout(desc, m) == best
 
 
@@ -150,11 +152,11 @@ def test_the_choice_is_the_first_of_the_librarys_cheapest(
         ([((7, 7),), ((1, 20),)], ((1, 20),)),
     ],
 )
-def test_union(given_ranges: list[Any], expected: Any) -> None:
+def test_union_of_m_ranges(given_ranges: list[Any], expected: Any) -> None:
     assert union(given_ranges) == expected
 
 
-def test_gemms_that_run_the_same_kernel_share_it() -> None:
+def test_plan_lists_a_shared_kernel_once_with_all_m() -> None:
     wide = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
     both = make_plan([Demand(wide, (1,), (0,)), Demand(wide, (5000,), (0,))], RULES)
     alone = make_plan([Demand(wide, (1, 5000), (0, 1))], RULES)
@@ -164,7 +166,7 @@ def test_gemms_that_run_the_same_kernel_share_it() -> None:
     assert alone.kernels[0].stages == (0, 1)
 
 
-def test_uncovered_names_the_m_of_missing_kernels() -> None:
+def test_uncovered_lists_m_of_missing_kernels() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
     plan = make_plan([Demand(shape, range(1, 65))], RULES)
     tail = kernels_of(shape.call(64))[-1]
@@ -184,14 +186,14 @@ def test_uncovered_names_the_m_of_missing_kernels() -> None:
         ("gemm_nt_f8f8bf16:64:128:0", "GROUPS must be at least 1"),
     ],
 )
-def test_a_bad_spec_is_one_line(spec: str, message: str) -> None:
+def test_invalid_gemm_spec_is_a_one_line_error(spec: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         gemm_demands(spec, max_m=16384, num_sms=132)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("values", [{"max_m": 0, "num_sms": 132}, {"max_m": 1, "num_sms": 0}])
-def test_limits_out_of_range(values: dict[str, int]) -> None:
+def test_max_m_and_num_sms_out_of_range_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must lie in"):
         gemm_demands("gemm_nt_f8f8bf16:64:128", **values)
 
@@ -205,13 +207,13 @@ def test_limits_out_of_range(values: dict[str, int]) -> None:
         ("gemm_nt_f8f8bf16:64:33554432", "its tiles do not fit in shared memory"),
     ],
 )
-def test_a_shape_without_a_kernel_is_one_line(spec: str, message: str) -> None:
+def test_shape_without_a_kernel_is_a_one_line_error(spec: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         make_plan(gemm_demands(spec, max_m=60000, num_sms=132), RULES)
     assert message in str(caught.value)
 
 
-def test_fixed_splits_of_the_hyper_connection_gemm() -> None:
+def test_hyper_connection_gemm_with_a_fixed_number_of_splits() -> None:
     (only,) = gemm_demands("tf32_hc_prenorm_gemm:24:16384:16", max_m=100, num_sms=132)
     assert only.shape.num_groups == 16
     assert make_plan([only], RULES).kernels[0].m_ranges == ((1, 100),)
@@ -232,7 +234,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("kind", sorted(RULED_TYPES), ids=lambda kind: kind.name)
-def test_a_kernel_in_words(kind: T) -> None:
+def test_kernel_configuration_in_words(kind: T) -> None:
     sizes = {"n": 1024, "k": 4096}
     if kind is T.TF32_HC_PRENORM_GEMM:
         sizes = {"n": 24, "k": 16384}

@@ -1,4 +1,4 @@
-"""Where a process stands, what its rank computes, and what ranks meet over."""
+"""A rank's process: communication backend, compute mode, graph checks and start time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def picked(
         ("auto", 8, 8, 8, "nccl"),
         ("auto", 8, 4, 2, "nccl"),
         ("auto", 1, 1, 1, "nccl"),
-        # Virtual nodes alone do not change what ranks meet over: NCCL among them is opt-in.
+        # Virtual nodes do not change the default backend: NCCL among them is opt-in.
         ("auto", 2, 8, 2, "gloo"),
         ("gloo", 8, 8, 8, "gloo"),
         ("gloo", 0, 1, 1, "gloo"),
@@ -48,7 +48,7 @@ def picked(
         ("nccl", 1, 8, 1, "nccl"),
     ],
 )
-def test_auto_is_nccl_if_each_rank_has_a_gpu_of_its_own(
+def test_auto_backend_is_nccl_if_each_rank_has_its_own_gpu(
     wanted: str,
     gpus: int,
     local: int,
@@ -59,7 +59,7 @@ def test_auto_is_nccl_if_each_rank_has_a_gpu_of_its_own(
     assert picked(wanted, monkeypatch, gpus=gpus, local=local, per_node=per_node) == backend
 
 
-def test_nccl_needs_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_requires_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"4 ranks of a node would share 2 GPU\(s\)") as caught:
         picked("nccl", monkeypatch, gpus=2, local=8, per_node=4)
     assert "give --virtual-nodes so that a node has at most 2 rank(s)" in str(caught.value)
@@ -77,7 +77,7 @@ def test_nccl_needs_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatc
         ),
     ],
 )
-def test_nccl_without_data_on_gpus_is_refused_before_ranks_start(
+def test_nccl_without_gpu_data_is_refused_before_ranks_start(
     more: list[str],
     line: str,
     capsys: pytest.CaptureFixture[str],
@@ -88,7 +88,7 @@ def test_nccl_without_data_on_gpus_is_refused_before_ranks_start(
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
-# -- what a rank computes ---------------------------------------------------------------------
+# -- what a rank computes -------------------------------------------------------------------------
 
 OPTIONS = parsed("--model", "dsv4-tiny")
 
@@ -102,13 +102,13 @@ OPTIONS = parsed("--model", "dsv4-tiny")
         ("real", "cpu", "dsv4", ("real", "as given")),
     ],
 )
-def test_a_rank_does_real_math_on_a_gpu_or_with_few_weights(
+def test_compute_mode_is_real_on_gpu_for_small_models_or_as_asked(
     asked: str | None, device: str, model: str, expected: tuple[str, str]
 ) -> None:
     assert compute_mode(replace(OPTIONS, compute=asked), device, PRESETS[model]) == expected
 
 
-def test_a_cpu_skips_the_math_of_many_weights() -> None:
+def test_compute_mode_is_skip_for_large_models_on_cpu() -> None:
     mode, why = compute_mode(OPTIONS, "cpu", PRESETS["dsv4"])
     assert mode == "skip"
     assert why.endswith(" G weights are too many for math on a CPU")
@@ -124,7 +124,7 @@ def test_a_cpu_skips_the_math_of_many_weights() -> None:
         (2, (), True, "gloo", False),
     ],
 )
-def test_a_graph_cannot_hold_collectives_over_gloo(
+def test_cuda_graphs_with_collectives_over_gloo_are_refused(
     tp: int, sizes: tuple[int, ...], on_gpu: bool, backend: str, refused: bool
 ) -> None:
     graphs = ["--cuda-graphs", ",".join(map(str, sizes))] if sizes else []
@@ -137,12 +137,12 @@ def test_a_graph_cannot_hold_collectives_over_gloo(
         check_graphs(scenario, on_gpu=on_gpu, backend=backend)
 
 
-# -- when a process began ---------------------------------------------------------------------
+# -- start time of a process ----------------------------------------------------------------------
 
 PRINT = "from launch.rank import process_start; print(process_start())"
 
 
-def test_a_process_began_before_now_and_at_one_time() -> None:
+def test_process_start_is_constant_and_in_the_past() -> None:
     first = process_start()
     time.sleep(0.05)
     assert process_start() == pytest.approx(first, abs=0.02)
@@ -150,8 +150,8 @@ def test_a_process_began_before_now_and_at_one_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "a name) with (S 1 2 brackets"])
-def test_a_child_began_when_it_was_started(name: str, tmp_path: Path) -> None:
-    """Whatever the program is called: its name is in the middle of the kernel's line."""
+def test_process_start_of_a_child_is_when_it_was_started(name: str, tmp_path: Path) -> None:
+    """A program name with spaces and parentheses must not confuse parsing of /proc/PID/stat."""
     program = tmp_path / name
     program.symlink_to(Path(sys.executable).resolve())
     before = time.time()

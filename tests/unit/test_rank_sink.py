@@ -1,4 +1,4 @@
-"""The sink of a real run: what it notes."""
+"""RankSink: the spans and operations that a real run records."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BEGIN = Begin("all_to_all tokens of 0", (0, 1), 8)
 
 
 class NewOnce:
-    """A loader for which each call is new once."""
+    """A loader that reports each call as not ready the first time."""
 
     def __init__(self, *, inside: bool = True) -> None:
         self.loads_inside_calls = inside
@@ -54,8 +54,8 @@ class NewOnce:
         self.seen.add(call)
 
 
-class Around:
-    """A rank's device, wait limit and lock; keeps what the sink does with each of them."""
+class FakeEnvironment:
+    """A rank's device, wait limit and lock; records what the sink does with them."""
 
     def __init__(self) -> None:
         self.events: list[object] = []
@@ -101,7 +101,7 @@ class Around:
 
 
 def make_sink(loader: Any = None, around: Any = None, *, rank: int = 0, **changes: Any) -> RankSink:
-    around = around or Around()
+    around = around or FakeEnvironment()
     return RankSink(rank, loader or NewOnce(), around, around, **changes)
 
 
@@ -113,7 +113,7 @@ HC = "tf32_hc_prenorm_gemm"
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
+def test_first_use_is_a_load_span_and_later_ones_are_compute(inside: bool) -> None:
     sink = make_sink(NewOnce(inside=inside))
     assert sink.run(CALL, lambda: 7) == 7
     first = [("load", HC)] if inside else [("load", HC), ("compute", HC)]
@@ -122,13 +122,13 @@ def test_a_first_use_is_a_load_and_the_next_is_compute(inside: bool) -> None:
     assert kinds(sink) == [*first, ("compute", HC)]
 
 
-def test_without_a_compiler_nothing_is_loaded() -> None:
+def test_no_load_span_without_a_compiler() -> None:
     sink = make_sink(OwnJit(RULES))
     sink.run(CALL, lambda: None)
     assert kinds(sink) == [("compute", HC)]
 
 
-def test_both_ends_of_a_communication_have_one_key() -> None:
+def test_both_ends_of_a_communication_have_the_same_key() -> None:
     ops: list[Op] = [SUM, Send("h", 1, 4), Recv("h", 1, 4), SUM]
     one, two = (make_sink(rank=rank) for rank in (0, 1))
     for op in ops:
@@ -140,7 +140,7 @@ def test_both_ends_of_a_communication_have_one_key() -> None:
     assert keys[0] == ["0,1 #1", "0>1 #1", "1>0 #1", "0,1 #2"] == keys[1]
 
 
-def test_phases_are_spans_and_forwards_are_reported_with_their_phase() -> None:
+def test_phases_become_spans_and_forwards_are_reported_with_their_phase() -> None:
     reported: list[tuple[str, str]] = []
     sink = make_sink(on_forward=lambda phase, name: reported.append((phase, name)))
     for op in (
@@ -158,10 +158,10 @@ def test_phases_are_spans_and_forwards_are_reported_with_their_phase() -> None:
 
 
 @pytest.mark.parametrize("op", [SUM, Send("h", 1, 4), Recv("h", 1, 4)])
-def test_communication_is_timed_and_limited_from_an_idle_device_until_it_arrives(
+def test_communication_starts_on_idle_device_and_is_timed_until_it_arrives(
     op: Collective | Send | Recv,
 ) -> None:
-    around = Around()
+    around = FakeEnvironment()
     sink = make_sink(around=around)
     sink.run(Compute("y", 1, 1), around.act)
     sink.run(op, around.act)
@@ -170,7 +170,7 @@ def test_communication_is_timed_and_limited_from_an_idle_device_until_it_arrives
     assert kinds(sink) == [("compute", "y"), ("compute", "device"), ("comm", name)]
 
 
-def test_walks_and_work_on_kernels_are_loads_but_for_builds() -> None:
+def test_walks_and_kernel_work_except_builds_are_load_spans() -> None:
     sink = make_sink(rank=3)
     for op in (WALK, *(KernelWork(action, ()) for action in ("build", "verify", "load"))):
         sink.run(op, lambda: None)
@@ -180,9 +180,9 @@ def test_walks_and_work_on_kernels_are_loads_but_for_builds() -> None:
     assert sink.last == "load 0 kernels"
 
 
-def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
-    around: Any = Around()
-    sink = RankSink(0, NewOnce(), Around(), Around(), locks=around)  # type: ignore[arg-type]
+def test_compile_lock_is_held_only_during_first_uses_and_walks() -> None:
+    around: Any = FakeEnvironment()
+    sink = RankSink(0, NewOnce(), FakeEnvironment(), FakeEnvironment(), locks=around)  # type: ignore[arg-type]
     ops = (CALL, CALL, Compute("x", 1, 1), SUM, Mark("layer", "1"), KernelWork("load", ()), WALK)
     for op in ops:
         sink.run(op, around.act)
@@ -190,11 +190,11 @@ def test_the_lock_is_held_around_a_first_use_and_a_walk_only() -> None:
     assert around.events == [*held, *["act"] * 5, *held]
 
 
-def test_a_wait_for_the_lock_is_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_compile_lock_is_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("launch.rank_sink.time.time", lambda: now)
 
-    class Slow(Around):
+    class Slow(FakeEnvironment):
         @contextmanager
         def held(self, shape: GemmShape) -> Iterator[None]:
             nonlocal now
@@ -209,8 +209,8 @@ def test_a_wait_for_the_lock_is_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
-    around, loader = Around(), NewOnce()
+def test_graph_capture_counts_operations_without_timing_them() -> None:
+    around, loader = FakeEnvironment(), NewOnce()
     sink = make_sink(loader, around, on_forward=lambda phase, name: around.events.append("told"))
     sink.run(Mark("phase", "graph capture"), lambda: None)
     sink.spans.clear()
@@ -225,12 +225,12 @@ def test_a_capture_counts_operations_and_times_nothing_inside() -> None:
     assert kinds(sink) == [("compute", "graph DECODE 8")]
     acts = ["act"] * 4
     assert around.events == ["synchronise", "quiet", "capture", *acts, "captured", "not quiet"]
-    assert not loader.is_ready(CALL), "a capture brings no kernel in"
+    assert not loader.is_ready(CALL), "a capture loads no kernel"
     sink.run(CALL, lambda: None)
     assert (sink.ops[-1], sink.spans[-1].kind) == (CALL, "load")
 
 
-def test_a_failed_capture_leaves_the_operations_whole() -> None:
+def test_failed_capture_leaves_recorded_operations_intact() -> None:
     def refuse() -> None:
         raise ValueError("no graph")
 
@@ -242,8 +242,8 @@ def test_a_failed_capture_leaves_the_operations_whole() -> None:
     assert sink.ops == [CALL, Capture("graph DECODE 8", 0), CALL]
 
 
-def test_an_asynchronous_collective_is_timed_by_the_host() -> None:
-    around = Around()
+def test_asynchronous_collective_over_gloo_is_timed_by_the_host() -> None:
+    around = FakeEnvironment()
     sink = make_sink(around=around)
     assert sink.run(BEGIN, lambda: "handle") == "handle"
     assert sink.run(Await(BEGIN.name), lambda: "result") == "result"
@@ -255,7 +255,7 @@ def test_an_asynchronous_collective_is_timed_by_the_host() -> None:
     assert compute.end <= beside.start <= wait.start and wait.end <= beside.end
 
 
-def test_over_nccl_it_is_timed_by_the_gpu_and_limited_until_it_is_done() -> None:
+def test_asynchronous_collective_over_nccl_is_timed_by_gpu_events() -> None:
     class Event:
         def query(self) -> bool:
             return False
@@ -263,7 +263,7 @@ def test_over_nccl_it_is_timed_by_the_gpu_and_limited_until_it_is_done() -> None
     event: Any = Event()
     nothing = torch.zeros(0)
     handle = AsyncCollective(CollectiveEvents(event, event, event), nothing, nothing, 1)
-    around = Around()
+    around = FakeEnvironment()
     sink = make_sink(around=around)
     sink.run(BEGIN, lambda: handle)
     assert around.events == [("in", BEGIN), "out", ("started", BEGIN, False)]
@@ -272,7 +272,7 @@ def test_over_nccl_it_is_timed_by_the_gpu_and_limited_until_it_is_done() -> None
     assert sink.spans[-1] == Span(0, 3.0, 5.0, "beside", BEGIN.name)
 
 
-# -- compiles that the shim recorded ----------------------------------------------------------
+# -- compiles that the shim recorded --------------------------------------------------------------
 
 
 def compiled(start: float, end: float, kernel: Kernel | None = None) -> CompileRecord:
@@ -297,7 +297,7 @@ def compiled(start: float, end: float, kernel: Kernel | None = None) -> CompileR
         ([(10, 20)], [("compile", 10, 20)]),
     ],
 )
-def test_compiles_take_their_part_of_a_load(
+def test_compiles_are_cut_out_of_load_spans(
     compiles: list[tuple[float, float]], expected: list[tuple[str, float, float]]
 ) -> None:
     load = Span(0, 10, 20, "load", "gemm")
@@ -305,7 +305,7 @@ def test_compiles_take_their_part_of_a_load(
     assert [(span.kind, span.start, span.end) for span in made] == expected
 
 
-def test_a_compile_has_its_kernels_identity() -> None:
+def test_compile_span_has_the_kernels_identity_as_key() -> None:
     kernel = RULES.kernels_of(CALL)[-1]
     (span,) = split_loads([], [compiled(1, 2, kernel)])
     assert (span.name, span.key) == (kernel.name, kernel.identity)

@@ -90,19 +90,19 @@ rank 1 |######o........~####|   10.00 s
 # compile  o load  = compute  ~ comm  . wait  - setup  _ idle  (1 column = 0.5 s)"""
 
 
-def test_timeline_table():
+def test_timeline_table_output():
     assert text_of(timeline_table(COLD)) == GOLDEN_TIMELINE
 
 
-def test_policy_table():
+def test_policy_table_output():
     assert text_of(policy_table([COLD, WARM])) == GOLDEN_POLICIES
 
 
-def test_policy_table_of_one_has_no_saving():
+def test_policy_table_of_one_policy_has_no_comparison():
     assert "first" not in text_of(policy_table([COLD]))
 
 
-def test_policy_table_signs():
+def test_policy_table_shows_sign_of_difference():
     slower = Timeline("slower", "measured", 1, (Span(0, 0.0, 10.5, "load", "x"),))
     same = Timeline("same", "measured", 1, (Span(0, 0.0, 9.99, "load", "x"),))
     rows = text_of(policy_table([COLD, slower, same])).splitlines()
@@ -110,18 +110,18 @@ def test_policy_table_signs():
     assert rows[-1].endswith(" 0 %")
 
 
-def test_policy_table_when_the_first_took_no_time():
+def test_policy_table_has_no_difference_if_first_policy_took_no_time():
     empty = Timeline("empty", "predicted", 1, ())
     assert text_of(policy_table([empty, WARM])).splitlines()[-1].endswith(" -")
 
 
-def test_names_are_not_markup():
+def test_square_brackets_in_names_are_printed_literally():
     timeline = Timeline("[bold]x", "predicted", 1, ())
     assert "[bold]x" in text_of(policy_table([timeline]))
     assert "[bold]x" in text_of(timeline_table(timeline))
 
 
-def test_phase_summary():
+def test_phase_summary_output():
     assert text_of(phase_summary(COLD)) == GOLDEN_SUMMARY
 
 
@@ -131,11 +131,11 @@ def test_phase_summary_counts_parallel_compiles_once():
     assert "5.00  100.0 %" in table
 
 
-def test_phase_summary_of_nothing():
+def test_phase_summary_of_empty_timeline():
     assert text_of(phase_summary(Timeline("empty", "predicted", 1, ()))).count("0.00      -") == 7
 
 
-def test_rank_bars():
+def test_rank_bars_output():
     assert text_of(rank_bars(COLD, 10.0, width=20)) == GOLDEN_BARS
 
 
@@ -147,7 +147,7 @@ def test_rank_bars_on_a_common_scale():
     ]
 
 
-def test_rank_bars_cells_show_what_dominates():
+def test_rank_bars_cells_show_the_dominant_kind():
     spans = (
         Span(0, 0.0, 0.6, "compute", "a"),
         Span(0, 0.6, 1.4, "comm", "b"),
@@ -158,12 +158,12 @@ def test_rank_bars_cells_show_what_dominates():
     )
 
 
-def test_rank_bars_differ_in_colour_too():
+def test_rank_bars_use_different_colours():
     styles = {str(span.style) for span in rank_bars(COLD, 10.0).spans}
     assert {"bold red", "yellow", "green", "cyan"} <= styles
 
 
-def test_rank_bars_of_nothing():
+def test_rank_bars_of_empty_timeline():
     line = text_of(rank_bars(Timeline("empty", "predicted", 1, ()), 0.0, width=3)).splitlines()[0]
     assert line == "rank 0 |   |    0.00 s"
 
@@ -191,7 +191,7 @@ seconds = st.floats(0, 1e6)
 
 @given(st.lists(st.builds(lambda *at: at, seconds, seconds, st.sampled_from(KINDS)), max_size=12))
 @settings(deadline=None)
-def test_terminal_reports_take_any_spans(items):
+def test_terminal_reports_accept_arbitrary_spans(items):
     spans = tuple(Span(0, start, start + length, kind, "x") for start, length, kind in items)
     timeline = Timeline("any", "predicted", 1, spans)
     segments = busy_segments(spans)

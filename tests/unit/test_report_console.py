@@ -16,7 +16,7 @@ from runner.config.warmup import WarmupPolicy
 from runner.errors import run_guarded
 from runner.report.console import PIPED_WIDTH, make_console, make_table
 from runner.timeline import write_timelines
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -40,7 +40,7 @@ def rendered(made: Table, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [*range(76, 110, 3), 80, 99, 100])
-def test_no_line_is_wider_and_no_letter_is_lost(width: int) -> None:
+def test_tables_fit_the_width_without_losing_text(width: int) -> None:
     made = table()
     lines = rendered(made, width)
     assert max(map(len, lines)) <= width
@@ -52,7 +52,7 @@ def test_no_line_is_wider_and_no_letter_is_lost(width: int) -> None:
     assert all(number in row for number in NUMBERS)
 
 
-def test_a_pipe_is_100_wide_and_a_terminal_as_wide_as_it_is(
+def test_console_width_is_100_in_a_pipe_and_else_the_terminals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -64,7 +64,7 @@ def test_a_pipe_is_100_wide_and_a_terminal_as_wide_as_it_is(
 
 @pytest.fixture
 def shown(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Shown:
-    """What a command prints on a terminal of 80 columns."""
+    """Runs a command on a terminal of 80 columns and returns its output."""
     for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", "80"), ("TERM", "dumb")):
         monkeypatch.setenv(name, value)
 
@@ -75,14 +75,14 @@ def shown(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Shown:
     return run
 
 
-def check(lines: list[str]) -> None:
+def assert_fits_80_columns(lines: list[str]) -> None:
     assert lines and max(len(line.rstrip()) for line in lines) <= 80
     assert not [line for line in lines if "…" in line]
 
 
-def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
+def test_timeouts_and_advice_wrap_at_words(shown: Shown) -> None:
     lines = shown(f"sim {TINY} --walk-max-m 16 --nccl-timeout 5 --no-run-ahead")
-    check(lines)
+    assert_fits_80_columns(lines)
     text = " ".join(line.strip() for line in lines)
     assert re.search(
         r"none: the watchdog ends this run at \d+ s: rank \d waits for rank \d in "
@@ -93,19 +93,19 @@ def test_deaths_and_advice_wrap_at_words(shown: Shown) -> None:
     assert "leaves no kernel to compile in traffic" in text
 
 
-def test_validated_and_calibrated_runs_fit(shown: Shown, tmp_path: Path) -> None:
+def test_validation_and_calibration_fit_80_columns(shown: Shown, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     write_timelines(
         path,
         [
-            measured(scenario(policy, tp=2), another())
+            measured(scenario(policy, tp=2), other_profile())
             for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED)
         ],
     )
-    check(shown(f"compare --hardware h200 {path}"))
+    assert_fits_80_columns(shown(f"compare --hardware h200 {path}"))
     lines = shown(f"calibrate {path} -o {tmp_path / 'x.json'}")
-    check([line for line in lines if not line.startswith("wrote ")])
+    assert_fits_80_columns([line for line in lines if not line.startswith("wrote ")])
 
 
-def test_sweeps_fit(shown: Shown) -> None:
-    check(shown(f"sweep {TINY} --jobs 1 --pp 1 --tp 1"))
+def test_sweep_fits_80_columns(shown: Shown) -> None:
+    assert_fits_80_columns(shown(f"sweep {TINY} --jobs 1 --pp 1 --tp 1"))

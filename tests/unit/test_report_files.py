@@ -1,4 +1,4 @@
-"""Reports that are files: Chrome traces and Gantt charts."""
+"""Report files: Chrome traces and Gantt charts."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_chrome_trace_names_and_events():
     assert complete[0]["cat"] == "phase"
 
 
-def test_chrome_trace_spans_that_cannot_nest_get_their_own_thread():
+def test_chrome_trace_puts_overlapping_spans_on_separate_threads():
     spans = (Span(0, 0.0, 4.0, "compile", "a", "a"), Span(0, 1.0, 5.0, "compile", "b", "b"))
     events = chrome_trace([Timeline("parallel", "measured", 1, spans)])["traceEvents"]
     names = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
@@ -85,7 +85,7 @@ def timelines(draw):
 
 @given(st.lists(timelines(), max_size=3))
 @settings(deadline=None)
-def test_chrome_trace_is_complete_and_valid(several):
+def test_chrome_trace_has_every_span_and_nests_correctly(several):
     trace = json.loads(json.dumps(chrome_trace(several), allow_nan=False))
     complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert len(complete) == sum(len(timeline.spans) for timeline in several)
@@ -106,7 +106,7 @@ def assert_nested(events):
         ends.append(start + length)
 
 
-def test_plot_gantt_png(tmp_path):
+def test_plot_gantt_writes_png(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "chart.PNG"
     plot_gantt(path, [COLD, WARM])
@@ -123,7 +123,7 @@ def test_plot_gantt_svg_is_deterministic(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_plot_gantt_takes_dollar_signs_and_empty_timelines(tmp_path):
+def test_plot_gantt_accepts_dollar_signs_and_empty_timelines(tmp_path):
     pytest.importorskip("matplotlib")
     plot_gantt(tmp_path / "chart.svg", [Timeline("$x^", "predicted", 1, ())])
 
@@ -136,13 +136,13 @@ def test_plot_gantt_takes_dollar_signs_and_empty_timelines(tmp_path):
         ("missing/chart.png", r"cannot write .*: No such file"),
     ],
 )
-def test_plot_gantt_says_why_it_cannot(tmp_path, name, message):
+def test_plot_gantt_refuses_bad_paths(tmp_path, name, message):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
         plot_gantt(tmp_path / name, [COLD])
 
 
-def test_plot_gantt_without_matplotlib(tmp_path, monkeypatch):
+def test_plot_gantt_without_matplotlib_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'deepgemm-coldstart\[plot\]'"):
         plot_gantt(tmp_path / "chart.png", [COLD])

@@ -1,4 +1,4 @@
-"""Which kernel a call needs: against measurements on an H200, and source by source."""
+"""The rules for which kernels a call needs, against measurements on an H200."""
 
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ def measured_call(shape: dict[str, Any], m: int) -> KernelCall:
 
 
 def candidates(shape: dict[str, Any]) -> list[int]:
-    """Every M up to 70, both sides of every multiple of 16 above and of every recorded M."""
+    """M up to 70, and both sides of each multiple of 16 and of each recorded M."""
     last = shape["last_m"]
     if shape["kind"] == "contig":
         return list(range(128, last + 1, 128))
@@ -38,7 +38,7 @@ def candidates(shape: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=lambda shape: shape["tag"])
-def test_kernels_appear_at_the_measured_m(shape: dict[str, Any]) -> None:
+def test_new_kernels_appear_at_the_measured_m(shape: dict[str, Any]) -> None:
     seen: set[Kernel] = set()
     first_at = []
     for m in candidates(shape):
@@ -86,12 +86,12 @@ every_example = pytest.mark.parametrize(
 )
 
 
-def test_every_type_has_an_example() -> None:
+def test_every_gemm_type_with_rules_has_an_example() -> None:
     assert {example.type for example, _ in EXAMPLES} == RULED_TYPES
 
 
 @every_example
-def test_the_kernels_of_a_call(example: KernelCall, names: list[str]) -> None:
+def test_names_of_the_kernels_of_a_call(example: KernelCall, names: list[str]) -> None:
     kernels = kernels_of(example)
     assert [kernel.name for kernel in kernels] == names
     assert kernels_of(replace(example, m=0)) == ()
@@ -101,7 +101,7 @@ def test_the_kernels_of_a_call(example: KernelCall, names: list[str]) -> None:
 
 
 @every_example
-def test_headers_exist_in_the_library(
+def test_kernel_headers_and_entries_exist_in_the_library(
     example: KernelCall, names: list[str], library: Library
 ) -> None:
     for kernel in kernels_of(example):
@@ -109,7 +109,7 @@ def test_headers_exist_in_the_library(
         assert kernel.entry.rpartition("::")[2] in header.read_text()
 
 
-def test_a_type_without_rules_is_refused() -> None:
+def test_gemm_type_without_rules_is_refused() -> None:
     with pytest.raises(UserError, match="our rules do not cover gemm_nt_f8f4bf16: give a library"):
         kernels_of(call(T.GEMM_NT_F8F4BF16))
 
@@ -118,7 +118,7 @@ def arguments(kind: T, **values: int) -> tuple[str, ...]:
     return kernels_of(call(kind, **values))[-1].arguments
 
 
-def test_dense_kernels_hold_neither_n_nor_k_and_all_others_both() -> None:
+def test_n_and_k_are_compile_time_constants_except_in_dense_kernels() -> None:
     for kind in (T.GEMM_NT_F8F8BF16, T.GEMM_NT_BF16BF16F32):
         assert arguments(kind)[1] == "0, 0, 0"
     for kind in (
@@ -129,7 +129,7 @@ def test_dense_kernels_hold_neither_n_nor_k_and_all_others_both() -> None:
         assert arguments(kind)[1] == "0, 4096, 1024"
 
 
-def test_arguments_without_heuristics() -> None:
+def test_template_arguments_of_kernels_without_heuristics() -> None:
     hc = arguments(T.TF32_HC_PRENORM_GEMM, n=24, k=16384, num_groups=66)
     assert hc == ("24, 16384", "64, 32, 64", "66", "128", "12", "128, 128")
     heads = {"n": 64, "k": 128}
@@ -142,7 +142,7 @@ def test_arguments_without_heuristics() -> None:
     assert transpose_fp32(4097).arguments == ("512, 64, 33",)
 
 
-def test_no_splits_are_one_split() -> None:
+def test_zero_splits_equal_one_split() -> None:
     none, one = (kernels_of(call(T.TF32_HC_PRENORM_GEMM, n=24, num_groups=g)) for g in (0, 1))
     assert none == one
 
@@ -176,7 +176,7 @@ static void __instantiate_kernel() {
 
 
 @given(st.integers(1, 20_000), st.sampled_from([64, 78, 112, 132]))
-def test_the_sm_count_is_part_of_a_gemms_identity(m: int, num_sms: int) -> None:
+def test_sm_count_is_a_template_argument(m: int, num_sms: int) -> None:
     kernel = kernels_of(call(T.GEMM_NT_F8F8BF16, m=m, num_sms=num_sms))[1]
     assert f"{num_sms}, GemmType::Normal" in kernel.arguments
 
@@ -187,7 +187,7 @@ def test_the_sm_count_is_part_of_a_gemms_identity(m: int, num_sms: int) -> None:
     st.integers(1, 128).map(lambda blocks: 64 * blocks),
     st.integers(1, 64).map(lambda blocks: 128 * blocks),
 )
-def test_a_chosen_tile_fits_shared_memory(kind: T, m: int, n: int, k: int) -> None:
+def test_chosen_tile_fits_shared_memory(kind: T, m: int, n: int, k: int) -> None:
     gemm = kernels_of(call(kind, m=m, n=n, k=k))[-1]
     block_m, block_n, block_k = map(int, gemm.arguments[3].split(", "))
     stages = int(gemm.arguments[5])
@@ -206,6 +206,6 @@ def test_swizzle_modes(block: int, element: int, expected: int) -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**4))
-def test_rounding(a: int, b: int) -> None:
+def test_ceil_div_and_align(a: int, b: int) -> None:
     assert (ceil_div(a, b) - 1) * b < a <= ceil_div(a, b) * b
     assert align(a, b) == ceil_div(a, b) * b

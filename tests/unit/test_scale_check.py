@@ -1,4 +1,4 @@
-"""SGLANG_DEEPGEMM_SANITY_CHECK: bad scales are reported before they are used."""
+"""SGLANG_DEEPGEMM_SANITY_CHECK: invalid FP8 scales are reported before a call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.unit.cpu_runner import (  # noqa: E402
     on_reference,
 )
 from tests.unit.entry_calls import CALLS, ENTRIES  # noqa: E402
-from tests.unit.test_entry_points import FalseLibrary  # noqa: E402
+from tests.unit.test_entry_points import MockLibrary  # noqa: E402
 from tests.unit.test_launch_options import parsed  # noqa: E402
 
 GEMMS = [
@@ -57,15 +57,15 @@ bad_values = pytest.mark.parametrize("bad", BAD, ids=str)
 
 
 def points(*, check: bool = True) -> Any:
-    """Entry points on a library that computes nothing."""
-    return DeepGemmWrapper(FalseLibrary(), sanity_check=check)  # type: ignore[arg-type]
+    """A DeepGemmWrapper around a mock library."""
+    return DeepGemmWrapper(MockLibrary(), sanity_check=check)  # type: ignore[arg-type]
 
 
-# -- what is a bad scale ----------------------------------------------------------------------
+# -- invalid scales -------------------------------------------------------------------------------
 
 
 @bad_values
-def test_the_first_bad_scale_is_named(bad: float) -> None:
+def test_first_invalid_scale_is_named(bad: float) -> None:
     scales = torch.rand(3, 4) + 1e-9
     check_scales("entry", "lhs", scales, (3, 4))
     scales[1, 2] = scales[2, 0] = bad
@@ -78,25 +78,25 @@ def test_the_first_bad_scale_is_named(bad: float) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(m=st.integers(1, 9), n=st.integers(1, 400), blocks=st.integers(1, 4), exponent=st.integers())
-def test_what_quantisation_makes_is_good(m: int, n: int, blocks: int, exponent: int) -> None:
-    """Also of zeros, and of numbers near bf16's ends."""
+def test_quantisation_gives_valid_scales(m: int, n: int, blocks: int, exponent: int) -> None:
+    """Also for zeros and for values at the limits of bf16."""
     x = torch.randn(m, 128 * blocks) * 2.0 ** (exponent % 240 - 130)
     check_gemm_scales("entry", quantise_tokens(x), quantise_blocks(torch.randn(n, 128)))
     check_gemm_scales("entry", quantise_tokens(0 * x), quantise_blocks(torch.zeros(2, n, 128)))
 
 
-# -- the entry points -------------------------------------------------------------------------
+# -- the entry points -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FP8_CALLS)
-def test_good_calls_pass(name: str) -> None:
+def test_calls_with_valid_scales_pass(name: str) -> None:
     getattr(points(), name)(*CALLS[name](6))
 
 
 @bad_values
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("name", GEMMS)
-def test_a_bad_scale_of_a_gemm(name: str, operand: str, bad: float) -> None:
+def test_invalid_scale_of_a_gemm_operand_is_named(name: str, operand: str, bad: float) -> None:
     arguments = CALLS[name](6)
     scales = arguments[OPERANDS.index(operand)][1]
     at = (0,) * (scales.dim() - 1) + (scales.shape[-1] - 1,)
@@ -112,7 +112,7 @@ def test_a_bad_scale_of_a_gemm(name: str, operand: str, bad: float) -> None:
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("name", GEMMS)
 @pytest.mark.parametrize("change", ["type", "shape"])
-def test_other_scales_of_a_gemm(name: str, operand: str, change: str) -> None:
+def test_scales_of_wrong_type_or_shape_are_refused(name: str, operand: str, change: str) -> None:
     arguments = list(CALLS[name](6))
     index = OPERANDS.index(operand)
     values, scales = arguments[index]
@@ -127,7 +127,7 @@ def test_other_scales_of_a_gemm(name: str, operand: str, change: str) -> None:
         getattr(points(), name)(*arguments)
 
 
-def test_padding_rows_of_a_contiguous_layout_may_be_anything() -> None:
+def test_scales_of_padding_rows_are_not_checked() -> None:
     arguments = CALLS["grouped_gemm_nt_f8f8bf16_contig"](6)
     scales = arguments[0][1]
     scales[2] = scales[5] = float("nan")
@@ -137,8 +137,8 @@ def test_padding_rows_of_a_contiguous_layout_may_be_anything() -> None:
         points().grouped_gemm_nt_f8f8bf16_contig(*arguments)
 
 
-def test_rows_past_a_groups_own_may_be_anything() -> None:
-    """Six rows of three groups, of which six, none and three are in use."""
+def test_scales_of_unused_rows_of_masked_groups_are_not_checked() -> None:
+    """Three groups of six rows, of which six, none and three are used."""
     arguments = CALLS["grouped_gemm_nt_f8f8bf16_masked"](6)
     scales = arguments[0][1]
     scales[1] = scales[2, 3:] = float("nan")
@@ -148,8 +148,8 @@ def test_rows_past_a_groups_own_may_be_anything() -> None:
         points().grouped_gemm_nt_f8f8bf16_masked(*arguments)
 
 
-def test_index_keys() -> None:
-    """Six rows read up to six entries: the seventh may be anything."""
+def test_only_scales_of_entries_read_by_mqa_logits_are_checked() -> None:
+    """Six rows read up to six entries; the seventh is not checked."""
     arguments = CALLS["fp8_mqa_logits"](6)
     scales = arguments[1][1]
     scales[6] = float("nan")
@@ -163,12 +163,12 @@ def test_index_keys() -> None:
 
 
 def with_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Pages of zeros with these scales."""
+    """Pages with zero values and these scales."""
     return pack_pages(torch.zeros(len(scales), 128, dtype=torch.float8_e4m3fn), scales)
 
 
-def test_pages() -> None:
-    """Rows read 1 to 6 entries of the first page: the others may be anything."""
+def test_only_scales_of_entries_read_from_pages_are_checked() -> None:
+    """Rows read 1 to 6 entries of the first page; the others are not checked."""
     arguments = list(CALLS["fp8_paged_mqa_logits"](6))
     scales = torch.ones(ENTRIES)
     scales[6:] = float("nan")
@@ -184,7 +184,7 @@ def test_pages() -> None:
     )
 
 
-def test_pages_past_a_rows_length_are_not_looked_up() -> None:
+def test_pages_beyond_a_rows_length_are_not_checked() -> None:
     scales = torch.ones(3 * PAGE)
     scales[PAGE + 7] = float("nan")
     pages = with_scales(scales)
@@ -200,25 +200,25 @@ def test_pages_past_a_rows_length_are_not_looked_up() -> None:
 
 
 @pytest.mark.parametrize("name", GEMMS)
-def test_nothing_is_checked_unless_asked_for(name: str) -> None:
+def test_scales_are_not_checked_by_default(name: str) -> None:
     arguments = CALLS[name](6)
     arguments[0][1].fill_(float("nan"))
     getattr(points(check=False), name)(*arguments)
 
 
-# -- who asks for it --------------------------------------------------------------------------
+# -- use of the check -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("model", [FOUR_LAYERS, SMALL_DSV3], ids=["dsv4", "dsv3"])
-def test_a_models_own_scales_are_good(model: ModelConfig, mode: ForwardMode) -> None:
+def test_models_pass_the_check(model: ModelConfig, mode: ForwardMode) -> None:
     runner = cpu_runner(model, on_reference(check=True))
     with torch.inference_mode():
         assert runner._dummy_run(3, mode).isfinite().all()
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
+def test_environment_variable_turns_the_check_on(asked: bool, tmp_path: Any) -> None:
     environ = Environ.read({"SGLANG_DEEPGEMM_SANITY_CHECK": str(asked)})
     options = parsed("--model", "dsv4-tiny", "--no-jit", "--batch-sizes", "1")
     scenario = options.scenario(environ, policy=WarmupPolicy.NONE)
@@ -236,8 +236,8 @@ def test_the_environment_asks_for_it(asked: bool, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(set(T) - {T.TF32_HC_PRENORM_GEMM, *FP4_TYPES}))
-def test_walked_calls_pass(kind: T, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A walk goes through the same wrapper, with buffers of its own."""
+def test_calls_of_a_walk_pass_the_check(kind: T, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk uses the same wrapper with its own buffers."""
 
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -246,7 +246,7 @@ def test_walked_calls_pass(kind: T, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_ones", lambda *shape: torch.ones(shape))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    library = FalseLibrary()
+    library = MockLibrary()
     points = DeepGemmWrapper(library, sanity_check=True)  # type: ignore[arg-type]
     walker.walk(points, GemmShape(kind, 256, 128, 2, 132), (128, 256))
     assert len([name for name in library.called if "num_sms" not in name]) == 2

@@ -1,4 +1,4 @@
-"""Recorded scenarios: what a backend really announces, rank by rank, whatever is shared."""
+"""Recorded scenarios equal what a backend announces when the ranks run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def recorded_rank(made: Scenario, rank: int) -> tuple[Op, ...]:
 
 
 def announced(made: Scenario, rank: int) -> tuple[Op, ...]:
-    """What a backend with the scenario's hook announces while the rank runs, on shapes."""
+    """Operations that a backend with the scenario's hook announces as the rank runs on shapes."""
     recorder = ScheduleRecorder()
     backend = Backend(
         recorder,
@@ -79,7 +79,7 @@ def walks(ops: tuple[Op, ...]) -> list[Walk]:
     return [op for op in ops if isinstance(op, Walk)]
 
 
-# Walks are put where a real backend makes them
+# Walks are recorded where a real backend makes them
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -94,8 +94,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_what_is_recorded_is_what_a_backend_announces(policy: WarmupPolicy, extra: str) -> None:
-    """On ranks that lead their node and on those that do not, in both stages."""
+def test_recorded_operations_equal_announced_ones(policy: WarmupPolicy, extra: str) -> None:
+    """On node leaders and other ranks, in both stages."""
     made = scenario(policy, pp=2, tp=2, nodes=2, **EXTRAS[extra])
     for rank in range(4):
         assert recorded_rank(made, rank) == announced(made, rank), f"rank {rank}"
@@ -103,8 +103,10 @@ def test_what_is_recorded_is_what_a_backend_announces(policy: WarmupPolicy, extr
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
 @pytest.mark.parametrize("name", ["deepseek-prefill", "deepseek-decode", "dsv4-prefill"])
-def test_with_two_batch_overlap_too(policy: WarmupPolicy, name: str) -> None:
-    """Whose halves run other kernels; graphs are captured of a DECODE that is cut."""
+def test_recorded_operations_equal_announced_ones_with_two_batch_overlap(
+    policy: WarmupPolicy, name: str
+) -> None:
+    """Halves run different kernels; graphs are captured of a split DECODE."""
     made = scenario(
         policy,
         tp=2,
@@ -119,20 +121,20 @@ def test_with_two_batch_overlap_too(policy: WarmupPolicy, name: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
-def test_another_family_of_models_too(policy: WarmupPolicy) -> None:
+def test_recorded_operations_equal_announced_ones_for_dsv3(policy: WarmupPolicy) -> None:
     made = scenario(policy, SMALL_V3, pp=2, tp=2, attn_cp=2, nodes=1)
     for rank in range(4):
         assert recorded_rank(made, rank) == announced(made, rank), f"rank {rank}"
 
 
 @pytest.mark.parametrize("policy", ["full", "fast", "pp-parallel+full", "pp-parallel+fast"])
-def test_only_the_first_rank_of_a_node_walks(policy: str) -> None:
+def test_only_the_leader_of_each_node_walks(policy: str) -> None:
     made = scenario(WarmupPolicy(policy), pp=2, tp=2, nodes=2)
     found = [bool(walks(ops)) for ops in record(made).ranks]
     assert found == [True, False, True, False]
 
 
-def test_a_walk_comes_right_before_its_gemms_first_call() -> None:
+def test_walk_comes_right_before_the_first_call_of_its_gemm() -> None:
     ops = recorded_rank(scenario(WarmupPolicy.FULL, walk_max_m=64), 0)
     at = [index for index, op in enumerate(ops) if isinstance(op, Walk)]
     for index in at:
@@ -147,7 +149,7 @@ def test_a_walk_comes_right_before_its_gemms_first_call() -> None:
     assert len(set(at)) == len({op.shape for op in walks(ops)})
 
 
-def test_without_its_walks_a_policy_runs_what_the_others_run() -> None:
+def test_policies_differ_only_in_their_walks() -> None:
     def rest(policy: str) -> list[Op]:
         ops = recorded_rank(scenario(WarmupPolicy(policy), pp=2), 0)
         return [op for op in ops if not isinstance(op, Walk)]
@@ -156,7 +158,7 @@ def test_without_its_walks_a_policy_runs_what_the_others_run() -> None:
     assert rest("pp-parallel+full") == rest("pp-parallel+fast") == rest("pp-parallel")
 
 
-def test_a_given_memory_limit_is_what_counts() -> None:
+def test_walk_memory_of_the_scenario_overrides_free_memory() -> None:
     made = scenario(WarmupPolicy.FULL, walk_memory=1e9)
     assert execution_hook(made, 0, lambda: 5e9).budget() == 1e9
     free = replace(made, walk_memory=None)
@@ -169,7 +171,7 @@ def test_a_given_memory_limit_is_what_counts() -> None:
 LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "a node a stage": (TINY, {"pp": 2, "tp": 2, "nodes": 2}),
     "a node a rank": (TINY, {"pp": 2, "tp": 2, "nodes": 4}),
-    "nodes that begin in the middle of a stage": (TINY, {"pp": 3, "tp": 2, "nodes": 2}),
+    "nodes that start in the middle of a stage": (TINY, {"pp": 3, "tp": 2, "nodes": 2}),
     "a stage over two nodes": (with_layers(DSV4, 3), {"tp": 4, "nodes": 2}),
     "whole experts": (TINY, {"pp": 2, "tp": 2, "ep": True}),
     "split attention": (TINY, {"pp": 2, "tp": 2, "attn_cp": 2, "nodes": 2}),
@@ -181,7 +183,7 @@ LAYOUTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
-def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> None:
+def test_recording_all_ranks_equals_recording_each_rank(policy: WarmupPolicy, layout: str) -> None:
     model, values = LAYOUTS[layout]
     made = scenario(policy, model, **values)
     together = record(made).ranks
@@ -190,7 +192,7 @@ def test_recording_all_is_recording_each(policy: WarmupPolicy, layout: str) -> N
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.value)
-def test_folded_replicas_end_where_they_part(policy: WarmupPolicy) -> None:
+def test_folded_replicas_end_at_their_last_shared_collective(policy: WarmupPolicy) -> None:
     made = scenario(policy, pp=2, tp=2, replicas=2, nodes=4)
     whole, folded = record(made).ranks, tuple(map(flatten, record_parts(made, folded=True)))
     lasts = {WarmupPolicy.PLANNED: EXCHANGE, WarmupPolicy.PREBUILT: BARRIER}
@@ -206,8 +208,8 @@ def test_folded_replicas_end_where_they_part(policy: WarmupPolicy) -> None:
             assert (last.name, last.group) == (lasts[policy], tuple(range(8)))
 
 
-def test_prebuilt_loads_once_all_have_verified() -> None:
-    """A kernel that no node's disk lacks is loaded, none compiled before all were looked at."""
+def test_prebuilt_ranks_load_after_all_have_verified() -> None:
+    """A barrier separates verifying and loading, so nothing compiles before all have verified."""
     made = scenario(WarmupPolicy.PREBUILT, pp=2, tp=2, replicas=2, nodes=4)
     for ops in record(made).ranks:
         verify, barrier, load = (
@@ -220,7 +222,7 @@ def test_prebuilt_loads_once_all_have_verified() -> None:
         assert isinstance(load, KernelWork) and load.action == "load"
 
 
-def test_replicas_build_their_nodes_share() -> None:
+def test_planned_nodes_of_all_replicas_divide_the_build() -> None:
     made = scenario(WarmupPolicy.PLANNED, pp=2, tp=2, replicas=2, nodes=4)
     shares = [
         op.kernels
@@ -236,7 +238,7 @@ def test_replicas_build_their_nodes_share() -> None:
 # Requests and phases
 
 
-def test_the_first_request_has_the_first_batch_size() -> None:
+def test_first_request_has_the_smallest_batch_size() -> None:
     ops = recorded_rank(scenario(batch_sizes=(64, 8, 16)), 0)
     assert phases(ops) == ["warm-up", "first request", "requests", "end"]
     forwards = [op.name for op in ops if isinstance(op, Mark) and op.kind == "forward"]
@@ -245,14 +247,14 @@ def test_the_first_request_has_the_first_batch_size() -> None:
     assert phases(one) == ["warm-up", "first request", "end"]
 
 
-def test_a_stream_takes_the_place_of_the_other_batch_sizes() -> None:
+def test_stream_replaces_requests_after_the_first() -> None:
     made = scenario(stream=(7, 3, 7), batch_sizes=(2, 64), tp=2, attn_cp=2)
     assert list(made.request_tokens) == [2, 8, 4, 8]
     assert made.resolved_batch_sizes == (2, 64)
     assert list(scenario(stream=()).request_tokens) == [1]
 
 
-def test_bad_streams_are_refused() -> None:
+def test_invalid_streams_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         scenario(stream=(4, 0))
     assert str(caught.value) == "token counts 4,0 must all be at least 1"

@@ -1,4 +1,4 @@
-"""Schedules as values."""
+"""Schedules: JSON format, equality and recording."""
 
 import json
 from dataclasses import fields, replace
@@ -73,18 +73,18 @@ CANONICAL = (
 
 
 @given(schedules)
-def test_json_round_trip(schedule: Schedule) -> None:
+def test_schedule_round_trips_through_json(schedule: Schedule) -> None:
     back = schedule_from_json(json.loads(json.dumps(schedule.to_json())))
     assert back == schedule
     assert hash(back) == hash(schedule)
 
 
 @given(schedules, schedules)
-def test_json_tells_schedules_apart(first: Schedule, second: Schedule) -> None:
+def test_json_is_equal_if_and_only_if_schedules_are(first: Schedule, second: Schedule) -> None:
     assert (first.to_json() == second.to_json()) == (first == second)
 
 
-def test_canonical_text() -> None:
+def test_schedule_has_the_documented_json() -> None:
     assert ONE_OF_EACH.to_json() == json.loads(CANONICAL)
 
 
@@ -107,7 +107,7 @@ KERNEL_OPS_CANONICAL = (
 )
 
 
-def test_canonical_text_of_walks_and_captures() -> None:
+def test_walks_kernel_work_and_captures_have_the_documented_json() -> None:
     assert KERNEL_OPS.to_json() == json.loads(KERNEL_OPS_CANONICAL)
     assert schedule_from_json(json.loads(KERNEL_OPS_CANONICAL)) == KERNEL_OPS
     assert [op.name for op in KERNEL_OPS.ranks[0]] == [
@@ -126,7 +126,7 @@ def changed(value: object) -> object:
 
 
 @pytest.mark.parametrize(("rank", "position"), [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)])
-def test_every_field_of_every_operation_counts(rank: int, position: int) -> None:
+def test_json_depends_on_every_field_of_every_operation(rank: int, position: int) -> None:
     op = ONE_OF_EACH.ranks[rank][position]
     for item in fields(op):
         ranks_of_other = [list(ops_of_rank) for ops_of_rank in ONE_OF_EACH.ranks]
@@ -136,13 +136,13 @@ def test_every_field_of_every_operation_counts(rank: int, position: int) -> None
         assert schedule.to_json() != ONE_OF_EACH.to_json()
 
 
-def test_order_of_operations_counts() -> None:
+def test_json_depends_on_order_of_operations() -> None:
     turned = Schedule((ONE_OF_EACH.ranks[0][::-1], ONE_OF_EACH.ranks[1]))
     assert turned != ONE_OF_EACH
     assert turned.to_json() != ONE_OF_EACH.to_json()
 
 
-def test_a_recorded_scenario_is_stable_and_survives_json() -> None:
+def test_recording_is_reproducible_and_round_trips_through_json() -> None:
     scenario = Scenario(
         model=DSV4_TINY,
         parallel=ParallelConfig(pp=2, tp=2),
@@ -173,7 +173,7 @@ def kernel_work(schedule: Schedule, rank: int, action: str) -> KernelWork:
     return work
 
 
-def test_a_planned_schedule_builds_every_kernel_on_one_node_only() -> None:
+def test_planned_schedule_builds_every_kernel_on_exactly_one_node() -> None:
     scenario = planned_scenario(pp=2, tp=2, nodes=2)
     schedule = record(scenario)
     built = [kernel_work(schedule, rank, "build").kernels for rank in range(4)]
@@ -189,12 +189,12 @@ def test_a_planned_schedule_builds_every_kernel_on_one_node_only() -> None:
     assert schedule_from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 
 
-def test_one_rank_a_node_builds_whatever_the_layout() -> None:
+def test_planned_schedule_builds_on_one_rank_per_node() -> None:
     schedule = record(planned_scenario(pp=1, tp=2, nodes=1))
     assert [bool(kernel_work(schedule, rank, "build").kernels) for rank in (0, 1)] == [True, False]
 
 
-def test_a_batch_beyond_what_is_planned_for_is_refused() -> None:
+def test_batch_size_above_max_tokens_is_refused_for_prebuilt() -> None:
     with pytest.raises(UserError) as caught:
         Scenario(
             model=DSV4_TINY,

@@ -1,4 +1,4 @@
-"""Which requests stall, predicted from a Schedule, against a replay of every call."""
+"""Stalls predicted from a Schedule, against a replay of every call and the simulator."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def stalls(*ranks: list[Op], nodes: int = 1) -> list[tuple[int, str, int, str]]:
     return [(s.forward, s.name, s.node, s.kernel) for s in found]
 
 
-def test_a_kernel_stalls_the_first_forward_that_needs_it() -> None:
+def test_kernel_stalls_the_first_forward_that_needs_it() -> None:
     ops: list[Op] = [
         call(1),
         UP,
@@ -67,7 +67,7 @@ def test_a_kernel_stalls_the_first_forward_that_needs_it() -> None:
     assert stalls(ops) == [(0, "EXTEND 7", 0, B.identity), (1, "DECODE 7", 0, C.identity)]
 
 
-def test_before_the_server_is_up_nothing_stalls() -> None:
+def test_nothing_stalls_before_the_server_is_up() -> None:
     ops: list[Op] = [
         Mark("phase", "warm-up"),
         forward("DECODE 1"),
@@ -81,28 +81,28 @@ def test_before_the_server_is_up_nothing_stalls() -> None:
     assert stalls([*ops, UP, forward("EXTEND 9"), call(3)]) == [(0, "EXTEND 9", 0, C.identity)]
 
 
-def test_what_comes_after_the_requests_is_no_stall() -> None:
+def test_compiles_after_the_requests_are_not_stalls() -> None:
     ops: list[Op] = [UP, forward("EXTEND 9"), call(1), Mark("phase", "end"), call(2)]
     assert stalls(ops) == [(0, "EXTEND 9", 0, A.identity)]
 
 
-def test_ranks_of_a_node_stall_once_and_nodes_each() -> None:
+def test_stalls_are_counted_once_per_node() -> None:
     ops: list[Op] = [UP, forward("EXTEND 9"), call(1)]
     assert stalls(ops, ops) == [(0, "EXTEND 9", 0, A.identity)]
     assert stalls(ops, ops, nodes=2) == [
         (0, "EXTEND 9", 0, A.identity),
         (0, "EXTEND 9", 1, A.identity),
     ]
-    # What one rank of the node has used before its requests is on the node's disk.
+    # A kernel that any rank of the node used before the requests is on the node's disk.
     assert stalls([call(1), UP, forward("EXTEND 9")], ops) == []
 
 
-def test_a_walk_in_traffic_stalls_with_all_that_it_brings_in() -> None:
+def test_walk_during_requests_stalls_on_all_its_kernels() -> None:
     ops: list[Op] = [UP, forward("EXTEND 9"), walk(2), call(1), walk(2)]
     assert stalls(ops) == sorted((0, "EXTEND 9", 0, kernel.identity) for kernel in (A, B))
 
 
-def test_what_is_held_before_requests() -> None:
+def test_kernels_once_up_include_built_exchanged_and_walked_ones() -> None:
     exchange = Collective(EXCHANGE, (0, 1), 0)
     first: list[Op] = [KernelWork("build", (A,)), exchange, call(2), UP, call(4)]
     second: list[Op] = [KernelWork("build", (C,)), exchange, UP, call(4)]
@@ -112,7 +112,7 @@ def test_what_is_held_before_requests() -> None:
     assert one_node == {0: {A, B, C, D}}
 
 
-def test_ranks_that_serve_unequal_numbers_of_forwards() -> None:
+def test_ranks_may_serve_different_numbers_of_forwards() -> None:
     one: list[Op] = [UP, forward("EXTEND 9"), call(1), forward("DECODE 9"), call(2)]
     assert stalls(one, [UP, forward("EXTEND 9"), call(1)], []) == [
         (0, "EXTEND 9", 0, A.identity),
@@ -120,7 +120,7 @@ def test_ranks_that_serve_unequal_numbers_of_forwards() -> None:
     ]
 
 
-def test_what_is_there_from_the_start_stalls_nobody() -> None:
+def test_kernels_present_at_start_do_not_stall() -> None:
     ranks = [[UP, forward("EXTEND 9"), call(1), call(2)]]
     found = stalls_of(ranks, RULES, int, frozenset({A}))
     assert [stall.kernel for stall in found] == [B.identity]
@@ -136,7 +136,7 @@ def run(policy: WarmupPolicy, stream: tuple[int, ...], nodes: int = 2) -> tuple[
 
 
 def used(op: Op) -> tuple[Kernel, ...]:
-    """Kernels of an operation, of a walk those of each of its calls."""
+    """Kernels of an operation; for a walk, of each of its calls."""
     if isinstance(op, KernelCall):
         return kernels_of(op)
     if isinstance(op, Walk):
@@ -147,7 +147,7 @@ def used(op: Op) -> tuple[Kernel, ...]:
 def replayed(
     made: Schedule, parallel: ParallelConfig
 ) -> tuple[dict[int, set[Kernel]], list[Stall]]:
-    """What each node holds when it is up, and then its stalls, call by call."""
+    """Kernels each node holds when up, and its stalls, from a replay of every call."""
     held: dict[int, set[Kernel]] = defaultdict(set)
     exchanged = False
     later: dict[int, list[tuple[int, str, int, Kernel]]] = defaultdict(list)
@@ -177,7 +177,7 @@ def replayed(
 
 
 @POLICIES
-def test_stalls_are_those_of_a_replay(policy: WarmupPolicy) -> None:
+def test_stalls_equal_those_of_a_replay(policy: WarmupPolicy) -> None:
     for nodes in (1, 2, 4):
         one, made = run(policy, (7, 100, 3, 64), nodes)
         held, expected = replayed(made, one.parallel)
@@ -201,8 +201,8 @@ def simulated(one: Scenario, made: Schedule) -> Outcome:
 
 
 @POLICIES
-def test_the_simulator_leaves_the_same(policy: WarmupPolicy) -> None:
-    """What it compiles once its server is up is what was predicted without a clock."""
+def test_simulator_compiles_the_predicted_stalls(policy: WarmupPolicy) -> None:
+    """What the simulator compiles once the server is up equals the prediction from the Schedule."""
     one, made = run(policy, (7, 100, 3, 64))
     outcome = simulated(one, made)
     assert outcome.up == kernels_once_up(
@@ -224,7 +224,7 @@ def test_the_simulator_leaves_the_same(policy: WarmupPolicy) -> None:
     st.sampled_from([WarmupPolicy.NONE, WarmupPolicy.FAST, WarmupPolicy.RELAX]),
     st.lists(st.integers(1, 128), max_size=3).map(tuple),
 )
-def test_what_was_there_and_the_stalls_cover_the_stream_exactly(
+def test_kernels_once_up_and_stalls_cover_the_stream_exactly(
     policy: WarmupPolicy, stream: tuple[int, ...]
 ) -> None:
     one, made = run(policy, stream)
@@ -235,7 +235,7 @@ def test_what_was_there_and_the_stalls_cover_the_stream_exactly(
     }
     found = stalls_of(made.ranks, RULES, node_of)
     pairs = [(stall.node, stall.kernel) for stall in found]
-    assert len(pairs) == len(set(pairs)), "a kernel stalls a node once"
+    assert len(pairs) == len(set(pairs)), "a kernel stalls a node only once"
     assert all(kernel not in covered[node] for node, kernel in pairs)
     needed: dict[int, set[str]] = defaultdict(set)
     for rank, ops in enumerate(made.ranks):

@@ -1,4 +1,4 @@
-"""What is shown of a sweep: table, JSON, picture."""
+"""Reports of a sweep: table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def printed(sweep: Sweep, capsys: pytest.CaptureFixture[str], *, show_all: bool 
     return "".join(f"{line.rstrip()}\n" for line in capsys.readouterr().out.splitlines())
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_table_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(SMALL, capsys) == TABLE
 
 
-def test_the_longest_row_fits_on_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_longest_row_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
     longest = max((policy.value for policy in WarmupPolicy), key=len)
     at = point(longest, pp=16, tp=16, nodes=256, cores=192)
     wide = result(
@@ -89,7 +89,7 @@ LONG = replace(
 )
 
 
-def test_the_frontier_and_the_20_fastest_others_are_shown(
+def test_table_shows_the_frontier_and_the_20_fastest_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert [item.up_seconds for item in shown_results(LONG)] == [
@@ -101,7 +101,7 @@ def test_the_frontier_and_the_20_fastest_others_are_shown(
     assert "\nslower points not shown: 5; --all shows them\n" in out
 
 
-def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(LONG, capsys, show_all=True)
     assert [line.split()[7 if "*" in line else 6] for line in out.splitlines()[6:-2]] == [
         f"{item.up_seconds:.2f}" for item in LONG.results
@@ -109,21 +109,21 @@ def test_all_shows_every_point(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not shown" not in out
 
 
-def test_a_stopped_sweep_says_what_it_did_not_reach(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_sweep_counts_points_not_reached(capsys: pytest.CaptureFixture[str]) -> None:
     stopped = replace(SMALL, results=(), skipped=(), unfinished=(point(),))
     assert printed(stopped, capsys).splitlines()[1:] == [
         "requests of batch sizes 1,64; points: 0 simulated, 1 not reached"
     ]
 
 
-def test_reasons_are_cut_short() -> None:
+def test_at_most_20_skip_reasons_are_listed() -> None:
     skipped = tuple(Skipped(point(tp=tp), f"tp={tp} is odd") for tp in range(1, 51, 2))
     lines = skipped_lines(replace(SMALL, skipped=skipped))
     assert lines[:2] == ["skipped 1: tp=1 is odd", "skipped 1: tp=3 is odd"]
     assert lines[20:] == ["other reasons: 5, all in the JSON"]
 
 
-def test_json_has_every_point() -> None:
+def test_json_has_every_point_skipped_or_unfinished_ones_included() -> None:
     data = json.loads(json.dumps(sweep_json(replace(SMALL, unfinished=(point(cores=1),)))))
     assert set(data) == {"version", "settings", "points", "skipped", "unfinished"}
     assert (data["version"], data["settings"]) == (1, SETTINGS)
@@ -161,18 +161,18 @@ def test_json_has_every_point() -> None:
     ]
 
 
-# -- picture --------------------------------------------------------------------------------------
+# -- plot -----------------------------------------------------------------------------------------
 
 
 def svg_of(sweep: Sweep, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The picture as SVG whose text is text."""
+    """The plot as SVG with text elements instead of glyph paths."""
     mpl = pytest.importorskip("matplotlib")
     monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
     plot_sweep(path, sweep)
     return path.read_text()
 
 
-def test_the_frontier_is_labelled_by_what_varies(
+def test_frontier_points_are_labelled_with_the_settings_that_vary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = svg_of(SMALL, tmp_path / "x.svg", monkeypatch)
@@ -184,7 +184,9 @@ def test_the_frontier_is_labelled_by_what_varies(
         assert (f">{policy.value}<" in text) is (policy.value in {"none", "pp-parallel", "planned"})
 
 
-def test_odd_sweeps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_accepts_single_points_timeouts_and_dollar_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {**SETTINGS, "model": "$x^"}
     alone = Sweep(settings=settings, results=(result(5.0, 0, planned=0),), skipped=())
     assert ">frontier<" in svg_of(alone, tmp_path / "1.svg", monkeypatch)

@@ -1,4 +1,4 @@
-"""Many scenarios simulated at once."""
+"""Running a sweep: results of each case, CPU time, and worker processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def case(policy: str = "none", *, cores: int = 2, timeout: float = 600.0, **layo
     return Case(at, scenario, machine)
 
 
-def test_a_results_figures_are_the_predictions() -> None:
+def test_result_has_the_figures_of_the_prediction() -> None:
     one = case("pp-parallel", tp=2)
     prediction = simulate(one.scenario, one.machine)
     timeline = prediction.timeline
@@ -58,13 +58,15 @@ def test_a_results_figures_are_the_predictions() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_coverage_is_the_worst_nodes(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coverage_is_that_of_the_least_covered_node(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = case()
     uneven = replace(one.scenario.parallel, stage_layers=(1, 7))
     one = replace(one, scenario=replace(one.scenario, parallel=uneven))
     prediction = simulate(one.scenario, one.machine)
     nodes = prediction.timeline.meta["coverage_up"]
-    # Of the kernels that each node's stage can need, so that fewer are more.
+    # Relative to what each node's stage needs: 13 of 24 is less covered than 10 of 18.
     assert [(node["present"], node["planned"]) for node in nodes] == [(10, 18), (13, 24)]
     meta = {**prediction.timeline.meta, "coverage_up": nodes[::order]}
     ordered = replace(prediction, timeline=replace(prediction.timeline, meta=meta))
@@ -81,7 +83,7 @@ def test_planned_covers_all_and_prebuilt_compiles_nothing() -> None:
     assert (prebuilt.kernels_compiled, prebuilt.cpu_seconds) == (0, 0.0)
 
 
-def test_a_timeout_is_when_the_watchdog_ends_the_run() -> None:
+def test_timeout_seconds_is_when_the_watchdog_ends_the_run() -> None:
     one = case(timeout=5.0)
     lost = simulate(one.scenario, one.machine).timeout
     ended = simulate_case(one)
@@ -93,7 +95,7 @@ def refused(one: Case) -> Case:
     return replace(one, machine=replace(one.machine, hosts=3))
 
 
-def test_what_only_the_simulation_refuses_is_skipped() -> None:
+def test_case_that_the_simulation_refuses_is_skipped() -> None:
     one = case()
     assert simulate_case(refused(one)) == Skipped(one.point, "hosts=3 must divide the 2 nodes")
 
@@ -113,17 +115,17 @@ def timeline(
     )
 
 
-def test_cpu_seconds_are_shared_cores_not_the_sum_of_spans() -> None:
+def test_cpu_seconds_count_shared_cores_once() -> None:
     two = timeline((0, 0.0, 4.0), (1, 1.0, 3.0))
     assert cpu_seconds(two, cores=2) == 6.0
     assert cpu_seconds(two, cores=1) == 4.0
 
 
-def test_nodes_have_cores_of_their_own() -> None:
+def test_cpu_seconds_of_separate_nodes_add_up() -> None:
     assert cpu_seconds(timeline((0, 0.0, 4.0), (2, 1.0, 3.0)), cores=1) == 6.0
 
 
-def test_nodes_of_one_machine_share_its_cores() -> None:
+def test_cpu_seconds_of_nodes_on_one_host_share_its_cores() -> None:
     spans = (0, 0.0, 4.0), (2, 1.0, 3.0)
     assert cpu_seconds(timeline(*spans, hosts=1), cores=1) == 4.0
     assert cpu_seconds(timeline(*spans, hosts=1), cores=2) == 6.0
@@ -132,7 +134,7 @@ def test_nodes_of_one_machine_share_its_cores() -> None:
     assert cpu_seconds(four, cores=1) == 8.0
 
 
-def test_gaps_and_other_spans_use_no_core() -> None:
+def test_gaps_and_other_spans_use_no_cpu_time() -> None:
     idle = timeline((0, 0.0, 1.0), (0, 5.0, 7.0))
     assert cpu_seconds(idle, cores=4) == 3.0
     waiting = replace(idle, spans=(*idle.spans, Span(0, 1.0, 5.0, "wait", "w")))
@@ -149,7 +151,7 @@ def ended_of(cases: list[Case], jobs: int) -> list[Ended]:
     return ended
 
 
-def test_processes_give_what_one_process_gives() -> None:
+def test_several_processes_give_the_same_results_as_one() -> None:
     cases = [case(policy, cores=cores) for policy in ("none", "planned") for cores in (1, 2)]
     cases.append(refused(case(cores=4)))
     alone = ended_of(cases, 1)
@@ -160,11 +162,11 @@ def test_processes_give_what_one_process_gives() -> None:
     assert active_children() == []
 
 
-def test_no_case_is_no_work() -> None:
+def test_no_cases_give_no_results() -> None:
     assert ended_of([], 4) == []
 
 
-def test_leaving_early_ends_the_processes() -> None:
+def test_interruption_ends_the_processes() -> None:
     def stop(item: Ended) -> None:
         raise KeyboardInterrupt
 
@@ -178,13 +180,13 @@ def _kill_itself(one: Case) -> Ended:
     return simulate_case(one)
 
 
-def test_a_process_that_dies_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_of_a_process_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "simulate_case", _kill_itself)
     with pytest.raises(WorkFailedError, match="a process of the sweep died"):
         ended_of([case(), case(cores=4)], 2)
 
 
-def test_processes_do_not_hear_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_ignore_sigint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "simulate_case", _interrupt_itself)
     assert len(ended_of([case(), case(cores=4)], 2)) == 2
 

@@ -1,4 +1,4 @@
-"""Kernel tables as files: written, read back, refused; and the bundled files."""
+"""Kernel table files: writing, reading, invalid files, and the bundled tables."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ SMALL = RecordedTable(
 Key, Value = TypeVar("Key"), TypeVar("Value")
 
 
-def test_a_table_is_read_back(tmp_path: Path) -> None:
+def test_written_table_is_read_back_as_recorded(tmp_path: Path) -> None:
     write_table(tmp_path / "t.json.gz", SMALL)
     again = read_table(tmp_path / "t.json.gz")
     recorded = replace(SMALL, origin=replace(ORIGIN, source=Source.RECORDED))
@@ -74,7 +74,7 @@ def tables() -> st.SearchStrategy[RecordedTable]:
 
 
 @given(tables(), st.randoms())
-def test_any_table_is_read_back_and_equal_ones_are_equal_files(
+def test_tables_round_trip_and_equal_tables_give_equal_files(
     tmp_path_factory: pytest.TempPathFactory, made: RecordedTable, random: Random
 ) -> None:
     def shuffled(mapping: Mapping[Key, Value]) -> dict[Key, Value]:
@@ -100,14 +100,14 @@ def test_any_table_is_read_back_and_equal_ones_are_equal_files(
     ],
     ids=str,
 )
-def test_a_table_with_bad_values_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_table_with_invalid_values_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "t.json.gz"
     write_table(path, SMALL)
     data = {**json.loads(gzip.decompress(path.read_bytes())), **change}
-    refuses(path, gzip.compress(json.dumps(data).encode()), "is not a kernel table: ")
+    assert_refused(path, gzip.compress(json.dumps(data).encode()), "is not a kernel table: ")
 
 
-def refuses(path: Path, content: bytes, words: str) -> None:
+def assert_refused(path: Path, content: bytes, words: str) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
         read_table(path)
@@ -115,23 +115,23 @@ def refuses(path: Path, content: bytes, words: str) -> None:
 
 
 @pytest.mark.parametrize("text", [b"[]", b"3", b"{}", b'{"version": 1}', b"{", b"\xff"], ids=str)
-def test_other_json_is_no_table(tmp_path: Path, text: bytes) -> None:
-    refuses(tmp_path / "t.json.gz", gzip.compress(text), "is not a kernel table: ")
+def test_json_that_is_not_a_table_is_refused(tmp_path: Path, text: bytes) -> None:
+    assert_refused(tmp_path / "t.json.gz", gzip.compress(text), "is not a kernel table: ")
 
 
-def test_a_file_that_is_cut_short_is_no_table(tmp_path: Path) -> None:
+def test_truncated_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.json.gz"
     write_table(path, SMALL)
-    refuses(path, path.read_bytes()[:-30], "is not a kernel table: ")
+    assert_refused(path, path.read_bytes()[:-30], "is not a kernel table: ")
 
 
-def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
-    refuses(tmp_path / "t.json.gz", b"no gzip", "^cannot read ")
+def test_unreadable_table_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "t.json.gz", b"no gzip", "^cannot read ")
     with pytest.raises(UserError, match=r"^cannot read .*none: No such file"):
         read_table(tmp_path / "none")
 
 
-def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_write_of_a_table_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     with pytest.raises(OSError, match="Is a directory"):
         write_table(tmp_path / "t", SMALL)
@@ -139,7 +139,9 @@ def test_a_table_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(BUNDLED_FOLDER.iterdir()), ids=lambda path: path.name)
-def test_a_bundled_table_is_written_as_it_is(path: Path, tmp_path: Path) -> None:
+def test_bundled_table_is_named_after_its_content_and_rewritten_unchanged(
+    path: Path, tmp_path: Path
+) -> None:
     table = read_table(path)
     write_table(tmp_path / "t", table)
     assert gzip.decompress((tmp_path / "t").read_bytes()) == gzip.decompress(path.read_bytes())
@@ -148,7 +150,7 @@ def test_a_bundled_table_is_written_as_it_is(path: Path, tmp_path: Path) -> None
     assert path.name == f"{table.origin.library.replace(' ', '-')}-{gpu.name}.json.gz"
 
 
-def test_the_bundled_tables() -> None:
+def test_bundled_libraries_of_each_gpu() -> None:
     for gpu in BUNDLED_GPUS:
         assert bundled_libraries(gpu) == ["sgl-deep-gemm 0.2.5", "vllm 0.33.0"]
         table = bundled_table("vllm 0.33.0", gpu)
@@ -156,7 +158,7 @@ def test_the_bundled_tables() -> None:
     assert bundled_table("vllm 0.32.0", "h200") is None
 
 
-def test_a_gpu_shares_the_tables_of_one_with_the_same_architecture_and_sms() -> None:
+def test_gpu_uses_bundled_table_of_same_architecture_and_sm_count() -> None:
     assert bundled_gpu(gpu_named("h100")) == "h200"
     assert bundled_gpu(gpu_named("b300")) == "b300"
     assert bundled_gpu(gpu_named("h200", 78)) == "h20"

@@ -1,4 +1,4 @@
-"""The Timeline as a value: when the server is up, and what a file of them may hold."""
+"""Timelines: phases, when the server is up, and Timeline files."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ RUN = timeline(
 )
 
 
-def test_a_phase_ends_when_its_last_rank_leaves_it() -> None:
+def test_phase_ends_when_its_last_rank_leaves_it() -> None:
     assert RUN.end_of("warm-up") == 2.0
     assert RUN.end_of("requests") == 9.0
     assert RUN.end_of("graph capture") is None
-    # A span of work is no phase, whatever its name.
+    # A span of work is not a phase, whatever its name.
     assert RUN.end_of("gemm") is None
 
 
-def test_a_server_is_up_with_its_first_answer() -> None:
+def test_server_is_up_when_the_first_request_is_answered() -> None:
     assert (RUN.up, RUN.wall) == (5.5, 9.0)
 
 
-def test_without_a_first_request_the_wall_counts() -> None:
+def test_up_equals_wall_without_a_first_request() -> None:
     assert timeline(Span(0, 0.0, 3.0, "compute", "x")).up == 3.0
     assert timeline().up == timeline().wall == 0.0
 
 
-def test_a_phases_length_is_its_longest() -> None:
+def test_phase_length_is_that_of_the_slowest_rank() -> None:
     assert RUN.phases() == {"warm-up": 2.0, FIRST_REQUEST: 3.5, "requests": 5.0}
 
 
-def test_files_hold_several(tmp_path: Path) -> None:
+def test_file_holds_several_timelines(tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     other = timeline(Span(0, 0.1234564, 0.5, "compute", "x"), world_size=1, stalls=[[0, "a", 0]])
     write_timelines(path, [RUN, other])
@@ -84,7 +84,7 @@ def broken(**changes: Any) -> str:
         broken(world_size="many"),
     ],
 )
-def test_other_files_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_invalid_timeline_file_is_a_one_line_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "runs.json"
     path.write_text(text)
     with pytest.raises(UserError, match=f"^{path} is not a Timeline file: ") as caught:
@@ -92,7 +92,7 @@ def test_other_files_are_refused_in_one_line(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_timeline_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_timelines(tmp_path / "none.json")
     assert str(caught.value) == f"cannot read {tmp_path / 'none.json'}: No such file or directory"

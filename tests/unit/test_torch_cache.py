@@ -1,4 +1,4 @@
-"""The key-value cache: places of tokens, and what is kept between forwards of a batch."""
+"""The key-value cache: places of tokens, and values kept between forwards of a batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch(lens: tuple[int, ...]) -> ForwardBatch:
     return ForwardBatch.extend(lens, input_ids=range(100, 100 + sum(lens)), cache=cache)
 
 
-def test_what_is_kept_is_made_once_a_batch_and_name() -> None:
+def test_kept_values_are_made_once_per_batch_and_name() -> None:
     cache = KVCache(2, 4, CPU)
     one, two = (ForwardBatch.extend((2, 1), cache=cache) for _ in range(2))
     made: list[str] = []
@@ -37,7 +37,7 @@ def test_what_is_kept_is_made_once_a_batch_and_name() -> None:
         assert cache.keep(one, "a", lambda: make("one a")) == "one a"
         assert cache.keep(one, "b", lambda: make("one b")) == "one b"
     assert made == ["one a", "one b"]
-    # An equal batch is another one: its sequences may have grown elsewhere.
+    # Equal batches do not share values: their sequences may have grown differently.
     assert one == two
     assert cache.keep(two, "a", lambda: make("two a")) == "two a"
     assert cache.keep(one, "a", lambda: make("again")) == "again"
@@ -45,8 +45,8 @@ def test_what_is_kept_is_made_once_a_batch_and_name() -> None:
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data())
-def test_ids_and_last_places(lens: list[int], data: st.DataObject) -> None:
-    """Also from what was kept."""
+def test_ids_and_last_places_of_any_batch(lens: list[int], data: st.DataObject) -> None:
+    """Computed twice, because the second result comes from the kept values."""
     made = batch(tuple(lens))
     count = sum(lens)
     start = data.draw(st.integers(0, count))
@@ -60,7 +60,7 @@ def test_ids_and_last_places(lens: list[int], data: st.DataObject) -> None:
         assert last_places(made, CPU).tolist() == expected
 
 
-def test_a_second_forward_moves_nothing() -> None:
+def test_second_forward_reuses_the_same_tensors() -> None:
     made = batch((2, 3))
     tokens = Tokens(made, 0, 5)
     first = ids_of(tokens, CPU), last_places(made, CPU), places_of(tokens)
@@ -70,7 +70,7 @@ def test_a_second_forward_moves_nothing() -> None:
     assert first[2].position.data_ptr() == again[2].position.data_ptr()
 
 
-def test_places_go_on_where_a_sequence_ended() -> None:
+def test_places_continue_where_a_sequence_ended() -> None:
     grown = ForwardBatch(ForwardMode.EXTEND, (5, 2), (2, 2), cache=KVCache(2, 5, CPU))
     at = places_of(Tokens(grown, 0, 4))
     assert at.sequence.tolist() == [0, 0, 1, 1]
@@ -79,7 +79,7 @@ def test_places_go_on_where_a_sequence_ended() -> None:
     assert (part.sequence.tolist(), part.position.tolist()) == ([0, 1], [4, 0])
 
 
-def test_the_next_batch_has_its_own_places() -> None:
+def test_next_batch_has_its_own_places() -> None:
     cache = KVCache(2, 4, CPU)
     prompt = ForwardBatch.extend((3, 1), cache=cache)
     step = ForwardBatch.decode((4, 2), cache=cache)
@@ -88,7 +88,7 @@ def test_the_next_batch_has_its_own_places() -> None:
     assert last_places(step, CPU).tolist() == [0, 1]
 
 
-def test_rows_stay_where_they_were_written() -> None:
+def test_written_rows_are_read_at_their_places() -> None:
     cache = KVCache(2, 3, CPU)
     prompt = ForwardBatch.extend((2, 1), cache=cache)
     rows = torch.arange(6.0).view(3, 2)

@@ -1,4 +1,4 @@
-"""The torch forward: caches, layouts and quantisation, on a CPU."""
+"""The torch forward on a CPU: caches, weights, expert dispatch and quantisation."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from tests.unit.cpu_runner import CPU, FOUR_LAYERS, SMALL_DSV3, cpu_runner  # no
 
 
 @pytest.mark.parametrize(("model", "length"), [(FOUR_LAYERS, 140), (SMALL_DSV3, 9)])
-def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> None:
-    """A prompt's last logits are those of the same tokens with the last one decoded.
+def test_decode_gives_the_logits_of_a_longer_prompt(model: ModelConfig, length: int) -> None:
+    """The last logits of a prompt equal those of decoding its last token.
 
-    140 tokens pass the sliding window, fill ratio-4 entries beyond the top-k, and one of ratio 128.
+    140 tokens exceed the sliding window, the top-k of ratio-4 entries, and one ratio-128 entry.
     """
     runner = cpu_runner(model)
     ids = runner.dummy_ids(length)
@@ -50,7 +50,7 @@ def test_decode_continues_what_extend_began(model: ModelConfig, length: int) -> 
     assert error < (1e-6 if model is FOUR_LAYERS else 0.2)
 
 
-def test_sequences_of_a_batch_do_not_see_each_other() -> None:
+def test_sequences_of_a_batch_do_not_affect_each_other() -> None:
     runner = cpu_runner(FOUR_LAYERS)
     ids = runner.dummy_ids(12)
     with torch.inference_mode():
@@ -91,18 +91,18 @@ def test_dummy_proxy_is_sliced_for_context_parallel_extend_only(
 
 @given(st.integers(1, 40), st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
-def test_activation_quantisation_keeps_values_to_half_a_step(rows: int, groups: int) -> None:
+def test_activation_quantisation_error_is_at_most_half_a_step(rows: int, groups: int) -> None:
     x = torch.randn(rows, 128 * groups, dtype=torch.bfloat16)
     values, scales = quantise_tokens(x)
     assert values.shape == x.shape and scales.shape == (rows, groups)
     error = (dequantise_tokens(values, scales) - x.float()).abs()
     # e4m3 has three mantissa bits: half a step is a sixteenth of the value, or of the smallest
-    # normal number, 2 ** -6 of the scale.
+    # normal number, which is 2 ** -6 times the scale.
     limit = x.float().abs() / 16 + scales.repeat_interleave(128, 1) * 2**-7
     assert bool((error <= limit * 1.001).all())
 
 
-def test_weight_quantisation_has_one_scale_per_block_and_takes_partial_blocks() -> None:
+def test_weight_quantisation_has_one_scale_per_whole_or_partial_block() -> None:
     w = torch.randn(2, 200, 256)
     data, scales = quantise_blocks(w)
     assert data.shape == (2, 200, 256) and scales.shape == (2, 2, 2)
@@ -129,7 +129,7 @@ def request(name: str, kind: str, *shape: int, layer: int = 0, scale: float = 1.
     return WeightRequest(layer, name, kind, dims, shape, scale)
 
 
-def test_shared_weights_are_one_buffer_per_shape() -> None:
+def test_shared_weights_use_one_buffer_per_shape() -> None:
     weights, alone = TorchWeights(0, CPU, share=True), TorchWeights(0, CPU)
     one, other = request("a", "bf16", 4, 4), request("b", "bf16", 4, 4, layer=9)
     assert weights.make(one) is weights.make(other)
@@ -139,7 +139,7 @@ def test_shared_weights_are_one_buffer_per_shape() -> None:
     assert alone.make_fp8(one) is not alone.make_fp8(one)
 
 
-def test_weights_have_the_scale_asked_for() -> None:
+def test_weights_have_the_requested_standard_deviation() -> None:
     made = TorchWeights(1, CPU).make(request("w", "fp32", 500, 500, scale=0.5))
     assert float(made.std()) == pytest.approx(0.5, rel=0.01)
     assert abs(float(made.mean())) < 0.01
@@ -147,10 +147,10 @@ def test_weights_have_the_scale_asked_for() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_dispatch_and_combine_are_inverse(
+def test_combine_after_dispatch_gives_the_weighted_sum(
     tokens: int, choices: int, contiguous: bool, seed: int
 ) -> None:
-    """Rows go to their experts and come back: with identity experts the weighted sum of x."""
+    """With identity experts, the result is x times the sum of its local routing weights."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16)
     ids = torch.stack([torch.randperm(8, generator=generator)[:choices] for _ in range(tokens)])
@@ -174,7 +174,7 @@ def test_dispatch_and_combine_are_inverse(
 
 @given(st.integers(0, 5000), st.integers(1, 300), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
-def test_contiguous_rows_hold_any_routing(choices: int, experts: int, seed: int) -> None:
+def test_contiguous_rows_suffice_for_any_routing(choices: int, experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, experts, (choices,), generator=generator).bincount(minlength=experts)
     needed = int(((counts + 127) // 128 * 128).sum())
@@ -194,5 +194,5 @@ def test_index_pages_round_trip() -> None:
     [(1, 64), (128, 64), (129, 44), (1024, 8), (4224, 2), (4225, 1), (8448, 1)],
 )
 def test_hyper_connection_splits_on_132_sms(tokens: int, splits: int) -> None:
-    """K = 16384 caps the splits at 64; from 67 blocks of 64 rows on there is one."""
+    """K = 16384 caps the splits at 64; with 67 or more blocks of 64 rows there is one."""
     assert hc_num_splits(tokens, 16384, 132) == splits

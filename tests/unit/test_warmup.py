@@ -1,4 +1,4 @@
-"""Which dummy forwards a warm-up runs, which M it walks, and which graphs it captures."""
+"""Warm-ups: their dummy forwards, walked M and captured graphs."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -37,12 +37,14 @@ MODEL = with_layers(DSV4_TINY, 2)
         (132, 2, (2, 128, 1024, 2112, 8448)),
         (134, 2, (2, 128, 1024, 2112, 8576)),
         (78, 1, (1, 128, 576, 1216, 4992)),
-        # Few SMs: the lower bounds hold, and equal sizes collapse.
+        # With few SMs the lower bounds apply, and equal sizes are merged.
         (8, 1, (1, 128, 256, 512)),
         (2, 1, (1, 128, 256)),
     ],
 )
-def test_the_five_batch_sizes(num_sms: int, alignment: int, expected: tuple[int, ...]) -> None:
+def test_default_batch_sizes_depend_on_sm_count(
+    num_sms: int, alignment: int, expected: tuple[int, ...]
+) -> None:
     assert resolved(None, num_sms, alignment) == expected
 
 
@@ -57,7 +59,9 @@ def resolved(
     st.lists(st.integers(1, 10_000), min_size=1, max_size=8).map(tuple),
     st.sampled_from([1, 2]),
 )
-def test_given_batch_sizes_are_rounded_up(sizes: tuple[int, ...], alignment: int) -> None:
+def test_given_batch_sizes_are_rounded_up_to_multiples_of_attn_cp(
+    sizes: tuple[int, ...], alignment: int
+) -> None:
     found = resolved(sizes, attn_cp=alignment)
     assert list(found) == sorted(set(found))
     assert all(size % alignment == 0 for size in found)
@@ -66,7 +70,7 @@ def test_given_batch_sizes_are_rounded_up(sizes: tuple[int, ...], alignment: int
 
 
 @pytest.mark.parametrize(("sizes", "shown"), [((4, 0), "4,0"), ((), "(none)")])
-def test_batch_sizes_below_one(sizes: tuple[int, ...], shown: str) -> None:
+def test_batch_sizes_below_one_are_refused(sizes: tuple[int, ...], shown: str) -> None:
     with pytest.raises(UserError) as caught:
         scenario(ParallelConfig(), batch_sizes=sizes)
     assert str(caught.value) == f"batch sizes {shown} must all be at least 1"
@@ -83,7 +87,7 @@ def test_batch_sizes_below_one(sizes: tuple[int, ...], shown: str) -> None:
         (DisaggregationMode.DECODE, False, ()),
     ],
 )
-def test_modes_of_a_disaggregated_server(
+def test_dummy_modes_depend_on_disaggregation_and_kind_of_model(
     disaggregation: DisaggregationMode, is_generation: bool, expected: tuple[ForwardMode, ...]
 ) -> None:
     options = scenario(ParallelConfig(), disaggregation=disaggregation)
@@ -100,7 +104,7 @@ def recorded_rank(made: Scenario, rank: int) -> tuple[Op, ...]:
 
 
 def phase(ops: tuple[Op, ...], name: str) -> list[Op]:
-    """Operations between a phase's mark and the next."""
+    """Operations between a phase's mark and the next phase mark."""
     marks = [i for i, op in enumerate(ops) if isinstance(op, Mark) and op.kind == "phase"]
     first = next(i for i in marks if ops[i] == Mark("phase", name))
     return list(ops[first + 1 : next(i for i in marks if i > first)])
@@ -118,7 +122,7 @@ def test_every_stage_runs_decode_then_extend_at_each_size(rank: int) -> None:
     assert forwards(phase(ops, "requests")) == ["EXTEND 128", "DECODE 128"]
 
 
-def test_the_warm_up_waits_for_no_other_stage() -> None:
+def test_warm_up_does_not_communicate_between_stages() -> None:
     for ops in record(scenario(ParallelConfig(pp=2, tp=2))).ranks:
         assert not [op for op in phase(ops, "warm-up") if isinstance(op, (Send, Recv))]
         for name in (FIRST_REQUEST, "requests"):
@@ -134,7 +138,9 @@ def test_the_warm_up_waits_for_no_other_stage() -> None:
     ],
     ids=["one stage", "policy none", "speculative"],
 )
-def test_no_warm_up(parallel: ParallelConfig, options: dict[str, Any]) -> None:
+def test_no_warm_up_for_one_stage_policy_none_or_speculative_decoding(
+    parallel: ParallelConfig, options: dict[str, Any]
+) -> None:
     ops = recorded_rank(scenario(parallel, **options), 1)
     assert phase(ops, "warm-up") == []
     assert len(forwards(phase(ops, FIRST_REQUEST))) == len(forwards(phase(ops, "requests"))) == 2
@@ -144,7 +150,7 @@ def test_no_warm_up(parallel: ParallelConfig, options: dict[str, Any]) -> None:
     ("disaggregation", "mode"),
     [(DisaggregationMode.PREFILL, "EXTEND"), (DisaggregationMode.DECODE, "DECODE")],
 )
-def test_a_split_server_runs_its_own_mode_only(
+def test_disaggregated_server_runs_only_its_own_mode(
     disaggregation: DisaggregationMode, mode: str
 ) -> None:
     ops = recorded_rank(scenario(ParallelConfig(pp=2), disaggregation=disaggregation), 1)
@@ -153,7 +159,7 @@ def test_a_split_server_runs_its_own_mode_only(
     assert forwards(phase(ops, "requests")) == [f"{mode} 128"]
 
 
-def test_batch_sizes_follow_context_parallelism() -> None:
+def test_warm_up_batch_sizes_are_multiples_of_attn_cp() -> None:
     parallel = ParallelConfig(pp=2, tp=2, attn_cp=2)
     ops = recorded_rank(scenario(parallel, batch_sizes=(1, 3)), 3)
     assert forwards(phase(ops, "warm-up")) == ["DECODE 2", "EXTEND 2", "DECODE 4", "EXTEND 4"]
@@ -162,7 +168,7 @@ def test_batch_sizes_follow_context_parallelism() -> None:
 # Policies
 
 FLAGS = {
-    # precompile, fast: the policy with pp-parallel unset, off and on
+    # (precompile, fast): policies with pp-parallel unset, off and on
     (None, None): (None, "full", "pp-parallel+full"),
     (None, False): ("full", "full", "pp-parallel+full"),
     (None, True): ("fast", "fast", "pp-parallel+fast"),
@@ -177,7 +183,7 @@ FLAGS = {
 
 @pytest.mark.parametrize(("precompile", "fast"), FLAGS)
 @pytest.mark.parametrize(("index", "pp_parallel"), [(0, None), (1, False), (2, True)])
-def test_the_policy_of_sglangs_variables(
+def test_sglang_flags_select_the_policy(
     precompile: bool | None, fast: bool | None, index: int, pp_parallel: bool | None
 ) -> None:
     name = FLAGS[(precompile, fast)][index]
@@ -198,13 +204,13 @@ POLICIES = {
 }
 
 
-def test_what_the_policies_do() -> None:
+def test_walked_list_and_dummy_forwards_of_each_policy() -> None:
     found = {policy.value: (policy.walked, policy.runs_dummies) for policy in WarmupPolicy}
     assert found == POLICIES
 
 
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
-def test_the_list_that_is_walked(policy: WarmupPolicy) -> None:
+def test_hook_m_list_of_each_policy(policy: WarmupPolicy) -> None:
     lists = {"": None, "full": full_m_list(8192), "fast": fast_m_list(8192)}
     made = scenario(ParallelConfig(), policy=policy, max_tokens=8192)
     assert hook_m_list(made) == lists[POLICIES[policy.value][0]]
@@ -221,7 +227,7 @@ def test_the_list_that_is_walked(policy: WarmupPolicy) -> None:
         ("pp-parallel+fast", 1030, ((1, 1024, 1), (1026, 1030, 2))),
     ],
 )
-def test_a_limit_ends_the_list(name: str, limit: int, steps: Any) -> None:
+def test_walk_max_m_cuts_the_m_list(name: str, limit: int, steps: Any) -> None:
     found = hook_m_list(
         scenario(ParallelConfig(), policy=WarmupPolicy(name), max_tokens=8192, walk_max_m=limit)
     )
@@ -233,14 +239,14 @@ def test_a_limit_ends_the_list(name: str, limit: int, steps: Any) -> None:
 
 
 def captures(ops: list[Op]) -> list[list[Op]]:
-    """Operations up to each capture, itself at the end."""
+    """Operations up to and including each capture."""
     ends = [0, *(i + 1 for i, op in enumerate(ops) if isinstance(op, Capture))]
     assert ends[-1] == len(ops)
     return [ops[first:last] for first, last in pairwise(ends)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_graphs_are_captured_after_two_eager_forwards_largest_first(rank: int) -> None:
+def test_graphs_are_captured_largest_first_after_two_eager_forwards(rank: int) -> None:
     made = scenario(ParallelConfig(pp=2), graph_batch_sizes=(2, 16, 8))
     ops = recorded_rank(made, rank)
     order = [op.name for op in ops if isinstance(op, Mark) and op.kind == "phase"]
@@ -253,21 +259,21 @@ def test_graphs_are_captured_after_two_eager_forwards_largest_first(rank: int) -
         assert capture == Capture(f"graph DECODE {size}", once)
 
 
-def test_a_prefill_node_captures_nothing() -> None:
+def test_prefill_node_captures_no_graphs() -> None:
     made = scenario(
         ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.PREFILL
     )
     assert phase(recorded_rank(made, 0), "graph capture") == []
 
 
-def test_a_decode_node_captures() -> None:
+def test_decode_node_captures_graphs() -> None:
     made = scenario(
         ParallelConfig(pp=2), graph_batch_sizes=(2,), disaggregation=DisaggregationMode.DECODE
     )
     assert forwards(phase(recorded_rank(made, 0), "graph capture")) == ["DECODE 2"] * 2
 
 
-def test_without_graphs_there_is_no_such_phase() -> None:
+def test_no_capture_phase_without_graphs() -> None:
     ops = recorded_rank(scenario(ParallelConfig(pp=2)), 0)
     assert Mark("phase", "graph capture") not in ops
 
@@ -275,7 +281,7 @@ def test_without_graphs_there_is_no_such_phase() -> None:
 # Walks of relax
 
 
-def test_relax_walks_the_stages_gemms_on_every_rank() -> None:
+def test_relax_walks_gemms_of_the_stage_on_every_rank() -> None:
     made = scenario(ParallelConfig(pp=2, tp=2), policy=WarmupPolicy.RELAX)
     ranks = [phase(ops, "warm-up") for ops in record(made).ranks]
     for stage in (0, 1):
@@ -289,10 +295,10 @@ def test_relax_walks_the_stages_gemms_on_every_rank() -> None:
         assert ranks[2 * stage] == ranks[2 * stage + 1] == expected
 
 
-def test_a_limit_ends_the_walks_of_relax() -> None:
+def test_walk_max_m_cuts_the_walks_of_relax() -> None:
     made = scenario(ParallelConfig(), policy=WarmupPolicy.RELAX, walk_max_m=64)
     walks = phase(recorded_rank(made, 0), "warm-up")
-    # No whole block of rows is left of the contiguous ones.
+    # Contiguous GEMMs are gone: 64 rows are less than one block.
     assert {walk.shape.type.name for walk in walks if isinstance(walk, Walk)} == {
         "GEMM_NT_F8F8BF16"
     }
@@ -310,7 +316,7 @@ def test_a_limit_ends_the_walks_of_relax() -> None:
         (True, EXTEND, EXTEND),
     ],
 )
-def test_the_forced_mode_decides_a_dummy_run_else_the_kind_of_model(
+def test_dummy_run_uses_forced_mode_or_that_of_the_kind_of_model(
     is_generation: bool, forced: ForwardMode | None, expected: ForwardMode
 ) -> None:
     recorder = ScheduleRecorder()
@@ -322,7 +328,7 @@ def test_the_forced_mode_decides_a_dummy_run_else_the_kind_of_model(
 
 
 @pytest.mark.parametrize("size", [0, -2, 3])
-def test_a_dummy_batch_size_that_ranks_cannot_split(size: int) -> None:
+def test_dummy_batch_size_must_be_a_multiple_of_attn_cp(size: int) -> None:
     parallel = ParallelConfig(tp=2, attn_cp=2)
     backend = Backend(ScheduleRecorder(), num_sms=132)
     runner = ModelRunner.build(DSV4_TINY, parallel, 0, backend=backend)

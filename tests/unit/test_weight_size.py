@@ -1,4 +1,4 @@
-"""Weights counted without being made."""
+"""Weight sizes, counted without making the weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.models import DSV3_SMALL
 SMALL = from_hf(DSV3_SMALL, "dsv3-small")
 
 
-class Kept(ShapeWeights):
-    """Keeps what is asked for."""
+class RecordingWeights(ShapeWeights):
+    """Records every weight request."""
 
     def __init__(self) -> None:
         self.requests: list[WeightRequest] = []
@@ -38,14 +38,14 @@ class Kept(ShapeWeights):
 
 
 def requests(model: ModelConfig, parallel: ParallelConfig, rank: int) -> list[WeightRequest]:
-    kept = Kept()
+    kept = RecordingWeights()
     backend = Backend(ScheduleRecorder(), num_sms=1)
     ModelRunner.build(model, parallel, rank, backend=backend, weights=kept)
     return kept.requests
 
 
-def of_one(request: WeightRequest) -> tuple[int, int]:
-    """Elements of the local slice, and bytes: FP8 has an fp32 scale a begun block of 128 x 128."""
+def size_of_request(request: WeightRequest) -> tuple[int, int]:
+    """Elements and bytes of the local slice; FP8 has an fp32 scale per 128 x 128 block."""
     elements = prod(dim.width for dim in request.dims)
     if request.kind == "fp8":
         *outer, n, k = request.view
@@ -55,10 +55,12 @@ def of_one(request: WeightRequest) -> tuple[int, int]:
 
 @pytest.mark.parametrize("model", [DSV4_TINY, SMALL, with_layers(DSV4, 4)], ids=lambda m: m.name)
 @pytest.mark.parametrize("values", [{}, {"pp": 2}, {"tp": 2}, {"pp": 2, "tp": 2, "ep": True}])
-def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) -> None:
+def test_weight_size_is_the_sum_over_all_weight_requests(
+    model: ModelConfig, values: dict[str, Any]
+) -> None:
     parallel = ParallelConfig(**values)
     for rank in range(parallel.world_size):
-        sizes = [of_one(request) for request in requests(model, parallel, rank)]
+        sizes = [size_of_request(request) for request in requests(model, parallel, rank)]
         elements, nbytes = (sum(column) for column in zip(*sizes, strict=True))
         shapes = {(r.kind, r.view, r.high): prod(r.view) for r in requests(model, parallel, rank)}
         assert weight_size(model, parallel, rank) == WeightSize(
@@ -67,14 +69,14 @@ def test_the_sum_over_all_weights(model: ModelConfig, values: dict[str, Any]) ->
         assert sum(shapes.values()) < elements
 
 
-def test_stages_hold_the_model_between_them() -> None:
+def test_weight_sizes_of_stages_add_up_to_the_model() -> None:
     whole = weight_size(DSV4_TINY, ParallelConfig(), 0).elements
     assert model_elements(DSV4_TINY) == whole
     stages = ParallelConfig(pp=4)
     assert sum(weight_size(DSV4_TINY, stages, rank).elements for rank in range(4)) == whole
 
 
-def test_the_weights_that_were_really_made() -> None:
+def test_weight_size_in_bytes_matches_real_weights() -> None:
     torch = pytest.importorskip("torch")
     from runner.backend.torch_weights import TorchWeights
 
@@ -89,7 +91,7 @@ def test_the_weights_that_were_really_made() -> None:
 
 
 @pytest.mark.parametrize("model", [DSV4_TINY, SMALL], ids=lambda m: m.name)
-def test_what_is_made_where_shapes_share_a_buffer(model: ModelConfig) -> None:
+def test_elements_per_distinct_shape_match_real_shared_buffers(model: ModelConfig) -> None:
     torch = pytest.importorskip("torch")
     from runner.backend.torch_weights import TorchWeights
 
@@ -105,7 +107,7 @@ def test_what_is_made_where_shapes_share_a_buffer(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(("model", "billions"), [(DSV3, 671), (DSV4, 284)], ids=["dsv3", "dsv4"])
-def test_whole_models_have_their_published_size(model: ModelConfig, billions: int) -> None:
+def test_models_have_their_published_number_of_weights(model: ModelConfig, billions: int) -> None:
     assert weight_size(model, ParallelConfig(), 0).elements / 1e9 == pytest.approx(
         billions, rel=0.01
     )

@@ -1,4 +1,4 @@
-"""Small scenarios of dsv4-tiny, and machines, for tests of the simulator."""
+"""Small dsv4-tiny scenarios and machines for simulator tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def machine(**changes: Any) -> Machine:
 def scenario(
     policy: WarmupPolicy = WarmupPolicy.NONE, *, layers: int = 4, **values: Any
 ) -> Scenario:
-    """Requests of 1 and 64 tokens, at most 64 a forward, lists of M up to 64."""
+    """Requests of 1 and 64 tokens, at most 64 tokens per forward, M lists up to 64."""
     layout = {name: values.pop(name) for name in LAYOUT if name in values}
     warmup = {name: values.pop(name) for name in WARMUP if name in values}
     return Scenario(

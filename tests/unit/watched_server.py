@@ -1,4 +1,4 @@
-"""A server that compiles as DeepGEMM does, and ``runner watch`` of it in real processes."""
+"""A server that compiles like DeepGEMM, run under ``runner watch`` in real processes."""
 
 import os
 import re
@@ -91,7 +91,7 @@ RUNNER = [sys.executable, "-c", "from runner.cli import main; main()", "watch"]
 
 
 class Ran:
-    """What a ``runner watch`` printed and how it ended."""
+    """Output and exit code of ``runner watch``."""
 
     def __init__(self, done: "subprocess.CompletedProcess[str]") -> None:
         self.code = done.returncode

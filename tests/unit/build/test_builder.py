@@ -1,4 +1,4 @@
-"""The builder and its worker pool, with a toolchain of scripts and with a real nvcc."""
+"""KernelBuilder and its worker pool, with scripts in place of nvcc and with a real nvcc."""
 
 import fcntl
 import os
@@ -93,7 +93,7 @@ else:
 
 @pytest.fixture
 def toolchain(tmp_path: Path) -> Path:
-    """Scripts that play nvcc and its stages; they write their names into ``log``."""
+    """Scripts that stand in for nvcc and its stages; each appends its name to ``log``."""
     folder = tmp_path / "toolchain"
     folder.mkdir()
     script = TOOLCHAIN.replace("PYTHON", sys.executable).replace("REPOSITORY", str(REPOSITORY))
@@ -143,7 +143,7 @@ FIVE = [
 ]
 
 
-def test_the_fast_way_shares_what_several_kernels_need(
+def test_fast_build_runs_each_preprocess_and_front_end_once_per_unit(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler
 ) -> None:
     jobs = [job_of(kernel, compiler.keys) for kernel in FIVE]
@@ -168,14 +168,14 @@ def test_the_fast_way_shares_what_several_kernels_need(
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_nothing_to_build(
+def test_empty_build_starts_no_compiler(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler, fast: bool
 ) -> None:
     assert build(compiler, [], fast=fast) == {}
     assert not (toolchain / "log").exists()
 
 
-def test_one_wrong_kernel_fails_alone(
+def test_invalid_kernel_does_not_fail_others_in_its_unit(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler
 ) -> None:
     wrong = gemm("9", "broken")
@@ -197,9 +197,9 @@ def test_one_wrong_kernel_fails_alone(
         (gemm("9, 9", entry="renamed"), 1, "the cubin does not hold exactly this kernel"),
         (gemm("1", "2"), 3, "a unit's entries cannot be told apart"),
     ],
-    ids=["a function", "refused by ptxas", "another entry", "alike"],
+    ids=["a function", "refused by ptxas", "another entry", "same signature"],
 )
-def test_nvcc_compiles_alone_what_is_unusual(
+def test_kernels_that_fast_build_cannot_handle_fall_back_to_nvcc(
     tmp_path: Path,
     toolchain: Path,
     compiler: NvccCompiler,
@@ -218,14 +218,16 @@ def test_nvcc_compiles_alone_what_is_unusual(
     assert calls(toolchain)["nvcc"] == plain
 
 
-def test_a_header_that_cannot_be_preprocessed(tmp_path: Path, compiler: NvccCompiler) -> None:
+def test_kernels_of_header_that_fails_to_preprocess_fall_back_to_nvcc(
+    tmp_path: Path, compiler: NvccCompiler
+) -> None:
     odd = gemm("1", header="deep_gemm/unreadable.cuh")
     results = build(compiler, [job_of(gemm("1")), job_of(odd)])
     assert results[odd].fallback == "cpp: fatal: not this one"
     assert results[gemm("1")].fallback == ""
 
 
-def test_an_nvcc_without_dry_runs_compiles_everything_alone(
+def test_nvcc_without_dryrun_support_compiles_each_kernel_separately(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     compiler = NvccCompiler(fake_nvcc, fake_library, first_recipe(Environ()))
@@ -240,7 +242,7 @@ def test_an_nvcc_without_dry_runs_compiles_everything_alone(
     }
 
 
-def test_what_on_result_raises_ends_the_build(
+def test_exception_in_result_callback_stops_the_build(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler
 ) -> None:
     taken: list[BuildResult] = []
@@ -257,7 +259,7 @@ def test_what_on_result_raises_ends_the_build(
     assert calls(toolchain)["ptxas"] == 2
 
 
-def test_an_nvcc_by_a_relative_path(
+def test_build_accepts_relative_nvcc_path(
     tmp_path: Path, toolchain: Path, fake_library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -266,7 +268,7 @@ def test_an_nvcc_by_a_relative_path(
     assert results[gemm("1")].fallback == ""
 
 
-def test_a_stage_that_cannot_be_run(
+def test_missing_stage_program_falls_back_to_nvcc(
     tmp_path: Path, toolchain: Path, compiler: NvccCompiler
 ) -> None:
     (toolchain / "cicc").unlink()
@@ -275,7 +277,7 @@ def test_a_stage_that_cannot_be_run(
     assert code_of(result)
 
 
-def test_an_nvcc_that_writes_no_cubin_fails_that_kernel(
+def test_kernel_fails_if_nvcc_writes_no_cubin(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     copy = 'cp "$1" "$4"'
@@ -307,7 +309,9 @@ def real_kernels() -> list[Kernel]:
 
 
 @pytest.mark.nvcc
-def test_both_ways_make_the_same_machine_code(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
+def test_fast_and_plain_builds_give_identical_machine_code(
+    tmp_path: Path, nvcc_compiler: NvccCompiler
+) -> None:
     keys = nvcc_compiler.keys
     wrong = replace(transpose_fp32(1024), arguments=("512, 64, 24", "nonsense"))
     kernels = [*real_kernels(), wrong]
@@ -332,7 +336,7 @@ def test_both_ways_make_the_same_machine_code(tmp_path: Path, nvcc_compiler: Nvc
 
 
 @given(st.lists(st.integers(0, 5), max_size=20))
-def test_the_task_with_the_most_work_behind_it_goes_first(priorities: list[int]) -> None:
+def test_task_pool_runs_highest_priority_first(priorities: list[int]) -> None:
     pool, order = TaskPool(1), []
     for number, seconds in enumerate(priorities):
         pool.add(seconds, lambda number=number: order.append(number))
@@ -340,7 +344,7 @@ def test_the_task_with_the_most_work_behind_it_goes_first(priorities: list[int])
     assert order == sorted(range(len(priorities)), key=lambda number: -priorities[number])
 
 
-def test_tasks_add_tasks() -> None:
+def test_task_added_by_a_running_task_is_ordered_by_priority() -> None:
     pool, order = TaskPool(1), []
 
     def first() -> None:
@@ -354,7 +358,7 @@ def test_tasks_add_tasks() -> None:
     assert order == ["first", "soon", "second", "late"]
 
 
-def test_as_many_tasks_run_at_once_as_there_are_workers() -> None:
+def test_task_pool_uses_all_workers_at_once() -> None:
     pool, all_three = TaskPool(3), Barrier(3, timeout=30)
 
     def first() -> None:  # The other two workers wait for what it adds.
@@ -367,7 +371,7 @@ def test_as_many_tasks_run_at_once_as_there_are_workers() -> None:
     assert not all_three.broken
 
 
-def test_an_error_drops_what_has_not_begun_and_waits_for_what_has() -> None:
+def test_failed_task_cancels_queued_tasks_and_waits_for_running_ones() -> None:
     pool, failing, order = TaskPool(2), Event(), []
 
     def slow() -> None:
@@ -392,12 +396,12 @@ def test_an_error_drops_what_has_not_begun_and_waits_for_what_has() -> None:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A system's temporary directory of our own."""
+    """An empty directory that ``tempfile`` uses."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
-def test_a_scratch_folder_is_empty_and_removed_in_the_end(temporary: Path) -> None:
+def test_scratch_folder_starts_empty_and_is_removed_on_exit(temporary: Path) -> None:
     with scratch_folder() as folder:
         assert list(folder.iterdir()) == []
         assert folder.parent.parent == temporary.resolve()
@@ -405,7 +409,7 @@ def test_a_scratch_folder_is_empty_and_removed_in_the_end(temporary: Path) -> No
     assert list(temporary.iterdir()) == []
 
 
-def test_a_build_removes_the_scratch_of_killed_builds_only(temporary: Path) -> None:
+def test_new_scratch_folder_removes_only_those_of_killed_builds(temporary: Path) -> None:
     abandoned, starting, other = (
         temporary / name for name in ("deepgemm-build-old", "deepgemm-build-new", "else")
     )
@@ -422,7 +426,7 @@ def test_a_build_removes_the_scratch_of_killed_builds_only(temporary: Path) -> N
     assert sorted(temporary.iterdir()) == [starting, other]
 
 
-def test_two_builds_that_begin_at_once_keep_their_scratch(
+def test_scratch_folder_survives_another_build_starting_before_it_is_locked(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, began = fcntl.flock, []
@@ -439,7 +443,7 @@ def test_two_builds_that_begin_at_once_keep_their_scratch(
         assert folder.is_dir()
 
 
-def test_without_file_locks_no_scratch_is_taken_for_abandoned(
+def test_scratch_folder_is_never_removed_where_file_locks_are_unsupported(
     temporary: Path, no_locks: None
 ) -> None:
     with (

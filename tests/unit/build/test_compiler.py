@@ -1,4 +1,4 @@
-"""nvcc: its flags, the first generation's cache keys, single compiles, and where nvcc is found."""
+"""nvcc: its flags, cache keys of JIT generation 1, single compiles, and where nvcc is found."""
 
 import re
 import shutil
@@ -49,11 +49,11 @@ def write_nvcc(path: Path, answer: str) -> Path:
     return path
 
 
-def test_flags() -> None:
+def test_default_nvcc_flags() -> None:
     assert flags() == f"{BEFORE_INCLUDE} -I/opt/dg/include {AFTER_INCLUDE}"
 
 
-def test_flags_that_the_environment_changes() -> None:
+def test_environment_variables_change_nvcc_flags() -> None:
     plain = f"-I/opt/dg/include {AFTER_INCLUDE}"
     assert flags(dg_jit_cpp_standard=17).startswith("-std=c++17 ")
     for name in ("dg_jit_debug", "dg_jit_ptxas_verbose", "dg_jit_ptxas_check"):
@@ -112,7 +112,7 @@ def key_with(nvcc: Path, library: Library, kernel: Kernel = KERNEL, **environ: A
     ).keys.cache_key(kernel)
 
 
-def test_what_else_changes_the_cache_key(
+def test_cache_key_depends_on_flags_nvcc_release_arguments_and_included_headers(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     plain = key_with(fake_nvcc, fake_library)
@@ -128,14 +128,16 @@ def test_what_else_changes_the_cache_key(
     assert key_with(fake_nvcc, fake_library) != plain
 
 
-def test_where_nvcc_lies_does_not_change_the_cache_key(
+def test_cache_key_does_not_depend_on_nvcc_path(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     other = write_nvcc(tmp_path / "other" / "nvcc", "release 13.0, V13.0.1")
     assert key_with(other, fake_library) == key_with(fake_nvcc, fake_library)
 
 
-def test_programs_that_are_not_a_usable_nvcc(tmp_path: Path, fake_library: Library) -> None:
+def test_program_other_than_nvcc_12_9_or_newer_is_refused(
+    tmp_path: Path, fake_library: Library
+) -> None:
     def message(nvcc: Path) -> str:
         with pytest.raises(UserError) as caught:
             assert NvccCompiler(nvcc, fake_library, first_recipe(Environ())).signature
@@ -156,7 +158,7 @@ def scripted(tmp_path: Path, library: Library, script: str) -> NvccCompiler:
     return NvccCompiler(nvcc, library, first_recipe(Environ()))
 
 
-def test_compile_passes_the_flags_and_runs_in_the_folder(
+def test_compile_runs_nvcc_in_the_given_folder_with_all_flags(
     tmp_path: Path, fake_library: Library
 ) -> None:
     log, folder = tmp_path / "log", tmp_path / "work"
@@ -183,7 +185,7 @@ def test_compile_passes_the_flags_and_runs_in_the_folder(
         ("exit 0", "nvcc wrote no cubin"),
     ],
 )
-def test_a_failing_compile_reports_the_compilers_text(
+def test_failed_compile_raises_the_compiler_output(
     tmp_path: Path, fake_library: Library, script: str, message: str
 ) -> None:
     with pytest.raises(CompileError) as caught:
@@ -191,7 +193,9 @@ def test_a_failing_compile_reports_the_compilers_text(
     assert str(caught.value) == message
 
 
-def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_nvcc_tries_variables_then_path_then_pip_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = write_nvcc(tmp_path / "my-nvcc", "")
     homes = {name: tmp_path / name for name in ("home", "path")}
     in_home, in_path = (write_nvcc(root / "bin" / "nvcc", "") for root in homes.values())
@@ -212,7 +216,7 @@ def test_where_nvcc_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert find_nvcc(Environ(**values)) is None
 
 
-def test_a_chosen_nvcc_that_is_not_there(tmp_path: Path) -> None:
+def test_nvcc_variable_that_names_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         find_nvcc(Environ(dg_jit_nvcc_compiler=str(tmp_path)))
     assert str(caught.value) == f"DG_JIT_NVCC_COMPILER={tmp_path} is not a file: it must be nvcc"
@@ -221,7 +225,7 @@ def test_a_chosen_nvcc_that_is_not_there(tmp_path: Path) -> None:
 BROKEN = Kernel("gemm", "deep_gemm/a.cuh", "broken_impl", ("1, 2",))
 
 
-def test_a_kernel_is_taken_from_memory_then_disk_then_the_compiler(
+def test_jit_loads_from_memory_then_disk_then_compiles(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     shim = write_shim(tmp_path / "shim", nvcc=fake_nvcc, log_dir=tmp_path / "log")
@@ -241,7 +245,7 @@ def test_a_kernel_is_taken_from_memory_then_disk_then_the_compiler(
         OwnJit(RULES, compiler, cache).load([KERNEL])
 
 
-def test_a_kernel_that_does_not_compile_is_not_loaded(
+def test_jit_does_not_cache_a_kernel_that_fails_to_compile(
     tmp_path: Path, fake_nvcc: Path, fake_library: Library
 ) -> None:
     cache = KernelCache(tmp_path / "dg")
@@ -254,10 +258,10 @@ def test_a_kernel_that_does_not_compile_is_not_loaded(
     assert cache.entries() == [] and list((cache.root / "tmp").iterdir()) == []
 
 
-def test_paths_relative_to_the_working_directory(
+def test_relative_nvcc_shim_and_cache_paths_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_nvcc: Path, fake_library: Library
 ) -> None:
-    """nvcc runs in the cache's own directory, so it must not be given a relative path."""
+    """nvcc runs in the cache directory, so every path passed to it must be absolute."""
     monkeypatch.chdir(tmp_path)
     compiler = NvccCompiler(Path("./nvcc"), fake_library, first_recipe(Environ()))
     write_shim(Path("nvcc"), nvcc=Path(fake_nvcc.name), log_dir=Path("log"))
@@ -267,7 +271,9 @@ def test_paths_relative_to_the_working_directory(
 
 
 @pytest.mark.nvcc
-def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
+def test_real_nvcc_compiles_a_kernel_through_shim_and_cache(
+    tmp_path: Path, nvcc_compiler: NvccCompiler
+) -> None:
     shim = write_shim(tmp_path / "nvcc", nvcc=nvcc_compiler.nvcc, log_dir=tmp_path / "log")
     compiler = NvccCompiler(shim, nvcc_compiler.library, first_recipe(Environ()))
     assert re.fullmatch(r"NVCC\d+\.\d+", compiler.signature)
@@ -290,7 +296,7 @@ def test_a_real_kernel_through_shim_and_cache(tmp_path: Path, nvcc_compiler: Nvc
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Sources of the compiles, which take 5, 1, 2, 5, 1, 2, ... seconds."""
+    """Collects each compiled source; compiles take 5, 1, 2, 5, 1, 2, ... seconds."""
     found: list[str] = []
     clock = 0.0
 
@@ -305,7 +311,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_the_reference_time_is_the_median_of_one_kernels_compiles(
+def test_reference_seconds_is_the_median_of_repeated_compiles(
     fake_nvcc: Path, library: Library, sources: list[str]
 ) -> None:
     compiler = NvccCompiler(fake_nvcc, library, first_recipe(Environ()))
@@ -316,7 +322,7 @@ def test_the_reference_time_is_the_median_of_one_kernels_compiles(
     assert compiler.reference_seconds(1) == 5.0
 
 
-def test_probe_prints_the_host_factor(
+def test_probe_prints_host_factor(
     fake_nvcc: Path,
     library: Library,
     sources: list[str],
@@ -347,7 +353,7 @@ def test_probe_prints_the_host_factor(
         ),
     ],
 )
-def test_probe_says_what_is_missing_in_one_line(
+def test_probe_without_nvcc_or_headers_is_a_one_line_error(
     missing: str,
     line: str,
     fake_nvcc: Path,

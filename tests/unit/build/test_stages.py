@@ -1,4 +1,4 @@
-"""nvcc's stages, found by a dry run, and PTX split by entry."""
+"""nvcc's stages read from its dry run, and PTX split into one module per kernel entry."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ FLAGS = ("-std=c++20", "-Iwhere")
 
 
 def dry_nvcc(tmp_path: Path, to_ptx: str, to_cubin: str) -> Path:
-    """A script that prints these dry runs, with $T for its folder of temporary files."""
+    """A script that prints the given dry runs; $T stands for its temporary folder."""
     path = tmp_path / "dry-nvcc"
     path.write_text(
         f'#!/bin/sh\necho "$*" >>"{tmp_path}/asked"\nT=$TMPDIR O=$4\n'
@@ -29,7 +29,7 @@ TO_PTX = f"nvcc says hello\n#\\$ _SPACE_= \n#\\$ TOP=/opt/cuda/bin\n{PREPROCESS}
 TO_CUBIN = f"#\\$ TOP=/elsewhere\n{PREPROCESS}\n{ASSEMBLE}"
 
 
-def test_the_stages_are_those_of_nvccs_dry_run(tmp_path: Path) -> None:
+def test_find_stages_parses_nvcc_dryrun(tmp_path: Path) -> None:
     nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
     stages = find_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin", "A": "1"})
     folder = str(tmp_path / "scratch" / "stages")
@@ -60,7 +60,7 @@ def test_the_stages_are_those_of_nvccs_dry_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["-lineinfo", "-G", "-g"])
-def test_flags_that_keep_line_numbers_are_refused(tmp_path: Path, flag: str) -> None:
+def test_find_stages_refuses_debug_line_flags(tmp_path: Path, flag: str) -> None:
     nvcc = dry_nvcc(tmp_path, TO_PTX, TO_CUBIN)
     with pytest.raises(UnusualError, match=r"^the flags keep line numbers$"):
         find_stages(nvcc, ("-std=c++20", flag), tmp_path / "scratch", {})
@@ -88,7 +88,7 @@ OTHER_ASSEMBLER = "ptxas does not read PTX, or writes elsewhere"
         (TO_PTX, TO_CUBIN.replace('-o "$O"', "-o a.cubin"), OTHER_ASSEMBLER),
     ],
 )
-def test_an_nvcc_that_works_in_another_way(
+def test_find_stages_refuses_unexpected_dryrun_commands(
     tmp_path: Path, to_ptx: str, to_cubin: str, message: str
 ) -> None:
     nvcc = dry_nvcc(tmp_path, to_ptx, to_cubin)
@@ -102,7 +102,7 @@ def test_an_nvcc_that_works_in_another_way(
     [TO_PTX.replace('-o "$T/t-7.ii"', ""), TO_PTX.replace('"$T/t-7.ii" -o', '"$T/t-7.ii -o')],
     ids=["no output", "a quote that does not end"],
 )
-def test_an_nvcc_whose_commands_cannot_be_read(tmp_path: Path, to_ptx: str) -> None:
+def test_find_stages_refuses_unparsable_dryrun_commands(tmp_path: Path, to_ptx: str) -> None:
     nvcc = dry_nvcc(tmp_path, to_ptx, TO_CUBIN)
     with pytest.raises(UnusualError, match=r"^nvcc --dryrun cannot be read: "):
         find_stages(nvcc, FLAGS, tmp_path / "scratch", {"PATH": "/bin:/usr/bin"})
@@ -115,7 +115,7 @@ def test_an_nvcc_whose_commands_cannot_be_read(tmp_path: Path, to_ptx: str) -> N
         ("exit 4", "exit 4"),
     ],
 )
-def test_an_nvcc_without_dry_runs(tmp_path: Path, script: str, words: str) -> None:
+def test_find_stages_reports_failed_dryrun(tmp_path: Path, script: str, words: str) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\n{script}\n")
     nvcc.chmod(0o755)
@@ -131,7 +131,7 @@ def test_an_nvcc_without_dry_runs(tmp_path: Path, script: str, words: str) -> No
         ("exit 3", "tool: exit 3"),
     ],
 )
-def test_a_stage_runs_in_its_folder_and_reports_its_own_error(
+def test_stage_runs_in_given_folder_and_raises_its_own_output(
     tmp_path: Path, script: str, words: str
 ) -> None:
     tool, here = tmp_path / "tool", tmp_path / "here"
@@ -159,7 +159,7 @@ def entry_text(name: str, *body: str) -> str:
     return f".visible .entry {name}(\n\t.param .u64 {name}_param_0\n)\n{{\n{lines}\tret;\n\n}}\n"
 
 
-def test_ptx_is_split_by_entry() -> None:
+def test_split_ptx_gives_each_entry_the_declarations_it_uses() -> None:
     shared = ".extern .shared .align 1024 .b8 smem[];\n"
     first, second = entry_text("one", "mov %r, smem;"), entry_text("two", "mov %r, own;")
     text = (
@@ -175,7 +175,7 @@ def test_ptx_is_split_by_entry() -> None:
     }
 
 
-def test_a_single_entry_is_the_whole_text() -> None:
+def test_split_ptx_of_a_single_entry_keeps_the_whole_text() -> None:
     text = (
         f"{PTX_HEAD}.extern .shared .align 16 .b8 smem[];\n\n{entry_text('one', 'mov %r, smem;')}"
     )
@@ -183,7 +183,7 @@ def test_a_single_entry_is_the_whole_text() -> None:
     assert module.split() == text.split()
 
 
-def test_a_declaration_whose_name_begins_anothers() -> None:
+def test_split_ptx_does_not_confuse_names_with_a_common_prefix() -> None:
     head = f"{PTX_HEAD}.shared .b8 s[4];\n.shared .b8 s2[4];\n"
     modules = split_ptx(
         f"{head}{entry_text('one', 'mov %r, s;')}{entry_text('two', 'mov %r, s2;')}"
@@ -225,7 +225,7 @@ def test_a_declaration_whose_name_begins_anothers() -> None:
         ),
     ],
 )
-def test_ptx_with_anything_else_is_refused(text: str, message: str) -> None:
+def test_split_ptx_refuses_unsupported_ptx(text: str, message: str) -> None:
     with pytest.raises(UnusualError) as caught:
         split_ptx(text)
     assert str(caught.value) == message

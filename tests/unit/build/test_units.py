@@ -1,4 +1,4 @@
-"""Units: how kernels are divided, what they cost, their text, and whose entry is whose."""
+"""Compile units: grouping kernels, estimated cost, source text, and matching entries to kernels."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from tests.unit.builder_jobs import gemm
 
 @cache
 def planned_kernels() -> tuple[Kernel, ...]:
-    """Some 60 kernels of seven headers, some of them with the signature of another."""
+    """About 60 kernels of seven headers; some share a signature."""
     specs = [
         "gemm_nt_f8f8bf16:4096:1024",
         "gemm_nt_bf16bf16f32:256:4096",
@@ -44,7 +44,10 @@ def planned_kernels() -> tuple[Kernel, ...]:
     ]
     demands = [demand for spec in specs for demand in gemm_demands(spec, max_m=512, num_sms=132)]
     kernels = [item.kernel for item in make_plan(demands, RULES).kernels]
-    return (*kernels, *(alike_of(item) for item in kernels if item.name == "sm90_bf16_gemm"))
+    return (
+        *kernels,
+        *(same_signature_as(item) for item in kernels if item.name == "sm90_bf16_gemm"),
+    )
 
 
 def kernel_lists(**sizes: int) -> st.SearchStrategy[list[Kernel]]:
@@ -56,7 +59,7 @@ def fp8_of_tile(m: int, n: int, k: int = 128) -> Kernel:
     return replace(found, arguments=(*found.arguments[:3], f"{m}, {n}, {k}", *found.arguments[4:]))
 
 
-def test_bigger_tiles_cost_more() -> None:
+def test_estimated_cost_grows_with_tile_size() -> None:
     ascending = [
         fp8_of_tile(64, 16),
         fp8_of_tile(64, 64),
@@ -72,7 +75,7 @@ def test_bigger_tiles_cost_more() -> None:
         assert seconds == sorted(set(seconds))
 
 
-def test_a_tile_that_repeats_its_main_loop_costs_more() -> None:
+def test_estimated_cost_grows_if_tile_duplicates_the_main_loop() -> None:
     once, copied = fp8_of_tile(128, 128), fp8_of_tile(128, 96)
     assert estimates.front_end_seconds(copied) > estimates.front_end_seconds(once)
 
@@ -81,7 +84,7 @@ def masked_of(k: int, kind: T = T.GROUPED_GEMM_NT_F8F8BF16_MASKED) -> Kernel:
     return kernels_of(KernelCall(kind, 64, 2048, k, 256, 132))[-1]
 
 
-def test_a_main_loop_is_unrolled_eight_times_or_as_long_as_a_compiled_k() -> None:
+def test_main_loop_is_unrolled_at_most_eight_k_blocks() -> None:
     blocks = [estimates.unrolled_k_blocks(masked_of(128 * many)) for many in range(1, 12)]
     assert blocks == [*range(1, 9), 8, 8, 8]
     # A K-block of bf16 is 64 long.
@@ -94,7 +97,7 @@ def test_a_main_loop_is_unrolled_eight_times_or_as_long_as_a_compiled_k() -> Non
     assert list(map(estimates.unrolled_k_blocks, dense)) == [8, 8]
 
 
-def test_a_short_k_that_is_compiled_in_costs_less() -> None:
+def test_compile_time_constant_short_k_lowers_estimated_cost() -> None:
     short, whole, longer = map(masked_of, (512, 1024, 4096))
     assert (
         estimates.plain_seconds(short)
@@ -108,21 +111,23 @@ def test_a_short_k_that_is_compiled_in_costs_less() -> None:
         assert estimates.expected_assemble_seconds(kernel) == pytest.approx(assembled)
 
 
-def test_the_plain_way_costs_all_that_the_fast_one_shares() -> None:
+def test_plain_compile_estimate_is_unit_plus_assemble_plus_nvcc_start() -> None:
     for kernel in planned_kernels():
         alone = unit_seconds([kernel]) + estimates.expected_assemble_seconds(kernel)
         assert estimates.plain_seconds(kernel) == pytest.approx(alone + estimates.NVCC_SECONDS)
 
 
 @given(few=st.floats(0, 1e7), more=st.floats(0, 1e7))
-def test_more_ptx_is_never_cheaper(few: float, more: float) -> None:
+def test_assemble_estimate_does_not_decrease_with_ptx_size(few: float, more: float) -> None:
     few, more = sorted((few, more))
     assert 0 < estimates.assemble_seconds(few) <= estimates.assemble_seconds(more)
 
 
 @settings(max_examples=60, deadline=None)
 @given(kernels=kernel_lists(), workers=st.integers(1, 9))
-def test_every_kernel_is_in_one_unit_of_its_header(kernels: list[Kernel], workers: int) -> None:
+def test_each_kernel_is_in_exactly_one_unit_of_its_header(
+    kernels: list[Kernel], workers: int
+) -> None:
     units = split_into_units(kernels, workers)
     assert Counter(kernel for unit in units for kernel in unit) == Counter(kernels)
     for unit in units:
@@ -132,7 +137,9 @@ def test_every_kernel_is_in_one_unit_of_its_header(kernels: list[Kernel], worker
 
 @settings(max_examples=60, deadline=None)
 @given(kernels=kernel_lists(min_size=1), workers=st.integers(1, 9))
-def test_the_expected_schedule(kernels: list[Kernel], workers: int) -> None:
+def test_expected_schedule_respects_workers_dependencies_and_bounds(
+    kernels: list[Kernel], workers: int
+) -> None:
     units = split_into_units(kernels, workers)
     steps = expected_schedule(units, workers)
     assert Counter(step.kernel for step in steps) == Counter([*kernels, *[None] * len(units)])
@@ -150,42 +157,42 @@ def test_the_expected_schedule(kernels: list[Kernel], workers: int) -> None:
     assert max(total / workers, chain) - 1e-9 <= end <= total / workers + chain + 1e-9
 
 
-def alike_of(kernel: Kernel) -> Kernel:
+def same_signature_as(kernel: Kernel) -> Kernel:
     return replace(kernel, arguments=(*kernel.arguments[:-1], "other_t"))
 
 
-def test_kernels_that_look_alike_share_no_unit_even_where_that_would_be_even() -> None:
+def test_kernels_with_equal_signatures_are_in_different_units() -> None:
     big, small = fp8_of_tile(256, 128), fp8_of_tile(64, 16)
-    units = split_into_units([big, small, alike_of(small)], 1)
-    assert units == [[big, alike_of(small)], [small]]
+    units = split_into_units([big, small, same_signature_as(small)], 1)
+    assert units == [[big, same_signature_as(small)], [small]]
 
 
-def test_the_schedule_begins_with_the_longest_way_to_the_end() -> None:
+def test_expected_schedule_starts_with_the_longest_chain() -> None:
     short, long = [transpose_fp32(1024)], [fp8_of_tile(256, 128)]
     steps = expected_schedule([short, long], 1)
     assert [step.kernel for step in steps] == [None, long[0], None, short[0]]
     assert steps[0].end == unit_seconds(long)
 
 
-def test_nothing_to_build_takes_no_time() -> None:
+def test_no_kernels_give_no_units_and_zero_makespan() -> None:
     assert split_into_units([], 2) == []
     assert makespan([], 2) == 0
 
 
-def test_more_workers_get_more_units() -> None:
+def test_more_workers_give_more_units_and_shorter_makespan() -> None:
     one, many = (split_into_units(planned_kernels(), workers) for workers in (1, 16))
     assert len(one) < len(many)
     assert makespan(many, 16) < makespan(one, 16)
 
 
-def test_the_dearest_kernel_is_shared_out_first() -> None:
+def test_share_out_assigns_the_most_expensive_kernel_first() -> None:
     small, other, big = transpose_fp32(1024), transpose_fp32(2048), fp8_of_tile(256, 128)
     assert share_out([small, other, big], 2) == [(big,), (small, other)]
     assert share_out([small], 3) == [(small,), (), ()]
 
 
 @given(kernels=kernel_lists(), nodes=st.integers(1, 9))
-def test_shares_are_even(kernels: list[Kernel], nodes: int) -> None:
+def test_share_out_is_balanced_to_within_one_kernel(kernels: list[Kernel], nodes: int) -> None:
     def cost(kernel: Kernel) -> float:
         return estimates.front_end_seconds(kernel) + estimates.expected_assemble_seconds(kernel)
 
@@ -197,10 +204,10 @@ def test_shares_are_even(kernels: list[Kernel], nodes: int) -> None:
     assert max(loads) - min(loads) <= max(map(cost, kernels), default=0) + 1e-9
 
 
-# Text and entries
+# Source text, and entries matched to kernels
 
 
-def test_a_unit_numbers_its_instantiations() -> None:
+def test_unit_text_numbers_its_instantiations() -> None:
     first, second = gemm("1, 2", "true"), gemm("3, 4", "float", entry="sched::other")
     assert unit_text([first, second]) == (
         "\n\nusing namespace deep_gemm;\n\n"
@@ -217,13 +224,13 @@ def test_a_unit_numbers_its_instantiations() -> None:
 @pytest.mark.parametrize(
     "prelude", ["#define A\n", "#pragma once\n", "static void __instantiate_kernel() {}\n"]
 )
-def test_a_source_of_another_form_has_no_unit(prelude: str) -> None:
+def test_unit_text_refuses_source_with_a_prelude(prelude: str) -> None:
     kernel = replace(gemm("1"), prelude=prelude)
     with pytest.raises(UnusualError, match=r"^not a source of one include and one instantiation$"):
         unit_text([kernel])
 
 
-def test_signatures_hold_the_literals_that_were_written() -> None:
+def test_signature_holds_function_name_and_integer_literals() -> None:
     kernel = gemm("cute::UMMA::Major::K", "0, 64", "true,false", "GemmType::Normal", "128")
     assert signature(kernel) == ("gemm_impl", (0, 64, 1, 0, 128))
     assert signature(gemm("float", entry="sched::inner::metadata")) == ("metadata", ())
@@ -250,12 +257,14 @@ def test_signatures_hold_the_literals_that_were_written() -> None:
         ("_Z4pairIfdEvv", ("pair", ())),
     ],
 )
-def test_signatures_of_mangled_names(mangled: str, expected: tuple[str, tuple[int, ...]]) -> None:
+def test_entry_signature_parses_mangled_names(
+    mangled: str, expected: tuple[str, tuple[int, ...]]
+) -> None:
     assert entry_signature(mangled) == expected
 
 
 @pytest.mark.parametrize("mangled", ["main", "_Z4initv", "_ZN9deep_gemm4initEv", "_Z", ""])
-def test_entries_that_are_not_templates(mangled: str) -> None:
+def test_entry_signature_refuses_non_template_names(mangled: str) -> None:
     with pytest.raises(UnusualError) as caught:
         entry_signature(mangled)
     assert str(caught.value) == f"entry {mangled} is not an instance of a template"
@@ -275,11 +284,11 @@ def mangle(names: Sequence[str], literals: Sequence[int]) -> str:
     ),
     literals=st.lists(st.integers(0, 2**32 - 1), max_size=6),
 )
-def test_a_name_survives_mangling(names: list[str], literals: list[int]) -> None:
+def test_entry_signature_inverts_mangling(names: list[str], literals: list[int]) -> None:
     assert entry_signature(mangle(names, literals)) == (names[-1], tuple(literals))
 
 
-def test_entries_find_their_kernels_whatever_their_defaults() -> None:
+def test_match_entries_ignores_default_template_arguments() -> None:
     kernels = [gemm("1, 2"), gemm("1, 3"), gemm("1, 2", entry="other")]
     entries = [
         mangle(["dg", "other"], [1, 2]),
@@ -300,7 +309,7 @@ def test_entries_find_their_kernels_whatever_their_defaults() -> None:
         (["1, 2"], [[1, 2], [7]], "has entries of other kernels"),
     ],
 )
-def test_entries_that_are_not_one_for_each_kernel(
+def test_match_entries_refuses_ambiguous_missing_or_extra_entries(
     wanted: list[str], entries: list[list[int]], message: str
 ) -> None:
     kernels = [gemm(arguments) for arguments in wanted]

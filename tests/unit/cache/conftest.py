@@ -1,4 +1,4 @@
-"""A small library and a kept cache of its kernels."""
+"""Fixtures: a small kernel library and a cache filled with its kernels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Archives: the same bytes each time, and what hostile ones leave."""
+"""Packed caches: reproducible archives, unpacking, and malformed or hostile archives."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def age(root: Path, seconds: int) -> None:
         path.chmod(0o700)
 
 
-def test_equal_caches_give_equal_bytes(
+def test_pack_is_byte_for_byte_reproducible(
     made: tuple[KernelCache, Manifest], keys: CacheKeys, archive: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again.tar.gz"
@@ -62,7 +62,9 @@ def test_equal_caches_give_equal_bytes(
     ]
 
 
-def test_what_an_archive_holds(made: tuple[KernelCache, Manifest], archive: Path) -> None:
+def test_archive_holds_manifest_and_entry_files_with_neutral_metadata(
+    made: tuple[KernelCache, Manifest], archive: Path
+) -> None:
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
     files = [
@@ -76,7 +78,7 @@ def test_what_an_archive_holds(made: tuple[KernelCache, Manifest], archive: Path
     }
 
 
-def test_what_the_manifest_does_not_name_is_not_packed(
+def test_pack_skips_files_the_manifest_does_not_name(
     made: tuple[KernelCache, Manifest], archive: Path, tmp_path: Path
 ) -> None:
     made[0].entry("notes.txt").write_text("")
@@ -85,7 +87,7 @@ def test_what_the_manifest_does_not_name_is_not_packed(
     assert again.read_bytes() == archive.read_bytes()
 
 
-def test_a_cache_that_lacks_kernels_is_not_packed(
+def test_pack_refuses_cache_with_missing_kernels(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     key, path = first_of(made)
@@ -102,7 +104,7 @@ def test_a_cache_that_lacks_kernels_is_not_packed(
 @pytest.mark.parametrize(
     ("folder", "words"), [("nowhere", "No such file or directory"), ("file", "Not a directory")]
 )
-def test_an_archive_that_cannot_be_written(
+def test_pack_to_unwritable_path_is_a_one_line_error(
     made: tuple[KernelCache, Manifest], tmp_path: Path, folder: str, words: str
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -112,7 +114,7 @@ def test_an_archive_that_cannot_be_written(
     assert one_line(caught) == f"cannot write {path}: {words}"
 
 
-def test_an_entry_that_changed_is_not_packed(
+def test_pack_refuses_entry_changed_since_it_was_built(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     _, path = first_of(made)
@@ -125,7 +127,7 @@ def test_an_entry_that_changed_is_not_packed(
     assert not (tmp_path / "x.tar.gz").exists()
 
 
-def test_unpacked_is_what_was_packed(
+def test_unpack_restores_the_packed_cache(
     made: tuple[KernelCache, Manifest], archive: Path, tmp_path: Path
 ) -> None:
     target = KernelCache(tmp_path / "target")
@@ -140,7 +142,7 @@ def test_unpacked_is_what_was_packed(
     assert unpack(archive, target) == (made[1], 0)
 
 
-def test_an_entry_that_nothing_names_is_replaced(
+def test_unpack_replaces_entry_absent_from_the_target_manifest(
     made: tuple[KernelCache, Manifest], archive: Path, tmp_path: Path
 ) -> None:
     key, _ = first_of(made)
@@ -186,7 +188,7 @@ def with_first(kind: bytes, target: str = "/etc/passwd") -> Callable[[Members], 
 
 
 def garble_source(members: Members) -> Members:
-    """A manifest that agrees with a source that is no text."""
+    """Make one source invalid UTF-8, with a manifest digest that matches it."""
     (head, data), (source, text), *rest = members
     manifest = json.loads(data)
     key = source.name.split("/")[1]
@@ -199,7 +201,7 @@ def garble_source(members: Members) -> Members:
 
 
 def with_key(key: str) -> Callable[[Members], Members]:
-    """A manifest that names another key first."""
+    """Replace the manifest's entries by a single one under ``key``."""
 
     def edit(members: Members) -> Members:
         (head, data), *rest = members
@@ -277,7 +279,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], Members], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_bad_archive_is_one_line_and_leaves_whole_entries(
+def test_malformed_archive_is_a_one_line_error_and_leaves_only_whole_entries(
     made: tuple[KernelCache, Manifest], archive: Path, tmp_path: Path, case: str
 ) -> None:
     edit, words = HOSTILE[case]
@@ -297,14 +299,14 @@ def test_a_bad_archive_is_one_line_and_leaves_whole_entries(
 
 
 def assert_whole(target: KernelCache, manifest: Manifest) -> None:
-    """Entries are the manifest's, each whole, and nothing else lies in the cache."""
+    """The cache holds nothing but whole entries that the manifest names."""
     assert list((target.root / "tmp").iterdir()) == []
     assert {path.name for path in target.root.iterdir()} <= {"tmp", "cache"}
     assert verify(target, expected(manifest, wanted=())) == []
 
 
 @pytest.mark.parametrize("data", [b"", b"no archive", b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(30)])
-def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_unpack_refuses_file_that_is_not_an_archive(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.tar.gz"
     path.write_bytes(data)
     target = KernelCache(tmp_path / "target")
@@ -315,7 +317,7 @@ def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, data: bytes) -
 
 
 def outcome(data: bytes, manifest: Manifest) -> str:
-    """What unpacking gives; the cache holds whole entries in any case."""
+    """Unpack ``data``: "placed" or "refused"; either way the cache holds only whole entries."""
     with tempfile.TemporaryDirectory() as name:
         path, target = Path(name) / "x.tar.gz", KernelCache(Path(name) / "target")
         path.write_bytes(data)
@@ -341,16 +343,18 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Manifest]:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_cut_archive(packed: tuple[bytes, Manifest], data: st.DataObject) -> None:
+def test_unpack_refuses_truncated_archive(
+    packed: tuple[bytes, Manifest], data: st.DataObject
+) -> None:
     whole, manifest = packed
     length = data.draw(st.integers(0, len(whole) - 1))
-    # What comes last is the filling after the last file: nothing is missing without it.
+    # The last bytes are padding: an archive cut within them is still complete.
     filled = len(whole) - 64
     assert outcome(whole, manifest) == "placed"
     assert outcome(whole[:length], manifest) == "refused" or length > filled
 
 
-def test_a_garbled_archive_places_what_was_packed_or_refuses(
+def test_unpack_of_archive_with_flipped_bit_places_all_or_refuses(
     packed: tuple[bytes, Manifest],
 ) -> None:
     whole, manifest = packed
@@ -364,7 +368,7 @@ def test_a_garbled_archive_places_what_was_packed_or_refuses(
     assert raised == set()
 
 
-def test_a_bad_manifest_of_an_archive_is_called_the_archives(tmp_path: Path) -> None:
+def test_error_about_manifest_in_archive_names_the_archive(tmp_path: Path) -> None:
     path = tmp_path / "x.tar.gz"
     write_archive(path, [plain("manifest.json", b"{}")])
     with pytest.raises(UserError) as caught:
@@ -372,16 +376,16 @@ def test_a_bad_manifest_of_an_archive_is_called_the_archives(tmp_path: Path) -> 
     assert str(path) in one_line(caught) and "target" not in one_line(caught)
 
 
-def test_a_killed_unpack_does_not_stop_the_next(
+def test_unpack_works_after_a_killed_unpack_with_the_same_pid(
     made: tuple[KernelCache, Manifest], archive: Path, tmp_path: Path
 ) -> None:
-    """In containers the pid is the same each time."""
+    """Containers often reuse a pid, so a temporary file may already exist."""
     target = KernelCache(tmp_path / "target")
     (target.root / "tmp" / f"manifest-{os.getpid()}").mkdir(parents=True)
     assert unpack(archive, target) == (made[1], 4)
 
 
-# Entries of the second generation
+# Entries of JIT generation 2
 
 
 @pytest.fixture
@@ -390,7 +394,7 @@ def second(tmp_path: Path) -> tuple[KernelCache, Manifest]:
     return fill(tmp_path / "second", second_keys_for(library))
 
 
-def test_entries_of_four_files_are_packed_whole(
+def test_pack_keeps_all_four_files_of_generation_2_entries(
     second: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     pack(*second, tmp_path / "x.tar.gz")
@@ -411,7 +415,7 @@ def test_entries_of_four_files_are_packed_whole(
     ("dropped", "found"),
     [(4, "cache/{next}/kernel.cu"), (3, "cache/{key}/.committed"), (-1, "nothing")],
 )
-def test_an_archive_that_lacks_a_file_is_refused(
+def test_unpack_refuses_archive_with_a_missing_file(
     second: tuple[KernelCache, Manifest], tmp_path: Path, dropped: int, found: str
 ) -> None:
     pack(*second, tmp_path / "x.tar.gz")

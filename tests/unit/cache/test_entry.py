@@ -1,4 +1,4 @@
-"""Entries: their names and files, and their cubins read as ELF files."""
+"""Cache entries: their names and files, and their cubins read as ELF files."""
 
 import struct
 from pathlib import Path
@@ -60,7 +60,7 @@ def contents() -> st.SearchStrategy[dict[str, bytes]]:
 
 
 @given(content=contents())
-def test_kernels_come_out_as_they_were_put_in(content: dict[str, bytes]) -> None:
+def test_kernels_in_returns_the_content_of_text_sections(content: dict[str, bytes]) -> None:
     assert kernels_in(elf(content, nobits=1 << 40)) == {
         name.removeprefix(".text."): data
         for name, data in content.items()
@@ -68,7 +68,7 @@ def test_kernels_come_out_as_they_were_put_in(content: dict[str, bytes]) -> None
     }
 
 
-def test_kernels_are_the_text_sections() -> None:
+def test_kernels_in_ignores_other_sections() -> None:
     assert kernels_in(
         elf({".text.one": b"1", ".nv.info.one": b"i", ".text.two": b"22", ".text": b"x"})
     ) == {"one": b"1", "two": b"22"}
@@ -77,21 +77,21 @@ def test_kernels_are_the_text_sections() -> None:
 
 
 @given(content=contents(), data=st.data())
-def test_a_file_cut_anywhere_is_not_whole(content: dict[str, bytes], data: st.DataObject) -> None:
+def test_truncated_cubin_is_refused(content: dict[str, bytes], data: st.DataObject) -> None:
     whole = elf(content)
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(NotACubinError):
         kernels_in(whole[:cut])
 
 
-def test_a_file_cut_in_its_program_headers_is_not_whole() -> None:
+def test_cubin_truncated_in_its_program_headers_is_refused() -> None:
     whole = elf({".text.one": b"1"}, segments=5)
     for cut in range(len(whole) - 5 * SEGMENT, len(whole)):
         with pytest.raises(NotACubinError):
             kernels_in(whole[:cut])
 
 
-def test_what_is_wrong_in_words() -> None:
+def test_invalid_cubin_error_says_what_is_wrong() -> None:
     whole = elf({".text.one": b"1"})
     assert words(b"") == "empty"
     for other in (b"\x7f", b"#!/bin/sh\n" * 20, b"\x7fELF\x01\x01" + whole[6:]):
@@ -111,18 +111,18 @@ def test_what_is_wrong_in_words() -> None:
         pytest.param(NAMES_AT, "<H", 99, id="names in a section that is not there"),
     ],
 )
-def test_a_garbled_header(at: int, kind: str, value: int) -> None:
+def test_cubin_with_garbled_header_is_refused(at: int, kind: str, value: int) -> None:
     assert words(changed(elf({".text.one": b"1"}), at, kind, value)) == "garbled"
 
 
 @pytest.mark.parametrize("name", [1 << 31, 30], ids=["past the end", "not text"])
-def test_a_garbled_name(name: int) -> None:
+def test_cubin_with_garbled_section_name_is_refused(name: int) -> None:
     whole = elf({".text.one": b"\xff" * 40})
     assert words(changed(whole, len(whole) - SECTION, "<I", name)) == "garbled"
 
 
 def regions(cubin: bytes) -> list[int]:
-    """Where the header, each section and the section table end, and the byte before each."""
+    """Ends of the header, each section and the section table, each also minus one byte."""
     (table,) = struct.unpack_from("<Q", cubin, TABLE_AT)
     size, count = struct.unpack_from("<HH", cubin, ENTRY_SIZE_AT)
     ends = {HEADER, table, table + size * count - 1}
@@ -133,7 +133,9 @@ def regions(cubin: bytes) -> list[int]:
 
 
 @pytest.mark.nvcc
-def test_a_real_cubin(tmp_path: Path, nvcc_compiler: NvccCompiler) -> None:
+def test_real_cubin_yields_its_kernel_and_is_refused_if_truncated(
+    tmp_path: Path, nvcc_compiler: NvccCompiler
+) -> None:
     cubin = nvcc_compiler.compile(nvcc_compiler.keys.source(transpose_fp32(1024)), tmp_path)
     ((name, code),) = kernels_in(cubin).items()
     assert name.startswith("_ZN9deep_gemm14transpose_fp32ILj512ELj64ELj8E")
@@ -160,7 +162,9 @@ FIRST, SECOND = FORMATS
         (f"{HEX}.{HEX}", 2, HEX),
     ],
 )
-def test_an_entrys_name(key: str, generation: int, name: str) -> None:
+def test_kernel_name_and_generation_come_from_entry_name(
+    key: str, generation: int, name: str
+) -> None:
     form = format_of(key)
     assert form is not None and form.generation == generation
     assert kernel_name(key) == name
@@ -184,6 +188,6 @@ def test_an_entrys_name(key: str, generation: int, name: str) -> None:
         f"kernel.gemm.x.{HEX}",
     ],
 )
-def test_names_that_are_not_an_entrys(key: str) -> None:
+def test_format_of_rejects_names_that_are_not_entries(key: str) -> None:
     assert format_of(key) is None
     assert kernel_name(key) == key

@@ -1,4 +1,4 @@
-"""The kernel cache on disk, and its locks."""
+"""The kernel cache on disk and its file locks."""
 
 import errno
 import fcntl
@@ -33,7 +33,9 @@ def cache(tmp_path: Path) -> KernelCache:
     return KernelCache(tmp_path / "dg")
 
 
-def test_an_entry_appears_whole(cache: KernelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_makes_an_entry_appear_atomically(
+    cache: KernelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rename, seen = Path.rename, []
 
     def watching(source: Path, target: Path) -> Path:
@@ -52,7 +54,7 @@ def test_an_entry_appears_whole(cache: KernelCache, monkeypatch: pytest.MonkeyPa
     assert list((cache.root / "tmp").iterdir()) == []
 
 
-def test_of_many_writers_one_wins_and_the_others_clean_up(cache: KernelCache) -> None:
+def test_concurrent_puts_leave_one_entry_and_no_leftovers(cache: KernelCache) -> None:
     barrier, taken = Barrier(8), []
 
     def write(number: int) -> None:
@@ -70,7 +72,7 @@ def test_of_many_writers_one_wins_and_the_others_clean_up(cache: KernelCache) ->
     assert files_below(cache.root) == [f"cache/{KEY}/kernel.cu", f"cache/{KEY}/kernel.cubin"]
 
 
-def test_a_full_disk_leaves_nothing_behind(
+def test_put_on_full_disk_leaves_nothing_behind(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -94,7 +96,9 @@ def test_a_full_disk_leaves_nothing_behind(
         (SECOND_KEY, [], "kernel.cu and kernel.cubin and meta.json and .committed"),
     ],
 )
-def test_a_corrupted_entry(cache: KernelCache, key: str, kept: list[str], lacking: str) -> None:
+def test_has_raises_on_incomplete_entry(
+    cache: KernelCache, key: str, kept: list[str], lacking: str
+) -> None:
     entry = cache.entry(key)
     entry.mkdir(parents=True)
     for name in kept:
@@ -105,14 +109,14 @@ def test_a_corrupted_entry(cache: KernelCache, key: str, kept: list[str], lackin
 
 
 @pytest.mark.parametrize("name", ["kernel.gemm.0123", "notes"])
-def test_what_has_no_entrys_name_needs_no_files(cache: KernelCache, name: str) -> None:
+def test_directory_without_an_entry_name_holds_no_kernel(cache: KernelCache, name: str) -> None:
     assert not cache.has(name)
     cache.entry(name).mkdir(parents=True)
     assert cache.has(name)
     assert not cache.holds(name, "code"), "but it holds no kernel"
 
 
-def test_an_entry_of_the_second_generation_has_its_files_from_the_start(
+def test_generation_2_entry_is_put_with_its_extra_files(
     cache: KernelCache,
 ) -> None:
     assert cache.put(SECOND_KEY, "code", CUBIN, EXTRA)
@@ -129,16 +133,16 @@ def test_an_entry_of_the_second_generation_has_its_files_from_the_start(
     assert not cache.holds(SECOND_KEY, "code")
 
 
-# More directories below
+# Read-only directories below the writable one
 
 
-def test_a_text_names_one_directory_or_several() -> None:
+def test_of_text_parses_one_or_more_directories() -> None:
     assert KernelCache.of_text("/a") == KernelCache(Path("/a"), ())
     assert KernelCache.of_text("/a:/b:/c") == KernelCache(Path("/a"), (Path("/b"), Path("/c")))
 
 
 @pytest.mark.parametrize("text", ["", ":", "/a:", ":/a", "/a::/b"])
-def test_a_text_with_an_empty_part(text: str) -> None:
+def test_of_text_refuses_an_empty_part(text: str) -> None:
     with pytest.raises(UserError) as caught:
         KernelCache.of_text(text)
     assert str(caught.value) == (
@@ -150,7 +154,7 @@ def keys(*numbers: int) -> list[str]:
     return [f"kernel.gemm.{number:032x}" for number in numbers]
 
 
-def test_directories_below_are_read_and_never_written(tmp_path: Path) -> None:
+def test_read_only_directories_are_read_but_never_written(tmp_path: Path) -> None:
     top, middle, low = (KernelCache(tmp_path / name) for name in ("top", "middle", "low"))
     one, two, three, four = keys(1, 2, 3, 4)
     assert top.put(one, "top", CUBIN)
@@ -177,7 +181,7 @@ def test_directories_below_are_read_and_never_written(tmp_path: Path) -> None:
     assert (files_below(tmp_path / "middle"), files_below(tmp_path / "low")) == before
 
 
-def test_a_directory_below_need_not_be_there(tmp_path: Path) -> None:
+def test_missing_read_only_directory_is_ignored(tmp_path: Path) -> None:
     cache = KernelCache.of_text(f"{tmp_path / 'top'}:{tmp_path / 'gone'}")
     assert cache.entries() == [] and len(cache.entries()) == 0
     assert not cache.has(KEY)
@@ -186,7 +190,7 @@ def test_a_directory_below_need_not_be_there(tmp_path: Path) -> None:
     assert not (tmp_path / "gone").exists()
 
 
-def test_half_an_entry_below_is_an_error(tmp_path: Path) -> None:
+def test_has_raises_on_incomplete_entry_in_read_only_directory(tmp_path: Path) -> None:
     low = KernelCache(tmp_path / "low")
     assert low.put(KEY, "code", CUBIN)
     (low.entry(KEY) / "kernel.cubin").unlink()
@@ -197,7 +201,7 @@ def test_half_an_entry_below_is_an_error(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_in_place_of_an_entry(cache: KernelCache) -> None:
+def test_file_in_place_of_an_entry_directory_is_an_error(cache: KernelCache) -> None:
     cache.entry(KEY).parent.mkdir(parents=True)
     cache.entry(KEY).write_text("")
     with pytest.raises(UserError, match=r"^corrupted cache entry "):
@@ -207,14 +211,14 @@ def test_a_file_in_place_of_an_entry(cache: KernelCache) -> None:
     assert list((cache.root / "tmp").iterdir()) == []
 
 
-def test_prepare_makes_the_directory(cache: KernelCache) -> None:
+def test_prepare_creates_an_empty_cache_and_may_be_repeated(cache: KernelCache) -> None:
     cache.prepare()
     cache.prepare()
     assert files_below(cache.root) == []
     assert list((cache.root / "tmp").iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+def test_prepare_of_unwritable_path_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     root = tmp_path / "file" / "cache"
     with pytest.raises(UserError) as caught:
@@ -241,7 +245,7 @@ def cut_cubin(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [broken_source, no_cubin, cut_cubin])
-def test_only_broken_entries_are_discarded(
+def test_keys_to_build_discards_only_broken_entries(
     cache: KernelCache, damage: Callable[[Path], None]
 ) -> None:
     whole, broken, absent = keys(1, 2, 3)
@@ -255,14 +259,14 @@ def test_only_broken_entries_are_discarded(
     assert list((cache.root / "tmp").iterdir()) == []
 
 
-def test_a_cubin_of_another_digest_is_discarded_if_digests_are_given(cache: KernelCache) -> None:
+def test_keys_to_build_discards_cubins_whose_digest_differs(cache: KernelCache) -> None:
     assert cache.put(KEY, "code", CUBIN)
     assert cache.keys_to_build({KEY: "code"}, {"another key": "0" * 64}) == []
     assert cache.keys_to_build({KEY: "code"}, {KEY: "0" * 64}) == [KEY]
     assert cache.entries() == []
 
 
-def test_an_entry_that_another_process_completes_meanwhile_stays(
+def test_keys_to_build_keeps_entry_another_process_replaced_meanwhile(
     cache: KernelCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two builders find a broken entry; the other one replaces it before this one discards it."""
@@ -285,7 +289,7 @@ def test_an_entry_that_another_process_completes_meanwhile_stays(
 # Locks
 
 
-def test_the_second_holder_of_a_lock_finds_it_busy(tmp_path: Path) -> None:
+def test_held_exclusive_lock_cannot_be_taken_again(tmp_path: Path) -> None:
     with locked(tmp_path) as first:
         for _ in range(2):
             with locked(tmp_path, wait=False) as second:
@@ -294,7 +298,7 @@ def test_the_second_holder_of_a_lock_finds_it_busy(tmp_path: Path) -> None:
         assert after is True
 
 
-def test_shared_holders_exclude_only_a_lone_builder(tmp_path: Path) -> None:
+def test_shared_locks_coexist_and_exclude_an_exclusive_lock(tmp_path: Path) -> None:
     with locked(tmp_path, shared=True), locked(tmp_path, shared=True, wait=False) as second:
         assert second is True
         with locked(tmp_path, wait=False) as alone:
@@ -314,7 +318,7 @@ with locked(Path(sys.argv[1])):
 
 
 @pytest.mark.timeout(60)
-def test_a_lock_goes_with_its_killed_holder(tmp_path: Path) -> None:
+def test_lock_is_released_when_its_holder_is_killed(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -329,7 +333,7 @@ def test_a_lock_goes_with_its_killed_holder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_warned_of_once(
+def test_file_system_without_locks_gives_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(file: IO[str] | int, operation: int) -> None:
@@ -349,9 +353,7 @@ def test_a_file_system_without_locks_is_warned_of_once(
     ]
 
 
-def test_any_other_error_of_a_lock_is_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_locking_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(file: IO[str], operation: int) -> None:
         raise OSError(errno.EIO, "broken disk")
 

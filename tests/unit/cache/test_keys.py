@@ -1,4 +1,4 @@
-"""Digests, and keys of the second JIT generation, by second implementations."""
+"""Digests and generation 2 cache keys, checked against independent implementations."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def digest(*texts: str) -> str:
 
 
 def tree(text: str, headers: Path) -> str:
-    """Digest of a text and, in order, of each of the library's own headers that it includes."""
+    """Digest of a text followed by the digests of the library headers it includes, in order."""
     own = re.findall(r"#include <(deep_gemm/[^>]+)>", text)
     return digest(text, *(tree((headers / name).read_text(), headers) for name in own))
 
@@ -57,20 +57,19 @@ def newer(fake_library: Library) -> Library:
     return Library(fake_library.root, version="0.2.3")
 
 
-def test_the_key_of_a_kernel(newer: Library) -> None:
+def test_generation_2_key_matches_independent_implementation(newer: Library) -> None:
     keys = CacheKeys(newer, RECIPE, NVCC, Path())
     assert keys.cache_key(KERNEL) == key(newer)
     assert re.fullmatch(r"gemm\.[0-9a-f]{32}", keys.cache_key(KERNEL))
     assert keys.source(KERNEL) == KERNEL.body
 
 
-def test_a_key_written_down() -> None:
-    """A source without headers: nothing of it can change unseen."""
+def test_generation_2_key_has_a_known_value() -> None:
     keys = CacheKeys(Library(Path("nowhere")), RECIPE, NVCC, Path())
     assert keys.key_of("gemm", "int x;\n") == "gemm.ce4ce55f05c92bd1c5e55a3c3b0b8943"
 
 
-def test_what_else_is_in_a_key(newer: Library) -> None:
+def test_generation_2_key_depends_on_nvcc_extra_signature_and_flags(newer: Library) -> None:
     plain = CacheKeys(newer, RECIPE, NVCC, Path())
     for changed, expected in (
         (replace(plain, signature=NVCC + " "), key(newer, nvcc=NVCC + " ")),
@@ -79,10 +78,14 @@ def test_what_else_is_in_a_key(newer: Library) -> None:
     ):
         assert changed.cache_key(KERNEL) == expected != plain.cache_key(KERNEL)
     same = replace(plain, recipe=replace(RECIPE, options="{}"))
-    assert same.cache_key(KERNEL) == plain.cache_key(KERNEL), "the account of flags is not"
+    assert same.cache_key(KERNEL) == plain.cache_key(KERNEL), (
+        "recorded options are not part of a key"
+    )
 
 
-def test_headers_are_in_a_key_and_the_path_is_not(newer: Library, tmp_path: Path) -> None:
+def test_generation_2_key_depends_on_header_text_but_not_path(
+    newer: Library, tmp_path: Path
+) -> None:
     before = CacheKeys(newer, RECIPE, NVCC, Path()).cache_key(KERNEL)
     moved = newer.root.rename(tmp_path / "moved")
     assert CacheKeys(Library(moved), RECIPE, NVCC, Path()).cache_key(KERNEL) == before
@@ -93,7 +96,7 @@ def test_headers_are_in_a_key_and_the_path_is_not(newer: Library, tmp_path: Path
     assert CacheKeys(changed, RECIPE, NVCC, Path()).cache_key(KERNEL) == key(changed) != before
 
 
-def test_flags_leave_the_include_path_out(newer: Library) -> None:
+def test_key_flags_omit_the_include_path(newer: Library) -> None:
     assert CacheKeys(newer, RECIPE, NVCC, Path()).flags == FLAGS
     compiler = NvccCompiler(Path("nvcc"), newer, RECIPE)
     assert compiler.arguments == [
@@ -106,7 +109,7 @@ def test_flags_leave_the_include_path_out(newer: Library) -> None:
     assert RECIPE.arch == "sm_100f"
 
 
-def test_what_an_entry_holds_besides(newer: Library) -> None:
+def test_generation_2_entries_have_extra_files(newer: Library) -> None:
     extra = CacheKeys(newer, RECIPE, NVCC, Path()).extra_files
     assert list(extra) == ["meta.json", ".committed"]
     assert extra[".committed"] == b""
@@ -121,7 +124,7 @@ def test_what_an_entry_holds_besides(newer: Library) -> None:
     assert CacheKeys(newer, replace(RECIPE, generation=1), "NVCC13.0", Path("/x")).extra_files == {}
 
 
-def test_the_recipe_says_which_keys(newer: Library) -> None:
+def test_keys_for_picks_generation_from_recipe_and_checks_library(newer: Library) -> None:
     assert keys_for(newer, RECIPE, NVCC, Path("/there")) == CacheKeys(
         newer, RECIPE, NVCC, Path("/there/include")
     )
@@ -159,13 +162,13 @@ def split_mix_64(state: int) -> int:
     return state ^ state >> 31
 
 
-def second_opinion(data: bytes) -> str:
+def independent_hex_digest(data: bytes) -> str:
     return "".join(f"{split_mix_64(fnv1a_64(data, seed)):016x}" for seed in SEEDS)
 
 
 @given(st.binary(max_size=200))
-def test_both_implementations_agree(data: bytes) -> None:
-    assert hex_digest(data) == second_opinion(data)
+def test_hex_digest_matches_independent_implementation(data: bytes) -> None:
+    assert hex_digest(data) == independent_hex_digest(data)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_both_implementations_agree(data: bytes) -> None:
         ("é\n", "926ef062edb430ad145bba3584a46c00"),
     ],
 )
-def test_known_digests(text: str, expected: str) -> None:
+def test_hex_digest_known_values(text: str, expected: str) -> None:
     assert hex_digest(text) == expected
 
 
@@ -185,7 +188,7 @@ def test_known_digests(text: str, expected: str) -> None:
 
 
 def deep_jit(*texts: bytes) -> str:
-    """Each text after its length in eight bytes; the second run multiplies by the golden ratio."""
+    """Hash each text after its 8-byte length; the second half multiplies by the golden ratio."""
     data = b"".join(struct.pack("<Q", len(text)) + text for text in texts)
     golden = 0xFF51AFD7ED558CCD
     for byte in data:
@@ -194,7 +197,7 @@ def deep_jit(*texts: bytes) -> str:
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))
-def test_deep_jits_digest_by_a_second_implementation(texts: list[bytes]) -> None:
+def test_deep_jit_digest_matches_independent_implementation(texts: list[bytes]) -> None:
     digest = DeepJitDigest()
     for text in texts:
         digest = digest.update(text)
@@ -210,14 +213,14 @@ def test_deep_jits_digest_by_a_second_implementation(texts: list[bytes]) -> None
         (["a", "b"], "47f0455dd7b38256f2732cb8bc2d7390"),
     ],
 )
-def test_known_deep_jit_digests(texts: list[str], expected: str) -> None:
+def test_deep_jit_digest_known_values(texts: list[str], expected: str) -> None:
     digest = DeepJitDigest()
     for text in texts:
         digest = digest.update(text)
     assert digest.hex == expected
 
 
-def test_only_deep_jits_digest_knows_where_a_text_ends() -> None:
+def test_deep_jit_digest_depends_on_text_boundaries() -> None:
     assert Digest().update("a").update("b") == Digest().update("ab")
     assert DeepJitDigest().update("a").update("b") != DeepJitDigest().update("ab")
     assert Digest().update("ab").hex == hex_digest("ab")

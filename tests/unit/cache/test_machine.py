@@ -1,4 +1,4 @@
-"""A machine against the one that a cache was built for: each thing that can differ, in words."""
+"""Differences between a machine and the one a cache was built for, as messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def built(keys: CacheKeys) -> Manifest:
 
 @pytest.fixture
 def there(here: Library) -> TargetMachine:
-    """The machine that it was built for."""
+    """The machine that ``built`` was built for."""
     return TargetMachine(here, ROOT, "NVCC13.0", Environ(), H200)
 
 
@@ -63,18 +63,20 @@ def differences(machine: TargetMachine, built: Manifest) -> list[str]:
     return list(machine.differences(built))
 
 
-def test_the_machine_that_a_cache_was_built_for(
+def test_same_machine_has_no_differences(
     built: Manifest, there: TargetMachine, second: Manifest, second_there: TargetMachine
 ) -> None:
     assert differences(there, built) == []
     assert differences(second_there, second) == []
     assert differences(replace(there, device=None), built) == []
     assert differences(replace(there, version_text=NVCC_TEXT), built) == [], (
-        "a release is all there is"
+        "generation 1 keys hold only nvcc's release"
     )
 
 
-def test_another_library_is_the_only_difference(built: Manifest, there: TargetMachine) -> None:
+def test_different_library_hides_all_other_differences(
+    built: Manifest, there: TargetMachine
+) -> None:
     other = replace(
         there,
         library=Library(there.library.root, "vllm", "0.33.0"),
@@ -88,14 +90,16 @@ def test_another_library_is_the_only_difference(built: Manifest, there: TargetMa
     ]
 
 
-def test_another_release(built: Manifest, there: TargetMachine) -> None:
+def test_different_nvcc_release_is_reported(built: Manifest, there: TargetMachine) -> None:
     assert differences(replace(there, version_text="NVCC13.1"), built) == [
         "other compiler: built for nvcc 13.0, here it is nvcc 13.1: runner cache relocate, or "
         "build for the nvcc there (runner compile --compiler-text)"
     ]
 
 
-def test_another_build_of_a_release(second: Manifest, second_there: TargetMachine) -> None:
+def test_different_nvcc_build_of_same_release_is_reported_for_generation_2(
+    second: Manifest, second_there: TargetMachine
+) -> None:
     text = NVCC_TEXT.replace("Built on Wed_Aug_20_01:58:59_PM_PDT_2025\n", "")
     assert differences(replace(second_there, version_text=text), second) == [
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
@@ -104,7 +108,7 @@ def test_another_build_of_a_release(second: Manifest, second_there: TargetMachin
     ]
 
 
-def test_another_install_path(
+def test_different_install_path_is_reported_for_generation_1_only(
     built: Manifest, there: TargetMachine, second: Manifest, second_there: TargetMachine
 ) -> None:
     assert differences(replace(there, root=Path("/opt/dg")), built) == [
@@ -122,7 +126,7 @@ def test_another_install_path(
         ({"dg_jit_with_lineinfo": 1}, "-Xcompiler, -lineinfo, -rdynamic"),
     ],
 )
-def test_other_flags_of_the_first_generation(
+def test_flags_changed_by_environment_are_reported_for_generation_1(
     variables: dict[str, int], changed: str, built: Manifest, there: TargetMachine
 ) -> None:
     line = f"other compiler flags ({changed}): {VARIABLES_DIFFER}"
@@ -167,7 +171,7 @@ LEVEL = f"{P}--register-usage-level=10"
         ),
     ],
 )
-def test_other_flags_of_the_second_generation(
+def test_flags_changed_by_environment_are_reported_for_generation_2(
     variables: dict[str, Any],
     standard: int,
     around: str,
@@ -175,7 +179,7 @@ def test_other_flags_of_the_second_generation(
     second: Manifest,
     second_there: TargetMachine,
 ) -> None:
-    """What one machine's variables made of the flags, another's take away again."""
+    """A recipe for this machine undoes the flag changes of the machine that built the cache."""
     environ = Environ(**variables)
     assert second.flags == FLAGS
     flags = FLAGS.replace(LEVEL, around).replace("c++20", f"c++{standard}")
@@ -190,8 +194,10 @@ def test_other_flags_of_the_second_generation(
     assert second_there.recipe(other_way).flags == tuple(FLAGS.split(" "))
 
 
-def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: TargetMachine) -> None:
-    """Of the first generation our own account of the flags is for SM90 alone."""
+def test_recipe_for_non_sm90_gpu_takes_flags_from_the_manifest(
+    built: Manifest, there: TargetMachine
+) -> None:
+    """For generation 1, this project knows the flags of SM90 only."""
     flags = f"-std=c++20 {LEVEL} -I{INCLUDE} --gpu-architecture=sm_100f"
     blackwell = replace(built, arch="sm_100f", flags=flags, gpu="b200", num_sms=148)
     machine = replace(there, device=Device((10, 0), 148))
@@ -209,8 +215,8 @@ def test_flags_of_other_gpus_are_those_of_the_cache(built: Manifest, there: Targ
     ]
 
 
-def test_an_install_path_with_blanks(here: Library) -> None:
-    """Of the manifest's flags the path is one, whatever it holds."""
+def test_install_path_with_spaces_is_compared_correctly(here: Library) -> None:
+    """The include path is a single flag, even if it contains spaces."""
     root = Path("/my libs/deep_gemm")
     built = manifest_for(keys_for(here, root / "include"))
     assert differences(TargetMachine(here, root, "NVCC13.0", Environ()), built) == []
@@ -222,14 +228,16 @@ def test_an_install_path_with_blanks(here: Library) -> None:
     ]
 
 
-def test_another_kind_of_gpu(built: Manifest, there: TargetMachine) -> None:
+def test_different_compute_capability_is_reported(built: Manifest, there: TargetMachine) -> None:
     assert differences(replace(there, device=Device((10, 0), 148)), built) == [
         "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile "
         "--gpu"
     ]
 
 
-def test_another_number_of_sms(built: Manifest, there: TargetMachine) -> None:
+def test_different_sm_count_is_reported_unless_entries_cover_it(
+    built: Manifest, there: TargetMachine
+) -> None:
     h20 = replace(there, device=Device((9, 0), 78))
     line = "other GPU: built for 132 SMs, this one has 78: runner compile --gpu or --num-sms"
     assert differences(h20, built) == [line]
@@ -242,7 +250,7 @@ def test_another_number_of_sms(built: Manifest, there: TargetMachine) -> None:
 
 
 @pytest.mark.parametrize("variable", ["use_nvrtc", "dg_jit_use_nvrtc"])
-def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: TargetMachine) -> None:
+def test_nvrtc_variable_is_reported(variable: str, built: Manifest, there: TargetMachine) -> None:
     environ = Environ(**{variable: True})  # type: ignore[arg-type]
     assert differences(replace(there, environ=environ), built) == [
         "other compiler: DG_JIT_USE_NVRTC is set, but nvcc built these entries: unset it where "
@@ -250,7 +258,7 @@ def test_another_compiler_than_nvcc(variable: str, built: Manifest, there: Targe
     ]
 
 
-def test_every_difference_is_named(built: Manifest, there: TargetMachine) -> None:
+def test_all_differences_are_reported_together(built: Manifest, there: TargetMachine) -> None:
     other = replace(
         there,
         root=Path("/opt/dg"),
@@ -274,5 +282,5 @@ def test_every_difference_is_named(built: Manifest, there: TargetMachine) -> Non
         (NVCC_TEXT, "nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025)"),
     ],
 )
-def test_a_compiler_in_words(signature: str, words: str) -> None:
+def test_compiler_words_shortens_nvcc_version_text(signature: str, words: str) -> None:
     assert compiler_words(signature) == words

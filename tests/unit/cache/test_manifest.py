@@ -1,4 +1,4 @@
-"""Manifests: their text, what is none, merges, targets, and entries that are removed."""
+"""Cache manifests: file format, invalid files, merging, targets, and removed entries."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from runner.cache.manifest import (
 )
 from runner.errors import UserError
 from runner.kernels.installed import Library
-from tests.unit.kept_cache import first_of, halve, one_line
+from tests.unit.kept_cache import first_of, make_incomplete, one_line
 from tests.unit.small_cache import (
     ENTRY_BYTES,
     contents,
@@ -66,7 +66,7 @@ def manifests() -> st.SearchStrategy[Manifest]:
 
 @settings(deadline=None)
 @given(manifests())
-def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
+def test_manifest_round_trips_through_its_file(manifest: Manifest) -> None:
     with tempfile.TemporaryDirectory() as name:
         write_manifest(Path(name), manifest)
         assert read_manifest(Path(name)) == manifest
@@ -75,7 +75,7 @@ def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
 
 @settings(deadline=None)
 @given(manifests(), st.randoms())
-def test_equal_manifests_have_equal_text(manifest: Manifest, random: Any) -> None:
+def test_manifest_text_does_not_depend_on_entry_order(manifest: Manifest, random: Any) -> None:
     order = list(manifest.entries)
     random.shuffle(order)
     shuffled = replace(manifest, entries={key: manifest.entries[key] for key in order})
@@ -101,7 +101,7 @@ def use(n: int, *m_ranges: list[int], stages: tuple[int, ...] = (0,)) -> dict[st
     }
 
 
-def test_merged_takes_the_newer_entry_and_all_uses() -> None:
+def test_merged_keeps_newer_entries_and_unites_uses_and_plans() -> None:
     older = replace(
         BASE,
         plans=["a", "b"],
@@ -124,12 +124,12 @@ def test_merged_takes_the_newer_entry_and_all_uses() -> None:
     assert list(older.entries) == ["k1", "k2"]
 
 
-def test_what_a_newer_compiler_built_stays_known_as_such() -> None:
+def test_merged_keeps_the_newer_compiler() -> None:
     newest = replace(BASE, built_with="NVCC13.10")
     assert newest.merged(BASE).built_with == BASE.merged(newest).built_with == "NVCC13.10"
 
 
-def test_without_forgets_entries() -> None:
+def test_without_drops_the_given_entries() -> None:
     whole = replace(BASE, entries={"k1": entry("x"), "k2": entry("y")})
     assert whole.without({"k1", "k9"}) == replace(BASE, entries={"k2": entry("y")})
     assert whole.without(set()) == whole
@@ -147,12 +147,12 @@ def test_without_forgets_entries() -> None:
         ("gpu", True),
     ],
 )
-def test_same_target(field: str, same: bool) -> None:
+def test_same_target_compares_key_fields_only(field: str, same: bool) -> None:
     assert BASE.same_target(replace(BASE, **{field: "other"})) is same
 
 
 @pytest.mark.parametrize("path", ["/srv/deep_gemm/include", "/my libs/a -b/deep_gemm/include"])
-def test_the_include_path_among_the_flags_may_hold_blanks(tmp_path: Path, path: str) -> None:
+def test_include_path_with_spaces_is_recovered_from_flags(tmp_path: Path, path: str) -> None:
     keys = keys_for(small_library(tmp_path), Path(path))
     manifest = manifest_for(keys)
     assert manifest.include_path == path
@@ -161,7 +161,7 @@ def test_the_include_path_among_the_flags_may_hold_blanks(tmp_path: Path, path: 
     assert (BASE.include_path, BASE.recipe.flags) == ("", ("-O3",))
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_read_manifest_of_directory_without_one_is_none(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     assert read_manifest(tmp_path / "nowhere") is None
 
@@ -202,14 +202,14 @@ def broken(**values: Any) -> str:
         broken(entries={"k": asdict(entry("x", {"n": 1}))}),
     ],
 )
-def test_a_file_that_is_not_a_manifest_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_invalid_manifest_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert one_line(caught).startswith(f"{tmp_path}/manifest.json is not a manifest: ")
 
 
-def test_a_manifest_from_before_there_were_generations_is_one_of_the_first() -> None:
+def test_older_manifest_without_generation_is_read_as_generation_1() -> None:
     fields = ("generation", "extra_signature", "gpu", "num_sms")
     older = broken(**dict.fromkeys(fields, ...))
     assert all(name not in older for name in fields)
@@ -217,7 +217,7 @@ def test_a_manifest_from_before_there_were_generations_is_one_of_the_first() -> 
     assert (BASE.generation, BASE.extra_signature, BASE.gpu, BASE.num_sms) == (1, "", "", 0)
 
 
-def test_keys_of_a_manifest_are_those_that_it_was_made_with(tmp_path: Path) -> None:
+def test_manifest_reproduces_the_keys_it_was_made_with(tmp_path: Path) -> None:
     source = "#include <deep_gemm/impls/smxx_layout.cuh>\n"
     for library, keys in (
         ((first := small_library(tmp_path / "first")), keys_for(first)),
@@ -229,20 +229,22 @@ def test_keys_of_a_manifest_are_those_that_it_was_made_with(tmp_path: Path) -> N
         assert again.recipe.extra_signature == keys.recipe.extra_signature
 
 
-def test_a_manifest_from_elsewhere_is_named_so() -> None:
+def test_parse_manifest_error_names_the_given_origin() -> None:
     assert parse_manifest(manifest_text(BASE).encode(), "there") == BASE
     with pytest.raises(UserError, match=r"^there is not a manifest: "):
         parse_manifest(b"{}", "there")
 
 
-def test_a_folder_in_place_of_the_manifest(tmp_path: Path) -> None:
+def test_directory_named_manifest_json_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(UserError) as caught:
         read_manifest(tmp_path)
     assert one_line(caught) == f"cannot read {tmp_path}/manifest.json: Is a directory"
 
 
-def test_merge_manifest(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
+def test_merge_manifest_writes_the_merged_manifest(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
     _, manifest = made
     key, _ = first_of(made)
     empty = tmp_path / "empty"
@@ -253,7 +255,7 @@ def test_merge_manifest(made: tuple[KernelCache, Manifest], tmp_path: Path) -> N
     assert read_manifest(empty) == merged
 
 
-def test_manifests_of_two_machines_do_not_merge(
+def test_merge_refuses_manifest_for_a_different_machine(
     made: tuple[KernelCache, Manifest], here: Library
 ) -> None:
     cache, manifest = made
@@ -273,10 +275,12 @@ def test_manifests_of_two_machines_do_not_merge(
     assert merge_manifest(cache.root, other) == other
 
 
-def test_removed_entries_are_no_longer_named(made: tuple[KernelCache, Manifest]) -> None:
+def test_remove_entries_deletes_files_and_manifest_entries(
+    made: tuple[KernelCache, Manifest],
+) -> None:
     cache, manifest = made
     half, gone, *kept = sorted(manifest.entries)
-    halve(cache.entry(half))
+    make_incomplete(cache.entry(half))
     freed = sum(size_of(cache.entry(key)) for key in (half, gone))
     assert remove_entries(cache, [cache.entry(half), cache.entry(gone)]) == freed
     assert [path.name for path in cache.entries()] == kept
@@ -284,7 +288,7 @@ def test_removed_entries_are_no_longer_named(made: tuple[KernelCache, Manifest])
     assert list((cache.root / "tmp").iterdir()) == []
 
 
-def test_a_link_is_removed_and_what_it_names_stays(
+def test_remove_entries_keeps_the_target_of_a_symlink(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     cache, _ = made

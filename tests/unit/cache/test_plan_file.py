@@ -1,4 +1,4 @@
-"""Plan files: read back, refused, and their uses in words."""
+"""Plan files: reading, invalid files, and uses as text."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def write_json(path: Path, data: Any) -> Path:
     return path
 
 
-def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
+def test_plan_file_is_read_with_title_target_keys_and_uses(keys: CacheKeys, tmp_path: Path) -> None:
     data = plan_json(keys)
     plan = read_plan_file(write_json(tmp_path / "plan.json", data))
     assert plan.title == "small"
@@ -44,7 +44,7 @@ def test_a_plan_is_read_back(keys: CacheKeys, tmp_path: Path) -> None:
         assert plan.uses_of(item.kernel.name, {}) == []
 
 
-def test_a_plan_for_the_second_generation(tmp_path: Path) -> None:
+def test_plan_file_for_generation_2_has_its_keys_and_target(tmp_path: Path) -> None:
     keys = second_keys_for(second_library(tmp_path / "deep_gemm"))
     data = {**plan_json(keys), "generation": 2}
     plan = read_plan_file(write_json(tmp_path / "plan.json", data))
@@ -57,7 +57,7 @@ def test_a_plan_for_the_second_generation(tmp_path: Path) -> None:
     assert target is not None and (target.generation, target.extra_signature) == (1, "")
 
 
-def test_a_plan_without_keys(tmp_path: Path) -> None:
+def test_keys_of_plan_file_without_keys_is_a_one_line_error(tmp_path: Path) -> None:
     plan = read_plan_file(write_json(tmp_path / "plan.json", plan_json(None)))
     assert plan.target is None
     with pytest.raises(UserError) as caught:
@@ -67,7 +67,7 @@ def test_a_plan_without_keys(tmp_path: Path) -> None:
     )
 
 
-def test_a_plan_of_nothing(tmp_path: Path) -> None:
+def test_empty_plan_file_has_no_keys(tmp_path: Path) -> None:
     path = write_json(tmp_path / "plan.json", {"for": "x", "kernels": []})
     assert read_plan_file(path) == PlanFile("x", [], None)
     assert read_plan_file(path).keys == []
@@ -91,7 +91,7 @@ def test_a_plan_of_nothing(tmp_path: Path) -> None:
         '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": [{}]}]}',
     ],
 )
-def test_a_file_that_is_not_a_plan_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_invalid_plan_file_is_a_one_line_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as caught:
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_a_plan_is_refused_in_one_line(tmp_path: Path, text: 
     assert one_line(caught).startswith(f"{path} is not a plan from runner plan --json: ")
 
 
-def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_plan_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_plan_file(tmp_path)
     assert one_line(caught) == f"cannot read {tmp_path}: Is a directory"
@@ -126,5 +126,7 @@ def use(*m_ranges: list[int], groups: int = 1, n: int = 4096) -> dict[str, Any]:
         ),
     ],
 )
-def test_uses_in_words(uses: list[dict[str, Any]], words: str) -> None:
+def test_uses_in_words_lists_gemms_and_shortens_long_lists(
+    uses: list[dict[str, Any]], words: str
+) -> None:
     assert uses_in_words(uses) == words

@@ -1,4 +1,4 @@
-"""Relocate: entries and keys of another machine, and what is refused."""
+"""Relocation: copying a cache under another machine's keys, and refused entries."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from runner.cache.manifest import Manifest, write_manifest
 from runner.cache.verify import verify
 from runner.errors import UserError
 from runner.kernels.installed import Library
-from tests.unit.kept_cache import change, expected, first_of, halve, one_line, remove
+from tests.unit.kept_cache import change, expected, first_of, make_incomplete, one_line, remove
 from tests.unit.small_cache import (
     NVCC_TEXT,
     contents,
@@ -33,7 +33,7 @@ def cubins(cache: KernelCache) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("signature", ["NVCC13.0", "NVCC13.1", "NVCC14.0"])
-def test_a_relocated_cache_is_the_other_machines(
+def test_relocated_cache_has_the_target_machines_keys_and_same_cubins(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, signature: str
 ) -> None:
     cache, manifest = made
@@ -66,7 +66,7 @@ def test_a_relocated_cache_is_the_other_machines(
         assert at_target.name == item.kernel.name
 
 
-def test_relocated_again_all_are_there(
+def test_second_relocation_places_nothing(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     there, target = keys_for(here, OTHER_ROOT), KernelCache(tmp_path / "target")
@@ -76,7 +76,7 @@ def test_relocated_again_all_are_there(
     assert contents(target.root) == before
 
 
-def test_for_the_same_machine_it_is_a_copy(
+def test_relocation_for_the_same_machine_is_a_copy(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path
 ) -> None:
     target = KernelCache(tmp_path / "target")
@@ -94,12 +94,12 @@ def cut(path: Path) -> None:
     [
         (cut, "truncated", "kernel.cubin is cut short"),
         (change, "changed", "kernel.cubin is not what was built"),
-        (halve, "truncated", "kernel.cubin is missing: the library aborts on this entry"),
+        (make_incomplete, "truncated", "kernel.cubin is missing: the library aborts on this entry"),
         (remove, "missing", "is not in the cache"),
     ],
-    ids=["cut", "changed", "halved", "missing"],
+    ids=["truncated", "changed", "incomplete", "missing"],
 )
-def test_unsound_entries_are_refused(
+def test_relocation_refuses_damaged_entries(
     made: tuple[KernelCache, Manifest],
     here: Library,
     tmp_path: Path,
@@ -117,7 +117,7 @@ def test_unsound_entries_are_refused(
     assert verify(target, expected(moved, here)) == []
 
 
-def test_sources_of_other_headers_are_refused(
+def test_relocation_refuses_entries_from_different_headers(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     other = small_library(tmp_path / "newer", "int b;\n")
@@ -130,7 +130,7 @@ def test_sources_of_other_headers_are_refused(
 @pytest.mark.parametrize(
     ("built", "wanted"), [("13.1", "13.0"), ("13.0", "12.9"), ("13.10", "13.9")]
 )
-def test_an_older_release_is_refused(
+def test_relocation_to_older_nvcc_is_refused(
     made: tuple[KernelCache, Manifest], here: Library, tmp_path: Path, built: str, wanted: str
 ) -> None:
     target = KernelCache(tmp_path / "target")
@@ -144,7 +144,9 @@ def test_an_older_release_is_refused(
     assert len(target.entries()) == 0
 
 
-def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_relocation_of_cache_built_with_unknown_compiler_is_refused(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
     with pytest.raises(UserError) as caught:
         relocate(made[0], replace(made[1], built_with="clang"), keys_for(here), here, made[0])
     assert one_line(caught) == (
@@ -153,7 +155,7 @@ def test_a_builder_of_no_release(made: tuple[KernelCache, Manifest], here: Libra
     )
 
 
-def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Path) -> None:
+def test_generation_2_cache_relocates_to_different_compiler(tmp_path: Path) -> None:
     here = second_library(tmp_path / "deep_gemm")
     cache, manifest = fill(tmp_path / "made", second_keys_for(here))
     there = second_keys_for(here, NVCC_TEXT.replace("01:58:59", "02:00:00"))
@@ -173,7 +175,7 @@ def test_a_cache_of_the_second_generation_goes_to_another_compiler(tmp_path: Pat
     assert verify(target, expected(moved, here)) == []
 
 
-def test_sources_of_other_headers_are_refused_by_a_newer_library_too(
+def test_relocation_of_generation_1_cache_to_generation_2_is_refused(
     made: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     newer = second_library(tmp_path / "newer", "int b;\n")

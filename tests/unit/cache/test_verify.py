@@ -1,4 +1,4 @@
-"""Verify: each problem that an entry of a kept cache can have."""
+"""verify(): every problem that a cache entry can have."""
 
 import tempfile
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.unit.small_cache import fill, second_keys_for, second_library, small_
 ANYTHING = Expectation((), None, None, None, None)
 
 
-def test_a_whole_cache_has_no_problem(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_intact_cache_has_no_findings(made: tuple[KernelCache, Manifest], here: Library) -> None:
     cache, manifest = made
     assert len(manifest.entries) == 4
     assert verify(cache, expected(manifest, here)) == []
@@ -27,7 +27,7 @@ def test_a_whole_cache_has_no_problem(made: tuple[KernelCache, Manifest], here: 
     assert verify(KernelCache(cache.root / "nowhere"), ANYTHING) == []
 
 
-def test_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_removed_entry_is_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
     key, path = first_of(made)
     remove(path)
     found = verify(made[0], expected(made[1], here))
@@ -35,7 +35,7 @@ def test_missing(made: tuple[KernelCache, Manifest], here: Library) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "kernel.gemm.12", "kernel..".ljust(41, "0"), "a/b"])
-def test_a_file_without_a_kernels_name_is_foreign(
+def test_file_without_an_entry_name_is_foreign(
     made: tuple[KernelCache, Manifest], name: str
 ) -> None:
     path = made[0].entry(name)
@@ -46,7 +46,7 @@ def test_a_file_without_a_kernels_name_is_foreign(
     assert verify(made[0], ANYTHING) == [finding]
 
 
-def test_a_file_of_a_kernels_name_is_foreign(made: tuple[KernelCache, Manifest]) -> None:
+def test_plain_file_with_an_entry_name_is_foreign(made: tuple[KernelCache, Manifest]) -> None:
     key, path = first_of(made)
     remove(path)
     path.write_text("")
@@ -54,7 +54,7 @@ def test_a_file_of_a_kernels_name_is_foreign(made: tuple[KernelCache, Manifest])
     assert found == [Finding("foreign", key, "is not a kernel's folder")]
 
 
-def test_an_entry_that_is_not_named_is_foreign(
+def test_entry_outside_manifest_and_plan_is_foreign(
     made: tuple[KernelCache, Manifest], here: Library
 ) -> None:
     cache, manifest = made
@@ -68,7 +68,7 @@ def test_an_entry_that_is_not_named_is_foreign(
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_shorter_cubin_is_truncated(data: st.DataObject) -> None:
+def test_shortened_cubin_is_truncated(data: st.DataObject) -> None:
     whole = tiny_cubin(b"machine code")
     length = data.draw(st.integers(0, len(whole) - 1))
     with tempfile.TemporaryDirectory() as name:
@@ -89,7 +89,9 @@ def test_any_shorter_cubin_is_truncated(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("file", ["kernel.cu", "kernel.cubin"])
-def test_half_an_entry(made: tuple[KernelCache, Manifest], here: Library, file: str) -> None:
+def test_entry_without_source_or_cubin_is_truncated(
+    made: tuple[KernelCache, Manifest], here: Library, file: str
+) -> None:
     key, path = first_of(made)
     (path / file).unlink()
     words = f"{file} is missing: the library aborts on this entry"
@@ -97,7 +99,7 @@ def test_half_an_entry(made: tuple[KernelCache, Manifest], here: Library, file: 
     assert found == [Finding("truncated", key, words)]
 
 
-def test_a_cubin_without_a_kernel(made: tuple[KernelCache, Manifest]) -> None:
+def test_cubin_without_kernels_is_truncated(made: tuple[KernelCache, Manifest]) -> None:
     key, path = first_of(made)
     cubin = (path / "kernel.cubin").read_bytes().replace(b".text.", b".data.")
     (path / "kernel.cubin").write_bytes(cubin)
@@ -115,14 +117,16 @@ def test_a_cubin_without_a_kernel(made: tuple[KernelCache, Manifest]) -> None:
     ],
     ids=["zeros", "name", "index"],
 )
-def test_a_garbled_cubin_is_a_finding(made: tuple[KernelCache, Manifest], cubin: bytes) -> None:
+def test_garbled_cubin_is_truncated(made: tuple[KernelCache, Manifest], cubin: bytes) -> None:
     key, path = first_of(made)
     (path / "kernel.cubin").write_bytes(cubin)
     found = verify(made[0], expected(made[1]))
     assert [(each.problem, each.key) for each in found] == [("truncated", key)]
 
 
-def test_another_cubin_is_a_change(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_cubin_unlike_the_manifest_is_changed(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
     key, path = first_of(made)
     (path / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
     found = verify(made[0], expected(made[1], here))
@@ -130,7 +134,9 @@ def test_another_cubin_is_a_change(made: tuple[KernelCache, Manifest], here: Lib
     assert verify(made[0], expected(made[1], here, manifest=None)) == []
 
 
-def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_edited_source_is_changed_and_has_wrong_key(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
     key, path = first_of(made)
     with (path / "kernel.cu").open("a") as file:
         file.write("// more\n")
@@ -143,7 +149,7 @@ def test_another_source_has_another_key(made: tuple[KernelCache, Manifest], here
 @pytest.mark.parametrize(
     "values", [{"signature": "NVCC13.1"}, {"flags": "-O3"}], ids=["signature", "flags"]
 )
-def test_keys_of_another_machine(
+def test_all_keys_are_wrong_for_a_different_machine(
     made: tuple[KernelCache, Manifest], here: Library, values: dict[str, str]
 ) -> None:
     found = verify(made[0], expected(made[1], keys=replace(made[1], **values).keys(here)))
@@ -152,7 +158,7 @@ def test_keys_of_another_machine(
     ]
 
 
-def test_a_renamed_entry_has_the_wrong_key(made: tuple[KernelCache, Manifest]) -> None:
+def test_renamed_entry_has_wrong_key(made: tuple[KernelCache, Manifest]) -> None:
     _, path = first_of(made)
     name = path.name[:-32] + "0" * 32
     path.rename(path.with_name(name))
@@ -161,7 +167,9 @@ def test_a_renamed_entry_has_the_wrong_key(made: tuple[KernelCache, Manifest]) -
     assert found == [Finding("wrong key", name, words)]
 
 
-def test_headers_of_another_version(made: tuple[KernelCache, Manifest], tmp_path: Path) -> None:
+def test_entries_from_different_headers_have_wrong_version(
+    made: tuple[KernelCache, Manifest], tmp_path: Path
+) -> None:
     words = "was generated from headers of another version"
     other = small_library(tmp_path / "newer", "int b;\n")
     everything = [Finding("wrong version", key, words) for key in sorted(made[1].entries)]
@@ -169,7 +177,9 @@ def test_headers_of_another_version(made: tuple[KernelCache, Manifest], tmp_path
     assert verify(made[0], expected(made[1], Library(tmp_path / "nowhere"))) == everything
 
 
-def test_a_source_without_the_hash_line(made: tuple[KernelCache, Manifest], here: Library) -> None:
+def test_source_without_header_hash_line_has_wrong_version(
+    made: tuple[KernelCache, Manifest], here: Library
+) -> None:
     key, path = first_of(made)
     text = (path / "kernel.cu").read_text()
     (path / "kernel.cu").write_text(text.partition("\n")[2])
@@ -178,7 +188,7 @@ def test_a_source_without_the_hash_line(made: tuple[KernelCache, Manifest], here
     assert found == [Finding("wrong version", key, words)]
 
 
-def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
+def test_missing_entries_are_listed_first(made: tuple[KernelCache, Manifest]) -> None:
     cache, manifest = made
     first, last = min(manifest.entries), max(manifest.entries)
     (cache.entry(first) / "kernel.cubin").unlink()
@@ -187,7 +197,7 @@ def test_missing_entries_come_first(made: tuple[KernelCache, Manifest]) -> None:
     assert found == [("missing", last), ("truncated", first)]
 
 
-# Entries of the second generation
+# Entries of JIT generation 2
 
 
 @pytest.fixture
@@ -200,7 +210,7 @@ def second(tmp_path: Path, newer: Library) -> tuple[KernelCache, Manifest]:
     return fill(tmp_path / "second", second_keys_for(newer))
 
 
-def test_a_whole_cache_of_the_second_generation(
+def test_intact_generation_2_cache_has_no_findings(
     second: tuple[KernelCache, Manifest], newer: Library
 ) -> None:
     assert verify(second[0], expected(second[1], newer)) == []
@@ -208,7 +218,7 @@ def test_a_whole_cache_of_the_second_generation(
 
 
 @pytest.mark.parametrize("file", ["kernel.cu", "kernel.cubin", "meta.json", ".committed"])
-def test_half_an_entry_of_the_second_generation(
+def test_generation_2_entry_without_one_of_its_files_is_truncated(
     second: tuple[KernelCache, Manifest], newer: Library, file: str
 ) -> None:
     key, path = first_of(second)
@@ -218,7 +228,7 @@ def test_half_an_entry_of_the_second_generation(
     assert found == [Finding("truncated", key, words)]
 
 
-def test_headers_are_in_the_keys_of_the_second_generation(
+def test_generation_2_keys_are_wrong_for_different_headers(
     second: tuple[KernelCache, Manifest], tmp_path: Path
 ) -> None:
     words = "is not this source's key for this machine"

@@ -1,4 +1,4 @@
-"""A cache, a build machine and a server's folder for the commands."""
+"""Fixtures for command tests: a cache, a build machine and a server's working directory."""
 
 import os
 from pathlib import Path
@@ -59,7 +59,7 @@ def machine(tmp_path: Path, fake_library: Library) -> BuildMachine:
 
 @pytest.fixture
 def room(tmp_path: Path) -> Path:
-    """Where the server runs, beside its script and the sources that it compiles."""
+    """The server's working directory; its script and kernel sources are in the parent folder."""
     (tmp_path / "server.py").write_text(SERVER)
     (tmp_path / "small.cu").write_text(SMALL.kernel.body)
     (tmp_path / "middle.cu").write_text(MIDDLE.kernel.body)
@@ -70,5 +70,5 @@ def room(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever machine the tests run on."""
+    """Hides any GPU of the test machine."""
     monkeypatch.setattr("runner.target.device_here", lambda: None)

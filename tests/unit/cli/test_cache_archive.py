@@ -1,4 +1,4 @@
-"""``runner cache pack`` and ``unpack``: there and back."""
+"""``runner cache pack`` and ``unpack``."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,16 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest, read_manifest, sha256, write_manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, plan_file, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_progress,
+    assert_refused,
+    cache,
+    plan_file,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import contents, fill, keys_for, small_plan
 
@@ -19,16 +28,18 @@ pytestmark = pytest.mark.usefixtures("here")
 def archive(directory: Path, tmp_path: Path, capsys: Capture) -> Path:
     path = tmp_path / "x.tar.gz"
     assert cache("pack", directory, path) == 0
-    says(capsys, f"{path}: 4 kernels, 0.0 MiB")
+    assert_prints(capsys, f"{path}: 4 kernels, 0.0 MiB")
     return path
 
 
-def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_unpacked_cache_equals_the_packed_one_and_packs_to_the_same_bytes(
+    archive: Path, directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
     target = tmp_path / "deep" / "target"
     assert cache("unpack", archive, target) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{target}: 4 kernels placed, 0 already there\n"
-    counted(captured.err, "unpack", 4)
+    assert_progress(captured.err, "unpack", 4)
     assert contents(target) == contents(directory)
     assert cache("verify", target, "--target-root", ROOT) == 0
     assert cache("pack", target, tmp_path / "y.tar.gz") == 0
@@ -38,7 +49,7 @@ def test_pack_and_unpack(archive: Path, directory: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out == f"{target}: 0 kernels placed, 4 already there\n"
 
 
-def test_unpack_into_a_cache_with_other_kernels(
+def test_unpack_merges_into_a_cache_that_has_some_of_the_kernels(
     archive: Path,
     made: tuple[KernelCache, Manifest],
     tmp_path: Path,
@@ -58,10 +69,10 @@ def test_unpack_into_a_cache_with_other_kernels(
     assert cache("verify", few.root, "--target-root", ROOT) == 0
 
 
-def test_another_build_of_an_entry_stays_when_unpacking(
+def test_unpack_keeps_existing_entry_with_different_cubin(
     archive: Path, made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library
 ) -> None:
-    """The same key, another nvcc build: its entry stays, and the manifest must say so."""
+    """Two nvcc builds may give one key two cubins; the manifest must describe the one kept."""
     target = tmp_path / "target"
     other, manifest = fill(target, keys_for(here), small_plan().kernels[:1])
     (key,) = manifest.entries
@@ -76,7 +87,7 @@ def test_another_build_of_an_entry_stays_when_unpacking(
     assert cache("verify", target, "--target-root", ROOT) == 0
 
 
-def test_unpack_into_another_machines_cache_places_nothing(
+def test_unpack_into_cache_for_different_machine_places_nothing(
     archive: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     target = tmp_path / "target"
@@ -93,36 +104,38 @@ def test_unpack_refuses_a_file_that_is_not_an_archive(
     before = contents(directory)
     gone = tmp_path / "gone.tar.gz"
     assert cache("unpack", gone, tmp_path / "target") == 2
-    refuses(capsys, f"{gone} is not a file: give an archive from runner cache pack")
+    assert_refused(capsys, f"{gone} is not a file: give an archive from runner cache pack")
     assert not (tmp_path / "target").exists()
     text = tmp_path / "text.tar.gz"
     text.write_text("no archive")
     assert cache("unpack", text, directory) == 2
-    refuses(capsys, f"cannot read {text}: not a gzip file")
+    assert_refused(capsys, f"cannot read {text}: not a gzip file")
     assert contents(directory) == before
 
 
-def test_pack_without_a_manifest(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_pack_refuses_cache_without_manifest(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
     (directory / "manifest.json").unlink()
     assert cache("pack", directory, tmp_path / "x.tar.gz") == 2
-    refuses(capsys, f"{directory} has no manifest: build it with runner compile")
+    assert_refused(capsys, f"{directory} has no manifest: build it with runner compile")
     assert not (tmp_path / "x.tar.gz").exists()
 
 
-def test_pack_of_half_an_entry(
+def test_pack_refuses_incomplete_entry(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
     half = cache_.entry(min(manifest.entries))
     (half / "kernel.cu").unlink()
     assert cache("pack", cache_.root, tmp_path / "x.tar.gz") == 2
-    refuses(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
+    assert_refused(capsys, f"corrupted cache entry {half}: kernel.cu missing; remove it")
 
 
-def test_a_cache_that_cannot_be_locked(
+def test_cache_that_cannot_be_locked_is_packed_but_not_pruned(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
-    """As in a read-only image, where even root may not write: reading is enough to pack."""
+    """As in a read-only image, where not even root can write."""
     (directory / ".lock").mkdir()
     plan = plan_file(tmp_path / "plan.json", here)
     assert cache("pack", directory, tmp_path / "x.tar.gz") == 0

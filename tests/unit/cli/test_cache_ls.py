@@ -1,4 +1,4 @@
-"""``runner cache ls``, and what no command of the group takes."""
+"""``runner cache ls``, and input that every ``runner cache`` command refuses."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import Capture, cache, plan_file, refuses, says
+from tests.unit.cache_cli import Capture, assert_prints, assert_refused, cache, plan_file
 from tests.unit.small_cache import contents, small_library
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -34,38 +34,44 @@ def uses_at(m_range: str) -> str:
     return f"gemm_nt_f8f8bf16:4096:1024 M {m_range}"
 
 
-def test_ls(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
+def test_ls_lists_kernels_with_their_uses(
+    made: tuple[KernelCache, Manifest], capsys: Capture
+) -> None:
     cache_, manifest = made
     assert cache("ls", cache_.root) == 0
-    says(
+    assert_prints(
         capsys,
         *listed(manifest, uses_at),
         "4 kernels, 0.1 MiB; for sgl-deep-gemm 0.1.4.post1, nvcc 13.0, built for small",
     )
 
 
-def test_ls_without_a_manifest(made: tuple[KernelCache, Manifest], capsys: Capture) -> None:
+def test_ls_without_manifest_does_not_know_uses(
+    made: tuple[KernelCache, Manifest], capsys: Capture
+) -> None:
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("ls", cache_.root) == 0
-    says(
+    assert_prints(
         capsys,
         *listed(manifest, lambda m_range: "serves: not known"),
         "4 kernels, 0.1 MiB; no manifest",
     )
 
 
-def test_ls_takes_the_m_of_a_plan(
+def test_ls_takes_uses_from_a_plan(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
-    """A plan tells what kernels serve by their configuration, so it needs no keys."""
+    """Kernels are matched to the plan by configuration, so it needs no cache keys."""
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("ls", cache_.root, "--plan", plan_file(tmp_path / "p.json", None)) == 0
-    says(capsys, *listed(manifest, uses_at), "4 kernels, 0.1 MiB; no manifest")
+    assert_prints(capsys, *listed(manifest, uses_at), "4 kernels, 0.1 MiB; no manifest")
 
 
-def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture) -> None:
+def test_ls_json_has_key_configuration_and_uses_of_each_kernel(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
+) -> None:
     cache_, manifest = made
     assert cache("ls", cache_.root, "--json", "-") == 0
     captured = capsys.readouterr()
@@ -89,13 +95,13 @@ def test_ls_as_json(made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: 
     assert capsys.readouterr().out.endswith("built for small\n")
 
 
-def test_ls_of_folders_that_are_not_kernels(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_marks_folders_that_are_not_kernels(tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "odd" / "cache"
     (folder / "kernel.gemm.12").mkdir(parents=True)
     (folder / "kernel.gemm.12" / "kernel.cu").write_bytes(b"\xff" * 2048)
     (folder / "notes").mkdir()
     assert cache("ls", folder.parent) == 0
-    says(
+    assert_prints(
         capsys,
         "kernel.gemm.12  not a generated kernel  2 KiB  serves: not known",
         "notes  not a generated kernel  0 KiB  serves: not known",
@@ -103,13 +109,13 @@ def test_ls_of_folders_that_are_not_kernels(tmp_path: Path, capsys: Capture) -> 
     )
 
 
-def test_ls_of_an_empty_cache(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_empty_cache_lists_nothing(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "cache").mkdir()
     assert cache("ls", tmp_path) == 0
-    says(capsys, "0 kernels, 0.0 MiB; no manifest")
+    assert_prints(capsys, "0 kernels, 0.0 MiB; no manifest")
 
 
-# What is no cache, no plan, no manifest
+# Invalid caches, plans and manifests
 
 COMMANDS = [
     ["ls"],
@@ -137,7 +143,7 @@ def test_commands_refuse_a_folder_that_is_not_a_cache(
     plan = plan_file(tmp_path / "plan.json", here)
     folder = tmp_path / name
     assert cache(*with_rest(command, folder, tmp_path, plan)) == 2
-    refuses(capsys, f"{folder} is not a kernel cache: it has no folder named cache")
+    assert_refused(capsys, f"{folder} is not a kernel cache: it has no folder named cache")
     assert not (tmp_path / "nowhere").exists() and not (tmp_path / "moved").exists()
     assert not (folder / ".lock").exists()
 
@@ -148,7 +154,7 @@ def test_commands_refuse_a_file_as_a_cache(
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here)
     assert cache(*with_rest(command, plan, tmp_path, plan)) == 2
-    refuses(capsys, f"Invalid value for 'DIRECTORY': Directory '{plan}' is a file.")
+    assert_refused(capsys, f"Invalid value for 'DIRECTORY': Directory '{plan}' is a file.")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ def test_commands_refuse_a_file_as_a_cache(
     [*(each for each in COMMANDS if each[0] != "prune"), ["prune", "--yes"]],
     ids=lambda words: words[0],
 )
-def test_a_bad_manifest(
+def test_commands_refuse_an_invalid_manifest(
     command: list[str], directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     plan = plan_file(tmp_path / "plan.json", here, max_m=16)
@@ -188,19 +194,18 @@ def test_commands_refuse_a_file_that_is_not_a_plan(
 
 
 @pytest.mark.parametrize("command", [["verify"], ["prune"], ["prune", "--yes"]])
-def test_a_plan_without_keys(
+def test_verify_and_prune_refuse_a_plan_without_keys(
     command: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     before = contents(directory)
     plan = plan_file(tmp_path / "plan.json", None)
     assert cache(*command, directory, "--plan", plan) == 2
-    refuses(capsys, "the plan has no cache keys: make it where deep_gemm's headers are installed")
+    assert_refused(
+        capsys, "the plan has no cache keys: make it where deep_gemm's headers are installed"
+    )
     assert contents(directory) == before
 
 
-# The group itself
-
-
-def test_cache_without_a_command(capsys: Capture) -> None:
+def test_unknown_cache_command_is_refused(capsys: Capture) -> None:
     assert cache("move") == 2
-    refuses(capsys, "No such command 'move'.")
+    assert_refused(capsys, "No such command 'move'.")

@@ -1,4 +1,4 @@
-"""``runner cache prune``: what it tells, removes and refuses."""
+"""``runner cache prune``: what it shows, removes and refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,23 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest, read_manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_refused,
+    cache,
+    plan_file,
+)
 from tests.unit.kept_cache import remove
 from tests.unit.small_cache import contents, keys_for, small_plan
 
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def going(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list[str]]:
-    """A plan of M up to 16 and the kernels that it does not need."""
+def unneeded(manifest: Manifest, tmp_path: Path, here: Library) -> tuple[Path, list[str]]:
+    """A plan for M up to 16, and the keys of the kernels it does not need."""
     keys = keys_for(here)
     kept = {keys.cache_key(item.kernel) for item in small_plan(max_m=16).kernels}
     plan = plan_file(tmp_path / "few.json", here, max_m=16)
@@ -27,10 +35,10 @@ def test_prune_without_yes_only_shows_what_would_go(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     before = contents(cache_.root)
     assert cache("prune", cache_.root, "--plan", plan) == 0
-    says(
+    assert_prints(
         capsys,
         *(f"would remove {key}" for key in keys),
         "2 kernels would go, 0.0 MiB; 2 stay (--yes removes them)",
@@ -38,14 +46,14 @@ def test_prune_without_yes_only_shows_what_would_go(
     assert contents(cache_.root) == before
 
 
-def test_prune_removes(
+def test_prune_with_yes_removes_unneeded_kernels(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     cache_.entry("notes.txt").write_text("mine")
     assert cache("prune", cache_.root, "--plan", plan, "--yes") == 0
-    says(
+    assert_prints(
         capsys,
         *(f"remove {key}" for key in keys),
         "2 kernels removed, 0.0 MiB; 2 stay",
@@ -59,15 +67,15 @@ def test_prune_removes(
     assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 0
 
 
-def test_prune_keeps_what_any_plan_needs(
+def test_prune_keeps_kernels_that_any_given_plan_needs(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, _ = going(manifest, tmp_path, here)
+    plan, _ = unneeded(manifest, tmp_path, here)
     whole = plan_file(tmp_path / "all.json", here)
     before = contents(cache_.root)
     assert cache("prune", cache_.root, "--plan", plan, "--plan", whole, "--yes") == 0
-    says(capsys, "0 kernels removed, 0.0 MiB; 4 stay")
+    assert_prints(capsys, "0 kernels removed, 0.0 MiB; 4 stay")
     assert contents(cache_.root) == before
 
 
@@ -89,7 +97,7 @@ def test_prune_refuses_a_plan_for_another_machine(
     ours = plan_file(tmp_path / "ours.json", here)
     theirs = plan_file(tmp_path / "theirs.json", here, **values)
     assert cache("prune", directory, "--plan", ours, "--plan", theirs, *yes) == 2
-    refuses(
+    assert_refused(
         capsys,
         f"the plan of a plan is for another machine than {directory}: make it with the "
         "--target-root and --cuda-version that the cache was built with",
@@ -101,7 +109,7 @@ def test_prune_counts_only_wanted_kernels_as_staying(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
-    plan, keys = going(manifest, tmp_path, here)
+    plan, keys = unneeded(manifest, tmp_path, here)
     remove(cache_.entry(next(key for key in manifest.entries if key not in keys)))
     cache_.entry("folder").mkdir()
     assert cache("prune", cache_.root, "--plan", plan) == 0
@@ -112,4 +120,4 @@ def test_prune_counts_only_wanted_kernels_as_staying(
 
 def test_prune_needs_a_plan(directory: Path, capsys: Capture) -> None:
     assert cache("prune", directory) == 2
-    refuses(capsys, "Missing option '--plan'.")
+    assert_refused(capsys, "Missing option '--plan'.")

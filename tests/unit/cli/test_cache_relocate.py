@@ -1,4 +1,4 @@
-"""``runner cache relocate``: to another directory for another machine."""
+"""``runner cache relocate``: copying a cache to another directory for another machine."""
 
 from pathlib import Path
 
@@ -7,7 +7,15 @@ import pytest
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.manifest import Manifest, read_manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, counted, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_progress,
+    assert_refused,
+    cache,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.small_cache import (
     NVCC_TEXT,
@@ -30,7 +38,7 @@ def placed_line(target: Path, placed: int, present: int, release: str = "13.0") 
 
 
 @pytest.mark.parametrize("release", [[], ["--cuda-version", "13.1"]])
-def test_relocate_to_another_directory(
+def test_relocated_cache_verifies_on_the_target_machine(
     release: list[str], directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     before = contents(directory)
@@ -40,39 +48,39 @@ def test_relocate_to_another_directory(
     assert cache(*command) == 0
     captured = capsys.readouterr()
     assert captured.out == placed_line(target, 4, 0, there) + "\n"
-    counted(captured.err, "relocate", 4)
+    assert_progress(captured.err, "relocate", 4)
     keys = keys_for(here, ELSEWHERE / "include", f"NVCC{there}")
     manifest = read_manifest(target)
     assert manifest is not None
     assert set(manifest.entries) == {keys.cache_key(item.kernel) for item in small_plan().kernels}
     assert contents(directory) == before
     assert cache("verify", target, "--target-root", ELSEWHERE, *release) == 0
-    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
     assert cache(*command) == 0
     assert capsys.readouterr().out == placed_line(target, 0, 4, there) + "\n"
 
 
-def test_relocate_needs_a_directory(directory: Path, capsys: Capture) -> None:
+def test_relocate_requires_to_option(directory: Path, capsys: Capture) -> None:
     before = contents(directory)
     assert cache("relocate", directory, "--target-root", ELSEWHERE) == 2
-    refuses(capsys, "Missing option '--to'.")
+    assert_refused(capsys, "Missing option '--to'.")
     assert contents(directory) == before
 
 
 @pytest.mark.parametrize("name", ["made", "made/../made", "link"])
 @pytest.mark.parametrize("root", [ROOT, str(ELSEWHERE)])
-def test_relocate_needs_another_directory(
+def test_relocate_refuses_its_own_directory_as_target(
     name: str, root: str, directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "link").symlink_to(directory)
     before = contents(directory)
     to = tmp_path / name
     assert cache("relocate", directory, "--target-root", root, "--to", to) == 2
-    refuses(capsys, f"--to {to} must be another directory: a cache is for one machine")
+    assert_refused(capsys, f"--to {to} must be another directory: a cache is for one machine")
     assert contents(directory) == before
 
 
-def test_relocate_refuses_unsound_entries(
+def test_relocate_skips_damaged_entries_and_exits_with_1(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -88,26 +96,26 @@ def test_relocate_refuses_unsound_entries(
     assert captured.err.splitlines()[-1] == "error: 1 entries could not be relocated"
 
 
-def test_relocate_without_a_target(directory: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_relocate_requires_target_root(directory: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cache("relocate", directory, "--to", tmp_path / "moved") == 2
-    refuses(capsys, "give --target-root PATH: where deep_gemm is on that machine")
+    assert_refused(capsys, "give --target-root PATH: where deep_gemm is on that machine")
 
 
 @pytest.mark.parametrize("given", [[], ["--from-root", ROOT], ["--from-cuda", "13.0"]])
-def test_relocate_without_a_manifest_needs_both_origin_options(
+def test_relocate_without_manifest_requires_both_origin_options(
     given: list[str], directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (directory / "manifest.json").unlink()
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target, *given) == 2
-    refuses(
+    assert_refused(
         capsys,
         f"{directory} has no manifest: say what it was built for with --from-root PATH and "
         "--from-cuda X.Y",
     )
 
 
-def test_relocate_without_a_manifest(
+def test_relocate_without_manifest_uses_the_origin_options(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     (directory / "manifest.json").unlink()
@@ -122,7 +130,7 @@ def test_relocate_without_a_manifest(
     assert cache("verify", target, "--target-root", ELSEWHERE) == 0
 
 
-def test_relocate_from_a_root_that_it_was_not(
+def test_relocate_with_wrong_from_root_places_nothing(
     made: tuple[KernelCache, Manifest], tmp_path: Path, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -130,7 +138,7 @@ def test_relocate_from_a_root_that_it_was_not(
     origin = ["--from-root", "/srv", "--from-cuda", "13.0"]
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "target"]
     assert cache("relocate", cache_.root, *target, *origin) == 1
-    says(
+    assert_prints(
         capsys,
         *(
             f"wrong key: {key} is not this source's key for this machine"
@@ -141,7 +149,7 @@ def test_relocate_from_a_root_that_it_was_not(
     )
 
 
-def test_relocate_into_another_machines_cache_places_nothing(
+def test_relocate_into_cache_for_different_machine_places_nothing(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     target = tmp_path / "target"
@@ -152,33 +160,32 @@ def test_relocate_into_another_machines_cache_places_nothing(
     assert contents(target) == before
 
 
-def test_relocate_without_headers(
+def test_relocate_without_installed_library_is_refused(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
-    refuses(capsys, "there is no deep_gemm here")
+    assert_refused(capsys, "there is no deep_gemm here")
     assert not (tmp_path / "moved").exists()
 
 
-def test_relocate_without_an_nvcc(
+def test_relocate_without_nvcc_requires_cuda_version(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Whose release is not said is this machine's; one that is said is enough."""
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     target = ["--target-root", ELSEWHERE, "--to", tmp_path / "moved"]
     assert cache("relocate", directory, *target) == 2
-    refuses(capsys, "there is no nvcc here")
+    assert_refused(capsys, "there is no nvcc here")
     assert not (tmp_path / "moved").exists()
     assert cache("relocate", directory, *target, "--cuda-version", "13.0") == 0
     assert capsys.readouterr().out == placed_line(tmp_path / "moved", 4, 0) + "\n"
 
 
-def test_relocate_of_the_second_generation(
+def test_relocate_generation_2_cache_to_a_different_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Its keys hold no path, so that only the compiler can be another."""
+    """Generation 2 keys hold no install path, so only the compiler can differ."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     root = fill(tmp_path / "second", second_keys_for(library))[0].root
@@ -194,4 +201,4 @@ def test_relocate_of_the_second_generation(
         keys.cache_key(item.kernel) for item in small_plan().kernels
     }
     assert cache("verify", target, "--compiler-text", text) == 0
-    says(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")

@@ -1,4 +1,4 @@
-"""``runner cache verify``: every problem, and bad targets."""
+"""``runner cache verify``: reported problems, and invalid targets."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,15 @@ from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import Device
 from runner.cache.manifest import Manifest
 from runner.kernels.installed import Library
-from tests.unit.cache_cli import ELSEWHERE, ROOT, Capture, cache, plan_file, refuses, says
+from tests.unit.cache_cli import (
+    ELSEWHERE,
+    ROOT,
+    Capture,
+    assert_prints,
+    assert_refused,
+    cache,
+    plan_file,
+)
 from tests.unit.elf import tiny_cubin
 from tests.unit.kept_cache import change, first_of, remove
 from tests.unit.small_cache import NVCC_TEXT, contents, fill, second_keys_for, second_library
@@ -27,44 +35,44 @@ def path_line(root: str | Path) -> str:
 AGAIN = "a server here would compile all of it again"
 
 
-def test_verify(directory: Path, tmp_path: Path, here: Library, capsys: Capture) -> None:
+def test_verify_of_intact_cache_says_what_was_checked(
+    directory: Path, tmp_path: Path, here: Library, capsys: Capture
+) -> None:
     before = contents(directory)
     plan = plan_file(tmp_path / "plan.json", here)
     right = ["--target-root", ROOT]
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
     assert cache("verify", directory, "--plan", plan, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, plan, this machine")
     (directory / "manifest.json").unlink()
     assert cache("verify", directory, "--plan", plan, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, plan, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, plan, this machine")
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, this machine")
     del before["manifest.json"]
     assert contents(directory) == before
 
 
-def test_a_cache_for_another_install_path(
+def test_verify_defaults_to_this_machines_install_path(
     directory: Path, tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
-    """Whatever the options do not say is this machine's."""
     plan = plan_file(tmp_path / "plan.json", here)
     for words in ([], ["--plan", plan]):
         assert cache("verify", directory, *words) == 1
-        says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+        assert_prints(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
     (directory / "manifest.json").unlink()
     assert cache("verify", directory, "--plan", plan) == 1
-    says(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, path_line(here.root), err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_without_manifest_and_plan_only_the_keys_show_another_machine(
+def test_verify_without_manifest_and_plan_reports_wrong_keys(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
-    """Without a manifest or a plan only the keys tell."""
     cache_, manifest = made
     (cache_.root / "manifest.json").unlink()
     assert cache("verify", cache_.root) == 1
-    says(
+    assert_prints(
         capsys,
         *(
             f"wrong key: {key} is not this source's key for this machine"
@@ -78,65 +86,67 @@ def test_without_manifest_and_plan_only_the_keys_show_another_machine(
     ("missing", "words"),
     [("find_library", "there is no deep_gemm here"), ("find_nvcc", "there is no nvcc here")],
 )
-def test_verify_fails_if_the_machine_is_not_known(
+def test_verify_fails_without_library_or_nvcc(
     missing: str, words: str, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(f"runner.target.{missing}", lambda _: None)
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         f"{directory} is whole: checked 4 entries, manifest",
         err=f"error: cannot tell whether a server here would hit this cache: {words}\n",
     )
 
 
-def test_problems_are_named_even_if_the_machine_is_not_known(
+def test_verify_names_problems_without_installed_library(
     made: tuple[KernelCache, Manifest], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_library", lambda wanted: None)
     key, path = first_of(made)
     change(path)
     assert cache("verify", made[0].root) == 1
-    says(
+    assert_prints(
         capsys,
         f"changed: {key} kernel.cubin is not what was built",
         err=f"error: {made[0].root}: 1 changed\n",
     )
 
 
-def test_a_release_that_is_said_needs_no_nvcc(
+def test_verify_with_cuda_version_needs_no_nvcc(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr("runner.target.find_nvcc", lambda environ: None)
     right = ["--target-root", ROOT, "--cuda-version", "13.0"]
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
 
 
-def test_what_a_compiler_prints_may_be_a_file(
+def test_verify_reads_nvcc_version_from_compiler_text_file(
     directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     text = tmp_path / "nvcc.txt"
     right = ["--target-root", ROOT, "--compiler-text", text]
     text.write_text(NVCC_TEXT)
     assert cache("verify", directory, *right) == 0
-    says(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{directory} is whole: checked 4 entries, manifest, this machine")
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
     assert cache("verify", directory, *right) == 1
-    says(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
     text.write_text("gcc 14")
     assert cache("verify", directory, *right) == 2
-    refuses(
+    assert_refused(
         capsys,
         "the compiler's version text 'gcc 14' has no CUDA release, such as NVCC13.0 or "
         "'release 13.0'",
     )
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 12.4"))
     assert cache("verify", directory, *right) == 2
-    refuses(capsys, f"release 12.4 of --compiler-text {text} is too old: 12.9 or newer is needed")
+    assert_refused(
+        capsys, f"release 12.4 of --compiler-text {text} is too old: 12.9 or newer is needed"
+    )
     text.write_text(NVCC_TEXT)
     assert cache("verify", directory, *right, "--cuda-version", "13.0") == 2
-    refuses(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
+    assert_refused(capsys, "--compiler-text and --cuda-version both name the compiler: give one")
 
 
 def compiler_line(release: str) -> str:
@@ -146,12 +156,12 @@ def compiler_line(release: str) -> str:
     )
 
 
-def test_flags_that_the_environment_changes(
+def test_verify_reports_flags_changed_by_environment(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("DG_JIT_CPP_STANDARD", "17")
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         "other compiler flags (-std=c++17, -std=c++20): DG_JIT_* variables differ; set them as "
         "they were at build time, or rebuild the cache with them",
@@ -161,7 +171,7 @@ def test_flags_that_the_environment_changes(
 
 @pytest.fixture
 def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """A library of the second generation in place of what is installed."""
+    """A library of JIT generation 2 in place of the installed one."""
     library = second_library(tmp_path / "newer" / "deep_gemm")
     monkeypatch.setattr("runner.target.find_library", lambda wanted: library)
     return library
@@ -173,17 +183,17 @@ def nvcc_text(tmp_path: Path) -> Path:
     return tmp_path / "nvcc.txt"
 
 
-def test_a_cache_of_the_second_generation(
+def test_verify_of_generation_2_cache_compares_full_nvcc_version(
     newer: Library, nvcc_text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
     assert cache("verify", root, "--compiler-text", nvcc_text) == 0
-    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
     assert cache("verify", root, "--compiler-text", nvcc_text, "--target-root", ELSEWHERE) == 0
-    says(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
+    assert_prints(capsys, f"{root} is whole: checked 4 entries, manifest, this machine")
     nvcc_text.write_text(NVCC_TEXT.replace("Aug_20", "Aug_21"))
     assert cache("verify", root, "--compiler-text", nvcc_text) == 1
-    says(
+    assert_prints(
         capsys,
         "other compiler: built for nvcc 13.0 (Built on Wed_Aug_20_01:58:59_PM_PDT_2025), here it "
         "is nvcc 13.0 (Built on Wed_Aug_21_01:58:59_PM_PDT_2025): runner cache relocate, or build "
@@ -191,7 +201,7 @@ def test_a_cache_of_the_second_generation(
         err=f"error: {root}: {AGAIN}\n",
     )
     assert cache("verify", root, "--cuda-version", "13.1") == 2
-    refuses(
+    assert_refused(
         capsys,
         "--cuda-version 13.1 is not enough: this library's keys include all that nvcc --version "
         "prints there; give it with --compiler-text FILE",
@@ -206,7 +216,7 @@ def test_verify_names_every_problem(made: tuple[KernelCache, Manifest], capsys: 
     (cache_.entry(changed) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
     cache_.entry("notes.txt").write_text("")
     assert cache("verify", cache_.root, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         f"missing: {missing} is not in the cache",
         f"truncated: {half} kernel.cubin is missing: the library aborts on this entry",
@@ -220,7 +230,7 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
     for number in range(23):
         (directory / "cache" / f"note{number:02}").write_text("")
     assert cache("verify", directory, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys,
         *(f"foreign: note{number:02} is not a kernel's folder" for number in range(20)),
         "... and 3 more",
@@ -240,21 +250,20 @@ def test_verify_shows_the_first_twenty(directory: Path, capsys: Capture) -> None
     ],
     ids=["path", "compiler", "both"],
 )
-def test_verify_for_another_machine(
+def test_verify_for_different_machine_names_the_differences(
     target: list[str], lines: list[str], directory: Path, capsys: Capture
 ) -> None:
-    """Entries are compared with what they were built for, so damage is named all the same."""
     assert cache("verify", directory, *target) == 1
-    says(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, *lines, err=f"error: {directory}: {AGAIN}\n")
 
 
-def test_damage_is_named_for_another_machine_too(
+def test_verify_for_different_machine_also_names_damage(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:
     key, path = first_of(made)
     change(path)
     assert cache("verify", made[0].root, "--target-root", ELSEWHERE) == 1
-    says(
+    assert_prints(
         capsys,
         path_line(ELSEWHERE),
         f"changed: {key} kernel.cubin is not what was built",
@@ -262,7 +271,7 @@ def test_damage_is_named_for_another_machine_too(
     )
 
 
-def test_verify_misses_what_a_plan_needs(
+def test_verify_names_kernels_missing_from_a_plan(
     made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
 ) -> None:
     cache_, manifest = made
@@ -271,7 +280,7 @@ def test_verify_misses_what_a_plan_needs(
     remove(cache_.entry(lacking))
     plan = plan_file(tmp_path / "plan.json", here)
     assert cache("verify", cache_.root, "--plan", plan, "--target-root", ROOT) == 1
-    says(
+    assert_prints(
         capsys, f"missing: {lacking} is not in the cache", err=f"error: {cache_.root}: 1 missing\n"
     )
 
@@ -287,32 +296,32 @@ def test_verify_misses_what_a_plan_needs(
         (["--cuda-version", "11.8"], "--cuda-version 11.8 is too old: 12.9 or newer is needed"),
     ],
 )
-def test_bad_targets(
+def test_verify_and_relocate_refuse_invalid_targets(
     arguments: list[str], words: str, directory: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     before = contents(directory)
     assert cache("verify", directory, *arguments) == 2
-    refuses(capsys, words)
+    assert_refused(capsys, words)
     root = [] if "--target-root" in arguments else ["--target-root", ROOT]
     assert cache("relocate", directory, "--to", tmp_path / "moved", *root, *arguments) == 2
-    refuses(capsys, words)
+    assert_refused(capsys, words)
     assert not (tmp_path / "moved").exists()
     assert contents(directory) == before
 
 
-def test_a_directory_without_entries(tmp_path: Path, capsys: Capture) -> None:
+def test_verify_of_empty_cache_fails(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty" / "cache").mkdir(parents=True)
     assert cache("verify", tmp_path / "empty") == 1
-    says(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
+    assert_prints(capsys, err=f"error: {tmp_path / 'empty'} holds no entries\n")
 
 
-def test_without_a_manifest_second_generation_keys_are_not_known(
+def test_verify_of_generation_2_cache_needs_a_manifest(
     newer: Library, tmp_path: Path, capsys: Capture
 ) -> None:
     root = fill(tmp_path / "second", second_keys_for(newer))[0].root
     (root / "manifest.json").unlink()
     assert cache("verify", root) == 1
-    says(
+    assert_prints(
         capsys,
         f"{root} is whole: checked 4 entries, this machine",
         err="error: cannot tell whether a server here would hit this cache: there is no manifest, "
@@ -320,23 +329,22 @@ def test_without_a_manifest_second_generation_keys_are_not_known(
     )
 
 
-def test_the_gpu_that_is_meant(
+def test_verify_checks_gpu_option_or_this_machines_gpu(
     directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The one that ``--gpu`` names, else the machine's."""
     right = [directory, "--target-root", ROOT]
     change_manifest(directory, gpu="h200", num_sms=132)
     assert cache("verify", *right) == 0
     whole = f"{directory} is whole for h200 (132 SMs): checked 4 entries, manifest, this machine"
-    says(capsys, whole)
+    assert_prints(capsys, whole)
     assert cache("verify", *right, "--gpu", "h100") == 0
-    says(capsys, f"{whole}, GPU")
+    assert_prints(capsys, f"{whole}, GPU")
     other = "other GPU: built for h200 (9.0), this one has compute capability 10.0: runner compile"
     assert cache("verify", *right, "--gpu", "b200") == 1
-    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
     monkeypatch.setattr("runner.target.device_here", lambda: Device((10, 0), 148))
     assert cache("verify", *right) == 1
-    says(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
+    assert_prints(capsys, f"{other} --gpu", err=f"error: {directory}: {AGAIN}\n")
 
 
 def change_manifest(directory: Path, **values: object) -> None:

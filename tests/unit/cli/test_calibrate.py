@@ -1,4 +1,4 @@
-"""``runner calibrate``: measured runs in, a profile out."""
+"""``runner calibrate``: fits a hardware profile to measured runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runner.timeline import Timeline, write_timelines
 from sim.calibration.calibrate import fit_profile, leave_one_out
 from sim.calibration.validation import error_summary
 from sim.costs.profile import Profile, load_profile, write_profile
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import h200, scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -27,10 +27,10 @@ def calibrate(*arguments: str) -> int:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Timeline]:
-    """Two runs in a file of one and a file of the other: none.json and planned.json."""
+    """Two measured runs, one per file: none.json and planned.json."""
     made = []
     for policy in (WarmupPolicy.NONE, WarmupPolicy.PLANNED):
-        run = measured(scenario(policy, tp=2), another())
+        run = measured(scenario(policy, tp=2), other_profile())
         write_timelines(tmp_path / f"{policy.value}.json", [run])
         made.append(run)
     return made
@@ -45,7 +45,7 @@ def fitted(runs: list[Timeline], name: str, base: Profile | None = None) -> Prof
     return fit_profile(as_written, base or h200(), name).profile
 
 
-def test_a_profile_is_written_and_its_figures_printed(
+def test_calibrate_writes_the_profile_and_prints_its_figures(
     runs: list[Timeline], tmp_path: Path, capsys: Capture
 ) -> None:
     output = tmp_path / "mine.json"
@@ -64,7 +64,7 @@ def test_a_profile_is_written_and_its_figures_printed(
     assert lines[-1] == f"wrote {output}"
 
 
-def test_the_profile_is_one_that_sim_takes(runs: list[Timeline], tmp_path: Path) -> None:
+def test_sim_accepts_the_calibrated_profile(runs: list[Timeline], tmp_path: Path) -> None:
     output = tmp_path / "mine.json"
     assert calibrate(*files(tmp_path), "-o", str(output), "--name", "my machine") == 0
     assert load_profile(str(output)).name == "my machine"
@@ -76,8 +76,10 @@ def test_the_profile_is_one_that_sim_takes(runs: list[Timeline], tmp_path: Path)
     assert made["meta"]["hardware"] == "my machine"
 
 
-def test_what_no_run_says_is_from_the_base(runs: list[Timeline], tmp_path: Path) -> None:
-    base = another()
+def test_figures_that_no_run_measures_come_from_the_base_profile(
+    runs: list[Timeline], tmp_path: Path
+) -> None:
+    base = other_profile()
     write_profile(tmp_path / "base.json", base)
     output = tmp_path / "mine.json"
     assert (
@@ -89,7 +91,7 @@ def test_what_no_run_says_is_from_the_base(runs: list[Timeline], tmp_path: Path)
     assert made.cache.verify == base.cache.verify != h200().cache.verify
 
 
-def test_one_run_has_no_others_to_be_predicted_by(
+def test_single_run_cannot_be_cross_validated(
     runs: list[Timeline], tmp_path: Path, capsys: Capture
 ) -> None:
     assert calibrate(files(tmp_path)[0], "-o", str(tmp_path / "mine.json")) == 0
@@ -98,19 +100,21 @@ def test_one_run_has_no_others_to_be_predicted_by(
     )
 
 
-def older(run: Timeline) -> dict[str, Any]:
+def without_replicas(run: Timeline) -> dict[str, Any]:
     data = run.to_json()
     del data["meta"]["replicas"]
     return data
 
 
-def test_bad_input(runs: list[Timeline], tmp_path: Path, capsys: Capture) -> None:
+def test_invalid_input_is_a_one_line_error(
+    runs: list[Timeline], tmp_path: Path, capsys: Capture
+) -> None:
     good, output = files(tmp_path)[0], str(tmp_path / "mine.json")
     predicted = tmp_path / "predicted.json"
     write_timelines(predicted, [Timeline("none", "predicted", 1, ())])
     broken, old, empty = (tmp_path / f"{name}.json" for name in ("broken", "old", "empty"))
     broken.write_text("{")
-    old.write_text(json.dumps({"timelines": [older(runs[0])]}))
+    old.write_text(json.dumps({"timelines": [without_replicas(runs[0])]}))
     write_timelines(empty, [])
     bad: list[tuple[list[str], str]] = [
         ([], "Missing argument 'TIMELINE.json...'"),

@@ -15,7 +15,7 @@ from runner.report.validation import validation_json
 from runner.timeline import Span, Timeline, write_timelines
 from sim.calibration.validation import error_summary, validate
 from sim.costs.profile import write_profile
-from tests.unit.measured_runs import another, measured
+from tests.unit.measured_runs import measured, other_profile
 from tests.unit.tiny_runs import h200, scenario
 
 Capture = pytest.CaptureFixture[str]
@@ -109,13 +109,13 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     ("a", "b", "error"),
     [(9.0, 10.0, -0.1), (1.0, 0.0, None), (None, 1.0, None), (1.0, None, None), (0.0, 2.0, -1.0)],
 )
-def test_an_error_is_relative_to_the_reference(
+def test_relative_error_is_relative_to_b_and_none_if_undefined(
     a: float | None, b: float | None, error: float | None
 ) -> None:
     assert Figure("x", a, b).relative_error == error
 
 
-def test_common_policies_are_compared_and_others_named(
+def test_compare_prints_common_policies_and_notes_the_others(
     files: tuple[Path, Path], capsys: Capture
 ) -> None:
     assert compare(*files) == 0
@@ -123,10 +123,14 @@ def test_common_policies_are_compared_and_others_named(
     assert "".join(f"{line.rstrip()}\n" for line in captured.out.splitlines()) == GOLDEN
     assert captured.err == f"note: only in {files[0]}, not compared: warm\n"
     bare = Timeline("cold", "predicted", 1, ())
-    assert len([*comparison_tables(compare_timelines(bare, bare))]) == 3, "no table of phases"
+    assert len([*comparison_tables(compare_timelines(bare, bare))]) == 3, (
+        "timelines without phases need no table of phases"
+    )
 
 
-def test_the_comparison_as_json(files: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_compare_json_has_both_figures_and_relative_errors(
+    files: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
     data = comparison_json(compare_timelines(PREDICTED, MEASURED))
     assert compare(*files, "--json", "-") == 0
     assert json.loads(capsys.readouterr().out) == {"version": 1, "comparisons": [data]}
@@ -141,7 +145,7 @@ def test_the_comparison_as_json(files: tuple[Path, Path], tmp_path: Path, capsys
     assert found["ranks"][1]["compile"] == {"a": 6.0, "b": 5.0, "relative_error": 0.2}
 
 
-def test_world_sizes_must_be_equal() -> None:
+def test_compare_refuses_different_world_sizes() -> None:
     with pytest.raises(UserError) as caught:
         compare_timelines(PREDICTED, Timeline("cold", "measured", 4, ()))
     assert str(caught.value) == (
@@ -150,10 +154,10 @@ def test_world_sizes_must_be_equal() -> None:
     )
 
 
-def test_a_scenario_that_differs_is_noted(tmp_path: Path, capsys: Capture) -> None:
+def test_compare_notes_different_scenario_settings(tmp_path: Path, capsys: Capture) -> None:
     for name, values in (("a", {}), ("b", {"layers": 2, "stream": (5,)})):
         one = scenario(WarmupPolicy.NONE, tp=2, **values)
-        write_timelines(tmp_path / f"{name}.json", [measured(one, another())])
+        write_timelines(tmp_path / f"{name}.json", [measured(one, other_profile())])
     assert compare(tmp_path / "a.json", tmp_path / "a.json") == 0
     assert capsys.readouterr().err == ""
     assert compare(tmp_path / "a.json", tmp_path / "b.json") == 0
@@ -169,12 +173,12 @@ def test_a_scenario_that_differs_is_noted(tmp_path: Path, capsys: Capture) -> No
 @pytest.fixture
 def run(tmp_path: Path) -> Timeline:
     """A run as it is read back from run.json."""
-    made = measured(scenario(WarmupPolicy.NONE, tp=2), another())
+    made = measured(scenario(WarmupPolicy.NONE, tp=2), other_profile())
     write_timelines(tmp_path / "run.json", [made])
     return Timeline.from_json(made.to_json())
 
 
-def test_every_run_of_every_file_is_predicted(
+def test_compare_with_hardware_predicts_every_measured_run(
     run: Timeline, tmp_path: Path, capsys: Capture
 ) -> None:
     path = tmp_path / "run.json"
@@ -186,14 +190,16 @@ def test_every_run_of_every_file_is_predicted(
     figures = f" {run.wall:.1f} {found.predicted.timeline.wall:.1f} {100 * found.error:+.1f} % "
     assert sum(line.startswith("dsv4-tiny 4 layers") and figures in line for line in lines) == 3
     assert lines[-1] == error_summary([found] * 3)
-    write_profile(tmp_path / "another.json", another())
+    write_profile(tmp_path / "another.json", other_profile())
     assert compare(path, "--hardware", tmp_path / "another.json") == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "1 runs: median absolute error 0.0%, worst 0.0%; compiles and duplicates exact in 1"
     )
 
 
-def test_the_predictions_as_json(run: Timeline, tmp_path: Path, capsys: Capture) -> None:
+def test_compare_with_hardware_writes_predictions_as_json(
+    run: Timeline, tmp_path: Path, capsys: Capture
+) -> None:
     expected = json.loads(json.dumps(validation_json(validate([run], h200()), "h200")))
     path, output = tmp_path / "run.json", tmp_path / "validated.json"
     assert compare(path, "--hardware", "h200", "--json", "-") == 0
@@ -203,7 +209,7 @@ def test_the_predictions_as_json(run: Timeline, tmp_path: Path, capsys: Capture)
     assert "Predicted with h200" in capsys.readouterr().out
 
 
-def test_bad_input(
+def test_invalid_input_is_a_one_line_error(
     run: Timeline, files: tuple[Path, Path], tmp_path: Path, capsys: Capture
 ) -> None:
     path, old = tmp_path / "run.json", tmp_path / "old.json"

@@ -1,4 +1,4 @@
-"""``runner compile``: what it builds, what it leaves, and how it goes on."""
+"""``runner compile``: what it builds, what it skips, and resuming after a stop."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ from tests.unit.elf import tiny_cubin
 REASON = "nvcc --dryrun: no dry runs here"
 
 
-def test_each_planned_kernel_is_built_once(machine: BuildMachine) -> None:
+def test_compile_builds_each_planned_kernel_once(machine: BuildMachine) -> None:
     lines = output(machine.run(*GEMM))
     assert lines[:4] == [
         "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules",
@@ -62,11 +62,11 @@ def test_each_planned_kernel_is_built_once(machine: BuildMachine) -> None:
     assert sorted(machine.compiled()) == names
 
 
-def test_another_plan_adds_to_the_cache(machine: BuildMachine) -> None:
+def test_compile_with_second_plan_builds_only_new_kernels(machine: BuildMachine) -> None:
     output(machine.run("--gemm", SPEC, "--max-m", "64", "--plain"))
     lines = output(machine.run(*GEMM, "--plain"))
     assert summary(lines) == "2 built, 2 already there"
-    assert len(lines) == 5  # nothing about the plain way, which was asked for
+    assert len(lines) == 5  # no reason is printed, because --plain was given
     assert len(machine.compiled()) == 4
     assert_manifest_names_all(machine)
     manifest = read_manifest(machine.cache.root)
@@ -74,7 +74,7 @@ def test_another_plan_adds_to_the_cache(machine: BuildMachine) -> None:
     assert manifest.plans == [f"{SPEC}: M up to {m}, 132 SMs" for m in (64, 128)]
 
 
-def test_the_cache_of_the_option_comes_before_the_environments(machine: BuildMachine) -> None:
+def test_cache_dir_option_overrides_environment(machine: BuildMachine) -> None:
     chosen = machine.root / "chosen"
     lines = output(machine.run(*GEMM, "--cache-dir", str(chosen)))
     assert lines[3] == f"4 kernels -> {chosen}"
@@ -82,7 +82,7 @@ def test_the_cache_of_the_option_comes_before_the_environments(machine: BuildMac
     assert not machine.cache.root.exists()
 
 
-def test_keys_are_the_targets(machine: BuildMachine) -> None:
+def test_target_options_determine_keys_and_manifest(machine: BuildMachine) -> None:
     output(machine.run(*GEMM, "--target-root", "/opt/dg", "--cuda-version", "13.0"))
     library = Library(machine.root / "deep_gemm")
     there = NvccCompiler(Path("nvcc"), Library(Path("/opt/dg")), first_recipe(Environ())).arguments
@@ -99,7 +99,7 @@ def test_keys_are_the_targets(machine: BuildMachine) -> None:
 
 @contextmanager
 def blocked(machine: BuildMachine, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """A build that is at the kernel with so many rows, certainly."""
+    """A build that is blocked in nvcc at the kernel for this many rows."""
     machine.tell_nvcc("block", f"^        {rows}, ")
     job = machine.start(*GEMM, "--jobs", "1")
     try:
@@ -113,11 +113,11 @@ def blocked(machine: BuildMachine, rows: int) -> Iterator[subprocess.Popen[str]]
 
 
 @pytest.mark.timeout(120)
-def test_a_killed_build_goes_on(machine: BuildMachine) -> None:
+def test_compile_resumes_after_a_killed_build(machine: BuildMachine) -> None:
     with blocked(machine, 96) as job:
         job.send_signal(signal.SIGKILL)
         assert job.wait() == -signal.SIGKILL
-        machine.let_nvcc_go()  # an orphan by now
+        machine.let_nvcc_go()  # its parent is dead
     assert_whole(machine, 2)
     assert read_manifest(machine.cache.root) is None
     before, half = machine.stats(), machine.cache.root / "tmp" / "build-4711-half"
@@ -129,12 +129,12 @@ def test_a_killed_build_goes_on(machine: BuildMachine) -> None:
     assert Counter(machine.compiled()) == Counter(
         [entry.name for entry in machine.cache.entries()] + keys_of(machine, 96)
     )
-    assert_tidy(machine)  # of the killed build's scratch as well
+    assert_tidy(machine)  # the killed build's scratch is gone too
     assert_manifest_names_all(machine)
 
 
 @pytest.mark.timeout(120)
-def test_an_interrupted_build_keeps_what_it_has(machine: BuildMachine) -> None:
+def test_interrupted_build_keeps_finished_kernels(machine: BuildMachine) -> None:
     with blocked(machine, 96) as job:
         job.send_signal(signal.SIGINT)
         out, err = job.communicate(timeout=60)
@@ -148,7 +148,7 @@ def test_an_interrupted_build_keeps_what_it_has(machine: BuildMachine) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_two_builders_share_the_work(machine: BuildMachine) -> None:
+def test_second_builder_waits_and_builds_nothing_twice(machine: BuildMachine) -> None:
     with blocked(machine, 64) as first:
         second = machine.start(*GEMM)
         assert second.stderr is not None
@@ -166,7 +166,7 @@ def test_two_builders_share_the_work(machine: BuildMachine) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_a_builder_takes_over_from_a_killed_one(machine: BuildMachine) -> None:
+def test_waiting_builder_takes_over_when_the_first_is_killed(machine: BuildMachine) -> None:
     with blocked(machine, 64) as first:
         second = machine.start(*GEMM)
         assert second.stderr is not None
@@ -179,7 +179,7 @@ def test_a_builder_takes_over_from_a_killed_one(machine: BuildMachine) -> None:
     assert_whole(machine, 4)
 
 
-def test_a_cache_that_cannot_be_made(machine: BuildMachine) -> None:
+def test_unwritable_cache_directory_is_a_one_line_error(machine: BuildMachine) -> None:
     (machine.root / "file").write_text("")
     below = machine.root / "file" / "dg"
     assert error_line(machine.run(*GEMM, "--cache-dir", str(below)), 2) == (
@@ -220,7 +220,7 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("how", DAMAGE.split(", "))
-def test_a_broken_entry_is_replaced(machine: BuildMachine, how: str) -> None:
+def test_compile_replaces_a_broken_entry(machine: BuildMachine, how: str) -> None:
     output(machine.run(*GEMM))
     (key, other) = keys_of(machine, 64, 32)
     damage(machine.cache.entry(key), how)
@@ -234,7 +234,7 @@ def test_a_broken_entry_is_replaced(machine: BuildMachine, how: str) -> None:
     assert_tidy(machine)
 
 
-def test_a_kernel_that_does_not_compile(machine: BuildMachine) -> None:
+def test_compile_reports_failed_kernel_and_keeps_the_others(machine: BuildMachine) -> None:
     machine.tell_nvcc("broken", "^        64, ")
     done = machine.run(*GEMM)
     assert error_line(done, 1) == "1 of 4 kernels do not compile"
@@ -248,21 +248,21 @@ def test_a_kernel_that_does_not_compile(machine: BuildMachine) -> None:
     assert summary(output(machine.run(*GEMM))) == "1 built, 3 already there"
 
 
-def test_check_compares_with_the_plain_way(machine: BuildMachine) -> None:
+def test_check_compares_machine_code_with_plain_nvcc(machine: BuildMachine) -> None:
     lines = output(machine.run(*GEMM, "--check"))
     assert "building everything the plain way, to compare:" in lines
     assert lines[-1] == "all 4 kernels have the same machine code"
     assert Counter(Counter(machine.compiled()).values()) == {2: 4}
     (key,) = keys_of(machine, 64)
     (machine.cache.entry(key) / "kernel.cubin").write_bytes(tiny_cubin(b"other"))
-    (machine.cache.root / "manifest.json").unlink()  # which would tell that it changed
+    (machine.cache.root / "manifest.json").unlink()  # which records the original digest
     done = machine.run(*GEMM, "--check")
     assert error_line(done, 1) == "1 of 4 kernels have other machine code"
     assert done.stdout.splitlines()[-1] == f"other machine code: {key}"
     assert list(machine.tmp.iterdir()) == []
 
 
-def test_progress_elsewhere_than_on_a_terminal(
+def test_progress_prints_occasional_lines_if_not_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -283,7 +283,7 @@ def test_progress_elsewhere_than_on_a_terminal(
     ]
 
 
-def test_a_build_goes_on_where_nobody_reads_its_progress(machine: BuildMachine) -> None:
+def test_build_continues_if_stderr_pipe_is_closed(machine: BuildMachine) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
@@ -302,7 +302,9 @@ def test_a_build_goes_on_where_nobody_reads_its_progress(machine: BuildMachine) 
 
 
 @pytest.mark.parametrize("spoil", ["kernel.cubin", "kernel.cu"])
-def test_an_entry_that_changed_is_built_again(machine: BuildMachine, spoil: str) -> None:
+def test_compile_rebuilds_entry_changed_since_it_was_built(
+    machine: BuildMachine, spoil: str
+) -> None:
     output(machine.run(*GEMM))
     (key,) = keys_of(machine, 64)
     file = machine.cache.entry(key) / spoil
@@ -313,7 +315,7 @@ def test_an_entry_that_changed_is_built_again(machine: BuildMachine, spoil: str)
     assert file.read_bytes() == before
 
 
-def test_no_m_is_no_plan(machine: BuildMachine) -> None:
+def test_max_m_below_the_smallest_m_of_a_gemm_is_refused(machine: BuildMachine) -> None:
     spec = "grouped_gemm_nt_f8f8bf16_contig:1024:4096:8"  # its M are multiples of 128
     done = machine.run("--gemm", spec, "--max-m", "100")
     assert error_line(done, 2) == (
@@ -347,7 +349,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("arguments", BAD_INPUT, ids=lambda text: text.replace(" ", "_"))
-def test_bad_input_is_one_line_and_exit_code_2(machine: BuildMachine, arguments: str) -> None:
+def test_invalid_option_is_one_line_and_exit_code_2(machine: BuildMachine, arguments: str) -> None:
     done = machine.run(*GEMM, *arguments.split())
     assert BAD_INPUT[arguments] in error_line(done, 2)
     assert machine.compiled() == []
@@ -365,7 +367,9 @@ def test_bad_input_is_one_line_and_exit_code_2(machine: BuildMachine, arguments:
         ("--disaggregation-mode both", "Invalid value for '--disaggregation-mode'"),
     ],
 )
-def test_bad_deployments(machine: BuildMachine, arguments: str, message: str) -> None:
+def test_invalid_deployment_options_are_refused(
+    machine: BuildMachine, arguments: str, message: str
+) -> None:
     assert message in error_line(machine.run(*arguments.split()), 2)
     assert not machine.cache.root.exists()
 
@@ -378,13 +382,15 @@ def test_bad_deployments(machine: BuildMachine, arguments: str, message: str) ->
         ("DG_JIT_NVCC_COMPILER", sys.executable, "--version prints no release: is it nvcc?"),
     ],
 )
-def test_bad_environments(machine: BuildMachine, variable: str, value: str, message: str) -> None:
+def test_invalid_environment_variables_are_refused(
+    machine: BuildMachine, variable: str, value: str, message: str
+) -> None:
     assert message in error_line(machine.run(*GEMM, **{variable: value}), 2)
     assert not machine.cache.root.exists()
 
 
-def test_a_library_of_another_version_is_asked_itself(machine: BuildMachine) -> None:
-    """On a stand-in GPU, which is for torch of CUDA 13; no rules of ours are taken for it."""
+def test_unknown_library_version_is_run_on_stand_in_gpu(machine: BuildMachine) -> None:
+    """There are no built-in rules for it. The stand-in GPU then refuses torch of CUDA 12."""
     (machine.root / "deep_gemm" / "VERSION").write_text("9.9\n")
     (machine.root / "torch").mkdir()
     (machine.root / "torch" / "__init__.py").write_text("raise RuntimeError('not imported')\n")
@@ -396,7 +402,7 @@ def test_a_library_of_another_version_is_asked_itself(machine: BuildMachine) -> 
     assert not machine.cache.root.exists()
 
 
-def test_a_library_that_is_not_there(machine: BuildMachine) -> None:
+def test_library_option_with_invalid_path_is_refused(machine: BuildMachine) -> None:
     nowhere = machine.root / "nowhere"
     assert error_line(machine.run(*GEMM, "--library", str(nowhere)), 2) == (
         f"--library {nowhere} is not DeepGEMM: it has no include/deep_gemm; give one of "
@@ -405,8 +411,7 @@ def test_a_library_that_is_not_there(machine: BuildMachine) -> None:
     assert not machine.cache.root.exists()
 
 
-def test_a_library_by_its_path(machine: BuildMachine) -> None:
-    """Keys hold the path of the one that was given."""
+def test_library_option_accepts_a_path_and_puts_it_in_the_keys(machine: BuildMachine) -> None:
     other = machine.root / "other" / "deep_gemm"
     shutil.copytree(machine.root / "deep_gemm", other)
     output(machine.run(*GEMM, "--library", str(other)))
@@ -416,7 +421,7 @@ def test_a_library_by_its_path(machine: BuildMachine) -> None:
     assert_whole(machine, 4)
 
 
-def test_a_cache_of_another_target_refuses(machine: BuildMachine) -> None:
+def test_compile_into_cache_for_different_target_is_refused(machine: BuildMachine) -> None:
     output(machine.run(*GEMM))
     before = machine.stats()
     assert error_line(machine.run(*GEMM, "--target-root", "/opt/dg"), 2) == (
@@ -427,7 +432,7 @@ def test_a_cache_of_another_target_refuses(machine: BuildMachine) -> None:
     assert len(machine.compiled()) == 4
 
 
-def test_a_file_that_is_no_manifest_stops_the_build_before_it_begins(machine: BuildMachine) -> None:
+def test_invalid_manifest_stops_the_build_before_it_starts(machine: BuildMachine) -> None:
     machine.cache.root.mkdir()
     (machine.cache.root / "manifest.json").write_text("{}")
     assert "is not a manifest" in error_line(machine.run(*GEMM), 2)

@@ -1,4 +1,4 @@
-"""``runner compile`` on disks that fill, locks that do not open, and lost progress."""
+"""``runner compile`` on full disks, with unusable locks, and with broken progress output."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def fill_disk_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(KernelCache, "put", limited)
 
 
-def test_a_full_disk_keeps_what_was_built(
+def test_full_disk_keeps_finished_kernels_and_next_build_resumes(
     machine: BuildMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as limited:
@@ -68,7 +68,7 @@ def test_a_full_disk_keeps_what_was_built(
     assert_whole(machine, 4)
 
 
-def test_a_disk_too_full_for_the_manifest(
+def test_disk_too_full_for_the_manifest_is_an_error(
     machine: BuildMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -80,13 +80,13 @@ def test_a_disk_too_full_for_the_manifest(
         prebuild(request_for(machine))
 
 
-def test_a_lock_that_cannot_be_opened(machine: BuildMachine) -> None:
+def test_lock_file_that_cannot_be_opened_is_an_error(machine: BuildMachine) -> None:
     (machine.cache.root / ".lock").mkdir(parents=True)
     with pytest.raises(UserError, match=r"/dg: Is a directory$"):
         prebuild(request_for(machine))
 
 
-def test_without_file_locks_a_build_goes_on_and_leaves_what_may_be_anothers(
+def test_build_without_file_locks_warns_and_keeps_foreign_scratch(
     machine: BuildMachine, no_locks: None
 ) -> None:
     other = machine.cache.root / "tmp" / "build-4711"
@@ -97,7 +97,7 @@ def test_without_file_locks_a_build_goes_on_and_leaves_what_may_be_anothers(
     assert other.exists()
 
 
-def test_progress_that_cannot_be_shown_does_not_end_a_build_in_silence(
+def test_exception_in_progress_callback_is_reported_as_failed_build(
     machine: BuildMachine,
 ) -> None:
     def broken(done: int, total: int, fraction: float) -> None:
@@ -121,7 +121,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def build_on_small_disk(machine: BuildMachine, disk: Path) -> Manifest | None:
-    """Two of four kernels fit: what the build says, what it leaves, and its manifest."""
+    """Build four kernels where two fit, check what remains, and return the manifest."""
     (machine.root / "nvcc" / "kernel.cubin").write_bytes(tiny_cubin(bytes(100_000)))
     cache = KernelCache(disk / "dg")
     done = machine.run(*GEMM, "--cache-dir", str(cache.root), "--jobs", "1")
@@ -136,7 +136,9 @@ def build_on_small_disk(machine: BuildMachine, disk: Path) -> Manifest | None:
     return read_manifest(cache.root)
 
 
-def test_a_really_full_disk(machine: BuildMachine) -> None:
+def test_build_on_full_file_system_writes_manifest_of_finished_kernels(
+    machine: BuildMachine,
+) -> None:
     with small_disk(machine.root / "disk", "300k") as disk:
         manifest = build_on_small_disk(machine, disk)
         assert manifest is not None
@@ -145,7 +147,7 @@ def test_a_really_full_disk(machine: BuildMachine) -> None:
         ]
 
 
-def test_a_disk_that_two_kernels_fill(machine: BuildMachine) -> None:
+def test_build_on_file_system_without_room_for_manifest_has_none(machine: BuildMachine) -> None:
     page = 4  # a kernel is a page of source and 25 of machine code
     with small_disk(machine.root / "disk", f"{2 * 26 * page}k") as disk:
         assert build_on_small_disk(machine, disk) is None

@@ -1,4 +1,4 @@
-"""``runner overlap`` from its options to what it shows and writes."""
+"""``runner overlap``: options, printed tables and written files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def overlap(*arguments: str | Path) -> int:
 
 
 def compared(capsys: Capture, *arguments: str | Path) -> dict[str, Any]:
-    """The JSON, which is all that there is on standard output."""
+    """The JSON output, which must be the only text on standard output."""
     assert overlap(*arguments, "--json", "-") == 0
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert data["version"] == 1
@@ -104,7 +104,7 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(one) for one, _ in BAD])
-def test_bad_input_is_refused_in_one_line(
+def test_invalid_input_is_a_one_line_error(
     arguments: list[str], message: str, capsys: Capture
 ) -> None:
     assert overlap(*COMPARE, *arguments) == 2
@@ -113,7 +113,7 @@ def test_bad_input_is_refused_in_one_line(
     assert captured.err.count("\n") == 1 and captured.out == ""
 
 
-def test_outputs_that_contradict_each_other(tmp_path: Path, capsys: Capture) -> None:
+def test_conflicting_output_options_are_refused(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "best.toml"
     assert overlap(*COMPARE, "--save", path) == 2
     no_search = "--save writes the search's result: it does not go with --no-search"
@@ -133,7 +133,7 @@ def test_outputs_that_contradict_each_other(tmp_path: Path, capsys: Capture) -> 
         (["--overlap", "deepseek-decode"] * 2, ["deepseek-decode"]),
     ],
 )
-def test_without_a_search_there_is_no_best(
+def test_no_search_compares_named_strategies_only(
     arguments: list[str], expected: list[str], capsys: Capture
 ) -> None:
     data = compared(capsys, *COMPARE, *arguments)
@@ -150,7 +150,7 @@ def test_without_a_search_there_is_no_best(
     assert "best" not in text and "search" not in text
 
 
-def test_the_json_says_what_ran(capsys: Capture) -> None:
+def test_json_holds_the_settings(capsys: Capture) -> None:
     words = "--pp 2 --stage 1 --stage-layers 1,3 --hardware h20 --link gloo --prompt-len 7"
     data = compared(capsys, *COMPARE, *words.split(), "--batch", "9")
     assert (data["first_layer"], data["overlapped_layers"]) == (1, 3)
@@ -158,8 +158,8 @@ def test_the_json_says_what_ran(capsys: Capture) -> None:
     assert {name: data[name] for name in SETTINGS} == SETTINGS
 
 
-def test_each_part_of_a_step_is_somewhere(capsys: Capture) -> None:
-    """What is around the layers is waited for as a whole; the layers have all the rest."""
+def test_step_time_is_compute_plus_exposed_communication(capsys: Capture) -> None:
+    """Communication outside the layers is fully exposed; the layers account for the rest."""
     data = compared(capsys, *COMPARE, "--link", "nvlink")
     for run in data["runs"]:
         assert run["compute_seconds"] + run["exposed_seconds"] == pytest.approx(run["step_seconds"])
@@ -174,7 +174,7 @@ def test_each_part_of_a_step_is_somewhere(capsys: Capture) -> None:
         assert 0 < exposed < communicated
 
 
-def test_each_layers_exposed_communication(capsys: Capture) -> None:
+def test_per_layer_prints_exposed_communication_of_each_layer(capsys: Capture) -> None:
     data = compared(capsys, *COMPARE)
     assert overlap(*COMPARE, "--per-layer") == 0
     text = capsys.readouterr().out
@@ -188,10 +188,12 @@ def test_each_layers_exposed_communication(capsys: Capture) -> None:
     assert "Each layer's" not in capsys.readouterr().out
 
 
-# -- what is written ------------------------------------------------------------------------------
+# -- files that are written -----------------------------------------------------------------------
 
 
-def test_the_best_is_saved_and_runs_the_same_from_its_file(tmp_path: Path, capsys: Capture) -> None:
+def test_saved_best_strategy_gives_the_same_figures_when_loaded(
+    tmp_path: Path, capsys: Capture
+) -> None:
     path = tmp_path / "mine.toml"
     data = compared(capsys, *TINY, "--save", path)
     *others, best = data["runs"]
@@ -206,10 +208,10 @@ def test_the_best_is_saved_and_runs_the_same_from_its_file(tmp_path: Path, capsy
         assert again["runs"][0][figure] == others[0][figure]
 
 
-def test_what_is_shown_and_said_to_be_written(
+def test_search_prints_the_best_strategy_and_written_paths(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a search over few placements, among which are the named strategy's."""
+    """The search is limited to one order, that of the named strategy."""
     monkeypatch.setattr(
         "sim.overlap.search.legal_orders", lambda: iter([STRATEGIES["deepseek-decode"].operations])
     )
@@ -228,18 +230,20 @@ def test_what_is_shown_and_said_to_be_written(
     assert "Why: what the GPU waits for, deepseek-decode against the best" in text
 
 
-def test_the_picture_is_the_same_each_time(tmp_path: Path, capsys: Capture) -> None:
+def test_plot_is_reproducible(tmp_path: Path, capsys: Capture) -> None:
     pytest.importorskip("matplotlib")
     one, two = tmp_path / "one.svg", tmp_path / "two.svg"
     assert overlap(*COMPARE, "--plot", one) == 0
     assert capsys.readouterr().out.endswith(f"wrote {one}\n")
-    # With JSON on standard output nothing else is there.
+    # ``compared`` checks that --plot prints nothing beside the JSON.
     compared(capsys, *COMPARE, "--plot", two)
     text = one.read_bytes()
     assert text == two.read_bytes() and text.startswith(b"<?xml") and b"</svg>" in text
 
 
-def test_a_lead_beyond_the_stages_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_delta_stages_above_the_number_of_stages_is_refused(
+    tmp_path: Path, capsys: Capture
+) -> None:
     far = tmp_path / "far.toml"
     far.write_text(replace(STRATEGIES["deepseek-decode"], delta_stages=50).to_toml())
     assert overlap(*TINY, "--no-search", "--overlap", far) == 2
@@ -249,7 +253,7 @@ def test_a_lead_beyond_the_stages_is_refused(tmp_path: Path, capsys: Capture) ->
     )
 
 
-def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_two_strategies_with_one_name_are_refused(tmp_path: Path, capsys: Capture) -> None:
     paths = [tmp_path / name / "mine.toml" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -258,7 +262,9 @@ def test_strategies_of_one_name_are_refused(tmp_path: Path, capsys: Capture) -> 
     assert "two strategies are called mine: rename one of the files" in capsys.readouterr().err
 
 
-def test_only_the_search_needs_numpy(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_numpy_is_required_by_the_search_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     monkeypatch.setattr("runner.cli.overlap.find_spec", lambda name: None)
     assert overlap(*TINY) == 2
     assert capsys.readouterr().err == (

@@ -1,4 +1,4 @@
-"""``runner sim`` from its options to what it shows."""
+"""``runner sim``: options, figures and printed output."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def policies(capsys: Capture, *arguments: str) -> list[str]:
 # -- which policies -------------------------------------------------------------------------------
 
 
-def test_all_policies_unless_asked(capsys: Capture) -> None:
+def test_sim_runs_all_policies_by_default(capsys: Capture) -> None:
     assert policies(capsys) == ALL
     assert policies(capsys, "--warmup", "fast", "--warmup", "none", "--warmup", "fast") == [
         "fast",
@@ -93,7 +93,7 @@ PP_PARALLEL = "SGLANG_PP_PARALLEL_DEEPGEMM_WARMUP"
         ({"SGL_JIT_DEEPGEMM_FAST_WARMUP": "1"}, "fast"),
     ],
 )
-def test_sglangs_variables_choose_the_policy(
+def test_sglang_variables_choose_the_policy(
     variables: dict[str, str], expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -101,12 +101,16 @@ def test_sglangs_variables_choose_the_policy(
     assert policies(capsys) == [expected]
 
 
-def test_the_command_line_wins(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_option_overrides_sglang_variables(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(FAST, "1")
     assert policies(capsys, "--warmup", "planned", "--warmup", "none") == ["planned", "none"]
 
 
-def test_a_variable_that_is_no_boolean(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_boolean_sglang_variable_is_refused(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(PP_PARALLEL, "perhaps")
     assert sim(*TINY) == 2
     assert capsys.readouterr().err == (
@@ -117,7 +121,7 @@ def test_a_variable_that_is_no_boolean(capsys: Capture, monkeypatch: pytest.Monk
 # -- what is simulated ----------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> None:
+def test_json_figures_match_the_written_timeline(capsys: Capture, tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     (made,) = simulated(capsys, "--warmup", "none", "--timeline", str(path))
     (timeline,) = read_timelines(path)
@@ -141,7 +145,7 @@ def test_figures_are_those_of_the_timeline(capsys: Capture, tmp_path: Path) -> N
     assert max(node["planned"] - node["present"] for node in nodes) <= made["stalls"]
 
 
-def test_a_death_is_told_as_data(capsys: Capture) -> None:
+def test_json_describes_a_watchdog_timeout(capsys: Capture) -> None:
     (made,) = simulated(capsys, "--warmup", "none", "--nccl-timeout", "5", "--no-run-ahead")
     assert set(made["timeout"]) == {
         "time",
@@ -156,7 +160,7 @@ def test_a_death_is_told_as_data(capsys: Capture) -> None:
     assert made["timeout"]["needed"] == pytest.approx(made["longest_wait"], abs=1e-3)
 
 
-def test_options_reach_the_scenario_and_the_machine(
+def test_options_and_environment_reach_the_scenario(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "1,3")
@@ -216,14 +220,14 @@ def test_options_reach_the_scenario_and_the_machine(
     assert {name: made["meta"][name] for name in expected} == expected
 
 
-def test_nodes_are_one_a_stage_of_each_replica(capsys: Capture) -> None:
+def test_default_is_one_node_per_stage_and_replica(capsys: Capture) -> None:
     (made,) = simulated(capsys, "--warmup", "none", "--pp", "2", "--replicas", "3")
     assert (made["meta"]["nodes"], made["meta"]["hosts"]) == (6, 6)
     gpu = load_profile("h200").gpu
     assert made["meta"]["walk_memory"] == 0.12 * gpu.memory
 
 
-def test_phases_can_be_left_out(capsys: Capture) -> None:
+def test_skip_phase_and_weights_options_change_start_up_phases(capsys: Capture) -> None:
     def phases(*arguments: str) -> dict[str, float]:
         (made,) = simulated(capsys, "--warmup", "none", *arguments)
         return {
@@ -244,23 +248,23 @@ def test_phases_can_be_left_out(capsys: Capture) -> None:
     assert set(phases("--weights", "dummy")) == {"imports", "process group", "weights"}
 
 
-def test_a_prefill_node_is_foretold_without_decode(capsys: Capture) -> None:
+def test_prefill_node_compiles_no_decode_kernels(capsys: Capture) -> None:
     (prefill,) = simulated(capsys, "--warmup", "none", "--disaggregation-mode", "prefill")
     (both,) = simulated(capsys, "--warmup", "none")
     assert prefill["kernels_compiled"] < both["kernels_compiled"]
 
 
-# -- what is shown --------------------------------------------------------------------------------
+# -- printed output -------------------------------------------------------------------------------
 
 
-def test_timelines_are_written_and_compare(tmp_path: Path, capsys: Capture) -> None:
+def test_written_timelines_can_be_compared(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "t.json"
     assert sim(*TINY, "--timeline", str(path)) == 0
     assert [t.policy for t in read_timelines(path)] == ALL
     assert run_guarded(cli, ["compare", str(path), str(path)], program="runner") == 0
 
 
-def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> None:
+def test_table_has_one_row_per_policy_and_ends_with_advice(capsys: Capture) -> None:
     assert sim(*TINY, "--nccl-timeout", "5", "--no-run-ahead") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node")
@@ -277,13 +281,13 @@ def test_every_policy_is_a_row_and_the_advice_comes_last(capsys: Capture) -> Non
     assert max(map(len, lines[3:-10])) <= 100
 
 
-def test_one_policy_is_drawn_rank_by_rank(capsys: Capture) -> None:
+def test_single_policy_output_shows_each_rank_without_advice(capsys: Capture) -> None:
     assert sim(*TINY, "--warmup", "none") == 0
     out = capsys.readouterr().out
     assert "take " not in out and "rank 7" in out.replace("  ", " ")
 
 
-def test_a_timeline_on_stdout_is_only_that(capsys: Capture) -> None:
+def test_timeline_on_stdout_is_the_only_output(capsys: Capture) -> None:
     assert sim(*TINY, "--warmup", "none", "--timeline", "-") == 0
     assert len(json.loads(capsys.readouterr().out)["timelines"]) == 1
 
@@ -329,7 +333,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=lambda text: text.replace(" ", "_"))
-def test_bad_input(arguments: str, capsys: Capture) -> None:
+def test_invalid_input_is_a_one_line_error(arguments: str, capsys: Capture) -> None:
     assert sim(*arguments.split()) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -340,7 +344,9 @@ def test_bad_input(arguments: str, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     "text", ["\xff", "[]", "{}", "3", '{"name": "x"}', None], ids=lambda text: repr(text)[:12]
 )
-def test_a_bad_profile_file_is_one_line(text: str | None, tmp_path: Path, capsys: Capture) -> None:
+def test_invalid_profile_file_is_a_one_line_error(
+    text: str | None, tmp_path: Path, capsys: Capture
+) -> None:
     path = tmp_path / "profile.json"
     good = json.dumps(load_profile("h200").to_json())
     load = f'"load": {load_profile("h200").cache.load}'
@@ -364,14 +370,14 @@ def in_a_process(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_command_of_runner_imports_torch_or_numpy() -> None:
+def test_sim_imports_neither_torch_numpy_nor_matplotlib() -> None:
     in_a_process(
         f"run_guarded(cli, ['sim', *{TINY!r}], program='runner')\n"
         "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     )
 
 
-def test_help_imports_no_subcommand() -> None:
+def test_help_imports_no_subcommand_dependencies() -> None:
     in_a_process(
         "run_guarded(cli, ['--help'], program='runner')\n"
         "assert not {'rich', 'sim', 'runner.model'} & set(sys.modules), sys.modules.keys()"

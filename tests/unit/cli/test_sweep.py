@@ -1,4 +1,4 @@
-"""``runner sweep`` from its options to what it shows."""
+"""``runner sweep``: options, points and printed output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runner.errors import WorkFailedError, run_guarded
 from runner.report.picture import SUFFIXES
 from sim.sweep.run import Case, simulate_case
 
-AT_ONCE = "--skip-phase imports --skip-phase process-group --skip-phase weights"
+NO_START_UP = "--skip-phase imports --skip-phase process-group --skip-phase weights"
 Capture = pytest.CaptureFixture[str]
 TINY = ["--model", "dsv4-tiny", "--batch-sizes", "1", "--max-tokens", "64", "--jobs", "1"]
 
@@ -38,7 +38,7 @@ def axes_of(items: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
     return {tuple(item[name] for name in names) for item in items}
 
 
-def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
+def test_every_combination_is_simulated_or_skipped_with_a_reason(capsys: Capture) -> None:
     data = swept(capsys, "--pp 1,2 --tp 1,3 --nodes 1,2 --cores 4 --warmup none,planned")
     fits = {
         (policy, pp, 1, False, nodes, 4)
@@ -59,7 +59,7 @@ def test_every_combination_is_simulated_or_skipped(capsys: Capture) -> None:
     assert len(data["skipped"]) == 10 and data["unfinished"] == []
 
 
-def test_a_point_is_what_sim_predicts(capsys: Capture) -> None:
+def test_point_has_the_figures_that_sim_predicts(capsys: Capture) -> None:
     layout = "--pp 2 --tp 2 --cores 3 --nodes 2 --warmup pp-parallel --ep"
     arguments = ["sim", *TINY[:-2], *layout.split(), "--json", "-"]
     assert run_guarded(cli, arguments, program="runner") == 0
@@ -72,7 +72,7 @@ def test_a_point_is_what_sim_predicts(capsys: Capture) -> None:
     assert point["kernels_present"] == min(n["present"] for n in predicted["meta"]["coverage"])
 
 
-def test_defaults_are_those_of_sim(capsys: Capture) -> None:
+def test_default_axes_and_settings(capsys: Capture) -> None:
     data = swept(capsys)
     assert axes_of(data["points"]) == {
         (policy, 4, 2, False, 4, 16) for policy in ("none", "pp-parallel", "planned")
@@ -109,14 +109,14 @@ def test_defaults_are_those_of_sim(capsys: Capture) -> None:
     }
 
 
-def test_lists_may_come_in_several_options(capsys: Capture) -> None:
+def test_repeated_options_and_comma_lists_combine(capsys: Capture) -> None:
     data = swept(capsys, "--warmup none --warmup planned --pp 1 --pp 2,1")
     assert axes_of(data["points"]) == {
         (policy, pp, 2, False, pp, 16) for policy in ("none", "planned") for pp in (1, 2)
     }
 
 
-def test_stage_layers_of_the_environment_fit_their_own_pp(
+def test_stage_layers_from_environment_skip_other_pp(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_PP_LAYER_PARTITION", "2,6")
@@ -127,7 +127,7 @@ def test_stage_layers_of_the_environment_fit_their_own_pp(
     assert data["settings"]["stage_layers"] == [2, 6]
 
 
-def test_table_picture_and_json(capsys: Capture, tmp_path: Path) -> None:
+def test_sweep_prints_table_and_writes_plot_and_json(capsys: Capture, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot, path = tmp_path / "sweep.svg", tmp_path / "sweep.json"
     assert sweep(f"--tp 2,3 --plot {plot} --json {path}") == 0
@@ -144,14 +144,14 @@ def test_table_picture_and_json(capsys: Capture, tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["points"]) == 3
 
 
-def test_json_on_stdout_is_only_json(capsys: Capture, tmp_path: Path) -> None:
+def test_json_on_stdout_is_the_only_output(capsys: Capture, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     swept(capsys, f"--warmup none --plot {tmp_path / 'sweep.png'}")
     assert (tmp_path / "sweep.png").exists()
 
 
-def test_a_timeout_is_shown(capsys: Capture) -> None:
-    assert sweep(f"--warmup none,planned --nccl-timeout 5 --no-run-ahead {AT_ONCE}") == 0
+def test_runs_ended_by_the_watchdog_are_marked(capsys: Capture) -> None:
+    assert sweep(f"--warmup none,planned --nccl-timeout 5 --no-run-ahead {NO_START_UP}") == 0
     out = capsys.readouterr().out
     assert "time-out: the watchdog ends 1 of these runs; none is on the frontier" in out
     rows = [line.split() for line in out.splitlines() if " off " in line]
@@ -185,7 +185,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=lambda text: text.replace(" ", "_"))
-def test_bad_input(arguments: str, capsys: Capture) -> None:
+def test_invalid_input_is_a_one_line_error(arguments: str, capsys: Capture) -> None:
     assert sweep(arguments) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if not line.startswith("sweep: ")]
@@ -193,7 +193,7 @@ def test_bad_input(arguments: str, capsys: Capture) -> None:
     assert len(lines) == 1 and lines[0].startswith(f"error: {BAD[arguments]}")
 
 
-def test_other_reasons_are_counted(capsys: Capture) -> None:
+def test_error_counts_further_reasons_for_skipping(capsys: Capture) -> None:
     assert sweep("--tp 3,2 --nodes 4,5 --pp 1") == 2
     assert capsys.readouterr().err == (
         "error: none of 12 combinations fits: nodes=4 must divide the 3 ranks of replicas=1 x pp=1"
@@ -201,7 +201,7 @@ def test_other_reasons_are_counted(capsys: Capture) -> None:
     )
 
 
-def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
+def test_sweep_imports_neither_torch_numpy_nor_matplotlib() -> None:
     code = (
         "import sys; from runner.cli import cli; from runner.errors import run_guarded\n"
         f"run_guarded(cli, ['sweep', *{TINY!r}], program='runner')\n"
@@ -212,7 +212,7 @@ def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# -- stopped --------------------------------------------------------------------------------------
+# -- interruption ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_neither_the_command_nor_its_processes_import_torch_or_numpy() -> None:
     ],
     ids=["interrupted", "lost"],
 )
-def test_a_stopped_sweep_shows_what_it_has(
+def test_stopped_sweep_shows_finished_points(
     stop: BaseException,
     code: int,
     line: str,
@@ -248,7 +248,7 @@ def test_a_stopped_sweep_shows_what_it_has(
 
 
 def test_ctrl_c_ends_every_process_without_a_traceback(tmp_path: Path) -> None:
-    """As a terminal sends it: to the command and to its processes."""
+    """A terminal sends SIGINT to the whole process group."""
     cores = ",".join(map(str, range(1, 100)))
     words = f"-m runner sweep --jobs 2 --tp 1,2,4,8 --cores {cores}"
     command = [sys.executable, *words.split()]

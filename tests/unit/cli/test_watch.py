@@ -1,4 +1,4 @@
-"""``runner watch``: every compile is reported, and forbidden ones are refused."""
+"""``runner watch``: reports every compile and refuses forbidden ones."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(120)
 MIDDLE_WORDS = "sm90_fp8_gemm_1d2d (tile 32x32x128, 16 stages, 132 SMs)"
 
 
-def test_every_compile_is_reported(room: Path, fake_nvcc: Path) -> None:
+def test_watch_reports_every_compile_and_a_summary_per_process(room: Path, fake_nvcc: Path) -> None:
     steps = ["compile=../small.cu", "rank=3", "compile=../middle.cu", "compile=../middle.cu"]
     ran = run(room, fake_nvcc, server(room, *steps))
     assert ran.code == 0
@@ -44,13 +44,15 @@ def test_every_compile_is_reported(room: Path, fake_nvcc: Path) -> None:
     assert cubins == sorted([SMALL.kernel.body, MIDDLE.kernel.body, MIDDLE.kernel.body])
 
 
-def test_a_command_that_compiles_nothing(room: Path, fake_nvcc: Path) -> None:
+def test_command_without_compiles_gets_only_a_summary(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room))
     assert (ran.code, ran.out) == (0, [f"pid {ran.pid}"])
     assert len(ran.err) == 1 and summary(ran.err[0], 0, 0)
 
 
-def test_a_compile_that_fails_is_the_servers_affair(room: Path, fake_nvcc: Path) -> None:
+def test_failed_compile_is_reported_but_does_not_change_the_exit_code(
+    room: Path, fake_nvcc: Path
+) -> None:
     ran = run(room, fake_nvcc, server(room, "compile=../broken.cu"))
     assert ran.code == 0
     assert ran.compiles == ["compile 3 error: it is broken"]
@@ -58,7 +60,7 @@ def test_a_compile_that_fails_is_the_servers_affair(room: Path, fake_nvcc: Path)
     assert summary(ran.err[1], 1, 1, r", pid .*: 1")
 
 
-def test_as_json(room: Path, fake_nvcc: Path) -> None:
+def test_json_describes_each_compile(room: Path, fake_nvcc: Path) -> None:
     steps = ["compile=../small.cu", "touch=flag", "rank=3", "compile=../broken.cu", "exit=0"]
     command = server(room, *steps)
     ran = run(room, fake_nvcc, command, "--json", "out.json", "--forbid-after", "flag")
@@ -98,7 +100,7 @@ def test_as_json(room: Path, fake_nvcc: Path) -> None:
     assert [second[name] for name in fields] == [97, True, 3, ran.pid, "unknown", {}, None]
 
 
-def test_the_command_that_asked(room: Path, fake_nvcc: Path) -> None:
+def test_compile_record_names_the_requesting_command(room: Path, fake_nvcc: Path) -> None:
     command = server(room, "compile=../small.cu", "port=8000", r"a\nb", "two\nlines")
     ran = run(room, fake_nvcc, command, "--json", "out.json")
     (compiled,) = json.loads((room / "out.json").read_text())["compiles"]
@@ -106,7 +108,7 @@ def test_the_command_that_asked(room: Path, fake_nvcc: Path) -> None:
     assert f"pid {ran.pid} ({Path(sys.executable).name})" in ran.err[0]
 
 
-def test_a_rank_that_is_no_number(room: Path, fake_nvcc: Path) -> None:
+def test_invalid_rank_variable_is_recorded_as_minus_1(room: Path, fake_nvcc: Path) -> None:
     steps = [
         "compile=../small.cu",
         "rank=first",
@@ -120,8 +122,8 @@ def test_a_rank_that_is_no_number(room: Path, fake_nvcc: Path) -> None:
     assert [item["rank"] for item in compiles] == [-1, -1, -1]
 
 
-def test_who_asked_is_above_shells_and_other_shims(room: Path, fake_nvcc: Path) -> None:
-    """A watch in a watch: the outer shim is started by the inner one."""
+def test_nested_watch_records_the_server_as_requester(room: Path, fake_nvcc: Path) -> None:
+    """The inner watch's shim starts the outer one; neither counts as the requester."""
     inner = [*RUNNER, "--", *server(room, "compile=../small.cu")]
     ran = run(room, fake_nvcc, inner, "--json", "out.json")
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
@@ -130,7 +132,7 @@ def test_who_asked_is_above_shells_and_other_shims(room: Path, fake_nvcc: Path) 
     assert [reports(line, SMALL_WORDS) for line in ran.err].count(True) == 2
 
 
-def test_a_command_line_that_is_no_text(room: Path, fake_nvcc: Path) -> None:
+def test_command_line_that_is_not_utf_8_is_accepted(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, [*server(room, "compile=../small.cu"), b"\xff"])
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
     assert summary(ran.err[-1], 1, 1, ", pid .*")
@@ -139,7 +141,7 @@ def test_a_command_line_that_is_no_text(room: Path, fake_nvcc: Path) -> None:
 # Forbidding
 
 
-def test_no_compile_at_all(room: Path, fake_nvcc: Path) -> None:
+def test_forbid_after_0_refuses_every_compile(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "0")
     assert ran.code == 1
     assert ran.compiles == ["compile 97 a DeepGEMM compile is forbidden by now: DIR/kernel.cu"]
@@ -149,7 +151,7 @@ def test_no_compile_at_all(room: Path, fake_nvcc: Path) -> None:
     assert list(room.rglob("kernel.cubin")) == []
 
 
-def test_no_compile_once_a_file_exists(room: Path, fake_nvcc: Path) -> None:
+def test_forbid_after_file_refuses_compiles_once_it_exists(room: Path, fake_nvcc: Path) -> None:
     steps = ["compile=../small.cu", "touch=ready", "compile=../middle.cu", "exit=4"]
     ran = run(room, fake_nvcc, server(room, *steps), "--forbid-after", "ready")
     assert ran.code == 1
@@ -160,21 +162,23 @@ def test_no_compile_once_a_file_exists(room: Path, fake_nvcc: Path) -> None:
     assert ran.err[3:] == ["error: 1 compiles after they were forbidden; the command ended with 4"]
 
 
-def test_a_file_that_never_comes_forbids_nothing(room: Path, fake_nvcc: Path) -> None:
+def test_forbid_after_file_that_never_appears_refuses_nothing(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "ready")
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
     assert not (room / "ready").exists()
 
 
-def test_nothing_compiled_after_it_was_forbidden(room: Path, fake_nvcc: Path) -> None:
+def test_exit_code_is_0_if_nothing_compiles_after_the_file_appears(
+    room: Path, fake_nvcc: Path
+) -> None:
     ran = run(
         room, fake_nvcc, server(room, "compile=../small.cu", "touch=x"), "--forbid-after", "x"
     )
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
 
 
-def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
-    """The server waits for the flag itself, however late it comes."""
+def test_forbid_after_seconds_refuses_later_compiles(room: Path, fake_nvcc: Path) -> None:
+    """The server waits for watch's own flag file, so a slow machine does not matter."""
     flag = room / "work" / "forbidden"
     steps = ["compile=../small.cu", f"await={flag}", "compile=../middle.cu"]
     done = watched(room, fake_nvcc, *steps, forbid_after=0.3)
@@ -186,7 +190,7 @@ def test_no_compile_after_some_seconds(room: Path, fake_nvcc: Path) -> None:
     assert done.forbidden[-1] == done.records[-1]
 
 
-def test_seconds_that_do_not_pass_forbid_nothing(room: Path, fake_nvcc: Path) -> None:
+def test_forbid_after_seconds_not_yet_reached_refuses_nothing(room: Path, fake_nvcc: Path) -> None:
     done = watched(room, fake_nvcc, "compile=../small.cu", forbid_after=3600.0)
     assert (done.forbidden, len(done.compiled)) == ([], 1)
 
@@ -194,7 +198,7 @@ def test_seconds_that_do_not_pass_forbid_nothing(room: Path, fake_nvcc: Path) ->
 # Records
 
 
-def test_each_compile_is_reported_once_with_its_time(room: Path, fake_nvcc: Path) -> None:
+def test_on_compile_is_called_once_per_compile_with_its_start(room: Path, fake_nvcc: Path) -> None:
     seen: list[tuple[CompileRecord, float]] = []
     done = watched(
         room,
@@ -223,7 +227,7 @@ def killing_nvcc(tmp_path: Path, victim: str) -> Path:
     return path
 
 
-def test_a_killed_compile_never_ended(room: Path, tmp_path: Path) -> None:
+def test_killed_compile_is_recorded_as_never_ended(room: Path, tmp_path: Path) -> None:
     nvcc = killing_nvcc(tmp_path, "$PPID")
     ran = run(room, nvcc, server(room, "compile=../small.cu"), "--json", "out.json")
     assert ran.code == 0
@@ -239,14 +243,16 @@ def test_a_killed_compile_never_ended(room: Path, tmp_path: Path) -> None:
     assert only["start"] >= 0
 
 
-def test_a_killed_compiler_is_a_failure(room: Path, tmp_path: Path) -> None:
+def test_killed_nvcc_is_recorded_as_failed_compile(room: Path, tmp_path: Path) -> None:
     nvcc = killing_nvcc(tmp_path, "$$")
     ran = run(room, nvcc, server(room, "compile=../small.cu"))
     assert reports(ran.err[0], SMALL_WORDS, outcome=rf"{TIME}, failed with 137")
     assert ran.compiles[0].startswith("compile 137")
 
 
-def test_the_m_that_a_kernel_serves(room: Path, fake_nvcc: Path, tmp_path: Path) -> None:
+def test_report_says_which_m_of_the_plan_a_kernel_serves(
+    room: Path, fake_nvcc: Path, tmp_path: Path
+) -> None:
     plan = tmp_path / "plan.json"
     keys = keys_for(small_library(tmp_path / "deep_gemm"))
     plan.write_text(json.dumps({**plan_to_json(small_plan(max_m=20), keys), "for": "x"}))

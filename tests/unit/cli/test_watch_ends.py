@@ -1,4 +1,4 @@
-"""``runner watch``: how it ends, with the command and on bad input."""
+"""``runner watch``: exit codes, signals and invalid input."""
 
 import json
 import os
@@ -30,7 +30,9 @@ pytestmark = pytest.mark.timeout(120)
     ("step", "code"),
     [("exit=0", 0), ("exit=3", 3), ("exit=97", 97), ("kill=9", 137), ("kill=15", 143)],
 )
-def test_the_commands_exit_code(room: Path, fake_nvcc: Path, step: str, code: int) -> None:
+def test_watch_exits_with_the_commands_exit_code(
+    room: Path, fake_nvcc: Path, step: str, code: int
+) -> None:
     ran = run(room, fake_nvcc, server(room, step), "--json", "out.json")
     assert ran.code == code
     assert summary(ran.err[0], 0, 0)
@@ -39,7 +41,7 @@ def test_the_commands_exit_code(room: Path, fake_nvcc: Path, step: str, code: in
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_the_command(room: Path, fake_nvcc: Path, number: int) -> None:
+def test_signals_are_forwarded_to_the_command(room: Path, fake_nvcc: Path, number: int) -> None:
     command = [*RUNNER, "--", *server(room, "compile=../small.cu", "wait")]
     with subprocess.Popen(
         command,
@@ -62,18 +64,18 @@ def test_a_signal_reaches_the_command(room: Path, fake_nvcc: Path, number: int) 
 
 
 def wait_for(path: Path, *numbers: int) -> None:
-    """Until a server has counted these signals, in whatever order."""
+    """Wait until a server has counted all these signals, in any order."""
     while not (path.exists() and {*map(str, numbers)} <= {*path.read_text().split()}):
         time.sleep(0.01)
 
 
-def test_an_interrupt_reaches_the_commands_group_once_and_the_rest_the_command(
+def test_interrupt_reaches_each_process_of_the_command_exactly_once(
     room: Path, fake_nvcc: Path
 ) -> None:
-    """As a terminal interrupts: the watch's whole group.
+    """A terminal sends SIGINT to watch's whole process group.
 
-    The watch is stopped meanwhile. What the server gets before the signal of our own came from
-    the terminal, and what it gets later from the watch.
+    Watch is paused meanwhile: signals that reach the server before our SIGTERM came from the
+    terminal, later ones from watch.
     """
     steps = ["child=count=child await=go", "await=child", "count=parent", "await=go"]
     with subprocess.Popen(
@@ -109,7 +111,7 @@ def test_an_interrupt_reaches_the_commands_group_once_and_the_rest_the_command(
     assert (room / "child").read_text().split() == ["2"]
 
 
-def test_a_watch_that_fails_ends_the_command(
+def test_exception_in_watch_terminates_the_command(
     room: Path, fake_nvcc: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(record: CompileRecord, seconds: float) -> None:
@@ -132,7 +134,7 @@ def refused(
     assert not (room / "ran").exists()
 
 
-def test_a_command_that_does_not_exist(room: Path, fake_nvcc: Path) -> None:
+def test_command_that_cannot_be_run_is_refused(room: Path, fake_nvcc: Path) -> None:
     line = "cannot run no-such-server: No such file or directory"
     refused(room, fake_nvcc, line=line, program="no-such-server")
     (room / "text").write_text("")
@@ -140,12 +142,12 @@ def test_a_command_that_does_not_exist(room: Path, fake_nvcc: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["DG_JIT_USE_NVRTC", "SGLANG_DG_USE_NVRTC"])
-def test_compiles_inside_the_process_cannot_be_seen(room: Path, fake_nvcc: Path, name: str) -> None:
+def test_watch_refuses_nvrtc(room: Path, fake_nvcc: Path, name: str) -> None:
     line = f"{name} is set: compiles inside the process cannot be seen; unset it"
     refused(room, fake_nvcc, line=line, **{name: "1"})
 
 
-def test_nvrtc_turned_off_is_fine(room: Path, fake_nvcc: Path) -> None:
+def test_watch_accepts_nvrtc_variable_set_to_0(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), DG_JIT_USE_NVRTC="0")
     assert (ran.code, ran.compiles) == (0, ["compile 0 "])
 
@@ -162,28 +164,30 @@ def test_nvrtc_turned_off_is_fine(room: Path, fake_nvcc: Path) -> None:
         (["--plan", "gone"], "Invalid value for '--plan': File 'gone' does not exist."),
     ],
 )
-def test_bad_options(room: Path, fake_nvcc: Path, options: list[str], line: str) -> None:
+def test_invalid_options_are_refused(
+    room: Path, fake_nvcc: Path, options: list[str], line: str
+) -> None:
     refused(room, fake_nvcc, *options, line=line)
 
 
-def test_a_bad_plan(room: Path, fake_nvcc: Path) -> None:
+def test_invalid_plan_file_is_refused(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, server(room, "touch=ran"), "--plan", "../small.cu")
     assert (ran.code, ran.out, len(ran.err)) == (2, [], 1)
     assert ran.err[0].startswith("error: ../small.cu is not a plan from runner plan --json: ")
     assert not (room / "ran").exists()
 
 
-def test_an_nvcc_that_is_not_there(room: Path, tmp_path: Path) -> None:
+def test_missing_nvcc_is_refused(room: Path, tmp_path: Path) -> None:
     nvcc = tmp_path / "gone"
     refused(room, nvcc, line=f"DG_JIT_NVCC_COMPILER={nvcc} is not a file: it must be nvcc")
 
 
-def test_no_command(room: Path, fake_nvcc: Path) -> None:
+def test_watch_requires_a_command(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, [])
     assert (ran.code, ran.err) == (2, ["error: Missing argument 'COMMAND...'."])
 
 
-def test_options_behind_the_command_are_the_commands(room: Path, fake_nvcc: Path) -> None:
+def test_options_after_the_command_belong_to_the_command(room: Path, fake_nvcc: Path) -> None:
     command = [*RUNNER, "echo", "--json", "x.json", "--port", "80"]
     done = subprocess.run(
         command, cwd=room, env=environment(fake_nvcc), capture_output=True, text=True, check=False
@@ -192,7 +196,7 @@ def test_options_behind_the_command_are_the_commands(room: Path, fake_nvcc: Path
     assert not (room / "x.json").exists()
 
 
-def test_the_commands_own_dashes_stay_its_own(room: Path, fake_nvcc: Path) -> None:
+def test_double_dash_after_the_command_is_passed_on(room: Path, fake_nvcc: Path) -> None:
     ran = run(room, fake_nvcc, ["echo", "--plan", "--", "--help"])
     assert (ran.code, ran.out) == (0, ["--plan -- --help"])
 

@@ -1,4 +1,4 @@
-"""Which policy to take and why, and what is printed of predictions."""
+"""The recommended policy and its reason, and printed predictions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ META: dict[str, Any] = {
 
 
 def prediction(policy: str, up: float, stalls: int = 0, **changes: Any) -> Prediction:
-    """Up at ``up``, all served 10 s later; 2 s of compiling a stall."""
+    """Up at ``up``, all requests served 10 s later; each stall is 2 s of compiling."""
     spans = (
         Span(0, 0.0, 3.0, "compile", "gemm", "a"),
         Span(0, 3.0, 4.0, "compile", "gemm", "a"),
@@ -72,7 +72,7 @@ NO_SURVIVOR = "no policy survives its longest wait"
 @pytest.mark.parametrize(
     ("predictions", "policy", "reason"),
     [
-        # A stall's seconds count like those of the start-up, whatever the number of stalls.
+        # A second of stall counts like a second of start-up; the number of stalls does not.
         ([("none", 90, 40), ("planned", 20)], "planned", PLANNED_20),
         ([("fast", 30, 2), ("planned", 35)], "fast", f"up after 30 s; leaves {stalls(2, 4)}"),
         (
@@ -81,17 +81,17 @@ NO_SURVIVOR = "no policy survives its longest wait"
             f"up after 35 s; leaves {NOTHING}; {SOONER['fast']}",
         ),
         ([("full", 30, 4), ("fast", 20, 4)], "fast", f"up after 20 s; leaves {stalls(4, 8)}"),
-        # Of equal sums what is up first; of equal policies the first.
+        # Ties go to the policy that is up first, then to the first one given.
         ([("planned", 30), ("fast", 20, 5)], "fast", f"up after 20 s; leaves {stalls(5, 10)}"),
         ([("full", 20), ("relax", 20)], "full", PLANNED_20),
-        # What is up sooner is named, what is up at the same time is not.
+        # Policies that are up sooner are named, those up at the same time are not.
         (
             [("pp-parallel", 15.4, 40), ("planned", 20)],
             "planned",
             f"{PLANNED_20}; {SOONER['pp-parallel']}",
         ),
         ([("none", 20, 7), ("planned", 20)], "planned", PLANNED_20),
-        # prebuilt needs a cache, so the best other one is named, and named once.
+        # prebuilt needs a cache, so the best other policy is named too, once.
         (
             [("prebuilt", 30), ("fast", 20, 10)],
             "prebuilt",
@@ -108,12 +108,14 @@ NO_SURVIVOR = "no policy survives its longest wait"
         ([("prebuilt", 21), ("planned", 20)], "planned", PLANNED_20),
     ],
 )
-def test_the_policy_to_take(predictions: list[tuple[Any, ...]], policy: str, reason: str) -> None:
+def test_advice_names_best_policy_and_reason(
+    predictions: list[tuple[Any, ...]], policy: str, reason: str
+) -> None:
     best, why = advise([prediction(*one) for one in predictions])
     assert (best.timeline.policy, why) == (policy, reason)
 
 
-def test_seconds_of_stalls_count_and_not_their_number() -> None:
+def test_advice_weighs_stall_seconds_not_stall_count() -> None:
     few, many = (prediction("a", 20, 1, stall_seconds=30.0), prediction("b", 20, 9))
     best, why = advise([few, replace(many, stall_seconds=10.0)])
     assert (best.timeline.policy, why) == ("b", f"up after 20 s; leaves {stalls(9, 10)}")
@@ -130,7 +132,7 @@ def test_seconds_of_stalls_count_and_not_their_number() -> None:
         (["prebuilt", 2], ["planned", 20], "planned", PLANNED_20),
     ],
 )
-def test_a_policy_that_dies_is_not_taken(
+def test_policy_that_times_out_is_not_advised(
     dying: list[Any], alive: list[Any], policy: str, reason: str
 ) -> None:
     best, why = advise([prediction(*dying, timeout=LOST), prediction(*alive)])
@@ -141,8 +143,10 @@ def test_a_policy_that_dies_is_not_taken(
     ("of_hosts", "start"),
     [(False, f"{NO_SURVIVOR}: raise --nccl-timeout; "), (True, f"{NO_SURVIVOR}; ")],
 )
-def test_where_all_die_the_best_of_them(of_hosts: bool, start: str) -> None:
-    lost = replace(LOST, of_hosts=of_hosts)  # No option raises the limit of hosts.
+def test_if_all_policies_time_out_the_best_is_advised_with_a_warning(
+    of_hosts: bool, start: str
+) -> None:
+    lost = replace(LOST, of_hosts=of_hosts)  # No option raises the hosts' limit.
     best, why = advise(
         [prediction("none", 90, 40, timeout=LOST), prediction("fast", 30, 4, timeout=lost)]
     )
@@ -150,7 +154,7 @@ def test_where_all_die_the_best_of_them(of_hosts: bool, start: str) -> None:
     assert why == f"{start}up after 30 s; leaves {stalls(4, 8)}"
 
 
-# -- what is shown --------------------------------------------------------------------------------
+# -- printed output -------------------------------------------------------------------------------
 
 
 def rows_of(*predictions: Prediction) -> list[str]:
@@ -159,7 +163,7 @@ def rows_of(*predictions: Prediction) -> list[str]:
     return [" ".join(line.split()) for line in out.getvalue().splitlines()]
 
 
-def test_a_policy_is_a_row() -> None:
+def test_table_has_one_row_per_policy() -> None:
     rows = rows_of(prediction("planned", 20), prediction("none", 90.06, 40, timeout=LOST))
     # The worst node has 3 of 12 kernels: a quarter.
     assert "planned 20.0 30.0 2 1 4 25% 0 0 17.2 -" in rows
@@ -175,8 +179,8 @@ def test_a_policy_is_a_row() -> None:
         (120.5, "(120.5) (130.5)"),
     ],
 )
-def test_times_after_a_death_are_in_brackets(up: float, shown: str) -> None:
-    """It dies at 120.4 s; all is served 10 s after it is up."""
+def test_times_after_the_timeout_are_in_parentheses(up: float, shown: str) -> None:
+    """The run times out at 120.4 s; all requests are served 10 s after it is up."""
     assert f"none {shown} 2 1 4 25% 0 0 17.2 120" in rows_of(prediction("none", up, timeout=LOST))
     alive = shown.replace("(", "").replace(")", "")
     assert f"none {alive} 2 1 4 25% 0 0 17.2 -" in rows_of(prediction("none", up))
@@ -189,7 +193,7 @@ def printed(
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_title_validation_death_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_has_title_validation_timeout_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
     both = prediction("none", 90, 40, timeout=LOST), prediction("planned", 20)
     lines = printed(capsys, *both, start=StartPhases())
     assert lines[:6] == [
@@ -208,7 +212,7 @@ def test_title_validation_death_and_advice(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-def test_a_death_at_the_limit_of_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_timeout_at_the_hosts_limit(capsys: pytest.CaptureFixture[str]) -> None:
     lost = replace(LOST, time=7210.0, operation="barrier", of_hosts=True)
     assert " ".join(printed(capsys, prediction("none", 9000, timeout=lost))[-2:]) == (
         "none: its hosts' limit ends this run at 7210 s: rank 6 waits for rank 2 in barrier while "
@@ -216,11 +220,13 @@ def test_a_death_at_the_limit_of_hosts(capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
-def test_one_policy_needs_no_advice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_policy_gets_no_advice(capsys: pytest.CaptureFixture[str]) -> None:
     assert not [line for line in printed(capsys, prediction("none", 9)) if line.startswith("take")]
 
 
-def test_titles(capsys: pytest.CaptureFixture[str]) -> None:
+def test_title_names_shared_hosts_estimates_replicas_and_requests(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     one = prediction("none", 9)
     shared = printed(capsys, with_meta(one, hosts=2))[0]
     assert shared.endswith("on 4 node(s), h200, 16 cores for each 2 nodes")

@@ -1,4 +1,4 @@
-"""How long a compile takes."""
+"""Predicted compile times."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def times(**changes: object) -> CompileTimes:
     return CompileTimes(**values)  # type: ignore[arg-type]
 
 
-def test_kernels_of_a_family_instantiate_one_template() -> None:
+def test_template_of_names_the_template_of_a_kernel() -> None:
     assert template_of(DENSE) == template_of(MASKED) == "sm90_fp8_gemm_1d2d"
     assert template_of(PRENORM) == "sm90_tf32_hc_prenorm_gemm"
     assert template_of(kernel(T.GEMM_NT_BF16BF16F32, 64, 256, 4096)) == "sm90_bf16_gemm"
     assert template_of(TRANSPOSE) == "transpose_fp32"
 
 
-def test_a_configuration_is_the_same_for_every_shape() -> None:
+def test_config_key_does_not_depend_on_shape() -> None:
     one, other = (kernel(T.TF32_HC_PRENORM_GEMM, 64, 24, k) for k in (2048, 4096))
     assert one != other and config_key(one) == config_key(other) == "sm90_tf32_hc_prenorm_gemm"
     masked = [kernel(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 64, 2048, k, 256) for k in (2048, 4096)]
@@ -62,21 +62,19 @@ def test_a_configuration_is_the_same_for_every_shape() -> None:
         (T.GROUPED_GEMM_NT_F8F8BF16_CONTIG, 512, 4),
         (T.FP8_EINSUM_BHR_HDR_BHD, 896, 7),
         (T.GROUPED_GEMM_NT_BF16_MASKED, 256, 4),
-        # Dense kernels take K as they run.
+        # Dense kernels take K at run time.
         (T.GEMM_NT_F8F8BF16, 512, 8),
         (T.GEMM_NT_BF16BF16F32, 256, 8),
     ],
 )
-def test_a_short_k_that_is_compiled_in_is_another_configuration(
-    kind: T, k: int, blocks: int
-) -> None:
+def test_config_key_holds_number_of_unrolled_k_blocks(kind: T, k: int, blocks: int) -> None:
     short, long = (kernel(kind, 64, 512, size, 4) for size in (k, 8192))
     start = config_key(short).removesuffix(f" | {blocks} K-blocks")
     assert config_key(short) == f"{start} | {blocks} K-blocks"
     assert config_key(long) == f"{start} | 8 K-blocks"
 
 
-def test_measured_then_the_templates_scale_then_the_default() -> None:
+def test_compile_seconds_prefers_measured_time_then_template_scale_then_default() -> None:
     plain = plain_seconds(DENSE)
     assert compile_seconds(times(default_scale=1.5), DENSE) == 1.5 * plain
     scale = {"sm90_fp8_gemm_1d2d": 2.0}
@@ -103,12 +101,12 @@ def test_measured_then_the_templates_scale_then_the_default() -> None:
         (2, 2, 1.4),
     ],
 )
-def test_compiles_slow_each_other_down_linearly_and_share_cores_beyond_that(
+def test_slowdown_is_linear_in_compilers_and_shares_cores_beyond(
     compilers: int, cores: int, expected: float
 ) -> None:
     assert slowdown(times(contention=0.4), compilers, cores) == pytest.approx(expected)
 
 
 @given(st.floats(0, 5), st.integers(1, 200))
-def test_one_compile_alone_is_never_slowed(contention: float, cores: int) -> None:
+def test_single_compile_is_not_slowed_down(contention: float, cores: int) -> None:
     assert slowdown(times(contention=contention), 1, cores) == 1.0

@@ -1,4 +1,4 @@
-"""Exact virtual times on small schedules."""
+"""The simulation engine: exact times on small schedules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sim.engine.engine import SimulationError
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, work
 
 
-def test_two_stage_pipeline_compiles_in_turn() -> None:
+def test_pipeline_stages_compile_one_after_another() -> None:
     first: list[Op] = [call(1), Send("hidden_states", 1, 100)]
     second: list[Op] = [Recv("hidden_states", 0, 100), call(2)]
     outcome = simulate(first, second, node_of=[0, 1])
@@ -41,7 +41,7 @@ def test_two_stage_pipeline_compiles_in_turn() -> None:
     ]
 
 
-def test_message_that_is_already_there_costs_no_wait() -> None:
+def test_message_that_has_already_arrived_costs_no_wait() -> None:
     outcome = simulate([Send("x", 1, 1)], [work(20), Recv("x", 0, 1), work(1)])
     assert rows(outcome, 1) == [("compute", 0, 21)]
 
@@ -60,7 +60,7 @@ def test_collective_waits_for_the_slow_rank() -> None:
     ]
 
 
-def test_two_ranks_that_miss_at_once_both_compile() -> None:
+def test_two_ranks_that_miss_at_the_same_time_both_compile() -> None:
     outcome = simulate([call(1)], [work(4), call(1)])
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13)]
     assert rows(outcome, 1) == [
@@ -73,17 +73,17 @@ def test_two_ranks_that_miss_at_once_both_compile() -> None:
     assert (timeline.kernels_compiled, timeline.distinct_kernels, timeline.duplicates) == (2, 1, 1)
 
 
-def test_a_later_rank_of_the_node_loads_from_disk() -> None:
+def test_later_rank_of_the_node_loads_kernel_from_disk() -> None:
     outcome = simulate([call(1)], [work(10), call(1)])
     assert rows(outcome, 1) == [("compute", 0, 10), ("load", 10, 11), ("compute", 11, 13)]
 
 
-def test_nodes_do_not_share_their_disks() -> None:
+def test_nodes_do_not_share_disks() -> None:
     outcome = simulate([call(1)], [work(20), call(1)], node_of=[0, 1])
     assert rows(outcome, 1)[1] == ("compile", 20, 30)
 
 
-def test_a_kernel_is_loaded_once() -> None:
+def test_rank_loads_a_kernel_once() -> None:
     outcome = simulate([call(1), call(1), call(1)])
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11), ("compute", 11, 17)]
 
@@ -93,7 +93,7 @@ def test_cached_kernels_are_not_compiled() -> None:
     assert rows(outcome, 0) == [("load", 0, 1), ("compute", 1, 3)]
 
 
-def test_a_call_of_two_kernels_compiles_both_in_order() -> None:
+def test_call_of_two_kernels_compiles_both_in_order() -> None:
     dense = KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, 1, 256, 256, 1, 132)
     outcome = simulate([dense])
     assert [s.name for s in outcome.spans if s.kind == "compile"] == [
@@ -109,20 +109,20 @@ def test_a_call_of_two_kernels_compiles_both_in_order() -> None:
     ]
 
 
-def test_exhausted_cores_are_shared() -> None:
-    """Two cores, three compiles of 10 s at once: two thirds of the speed each."""
+def test_compiles_share_cores_if_there_are_too_few() -> None:
+    """Three simultaneous compiles of 10 s on two cores run at two thirds of full speed."""
     outcome = simulate([call(1)], [call(2)], [call(3)], costs=RoundCosts(cores=2))
     assert [rows(outcome, rank)[0] for rank in range(3)] == [("compile", 0, 15)] * 3
 
 
-def test_cores_free_up_as_compiles_end() -> None:
-    """One core: alone until 5 s, then two share; 5 s of work left each end at 15 s and 20 s."""
+def test_compile_speeds_up_when_another_one_ends() -> None:
+    """One core: the first runs alone until 5 s and is done at 15 s, the second at 20 s."""
     outcome = simulate([call(1)], [work(5), call(2)], costs=RoundCosts(cores=1))
     assert rows(outcome, 0)[0] == ("compile", 0, 15)
     assert rows(outcome, 1)[1] == ("compile", 5, 20)
 
 
-def test_timeout_names_the_rank_the_operation_and_what_it_waits_for() -> None:
+def test_timeout_names_rank_operation_and_what_it_waits_for() -> None:
     reduce = Collective("all_reduce moe output", (0, 1), 8)
     outcome = simulate([reduce], [call(1), reduce], timeout=6.0)
     lost = outcome.timeout
@@ -133,13 +133,13 @@ def test_timeout_names_the_rank_the_operation_and_what_it_waits_for() -> None:
     assert simulate([reduce], [call(1), reduce], timeout=13.0).timeout is None
 
 
-def test_the_earliest_timeout_is_the_one_that_counts() -> None:
+def test_earliest_timeout_is_reported() -> None:
     one, two = Collective("first", (0, 1), 8), Collective("second", (2, 3), 8)
     outcome = simulate([work(5), one], [work(30), one], [two], [work(25), two], timeout=10.0)
     assert outcome.timeout is not None and outcome.timeout.operation == "second"
 
 
-def test_the_needed_limit_is_the_longest_wait_of_the_whole_run() -> None:
+def test_needed_limit_is_the_longest_wait_of_the_whole_run() -> None:
     """Rank 0 gives up first, after 10 s of its 15 s wait; rank 2's wait of 40 s comes later."""
     one, two = Collective("first", (0, 1), 8), Collective("second", (2, 3), 8)
     ranks = ([one], [work(15), one], [work(5), two], [work(45), two])
@@ -149,19 +149,19 @@ def test_the_needed_limit_is_the_longest_wait_of_the_whole_run() -> None:
     assert simulate(*ranks, timeout=40.0).timeout is None
 
 
-def test_phases_enclose_what_they_hold() -> None:
+def test_phase_spans_run_from_mark_to_mark() -> None:
     ops: list[Op] = [Mark("phase", "warm-up"), work(2), Mark("phase", "requests"), work(3)]
     outcome = simulate([*ops, Mark("phase", "end")])
     phases = [s for s in outcome.spans if s.kind == "phase"]
     assert phases == [Span(0, 0, 2, "phase", "warm-up"), Span(0, 2, 5, "phase", "requests")]
 
 
-def test_a_schedule_that_cannot_end_is_an_error() -> None:
+def test_schedule_that_cannot_end_is_an_error() -> None:
     with pytest.raises(SimulationError, match=r"1 ranks wait forever: rank 0 in recv x"):
         simulate([Recv("x", 1, 1)], [])
 
 
-def test_nodes_build_their_shares_exchange_and_load() -> None:
+def test_nodes_build_their_shares_then_exchange_and_load() -> None:
     a, b, c = (kernel_of(k) for k in (1, 2, 3))
     exchange = Collective(EXCHANGE, (0, 1), 0)
     first: list[Op] = [KernelWork("build", (a, b)), exchange, KernelWork("load", (a, c)), call(3)]
@@ -187,7 +187,7 @@ def test_nodes_build_their_shares_exchange_and_load() -> None:
     assert outcome.disks == {0: {a, b, c}, 1: {a, b, c}}
 
 
-def test_a_build_leaves_what_the_disk_holds() -> None:
+def test_build_skips_kernels_already_on_disk() -> None:
     a, b = kernel_of(1), kernel_of(2)
     outcome = simulate([KernelWork("build", (a, b))], cached=frozenset({a}))
     assert rows(outcome, 0) == [("compile", 0, 5)]
@@ -205,12 +205,12 @@ def test_prebuilt_kernels_are_verified_and_loaded() -> None:
     ]
 
 
-def test_loading_what_no_disk_holds_compiles_it() -> None:
+def test_load_of_kernel_that_is_on_no_disk_compiles_it() -> None:
     outcome = simulate([KernelWork("load", (kernel_of(1),))])
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11)]
 
 
-def test_the_longest_wait_is_known_without_a_limit() -> None:
+def test_longest_wait_is_reported_without_a_limit() -> None:
     one, two = Collective("first", (0, 1), 8), Collective("second", (0, 1), 8)
     outcome = simulate([work(1), one, two], [work(5), one, work(9), two])
     assert outcome.timeout is None
@@ -219,13 +219,13 @@ def test_the_longest_wait_is_known_without_a_limit() -> None:
     assert simulate([work(5)]).longest_wait == 0.0
 
 
-def test_a_wait_for_a_message_lasts_until_it_is_sent() -> None:
+def test_wait_for_a_message_lasts_until_it_is_sent() -> None:
     outcome = simulate([work(9), Send("x", 1, 1)], [work(2), Recv("x", 0, 1)])
     assert outcome.longest_wait == 7.0
     assert rows(outcome, 1) == [("compute", 0, 2), ("wait", 2, 9), ("comm", 9, 13)]
 
 
-def test_a_run_starts_at_its_offset() -> None:
+def test_run_starts_at_the_given_time() -> None:
     reduce = Collective("all_reduce x", (0, 1), 8)
     outcome = simulate([reduce], [call(1), reduce], timeout=6.0, start=100.0)
     assert rows(outcome, 0) == [("wait", 100, 113), ("comm", 113, 116)]
@@ -234,7 +234,7 @@ def test_a_run_starts_at_its_offset() -> None:
     assert outcome.ends == (116.0, 116.0)
 
 
-def test_a_hosts_and_a_gpus_seconds_overlap() -> None:
+def test_host_and_gpu_time_overlap() -> None:
     # At 4 the host is done with both; the GPU, with 3 s and 5 s of work, is at 8.
     busy_gpu = simulate([work(2, 3), work(2, 5)])
     assert (rows(busy_gpu, 0), busy_gpu.ends) == ([("compute", 0, 8)], (8.0,))
@@ -242,7 +242,7 @@ def test_a_hosts_and_a_gpus_seconds_overlap() -> None:
     assert rows(busy_host, 0) == [("compute", 0, 10)]
 
 
-def test_a_communication_waits_for_the_gpu_and_a_compile_does_not() -> None:
+def test_communication_waits_for_the_gpu_and_compile_does_not() -> None:
     reduce = Collective("all_reduce x", (0, 1), 8)
     outcome = simulate([work(1, 7), reduce], [work(2, 2), reduce])
     assert rows(outcome, 0) == [("compute", 0, 7), ("comm", 7, 10)]
@@ -258,21 +258,21 @@ def test_a_communication_waits_for_the_gpu_and_a_compile_does_not() -> None:
     assert simulate([work(1, 30), call(1)]).ends == (30.0,)
 
 
-def test_the_gpu_starts_what_comes_after_a_compile_when_that_is_over() -> None:
+def test_gpu_starts_a_kernel_after_it_is_compiled() -> None:
     costs = RoundCosts(kernel=Seconds(1.0, 4.0))
     assert simulate([call(1)], costs=costs).ends == (15.0,)
 
 
-def test_work_on_kernels_waits_for_the_gpu() -> None:
+def test_kernel_build_waits_for_the_gpu() -> None:
     outcome = simulate([work(1, 7), KernelWork("build", (kernel_of(1),))])
     assert rows(outcome, 0) == [("compute", 0, 7), ("compile", 7, 12)]
 
 
-def test_a_capture_takes_its_hosts_time() -> None:
+def test_graph_capture_takes_host_time() -> None:
     assert rows(simulate([Capture("graph DECODE 1", 6), work(1)]), 0) == [("compute", 0, 7)]
 
 
-def test_bulk_loads_have_a_price_of_their_own() -> None:
+def test_bulk_loads_have_their_own_cost() -> None:
     a, b = kernel_of(1), kernel_of(2)
     outcome = simulate(
         [KernelWork("load", (a,)), call(2)], cached=frozenset({a, b}), costs=RoundCosts(bulk=0.25)
@@ -280,7 +280,7 @@ def test_bulk_loads_have_a_price_of_their_own() -> None:
     assert rows(outcome, 0) == [("load", 0, 0.25), ("load", 0.25, 1.25), ("compute", 1.25, 3.25)]
 
 
-def test_nodes_of_one_host_share_its_cores_and_not_their_disks() -> None:
+def test_nodes_of_one_host_share_cores_but_not_disks() -> None:
     def compiled(host_of: list[int] | None) -> list[tuple[str, float, float]]:
         costs = RoundCosts(cores=1)
         outcome = simulate([call(1)], [call(1)], node_of=[0, 1], host_of=host_of, costs=costs)
@@ -291,7 +291,7 @@ def test_nodes_of_one_host_share_its_cores_and_not_their_disks() -> None:
     assert compiled([0, 0]) == [("compile", 0, 20)] * 2
 
 
-def test_every_ranks_first_forward_takes_longer_once() -> None:
+def test_first_forward_of_each_rank_takes_longer_once() -> None:
     outcome = simulate(
         [work(1), call(1), work(2)], [work(4), work(1)], costs=RoundCosts(first_forward=50.0)
     )
@@ -304,13 +304,13 @@ def test_every_ranks_first_forward_takes_longer_once() -> None:
     assert rows(outcome, 1) == [("compute", 0, 55)]
 
 
-# -- what disks hold ------------------------------------------------------------------------------
+# -- disk contents --------------------------------------------------------------------------------
 
 
 UP = Mark("phase", "requests")
 
 
-def test_a_server_is_up_before_its_further_requests() -> None:
+def test_disk_contents_when_up_exclude_further_requests() -> None:
     a, b, c = (kernel_of(k) for k in (1, 2, 3))
     outcome = simulate(
         [Mark("phase", "first request"), call(1), UP, call(2), Mark("phase", "end")],
@@ -321,12 +321,12 @@ def test_a_server_is_up_before_its_further_requests() -> None:
     assert outcome.disks == {0: {a, b}, 1: {a, c}}
 
 
-def test_without_further_requests_the_disk_in_the_end_is_the_disk_when_up() -> None:
+def test_without_further_requests_final_disk_equals_disk_when_up() -> None:
     outcome = simulate([call(1), call(2)], cached=frozenset({kernel_of(3)}))
     assert outcome.up == outcome.disks == {0: {kernel_of(1), kernel_of(2), kernel_of(3)}}
 
 
-def test_nodes_have_what_they_exchanged_once_they_are_up() -> None:
+def test_exchanged_kernels_are_on_every_node_when_up() -> None:
     a, b, c = (kernel_of(k) for k in (1, 2, 3))
     exchange = Collective(EXCHANGE, (0, 1), 0)
     first: list[Op] = [KernelWork("build", (a,)), exchange, UP, call(3)]

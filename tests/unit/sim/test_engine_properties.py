@@ -1,4 +1,4 @@
-"""What holds of every schedule."""
+"""Properties of the simulation engine on random schedules."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COSTS = RoundCosts(kernel=Seconds(1.0, 2.0))
 
 
 def ranks_of(steps: list[Any]) -> list[list[Op]]:
-    """What every rank does: in this order no one can wait for ever."""
+    """The operations of each rank; built in global order, so they cannot deadlock."""
     ranks: list[list[Op]] = [[] for _ in range(RANKS)]
     for kind, *words in steps:
         if kind == "work":
@@ -73,7 +73,7 @@ def compiled(outcome: Outcome, node_of: list[int]) -> Counter[tuple[int, str]]:
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES, NODES, st.booleans(), st.booleans())
-def test_every_schedule_ends_and_every_kernel_is_compiled_where_it_is_needed(
+def test_every_needed_kernel_is_compiled_on_its_node(
     ranks: list[list[Op]], node_of: list[int], ahead: bool, locked: bool
 ) -> None:
     outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS)
@@ -83,22 +83,22 @@ def test_every_schedule_ends_and_every_kernel_is_compiled_where_it_is_needed(
     done = compiled(outcome, node_of)
     assert set(done) == {(node, key) for node, keys in by_node.items() for key in keys}
     held = {node: {kernel.identity for kernel in disk} for node, disk in outcome.disks.items()}
-    assert held == outcome_up(outcome) == by_node
+    assert held == identities_when_up(outcome) == by_node
     if locked:
-        # One kernel a GEMM: who comes second finds it.
+        # Each GEMM has one kernel, so the second rank finds it compiled.
         assert set(done.values()) <= {1}
 
 
-def outcome_up(outcome: Outcome) -> dict[int, set[str]]:
+def identities_when_up(outcome: Outcome) -> dict[int, set[str]]:
     return {node: {kernel.identity for kernel in disk} for node, disk in outcome.up.items()}
 
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES)
-def test_running_ahead_never_ends_later(ranks: list[list[Op]]) -> None:
-    """Where ranks share no node: sharing one, who comes sooner may compile what else is found.
+def test_running_ahead_never_ends_later_than_blocking(ranks: list[list[Op]]) -> None:
+    """Ranks share no node: otherwise a rank that arrives earlier may have to compile.
 
-    Without marks of forwards, at which only a host that runs ahead waits for its GPU.
+    Forward marks are removed, because only a host that runs ahead waits there for its GPU.
     """
     ranks = [[op for op in ops if not isinstance(op, Mark)] for ops in ranks]
     apart = list(range(RANKS))
@@ -109,7 +109,7 @@ def test_running_ahead_never_ends_later(ranks: list[list[Op]]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES, NODES, st.booleans(), st.integers(1, 60))
-def test_a_limit_is_passed_exactly_where_the_longest_wait_is_beyond_it(
+def test_run_times_out_if_and_only_if_longest_wait_exceeds_limit(
     ranks: list[list[Op]], node_of: list[int], ahead: bool, limit: int
 ) -> None:
     outcome = simulate(*ranks, node_of=node_of, run_ahead=ahead, timeout=limit, costs=COSTS)
@@ -121,7 +121,7 @@ def test_a_limit_is_passed_exactly_where_the_longest_wait_is_beyond_it(
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES, NODES, st.booleans())
-def test_a_start_later_is_the_same_later(
+def test_start_time_shifts_all_spans(
     ranks: list[list[Op]], node_of: list[int], ahead: bool
 ) -> None:
     early = simulate(*ranks, node_of=node_of, run_ahead=ahead, costs=COSTS)
@@ -132,10 +132,10 @@ def test_a_start_later_is_the_same_later(
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES, NODES, st.booleans(), st.booleans())
-def test_a_ranks_spans_never_overlap(
+def test_spans_of_a_rank_never_overlap(
     ranks: list[list[Op]], node_of: list[int], ahead: bool, locked: bool
 ) -> None:
-    """A host does one thing at a time; what it sends takes it no time."""
+    """A host does one thing at a time; sending takes no time."""
     marked = [[Mark("phase", "warm-up"), *ops, Mark("phase", "end")] for ops in ranks]
     outcome = simulate(*marked, node_of=node_of, run_ahead=ahead, compile_lock=locked, costs=COSTS)
     for spans in (outcome.spans, merge(outcome.spans)):
@@ -156,7 +156,9 @@ def test_a_ranks_spans_never_overlap(
 
 @settings(max_examples=60, deadline=None)
 @given(SCHEDULES, st.integers(1, 60))
-def test_limits_of_hosts_and_of_gpus_are_apart(ranks: list[list[Op]], limit: int) -> None:
+def test_hosts_limit_does_not_change_spans_and_is_independent(
+    ranks: list[list[Op]], limit: int
+) -> None:
     free = simulate(*ranks, run_ahead=True, costs=COSTS)
     lost = simulate(*ranks, run_ahead=True, host_timeout=limit, costs=COSTS)
     assert (lost.spans, lost.longest_wait) == (free.spans, free.longest_wait)
@@ -167,10 +169,8 @@ def test_limits_of_hosts_and_of_gpus_are_apart(ranks: list[list[Op]], limit: int
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 4))
-def test_shared_cores_do_all_work_and_never_more_than_they_can(
-    starts: list[int], cores: int
-) -> None:
-    """Each rank starts a compile of 10 s at its time."""
+def test_shared_cores_bound_the_end_of_compiles(starts: list[int], cores: int) -> None:
+    """Each rank starts a 10 s compile at its own time."""
     ranks = [[work(start), call(index + 1)] for index, start in enumerate(starts)]
     outcome = simulate(*ranks, costs=RoundCosts(cores=cores))
     compiles = [span for span in outcome.spans if span.kind == "compile"]

@@ -1,4 +1,4 @@
-"""Walks, and ranks of a node that take turns at first uses."""
+"""The simulation engine: walks over M, and the per-GEMM compile lock of a node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from runner.timeline import Span, Timeline, merge
 from sim.engine.engine import Outcome
 from tests.unit.sim_rounds import RoundCosts, call, kernel_of, rows, simulate, walk, work
 
-# A walk takes 2 s, each of its calls 0.5 s, the longer of the host's 0.25 s and the GPU's.
+# A walk takes 2 s, each of its calls 0.5 s: the GPU's time, longer than the host's 0.25 s.
 
 
 def counts(outcome: Outcome) -> tuple[int, int]:
@@ -17,7 +17,7 @@ def counts(outcome: Outcome) -> tuple[int, int]:
     return timeline.kernels_compiled, timeline.duplicates
 
 
-def test_a_walk_brings_its_kernel_in_and_calls_it_with_every_m() -> None:
+def test_walk_compiles_its_kernel_and_calls_it_with_every_m() -> None:
     outcome = simulate([walk(1, many=6), call(1)])
     assert rows(outcome, 0) == [
         ("load", 0, 2),
@@ -33,13 +33,13 @@ def test_a_walk_brings_its_kernel_in_and_calls_it_with_every_m() -> None:
     ]
 
 
-def test_a_walk_of_what_is_loaded_only_calls() -> None:
+def test_walk_of_loaded_kernel_only_calls_it() -> None:
     outcome = simulate([call(1), walk(1, many=2)])
     assert rows(outcome, 0)[2:] == [("compute", 11, 13), ("load", 13, 15), ("load", 15, 16)]
 
 
-def test_a_walk_compiles_where_kernels_change_with_m() -> None:
-    # Of this GEMM M of 1 to 64 run one kernel beside the transpose, M of 128 another.
+def test_walk_compiles_at_each_m_where_the_kernel_changes() -> None:
+    # This GEMM runs one kernel after the transpose for M of 1 to 64, and another for M of 128.
     shape = GemmShape(DeepGemmKernelType.GEMM_NT_F8F8BF16, 256, 256, 1, 132)
     small, large = (kernels_of(shape.call(m)) for m in (1, 128))
     assert small[0] == large[0] and small[1] != large[1]
@@ -50,13 +50,13 @@ def test_a_walk_compiles_where_kernels_change_with_m() -> None:
     assert [s for s in outcome.spans if s.kind == "compile"] == [
         Span(0, 2, 12, "compile", small[0].name, small[0].identity),
         Span(0, 13, 23, "compile", small[1].name, small[1].identity),
-        # Two calls of 0.5 s after the load until 24.
+        # The load ends at 24; two calls of 0.5 s follow.
         Span(0, 25, 35, "compile", large[1].name, large[1].identity),
     ]
     assert outcome.ends == (36.5,)
 
 
-def test_walks_side_by_side_compile_the_same_twice() -> None:
+def test_concurrent_walks_compile_the_same_kernel_twice() -> None:
     outcome = simulate([walk(1)], [walk(1)])
     assert [rows(outcome, rank)[1] for rank in (0, 1)] == [("compile", 2, 12)] * 2
     assert counts(outcome) == (2, 1)
@@ -65,7 +65,7 @@ def test_walks_side_by_side_compile_the_same_twice() -> None:
 # -- locks ----------------------------------------------------------------------------------------
 
 
-def test_who_waits_for_a_lock_finds_the_kernel_on_disk() -> None:
+def test_rank_that_waited_for_compile_lock_finds_kernel_on_disk() -> None:
     outcome = simulate([call(1)], [work(4), call(1)], compile_lock=True)
     assert rows(outcome, 0) == [("compile", 0, 10), ("load", 10, 11), ("compute", 11, 13)]
     assert rows(outcome, 1) == [
@@ -79,26 +79,26 @@ def test_who_waits_for_a_lock_finds_the_kernel_on_disk() -> None:
     assert counts(outcome) == (1, 0)
 
 
-def test_a_lock_is_handed_on_in_the_order_of_asking() -> None:
+def test_compile_lock_is_first_come_first_served() -> None:
     outcome = simulate([call(1)], [work(5), call(1)], [work(3), call(1)], compile_lock=True)
     assert rows(outcome, 2)[1:3] == [("wait", 3, 11), ("load", 11, 12)]
     assert rows(outcome, 1)[1:3] == [("wait", 5, 12), ("load", 12, 13)]
 
 
-def test_a_lock_is_of_one_gemm_on_one_node() -> None:
+def test_compile_lock_is_per_gemm_and_node() -> None:
     other_gemm = simulate([call(1)], [call(2)], compile_lock=True)
     assert [rows(other_gemm, rank)[0] for rank in (0, 1)] == [("compile", 0, 10)] * 2
     other_node = simulate([call(1)], [call(1)], node_of=[0, 1], compile_lock=True)
     assert [rows(other_node, rank)[0] for rank in (0, 1)] == [("compile", 0, 10)] * 2
 
 
-def test_calls_of_one_gemm_share_a_lock_whatever_their_m_and_their_kernel() -> None:
+def test_calls_of_one_gemm_share_a_lock_for_all_m_and_kernels() -> None:
     one, other = (
         KernelCall(DeepGemmKernelType.GEMM_NT_F8F8BF16, m, 256, 256, 1, 132) for m in (1, 128)
     )
     assert kernels_of(one)[1] != kernels_of(other)[1]
     outcome = simulate([one], [other], compile_lock=True)
-    # The second finds the transpose and compiles its own kernel.
+    # The second rank finds the transpose on disk and compiles its own kernel.
     assert rows(outcome, 1) == [
         ("wait", 0, 22),
         ("load", 22, 23),
@@ -108,7 +108,7 @@ def test_calls_of_one_gemm_share_a_lock_whatever_their_m_and_their_kernel() -> N
     ]
 
 
-def test_a_walk_holds_the_lock_to_its_end() -> None:
+def test_walk_holds_the_compile_lock_to_its_end() -> None:
     outcome = simulate([walk(1, many=6)], [work(1), call(1)], compile_lock=True)
     assert rows(outcome, 1) == [
         ("compute", 0, 1),
@@ -118,7 +118,7 @@ def test_a_walk_holds_the_lock_to_its_end() -> None:
     ]
 
 
-def test_a_walk_waits_for_the_lock() -> None:
+def test_walk_waits_for_the_compile_lock() -> None:
     outcome = simulate([call(1)], [walk(1)], compile_lock=True)
     assert rows(outcome, 1) == [
         ("wait", 0, 11),
@@ -128,7 +128,7 @@ def test_a_walk_waits_for_the_lock() -> None:
     ]
 
 
-def test_a_hit_on_disk_takes_its_turn_too() -> None:
+def test_load_from_disk_also_takes_the_compile_lock() -> None:
     outcome = simulate(
         [call(1)],
         [call(1)],

@@ -1,4 +1,4 @@
-"""Hardware profiles as data."""
+"""Hardware profiles: the file format, validation and scaling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD: dict[str, Any] = load_profile("h200").to_json()
 
 
 def changed(where: str, value: Any) -> dict[str, Any]:
-    """The shipped profile with another value; ``drop`` removes it."""
+    """The h200 profile with one value replaced, or removed if ``value`` is "drop"."""
     data = copy.deepcopy(GOOD)
     *folders, name = where.split("/")
     inside = data
@@ -39,13 +39,13 @@ def changed(where: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
-def test_a_shipped_profile_has_its_own_name_and_comes_back(name: str) -> None:
+def test_shipped_profile_has_its_file_name_and_round_trips(name: str) -> None:
     profile = load_profile(name)
     assert profile.name == name and profile.provenance
     assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
 
 
-def test_a_written_profile_is_read(tmp_path: Path) -> None:
+def test_written_profile_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     mine = Profile.from_json({**changed("cache/load", 0.5), "name": "mine", "estimate": True})
     write_profile(path, mine)
@@ -53,7 +53,7 @@ def test_a_written_profile_is_read(tmp_path: Path) -> None:
     assert mine.cache.load == 0.5 and mine.estimate
 
 
-def test_estimate_provenance_and_a_links_extras_may_be_left_out() -> None:
+def test_optional_fields_have_defaults() -> None:
     data = changed("links", {"x": {"latency": 0, "bandwidth": 5}})
     del data["estimate"], data["provenance"]
     profile = Profile.from_json(data)
@@ -93,7 +93,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("where", WRONG)
-def test_a_wrong_value_is_named(where: str) -> None:
+def test_error_names_the_invalid_field_and_value(where: str) -> None:
     value, words = WRONG[where]
     with pytest.raises((ValueError, TypeError)) as caught:
         Profile.from_json(changed(where, value))
@@ -104,7 +104,7 @@ def test_a_wrong_value_is_named(where: str) -> None:
     "where",
     ["name", "compile", "compile/contention", "links/nvlink/latency", "start_up/imports", "probe"],
 )
-def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) -> None:
+def test_missing_field_is_refused_and_named_with_the_file(where: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, "drop")))
     with pytest.raises(UserError) as caught:
@@ -115,7 +115,7 @@ def test_a_missing_field_is_refused_with_its_file(where: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", ["speed", "gpu/speed", "probe/speed", "start_up/imports/speed"])
-def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> None:
+def test_unknown_field_is_refused(where: str, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, 1)))
     with pytest.raises(UserError, match=r"is not a hardware profile: .*'speed'"):
@@ -139,20 +139,20 @@ def test_a_field_that_is_not_known_is_refused(where: str, tmp_path: Path) -> Non
         ("num_sms", 1.5),
     ],
 )
-def test_what_has_another_form_is_refused(where: str, value: Any, tmp_path: Path) -> None:
+def test_value_of_wrong_type_is_refused(where: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(changed(where, value)))
     with pytest.raises(UserError, match="is not a hardware profile: "):
         load_profile(str(path))
 
 
-def test_fields_that_older_profiles_have_are_ignored() -> None:
+def test_obsolete_fields_of_older_profiles_are_ignored() -> None:
     old = copy.deepcopy(GOOD)
     old["compile"]["spread"], old["probe"]["settling"] = 0.05, "whatever"
     assert Profile.from_json(old) == Profile.from_json(GOOD)
 
 
-def test_every_source_of_weights_that_are_not_made_up_has_a_bandwidth() -> None:
+def test_every_weight_source_except_dummy_requires_a_bandwidth() -> None:
     sources = {source.value for source in Weights if source is not Weights.DUMMY}
     assert set(GOOD["start_up"]["weight_bandwidth"]) == sources
     for source in sources:
@@ -160,7 +160,7 @@ def test_every_source_of_weights_that_are_not_made_up_has_a_bandwidth() -> None:
             Profile.from_json(changed(f"start_up/weight_bandwidth/{source}", "drop"))
 
 
-def test_hardware_that_is_not_known() -> None:
+def test_unknown_hardware_is_refused_with_the_known_names() -> None:
     with pytest.raises(UserError) as caught:
         load_profile("abacus")
     known = ", ".join(shipped_profiles())
@@ -169,16 +169,16 @@ def test_hardware_that_is_not_known() -> None:
     )
 
 
-def test_a_link_moves_bytes_after_its_latency() -> None:
+def test_link_time_is_latency_plus_bytes_over_bandwidth() -> None:
     assert Link(2.0, 100.0).seconds(300) == 5.0
 
 
-def test_a_phase_grows_with_the_ranks() -> None:
+def test_phase_time_grows_with_the_number_of_ranks() -> None:
     assert Phase(3.0, 0.5).of(4) == 5.0
     assert Phase(3.0).of(4) == 3.0
 
 
-def test_a_slow_hosts_cpus_take_longer_for_everything_and_its_gpu_does_not() -> None:
+def test_slowed_profile_scales_cpu_times_only() -> None:
     profile = load_profile("h200")
     slow = slowed(profile, 2.0)
     assert slowed(profile, 1.0) == profile
@@ -198,7 +198,7 @@ def test_a_slow_hosts_cpus_take_longer_for_everything_and_its_gpu_does_not() -> 
         assert after["start_up"][name] == 2 * before["start_up"][name]
 
 
-def test_zero_is_a_duration() -> None:
+def test_durations_may_be_zero() -> None:
     for where in (
         "cache/verify",
         "host/call",

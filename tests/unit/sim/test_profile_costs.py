@@ -1,4 +1,4 @@
-"""The cost model of a profile, with numbers one can work out."""
+"""The cost model of a profile, with figures that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GEMM = KernelCall(T.GEMM_NT_F8F8BF16, 100, 1000, 500, 1, 132)
 
 
 def profile(**changes: Any) -> Profile:
-    """1 s a call, 0.125 s a call of a walk, 4 s a walk, 16 s a first forward; 1 Gbyte/s, 1 T and
-    0.1 T operations/s."""
+    """1 s per call, 0.125 s per call in a walk, 4 s per walk, 16 s per first forward; 1 GB/s, 1 and
+    0.1 Tflop/s for FP8 and BF16."""
     return replace(
         h200(),
         builder=Builder(1.0, 2.0),
@@ -38,7 +38,7 @@ def costs(ranks_per_gpu: int = 1, link: Link | None = None, **changes: Any) -> P
     return ProfileCosts(profile(**changes), link or Link(1.0, 100.0), 4, ranks_per_gpu)
 
 
-def test_compiles_are_those_of_the_table() -> None:
+def test_compile_time_and_slowdown_come_from_the_profile() -> None:
     kernel = kernels_of(GEMM)[1]
     assert costs().compile_seconds(kernel) == compile_seconds(h200().compile, kernel)
     times = replace(h200().compile, contention=0.5)
@@ -47,19 +47,19 @@ def test_compiles_are_those_of_the_table() -> None:
     assert crowded.slowdown(8) == 3.0
 
 
-def test_a_first_forward_and_a_call_are_the_profiles() -> None:
+def test_first_forward_and_call_times_come_from_the_profile() -> None:
     assert costs().first_forward == costs(ranks_per_gpu=2).first_forward == 16.0
     assert (costs().host_call, costs(ranks_per_gpu=2).host_call) == (1.0, 2.0)
 
 
-def test_kernels_on_disk_are_verified_and_loaded() -> None:
+def test_verify_and_load_times_come_from_the_profile() -> None:
     kernel = kernels_of(GEMM)[1]
     assert costs().verify_seconds(kernel) == 0.25
     assert costs().load_seconds(kernel, bulk=True) == 0.5
     assert costs().load_seconds(kernel, bulk=False) == 0.75
 
 
-def test_compute_is_bound_by_flops_or_bytes_and_shared_between_ranks() -> None:
+def test_compute_time_is_a_roofline_times_ranks_per_gpu() -> None:
     assert costs().compute_seconds(Compute("x", int(4e11), 0)) == Seconds(1.0, 4.0)
     assert costs().compute_seconds(Compute("x", 0, int(2e9))) == Seconds(1.0, 2.0)
     assert costs().compute_seconds(Compute("x", int(4e11), int(2e9))) == Seconds(1.0, 4.0)
@@ -67,7 +67,7 @@ def test_compute_is_bound_by_flops_or_bytes_and_shared_between_ranks() -> None:
     assert crowded.compute_seconds(Compute("x", 0, int(2e9))) == Seconds(2.0, 16.0)
 
 
-def test_a_kernel_call_is_a_call_of_its_host_and_a_roofline() -> None:
+def test_kernel_call_time_is_host_call_and_gpu_roofline() -> None:
     # 1e8 operations are 1e-4 s of FP8; 1.45e6 bytes take 1.45e-3 s.
     flops, nbytes = gemm_work(GEMM)
     assert (flops, nbytes) == (1e8, 50e3 + 500e3 + 400e3)
@@ -79,7 +79,7 @@ def test_a_kernel_call_is_a_call_of_its_host_and_a_roofline() -> None:
     )
 
 
-def test_fp8_and_other_gemms_have_rates_of_their_own() -> None:
+def test_fp8_and_bf16_gemms_have_different_rates() -> None:
     gpu = replace(profile().gpu, memory_bandwidth=1e30)
     fast = costs()
     fast = replace(fast, profile=replace(fast.profile, gpu=gpu))
@@ -102,36 +102,38 @@ def test_fp8_and_other_gemms_have_rates_of_their_own() -> None:
         (T.TF32_HC_PRENORM_GEMM, 16, 5, 2 * 16, 2 * 16 * 4 + 4 * 3 * 4 + 4 * 5 * 16 * 3),
     ],
 )
-def test_work_of_a_gemm(kind: T, m: int, groups: int, flops: int, nbytes: int) -> None:
-    """N is 3 and K is 4; operations are told without that factor of 12."""
+def test_gemm_work_counts_operations_and_bytes(
+    kind: T, m: int, groups: int, flops: int, nbytes: int
+) -> None:
+    """N is 3 and K is 4; ``flops`` leaves out that factor of 12."""
     assert gemm_work(KernelCall(kind, m, 3, 4, groups, 132)) == (12 * flops, nbytes)
 
 
 # -- walks and graphs -----------------------------------------------------------------------------
 
 
-def test_a_walk_and_a_call_of_it() -> None:
+def test_walk_time_and_the_time_of_its_calls() -> None:
     assert costs().walk_seconds() == 4.0
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 1000, 500, 1, 132)
     made = costs().walk_call_seconds(shape, 99.6, 16384)
     assert made == Seconds(0.125, costs().kernel_seconds(GEMM).device)
 
 
-def test_a_walked_masked_gemm_has_no_rows_and_transposes_all_scales() -> None:
+def test_masked_gemm_in_a_walk_has_no_rows_but_transposes_all_scales() -> None:
     shape = GemmShape(T.GROUPED_GEMM_NT_F8F8BF16_MASKED, 1000, 512, 8, 132)
-    # 8 groups of 1000 rows of 512 / 128 scales, 4 bytes read and written.
+    # 8 groups of 1000 rows of 512 / 128 scales, 4 bytes each read and written.
     made = costs().walk_call_seconds(shape, 7.0, 1000)
     assert made == Seconds(0.125, 8 * 8 * 1000 * 4 / 1e9)
 
 
-def test_a_capture_grows_with_its_operations() -> None:
+def test_capture_time_grows_with_the_number_of_operations() -> None:
     assert costs().capture_seconds(Capture("graph DECODE 1", 6)) == 6.0
 
 
 # -- links ----------------------------------------------------------------------------------------
 
 
-def test_collectives_move_what_a_ring_moves() -> None:
+def test_collective_time_is_that_of_a_ring() -> None:
     four = (0, 1, 2, 3)
     assert costs().collective_seconds(Collective("all_reduce x", four, 100)) == 2.5
     assert costs().collective_seconds(Collective("all_gather x", four, 100)) == 4.0
@@ -139,7 +141,7 @@ def test_collectives_move_what_a_ring_moves() -> None:
     assert costs().transfer_seconds(300) == 4.0
 
 
-def test_gathers_may_be_slower() -> None:
+def test_gather_bandwidth_applies_to_gathers_only() -> None:
     slow = costs(link=Link(1.0, 100.0, gather_bandwidth=10.0))
     four = (0, 1, 2, 3)
     assert slow.collective_seconds(Collective("all_reduce x", four, 100)) == 2.5
@@ -147,8 +149,8 @@ def test_gathers_may_be_slower() -> None:
     assert slow.transfer_seconds(300) == 4.0
 
 
-def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
-    """A ring of four has three steps, six where the sum goes round once more; two others a GPU."""
+def test_ranks_sharing_a_gpu_wait_for_a_time_slice_at_each_nccl_step() -> None:
+    """A ring of four has three steps, six for all_reduce; two other ranks share each GPU."""
     nccl = Link(1.0, 100.0, queues=True)
     shared = costs(link=nccl, ranks_per_gpu=3)
     profile = replace(shared.profile, gpu=replace(shared.profile.gpu, time_slice=0.5))
@@ -163,7 +165,7 @@ def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
         alone = replace(shared, ranks_per_gpu=1).collective_seconds(op)
         assert shared.collective_seconds(op) == alone + steps * 2 * 0.5
     assert shared.transfer_seconds(100) == 2.0 + 2 * 0.5
-    # gloo's ranks wait on their hosts, which take no turns.
+    # gloo runs on the hosts, so there are no GPU time slices.
     over_gloo = replace(shared, link=Link(1.0, 100.0))
     assert over_gloo.transfer_seconds(100) == 2.0
 
@@ -171,7 +173,7 @@ def test_ranks_of_a_gpu_take_turns_at_each_step_over_nccl() -> None:
 # -- builds ---------------------------------------------------------------------------------------
 
 
-def test_a_build_is_the_builders_own_schedule_on_this_machine() -> None:
+def test_build_spans_follow_the_builders_expected_schedule() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 4096, 1024, 1, 132)
     kernels = list(RULES.kernel_ranges(shape, range(1, 2049)))
     spans = costs().build_spans(kernels, 4)

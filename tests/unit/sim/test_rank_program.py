@@ -1,4 +1,4 @@
-"""A rank's operations summed up for the engine."""
+"""A rank's operations compiled to instructions for the simulation engine."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def compiled(*ops: Op, locked: bool = False, costs: RoundCosts = COSTS) -> list[
     return ProgramCompiler(costs, RULES, locked=locked).program(ops)
 
 
-def test_what_concerns_only_the_rank_is_one_run() -> None:
+def test_consecutive_local_operations_become_one_run() -> None:
     loaded = KernelWork("load", (A,))
     assert compiled(loaded, work(1, 2), call(1), call(1), work(3))[1:] == [Run(8.0, 12.0)]
     assert compiled() == []
 
 
-def test_a_first_use_parts_what_is_before_it_from_the_call() -> None:
+def test_first_use_of_a_kernel_splits_a_run() -> None:
     assert compiled(work(1), call(1), call(1), call(2)) == [
         Run(1.0, 0.0),
         FirstUse((A,)),
@@ -49,7 +49,7 @@ def test_a_first_use_parts_what_is_before_it_from_the_call() -> None:
     ]
 
 
-def test_a_call_brings_in_only_what_is_new() -> None:
+def test_first_use_names_only_new_kernels() -> None:
     small, large = (GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132).call(m) for m in (1, 128))
     uses = [item.kernels for item in compiled(small, large) if isinstance(item, FirstUse)]
     assert uses == [kernels_of(small), kernels_of(large)[1:]]
@@ -69,17 +69,17 @@ def test_a_call_brings_in_only_what_is_new() -> None:
     ],
     ids=lambda op: type(op).__name__,
 )
-def test_where_ranks_can_meet_runs_are_cut(op: Op) -> None:
+def test_operations_that_involve_other_ranks_split_runs(op: Op) -> None:
     assert compiled(work(1), op, work(2)) == [Run(1.0, 0.0), op, Run(2.0, 0.0)]
     assert compiled(op, op) == [op, op]
 
 
 @pytest.mark.parametrize("kind", ["layer", "yield"])
-def test_other_marks_cut_nothing(kind: str) -> None:
+def test_layer_and_yield_marks_do_not_split_runs(kind: str) -> None:
     assert compiled(work(1), Mark(kind, "0"), work(2)) == [Run(3.0, 0.0)]
 
 
-def test_loads_in_bulk_are_first_uses_of_what_is_new() -> None:
+def test_bulk_load_is_a_first_use_of_new_kernels() -> None:
     assert compiled(call(1), KernelWork("load", (A, B)), KernelWork("load", (A, B))) == [
         FirstUse((A,)),
         Run(2.0, 5.0),
@@ -91,7 +91,7 @@ def test_loads_in_bulk_are_first_uses_of_what_is_new() -> None:
     ]
 
 
-def test_turns_are_taken_at_a_gemm_whatever_its_m() -> None:
+def test_compile_lock_is_per_gemm_for_all_m() -> None:
     one = call(1)
     key = (one.type, one.n, one.k, one.num_groups)
     uses = compiled(call(1), walk(2), KernelWork("load", (C,)), locked=True)
@@ -117,15 +117,17 @@ _OPERATIONS = st.sampled_from(
 
 
 @given(st.lists(st.lists(_OPERATIONS, min_size=1), max_size=4), st.lists(st.integers(0, 3)))
-def test_forwards_are_their_operations(forwards: list[list[Op]], order: list[int]) -> None:
-    """Repeated ones too, whose kernels are loaded by then."""
+def test_program_of_forwards_equals_program_of_their_operations(
+    forwards: list[list[Op]], order: list[int]
+) -> None:
+    """Forwards may repeat: their kernels are then loaded already."""
     made = [Forward(tuple(ops)) for ops in forwards]
     parts = [made[index] for index in order if index < len(made)]
     program = ProgramCompiler(COSTS, RULES).program(parts)
     assert program == compiled(*(op for forward in parts for op in forward.ops))
 
 
-def test_ranks_that_walk_side_by_side_share_the_gpu() -> None:
+def test_concurrent_walks_share_the_gpu() -> None:
     (made,) = ProgramCompiler(COSTS, RULES, walkers_per_gpu=3).program([walk(1, many=6)])
     assert isinstance(made, WalkRun)
     assert (made.steps[1:], made.calls) == ((((A,), 9.0),), ((6, 1.5),))
@@ -134,9 +136,9 @@ def test_ranks_that_walk_side_by_side_share_the_gpu() -> None:
 # -- walks ----------------------------------------------------------------------------------------
 
 
-def test_a_walk_is_its_own_cost_and_then_its_calls() -> None:
+def test_walk_is_a_fixed_cost_followed_by_its_calls() -> None:
     (made,) = compiled(walk(1, many=6))
-    # 2 s for the walk; a call takes the longer of 0.25 s of the host and 0.5 s of the GPU.
+    # 2 s for the walk; a call takes 0.5 s, the longer of host (0.25 s) and GPU (0.5 s) time.
     steps = (((), 2.0), ((A,), 3.0))
     assert made == WalkRun(walk(1, many=6).name, steps, ((6, 0.5),))
     (_, again) = compiled(KernelWork("load", (A,)), walk(1, many=6))
@@ -155,10 +157,10 @@ def test_a_walk_is_its_own_cost_and_then_its_calls() -> None:
         ]
     ),
 )
-def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
+def test_walk_steps_name_the_new_kernels_of_their_calls_in_order(
     found: set[int], shape: GemmShape
 ) -> None:
-    """Against every M on its own."""
+    """Checked against the kernels of each M."""
     ms = sorted(found)
     (made,) = compiled(Walk(shape, steps_of(ms)))
     assert isinstance(made, WalkRun)
@@ -168,7 +170,7 @@ def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
     at = 0
     for (new, _), (count, _) in parts:
         part, at = ms[at : at + count], at + count
-        # One set of kernels, of which the new ones are named in the library's order.
+        # All M of a part run the same kernels; new ones are named in the library's order.
         (needed,) = {kernels_of(shape.call(m)) for m in part}
         assert list(new) == [kernel for kernel in needed if kernel not in seen]
         seen += new
@@ -181,7 +183,7 @@ def test_a_walks_parts_bring_in_what_its_calls_need_in_order(
 READY = replace(COSTS, first_forward=100.0)
 
 
-def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() -> None:
+def test_only_the_first_operation_of_a_rank_takes_the_extra_first_forward_time() -> None:
     one = work(1, 2)
     assert compiled(one, one, work(3), costs=READY) == [Run(105.0, 4.0)]
     assert compiled(call(1), call(1), costs=READY)[1:] == [Run(104.0, 10.0)]
@@ -192,23 +194,23 @@ def test_a_ranks_first_operation_takes_a_first_forward_more_and_no_other_does() 
         REDUCE,
         Run(5.0, 5.0),
     ]
-    # It is the call's, not its kernels'.
+    # The extra time belongs to the call, not to its first use of kernels.
     assert compiled(call(1), costs=READY) == [FirstUse((A,)), Run(102.0, 5.0)]
 
 
-class Asked(RoundCosts):
-    """A walk's call takes its mean M on the host, and the walk's largest M on the GPU."""
+class CostsAtM(RoundCosts):
+    """Each call in a walk takes its mean M on the host, and the walk's largest M on the GPU."""
 
     def walk_call_seconds(self, shape: GemmShape, mean_m: float, max_m: int) -> Seconds:
         return Seconds(mean_m, float(max_m))
 
 
-def test_a_call_of_a_walk_is_taken_at_its_parts_mean_m_and_the_walks_largest() -> None:
+def test_walk_call_cost_uses_mean_m_of_its_part_and_largest_m_of_the_walk() -> None:
     shape = GemmShape(T.GEMM_NT_F8F8BF16, 256, 256, 1, 132)
-    (made,) = compiled(Walk(shape, ((1, 128, 1),)), costs=Asked())
+    (made,) = compiled(Walk(shape, ((1, 128, 1),)), costs=CostsAtM())
     assert isinstance(made, WalkRun)
     counts = [count for count, _ in made.calls]
     assert sum(counts) == 128 and {device for _, device in made.calls} == {128.0}
     assert [seconds for _, seconds in made.steps[1:]] == [128.0 * count for count in counts]
-    (made,) = compiled(Walk(shape, ((1001, 1001, 1),)), costs=Asked())
+    (made,) = compiled(Walk(shape, ((1001, 1001, 1),)), costs=CostsAtM())
     assert isinstance(made, WalkRun) and made.steps[1][1] == 1001.0

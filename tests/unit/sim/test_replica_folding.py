@@ -1,4 +1,4 @@
-"""Replicas that are simulated once are what each of them would have been."""
+"""Folding: simulating one replica gives the same result as simulating all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.tiny_runs import machine, scenario
 
 
 def comparable(prediction: Prediction) -> list[Any]:
-    """Everything of a prediction; of communications the key says only who takes part."""
+    """A prediction as comparable values; keys of communication only number the messages."""
     spans = sorted(
         (
             s.rank,
@@ -53,13 +53,13 @@ def assert_folds(one: Scenario, **machine_values: Any) -> None:
 
 @pytest.mark.parametrize("replicas", [2, 3])
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
-def test_a_folded_run_is_the_whole_run(policy: WarmupPolicy, replicas: int) -> None:
+def test_folded_run_equals_the_whole_run(policy: WarmupPolicy, replicas: int) -> None:
     for nodes, ahead in product((replicas, 2 * replicas), (False, True)):
         one = scenario(policy, pp=2, tp=2, replicas=replicas, nodes=nodes)
         assert_folds(one, run_ahead=ahead)
 
 
-LAID_OUT = {"pp": 2, "tp": 2, "replicas": 2, "nodes": 4}
+LAYOUT = {"pp": 2, "tp": 2, "replicas": 2, "nodes": 4}
 
 
 @pytest.mark.parametrize("policy", [WarmupPolicy.PP_PARALLEL_FAST, WarmupPolicy.PLANNED])
@@ -76,21 +76,21 @@ LAID_OUT = {"pp": 2, "tp": 2, "replicas": 2, "nodes": 4}
     ],
     ids=["lock", "graphs", "split", "dies", "dies-ahead", "start-up", "hosts"],
 )
-def test_folding_changes_nothing_with_other_options(
+def test_folded_run_equals_the_whole_run_with_other_options(
     policy: WarmupPolicy, values: dict[str, Any], on: dict[str, Any]
 ) -> None:
-    assert_folds(scenario(policy, **{**LAID_OUT, **values}), **on)
+    assert_folds(scenario(policy, **{**LAYOUT, **values}), **on)
 
 
-def test_replicas_that_share_a_host_are_simulated_each() -> None:
-    """They share its cores, so their compiles slow each other down."""
-    one = scenario(WarmupPolicy.NONE, **LAID_OUT)
+def test_replicas_that_share_a_host_are_not_folded() -> None:
+    """They share cores, so their compiles slow each other down."""
+    one = scenario(WarmupPolicy.NONE, **LAYOUT)
     assert_folds(one, hosts=1, cores_per_node=2)
     alone = simulate(one, machine(cores_per_node=2)).timeline
     assert simulate(one, machine(hosts=1, cores_per_node=2)).timeline.wall > 1.5 * alone.wall
 
 
-def test_a_folded_run_simulates_one_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folded_run_simulates_only_one_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def seeing(outcome: Outcome, parallel: ParallelConfig) -> Outcome:
@@ -98,13 +98,13 @@ def test_a_folded_run_simulates_one_replica(monkeypatch: pytest.MonkeyPatch) -> 
         return unfold(outcome, parallel)
 
     monkeypatch.setattr("sim.simulate.unfold", seeing)
-    simulate(scenario(WarmupPolicy.NONE, **LAID_OUT), machine())
-    simulate(scenario(WarmupPolicy.NONE, **LAID_OUT), machine(fold=False))
+    simulate(scenario(WarmupPolicy.NONE, **LAYOUT), machine())
+    simulate(scenario(WarmupPolicy.NONE, **LAYOUT), machine(fold=False))
     simulate(scenario(WarmupPolicy.NONE, pp=2, tp=2), machine())
     assert seen == [{0, 1, 2, 3}]
 
 
-def test_what_can_be_folded() -> None:
+def test_can_fold_requires_replicas_on_separate_nodes_and_hosts() -> None:
     def folds(replicas: int, nodes: int, hosts: int) -> bool:
         return can_fold(ParallelConfig(pp=2, tp=2, replicas=replicas, nodes=nodes), hosts)
 
@@ -115,7 +115,7 @@ def test_what_can_be_folded() -> None:
     assert not folds(3, 4, 4), "a node of parts of two replicas"
 
 
-def test_replicas_that_part_at_different_times_are_refused() -> None:
+def test_unfold_refuses_replicas_that_end_at_different_times() -> None:
     outcome = Outcome([], None, {}, 0.0, (9.0, 5.0, 6.0))
     with pytest.raises(AssertionError, match=r"part at different times: \[5.0, 6.0\]"):
         unfold(outcome, ParallelConfig(replicas=3, nodes=3))

@@ -1,4 +1,4 @@
-"""From a scenario and a machine to a prediction."""
+"""simulate(): from a scenario and a machine to a prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.tiny_runs import h200, machine, scenario
 ALL = {"layers": 8, "batch_sizes": (64,)}
 
 
-def test_context_parallel_ranks_hold_their_part_of_the_tokens() -> None:
+def test_context_parallel_ranks_split_attention_tokens_but_not_moe_tokens() -> None:
     ops = record(scenario(layers=8, pp=2, tp=2, attn_cp=2)).ranks[0]
     gathers = {op.name for op in ops if isinstance(op, Collective) and "gather" in op.name}
     assert gathers >= {"all_gather kv", "all_gather moe tokens", "all_gather compressor"}
@@ -33,7 +33,7 @@ def test_context_parallel_ranks_hold_their_part_of_the_tokens() -> None:
     assert {32, 64} <= dense, "attention sees half of 64 EXTEND tokens, the shared expert all"
 
 
-def test_serial_start_up_is_the_sum_of_the_stages_and_parallel_the_longest() -> None:
+def test_start_up_is_sum_of_stages_if_serial_and_longest_stage_if_parallel() -> None:
     one = scenario(pp=4, tp=1, nodes=4, **ALL)
     serial = simulate(one, machine()).timeline
     parallel = simulate(replace(one, policy=WarmupPolicy.PP_PARALLEL), machine()).timeline
@@ -44,14 +44,14 @@ def test_serial_start_up_is_the_sum_of_the_stages_and_parallel_the_longest() -> 
     assert longest < parallel.wall < longest + 3.0
 
 
-def test_ranks_of_a_node_share_its_disk() -> None:
+def test_ranks_of_one_node_share_compiled_kernels() -> None:
     shared = simulate(scenario(pp=4, tp=1, nodes=1, **ALL), machine()).timeline
     apart = simulate(scenario(pp=4, tp=1, nodes=4, **ALL), machine()).timeline
     assert shared.duplicates == 0
     assert apart.kernels_compiled > shared.kernels_compiled == apart.distinct_kernels
 
 
-def test_every_kernel_of_the_schedule_is_compiled_and_no_other() -> None:
+def test_exactly_the_kernels_of_the_schedule_are_compiled() -> None:
     one = scenario(WarmupPolicy.PP_PARALLEL, pp=2, tp=2, layers=8)
     needed = {
         kernel.identity
@@ -64,7 +64,7 @@ def test_every_kernel_of_the_schedule_is_compiled_and_no_other() -> None:
     assert {span.key for span in timeline.spans if span.kind == "compile"} == needed
 
 
-def test_a_short_limit_is_a_timeout() -> None:
+def test_wait_above_the_nccl_timeout_is_a_timeout() -> None:
     one = scenario(pp=4, tp=1, layers=8)
     lost = simulate(one, machine(nccl_timeout=5.0, run_ahead=False)).timeout
     assert lost is not None
@@ -73,7 +73,7 @@ def test_a_short_limit_is_a_timeout() -> None:
     assert simulate(one, machine(run_ahead=False)).longest_wait == lost.needed
 
 
-# -- what is left to compile ----------------------------------------------------------------------
+# -- stalls and coverage --------------------------------------------------------------------------
 
 
 def planned_identities(one: Scenario) -> set[str]:
@@ -81,7 +81,7 @@ def planned_identities(one: Scenario) -> set[str]:
 
 
 @pytest.mark.parametrize("policy", [WarmupPolicy.PLANNED, WarmupPolicy.PREBUILT])
-def test_who_plans_leaves_nothing(policy: WarmupPolicy) -> None:
+def test_planned_and_prebuilt_leave_no_stalls(policy: WarmupPolicy) -> None:
     one = scenario(policy, pp=2, tp=2, nodes=2)
     made = simulate(one, machine())
     assert (made.stalls, made.stall_seconds) == (0, 0.0)
@@ -94,8 +94,8 @@ def test_who_plans_leaves_nothing(policy: WarmupPolicy) -> None:
     assert compiled == (planned_identities(one) if policy is WarmupPolicy.PLANNED else set())
 
 
-def test_stalls_are_the_planned_kernels_that_are_missing_when_it_is_up() -> None:
-    """A node for all: what was compiled before the further requests is what it has."""
+def test_stalls_are_planned_kernels_missing_when_the_server_is_up() -> None:
+    """With one node, the server has exactly the kernels compiled before further requests."""
     one = scenario(WarmupPolicy.NONE, pp=1, tp=1)
     made = simulate(one, machine())
     up = made.timeline.end_of(FIRST_REQUEST)
@@ -113,7 +113,7 @@ def test_stalls_are_the_planned_kernels_that_are_missing_when_it_is_up() -> None
     assert end_proof["present"] == up_proof["present"] + len(after)
 
 
-def test_a_kernel_that_two_nodes_lack_is_one_stall() -> None:
+def test_kernel_missing_on_two_nodes_is_one_stall() -> None:
     one = scenario(WarmupPolicy.NONE, pp=1, tp=2)
     apart = scenario(WarmupPolicy.NONE, pp=1, tp=2, nodes=2)
     assert simulate(one, machine()).stalls == simulate(apart, machine()).stalls
@@ -122,7 +122,7 @@ def test_a_kernel_that_two_nodes_lack_is_one_stall() -> None:
 # -- machines -------------------------------------------------------------------------------------
 
 
-def test_a_timeline_says_where_it_was() -> None:
+def test_timeline_metadata_describes_the_machine() -> None:
     meta = simulate(
         scenario(pp=2, tp=2, nodes=4),
         machine(hosts=2, cores_per_node=6, link="gloo", ranks_per_gpu=2),
@@ -147,7 +147,7 @@ def test_hosts_must_divide_the_nodes(hosts: int) -> None:
     assert str(caught.value) == f"hosts={hosts} must divide the 4 nodes"
 
 
-def test_a_host_shares_its_cores_among_its_nodes() -> None:
+def test_nodes_of_one_host_share_its_cores() -> None:
     one = scenario(pp=1, tp=2, nodes=2)
     apart, together = (
         simulate(one, machine(hosts=hosts, cores_per_node=1)).timeline for hosts in (2, 1)
@@ -156,7 +156,7 @@ def test_a_host_shares_its_cores_among_its_nodes() -> None:
     assert together.compile_seconds == pytest.approx(2 * apart.compile_seconds)
 
 
-def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
+def test_hosts_run_ahead_by_default_if_the_link_queues() -> None:
     one = scenario(pp=2, tp=2)
 
     def wall(link: str, ahead: bool | None) -> float:
@@ -169,7 +169,7 @@ def test_hosts_run_ahead_where_the_link_queues_unless_told() -> None:
 
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    """Costs and settings of every engine that is made."""
+    """Collects the costs and settings of each Engine created."""
     made: list[tuple[Any, dict[str, Any]]] = []
 
     def engine(programs: Any, costs: Any, **settings: Any) -> Engine:
@@ -190,14 +190,14 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]
     ],
 )
 @pytest.mark.parametrize("ahead", [None, False, True])
-def test_limits_are_those_of_the_link_unless_given(
+def test_default_timeouts_are_those_of_the_link(
     engines: list[tuple[Any, dict[str, Any]]],
     link: str,
     given: float | None,
     limit: float,
     ahead: bool | None,
 ) -> None:
-    """Whatever hosts do: a blocking host's NCCL has NCCL's limit."""
+    """Timeouts do not depend on whether hosts run ahead."""
     simulate(scenario(tp=2, pp=1), machine(link=link, nccl_timeout=given, run_ahead=ahead))
     ((_, settings),) = engines
     assert (settings["timeout"], settings["host_timeout"]) == (limit, 7200.0)
@@ -206,10 +206,8 @@ def test_limits_are_those_of_the_link_unless_given(
 @pytest.mark.parametrize(
     ("policy", "slower"), [(WarmupPolicy.RELAX, 2.0), (WarmupPolicy.FULL, 1.0)]
 )
-def test_ranks_of_a_gpu_walk_side_by_side_where_all_of_them_walk(
-    policy: WarmupPolicy, slower: float
-) -> None:
-    """Otherwise a node's first rank walks alone."""
+def test_walks_share_the_gpu_if_all_its_ranks_walk(policy: WarmupPolicy, slower: float) -> None:
+    """With policy full only the first rank of a node walks."""
     slow = replace(h200(), gpu=replace(h200().gpu, memory_bandwidth=1e6))
     alone, shared = (
         simulate(scenario(policy, tp=2, pp=1), machine(profile=slow, ranks_per_gpu=ranks)).timeline
@@ -222,7 +220,7 @@ def test_ranks_of_a_gpu_walk_side_by_side_where_all_of_them_walk(
     assert walked[1] == pytest.approx(slower * walked[0], rel=0.05)
 
 
-def test_a_limit_of_memory_ends_walks_earlier() -> None:
+def test_walk_memory_limit_shortens_walks() -> None:
     values = {"walk_max_m": None, "max_tokens": 8192, "batch_sizes": (1,), "layers": 2}
     free, narrow = (
         simulate(scenario(WarmupPolicy.FULL, walk_memory=memory, **values), machine())
@@ -232,7 +230,7 @@ def test_a_limit_of_memory_ends_walks_earlier() -> None:
     assert free.timeline.up > narrow.timeline.up
 
 
-def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builders_of_one_host_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def build(self: object, kernels: object, cores: int) -> list[object]:
@@ -246,7 +244,7 @@ def test_builders_of_a_host_have_its_cores_by_shares(monkeypatch: pytest.MonkeyP
     assert seen == [12] * 4 + [6] * 4 + [1] * 4
 
 
-def test_a_lock_saves_duplicates() -> None:
+def test_compile_lock_avoids_duplicate_compiles() -> None:
     plain, locked = (
         simulate(scenario(pp=1, tp=2, compile_lock=lock), machine()).timeline
         for lock in (False, True)

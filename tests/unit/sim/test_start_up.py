@@ -1,4 +1,4 @@
-"""What comes before a warm-up."""
+"""Start-up phases before the warm-up: imports, process group and weights."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def stage_bytes(parallel: ParallelConfig) -> list[float]:
     return [weight_size(DSV4_TINY, parallel, parallel.rank_of(s, 0)).nbytes for s in (0, 1)]
 
 
-def test_imports_grow_with_a_hosts_ranks_and_the_process_group_with_all() -> None:
+def test_import_time_grows_with_ranks_per_host_and_process_group_with_all_ranks() -> None:
     names = StartPhases(("imports", "process group"))
     assert seconds(names, hosts=1) == {"imports": 7.0, "process group": 3.0}
     assert seconds(names, hosts=4) == {"imports": 4.0, "process group": 3.0}
 
 
-def test_phases_are_in_order_and_only_those_wanted() -> None:
+def test_only_requested_phases_are_given_in_order() -> None:
     assert tuple(seconds(StartPhases(), hosts=4)) == PHASES
     assert tuple(seconds(StartPhases(("weights", "imports")), hosts=4)) == ("imports", "weights")
     assert seconds(StartPhases(()), hosts=4) == {}
 
 
-def test_ranks_of_a_host_read_its_disk_side_by_side() -> None:
+def test_ranks_of_a_host_share_its_weight_bandwidth() -> None:
     first, last = stage_bytes(UNEVEN)
     assert last > 2 * first
     only = ("weights",)
-    # Four hosts hold a stage each of two ranks: those of the large one are what is waited for.
+    # Each of four hosts holds one stage of two ranks; the larger stage takes longest.
     found = seconds(StartPhases(only), 4, UNEVEN)["weights"]
     assert found == pytest.approx(2.25 + 2 * last / 1e6)
     # One host holds both stages of both replicas.
@@ -64,11 +64,11 @@ def test_ranks_of_a_host_read_its_disk_side_by_side() -> None:
     assert found == pytest.approx(3.0 + 4 * (first + last) / 2e6)
 
 
-def test_ranks_of_a_gpu_take_turns_at_making_weights_up() -> None:
+def test_ranks_of_a_gpu_make_dummy_weights_one_after_another() -> None:
     first, last = (weight_size(DSV4_TINY, UNEVEN, rank).shapes for rank in (0, 2))
     assert first < last
     made_up = StartPhases(("weights",), Weights.DUMMY)
-    # Two tensor ranks of each stage, and of the other replica again, in a row.
+    # Rank order: two tensor ranks of each stage, then the same for the other replica.
     for ranks_per_gpu, elements in (
         (1, last),
         (2, 2 * last),
@@ -79,28 +79,28 @@ def test_ranks_of_a_gpu_take_turns_at_making_weights_up() -> None:
         assert made_elements(DSV4_TINY, UNEVEN, ranks_per_gpu) == elements
         found = seconds(made_up, 1, UNEVEN, ranks_per_gpu)["weights"]
         assert found == pytest.approx(3.0 + elements / 4e6)
-    # Set-up is a host's.
+    # The set-up time depends on the ranks of a host.
     assert seconds(made_up, 4, UNEVEN)["weights"] == pytest.approx(2.25 + last / 4e6)
 
 
-def test_made_up_weights_of_one_kind_and_shape_are_made_once() -> None:
+def test_dummy_weights_of_one_kind_and_shape_are_made_once() -> None:
     """Two layers of a small model on two stages, counted by hand."""
     model = with_layers(from_hf(DSV3_SMALL, "dsv3-small"), 2)
     attention = 448 * 512 + 256 + 128 + 512 * 256 + 768 * 128 + 512 * 512
-    # All norms of 512 are one, and so are attention's and the dense layer's outputs.
+    # All norms of 512 share a buffer, and so do the outputs of attention and the dense layer.
     first = 512 + attention + 1024 * 512
     embedding = head = 1024 * 512
-    # The shared expert's matrices are as attention's.
+    # The shared expert's matrices have the shapes of attention's.
     experts = 8 * 512 + 8 + 8 * 512 * 512 + 8 * 512 * 256
     last = 512 + attention + experts
     stages = ParallelConfig(pp=2)
     assert made_elements(model, stages, 1) == last + head == 4_395_912
     assert made_elements(model, stages, 2) == first + embedding + last + head == 6_166_280
-    # On one stage what both layers have is there once, and head and embedding are alike.
+    # On one stage, buffers are shared between layers, and between head and embedding.
     assert made_elements(model, ParallelConfig(), 1) == first + embedding + experts
 
 
-def test_a_run_begins_when_they_are_over() -> None:
+def test_run_starts_after_the_start_up_phases() -> None:
     one = scenario(pp=2, tp=1, nodes=2)
     bare, begun = (
         simulate(one, machine(start=start)).timeline for start in (StartPhases(()), StartPhases())
@@ -121,7 +121,7 @@ def test_a_run_begins_when_they_are_over() -> None:
     assert begun.kernels_compiled == bare.kernels_compiled
 
 
-def test_a_machines_ranks_share_its_gpus_while_weights_are_made_up() -> None:
+def test_simulated_dummy_weights_take_ranks_per_gpu_into_account() -> None:
     one = scenario(pp=2, tp=2)
     start = StartPhases(("weights",), Weights.DUMMY)
     for ranks_per_gpu in (1, 2, 4):
@@ -130,7 +130,7 @@ def test_a_machines_ranks_share_its_gpus_while_weights_are_made_up() -> None:
         assert made.phases()["weights"] == pytest.approx(dict(expected)["weights"])
 
 
-def test_who_shares_a_gpu_changes_nothing_else() -> None:
+def test_ranks_per_gpu_does_not_change_loading_real_weights() -> None:
     for weights in (Weights.DISK, Weights.PAGE_CACHE):
         alone, shared = (seconds(StartPhases(weights=weights), 2, UNEVEN, n) for n in (1, 4))
         assert alone == shared

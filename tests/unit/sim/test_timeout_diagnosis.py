@@ -1,4 +1,4 @@
-"""Which rank a wait that is too long was for."""
+"""Finding the busy rank behind a wait that timed out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def busy_rank(spans: list[Span], timeout: CollectiveTimeout) -> tuple[int, str]:
     return found.waiting_for, found.busy_with
 
 
-def test_the_awaited_rank_is_named_where_it_works() -> None:
+def test_awaited_rank_is_named_with_its_current_work() -> None:
     spans = [
         Span(1, 0, 8, "compile", "early"),
         Span(1, 8, 12, "compile", "gemm", "k"),
@@ -33,8 +33,8 @@ def test_the_awaited_rank_is_named_where_it_works() -> None:
     assert busy_rank(spans, lost(1, time=12)) == (1, "load gemm")
 
 
-def test_a_chain_of_waits_is_followed_to_a_rank_that_works() -> None:
-    """Rank 0 waits for 1, which is in a collective that 2 is late for, which waits for 3."""
+def test_chain_of_waits_is_followed_to_a_busy_rank() -> None:
+    """0 waits for 1, 1 for 2 in a collective, 2 for a message from 3, which is computing."""
     spans = [
         Span(1, 2, 14, "comm", "all_reduce x", "1,2 #1"),
         Span(2, 13, 14, "comm", "all_reduce x", "1,2 #1"),
@@ -45,7 +45,7 @@ def test_a_chain_of_waits_is_followed_to_a_rank_that_works() -> None:
     assert busy_rank(spans, lost(1)) == (3, "compute compute")
 
 
-def test_the_last_rank_to_arrive_is_followed() -> None:
+def test_last_rank_to_join_a_collective_is_followed() -> None:
     spans = [
         Span(1, 2, 14, "comm", "all_reduce x", "1,2,3 #1"),
         Span(2, 11, 14, "comm", "all_reduce x", "1,2,3 #1"),
@@ -56,12 +56,12 @@ def test_the_last_rank_to_arrive_is_followed() -> None:
     assert busy_rank(spans, lost(1)) == (3, "compile gemm")
 
 
-def test_a_rank_without_work_is_busy_with_nothing() -> None:
+def test_idle_rank_is_busy_with_nothing() -> None:
     assert busy_rank([Span(1, 0, 9, "compute", "compute")], lost(1)) == (1, "nothing")
     assert busy_rank([], lost(2)) == (2, "nothing")
 
 
-def test_ranks_that_wait_for_each_other_are_not_followed_for_ever() -> None:
+def test_cycle_of_waits_ends_the_search() -> None:
     spans = [
         Span(1, 2, 14, "comm", "all_reduce x", "1,2 #1"),
         Span(2, 2, 14, "comm", "all_reduce x", "1,2 #1"),

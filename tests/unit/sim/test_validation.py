@@ -1,4 +1,4 @@
-"""Measured runs: what their metadata says, and how predictions of them compare."""
+"""Validation: metadata of measured runs, and predictions compared with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sim.costs.profile import Probe
 from sim.costs.start_up import PHASES, StartPhases, Weights
 from sim.machine import Machine
 from sim.simulate import Prediction
-from tests.unit.measured_runs import another, measured, usual
+from tests.unit.measured_runs import measured, other_profile, usual_profile
 from tests.unit.tiny_runs import scenario
 
 MACHINE = {"cores": 16, "gpu": "a GPU", "date": "2026-11-22"}
@@ -49,7 +49,7 @@ def run_of(one: Scenario, **facts: Any) -> Timeline:
 
 
 def changed(run: Timeline, name: str, value: Any) -> Timeline:
-    """A run whose metadata has another value; ``machine.cores`` is within the machine."""
+    """A run with one metadata value replaced; a dotted name is inside ``machine``."""
     meta = {**run.meta, "machine": dict(run.meta["machine"])}
     *outer, last = name.split(".")
     where = meta[outer[0]] if outer else meta
@@ -61,7 +61,7 @@ def changed(run: Timeline, name: str, value: Any) -> Timeline:
 
 
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
-def test_a_scenario_comes_back_from_its_timeline(policy: WarmupPolicy) -> None:
+def test_scenario_is_recovered_from_timeline_metadata(policy: WarmupPolicy) -> None:
     values: dict[str, Any] = {
         "stage_layers": (1, 3),
         "batch_sizes": (2, 64),
@@ -85,19 +85,19 @@ def test_a_scenario_comes_back_from_its_timeline(policy: WarmupPolicy) -> None:
     assert read_metadata(run_of(wide)).scenario == wide
 
 
-def test_default_batch_sizes_come_back_as_their_values() -> None:
+def test_default_batch_sizes_are_recovered_as_explicit_values() -> None:
     one = scenario(batch_sizes=None, max_tokens=16384)
     again = read_metadata(run_of(one)).scenario
     assert again.batch_sizes == one.resolved_batch_sizes
     assert again.request_tokens == one.request_tokens
 
 
-def test_a_run_is_predicted_on_its_own_machine() -> None:
+def test_metadata_gives_the_machine_of_the_run() -> None:
     facts = {"cores": 6, "probe": 3.0}
     run = run_of(scenario(tp=2), hosts=1, ranks_per_gpu=2, machine=facts, link="nccl")
-    assert usual().probe == Probe(2.0)
-    assert read_metadata(run).machine(usual()) == Machine(
-        profile=usual(),
+    assert usual_profile().probe == Probe(2.0)
+    assert read_metadata(run).machine(usual_profile()) == Machine(
+        profile=usual_profile(),
         host_factor=1.5,
         cores_per_node=6,
         hosts=1,
@@ -108,26 +108,29 @@ def test_a_run_is_predicted_on_its_own_machine() -> None:
         start=StartPhases(PHASES, Weights.DUMMY),
     )
     for unprobed in ({}, {"probe": None}):
-        machine = read_metadata(run_of(scenario(), machine=unprobed)).machine(usual())
+        machine = read_metadata(run_of(scenario(), machine=unprobed)).machine(usual_profile())
         assert (machine.host_factor, machine.link) == (1.0, "gloo")
 
 
 @pytest.mark.parametrize(
     "facts", [{"device": "cpu"}, {"compute": "skip"}, {"device": "cpu", "compute": "skip"}]
 )
-def test_without_a_gpu_there_is_no_first_forward_and_no_weight_is_made(
+def test_runs_without_gpu_computation_have_no_first_forward_or_weight_time(
     facts: dict[str, str],
 ) -> None:
-    profile = read_metadata(run_of(scenario(), **facts)).machine(another()).profile
-    host = replace(another().host, first_forward=0.0)
-    start_up = replace(another().start_up, weights_made=inf)
-    assert profile == replace(another(), host=host, start_up=start_up) != another()
+    profile = read_metadata(run_of(scenario(), **facts)).machine(other_profile()).profile
+    host = replace(other_profile().host, first_forward=0.0)
+    start_up = replace(other_profile().start_up, weights_made=inf)
+    assert profile == replace(other_profile(), host=host, start_up=start_up) != other_profile()
 
 
 def refusal(run: Timeline) -> str:
-    """The message when a run is validated; the same when a profile is fitted to it."""
+    """The error when validating the run, which must equal that when fitting a profile to it."""
     messages = []
-    for use in (lambda: validate([run], usual()), lambda: fit_profile([run], usual(), "x")):
+    for use in (
+        lambda: validate([run], usual_profile()),
+        lambda: fit_profile([run], usual_profile(), "x"),
+    ):
         with pytest.raises(UserError) as caught:
             use()
         messages.append(str(caught.value))
@@ -139,14 +142,14 @@ OPTIONAL = {
     *("moe_a2a", "overlap", "library", "gpu", "ranks"),
     *("reduced_num_sms", "decode_batch_sizes", "without"),
 }
-"""What Timelines of older versions may lack."""
+"""Metadata that Timelines of older versions may lack."""
 
 NEEDED = [name for name in run_of(scenario()).meta if name not in OPTIONAL]
 NEEDED += [f"machine.{name}" for name in MACHINE]
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_an_older_timeline_is_refused_with_what_it_lacks(name: str) -> None:
+def test_timeline_without_a_required_field_is_refused_and_the_field_named(name: str) -> None:
     run = changed(run_of(scenario()), name, None)
     del (run.meta["machine"] if "." in name else run.meta)[name.rpartition(".")[2]]
     assert refusal(run) == (
@@ -196,20 +199,20 @@ ABOVE_0 = "not a number above 0"
         ("prompt_len", list(range(99)), "10, 11..., not a whole"),
     ],
 )
-def test_a_malformed_value_is_refused_in_one_line(name: str, value: Any, words: str) -> None:
+def test_invalid_metadata_value_is_a_one_line_error(name: str, value: Any, words: str) -> None:
     run = run_of(scenario())
     message = refusal(replace(run, meta=changed(run, name, value).meta))
     start = "a Timeline of none describes no run that can be simulated: "
     assert message.startswith(start) and words in message
 
 
-def test_a_run_without_work_or_policy_is_refused() -> None:
+def test_run_without_work_or_with_unknown_policy_is_refused() -> None:
     run = run_of(scenario())
     assert "can be simulated: nothing in it takes any time" in refusal(replace(run, spans=()))
     assert refusal(replace(run, policy="cold")).startswith("a Timeline of cold describes no run")
 
 
-def test_a_run_without_a_jit_is_refused() -> None:
+def test_run_without_jit_is_refused() -> None:
     off = "off, kernels are not compiled: --no-jit was given"
     assert refusal(run_of(scenario(), jit=off)) == (
         "a Timeline of none is of a run without a JIT, which says nothing about a start-up that "
@@ -217,10 +220,10 @@ def test_a_run_without_a_jit_is_refused() -> None:
     )
 
 
-def test_a_link_that_is_unknown_or_not_in_the_profile_is_refused() -> None:
+def test_link_that_is_unknown_or_not_in_the_profile_is_refused() -> None:
     pigeon = run_of(scenario(), link="carrier pigeon")
     assert refusal(pigeon) == "link 'carrier pigeon' is not known: use gloo or nccl"
-    only_fast = replace(usual(), links={"nvlink": usual().links["nvlink"]})
+    only_fast = replace(usual_profile(), links={"nvlink": usual_profile().links["nvlink"]})
     with pytest.raises(UserError) as caught:
         validate([run_of(scenario())], only_fast)
     assert str(caught.value) == "profile usual has no link 'gloo' for backend gloo"
@@ -231,49 +234,49 @@ def test_a_link_that_is_unknown_or_not_in_the_profile_is_refused() -> None:
 
 @pytest.mark.parametrize("factor", [None, 1.5])
 @pytest.mark.parametrize("policy", WarmupPolicy, ids=lambda policy: policy.value)
-def test_the_profile_that_made_a_run_predicts_it_exactly(
+def test_profile_that_simulated_a_run_predicts_it_exactly(
     policy: WarmupPolicy, factor: float | None
 ) -> None:
     one = scenario(policy, pp=2, tp=2, nodes=2, graph_batch_sizes=(1,), stream=(9, 64))
-    run = measured(one, another(), cores=3, hosts=1, factor=factor)
-    (found,) = validate([run], another())
+    run = measured(one, other_profile(), cores=3, hosts=1, factor=factor)
+    (found,) = validate([run], other_profile())
     assert (found.error, found.counts_agree) == (0.0, True)
     assert found.predicted.timeout is None
     assert found.predicted.timeline.phases() == run.phases()
 
 
-def test_an_error_is_relative_to_the_measurement() -> None:
-    run = measured(scenario(), another())
-    (found,) = validate([run], usual())
+def test_error_is_relative_to_the_measured_time() -> None:
+    run = measured(scenario(), other_profile())
+    (found,) = validate([run], usual_profile())
     assert found.error == found.predicted.timeline.wall / run.wall - 1
     assert found.error < -0.2
-    slow = measured(scenario(), another(), factor=1.5)
+    slow = measured(scenario(), other_profile(), factor=1.5)
     unprobed = {**slow.meta, "machine": {**slow.meta["machine"], "probe": None}}
-    (found,) = validate([replace(slow, meta=unprobed)], another())
+    (found,) = validate([replace(slow, meta=unprobed)], other_profile())
     assert found.error == run.wall / slow.wall - 1 < -0.1
 
 
-def test_counts_disagree_where_compiles_or_duplicates_do() -> None:
-    run = measured(scenario(), another())
+def test_counts_agree_requires_equal_compiles_and_duplicates() -> None:
+    run = measured(scenario(), other_profile())
     first = next(span for span in run.spans if span.is_kernel)
     another_span = next(s for s in run.spans if s.is_kernel and s.key != first.key)
     one_less = replace(run, spans=tuple(s for s in run.spans if s is not first))
     same_number = replace(run, spans=(*one_less.spans, first._replace(key="another kernel")))
     duplicate = replace(run, spans=(*one_less.spans, first._replace(key=another_span.key)))
-    found = validate([duplicate, one_less, same_number], another())
+    found = validate([duplicate, one_less, same_number], other_profile())
     assert [one.counts_agree for one in found] == [False, False, True]
 
 
-def test_a_summary_has_the_median_and_the_worst_error() -> None:
-    run = measured(scenario(), another())
+def test_error_summary_has_median_and_worst_error() -> None:
+    run = measured(scenario(), other_profile())
     spans = tuple(s._replace(start=s.start / 2, end=s.end / 2) for s in run.spans[:-1])
-    assert error_summary(validate([run, run, replace(run, spans=spans)], another())) == (
+    assert error_summary(validate([run, run, replace(run, spans=spans)], other_profile())) == (
         "3 runs: median absolute error 0.0%, worst 100.0%; compiles and duplicates exact in 3"
     )
 
 
 def simple_run(source: str, wall: float, kernels: str, **facts: Any) -> Timeline:
-    """A run whose first request is answered after half its time; a kernel a letter."""
+    """A run that answers its first request at half its time; each letter is a kernel."""
     spans = tuple(Span(0, 0.0, wall / 4, "compile", "gemm", key) for key in kernels)
     phases = (
         Span(0, 0.0, wall / 2, "phase", "first request"),
@@ -296,7 +299,7 @@ def simple_runs() -> list[ValidatedRun]:
     ]
 
 
-def test_the_table_has_a_run_a_row_and_a_summary() -> None:
+def test_table_has_one_row_per_run_and_a_summary() -> None:
     out = StringIO()
     print_validation(Console(width=140, file=out), simple_runs(), "Predicted with x")
     rows = [" ".join(line.split()) for line in out.getvalue().splitlines()]
@@ -306,7 +309,7 @@ def test_the_table_has_a_run_a_row_and_a_summary() -> None:
     assert rows[-1] == error_summary(simple_runs())
 
 
-def test_the_table_as_plain_data() -> None:
+def test_validation_json_has_measured_and_predicted_figures() -> None:
     data = validation_json(simple_runs()[:1], "h200")
     assert data == {
         "version": 1,
@@ -334,7 +337,7 @@ def test_the_table_as_plain_data() -> None:
     }
 
 
-def test_sim_prints_how_far_a_profiles_predictions_were_off(
+def test_sim_prints_the_accuracy_of_a_validated_profile_only(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = "sim --model dsv4-tiny --warmup none --batch-sizes 1 --max-tokens 64 --hardware"
@@ -350,7 +353,7 @@ def test_sim_prints_how_far_a_profiles_predictions_were_off(
 # -- files ----------------------------------------------------------------------------------------
 
 
-def test_files_are_read_in_order_and_only_measured_runs(tmp_path: Path) -> None:
+def test_read_measured_keeps_file_order_and_refuses_predicted_runs(tmp_path: Path) -> None:
     one, two = run_of(scenario()), run_of(scenario(WarmupPolicy.PLANNED))
     files = [tmp_path / f"{name}.json" for name in "abcd"]
     for path, runs in zip(

@@ -1,4 +1,4 @@
-"""A stand-in that is built once, and children on it."""
+"""Fixtures: a stand-in GPU built once per session, and child processes that use it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.unit.standin.fake_torch import COMPILER, Child, make_packages
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment whose torch has CUDA 13."""
+    """A site-packages folder with a fake torch for CUDA 13."""
     if COMPILER is None:
         pytest.skip("there is no C compiler")
     return make_packages(tmp_path_factory.mktemp("site") / "packages")
@@ -17,11 +17,11 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the stand-in of this session is kept."""
+    """The cache directory of this session's stand-in."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def child(packages: Path, cache: Path, tmp_path: Path) -> Child:
-    """Runs snippets on a stand-in."""
+    """Runs Python snippets on the stand-in GPU."""
     return Child(packages, cache, tmp_path / "work")

@@ -1,4 +1,4 @@
-"""A folder like site-packages of an environment with torch, and a child that runs on a stand-in."""
+"""A fake site-packages folder with torch, and child processes that run on a stand-in GPU."""
 
 import json
 import os
@@ -24,11 +24,11 @@ LIBRARIES = {
     "libcublas.so.13": ("cublasSgemm_v2", "cublasWarp"),
     "libcublasLt.so.13": ("cublasLtMatmulDescCreate", "cublasLtMatmul", "cublasLtWarp"),
 }
-"""Functions of the fake CUDA libraries: each returns 77."""
+"""Functions of the fake CUDA libraries; each returns 77."""
 
 
 def shared_library(path: Path, functions: tuple[str, ...]) -> Path:
-    """A library with these functions, and some symbols that are not for others to call."""
+    """A shared library that exports these functions and has other symbols, not callable."""
     code = "".join(f"int {name}(void) {{ return 77; }}\n" for name in functions)
     code += "static int hidden(void) { return 1; }\nint data = 1;\nint puts(const char *);\n"
     code += "int (*kept)(void) = hidden; int (*wanted)(const char *) = puts;\n"
@@ -58,7 +58,7 @@ def make_packages(root: Path, *, cuda: str | None = "13.0", libraries: bool = Tr
 
 
 class Child:
-    """Runs snippets of Python on a stand-in; they put what they found into ``found``."""
+    """Runs Python snippets on a stand-in GPU; they store results in the dict ``found``."""
 
     def __init__(self, packages: Path, cache: Path, work: Path) -> None:
         self.packages = packages
@@ -71,7 +71,7 @@ class Child:
         }
 
     def environment(self, gpu: Gpu | None = None, devices: int = 1, **more: str) -> dict[str, str]:
-        """What the child gets."""
+        """The environment variables of the child process."""
         return standin_environment(
             gpu or gpu_named("b200"),
             python=Path(sys.executable),
@@ -82,7 +82,7 @@ class Child:
         )
 
     def run(self, snippet: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-        """What the snippet found, and its standard error by lines."""
+        """The snippet's ``found`` dict, and the lines of its standard error."""
         done = subprocess.run(
             [sys.executable, "-c", f"{_BEFORE}\n{snippet}\nprint(json.dumps(found))"],
             env=dict(environment),

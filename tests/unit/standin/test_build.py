@@ -1,4 +1,4 @@
-"""Building the stand-in: once for each content, whoever builds."""
+"""Building the stand-in GPU library, and the environment of a process that uses it."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def libraries(packages: Path) -> list[Path]:
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> Callable[[str], str]:
-    """A C compiler that first runs some lines of shell."""
+    """Makes a C compiler that first runs the given shell script."""
 
     def make(script: str) -> str:
         path = tmp_path / "compiler"
@@ -39,7 +39,7 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(cache), **more}
 
 
-def test_it_is_built_once(
+def test_standin_is_compiled_once_and_then_reused(
     libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]
 ) -> None:
     calls = tmp_path / "calls"
@@ -55,7 +55,7 @@ def test_it_is_built_once(
     assert list(root.parent.iterdir()) == [root]
 
 
-def test_another_content_is_another_build(
+def test_standin_is_rebuilt_if_libraries_or_sources_change(
     libraries: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = environment(tmp_path)
@@ -70,18 +70,18 @@ def test_another_content_is_another_build(
     assert build_standin(libraries, variables) != first
 
 
-def test_many_builders_at_a_time(libraries: list[Path], tmp_path: Path) -> None:
+def test_concurrent_builds_leave_one_result(libraries: list[Path], tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         roots = set(pool.map(lambda _: build_standin(libraries, environment(tmp_path)), range(4)))
     (root,) = roots
     assert list(root.parent.iterdir()) == [root]
 
 
-def test_it_builds_without_warnings(libraries: list[Path], tmp_path: Path) -> None:
+def test_standin_compiles_without_warnings(libraries: list[Path], tmp_path: Path) -> None:
     assert build_standin(libraries, environment(tmp_path, CC=f"{COMPILER} -Wall -Werror"))
 
 
-def test_a_missing_compiler(libraries: list[Path], tmp_path: Path) -> None:
+def test_missing_or_invalid_c_compiler_is_refused(libraries: list[Path], tmp_path: Path) -> None:
     for variables, words in (
         ({"PATH": str(tmp_path)}, "the stand-in GPU needs a C compiler: apt-get install gcc"),
         ({"CC": "nocc"}, "CC=nocc is not a program: unset CC or set it to a C compiler"),
@@ -92,7 +92,7 @@ def test_a_missing_compiler(libraries: list[Path], tmp_path: Path) -> None:
         assert str(caught.value) == words
 
 
-def test_a_compiler_that_fails(
+def test_failed_c_compile_is_reported_and_leaves_nothing(
     libraries: list[Path], tmp_path: Path, compiler: Callable[[str], str]
 ) -> None:
     variables = environment(tmp_path, CC=compiler("echo 'no room' >&2; exit 4"))
@@ -101,7 +101,7 @@ def test_a_compiler_that_fails(
     assert list((tmp_path / "deepgemm-coldstart" / "standin").iterdir()) == []
 
 
-def test_a_cache_folder_that_cannot_be_used(libraries: list[Path], tmp_path: Path) -> None:
+def test_unusable_cache_folder_is_refused(libraries: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/deepgemm-coldstart/standin: Not a"):
         build_standin(libraries, environment(tmp_path / "file"))
@@ -109,7 +109,7 @@ def test_a_cache_folder_that_cannot_be_used(libraries: list[Path], tmp_path: Pat
         build_standin(libraries, environment(tmp_path / "two words"))
 
 
-def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
+def test_child_environment_selects_gpu_library_and_nvcc(child: Child, tmp_path: Path) -> None:
     found = child.environment(
         gpu_named("h20", 60),
         devices=3,
@@ -130,7 +130,7 @@ def test_environment_of_a_child(child: Child, tmp_path: Path) -> None:
     assert tuple(found[PREFIX + name] for name in names) == values
 
 
-def test_a_toolkit_that_is_there_stays(child: Child, tmp_path: Path) -> None:
+def test_existing_cuda_home_or_cuda_path_is_kept(child: Child, tmp_path: Path) -> None:
     assert child.environment(CUDA_HOME=str(tmp_path))["CUDA_HOME"] == str(tmp_path)
     kept = child.environment(CUDA_HOME="", CUDA_PATH=str(tmp_path))
     assert (kept["CUDA_HOME"], kept["CUDA_PATH"]) == ("", str(tmp_path))

@@ -1,4 +1,4 @@
-"""``runner standin``: a command passes through."""
+"""``runner standin``: running a command on stand-in GPUs."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ print(text.value.decode(), count.value, sys.argv[1:])
 
 @pytest.fixture
 def fake_nvcc(tmp_path: Path) -> Path:
-    """An nvcc that says one version."""
+    """An nvcc that only prints a version."""
     path = tmp_path / "toolkit" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text("#!/bin/sh\necho the real release 13.0\n")
@@ -49,14 +49,14 @@ def standin(environment: dict[str, str], *arguments: str) -> subprocess.Complete
     )
 
 
-def test_a_command_on_gpus(environment: dict[str, str]) -> None:
+def test_command_sees_the_requested_gpus(environment: dict[str, str]) -> None:
     command = (sys.executable, "-c", ASK, "--gpu", "x")
     done = standin(environment, "--gpu", "gb300", "--devices", "4", "--", *command)
     assert done.stdout == "NVIDIA GB300 4 ['--gpu', 'x']\n"
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_was_missing_is_said(environment: dict[str, str]) -> None:
+def test_unsupported_functions_are_reported_at_the_end(environment: dict[str, str]) -> None:
     ask = "import ctypes; ctypes.CDLL(None).cudaWarpDrive()"
     program = f"import os, subprocess, sys; {ask}; subprocess.run([sys.executable, '-c', {ask!r}])"
     done = standin(environment, "--gpu", "h200", "--", sys.executable, "-c", program)
@@ -67,7 +67,9 @@ def test_what_was_missing_is_said(environment: dict[str, str]) -> None:
     ]
 
 
-def test_the_real_compiler_compiles(environment: dict[str, str], fake_nvcc: Path) -> None:
+def test_real_nvcc_is_used_unless_no_compile_is_given(
+    environment: dict[str, str], fake_nvcc: Path
+) -> None:
     command = ("sh", "-c", "echo $DG_JIT_NVCC_COMPILER $CUDA_HOME; $DG_JIT_NVCC_COMPILER --version")
     done = standin(environment, "--gpu", "h200", "--", *command)
     home = fake_nvcc.parent.parent
@@ -82,7 +84,9 @@ def test_the_real_compiler_compiles(environment: dict[str, str], fake_nvcc: Path
 @pytest.mark.parametrize(
     ("command", "code"), [("exit 7", 7), ("kill -TERM $$", 128 + signal.SIGTERM)]
 )
-def test_exit_codes(environment: dict[str, str], command: str, code: int) -> None:
+def test_standin_exits_with_the_commands_exit_code(
+    environment: dict[str, str], command: str, code: int
+) -> None:
     done = standin(environment, "--gpu", "h200", "--", "sh", "-c", command)
     assert done.returncode == code
     assert done.stderr == f"error: the command ended with {code}\n"
@@ -97,7 +101,9 @@ def test_exit_codes(environment: dict[str, str], command: str, code: int) -> Non
         ([], "Missing option '--gpu'."),
     ],
 )
-def test_what_is_refused(environment: dict[str, str], arguments: list[str], message: str) -> None:
+def test_invalid_input_is_a_one_line_error(
+    environment: dict[str, str], arguments: list[str], message: str
+) -> None:
     command = [] if "--" in arguments else ["--", "true"]
     done = standin(environment, *arguments, *command)
     assert done.returncode == 2
@@ -105,7 +111,9 @@ def test_what_is_refused(environment: dict[str, str], arguments: list[str], mess
     assert done.stderr.count("\n") == 1
 
 
-def test_whose_torch_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_is_found_from_command_or_shebang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "python3.12"
     other.symlink_to(sys.executable)
     for name, first in {

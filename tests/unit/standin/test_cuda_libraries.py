@@ -16,7 +16,7 @@ from tests.unit.standin.fake_torch import make_packages
 def interpreter(
     folder: Path, *, torch: Path | None, cuda: str | None = "13.0", nvidia: Path | None = None
 ) -> Path:
-    """A program that answers as Python does."""
+    """A program that gives the answers of a Python with these packages."""
     packages = [[str(path)] if path else [] for path in (torch, nvidia)]
     path = folder / "python"
     path.write_text(f"#!/bin/sh\necho '{json.dumps([cuda, *packages, str(folder)])}'\n")
@@ -24,7 +24,7 @@ def interpreter(
     return path
 
 
-def test_wheels(packages: Path) -> None:
+def test_cuda_libraries_are_found_in_wheels(packages: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     folder = packages / "nvidia" / "cu13" / "lib"
     names = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13")
@@ -33,7 +33,7 @@ def test_wheels(packages: Path) -> None:
 
 
 @pytest.mark.parametrize("cuda", [None, "12.8"])
-def test_the_version_is_read_without_an_import(tmp_path: Path, cuda: str | None) -> None:
+def test_cuda_version_is_read_without_importing_torch(tmp_path: Path, cuda: str | None) -> None:
     packages = make_packages(tmp_path / "site", cuda=cuda, libraries=False)
     words = f"is built for CUDA {cuda}: " if cuda else "is built without CUDA: "
     with pytest.raises(UserError, match=words):
@@ -41,7 +41,7 @@ def test_the_version_is_read_without_an_import(tmp_path: Path, cuda: str | None)
 
 
 @pytest.mark.parametrize("place", ["torch/lib", "lib", "searched", "home/lib64"])
-def test_other_places(tmp_path: Path, place: str) -> None:
+def test_cuda_libraries_are_found_outside_wheels(tmp_path: Path, place: str) -> None:
     folder = tmp_path / place
     folder.mkdir(parents=True)
     (folder / "libcudart.so.13").touch()
@@ -72,7 +72,7 @@ def test_other_places(tmp_path: Path, place: str) -> None:
         ),
     ],
 )
-def test_what_cannot_be_stood_in_for(
+def test_unsupported_torch_or_missing_cudart_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
 ) -> None:
     python = interpreter(tmp_path, torch=tmp_path / "torch", cuda=cuda, nvidia=tmp_path)
@@ -82,7 +82,7 @@ def test_what_cannot_be_stood_in_for(
     assert str(caught.value) == message.format(python=python)
 
 
-def test_no_torch_and_no_python(tmp_path: Path) -> None:
+def test_missing_torch_or_unusable_interpreter_is_refused(tmp_path: Path) -> None:
     python = interpreter(tmp_path, torch=None)
     with pytest.raises(UserError) as caught:
         find_cuda_libraries(python, {})

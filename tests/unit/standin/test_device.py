@@ -1,4 +1,4 @@
-"""The stand-in GPU, asked by a child through ctypes: its numbers, and failing by name."""
+"""Device properties of the stand-in GPU, and calls it does not support, through ctypes."""
 
 import pytest
 
@@ -14,7 +14,7 @@ at = lambda offset, kind: struct.unpack_from(kind, text.raw, offset)[0]
 found["values"] = {name: at(*where) for name, where in FIELDS.items()}
 """
 
-# Offsets in CUDA 13's cudaDeviceProp, of its headers.
+# Offsets in cudaDeviceProp, from the headers of CUDA 13.
 FIELDS = {
     "totalGlobalMem": (288, "Q"),
     "sharedMemPerBlock": (296, "Q"),
@@ -42,7 +42,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("name", ["h200", "gb300", "rtx-pro-6000"])
-def test_properties(child: Child, name: str) -> None:
+def test_device_properties_are_those_of_the_gpu(child: Child, name: str) -> None:
     gpu = gpu_named(name, 100)
     found, said = child.run(f"FIELDS = {FIELDS}\n{PROPERTIES}", child.environment(gpu))
     assert (found["code"], found["name"], found["after"], said) == (0, gpu.device_name, True, [])
@@ -72,7 +72,7 @@ def test_properties(child: Child, name: str) -> None:
     }
 
 
-def test_attributes_are_the_properties(child: Child) -> None:
+def test_device_attributes_agree_with_properties(child: Child) -> None:
     snippet = """
 value = c_int()
 def attribute(number, device=0):
@@ -111,7 +111,7 @@ found["nvml"] = [nvml.nvmlDeviceGetCount_v2(byref(total)), total.value]
 """
 
 
-def test_devices_of_threads(child: Child) -> None:
+def test_current_device_is_per_thread(child: Child) -> None:
     found, _ = child.run(DEVICES, child.environment(devices=2))
     assert found["count"] == [0, 2]
     assert found["set"] == [[0, 0, 0], [0, 0, 1], [101, 0, 1]]
@@ -131,7 +131,9 @@ def test_devices_of_threads(child: Child) -> None:
         ("-1", 0, ""),
     ],
 )
-def test_visible_devices(child: Child, visible: str, count: int, bus: str) -> None:
+def test_cuda_visible_devices_is_respected(
+    child: Child, visible: str, count: int, bus: str
+) -> None:
     found, _ = child.run(DEVICES, child.environment(devices=4, CUDA_VISIBLE_DEVICES=visible))
     assert found["count"] == [0 if count else 100, count]
     assert found["bus"] == ([0, bus] if count else [101, ""])
@@ -156,7 +158,7 @@ found["length"] = gpu.standin_failed(ctypes.create_string_buffer(16), 16)
 """
 
 
-def test_what_is_missing_fails_by_name(child: Child) -> None:
+def test_unsupported_functions_fail_and_are_named(child: Child) -> None:
     folder = child.packages / "nvidia" / "cu13" / "lib"
     environment = child.environment(LD_LIBRARY_PATH=str(folder))
     found, said = child.run(MISSING, environment)
@@ -170,17 +172,17 @@ def test_what_is_missing_fails_by_name(child: Child) -> None:
     assert found["length"] == sum(len(name) + 1 for name in names)
     assert said == [f"stand-in GPU: {name} is not stood in" for name in names]
     assert (child.work / "failures.txt").read_text().split() == names
-    assert found["left"] == 77  # the real library's: it works on structures of the host
+    assert found["left"] == 77  # the real library's, which needs no GPU
 
 
-def test_cuda_12_is_refused_by_name(child: Child) -> None:
+def test_cuda_12_function_fails_and_is_named(child: Child) -> None:
     snippet = "found['code'] = gpu.cudaGetDeviceProperties_v2(None, 0)"
     found, said = child.run(snippet, child.environment())
     assert found["code"] == 801
     assert said == ["stand-in GPU: cudaGetDeviceProperties_v2 (CUDA 12) is not stood in"]
 
 
-def test_without_settings(child: Child) -> None:
+def test_missing_settings_give_no_device_and_a_message(child: Child) -> None:
     environment = child.environment()
     bare = {key: value for key, value in environment.items() if "STANDIN" not in key}
     snippet = "found['code'] = gpu.cudaGetDeviceCount(byref(c_int()))"

@@ -1,4 +1,4 @@
-"""Streams, capture and graphs; libraries that are loaded, and the log of their launches."""
+"""The stand-in GPU's streams, graph capture, loaded kernels and launch log."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ found["graph"] = [gpu.cudaGraphInstantiate(byref(runs), graph, 0), gpu.cudaGraph
 """
 
 
-def test_capture(child: Child) -> None:
+def test_stream_capture_and_graphs(child: Child) -> None:
     found, said = child.run(CAPTURE, child.environment())
     assert found["before"] == found["after"] == [0, 0, 0]
     assert found["default"] == 900
@@ -54,7 +54,7 @@ def test_capture(child: Child) -> None:
     assert said == []
 
 
-def test_events_tell_time(child: Child) -> None:
+def test_events_measure_elapsed_time(child: Child) -> None:
     snippet = """
 import time
 start, end, passed = c_void_p(), c_void_p(), c_float()
@@ -109,7 +109,7 @@ found["threads"] = len(drain(20000))
 """
 
 
-def test_launches(child: Child, tmp_path: Path) -> None:
+def test_kernel_loads_and_launches_are_logged(child: Child, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.cubin").write_text("cubin")
     (tmp_path / "empty.cubin").touch()

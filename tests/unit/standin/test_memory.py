@@ -1,4 +1,4 @@
-"""Memory of the stand-in: address space that runs out as the GPU's does."""
+"""The stand-in GPU's memory: address space that runs out as a real GPU's memory does."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ found["unknown"] = gpu.cudaFree(c_void_p(4096))
 """
 
 
-def test_running_out(child: Child) -> None:
+def test_allocation_fails_when_memory_is_exhausted(child: Child) -> None:
     gpu = replace(gpu_named("h200"), memory=2048 * MIB)
     found, _ = child.run(RUNNING_OUT, child.environment(gpu))
     assert found["at_first"] == CONTEXT
@@ -37,8 +37,8 @@ def test_running_out(child: Child) -> None:
     assert found["unknown"] == 1
 
 
-def test_what_an_allocation_takes(child: Child) -> None:
-    """As measured on an H200, where small ones share 2 MiB."""
+def test_allocation_sizes_are_rounded_up(child: Child) -> None:
+    """As measured on an H200, where small allocations share 2 MiB."""
     snippet = """
 free, total = c_size_t(), c_size_t()
 def took(size):
@@ -54,7 +54,7 @@ found["nothing"] = [allocate(0)[0], allocate(0)[1].value]
     assert found["nothing"] == [0, None]
 
 
-def test_address_space_is_used_again(child: Child) -> None:
+def test_freed_address_space_is_reused(child: Child) -> None:
     snippet = """
 codes, seen = set(), set()
 for turn in range(300):  # 30 TB in all
@@ -94,7 +94,7 @@ found["driver"] = [gpu.cuPointerGetAttribute(byref(kind), 2, device), kind.value
 """
 
 
-def test_what_a_pointer_is(child: Child) -> None:
+def test_pointer_attributes_of_device_host_and_unknown_memory(child: Child) -> None:
     found, _ = child.run(POINTERS, child.environment(devices=2))
     device, host, unknown = [2, 1, True, False], [1, 1, True, True], [0, -2, False, True]
     assert found["kinds"] == [device, device, host, unknown]
@@ -102,7 +102,7 @@ def test_what_a_pointer_is(child: Child) -> None:
     assert found["driver"] == [0, 2, 0, 1, 1]
 
 
-def test_copies_and_fills(child: Child) -> None:
+def test_memory_copies_and_fills_affect_the_first_mebibyte_only(child: Child) -> None:
     snippet = """
 code, at = allocate(4 << 20)
 text, back = ctypes.create_string_buffer(b"hello"), ctypes.create_string_buffer(6)

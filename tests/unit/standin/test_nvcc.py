@@ -1,4 +1,4 @@
-"""The stand-in for nvcc."""
+"""The stand-in for nvcc, which writes a placeholder cubin and logs its arguments."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +22,14 @@ def nvcc(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPr
     )
 
 
-def test_version(child: Child, environment: dict[str, str]) -> None:
+def test_version_is_printed_and_not_logged(child: Child, environment: dict[str, str]) -> None:
     done = nvcc(environment, "--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, VERSION, "")
     assert read_compiles(child.work) == []
 
 
 @pytest.mark.parametrize("flags", [["-cubin", "-o"], ["--cubin", "--output-file"]])
-def test_compile(
+def test_compile_writes_output_and_logs_arguments(
     child: Child, environment: dict[str, str], tmp_path: Path, flags: list[str]
 ) -> None:
     out = tmp_path / "kernel.cubin"
@@ -47,7 +47,9 @@ def test_compile(
     assert read_compiles(child.work) == [arguments]
 
 
-def test_many_at_a_time(child: Child, environment: dict[str, str], tmp_path: Path) -> None:
+def test_concurrent_compiles_are_all_logged(
+    child: Child, environment: dict[str, str], tmp_path: Path
+) -> None:
     long = "-I" + "x" * 9000
 
     def compile_one(index: int) -> int:
@@ -62,7 +64,9 @@ def test_many_at_a_time(child: Child, environment: dict[str, str], tmp_path: Pat
     assert {last for *_, last in compiles} == {long}
 
 
-def test_what_it_refuses(child: Child, environment: dict[str, str], tmp_path: Path) -> None:
+def test_unsupported_arguments_are_refused_and_not_logged(
+    child: Child, environment: dict[str, str], tmp_path: Path
+) -> None:
     done = nvcc(environment, "kernel.cu", "-cubin")
     missing = "stand-in nvcc: compiles to a file: missing -o or --output-file\n"
     assert (done.returncode, done.stderr) == (1, missing)

@@ -1,4 +1,4 @@
-"""Functions that a library exports, and the stubs that take their place."""
+"""Exported functions of CUDA libraries, and the stubs that replace them."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.unit.standin.fake_torch import LIBRARIES, needs_compiler, shared_libr
 
 
 @needs_compiler
-def test_functions_that_a_library_defines_for_others(tmp_path: Path) -> None:
+def test_exported_functions_are_listed_in_order(tmp_path: Path) -> None:
     path = shared_library(tmp_path / "lib.so", ("second", "first"))
     assert exported_functions(path) == ["first", "second"]
     path.write_bytes(path.read_bytes()[:-200])
@@ -20,7 +20,9 @@ def test_functions_that_a_library_defines_for_others(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, b"", b"\x7fELF\x02\x01" + b"\xff" * 90, b"no" * 99])
 @needs_compiler
-def test_other_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_file_that_is_not_a_shared_library_is_refused(
+    tmp_path: Path, content: bytes | None
+) -> None:
     path = tmp_path / "lib.so"
     if content is not None:
         path.write_bytes(content)
@@ -28,13 +30,13 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes | None) -> None:
         exported_functions(path)
 
 
-def test_without_nm_there_is_no_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="the stand-in GPU needs nm: apt-get install binutils"):
         exported_functions(tmp_path / "lib.so")
 
 
-def test_names_that_must_not_be_reached(packages: Path) -> None:
+def test_names_to_stub_are_driver_functions_and_exported_ones(packages: Path) -> None:
     folder = packages / "nvidia" / "cu13" / "lib"
     names = names_to_stub(folder / name for name in LIBRARIES)
     assert len(names) > 600 and sorted(set(names)) == names
@@ -50,7 +52,7 @@ def test_names_that_must_not_be_reached(packages: Path) -> None:
     }
 
 
-def test_stub_source() -> None:
+def test_stub_source_has_one_stub_per_name() -> None:
     text = stub_source(["cudaB", "cublasA", "cuC"])
     assert "MISSING(cuC, NOT_SUPPORTED)\nMISSING(cublasA, BLAS_NOT_SUPPORTED)\n" in text
     assert '    {"cuC", missing_cuC},\n    {"cublasA", missing_cublasA},\n' in text

@@ -1,4 +1,4 @@
-"""Steps that were measured: what two H200s did, and files that are none."""
+"""Steps measured on two H200s, against the overlap model; and invalid step files."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def steps() -> MeasuredSteps:
     return read_steps(DECODE)
 
 
-def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> None:
-    """Of the seconds that collectives were begun and under way, how many the GPU computed."""
+def test_measured_collectives_ran_while_the_gpu_computed(steps: MeasuredSteps) -> None:
+    """At least 98 % of asynchronous communication time, the GPU was computing."""
     forward = forward_of(steps.settings)
     for step in steps.steps[1:]:
         turns = measured_turns(forward, step)
@@ -60,17 +60,17 @@ def test_both_streams_of_a_gpu_were_at_work_at_a_time(steps: MeasuredSteps) -> N
         under_way = [p for p in turns.pieces if p.lane == "link" and p.name in BEGUN]
         waited = [p.seconds for p in turns.pieces if p.lane == "wait" and p.name in BEGUN]
         assert len(under_way) == len(waited) == 2 * 8 * 3
-        beside = sum(
+        overlapped = sum(
             max(0.0, min(its.end, one.end) - max(its.start, one.start))
             for its in under_way
             for one in computing
         )
-        assert beside > 0.98 * sum(piece.seconds for piece in under_way)
+        assert overlapped > 0.98 * sum(piece.seconds for piece in under_way)
         assert sum(waited) < 0.05 * sum(piece.seconds for piece in under_way)
 
 
 def run_parts_of(forward: Forward, other: MeasuredStep, strategy: OverlapStrategy) -> Turns:
-    """A strategy's turns, of parts that take as long as they took in another strategy's run."""
+    """Turns predicted for ``strategy`` with each part as long as measured under another one."""
     assert other.strategy is not None
     halves = forward.in_halves(strategy.comm_sms, tuple)
     ran, link = pairwise(other.ends), iter(other.link)
@@ -95,7 +95,7 @@ def run_parts_of(forward: Forward, other: MeasuredStep, strategy: OverlapStrateg
     )
 
 
-def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps) -> None:
+def test_overlap_model_predicts_step_time_from_parts_of_another_run(steps: MeasuredSteps) -> None:
     forward = forward_of(steps.settings)
     for step in steps.steps[1:]:
         assert step.strategy is not None
@@ -104,8 +104,8 @@ def test_the_rules_make_of_other_runs_parts_what_a_run_took(steps: MeasuredSteps
             assert made.seconds == pytest.approx(step.ends[-1], rel=0.01)
 
 
-def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
-    """One second an operation; collectives begun run from their start for three."""
+def test_measured_turns_follow_from_operation_end_times(tmp_path: Path) -> None:
+    """Each operation takes one second; each collective runs for three from its start."""
     strategy = STRATEGIES["deepseek-decode"]
     settings = StepSettings("dsv4-tiny", 1, 1, 2, True, ForwardMode.DECODE, 4, 8)
     forward = forward_of(settings)
@@ -133,7 +133,7 @@ def test_turns_are_read_off_the_ends(tmp_path: Path) -> None:
         measured_turns(forward, short)
 
 
-def test_one_batch_is_read_whole(steps: MeasuredSteps) -> None:
+def test_measured_turns_of_an_unsplit_batch(steps: MeasuredSteps) -> None:
     whole = steps.steps[0]
     assert whole.strategy is None
     turns = measured_turns(forward_of(steps.settings), whole)
@@ -141,7 +141,7 @@ def test_one_batch_is_read_whole(steps: MeasuredSteps) -> None:
     assert {piece.half for piece in turns.pieces} == {-1}
 
 
-# -- what the profile says of single parts ---------------------------------------------------------
+# -- the profile against single measurements ------------------------------------------------------
 
 
 def parts() -> dict[str, list[list[Any]]]:
@@ -149,8 +149,8 @@ def parts() -> dict[str, list[list[Any]]]:
     return data
 
 
-def test_the_profiles_nvlink_is_what_nccl_reached() -> None:
-    """Every collective of 16 KB to 64 MB within a third, most within an eighth."""
+def test_profile_predicts_measured_nccl_collectives() -> None:
+    """From 16 KB to 64 MB: every error below a third, the median below an eighth."""
     profile = load_profile("h200")
     costs = ProfileCosts(profile, profile.links["nvlink"], 16)
     errors = sorted(
@@ -160,8 +160,8 @@ def test_the_profiles_nvlink_is_what_nccl_reached() -> None:
     assert errors[-1] < 0.33 and errors[len(errors) // 2] < 0.125
 
 
-def test_the_profiles_kernels_are_what_single_calls_took() -> None:
-    """Median within a tenth; zeros went to one group of a contiguous GEMM, which is left out."""
+def test_profile_predicts_measured_kernel_calls() -> None:
+    """Median error below a tenth. Contiguous GEMMs were measured with all rows in one group."""
     profile = load_profile("h200")
     costs = ProfileCosts(profile, profile.links["nvlink"], 16)
     errors = []
@@ -181,7 +181,7 @@ def test_the_profiles_kernels_are_what_single_calls_took() -> None:
         ("batch", None, "'batch' is None"),
     ],
 )
-def test_bad_settings_are_refused(name: str, value: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(name: str, value: Any, message: str, tmp_path: Path) -> None:
     data = json.loads(DECODE.read_text())
     data["settings"][name] = value
     path = tmp_path / "steps.json"

@@ -1,4 +1,4 @@
-"""Every order, set of marks and lead, and how far one half is when the other comes somewhere."""
+"""Search space of overlap strategies: operation orders, stage marks and leads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def accepted(order: tuple[str, ...]) -> bool:
 
 
 def test_legal_orders_are_those_that_a_strategy_accepts() -> None:
-    """Among all that move one operation, or swap three neighbours of a legal order."""
+    """Tried: one operation moved, or three neighbours of a legal order permuted."""
     assert len(ORDERS) == len(set(ORDERS)) == 7
     others = [name for name in NEEDS if name != "shared_experts"]
     tried = {(*others[:at], "shared_experts", *others[at:]) for at in range(OPERATIONS)}
@@ -51,15 +51,15 @@ def test_legal_orders_are_those_that_a_strategy_accepts() -> None:
     assert {order for order in tried if accepted(order)} == set(ORDERS)
 
 
-def test_every_set_of_marks_is_there_with_every_lead() -> None:
-    """Those with fewer marks come first, then those with smaller leads."""
+def test_all_choices_has_every_set_of_marks_with_every_lead() -> None:
+    """Sorted by number of marks, then by lead."""
     choices = all_choices()
     masks = np.where(choices.marks > 0, 1 << choices.marks.astype(int), 0).sum(axis=1)
     sizes = np.array([mask.bit_count() for mask in masks.tolist()])
     assert (sizes == choices.sizes).all()
     assert (choices.leads >= 0).all() and (choices.leads <= choices.sizes).all()
     pairs = masks * (OPERATIONS + 1) + choices.leads
-    # Of s marks there are s + 1 leads: (n / 2 + 1) 2^n of all sets, less that of the empty one.
+    # A set of s marks has s + 1 leads: (n / 2 + 1) 2^n in total, minus 1 for the empty set.
     expected = (OPERATIONS // 2 + 1) * 2**OPERATIONS - 1
     assert len(np.unique(pairs)) == len(pairs) == expected
     assert len(ORDERS) * expected == 917_497
@@ -70,7 +70,7 @@ def test_every_set_of_marks_is_there_with_every_lead() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_named_strategies_are_among_them(name: str) -> None:
+def test_named_strategies_are_in_the_search_space(name: str) -> None:
     strategy = STRATEGIES[name]
     assert strategy.operations in ORDERS
     where = [at for at, step in enumerate(strategy.steps) if step == MARK]
@@ -82,8 +82,8 @@ def test_named_strategies_are_among_them(name: str) -> None:
     assert made.to_json() == {**strategy.to_json(), "name": "best of all"}
 
 
-def as_run(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
-    """Operations that the other half has done when a half comes to each of its own."""
+def progress_of_other_half(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
+    """For each (half, operation): how many operations the other half has finished by then."""
     place = {name: index for index, name in enumerate(strategy.operations)}
     stages = cut_stages(
         MARK if step == MARK else layer * OPERATIONS + place[step]
@@ -102,10 +102,12 @@ def as_run(strategy: OverlapStrategy) -> dict[tuple[int, int], int]:
 
 @settings(deadline=None)
 @given(placements())
-def test_where_the_other_half_is(placement: tuple[tuple[str, ...], set[int], int]) -> None:
+def test_ahead_and_behind_match_the_executed_order(
+    placement: tuple[tuple[str, ...], set[int], int],
+) -> None:
     order, marks, lead = placement
     choices = one_choice(marks, lead)
-    run = as_run(to_strategy(STRATEGIES["deepseek-decode"], order, choices, 0))
+    run = progress_of_other_half(to_strategy(STRATEGIES["deepseek-decode"], order, choices, 0))
     for op in range(OPERATIONS):
         (ahead,), (behind,) = choices.ahead(op).tolist(), choices.behind(op).tolist()
         for layer in range(LAYERS):
@@ -116,7 +118,7 @@ def test_where_the_other_half_is(placement: tuple[tuple[str, ...], set[int], int
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(placements(), st.sampled_from(list(STRATEGIES.values())), st.integers(0, 40))
-def test_a_placement_is_what_its_file_has(
+def test_placement_round_trips_through_toml_and_json(
     tmp_path: Path,
     placement: tuple[tuple[str, ...], set[int], int],
     named: OverlapStrategy,

@@ -1,4 +1,4 @@
-"""The search against what every placement waits."""
+"""The search for the best placement, against the exposed wait of every placement."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ ORDERS = list(legal_orders())
 LIKE = STRATEGIES["deepseek-decode"]
 ROUNDING = 1e-9
 
-# -- works ----------------------------------------------------------------------------------------
+# -- random work ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a layer communicates besides its results: all layers the same."""
+    """Which optional collectives each layer has; the same for all layers."""
 
     gathers: bool
     scatters: bool
@@ -61,13 +61,13 @@ class Traffic:
 TRAFFIC = st.builds(Traffic, *[st.booleans()] * 5)
 TIME = st.integers(0, 5) | st.integers(0, 997)
 ON_LINK = 7
-"""Most collectives of a layer."""
+"""The most collectives that a layer can have."""
 
 
 def layer(
     half: int, traffic: Traffic, compute: list[int], link: list[int], unit: float
 ) -> LayerSteps:
-    """Compute before and after what an operation communicates; ``unit`` is seconds of a number."""
+    """Compute before and after each operation's communication; times are in units of ``unit`` s."""
     seconds = iter(unit * number for number in link)
 
     def both(kind: StepKind, name: str, *, there: bool = True) -> Steps:
@@ -103,7 +103,7 @@ def layer(
 
 @st.composite
 def works(draw: st.DrawFn, layers: st.SearchStrategy[int]) -> Work:
-    """Layers of two kinds in turns, or of one kind, or so but for one layer; halves differ."""
+    """Layers of one kind or of two alternating, perhaps with one odd layer; the halves differ."""
     traffic, unit = draw(TRAFFIC), draw(st.sampled_from([1.0, 1.3e-5]))
     numbers = st.lists(TIME, min_size=2 * OPERATIONS, max_size=2 * OPERATIONS)
     links = st.lists(TIME, min_size=ON_LINK, max_size=ON_LINK)
@@ -124,14 +124,14 @@ def waits_of(work: Work, strategy: OverlapStrategy) -> float:
 
 
 SETS = st.integers(1, 2**OPERATIONS - 1)
-"""Sets of marks, a bit for each operation."""
+"""Sets of marks, one bit per operation."""
 
 ANY = st.sets(st.tuples(SETS, st.integers(0, 3)), min_size=20, max_size=40)
-"""With leads."""
+"""Arbitrary (set of marks, lead) pairs."""
 
 
 def within(marks: set[int]) -> set[tuple[int, int]]:
-    """Every set of some of these marks, with every lead: many that hardly differ."""
+    """Every subset of ``marks`` with every lead: many placements that differ little."""
     every = [
         sum(mark << place for mark, place in zip(bits, marks, strict=True))
         for bits in product((0, 1), repeat=len(marks))
@@ -141,7 +141,7 @@ def within(marks: set[int]) -> set[tuple[int, int]]:
 
 ALIKE = st.sets(st.integers(0, OPERATIONS - 1), min_size=4, max_size=4).map(within)
 SAMPLES = (ALIKE | ANY).map(lambda pairs: some(sorted({row_of(*pair) for pair in pairs})))
-"""Some of all choices, in their order."""
+"""A sample of all choices, in their original order."""
 
 
 @cache
@@ -157,7 +157,7 @@ def _rows() -> dict[tuple[int, int], int]:
 
 
 def row_of(mask: int, lead: int) -> int:
-    """Row of a set of marks and a lead, which is cut to what there is."""
+    """Row of a set of marks and a lead; a lead above the number of marks is reduced to it."""
     return _rows()[mask, min(lead, mask.bit_count())]
 
 
@@ -166,15 +166,15 @@ def some(rows: list[int]) -> Choices:
     return Choices(choices.marks[rows], choices.sizes[rows], choices.leads[rows])
 
 
-def among(choices: Choices, orders: list[tuple[str, ...]]) -> pytest.MonkeyPatch:
-    """Placements that the search is to be about until this is undone."""
+def limit_search_to(choices: Choices, orders: list[tuple[str, ...]]) -> pytest.MonkeyPatch:
+    """Limit the search to these placements until the patch is undone."""
     patch = pytest.MonkeyPatch()
     patch.setattr(searching, "all_choices", lambda: choices)
     patch.setattr(searching, "legal_orders", lambda: iter(orders))
     return patch
 
 
-# -- the least of all -----------------------------------------------------------------------------
+# -- the best of all ------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=20)
@@ -184,11 +184,11 @@ def among(choices: Choices, orders: list[tuple[str, ...]]) -> pytest.MonkeyPatch
     st.lists(st.sampled_from(ORDERS), min_size=2, max_size=5, unique=True),
     st.sampled_from(ORDERS),
 )
-def test_the_best_is_the_least_of_all_with_fewest_marks_and_least_lead(
+def test_search_finds_the_smallest_wait_and_prefers_fewer_marks_then_smaller_lead(
     work: Work, choices: Choices, orders: list[tuple[str, ...]], own: tuple[str, ...]
 ) -> None:
     like = OverlapStrategy("like", ForwardMode.DECODE, own, 0, 7)
-    patch = among(choices, orders)
+    patch = limit_search_to(choices, orders)
     try:
         found = search(work, like)
     finally:
@@ -216,7 +216,7 @@ def test_the_best_is_the_least_of_all_with_fewest_marks_and_least_lead(
 
 
 def check_waits(work: Work, choices: Choices, order: tuple[str, ...]) -> list[tuple[float, float]]:
-    """A bound and what is really waited, for placements that differ."""
+    """Lower bound and exact wait of each distinct placement, both checked."""
     window, times = find_window(work)
     assert times
     placements = Placements.of(work, order, choices)
@@ -231,14 +231,13 @@ def check_waits(work: Work, choices: Choices, order: tuple[str, ...]) -> list[tu
 
 @settings(deadline=None, max_examples=20)
 @given(works(st.integers(7, 16)), SAMPLES, st.sampled_from(ORDERS))
-def test_nothing_waits_less_than_its_window_says(
+def test_window_gives_a_lower_bound_of_the_wait(
     work: Work, choices: Choices, order: tuple[str, ...]
 ) -> None:
     assert len(check_waits(work, choices, order)) <= len(choices.sizes)
 
 
-def test_windows() -> None:
-    """Four layers, with three more of the same after them, as often as they come."""
+def test_window_is_four_repeating_layers_and_how_often_they_repeat() -> None:
     one, other = (layer(0, Traffic(*[False] * 5), [time] * 28, [1] * 7, 1.0) for time in (1, 2))
 
     def window(kinds: list[LayerSteps]) -> tuple[range, int]:
@@ -251,7 +250,7 @@ def test_windows() -> None:
         count: (range(4), its) for count, its in times.items()
     }
     assert window([one, other] * 8) == (range(4), 3)
-    # Layers that differ are left out, and so are those that they follow.
+    # Layers that differ are left out, and so are the layers just before them.
     assert window([other, *[one] * 15]) == (range(1, 5), 3)
     assert window([*[one] * 9, other, *[one] * 12]) == (range(10, 14), 2)
 
@@ -290,7 +289,7 @@ def of_all(
 
 @pytest.mark.parametrize("mode", ForwardMode)
 @pytest.mark.parametrize("hardware", ["h200", "h100", "h20", "b200"])
-def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
+def test_no_named_strategy_beats_the_search(hardware: str, mode: ForwardMode) -> None:
     comparison = of_all(mode, *forward("dsv4", 6, hardware))
     whole, *named, best = comparison.runs
     assert whole.strategy is None and [run.strategy for run in named] == NAMED[mode]
@@ -299,7 +298,7 @@ def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
         assert best.turns.seconds <= one.turns.seconds + ROUNDING
     its = comparison.reference
     assert its.turns.seconds == min(run.turns.seconds for run in named)
-    # What is gained is gained by waiting less: with as many SMs, as much is computed.
+    # The gain is shorter waiting: compute time is the same, because the SM count is.
     assert its.strategy is not None and best.strategy is not None
     assert best.strategy.comm_sms == its.strategy.comm_sms
     assert best.turns.compute == pytest.approx(its.turns.compute, rel=1e-9)
@@ -310,8 +309,8 @@ def test_no_named_strategy_is_better(hardware: str, mode: ForwardMode) -> None:
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-def test_bounds_of_a_recorded_forward_are_of_use(mode: ForwardMode) -> None:
-    """Twenty layers: most of what the placements wait is in the window."""
+def test_lower_bound_of_a_recorded_forward_is_above_40_percent(mode: ForwardMode) -> None:
+    """With twenty layers, most of the wait lies in the window."""
     scenario, costs = forward("dsv4", 20, "h200")
     work = Forward(scenario, 0, BATCHES[mode]).in_halves(0, lambda ops: to_steps(ops, costs))
     assert find_window(work) == (range(2, 6), 3)
@@ -321,7 +320,7 @@ def test_bounds_of_a_recorded_forward_are_of_use(mode: ForwardMode) -> None:
 
 
 class Free(ProfileCosts):
-    """Communication takes no time."""
+    """Costs with communication that takes no time."""
 
     def collective_seconds(self, op: Collective | Begin) -> float:
         return 0.0
@@ -334,10 +333,10 @@ def text_of(comparison: Comparison) -> str:
 
 
 @pytest.mark.parametrize("mode", ForwardMode)
-def test_where_nothing_waits_none_is_better(mode: ForwardMode) -> None:
+def test_output_says_so_if_no_placement_waits_less(mode: ForwardMode) -> None:
     scenario, costs = forward("dsv4-tiny", 4, "h200")
     free = Free(costs.profile, costs.link, costs.cores)
-    patch = among(some(list(range(0, len(every().sizes), 997))), ORDERS)
+    patch = limit_search_to(some(list(range(0, len(every().sizes), 997))), ORDERS)
     try:
         comparison = of_all(mode, scenario, free)
     finally:
@@ -350,11 +349,11 @@ def test_where_nothing_waits_none_is_better(mode: ForwardMode) -> None:
     assert "Why" not in text and "best, " not in text
 
 
-def test_what_is_printed_of_a_better_one() -> None:
+def test_output_describes_the_better_placement_and_reports_progress() -> None:
     mode = ForwardMode.DECODE
     scenario, costs = forward("dsv4-tiny", 4, "h200")
     told: list[tuple[int, int]] = []
-    patch = among(some(list(range(0, len(every().sizes), 397))), ORDERS)
+    patch = limit_search_to(some(list(range(0, len(every().sizes), 397))), ORDERS)
     try:
         comparison = of_all(mode, scenario, costs, lambda *both: told.append(both))
     finally:
@@ -368,9 +367,9 @@ def test_what_is_printed_of_a_better_one() -> None:
     assert told == [(done, len(ORDERS)) for done in range(1, len(ORDERS) + 1)]
 
 
-def test_what_rounding_gains_is_nothing() -> None:
+def test_gain_below_rounding_error_is_not_reported() -> None:
     scenario, costs = forward("dsv4-tiny", 1, "h200")
-    patch = among(some([0]), ORDERS[:1])
+    patch = limit_search_to(some([0]), ORDERS[:1])
     try:
         comparison = of_all(ForwardMode.DECODE, scenario, costs)
     finally:

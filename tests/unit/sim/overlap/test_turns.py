@@ -1,4 +1,4 @@
-"""Two halves in turns, in times that one can add up by hand, and as the engine has them."""
+"""Two half batches in turns: times checked by hand, and against the simulation engine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def layer(**steps: Steps) -> LayerSteps:
 
 
 def toy(half: int) -> LayerSteps:
-    """Attention of 4, a dispatch of 3 with nothing of its own beside it, experts of 2."""
+    """Attention takes 4, an asynchronous dispatch 3, experts 2."""
     tokens = f"tokens of {half}"
     return layer(
         attn_core=(gpu(4),),
@@ -69,7 +69,7 @@ def work(
 
 
 def placed(lead: int, *after: str) -> OverlapStrategy:
-    """Marks behind some operations."""
+    """A strategy with marks after the given operations."""
     steps = [step for name in NEEDS for step in ((name, MARK) if name in after else (name,))]
     return OverlapStrategy("mine", ForwardMode.DECODE, tuple(steps), lead)
 
@@ -82,10 +82,10 @@ def totals(turns: Turns) -> tuple[float, float, float, float]:
     return turns.seconds, turns.compute, turns.communication, turns.exposed
 
 
-# -- by hand --------------------------------------------------------------------------------------
+# -- checked by hand ------------------------------------------------------------------------------
 
 
-def test_one_half_behind_the_other_hides_nothing() -> None:
+def test_without_marks_halves_run_in_sequence_and_hide_nothing() -> None:
     turns = run_in_turns(work([toy(0)], [toy(1)]), placed(0))
     assert rows(turns)[:3] == [
         (0, 4, "compute", 0, 0, "attn_core"),
@@ -95,8 +95,8 @@ def test_one_half_behind_the_other_hides_nothing() -> None:
     assert totals(turns) == (18, 12, 6, 6)
 
 
-def test_what_the_other_half_hides_as_a_whole_and_in_part() -> None:
-    """The first's dispatch is beside 4 of attention, the second's beside 2 of experts."""
+def test_other_half_hides_communication_fully_or_partly() -> None:
+    """The first dispatch overlaps 4 of attention, the second 2 of experts."""
     turns = run_in_turns(work([toy(0)], [toy(1)]), placed(0, "dispatch_a"))
     assert rows(turns) == [
         (0, 4, "compute", 0, 0, "attn_core"),
@@ -110,9 +110,10 @@ def test_what_the_other_half_hides_as_a_whole_and_in_part() -> None:
     assert totals(turns) == (13, 12, 6, 1)
 
 
-def test_two_layers_and_a_half_that_leads() -> None:
-    """Stages are of layers 0, 0 and 1, 1; the first half runs one of them alone.
+def test_lead_of_one_stage_over_two_layers() -> None:
+    """There are three stages (layer 0; 0 and 1; 1); the first half starts with one alone.
 
+    "> t" is a wait until t.
     A 0-4, > 7, 7-13; B 13-17 (tokens 17-20); A experts 17-19; B > 20, 20-26, > 29, 29-31.
     """
     both = work([toy(0), toy(0)], [toy(1), toy(1)])
@@ -138,8 +139,7 @@ def test_two_layers_and_a_half_that_leads() -> None:
     assert turns.by_layer() == [LayerTotals(12, 6, 4), LayerTotals(12, 6, 3)]
 
 
-def test_the_link_does_one_thing_at_a_time() -> None:
-    """A collective that the GPU waits for at once waits for the one that was begun before it."""
+def test_blocking_collective_waits_for_an_earlier_asynchronous_one() -> None:
     scatters = layer(attn_core=(gpu(1), block("scatter", 2)), experts=(gpu(1),))
     first = {**toy(0), "dispatch_a": (begin("tokens of 0", 5),)}
     turns = run_in_turns(work([first], [scatters]), placed(0, "dispatch_a"))
@@ -155,7 +155,7 @@ def test_the_link_does_one_thing_at_a_time() -> None:
     assert totals(turns) == (14, 8, 7, 6)
 
 
-def test_what_is_around_the_layers_is_of_no_layer() -> None:
+def test_work_before_and_after_the_layers_belongs_to_no_layer() -> None:
     before, after = (gpu(1), block("all_reduce embedding", 2)), (gpu(3),)
     turns = run_in_turns(work([toy(0)], [toy(1)], before, after), placed(0, "dispatch_a"))
     assert rows(turns)[:3] == [
@@ -168,21 +168,21 @@ def test_what_is_around_the_layers_is_of_no_layer() -> None:
     assert turns.by_layer() == [LayerTotals(12, 6, 1)]
 
 
-def test_what_takes_no_time_is_not_there() -> None:
+def test_steps_of_zero_duration_give_no_pieces() -> None:
     nothing = layer(experts=(gpu(0), block("x", 0), begin("y", 0), wait("y")))
     turns = run_in_turns(work([nothing], [nothing]), placed(0, "gate"))
     assert rows(turns) == [] and turns.seconds == 0
 
 
-def test_a_lead_beyond_the_stages_is_refused() -> None:
+def test_lead_above_the_number_of_stages_is_refused() -> None:
     both = work([toy(0)], [toy(1)])
     assert run_in_turns(both, placed(2, "gate")).seconds == 18
     with pytest.raises(UserError, match="delta_stages = 3 must be at most 2, the stages"):
         run_in_turns(both, placed(3, "gate"))
 
 
-def test_one_batch() -> None:
-    """Its own shared experts are beside its dispatch: 1 of 4 is hidden."""
+def test_unsplit_batch_hides_dispatch_behind_its_shared_experts() -> None:
+    """Shared experts hide 1 of the dispatch's 4."""
     one = (gpu(2), begin("tokens", 4), gpu(1), wait("tokens"), gpu(1))
     turns = run(
         [
@@ -201,15 +201,15 @@ def test_one_batch() -> None:
     assert turns.by_layer() == [LayerTotals(4, 4, 3), LayerTotals(4, 4, 3)]
 
 
-def test_why_one_placement_waits_less() -> None:
+def test_explain_waits_lists_waits_and_what_hides_them() -> None:
     both = work([toy(0)], [toy(1)], (block("outside", 5),))
     plain, better = run_in_turns(both, placed(0)), run_in_turns(both, placed(0, "dispatch_a"))
     assert explain_waits(plain, better) == [Waits("tokens", 6, (6, 1), ("nothing", "attn_core"))]
 
 
-# -- of recorded operations -----------------------------------------------------------------------
+# -- recorded operations --------------------------------------------------------------------------
 
-# Some collectives are hidden with so fast a link, and none with the profile's.
+# This link is fast enough to hide some collectives; the profile's links hide none.
 PROFILE = load_profile("h200")
 COSTS = ProfileCosts(PROFILE, Link(latency=2e-6, bandwidth=2e11), 8)
 DSV3 = from_hf(DSV3_SMALL, "dsv3-small")
@@ -249,7 +249,7 @@ def run_in_turns(work: Work, strategy: OverlapStrategy) -> Turns:
 
 @dataclass(frozen=True)
 class BusyCosts(RoundCosts):
-    """The GPU work of a profile, of the host's time or of the GPU's; kernels cost nothing."""
+    """A profile's GPU times, charged to the host or the GPU; compiling and loading is free."""
 
     compile: float = 0.0
     load: float = 0.0
@@ -270,7 +270,7 @@ class BusyCosts(RoundCosts):
 
 
 def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, ...]:
-    """When ranks are done: each does one thing at a time, or its host takes no time at all."""
+    """End of each rank: all work runs on the host, or (``run_ahead``) all on the GPU."""
     costs = BusyCosts(on_host=not run_ahead)
     programs = [ProgramCompiler(costs, RULES).program(its) for its in ops]
     node_of = [0] * len(ops)
@@ -282,7 +282,7 @@ def engine_ends(ops: list[tuple[Op, ...]], *, run_ahead: bool) -> tuple[float, .
 @pytest.mark.parametrize("ep", [False, True])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("strategy", ALL, ids=lambda s: f"{s.name}-{s.mode.value}")
-def test_turns_end_when_the_engine_ends(
+def test_turns_and_engine_agree_on_the_end_of_overlapped_forwards(
     strategy: OverlapStrategy, model: str, ep: bool, run_ahead: bool
 ) -> None:
     its, batch = scenario(MODELS[model], ep=ep), BATCHES[strategy.mode]
@@ -297,7 +297,9 @@ def test_turns_end_when_the_engine_ends(
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("mode", ForwardMode)
-def test_one_batch_ends_when_the_engine_ends(mode: ForwardMode, model: str) -> None:
+def test_turns_and_engine_agree_on_the_end_of_an_unsplit_forward(
+    mode: ForwardMode, model: str
+) -> None:
     its, batch = scenario(MODELS[model], ep=True), BATCHES[mode]
     layers = record_work(its, batch).layers
     parts = Forward(its, 0, batch).whole(layers, lambda ops: to_steps(ops, COSTS))
@@ -307,7 +309,7 @@ def test_one_batch_ends_when_the_engine_ends(mode: ForwardMode, model: str) -> N
     assert ends == pytest.approx((turns.seconds, turns.seconds), rel=1e-9)
 
 
-def test_dense_layers_are_outside() -> None:
+def test_dense_layers_are_not_overlapped() -> None:
     its = scenario(DSV3, ep=True)
     made = record_work(its, BATCHES[ForwardMode.DECODE])
     assert made.layers == range(1, 4) and [len(half) for half in made.halves] == [3, 3]
@@ -317,12 +319,12 @@ def test_dense_layers_are_outside() -> None:
         record_work(scenario(with_layers(DSV3, 1), ep=True), BATCHES[ForwardMode.DECODE])
 
 
-def test_one_sequence_is_no_two_batches() -> None:
+def test_single_sequence_cannot_be_split() -> None:
     with pytest.raises(UserError, match=r"^a batch of 1 sequence cannot be cut in two: give more"):
         record_work(scenario(DSV3, ep=True), ForwardBatch.extend((4096,)))
 
 
-def test_fewer_sms_compute_longer() -> None:
+def test_fewer_sms_lengthen_compute_but_not_communication() -> None:
     its = scenario(MODELS["dsv4-tiny"], ep=True)
     strategy, batch = STRATEGIES["dsv4-prefill"], BATCHES[ForwardMode.EXTEND]
     all_sms, fewer = (run_in_turns(record_work(its, batch, sms), strategy) for sms in (0, 20))
@@ -330,7 +332,7 @@ def test_fewer_sms_compute_longer() -> None:
     assert fewer.communication == pytest.approx(all_sms.communication, rel=1e-9)
 
 
-def test_compute_between_communication_is_one_step() -> None:
+def test_consecutive_compute_becomes_one_step() -> None:
     ops: list[Op] = [
         Compute("a", 1, 2),
         Compute("b", 3, 4),

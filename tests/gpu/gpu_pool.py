@@ -1,4 +1,4 @@
-"""GPUs for tests that run side by side: each is one test's at a time.
+"""Reserves GPUs for tests that run concurrently: one test at a time uses each GPU.
 
 Every worker of pytest-xdist, and every other process that shares the folder, takes the same locks.
 """
@@ -16,11 +16,11 @@ _POLL = 0.05
 
 
 class GpuPool:
-    """The machine's GPUs, a lock file each.
+    """The machine's GPUs, with a lock file for each.
 
     Args:
-        count: how many there are.
-        folder: where the lock files are, the same for all who share the GPUs.
+        count: number of GPUs.
+        folder: where the lock files are; the same for all processes that share the GPUs.
     """
 
     def __init__(self, count: int, folder: Path) -> None:
@@ -28,12 +28,12 @@ class GpuPool:
 
     @contextmanager
     def take(self, wanted: int) -> Iterator[list[int]]:
-        """Wait for so many GPUs that nobody has; they are ours inside the block.
+        """Wait until ``wanted`` GPUs are free and hold them inside the block.
 
-        A taker has all it wants or none, so that two never wait for each other.
+        It takes all of them or none, so two waiting tests cannot deadlock.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: ``wanted`` is below 1 or above the number of GPUs.
         """
         if not 1 <= wanted <= self.count:
             raise ValueError(f"{wanted} GPUs are wanted of {self.count}")

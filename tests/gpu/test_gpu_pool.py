@@ -1,4 +1,4 @@
-"""No GPU is handed to two at a time; needs none."""
+"""GpuPool never reserves a GPU twice at a time; needs no GPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.handing_out import GpuPool
+from tests.gpu.gpu_pool import GpuPool
 
 
 def use(folder: Path, wanted: int) -> list[tuple[int, float, float]]:
-    """Take GPUs for a moment: which, and from when to when."""
+    """Take GPUs for a moment; returns (GPU, start, end) of each."""
     with GpuPool(3, folder).take(wanted) as gpus:
         start = time.monotonic()
         time.sleep(0.05)
         return [(gpu, start, time.monotonic()) for gpu in gpus]
 
 
-def test_workers_never_share_one(tmp_path: Path) -> None:
+def test_concurrent_workers_never_share_a_gpu(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(4, mp_context=context) as pool:
         wanted = [1, 2, 3, 1, 2, 1, 3, 1]
@@ -34,7 +34,7 @@ def test_workers_never_share_one(tmp_path: Path) -> None:
         assert all(end <= start for (_, end), (start, _) in pairwise(times))
 
 
-def test_who_lets_go_lets_another_have_it(tmp_path: Path) -> None:
+def test_released_gpu_is_given_to_a_waiting_test(tmp_path: Path) -> None:
     pool, got = GpuPool(1, tmp_path), threading.Event()
 
     def other() -> None:
@@ -51,7 +51,7 @@ def test_who_lets_go_lets_another_have_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wanted", [0, 3])
-def test_more_than_there_are_is_an_error(tmp_path: Path, wanted: int) -> None:
+def test_taking_an_impossible_number_of_gpus_is_an_error(tmp_path: Path, wanted: int) -> None:
     with (
         pytest.raises(ValueError, match=f"{wanted} GPUs are wanted of 2"),
         GpuPool(2, tmp_path).take(wanted),
