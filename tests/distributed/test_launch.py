@@ -281,7 +281,7 @@ BAD_INPUT = {
     "--tp 3 --model dsv4-tiny": "tp=3 must divide num_attention_heads=4 of dsv4-tiny",
     "--tp 4 --model dsv4-tiny": "tp=4 must divide o_groups=2 of dsv4-tiny",
     "--pp 2 --stage-layers 3,4 --model dsv4-tiny": "stage sizes 3,4 must each be at least 1",
-    "--model dsv4-tiny --layers 99": "99 layers",
+    "--model dsv4-tiny --layers 99": "layers=99 of dsv4-tiny must lie in 1..8",
     "--model dsv4-tiny --batch-sizes 0": "'0' must be whole numbers from 1 on",
     "--model dsv4-tiny --batch-sizes x": "'x' must be whole numbers from 1 on",
     "--model dsv4-tiny --device cuda": "--device cuda: torch sees no CUDA device",
