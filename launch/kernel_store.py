@@ -27,7 +27,7 @@ from runner.timeline import Span
 
 
 class NodeKernels:
-    """Implements :class:`runner.backend.kernel_store.KernelStore` for one rank.
+    """Implements :class:`runner.backend.step_runner.KernelStore` for one rank.
 
     Attributes:
         spans: this rank's builds so far; the builder times them, not the shim.
@@ -133,9 +133,10 @@ class NodeKernels:
             dist.broadcast_object_list(entries, src=leader, group=group)
             received = dict(zip(keys, entries, strict=True))
             mine_here = {key: received[key][0] for key in keys if key in mine}
-            for key in self.cache.keys_to_build(mine_here):
-                source, cubin = received[key]
-                self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
+            with locked(self.cache.root, shared=True):
+                for key in self.cache.keys_to_build(mine_here):
+                    source, cubin = received[key]
+                    self.cache.put(key, source, cubin, self.compiler.keys.extra_files)
 
     def wait(self) -> None:
         dist.barrier(group=self.groups.everyone)

@@ -18,6 +18,7 @@ from runner.config.model import ModelConfig
 from runner.config.timeouts import TORCH_TIMEOUTS
 from runner.errors import UserError
 from runner.planning.weight_size import model_elements
+from runner.report.console import counted
 from runner.scenario import Scenario
 from runner.standin.gpus import GPUS, Gpu, gpu_named
 from runner.timeline import Span
@@ -166,8 +167,9 @@ def check_nccl(device: str, ranks_per_node: int) -> None:
         raise UserError("--backend nccl moves data on GPUs, but the ranks run on CPUs")
     if ranks_per_node > gpus:
         raise UserError(
-            f"--backend nccl: {ranks_per_node} ranks of a node would share {gpus} GPU(s), which "
-            f"NCCL refuses: give --virtual-nodes so that a node has at most {gpus} rank(s)"
+            f"--backend nccl: {ranks_per_node} ranks of a node would share {counted(gpus, 'GPU')}, "
+            "which NCCL refuses: give --virtual-nodes so that a node has at most "
+            f"{counted(gpus, 'rank')}"
         )
 
 

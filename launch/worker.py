@@ -32,6 +32,7 @@ from runner.driver.run import run_rank
 from runner.driver.warmup import execution_hook
 from runner.model.model_runner import ModelRunner
 from runner.planning.weight_size import model_elements
+from runner.report.console import counted
 from runner.watch.shim import FINISHED, read_records
 
 
@@ -182,9 +183,9 @@ def _introduction(rank: Rank, jit: RankJit) -> str:
     scenario, parallel = rank.scenario, rank.scenario.parallel
     sizes = ",".join(map(str, scenario.resolved_batch_sizes))
     return (
-        f"{scenario.model.name}, {scenario.model.num_hidden_layers} layers: "
+        f"{scenario.model.name}, {counted(scenario.model.num_hidden_layers, 'layer')}: "
         f"pp {parallel.pp} x tp {parallel.tp} = {parallel.world_size} ranks over {rank.link} on "
-        f"{rank.device.type}, {parallel.nodes} node(s), {scenario.num_sms} SMs\n"
+        f"{rank.device.type}, {counted(parallel.nodes, 'node')}, {scenario.num_sms} SMs\n"
         f"policy {scenario.policy.value}, batch sizes {sizes}, "
         f"math: {rank.compute} ({rank.reason})\n"
         f"JIT: {jit.description}"

@@ -81,8 +81,12 @@ def plan(scenario: Scenario) -> Plan:
     """List every kernel that any rank can need in a forward of up to ``max_tokens`` tokens.
 
     Raises:
-        UserError: the scenario's source does not know one of its GEMMs.
+        UserError: the scenario's source does not know one of its GEMMs, or is for a GPU with
+            another number of SMs.
     """
+    gpu = scenario.source.origin
+    if scenario.num_sms != gpu.num_sms:
+        raise UserError(f"num_sms={scenario.num_sms} must be {gpu.num_sms}, as {gpu.gpu} has")
     return plan_of(scenario)
 
 
@@ -93,6 +97,7 @@ def compile(  # noqa: A001  # the command's name
     *,
     jobs: int | None = None,
     environ: Environ | None = None,
+    title: str = "",
     progress: Callable[[int, int, float], None] = lambda done, total, fraction: None,
 ) -> BuildReport:
     """Build the planned kernels that a cache lacks; see :func:`runner.build.prebuild.prebuild`.
@@ -102,7 +107,8 @@ def compile(  # noqa: A001  # the command's name
         target: the target that the plan's scenario got its source from.
         cache_dir: the cache to build into.
         jobs: compiler processes that run at a time; by default one per core.
-        environ: variables that change the compiler's flags.
+        environ: variables that say where nvcc is.
+        title: what the kernels are for; it goes into the cache's manifest.
         progress: called with (kernels done, kernels in total, fraction of the work done).
 
     Raises:
@@ -111,7 +117,8 @@ def compile(  # noqa: A001  # the command's name
     """
     environ = environ or Environ.read(os.environ)
     cache = KernelCache.of_text(str(cache_dir))
-    return prebuild(build_request(plan, target, cache, environ, jobs=jobs), progress=progress)
+    request = build_request(plan, target, cache, environ, title=title, jobs=jobs)
+    return prebuild(request, progress=progress)
 
 
 def build_request(
@@ -138,7 +145,7 @@ def build_request(
     cache.check_generation(table.recipe.generation)
     return BuildRequest(
         plan=plan,
-        title=title,
+        title=title or f"{len(plan.demands)} GEMM shapes",
         keys=target.keys(table),
         compiler=NvccCompiler(nvcc, target.library, table.recipe),
         cache=cache,

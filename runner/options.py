@@ -122,7 +122,9 @@ class Option:
             hidden=self.details.hidden,
             required=self.details.required,
             help=explained,
-            show_default=default not in (None, False) and "[default" not in explained,
+            show_default=default is not None
+            and default is not False
+            and "[default" not in explained,
             **({"is_flag": True, "default": default} if self.kind is bool else kind),
         )(function)
 

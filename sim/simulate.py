@@ -8,6 +8,7 @@ from operator import attrgetter
 from runner.config.timeouts import HOST_TIMEOUT, TORCH_TIMEOUTS
 from runner.config.warmup import WarmupPolicy
 from runner.driver.run import record_parts
+from runner.errors import UserError
 from runner.planning.coverage import missing_kernels, nodes_coverage
 from runner.planning.plan import table_of
 from runner.planning.residency import kernels_at_start
@@ -36,9 +37,15 @@ def simulate(scenario: Scenario, machine: Machine) -> Prediction:
     """Replay the scenario's schedule in virtual time.
 
     Raises:
-        UserError: the model does not fit the layout, or the nodes do not fit the hosts.
+        UserError: the model does not fit the layout, the nodes do not fit the hosts, or the
+            kernels are for a GPU with another number of SMs than the machine's.
     """
     parallel, costs = scenario.parallel, machine.costs
+    if scenario.num_sms != costs.profile.num_sms:
+        raise UserError(
+            f"kernels for {scenario.num_sms} SMs cannot be timed with profile "
+            f"{costs.profile.name}, a GPU with {costs.profile.num_sms}: choose both for one GPU"
+        )
     hosts = machine.hosts_of(parallel)
     before = start_phases(
         machine.start, costs.profile.start_up, scenario.model, parallel, hosts, costs.ranks_per_gpu

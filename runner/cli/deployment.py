@@ -15,6 +15,7 @@ from runner.kernels.table import Demand
 from runner.options import ScenarioOptions
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import Plan, make_plan, plan_of
+from runner.report.console import counted
 from runner.scenario import Scenario
 from runner.target import Target
 
@@ -97,7 +98,8 @@ def _title(scenario: Scenario) -> str:
     ep = (", ep" if parallel.ep else "") + (", a2a" if parallel.moe_a2a else "")
     cp = f", attn_cp {parallel.attn_cp}" if parallel.attn_cp > 1 else ""
     text = (
-        f"{model.name}, {model.num_hidden_layers} layers: pp {parallel.pp} x tp {parallel.tp}"
+        f"{model.name}, {counted(model.num_hidden_layers, 'layer')}: "
+        f"pp {parallel.pp} x tp {parallel.tp}"
         f"{ep}{cp}, forwards of up to {scenario.max_tokens} tokens, "
         f"{_sms((scenario.num_sms, *scenario.reduced_num_sms))}"
     )

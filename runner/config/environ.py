@@ -1,7 +1,7 @@
-"""Every environment variable that the project understands, typed and read once at the entry.
+"""The environment variables of SGLang and DeepGEMM that change a run, read once at the entry.
 
-Names, defaults and meanings are SGLang's and DeepGEMM's (docs/environment.md). Nothing else in the
-project reads ``os.environ`` for configuration; an :class:`Environ` value is passed down instead.
+Their names, defaults and meanings are upstream's (docs/environment.md, which also lists the few
+others). An :class:`Environ` value is passed down, so that nothing below reads ``os.environ``.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Source(Enum):
 
     RULES = "by our rules"
     LIBRARY = "asked on a stand-in GPU"
-    RECORDED = "asked before, on a stand-in GPU"
+    RECORDED = "recorded on a stand-in GPU"
 
 
 @dataclass(frozen=True)

@@ -50,19 +50,16 @@ def coverage(scenario: Scenario, ranks: Sequence[Sequence[Part]]) -> Coverage:
     plan = plan_of(scenario)
     table, node_of = table_of(scenario), scenario.parallel.node_of
     at_start = kernels_at_start(scenario)
-    disks = kernels_once_up(ranks, table, node_of, at_start)
+    disks = kernels_once_up(ranks, table, node_of, at_start, scenario.without)
     planned = {item.kernel for item in plan.kernels}
     compiled = frozenset[Kernel]().union(*disks.values())
-    names = {kernel.identity for kernel in planned}
     return Coverage(
         policy=scenario.policy,
         compiled=compiled,
         uncovered=_uncovered(plan, scenario.parallel, disks),
         missing=len(missing_kernels(scenario, disks)),
-        superfluous=0 if scenario.without else len(compiled - planned),
-        stalls=tuple(
-            stall for stall in stalls_of(ranks, table, node_of, at_start) if stall.kernel in names
-        ),
+        superfluous=len(compiled - planned),
+        stalls=tuple(stalls_of(ranks, table, node_of, at_start, scenario.without)),
     )
 
 

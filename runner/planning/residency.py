@@ -6,14 +6,14 @@ it uses, so its node has the kernel afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import KernelTable
-from runner.kernels.types import KernelCall, expand
+from runner.kernels.types import DeepGemmKernelType, KernelCall, expand
 from runner.planning.plan import plan_of
 from runner.scenario import Scenario
 from runner.schedule import EXCHANGE, Collective, Forward, KernelWork, Mark, Part, Walk
@@ -34,6 +34,7 @@ def kernels_once_up(
     table: KernelTable,
     node_of: Callable[[int], int],
     at_start: frozenset[Kernel] = frozenset(),
+    without: Collection[DeepGemmKernelType] = (),
 ) -> dict[int, frozenset[Kernel]]:
     """Kernels on each node's disk once the server is up: warmed up, first request answered.
 
@@ -42,6 +43,7 @@ def kernels_once_up(
         table: the kernels of each call.
         node_of: gives a rank's node.
         at_start: kernels on every disk before the run.
+        without: types of GEMMs that the server does not use DeepGEMM for.
     """
     disks: dict[int, set[Kernel]] = {}
     exchanging: set[int] = set()
@@ -50,7 +52,7 @@ def kernels_once_up(
         for part in parts:
             if part == Mark("phase", SERVING):
                 break
-            disk.update(_used(part, table))
+            disk.update(_used(part, table, without))
             if isinstance(part, Collective) and part.name == EXCHANGE:
                 exchanging.add(node_of(rank))
     everything = set[Kernel]().union(*(disks[node] for node in exchanging))
@@ -82,12 +84,13 @@ def stalls_of(
     table: KernelTable,
     node_of: Callable[[int], int],
     at_start: frozenset[Kernel] = frozenset(),
+    without: Collection[DeepGemmKernelType] = (),
 ) -> list[Stall]:
     """Stalls of the requests after the first one, at most one per kernel and node.
 
     See :func:`kernels_once_up` for the arguments.
     """
-    up = kernels_once_up(ranks, table, node_of, at_start)
+    up = kernels_once_up(ranks, table, node_of, at_start, without)
     disks = {node: set(held) for node, held in up.items()}
     found = []
     # Ranks may serve different numbers of forwards.
@@ -95,7 +98,7 @@ def stalls_of(
     for index, forwards in enumerate(served):
         for rank, (name, parts) in enumerate(forwards):
             node = node_of(rank)
-            for kernel in (kernel for part in parts for kernel in _used(part, table)):
+            for kernel in (kernel for part in parts for kernel in _used(part, table, without)):
                 if kernel not in disks[node]:
                     disks[node].add(kernel)
                     found.append(Stall(index, name, node, kernel.identity))
@@ -117,12 +120,17 @@ def _served_forwards(parts: Sequence[Part]) -> list[tuple[str, list[Part]]]:
     return found
 
 
-def _used(part: Part, table: KernelTable) -> Iterable[Kernel]:
+def _used(
+    part: Part, table: KernelTable, without: Collection[DeepGemmKernelType]
+) -> Iterable[Kernel]:
     """Kernels that a part leaves on the node's disk, ordered by first use."""
     if isinstance(part, Forward):
-        return chain.from_iterable(table.kernels_of(call) for _, call in part.calls)
+        calls = (call for _, call in part.calls if call.type not in without)
+        return chain.from_iterable(map(table.kernels_of, calls))
     if isinstance(part, KernelCall):
-        return table.kernels_of(part)
+        return () if part.type in without else table.kernels_of(part)
     if isinstance(part, Walk):
+        if part.shape.type in without:
+            return ()
         return table.kernel_ranges(part.shape, expand(part.steps))
     return part.kernels if isinstance(part, KernelWork) else ()

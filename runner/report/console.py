@@ -33,3 +33,8 @@ def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     for header in right:
         table.add_column(header, justify="right", overflow="fold")
     return table
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 node``, ``2 nodes`` and so on, for nouns that take an s."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

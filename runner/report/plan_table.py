@@ -14,7 +14,7 @@ from runner.kernels.types import DeepGemmKernelType
 from runner.planning.coverage import Coverage
 from runner.planning.plan import Plan, PlannedKernel
 from runner.planning.residency import Stall
-from runner.report.console import make_console
+from runner.report.console import counted, make_console
 
 _SHOWN_RANGES = 6
 
@@ -47,7 +47,8 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
             f"{sum(machine.seconds_of(item.kernel) for item in items):.0f}",
         )
     console.print(table)
-    counts = f"{len(plan.kernels)} distinct kernels for {len(plan.demands)} GEMM shapes"
+    shapes = counted(len(plan.demands), "GEMM shape")
+    counts = f"{counted(len(plan.kernels), 'distinct kernel')} for {shapes}"
     if pp > 1:
         needs = [sum(stage in item.stages for item in plan.kernels) for stage in range(pp)]
         counts += f"; by stage {', '.join(map(str, needs))}, unshared {sum(needs)}"
@@ -78,7 +79,7 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
         f"kernels until the first request is answered{extra}"
     )
     if not covered.uncovered:
-        console.print("covered: no token count up to the limit compiles anything afterwards")
+        console.print("covered: no planned token count compiles anything afterwards")
         return
     # One row per GEMM; split counts of one hyper-connection GEMM share a row.
     rows: dict[tuple[str, str], list[tuple[int, int]]] = {}

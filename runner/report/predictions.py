@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.config.warmup import WarmupPolicy
-from runner.report.console import make_console, make_table
+from runner.report.console import counted, make_console, make_table
 from runner.report.outputs import print_ranks
 from runner.report.timelines import phase_summary
 from sim.engine.timeout_diagnosis import CollectiveTimeout
@@ -40,7 +40,7 @@ def advise(predictions: Sequence[Prediction]) -> tuple[Prediction, str]:
         second = min(others, key=_cost)
         named.append(second)
         words.append(
-            f"needs a prebuilt cache; without one take {second.timeline.policy}: "
+            f"needs a prebuilt cache; without one use {second.timeline.policy}: "
             f"up after {second.timeline.up:.0f} s, leaves {_stalls(second)}"
         )
     quickest = min(alive or predictions, key=lambda p: (p.timeline.up, p.stalls))
@@ -74,8 +74,8 @@ def print_predictions(
     validation = machine.profile.validation
     if validation is not None:
         print(
-            f"predictions of {machine.profile.name} were within {validation.median_error:.0%} "
-            f"(median), {validation.worst_error:.0%} (worst) of {validation.runs} measured runs"
+            f"errors of profile {machine.profile.name} on {validation.runs} measured runs: "
+            f"{validation.median_error:.0%} (median), {validation.worst_error:.0%} (worst)"
         )
     print()
     console = make_console()
@@ -89,7 +89,7 @@ def print_predictions(
             _print_death(prediction.timeline.policy, prediction.timeout, console)
     if len(predictions) > 1:
         best, reason = advise(predictions)
-        console.print(f"take {best.timeline.policy}: {reason}")
+        console.print(f"use {best.timeline.policy}: {reason}")
 
 
 def _title(prediction: Prediction, machine: Machine) -> str:
@@ -100,8 +100,9 @@ def _title(prediction: Prediction, machine: Machine) -> str:
     nodes_per_host = meta["nodes"] // meta["hosts"]
     whose = "a node" if nodes_per_host == 1 else f"for each {nodes_per_host} nodes"
     return (
-        f"{meta['model']}, {meta['layers']} layers: {replicas}pp {meta['pp']} x tp {meta['tp']} on "
-        f"{meta['nodes']} node(s), {machine.profile.name}{estimate}, "
+        f"{meta['model']}, {counted(meta['layers'], 'layer')}: "
+        f"{replicas}pp {meta['pp']} x tp {meta['tp']} on "
+        f"{counted(meta['nodes'], 'node')}, {machine.profile.name}{estimate}, "
         f"{meta['cores_per_node']} cores {whose}\n"
         f"cold caches; first request {sizes[0]}, then {','.join(map(str, sizes[1:])) or 'none'}\n"
         f"before the warm-up: {', '.join(machine.start.included) or 'none'}"

@@ -76,7 +76,7 @@ def leave_one_out(
 def _provenance(measured: Sequence[Timeline], base: Profile) -> list[str]:
     runs = [
         f"{t.policy}, {t.meta['model']} {t.meta['layers']} layers, pp {t.meta['pp']} tp "
-        f"{t.meta['tp']}, {t.meta['nodes']} node(s), {t.meta['machine']['date']}"
+        f"{t.meta['tp']}, nodes {t.meta['nodes']}, {t.meta['machine']['date']}"
         for t in measured
     ]
     gpus = sorted({str(t.meta["machine"]["gpu"]) for t in measured})

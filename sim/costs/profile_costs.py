@@ -95,11 +95,11 @@ class ProfileCosts:
             for step in expected_schedule(units, cores)
         ]
 
-    def verify_seconds(self, kernel: Kernel) -> float:
+    def verify_seconds(self) -> float:
         """Seconds to check that a compiled kernel on disk is whole."""
         return self.profile.cache.verify
 
-    def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
+    def load_seconds(self, *, bulk: bool) -> float:
         """Seconds to load a compiled kernel from disk, on its own or inside a call."""
         return self.profile.cache.load if bulk else self.profile.cache.first_use
 

@@ -224,7 +224,7 @@ class Engine:
             yield None
             rank.note(since, self._now, "compile", kernel.name, kernel.identity)
             node.disk.add(kernel)
-        end = self._now + self._costs.load_seconds(kernel, bulk=bulk)
+        end = self._now + self._costs.load_seconds(bulk=bulk)
         if end > self._now:
             rank.note(self._now, end, "load", kernel.name)
         yield end
@@ -237,7 +237,7 @@ class Engine:
         start = end = self._now
         rank.use(op.kernels)
         if op.action == "verify":
-            end += sum(map(self._costs.verify_seconds, op.kernels))
+            end += self._costs.verify_seconds() * len(op.kernels)
             if end > start:
                 rank.note(start, end, "load", op.name)
         else:

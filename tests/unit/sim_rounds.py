@@ -38,10 +38,10 @@ class RoundCosts:
     ) -> list[tuple[Kernel | None, float, float]]:
         return [(kernel, 5.0 * i, 5.0 * i + 5.0) for i, kernel in enumerate(kernels)]
 
-    def verify_seconds(self, kernel: Kernel) -> float:
+    def verify_seconds(self) -> float:
         return 0.5
 
-    def load_seconds(self, kernel: Kernel, *, bulk: bool) -> float:
+    def load_seconds(self, *, bulk: bool) -> float:
         return self.bulk if bulk else self.load
 
     def kernel_seconds(self, call: KernelCall) -> Seconds:

@@ -227,7 +227,7 @@ def test_json_file_is_written_and_table_printed(
     assert json.loads((tmp_path / "plan.json").read_text()) == data
     lines = captured.out.splitlines()
     assert lines[:3] == [*HEAD, f"{GEMM}: M up to 64, 132 SMs"]
-    assert "4 distinct kernels for 1 GEMM shapes" in lines
+    assert "4 distinct kernels for 1 GEMM shape" in lines
     assert captured.err == ""
 
 
@@ -383,7 +383,7 @@ def test_policy_that_covers_everything_says_so(policy: str, here: Library, capsy
     assert plan(*TINY, "--policy", policy) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
         f"{policy}: compiles 71 of 71 planned kernels until the first request is answered",
-        "covered: no token count up to the limit compiles anything afterwards",
+        "covered: no planned token count compiles anything afterwards",
     ]
 
 

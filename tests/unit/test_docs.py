@@ -111,3 +111,30 @@ def test_api_examples_run_without_torch_and_numpy(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+ROOMS = ("runner", "sim", "launch")
+IMPORT = re.compile(r"^\s*(?:from|import) ((?:runner|sim|launch)\.[\w.]+)", re.MULTILINE)
+
+
+def test_rooms_of_the_map_import_only_from_rooms_below() -> None:
+    map_text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`(?:runner|sim|launch)/.*?`) \|", map_text, re.MULTILINE)
+    floors = {
+        room.rstrip("/"): floor
+        for floor, row in enumerate(rows)
+        for room in re.findall(r"`([^`]+)`", row)
+    }
+
+    def floor_of(path: Path) -> int | None:
+        return next((floors[str(p)] for p in (path, *path.parents) if str(p) in floors), None)
+
+    upward = []
+    for file in (path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        for module in IMPORT.findall((ROOT / file).read_text()):
+            path = Path(module.replace(".", "/"))
+            above = floor_of(path.with_suffix(".py") if not (ROOT / path).is_dir() else path)
+            own = floor_of(file)
+            if own is not None and above is not None and above < own:
+                upward.append(f"{file} imports {module}")
+    assert not upward

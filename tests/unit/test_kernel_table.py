@@ -99,7 +99,7 @@ def test_table_returns_itself_without_asking_for_demands() -> None:
 def test_origin_description() -> None:
     assert ORIGIN.describe() == "dg 1 (JIT 2), b200 (148 SMs, sm_100f), asked on a stand-in GPU"
     recorded = replace(ORIGIN, source=Source.RECORDED)
-    assert recorded.describe().endswith(", asked before, on a stand-in GPU")
+    assert recorded.describe().endswith(", recorded on a stand-in GPU")
     assert RULES.origin.describe() == (
         "sgl-deep-gemm 0.1.4.post1 (JIT 1), h200 (132 SMs, sm_90a), by our rules"
     )

@@ -60,9 +60,9 @@ def test_auto_backend_is_nccl_if_each_rank_has_its_own_gpu(
 
 
 def test_nccl_requires_a_gpu_for_each_rank_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"4 ranks of a node would share 2 GPU\(s\)") as caught:
+    with pytest.raises(UserError, match=r"4 ranks of a node would share 2 GPUs") as caught:
         picked("nccl", monkeypatch, gpus=2, local=8, per_node=4)
-    assert "give --virtual-nodes so that a node has at most 2 rank(s)" in str(caught.value)
+    assert "give --virtual-nodes so that a node has at most 2 ranks" in str(caught.value)
     with pytest.raises(UserError, match=r"--backend nccl .* the ranks run on CPUs"):
         picked("nccl", monkeypatch, gpus=0, local=8, per_node=1)
 

@@ -267,14 +267,14 @@ def test_written_timelines_can_be_compared(tmp_path: Path, capsys: Capture) -> N
 def test_table_has_one_row_per_policy_and_ends_with_advice(capsys: Capture) -> None:
     assert sim(*TINY, "--nccl-timeout", "5", "--no-run-ahead") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node")
+    assert lines[0] == ("dsv4-tiny, 4 layers: pp 4 x tp 2 on 4 nodes, h200, 16 cores a node")
     rows = [line.split()[0] for line in lines if line.startswith("  ") and line.strip()]
     assert [row for row in rows if row in ALL] == ALL
     assert any(line.startswith("none: the watchdog ends this run at ") for line in lines)
-    _, _, advice = " ".join(map(str.strip, lines)).partition("take ")
+    _, _, advice = " ".join(map(str.strip, lines)).partition("use ")
     assert re.fullmatch(
         r"prebuilt: up after \d+ s; leaves no kernel to compile in traffic; needs a prebuilt "
-        r"cache; without one take planned: up after \d+ s, leaves no kernel "
+        r"cache; without one use planned: up after \d+ s, leaves no kernel "
         r"to compile in traffic",
         advice,
     )
@@ -284,7 +284,7 @@ def test_table_has_one_row_per_policy_and_ends_with_advice(capsys: Capture) -> N
 def test_single_policy_output_shows_each_rank_without_advice(capsys: Capture) -> None:
     assert sim(*TINY, "--warmup", "none") == 0
     out = capsys.readouterr().out
-    assert "take " not in out and "rank 7" in out.replace("  ", " ")
+    assert "use " not in out and "rank 7" in out.replace("  ", " ")
 
 
 def test_timeline_on_stdout_is_the_only_output(capsys: Capture) -> None:

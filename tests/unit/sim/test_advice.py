@@ -95,13 +95,13 @@ NO_SURVIVOR = "no policy survives its longest wait"
         (
             [("prebuilt", 30), ("fast", 20, 10)],
             "prebuilt",
-            f"up after 30 s; leaves {NOTHING}; needs a prebuilt cache; without one take fast: "
+            f"up after 30 s; leaves {NOTHING}; needs a prebuilt cache; without one use fast: "
             f"up after 20 s, leaves {stalls(10, 20)}",
         ),
         (
             [("pp-parallel", 15, 40), ("prebuilt", 2), ("planned", 20)],
             "prebuilt",
-            f"{PREBUILT}; needs a prebuilt cache; without one take planned: "
+            f"{PREBUILT}; needs a prebuilt cache; without one use planned: "
             f"up after 20 s, leaves {NOTHING}",
         ),
         ([("prebuilt", 2)], "prebuilt", PREBUILT),
@@ -197,18 +197,18 @@ def test_output_has_title_validation_timeout_and_advice(capsys: pytest.CaptureFi
     both = prediction("none", 90, 40, timeout=LOST), prediction("planned", 20)
     lines = printed(capsys, *both, start=StartPhases())
     assert lines[:6] == [
-        "a-model, 3 layers: pp 4 x tp 2 on 4 node(s), h200, 16 cores a node",
+        "a-model, 3 layers: pp 4 x tp 2 on 4 nodes, h200, 16 cores a node",
         "cold caches; first request 1, then 128,1024",
         "before the warm-up: imports, process group, weights",
         "kernels: of a library",
-        "predictions of h200 were within 13% (median), 33% (worst) of 25 measured runs",
+        "errors of profile h200 on 25 measured runs: 13% (median), 33% (worst)",
         "",
     ]
     assert lines[-3:] == [
         "none: the watchdog ends this run at 120 s: rank 6 waits for rank 2 in recv hidden_states "
         "while that",
         "does compile gemm; --nccl-timeout 701 would survive",
-        "take planned: up after 20 s; leaves no kernel to compile in traffic",
+        "use planned: up after 20 s; leaves no kernel to compile in traffic",
     ]
 
 
@@ -229,11 +229,11 @@ def test_title_names_shared_hosts_estimates_replicas_and_requests(
 ) -> None:
     one = prediction("none", 9)
     shared = printed(capsys, with_meta(one, hosts=2))[0]
-    assert shared.endswith("on 4 node(s), h200, 16 cores for each 2 nodes")
+    assert shared.endswith("on 4 nodes, h200, 16 cores for each 2 nodes")
     estimate = replace(h200(), estimate=True)
     several = with_meta(one, replicas=3, stream=[77, 5])
     assert printed(capsys, several, profile=estimate)[:3] == [
-        "a-model, 3 layers: 3 x pp 4 x tp 2 on 4 node(s), h200 (an estimate from public figures), "
+        "a-model, 3 layers: 3 x pp 4 x tp 2 on 4 nodes, h200 (an estimate from public figures), "
         "16 cores a node",
         "cold caches; first request 1, then 77,5",
         "before the warm-up: none",

@@ -252,8 +252,8 @@ def test_fitted_profile_records_its_provenance() -> None:
     made = fit_profile(runs()[:2], replace(base(), estimate=True), "mine").profile
     assert made.name == "mine" and not made.estimate
     assert made.provenance == [
-        "fitted to 2 measured runs (a GPU): none, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), "
-        "2026-11-22; planned, dsv4-tiny 8 layers, pp 1 tp 2, 1 node(s), 2026-11-22",
+        "fitted to 2 measured runs (a GPU): none, dsv4-tiny 8 layers, pp 1 tp 2, nodes 1, "
+        "2026-11-22; planned, dsv4-tiny 8 layers, pp 1 tp 2, nodes 1, 2026-11-22",
         "what they do not say is from usual: " + " | ".join(usual_profile().provenance),
     ]
     assert Profile.from_json(made.to_json()) == made

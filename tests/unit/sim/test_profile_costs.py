@@ -53,10 +53,9 @@ def test_first_forward_and_call_times_come_from_the_profile() -> None:
 
 
 def test_verify_and_load_times_come_from_the_profile() -> None:
-    kernel = kernels_of(GEMM)[1]
-    assert costs().verify_seconds(kernel) == 0.25
-    assert costs().load_seconds(kernel, bulk=True) == 0.5
-    assert costs().load_seconds(kernel, bulk=False) == 0.75
+    assert costs().verify_seconds() == 0.25
+    assert costs().load_seconds(bulk=True) == 0.5
+    assert costs().load_seconds(bulk=False) == 0.75
 
 
 def test_compute_time_is_a_roofline_times_ranks_per_gpu() -> None:

@@ -71,7 +71,7 @@ def test_scenario_is_recovered_from_timeline_metadata(policy: WarmupPolicy) -> N
         "prompt_len": 2,
         "stream": (7, 9),
         "walk_memory": 1e9,
-        "num_sms": 100,
+        "num_sms": 132,
         "speculative": True,
         "ep": True,
         "max_tokens": 128,
@@ -345,7 +345,7 @@ def test_sim_prints_the_accuracy_of_a_validated_profile_only(
     for hardware in ("h200", "h20"):
         assert run_guarded(cli, [*options.split(), hardware], program="runner") == 0
         printed.append(capsys.readouterr().out)
-    line = "predictions of h200 were within 13% (median), 33% (worst) of 25 measured runs\n"
+    line = "errors of profile h200 on 25 measured runs: 13% (median), 33% (worst)\n"
     assert line in printed[0]
     assert "predictions of" not in printed[1], "an estimate was never validated"
 
