@@ -33,6 +33,25 @@ loaded before CUDA's runtime in place of the driver, and an nvcc that compiles n
 _COMPILES_FILE = "compiles.txt"
 _NATIVE = Path(__file__).parent / "native"
 _FLAGS = ("-std=c11", "-D_GNU_SOURCE", "-O1")
+_CUTE_DSL_WRAPPERS = (
+    "cudaDeviceGetAttribute cudaDeviceSynchronize cudaEventCreate cudaEventDestroy "
+    "cudaEventElapsedTime cudaEventRecord cudaFree cudaFreeAsync cudaFreeHost cudaFuncSetAttribute "
+    "cudaGetDevice cudaGetDeviceCount cudaGetDeviceProperties cudaGraphDestroy "
+    "cudaGraphExecDestroy cudaGraphInstantiate cudaGraphLaunch cudaKernelSetAttributeForDevice "
+    "cudaLaunchKernel cudaLibraryGetGlobal cudaLibraryGetKernel cudaLibraryGetKernelCount "
+    "cudaLibraryLoadData cudaLibraryLoadFromFile cudaLibraryUnload cudaMalloc cudaMallocAsync "
+    "cudaMallocHost cudaMallocManaged cudaMemcpy cudaMemcpyAsync cudaMemset cudaMemsetAsync "
+    "cudaOccupancyMaxActiveBlocksPerMultiprocessor cudaSetDevice cudaStreamBeginCapture "
+    "cudaStreamCreate cudaStreamDestroy cudaStreamEndCapture cudaStreamSynchronize "
+    "cudaStreamWaitEvent cuDeviceGet cuKernelGetAttribute cuLibraryGetGlobal cuLibraryGetKernel "
+    "cuLibraryGetKernelCount cuLibraryGetModule cuLibraryLoadData cuLibraryLoadFromFile "
+    "cuLibraryUnload cuTensorMapEncodeTiled"
+)
+_ALIASES = [
+    "-Wl,--defsym=_cudaLaunchKernelEx=cudaLaunchKernelExC",
+    *(f"-Wl,--defsym=_{name}={name}" for name in _CUTE_DSL_WRAPPERS.split()),
+]
+"""CuTe-DSL's runtime exports wrappers of CUDA's functions: ours replace them."""
 _LIBRARY_FLAGS = ("-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-Wl,-Bsymbolic-functions")
 
 
@@ -139,7 +158,7 @@ def _build(root: Path, compiler: Sequence[str], stubs: str, environment: Mapping
         nvcc = _NATIVE / "nvcc.c"
         sources = [*sorted(set(_NATIVE.glob("*.c")) - {nvcc}), stub_path]
         for program, arguments in (
-            (LIBRARY, [*_LIBRARY_FLAGS, f"-I{_NATIVE}", *sources, "-lpthread", "-ldl"]),
+            (LIBRARY, [*_LIBRARY_FLAGS, *_ALIASES, f"-I{_NATIVE}", *sources, "-lpthread", "-ldl"]),
             (NVCC, [nvcc]),
         ):
             (made / program).parent.mkdir(parents=True)
@@ -191,7 +210,7 @@ _LEFT_REAL = re.compile(
     r"|cublas(Lt)?(Logger|SetLoggerCallback|GetLoggerCallback)"
     r"|cublas(Lt)?Get(Version$|Property|CudartVersion|StatusName|StatusString)"
 )
-_STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*")
+_STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas(Lt)?[A-Z]\w*|nccl[A-Z]\w*")
 _NM_FUNCTION = re.compile(r"^(\w+)\S* [TWi] ", re.MULTILINE)
 
 _HEAD = """\

@@ -31,7 +31,7 @@ def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[i
 
     Returns:
         The CUDA version of torch (13000 is CUDA 13.0), and the paths of libcudart and, if they are
-        there, of libcublas and libcublasLt.
+        there, of libcublas, libcublasLt and libnccl.
 
     Raises:
         UserError: no torch, a torch without CUDA or for another version, or no libcudart.
@@ -60,6 +60,7 @@ def find_cuda_libraries(python: Path, environment: Mapping[str, str]) -> tuple[i
         )
     folders = _library_folders(torch[0], nvidia, prefix, environment)
     names = [f"{name}.so.{major}" for name in ("libcudart", "libcublas", "libcublasLt")]
+    names.append("libnccl.so.2")
     paths = ([folder / name for folder in folders] for name in names)
     candidates = (next((path for path in each if path.is_file()), None) for each in paths)
     found = [path for path in candidates if path is not None]
@@ -72,7 +73,7 @@ def _library_folders(
     torch: str, nvidia: list[str], prefix: str, environment: Mapping[str, str]
 ) -> list[Path]:
     """Folders that may have the libraries: of NVIDIA's wheels, torch, conda and CUDA toolkits."""
-    parts = (f"cu{CUDA_MAJOR}", "cuda_runtime", "cublas")
+    parts = (f"cu{CUDA_MAJOR}", "cuda_runtime", "cublas", "nccl")
     wheels = [Path(root, part, "lib") for part in parts for root in nvidia]
     searched = [Path(text) for text in environment.get("LD_LIBRARY_PATH", "").split(":") if text]
     homes = [environment.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
