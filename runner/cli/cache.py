@@ -11,7 +11,7 @@ import click
 from runner.cache.archive import pack as pack_cache
 from runner.cache.archive import unpack as unpack_archive
 from runner.cache.kernel_cache import KernelCache, size_of
-from runner.cache.lock import locked
+from runner.cache.lock import locked, say_waiting
 from runner.cache.machine import compiler_words
 from runner.cache.manifest import Manifest, Use, merge_manifest, read_manifest, remove_entries
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
@@ -117,7 +117,7 @@ def unpack(archive: Path, directory: Path) -> None:
         raise UserError(f"{archive} is not a file: give an archive from runner cache pack")
     target = KernelCache(directory)
     target.prepare()
-    with locked(directory), progress("unpack") as shown:
+    with locked(directory, on_wait=say_waiting), progress("unpack") as shown:
         manifest, placed = unpack_archive(archive, target, counting(shown))
         merge_manifest(directory, manifest)
     there = len(manifest.entries) - placed
@@ -149,7 +149,7 @@ def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
                 "the --target-root and --cuda-version that the cache was built with"
             )
     # Without --yes write nothing, not even a lock: the cache may be read-only.
-    with locked(directory) if yes else nullcontext():
+    with locked(directory, on_wait=say_waiting) if yes else nullcontext():
         entries = found.entries()
         kept = sum(path.name in wanted for path in entries)
         going = [

@@ -12,7 +12,7 @@ import click
 from runner.api import Verification
 from runner.api import verify as verify_cache
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.lock import locked
+from runner.cache.lock import locked, say_waiting
 from runner.cache.machine import TargetMachine, compiler_words
 from runner.cache.machine import relocate as relocate_cache
 from runner.cache.manifest import (
@@ -184,7 +184,7 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
         raise UserError(f"--to {to} must be another directory: a cache is for one machine")
     target = KernelCache(to)
     target.prepare()
-    with locked(to), progress("relocate") as shown:
+    with locked(to, on_wait=say_waiting), progress("relocate") as shown:
         check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
         moved, placed, refused = relocate_cache(
             source, manifest, keys, machine.library, target, progress=counting(shown)

@@ -15,6 +15,7 @@ from tests.unit.cache_cli import (
     assert_prints,
     assert_progress,
     assert_refused,
+    assert_says_waiting,
     cache,
     plan_file,
 )
@@ -143,3 +144,10 @@ def test_cache_that_cannot_be_locked_is_packed_but_not_pruned(
     capsys.readouterr()
     assert cache("prune", directory, "--plan", plan, "--yes") == 2
     assert capsys.readouterr().err == f"error: cannot lock {directory}: Is a directory\n"
+
+
+def test_unpack_says_that_it_waits_for_another_builder(
+    archive: Path, directory: Path, capsys: Capture
+) -> None:
+    assert_says_waiting(capsys, directory, lambda: cache("unpack", archive, directory))
+    assert capsys.readouterr().out.endswith("0 kernels placed, 4 already there\n")

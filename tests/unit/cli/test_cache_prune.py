@@ -14,6 +14,7 @@ from tests.unit.cache_cli import (
     Capture,
     assert_prints,
     assert_refused,
+    assert_says_waiting,
     cache,
     plan_file,
 )
@@ -121,3 +122,12 @@ def test_prune_counts_only_wanted_kernels_as_staying(
 def test_prune_needs_a_plan(directory: Path, capsys: Capture) -> None:
     assert cache("prune", directory) == 2
     assert_refused(capsys, "Missing option '--plan'.")
+
+
+def test_prune_says_that_it_waits_for_another_builder(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    plan, _ = unneeded(made[1], tmp_path, here)
+    root = made[0].root
+    assert_says_waiting(capsys, root, lambda: cache("prune", root, "--plan", plan, "--yes"))
+    assert len(made[0].entries()) == 2

@@ -14,6 +14,7 @@ from tests.unit.cache_cli import (
     assert_prints,
     assert_progress,
     assert_refused,
+    assert_says_waiting,
     cache,
 )
 from tests.unit.elf import tiny_cubin
@@ -202,3 +203,13 @@ def test_relocate_generation_2_cache_to_a_different_compiler(
     }
     assert cache("verify", target, "--compiler-text", text) == 0
     assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+
+
+def test_relocate_says_that_it_waits_for_another_builder(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    target = tmp_path / "target"
+    KernelCache(target).prepare()
+    command = ["relocate", directory, "--target-root", ELSEWHERE, "--to", target]
+    assert_says_waiting(capsys, target, lambda: cache(*command))
+    assert len(KernelCache(target).entries()) == 4
