@@ -1,4 +1,4 @@
-"""Write results where the user asked for them, and lock files where the file system can."""
+"""Write results where the user asked, read JSON, and lock files where the file system can."""
 
 from __future__ import annotations
 
@@ -69,6 +69,18 @@ def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
     except ValueError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     write_text(path, text)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of any origin.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 _NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.errors import UserError
-from runner.files import write_json
+from runner.files import parse_json, write_json
 
 FIRST_REQUEST = "first request"
 """Phase whose end means that the server is up."""
@@ -258,7 +257,7 @@ def read_timelines(path: Path) -> list[Timeline]:
         UserError: the file is unreadable, not JSON, or not a Timeline file.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
         return [Timeline.from_json(item) for item in data["timelines"]]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

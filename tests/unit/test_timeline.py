@@ -67,6 +67,7 @@ def broken(**changes: Any) -> str:
     "text",
     [
         "",
+        pytest.param("[" * 200_000, id="deep"),
         "{}",
         "[]",
         '{"timelines": [{}]}',

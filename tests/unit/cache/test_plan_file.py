@@ -77,6 +77,7 @@ def test_empty_plan_file_has_no_keys(tmp_path: Path) -> None:
     "text",
     [
         "",
+        pytest.param("[" * 200_000, id="deep"),
         "\xff",
         "3",
         "null",
