@@ -188,6 +188,8 @@ class Timeline:
         Raises:
             KeyError, TypeError, ValueError, OverflowError: not such data.
         """
+        if data["version"] != 1:
+            raise ValueError(f"its version {data['version']!r} is not 1")
         timeline = cls(
             policy=str(data["policy"]),
             source=str(data["source"]),
@@ -198,6 +200,8 @@ class Timeline:
             ),
             meta=dict(data["meta"]),
         )
+        if timeline.world_size < 1:
+            raise ValueError(f"its world_size {timeline.world_size} is not at least 1")
         for span in timeline.spans:
             exists = 0 <= span.rank < timeline.world_size and span.kind in KINDS
             in_order = isfinite(span.start) and isfinite(span.end) and span.start <= span.end
@@ -250,14 +254,14 @@ def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     write_json(path, {"timelines": [timeline.to_json() for timeline in timelines]})
 
 
-def read_timelines(path: Path) -> list[Timeline]:
+def read_timelines(path: Path | str) -> list[Timeline]:
     """Read a file that :func:`write_timelines` wrote.
 
     Raises:
         UserError: the file is unreadable, not JSON, or not a Timeline file.
     """
     try:
-        data = parse_json(path.read_text())
+        data = parse_json(Path(path).read_text())
         return [Timeline.from_json(item) for item in data["timelines"]]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

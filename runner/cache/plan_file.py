@@ -60,6 +60,8 @@ def read_plan_file(path: Path) -> PlanFile:
     """
     try:
         data = parse_json(path.read_text())
+        if data["version"] != 1:
+            raise ValueError(f"its version {data['version']!r} is not 1")
         kernels = [
             PlannedEntry(item["name"], item["cache_key"], item["config"], item["uses"])
             for item in data["kernels"]
