@@ -64,8 +64,9 @@ def test_file_that_a_symlink_points_to_is_written(tmp_path: Path, old: str | Non
     if old is not None:
         target.write_text(old)
     link.symlink_to(Path("folder") / "x.json")
-    write_text(link, "new")
-    assert link.is_symlink() and target.read_text() == "new\n"
+    with replacing(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
 
 
 def test_pipe_is_written_and_stays(tmp_path: Path) -> None:
