@@ -14,7 +14,7 @@ from launch.jit import RankJit, check_holds, lacking
 from launch.rank import Rank
 from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import CompileError
-from runner.cache.lock import locked
+from runner.cache.lock import locked, say_waiting
 from runner.config.environ import available_cores
 from runner.driver.warmup import node_shares
 from runner.kernels.entry import CUBIN, SOURCE
@@ -76,7 +76,7 @@ class NodeKernels:
         shown = progress("build kernels") if self.rank == 0 else nullcontext(lambda *_: None)
         # The lock is shared because nodes with one directory build their shares at the same time.
         # It keeps out a ``runner compile``, which would remove what they are writing.
-        with locked(self.cache.root, shared=True), shown as show:
+        with locked(self.cache.root, shared=True, on_wait=say_waiting), shown as show:
             missing = self.cache.keys_to_build(sources)
 
             def take(result: BuildResult) -> None:

@@ -93,7 +93,7 @@ def plan(scenario: Scenario) -> Plan:
 def compile(  # noqa: A001  # the command's name
     plan: Plan,
     target: Target,
-    cache_dir: Path,
+    cache_dir: Path | str,
     *,
     jobs: int | None = None,
     environ: Environ | None = None,
@@ -134,8 +134,11 @@ def build_request(
     """Make the request that :func:`compile` carries out, from the same arguments.
 
     Raises:
-        UserError: no nvcc, no library, or a cache directory that this JIT generation cannot read.
+        UserError: no nvcc, no library, a cache directory that this JIT generation cannot read, or
+            jobs below 1.
     """
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs={jobs} must be at least 1")
     nvcc, table = require_nvcc(environ), plan.table
     if target.library is None:
         raise UserError(
@@ -186,9 +189,9 @@ class Verification:
 
 
 def verify(
-    cache_dir: Path,
+    cache_dir: Path | str,
     *,
-    plan: Path | None = None,
+    plan: Path | str | None = None,
     library: LibraryOptions = _ANY_LIBRARY,
     compiler: CompilerOptions = _THIS_MACHINE,
     environ: Environ | None = None,
@@ -208,9 +211,9 @@ def verify(
     Raises:
         UserError: there is no cache, or a file cannot be read.
     """
-    cache = KernelCache.existing(cache_dir)
+    cache = KernelCache.existing(Path(cache_dir))
     manifest = read_manifest(cache.root)
-    plan_file = read_plan_file(plan) if plan else None
+    plan_file = read_plan_file(Path(plan)) if plan else None
     machine, unknown = cache_machine(
         compiler,
         environ or Environ.read(os.environ),

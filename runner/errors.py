@@ -39,6 +39,9 @@ def run_guarded(command: Command, arguments: Sequence[str] | None, *, program: s
             command.main(args=arguments, prog_name=program, standalone_mode=False)
         except UserError as error:
             return _fail(str(error), 2)
+        except getattr(click.exceptions, "NoArgsIsHelpError", ()) as error:
+            print(error.format_message(), file=sys.stderr)
+            return 2
         except click.UsageError as error:
             return _fail(error.format_message(), 2)
         except (click.Abort, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Write results where the user asked for them, and lock files where the file system can."""
+"""Write results where the user asked, read JSON, and lock files where the file system can."""
 
 from __future__ import annotations
 
@@ -17,13 +17,28 @@ from runner.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose file replaces ``path`` at the end, or is removed on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Yield a temporary path whose file replaces ``path`` at the end, or is removed on an error.
+
+    A symlink stays, and the file that it points to is replaced. A device, a pipe or a file that
+    cannot be replaced is yielded itself.
+    """
+    final = Path(os.path.realpath(path))
+    if is_special(path) or final.is_mount() or not os.access(final.parent, os.W_OK):
+        yield path
+        return
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         yield temporary
-        temporary.rename(path)
+        if final.exists():
+            temporary.chmod(final.stat().st_mode)
+        temporary.rename(final)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_special(path: Path) -> bool:
+    """Whether there is something other than a regular file, such as a device or a pipe."""
+    return path.exists() and not path.is_file()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,7 +51,8 @@ def write_text(path: Path, text: str) -> None:
         print(text)
         return
     try:
-        path.write_text(text + "\n")
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
@@ -53,6 +69,18 @@ def write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
     except ValueError as error:
         raise UserError(f"cannot write {path}: {error}") from None
     write_text(path, text)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of any origin.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 _NOT_SUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}

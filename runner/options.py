@@ -12,6 +12,7 @@ from enum import Enum
 from functools import wraps
 from itertools import chain
 from math import isnan
+from os import PathLike, fsdecode
 from pathlib import Path
 from typing import TypeVar, get_args, get_origin
 
@@ -71,6 +72,20 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         return tuple(self._each.convert(word, param, ctx) for word in str(value).split(","))
+
+
+class PathType(click.Path):
+    """A path that is not empty."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(
+        self, value: str | PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        if value == "":
+            self.fail("'' is not a path: it must not be empty", param, ctx)
+        return Path(fsdecode(super().convert(value, param, ctx)))
 
 
 _UNITS = {
@@ -143,7 +158,7 @@ class Option:
             return click.IntRange(min=self.details.least)
         if kind is float:
             return _UNITS[self.details.unit]
-        return click.Path(path_type=Path) if kind is Path else kind
+        return PathType() if kind is Path else kind
 
     def value(self, given: object) -> object:
         """Convert click's value to the field's."""

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from runner.config.environ import DEFAULT_BF16_FP32_ALGO, Bf16Fp32Algo
 from runner.config.fields import (
     OptionDetails,
+    check_tuples,
     field_types,
     option,
     read_count,
@@ -151,6 +152,7 @@ class Scenario:
     source: KernelSource = RULES
 
     def __post_init__(self) -> None:
+        check_tuples(self)
         if not self.parallel.attn_cp <= self.max_tokens <= MAX_TOKENS:
             raise UserError(
                 f"max-tokens {self.max_tokens} must lie in {self.parallel.attn_cp}..{MAX_TOKENS}"
@@ -170,17 +172,21 @@ class Scenario:
             "token counts": self.stream or None,
             "graph batch sizes": self.graph_batch_sizes or None,
         }
+        step = self.parallel.attn_cp
+        most = MAX_TOKENS // step * step  # Sizes are rounded up to a multiple.
         for name, sizes in lists.items():
-            if sizes is not None and min(sizes, default=0) < 1:
-                raise UserError(f"{name} {_listed(sizes)} must all be at least 1")
+            if sizes is not None and not 1 <= min(sizes, default=0) <= max(sizes) <= most:
+                raise UserError(f"{name} {_listed(sizes)} must lie in 1..{most}")
         sizes = self.decode_batch_sizes
         if sizes is not None and not 1 <= min(sizes, default=0) <= max(sizes) <= MAX_TOKENS:
             raise UserError(f"decode batch sizes {_listed(sizes)} must lie in 1..{MAX_TOKENS}")
         if sizes is not None and self.disaggregation is DisaggregationMode.PREFILL:
             raise UserError("a prefill node never decodes: leave decode batch sizes out")
-        if self.prompt_len < 1:
-            raise UserError(f"prompt_len={self.prompt_len} must be at least 1")
-        step = self.parallel.attn_cp
+        for name, size in {"prompt_len": self.prompt_len, "walk_max_m": self.walk_max_m}.items():
+            if size is not None and size < 1:
+                raise UserError(f"{name}={size} must be at least 1")
+        if self.walk_memory is not None and not self.walk_memory > 0:
+            raise UserError(f"walk_memory={self.walk_memory} must be above 0")
         if any(size % step for size in self.graph_batch_sizes):
             raise UserError(
                 f"graph batch sizes {_listed(self.graph_batch_sizes)} must all be multiples of "

@@ -240,7 +240,10 @@ def _read_compiler_text(file: Path) -> str:
         text = file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--compiler-text {file} cannot be read: {error}") from None
-    named = release_of(text)
+    try:
+        named = release_of(text)
+    except UserError as error:
+        raise UserError(f"--compiler-text {file}: {error}") from None
     _check_age(named, "release {}.{} of ".format(*named) + f"--compiler-text {file}")
     return text
 

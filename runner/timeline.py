@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.errors import UserError
-from runner.files import write_json
+from runner.files import parse_json, write_json
 
 FIRST_REQUEST = "first request"
 """Phase whose end means that the server is up."""
@@ -189,6 +188,8 @@ class Timeline:
         Raises:
             KeyError, TypeError, ValueError, OverflowError: not such data.
         """
+        if data["version"] != 1:
+            raise ValueError(f"its version {data['version']!r} is not 1")
         timeline = cls(
             policy=str(data["policy"]),
             source=str(data["source"]),
@@ -199,6 +200,8 @@ class Timeline:
             ),
             meta=dict(data["meta"]),
         )
+        if timeline.world_size < 1:
+            raise ValueError(f"its world_size {timeline.world_size} is not at least 1")
         for span in timeline.spans:
             exists = 0 <= span.rank < timeline.world_size and span.kind in KINDS
             in_order = isfinite(span.start) and isfinite(span.end) and span.start <= span.end
@@ -251,14 +254,14 @@ def write_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     write_json(path, {"timelines": [timeline.to_json() for timeline in timelines]})
 
 
-def read_timelines(path: Path) -> list[Timeline]:
+def read_timelines(path: Path | str) -> list[Timeline]:
     """Read a file that :func:`write_timelines` wrote.
 
     Raises:
         UserError: the file is unreadable, not JSON, or not a Timeline file.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(Path(path).read_text())
         return [Timeline.from_json(item) for item in data["timelines"]]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

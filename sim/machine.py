@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 
-from runner.config.fields import OptionDetails, option
+from runner.config.fields import OptionDetails, check_tuples, option
 from runner.config.parallel import ParallelConfig
 from runner.config.timeouts import TORCH_TIMEOUTS_HELP
 from runner.errors import UserError
@@ -90,6 +91,20 @@ class MachineOptions:
         (),
         OptionDetails("Leave out a phase before the warm-up.", choices=tuple(_SKIPPABLE)),
     )
+
+    def __post_init__(self) -> None:
+        check_tuples(self)
+        for name in ("cores", "ranks_per_gpu"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise UserError(f"{name}={count} must be at least 1")
+        for name in ("host_factor", "nccl_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise UserError(f"{name}={value} must be a finite number above 0")
+        for phase in self.skip_phase:
+            if phase not in _SKIPPABLE:
+                raise UserError(f"skip_phase {phase!r} must be one of {', '.join(_SKIPPABLE)}")
 
     def machine(self, profile: Profile) -> Machine:
         """Make the machine, with a profile's costs.

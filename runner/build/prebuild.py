@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from runner.build.builder import BuildResult, Job, KernelBuilder
 from runner.build.compiler import NvccCompiler
@@ -96,7 +97,7 @@ class BuildRequest:
 def prebuild(
     request: BuildRequest,
     *,
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[Path], None] = lambda cache_dir: None,
     progress: Progress = lambda done, total, fraction: None,
 ) -> BuildReport:
     """Build the planned kernels that the cache lacks, and write the manifest.
@@ -105,7 +106,7 @@ def prebuild(
     A killed build leaves only whole entries behind, and the next build continues from them.
 
     Args:
-        on_wait: called when this builder has to wait for another one.
+        on_wait: called with the cache's directory when this builder has to wait for another one.
         progress: called with (kernels done, kernels in total, fraction of the work done).
 
     Raises:
@@ -127,12 +128,8 @@ def prebuild(
         if _is_complete(request):  # A complete cache may be read-only.
             return BuildReport(len(request.plan.kernels), present=len(request.plan.kernels))
         raise
-    with locked(cache.root, wait=False) as lock:
-        if lock is not False:
-            return _build(request, progress, alone=bool(lock))
-    on_wait()
-    with locked(cache.root):
-        return _build(request, progress, alone=True)
+    with locked(cache.root, on_wait=on_wait) as lock:
+        return _build(request, progress, alone=bool(lock))
 
 
 def _is_complete(request: BuildRequest) -> bool:

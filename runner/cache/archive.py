@@ -9,7 +9,8 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
+def check_archive(archive: Path) -> None:
+    """Raise UserError if ``archive`` does not begin as :func:`pack` writes it."""
+    with _opened(archive) as tar:
+        _read_manifest(tar, archive)
+
+
 def unpack(
     archive: Path,
     cache: KernelCache,
@@ -93,27 +100,37 @@ def unpack(
             cache for another machine. Entries placed before the error stay, each of them whole.
     """
     placed, entries = 0, {}
+    with _opened(archive) as tar:
+        manifest = _read_manifest(tar, archive)
+        check_target(cache.root, manifest)
+        before = read_manifest(cache.root)
+        known = before.entries if before else {}
+        for key in sorted(manifest.entries):
+            entry = manifest.entries[key]
+            files = _read_entry(tar, key, entry, archive)
+            source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
+            digest = known.get(key, entry).cubin_sha256
+            if cache.keys_to_build({key: source}, {key: digest}):
+                placed += cache.put(key, source, cubin, files)
+            entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
+            progress(len(entries), len(manifest.entries))
+        if (more := tar.next()) is not None:
+            raise UserError(f"{archive} holds {more.name}, which its manifest does not name")
+    return replace(manifest, entries=entries), placed
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            text = _read(tar, "manifest.json", archive)
-            manifest = parse_manifest(text, f"manifest.json of {archive}")
-            check_target(cache.root, manifest)
-            before = read_manifest(cache.root)
-            known = before.entries if before else {}
-            for key in sorted(manifest.entries):
-                entry = manifest.entries[key]
-                files = _read_entry(tar, key, entry, archive)
-                source, cubin = files.pop(SOURCE).decode(), files.pop(CUBIN)
-                digest = known.get(key, entry).cubin_sha256
-                if cache.keys_to_build({key: source}, {key: digest}):
-                    placed += cache.put(key, source, cubin, files)
-                entries[key] = describe_entry(cache.entry(key), entry.name, entry.uses)
-                progress(len(entries), len(manifest.entries))
-            if (more := tar.next()) is not None:
-                raise UserError(f"{archive} holds {more.name}, which its manifest does not name")
+            yield tar
     except (OSError, tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {archive}: {error}") from None
-    return replace(manifest, entries=entries), placed
+
+
+def _read_manifest(tar: tarfile.TarFile, archive: Path) -> Manifest:
+    text = _read(tar, "manifest.json", archive)
+    return parse_manifest(text, f"manifest.json of {archive}")
 
 
 def _read_entry(tar: tarfile.TarFile, key: str, entry: Entry, archive: Path) -> dict[str, bytes]:

@@ -56,6 +56,18 @@ class KernelCache:
             raise UserError(f"{directory} is not a kernel cache: it has no folder named cache")
         return found
 
+    @classmethod
+    def writable(cls, directory: Path) -> KernelCache:
+        """The cache in a directory that is to be written.
+
+        Raises:
+            UserError: several directories are named.
+        """
+        cache = cls.of_text(str(directory))
+        if cache.below:
+            raise UserError(f"{directory} is a list of directories: give the one to write to")
+        return cache
+
     def check_generation(self, generation: int) -> None:
         """Raise UserError if this is a list of directories and the JIT reads only one."""
         if self.below and generation == 1:

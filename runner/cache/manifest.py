@@ -16,7 +16,7 @@ from typing import Any
 
 from runner.cache.kernel_cache import KernelCache, size_of
 from runner.errors import UserError
-from runner.files import replacing
+from runner.files import parse_json, replacing
 from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Headers
 from runner.kernels.keys import INCLUDE, CacheKeys, Recipe
@@ -177,7 +177,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         UserError: not a manifest.
     """
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         entries = {key: Entry(**entry) for key, entry in data.pop("entries").items()}
         if data.pop("version") != 1:
             raise ValueError("unknown version")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cache.manifest import Manifest, Use, check_uses
 from runner.errors import UserError
+from runner.files import parse_json
 from runner.kernels.describe import Config
 
 _SHOWN = 3
@@ -59,7 +59,9 @@ def read_plan_file(path: Path) -> PlanFile:
         UserError: the file is unreadable or not a plan.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
+        if data["version"] != 1:
+            raise ValueError(f"its version {data['version']!r} is not 1")
         kernels = [
             PlannedEntry(item["name"], item["cache_key"], item["config"], item["uses"])
             for item in data["kernels"]

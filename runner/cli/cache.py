@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
+from runner.cache.archive import check_archive
 from runner.cache.archive import pack as pack_cache
 from runner.cache.archive import unpack as unpack_archive
 from runner.cache.kernel_cache import KernelCache, size_of
-from runner.cache.lock import locked
+from runner.cache.lock import locked, say_waiting
 from runner.cache.machine import compiler_words
 from runner.cache.manifest import Manifest, Use, merge_manifest, read_manifest, remove_entries
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
@@ -61,7 +62,7 @@ class _Row:
 def ls(directory: Path, plan_path: Path | None, json_path: Path | None) -> None:
     """List kernels with their names, configurations and the M that each serves."""
     found = KernelCache.existing(directory)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(found.root)
     plan = read_plan_file(plan_path) if plan_path else None
     rows = sorted((_row(path, manifest, plan) for path in found.entries()), key=lambda r: r.order)
     if json_path is not None:
@@ -101,7 +102,7 @@ def _mebibytes(size: int) -> str:
 def pack(directory: Path, archive: Path) -> None:
     """Pack the manifest's kernels into one reproducible ARCHIVE (tar.gz)."""
     found = KernelCache.existing(directory)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(found.root)
     if manifest is None:
         raise UserError(f"{directory} has no manifest: build it with runner compile")
     size = pack_cache(found, manifest, archive)
@@ -115,9 +116,10 @@ def unpack(archive: Path, directory: Path) -> None:
     """Place an ARCHIVE's kernels in a cache; intact kernels that are already there stay."""
     if not archive.is_file():
         raise UserError(f"{archive} is not a file: give an archive from runner cache pack")
-    target = KernelCache(directory)
+    target = KernelCache.writable(directory)
+    check_archive(archive)
     target.prepare()
-    with locked(directory), progress("unpack") as shown:
+    with locked(directory, on_wait=say_waiting), progress("unpack") as shown:
         manifest, placed = unpack_archive(archive, target, counting(shown))
         merge_manifest(directory, manifest)
     there = len(manifest.entries) - placed
@@ -136,11 +138,11 @@ def unpack(archive: Path, directory: Path) -> None:
 )
 @click.option("--yes", is_flag=True, help="Remove them; without it, only show what would go.")
 def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
-    """Remove kernels that no given plan needs."""
+    """Remove kernels that no given plan needs; read-only directories stay as they are."""
     found = KernelCache.existing(directory)
     plans = [read_plan_file(path) for path in plan_paths]
     wanted = {key for plan in plans for key in plan.keys}
-    manifest = read_manifest(directory)
+    manifest = read_manifest(found.root)
     for plan in plans:
         # A plan for another machine has none of these keys: it would remove them all.
         if manifest and plan.target and not manifest.same_target(plan.target):
@@ -149,13 +151,16 @@ def prune(directory: Path, plan_paths: tuple[Path, ...], yes: bool) -> None:
                 "the --target-root and --cuda-version that the cache was built with"
             )
     # Without --yes write nothing, not even a lock: the cache may be read-only.
-    with locked(directory) if yes else nullcontext():
+    with locked(found.root, on_wait=say_waiting) if yes else nullcontext():
         entries = found.entries()
         kept = sum(path.name in wanted for path in entries)
         going = [
             path
             for path in entries
-            if path.name not in wanted and format_of(path.name) and path.is_dir()
+            if path.name not in wanted
+            and format_of(path.name)
+            and path.is_dir()
+            and path.parent.parent == found.root  # The others are only read.
         ]
         if going and not kept:
             raise UserError(

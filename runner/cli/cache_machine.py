@@ -12,7 +12,7 @@ import click
 from runner.api import Verification
 from runner.api import verify as verify_cache
 from runner.cache.kernel_cache import KernelCache
-from runner.cache.lock import locked
+from runner.cache.lock import locked, say_waiting
 from runner.cache.machine import TargetMachine, compiler_words
 from runner.cache.machine import relocate as relocate_cache
 from runner.cache.manifest import (
@@ -27,14 +27,14 @@ from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
 from runner.kernels.entry import format_of, kernel_name
-from runner.options import with_options
+from runner.options import PathType, with_options
 from runner.report.progress import counting, progress
 from runner.target import CompilerOptions, LibraryOptions, cache_machine, check_release
 
 _SHOWN = 20
 _NAMED = 3
 
-directory_type = click.Path(path_type=Path, file_okay=False)
+directory_type = PathType(file_okay=False)
 plan_option = click.option(
     "--plan",
     "plan_path",
@@ -179,12 +179,12 @@ def relocate(options: RelocateOptions, compiler: CompilerOptions, directory: Pat
     manifest = manifest or _manifest_of(source, machine, options.from_root, options.from_cuda)
     _check_same_build(directory, manifest, machine)
     keys = machine.keys(manifest)
-    to = options.to
-    if to.resolve() == directory.resolve():
+    target = KernelCache.writable(options.to)
+    to = target.root
+    if to.resolve() in [root.resolve() for root in (source.root, *source.below)]:
         raise UserError(f"--to {to} must be another directory: a cache is for one machine")
-    target = KernelCache(to)
     target.prepare()
-    with locked(to), progress("relocate") as shown:
+    with locked(to, on_wait=say_waiting), progress("relocate") as shown:
         check_target(to, replace(manifest, signature=keys.signature, flags=keys.flags))
         moved, placed, refused = relocate_cache(
             source, manifest, keys, machine.library, target, progress=counting(shown)

@@ -13,6 +13,7 @@ import click
 from runner.api import build_request
 from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
+from runner.cache.lock import say_waiting
 from runner.cli.deployment import PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
@@ -94,10 +95,6 @@ def compile(  # noqa: A001  # the command's name
 
 def _build(request: BuildRequest, what: str) -> None:
     """Build, and print a summary."""
-
-    def say_waiting() -> None:
-        click.echo(f"another builder is at work in {request.cache.root}: waiting for it", err=True)
-
     with progress(what) as shown:
         report = prebuild(request, on_wait=say_waiting, progress=shown)
     replaced = f", {report.replaced} of them in place of broken ones" if report.replaced else ""

@@ -19,6 +19,8 @@ from runner.report.console import counted
 from runner.scenario import Scenario
 from runner.target import Target
 
+_MAX_M = 16384
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedOptions:
@@ -33,7 +35,13 @@ class PlannedOptions:
     gemm: tuple[str, ...] = option(
         (), OptionDetails("Plan single GEMMs instead of a model.", metavar="TYPE:N:K[:GROUPS]")
     )
-    max_m: int = option(16384, OptionDetails("Largest M of --gemm.", metavar="N"))
+    max_m: int | None = option(
+        None, OptionDetails(f"Largest M of --gemm.  [default: {_MAX_M}]", metavar="N")
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_m is not None and not self.gemm:
+            raise UserError("--max-m goes with --gemm only: a deployment's limit is --max-tokens")
 
     @property
     def most_sms(self) -> int | None:
@@ -68,7 +76,7 @@ def planned(
     Raises:
         UserError: options that contradict each other or the model.
     """
-    counts = options.num_sms or (target.gpu.num_sms,)
+    counts = tuple(dict.fromkeys(options.num_sms or (target.gpu.num_sms,)))
     if options.gemm:
         return _planned_gemms(options, given, counts, target)
     scenario = given.scenario(
@@ -84,12 +92,13 @@ def _planned_gemms(
     for item in given.options:
         if context.get_parameter_source(item.name) is ParameterSource.COMMANDLINE:
             raise UserError(f"{item.flag} does not go with --gemm")
+    max_m = _MAX_M if options.max_m is None else options.max_m
     wanted: dict[Demand, None] = {}
     for spec in options.gemm:
         for count in counts:
-            found = gemm_demands(spec, max_m=options.max_m, num_sms=count)
+            found = gemm_demands(spec, max_m=max_m, num_sms=count)
             wanted.update(dict.fromkeys(found))
-    title = f"{', '.join(options.gemm)}: M up to {options.max_m}, {_sms(counts)}"
+    title = f"{', '.join(options.gemm)}: M up to {max_m}, {_sms(counts)}"
     return Planned(None, title, make_plan(wanted, target.source.table(lambda: wanted)))
 
 

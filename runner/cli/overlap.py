@@ -167,12 +167,7 @@ def _check(options: OverlapOptions) -> None:
     Raises:
         UserError: an output that cannot be written, or options that contradict each other.
     """
-    others = (options.json, options.save)
-    check_outputs(plot=options.plot, others=others)
-    given = [path for path in (options.plot, *others) if path is not None]
-    for path in given:
-        if given.count(path) > 1:
-            raise UserError(f"{path} is given for two outputs: give each its own file")
+    check_outputs(plot=options.plot, others=(options.json, options.save))
     if str(options.save) == "-":
         raise UserError("--save needs a file: - is only for JSON outputs")
     if not options.no_search and find_spec("numpy") is None:

@@ -56,6 +56,7 @@ def watch(
     if str(json_path) == "-":
         raise UserError("--json needs a file: standard output belongs to the command")
     check_outputs(others=(json_path,))
+    forbid = _seconds_or_file(forbid_after)
     plan = read_plan_file(plan_path) if plan_path else None
     environ = Environ.read(os.environ)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
@@ -70,12 +71,17 @@ def watch(
             nvcc=nvcc,
             environment=os.environ,
             work_dir=Path(folder),
-            forbid_after=_seconds_or_file(forbid_after),
+            forbid_after=forbid,
             on_compile=lambda record, seconds: _report(_line(record, seconds, plan)),
         )
     _report(_summary(watched))
     if json_path is not None:
         write_json(json_path, _as_json(watched, command, plan), indent=1)
+    _check(watched, forbid_after)
+
+
+def _check(watched: Watched, forbid_after: str | None) -> None:
+    """Raise WorkFailedError if a compile or the command failed, or if nothing is proved."""
     if watched.forbidden:
         raise WorkFailedError(
             f"{len(watched.forbidden)} compiles after they were forbidden; the command ended with "
@@ -83,6 +89,11 @@ def watch(
         )
     if watched.exit_code:
         raise WorkFailedError(f"the command ended with {watched.exit_code}", watched.exit_code)
+    if forbid_after is not None and not watched.was_forbidding:
+        raise WorkFailedError(
+            f"--forbid-after {forbid_after}: the command ended before that, "
+            "so nothing was forbidden"
+        )
 
 
 def _seconds_or_file(text: str | None) -> float | Path | None:
@@ -91,10 +102,21 @@ def _seconds_or_file(text: str | None) -> float | Path | None:
     try:
         seconds = float(text)
     except ValueError:
-        return Path(text).absolute()
+        return _coming_file(text)
     if not (isfinite(seconds) and seconds >= 0):
         raise UserError(f"--forbid-after {text} must be at least 0 seconds, or a file")
     return seconds
+
+
+def _coming_file(text: str) -> Path:
+    path = Path(text).absolute()
+    if not text:
+        raise UserError("--forbid-after '' must be at least 0 seconds, or a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--forbid-after {text}: its folder does not exist; create it first")
+    if path.exists():
+        raise UserError(f"--forbid-after {text} exists already: remove it, or give 0 seconds")
+    return path
 
 
 def _report(line: str) -> None:

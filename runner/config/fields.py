@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from types import NoneType
-from typing import TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, get_args, get_origin, get_type_hints
+
+from runner.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -136,6 +141,14 @@ def _member(kind: type[Enum], value: object) -> Enum:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def check_tuples(record: DataclassInstance) -> None:
+    """Raise UserError if a field of type tuple holds something else, such as a list."""
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if str(item.type).startswith("tuple[") and not isinstance(value, tuple | NoneType):
+            raise UserError(f"{item.name}={_short(value)} must be a tuple")
 
 
 def without_none(kind: object) -> object:

@@ -16,6 +16,7 @@ from runner.config.fields import field_types, read_plain
 from runner.config.model import Dsv3Config, Dsv4Config, ModelConfig, MoeConfig
 from runner.config.presets import PRESETS
 from runner.errors import UserError
+from runner.files import parse_json
 
 M = TypeVar("M", bound=ModelConfig)
 
@@ -91,8 +92,8 @@ def _read_object(name_or_path: str) -> tuple[Path, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        data = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(content)
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} holds {_show(data)}: a JSON object is needed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.config.fields import OptionDetails, option
+from runner.config.fields import OptionDetails, check_tuples, option
 from runner.config.model import FP8_BLOCK, ModelConfig
 from runner.errors import UserError
 
@@ -73,6 +73,7 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
+        check_tuples(self)
         for name in ("pp", "tp", "attn_cp", "replicas", "nodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")

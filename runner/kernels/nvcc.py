@@ -16,6 +16,7 @@ from runner.kernels.keys import CacheKeys, Recipe
 OLDEST_RELEASE = (12, 9)
 """The oldest nvcc that supports the flags of the library's current versions."""
 
+_SHOWN = 40
 _RELEASE = re.compile(r"(?:release |NVCC)(\d+)\.(\d+)")
 
 
@@ -66,8 +67,9 @@ def release_of(text: str) -> tuple[int, int]:
     """
     match = _RELEASE.search(text)
     if not match:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
         raise UserError(
-            f"the compiler's version text {text!r} has no CUDA release, such as NVCC13.0 or "
+            f"the compiler's version text {shown!r} has no CUDA release, such as NVCC13.0 or "
             "'release 13.0'"
         )
     return int(match[1]), int(match[2])

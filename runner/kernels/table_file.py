@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from runner.errors import UserError
-from runner.files import replacing
+from runner.files import parse_json, replacing
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import Recipe
 from runner.kernels.table import Origin, RecordedTable, Run, Source
@@ -98,7 +98,7 @@ def read_table(path: Path) -> RecordedTable:
 
 
 def _parse(text: bytes) -> RecordedTable:
-    data = json.loads(text)
+    data = parse_json(text)
     if data["version"] != _VERSION:
         raise ValueError(f"version {data['version']!r} is not known")
     kernels = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console
@@ -14,9 +15,13 @@ PIPED_WIDTH = 100
 
 
 def make_console(*, highlight: bool = True) -> Console:
-    """A console as wide as the terminal, or :data:`PIPED_WIDTH` columns without one."""
-    console = Console(highlight=highlight)
-    return console if console.is_terminal else Console(width=PIPED_WIDTH, highlight=highlight)
+    """A console as wide as the terminal, or :data:`PIPED_WIDTH` columns without one.
+
+    It shows all text literally, since names come from files: no markup, no emoji codes.
+    """
+    make = partial(Console, highlight=highlight, markup=False, emoji=False)
+    console = make()
+    return console if console.is_terminal else make(width=PIPED_WIDTH)
 
 
 def make_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from runner.errors import UserError
-from runner.files import write_json
+from runner.files import is_special, write_json
 from runner.report.chrome import chrome_trace
 from runner.report.console import make_console
 from runner.report.gantt import plot_gantt
@@ -51,11 +52,25 @@ def check_outputs(
     given = [path for path in (timeline, trace, plot, *others) if path is not None]
     if sum(str(path) == "-" for path in given) > 1:
         raise UserError("only one output can go to standard output (-)")
-    for path in given:
-        if str(path) != "-" and not path.absolute().parent.is_dir():
-            raise UserError(f"cannot write {path}: its folder does not exist")
+    files = [path for path in given if str(path) != "-"]
+    seen: set[str] = set()
+    for path in files:
+        _check_writable(path)
+        if os.path.realpath(path) in seen and not is_special(path):
+            raise UserError(f"{path} is given for two outputs: give each its own file")
+        seen.add(os.path.realpath(path))
     if plot is not None:
         check_plot(plot)
+
+
+def _check_writable(path: Path) -> None:
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; give a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"cannot write {path}: you may not write there; give another file")
 
 
 def write_reports(

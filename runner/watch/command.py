@@ -39,6 +39,7 @@ class Watched:
     Attributes:
         exit_code: the command's exit code; 128 + n if signal n ended it.
         started: seconds since the epoch.
+        was_forbidding: whether compiles were forbidden before the command ended.
         records: finished compiles, including forbidden ones.
         unfinished: compiles that started and never ended.
     """
@@ -46,6 +47,7 @@ class Watched:
     exit_code: int
     started: float
     seconds: float
+    was_forbidding: bool
     records: list[CompileRecord]
     unfinished: list[CompileRecord]
 
@@ -85,10 +87,13 @@ def watch(
     environment = {**environment, "DG_JIT_NVCC_COMPILER": str(shim.absolute()), WATCHED: "1"}
     started = time.time()
     seen: set[Path] = set()
+    was_forbidding = False
 
     def look() -> None:
+        nonlocal was_forbidding
         if isinstance(forbid_after, float) and time.time() - started >= forbid_after:
             forbid.touch()
+        was_forbidding = was_forbidding or forbid.exists()
         for path in sorted(set(log.glob(FINISHED)) - seen):
             seen.add(path)
             record = read_record(path)
@@ -105,6 +110,7 @@ def watch(
         exit_code=code if code >= 0 else 128 - code,
         started=started,
         seconds=time.time() - started,
+        was_forbidding=was_forbidding,
         records=read_records(log),
         unfinished=read_unfinished(log),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
 
 from runner.config.fields import field_types, from_plain, without_none
 from runner.errors import UserError
-from runner.files import write_json
+from runner.files import parse_json, write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -260,7 +259,7 @@ def load_profile(name_or_path: str) -> Profile:
             f"hardware {name_or_path!r} is not known: use one of {known}, or a profile file"
         )
     try:
-        return Profile.from_json(json.loads(path.read_text()))
+        return Profile.from_json(parse_json(path.read_text()))
     except OSError as error:
         raise UserError(f"cannot read {name_or_path}: {error.strerror}") from None
     except (ValueError, TypeError) as error:

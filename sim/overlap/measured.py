@@ -6,7 +6,6 @@ again tells which operation that was.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from pathlib import Path
 from runner.backend.forward_batch import ForwardMode
 from runner.config.fields import field_types, read_plain
 from runner.errors import UserError
+from runner.files import parse_json
 from runner.model.strategy import OverlapStrategy
 from runner.schedule import Await, Begin, Collective
 from sim.overlap.compare import Comparison
@@ -79,7 +79,7 @@ def read_steps(path: Path) -> MeasuredSteps:
         UserError: the file cannot be read, or ``launch.steps`` did not write it.
     """
     try:
-        data = json.loads(path.read_text())
+        data = parse_json(path.read_text())
         steps = [
             MeasuredStep(
                 None if run["strategy"] is None else OverlapStrategy.from_json(run["strategy"]),

@@ -1,11 +1,15 @@
 """Helpers that run ``runner cache`` in this process and check its output."""
 
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runner.cache.lock import locked
 from runner.cli import main
 from runner.kernels.installed import Library
 from runner.planning.plan import plan_to_json
@@ -41,3 +45,16 @@ def assert_refused(capsys: Capture, line: str) -> None:
 def assert_progress(captured: str, what: str, total: int) -> None:
     (line,) = captured.splitlines()
     assert line.startswith(f"{what}: {total} of {total}, ")
+
+
+def assert_says_waiting(capsys: Capture, directory: Path, work: Callable[[], object]) -> None:
+    """Run ``work`` while another builder holds the lock; it must say so, then go on."""
+    said, deadline = "", time.monotonic() + 20
+    with ThreadPoolExecutor(1) as pool:
+        with locked(directory):
+            done = pool.submit(work)
+            while not (said or done.done()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+                said = capsys.readouterr().err
+        done.result()
+    assert said == f"another builder is at work in {directory}: waiting for it\n"

@@ -231,6 +231,14 @@ def test_json_file_is_written_and_table_printed(
     assert captured.err == ""
 
 
+def test_sm_count_given_twice_counts_once(here: Library, capsys: Capture) -> None:
+    for what in (SMALL, TINY):
+        assert plan(*what, "--num-sms", "132,132") == 0
+        twice = capsys.readouterr().out
+        assert plan(*what, "--num-sms", "132") == 0
+        assert capsys.readouterr().out == twice
+
+
 def test_json_has_m_step_of_contiguous_gemms(capsys: Capture, here: Library) -> None:
     arguments = ["--gemm", "grouped_gemm_nt_f8f8bf16_contig:1024:4096:4", "--max-m", "300"]
     path = here.include_path / "deep_gemm" / "impls" / "sm90_fp8_gemm_1d2d.cuh"
@@ -472,6 +480,10 @@ KNOWN = ", ".join(kind.name.lower() for kind in T)
         (
             [*SMALL, "--json", "/no/plan.json"],
             "cannot write /no/plan.json: its folder does not exist",
+        ),
+        (
+            [*TINY, "--max-m", "5"],
+            "--max-m goes with --gemm only: a deployment's limit is --max-tokens",
         ),
         (["--gemm", GEMM, "--max-m", "0"], "--max-m 0 must lie in 1..1048576"),
         (

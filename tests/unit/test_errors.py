@@ -8,6 +8,7 @@ import warnings
 import click
 import pytest
 
+from runner.cli import cli
 from runner.errors import UserError, WorkFailedError, run_guarded
 
 
@@ -37,6 +38,18 @@ def test_error_and_warning_are_one_line_each_with_exit_code(
 ) -> None:
     assert run_guarded(ending_with(error), [], program="runner") == code
     assert capsys.readouterr().err == "warning: mind this\n" + line
+
+
+@pytest.mark.parametrize("words", [[], ["cache"]])
+def test_group_without_a_command_prints_only_its_help(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_guarded(cli, [*words, "--help"], program="runner") == 0
+    usage = capsys.readouterr().out
+    code = run_guarded(cli, words, program="runner")
+    captured = capsys.readouterr()
+    assert code in (0, 2)  # Older versions of click do not count it as an error.
+    assert (captured.out + captured.err).strip() == usage.strip()
 
 
 @pytest.mark.parametrize("error", [None, UserError("bad"), ValueError("a bug")])

@@ -27,6 +27,7 @@ from runner.kernels.keys import first_recipe
 from runner.schedule import KernelWork
 from runner.timeline import Timeline
 from runner.watch.shim import CompileRecord
+from tests.unit.cache_cli import Capture, assert_says_waiting
 from tests.unit.elf import tiny_cubin
 
 GOOD, BROKEN = (
@@ -73,6 +74,11 @@ def test_second_build_of_a_kernel_does_nothing(store: NodeKernels) -> None:
     assert [(span.rank, span.kind, span.name) for span in store.spans if span.is_kernel] == [
         (3, "compile", "good")
     ]
+
+
+def test_build_says_that_it_waits_for_another_builder(store: NodeKernels, capsys: Capture) -> None:
+    assert_says_waiting(capsys, store.cache.root, lambda: store.build((GOOD,)))
+    assert store.built == 1
 
 
 def test_failed_build_names_the_kernel(store: NodeKernels) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -257,7 +257,7 @@ def test_stream_replaces_requests_after_the_first() -> None:
 def test_invalid_streams_are_refused() -> None:
     with pytest.raises(UserError) as caught:
         scenario(stream=(4, 0))
-    assert str(caught.value) == "token counts 4,0 must all be at least 1"
+    assert str(caught.value) == "token counts 4,0 must lie in 1..131072"
     with pytest.raises(UserError) as caught:
         scenario(WarmupPolicy.PLANNED, stream=(300,))
     assert str(caught.value) == (
@@ -265,3 +265,29 @@ def test_invalid_streams_are_refused() -> None:
         "smaller ones"
     )
     assert scenario(WarmupPolicy.FULL, stream=(300,)).request_tokens[1] == 300
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"batch_sizes": (1, 1000000)}, "batch sizes 1,1000000 must lie in 1..131072"),
+        ({"stream": (1000000,)}, "token counts 1000000 must lie in 1..131072"),
+        ({"graph_batch_sizes": (1000000,)}, "graph batch sizes 1000000 must lie in 1..131072"),
+        (
+            {"batch_sizes": (131072,), "tp": 3, "attn_cp": 3},
+            "batch sizes 131072 must lie in 1..131070",
+        ),
+        ({"walk_max_m": 0}, "walk_max_m=0 must be at least 1"),
+        ({"walk_memory": -1.0}, "walk_memory=-1.0 must be above 0"),
+        ({"walk_memory": nan}, "walk_memory=nan must be above 0"),
+        ({"batch_sizes": [1, 64]}, "batch_sizes=[1, 64] must be a tuple"),
+        ({"stage_layers": [1, 2], "pp": 2}, "stage_layers=[1, 2] must be a tuple"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(values: dict[str, Any], line: str) -> None:
+    thirds = {"num_attention_heads": 6, "vocab_size": 1536, "intermediate_size": 1536}
+    moe = replace(SMALL_V3.moe, moe_intermediate_size=384)
+    model = replace(SMALL_V3, moe=moe, **thirds)
+    with pytest.raises(UserError) as caught:
+        scenario(WarmupPolicy.FULL, model, **values)
+    assert str(caught.value) == line

@@ -119,6 +119,11 @@ def test_json_that_is_not_a_table_is_refused(tmp_path: Path, text: bytes) -> Non
     assert_refused(tmp_path / "t.json.gz", gzip.compress(text), "is not a kernel table: ")
 
 
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
+    deep = gzip.compress(b"[" * 200_000)
+    assert_refused(tmp_path / "t.json.gz", deep, "is not a kernel table: .*nested too deeply")
+
+
 def test_truncated_table_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.json.gz"
     write_table(path, SMALL)

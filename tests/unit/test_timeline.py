@@ -67,6 +67,7 @@ def broken(**changes: Any) -> str:
     "text",
     [
         "",
+        pytest.param("[" * 200_000, id="deep"),
         "{}",
         "[]",
         '{"timelines": [{}]}',
@@ -82,6 +83,9 @@ def broken(**changes: Any) -> str:
         broken(spans=[[0, 0, 1, "phase", None, ""]]),
         broken(spans=[[0, 0, 1, "compile", "gemm", 3]]),
         broken(world_size="many"),
+        broken(world_size=0, spans=[]),
+        broken(world_size=-1, spans=[]),
+        broken(version=2),
     ],
 )
 def test_invalid_timeline_file_is_a_one_line_error(text: str, tmp_path: Path) -> None:

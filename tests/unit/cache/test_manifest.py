@@ -175,6 +175,7 @@ def broken(**values: Any) -> str:
     "text",
     [
         "",
+        pytest.param("[" * 200_000, id="deep"),
         "\xff",
         "[]",
         "3",

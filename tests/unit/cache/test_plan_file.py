@@ -68,27 +68,34 @@ def test_keys_of_plan_file_without_keys_is_a_one_line_error(tmp_path: Path) -> N
 
 
 def test_empty_plan_file_has_no_keys(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "plan.json", {"for": "x", "kernels": []})
+    path = write_json(tmp_path / "plan.json", {"version": 1, "for": "x", "kernels": []})
     assert read_plan_file(path) == PlanFile("x", [], None)
     assert read_plan_file(path).keys == []
+
+
+def one_kernel(uses: str) -> str:
+    kernel = f'{{"name": "x", "cache_key": "k", "config": {{}}, "uses": {uses}}}'
+    return f'{{"version": 1, "for": "x", "kernels": [{kernel}]}}'
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
+        pytest.param("[" * 200_000, id="deep"),
         "\xff",
         "3",
         "null",
         "[]",
         "{}",
-        '{"for": "x"}',
-        '{"for": "x", "kernels": 3}',
-        '{"kernels": []}',
-        '{"for": "x", "kernels": [{"name": "x"}]}',
-        '{"for": "x", "kernels": [3]}',
-        '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": 3}]}',
-        '{"for": "x", "kernels": [{"name": "x", "cache_key": "k", "config": {}, "uses": [{}]}]}',
+        '{"version": 1, "for": "x"}',
+        '{"version": 1, "for": "x", "kernels": 3}',
+        '{"version": 1, "kernels": []}',
+        '{"version": 2, "for": "x", "kernels": []}',
+        '{"version": 1, "for": "x", "kernels": [{"name": "x"}]}',
+        '{"version": 1, "for": "x", "kernels": [3]}',
+        one_kernel("3"),
+        one_kernel("[{}]"),
     ],
 )
 def test_invalid_plan_file_is_a_one_line_error(tmp_path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from tests.unit.cache_cli import (
     assert_prints,
     assert_progress,
     assert_refused,
+    assert_says_waiting,
     cache,
     plan_file,
 )
@@ -143,3 +144,29 @@ def test_cache_that_cannot_be_locked_is_packed_but_not_pruned(
     capsys.readouterr()
     assert cache("prune", directory, "--plan", plan, "--yes") == 2
     assert capsys.readouterr().err == f"error: cannot lock {directory}: Is a directory\n"
+
+
+def test_unpack_says_that_it_waits_for_another_builder(
+    archive: Path, directory: Path, capsys: Capture
+) -> None:
+    assert_says_waiting(capsys, directory, lambda: cache("unpack", archive, directory))
+    assert capsys.readouterr().out.endswith("0 kernels placed, 4 already there\n")
+
+
+def test_refused_archive_leaves_no_cache(tmp_path: Path, capsys: Capture) -> None:
+    text, target = tmp_path / "text.tar.gz", tmp_path / "deep" / "target"
+    text.write_text("no archive")
+    assert cache("unpack", text, target) == 2
+    assert_refused(capsys, f"cannot read {text}: not a gzip file")
+    assert not target.parent.exists()
+
+
+def test_pack_takes_a_list_of_directories_and_unpack_does_not(
+    archive: Path, directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    listed = f"{directory}:{tmp_path}/below"
+    assert cache("pack", listed, tmp_path / "y.tar.gz") == 0
+    assert (tmp_path / "y.tar.gz").read_bytes() == archive.read_bytes()
+    capsys.readouterr()
+    assert cache("unpack", archive, listed) == 2
+    assert_refused(capsys, f"{listed} is a list of directories: give the one to write to")

@@ -46,6 +46,30 @@ def test_ls_lists_kernels_with_their_uses(
     )
 
 
+def test_ls_reads_the_manifest_of_the_writable_directory_in_a_list(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert cache("ls", directory) == 0
+    alone = capsys.readouterr().out
+    assert cache("ls", f"{directory}:{tmp_path}/below") == 0
+    assert capsys.readouterr().out == alone
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ls", ""],
+        ["pack", "", "x.tar.gz"],
+        ["relocate", "", "--to", "x"],
+        ["unpack", "x.tar.gz", ""],
+    ],
+)
+def test_empty_directory_is_refused(command: list[str], capsys: Capture) -> None:
+    assert cache(*command) == 2
+    said = "Invalid value for 'DIRECTORY': '' is not a path: it must not be empty"
+    assert_refused(capsys, said)
+
+
 def test_ls_without_manifest_does_not_know_uses(
     made: tuple[KernelCache, Manifest], capsys: Capture
 ) -> None:

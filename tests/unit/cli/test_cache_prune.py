@@ -14,11 +14,12 @@ from tests.unit.cache_cli import (
     Capture,
     assert_prints,
     assert_refused,
+    assert_says_waiting,
     cache,
     plan_file,
 )
 from tests.unit.kept_cache import remove
-from tests.unit.small_cache import contents, keys_for, small_plan
+from tests.unit.small_cache import contents, fill, keys_for, small_plan
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -121,3 +122,33 @@ def test_prune_counts_only_wanted_kernels_as_staying(
 def test_prune_needs_a_plan(directory: Path, capsys: Capture) -> None:
     assert cache("prune", directory) == 2
     assert_refused(capsys, "Missing option '--plan'.")
+
+
+def test_prune_says_that_it_waits_for_another_builder(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    plan, _ = unneeded(made[1], tmp_path, here)
+    root = made[0].root
+    assert_says_waiting(capsys, root, lambda: cache("prune", root, "--plan", plan, "--yes"))
+    assert len(made[0].entries()) == 2
+
+
+def test_prune_leaves_read_only_directories_as_they_are(
+    made: tuple[KernelCache, Manifest], tmp_path: Path, here: Library, capsys: Capture
+) -> None:
+    """The writable directory holds one kernel that the plan needs and one that it does not."""
+    below, manifest = made
+    plan, unneeded_keys = unneeded(manifest, tmp_path, here)
+    needed = next(item for item in small_plan(max_m=16).kernels)
+    spare = next(
+        i for i in small_plan().kernels if keys_for(here).cache_key(i.kernel) in unneeded_keys
+    )
+    writable, _ = fill(tmp_path / "top", keys_for(here), [needed, spare])
+    before = contents(below.root)
+    listed = f"{writable.root}:{below.root}"
+    assert cache("prune", listed, "--plan", plan, "--yes") == 0
+    assert capsys.readouterr().out.endswith("\n1 kernels removed, 0.0 MiB; 2 stay\n")
+    assert contents(below.root) == before
+    left = read_manifest(writable.root)
+    assert left is not None and list(left.entries) == [p.name for p in writable.entries()]
+    assert list(left.entries) == [keys_for(here).cache_key(needed.kernel)]

@@ -14,6 +14,7 @@ from tests.unit.cache_cli import (
     assert_prints,
     assert_progress,
     assert_refused,
+    assert_says_waiting,
     cache,
 )
 from tests.unit.elf import tiny_cubin
@@ -202,3 +203,29 @@ def test_relocate_generation_2_cache_to_a_different_compiler(
     }
     assert cache("verify", target, "--compiler-text", text) == 0
     assert_prints(capsys, f"{target} is whole: checked 4 entries, manifest, this machine")
+
+
+def test_relocate_says_that_it_waits_for_another_builder(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    target = tmp_path / "target"
+    KernelCache(target).prepare()
+    command = ["relocate", directory, "--target-root", ELSEWHERE, "--to", target]
+    assert_says_waiting(capsys, target, lambda: cache(*command))
+    assert len(KernelCache(target).entries()) == 4
+
+
+def test_relocate_takes_a_list_but_places_kernels_in_one_directory(
+    directory: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    below, target = tmp_path / "below", tmp_path / "target"
+    command = ["relocate", f"{directory}:{below}", "--target-root", ELSEWHERE, "--to"]
+    assert cache(*command, target) == 0
+    assert capsys.readouterr().out == placed_line(target, 4, 0) + "\n"
+    for to in (directory, below):
+        assert cache(*command, to) == 2
+        assert_refused(capsys, f"--to {to} must be another directory: a cache is for one machine")
+    both = f"{tmp_path}/c4:{tmp_path}/c5"
+    assert cache(*command, both) == 2
+    assert_refused(capsys, f"{both} is a list of directories: give the one to write to")
+    assert not (tmp_path / "c4").exists()

@@ -132,13 +132,14 @@ def test_verify_reads_nvcc_version_from_compiler_text_file(
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 13.1"))
     assert cache("verify", directory, *right) == 1
     assert_prints(capsys, compiler_line("13.1"), err=f"error: {directory}: {AGAIN}\n")
-    text.write_text("gcc 14")
-    assert cache("verify", directory, *right) == 2
-    assert_refused(
-        capsys,
-        "the compiler's version text 'gcc 14' has no CUDA release, such as NVCC13.0 or "
-        "'release 13.0'",
-    )
+    for wrong, shown in (("gcc 14", "gcc 14"), ("line\n" * 99, r"line\n" * 8 + "...")):
+        text.write_text(wrong)
+        assert cache("verify", directory, *right) == 2
+        assert_refused(
+            capsys,
+            f"--compiler-text {text}: the compiler's version text '{shown}' has no CUDA release, "
+            "such as NVCC13.0 or 'release 13.0'",
+        )
     text.write_text(NVCC_TEXT.replace("release 13.0", "release 12.4"))
     assert cache("verify", directory, *right) == 2
     assert_refused(

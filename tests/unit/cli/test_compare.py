@@ -167,6 +167,16 @@ def test_compare_notes_different_scenario_settings(tmp_path: Path, capsys: Captu
     ]
 
 
+def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "a.json"
+    spans = (Span(0, 0.0, 1.0, "phase", "[/nope]"), Span(0, 0.0, 1.0, "phase", "[bold] :car:"))
+    write_timelines(path, [Timeline("[/policy]", "[red]", 1, spans)])
+    assert compare(path, path) == 0
+    shown = capsys.readouterr().out
+    for name in ("[/nope] s", "[bold] :car: s", "A: [/policy] ([red])", "A [red]"):
+        assert name in shown
+
+
 # -- measured runs against a profile --------------------------------------------------------------
 
 

@@ -192,6 +192,13 @@ def test_unwritable_cache_directory_is_a_one_line_error(machine: BuildMachine) -
     assert machine.compiled() == []
 
 
+def test_empty_cache_directory_is_refused(machine: BuildMachine) -> None:
+    assert error_line(machine.run(*GEMM, "--cache-dir", ""), 2) == (
+        "Invalid value for '--cache-dir': '' is not a path: it must not be empty"
+    )
+    assert machine.compiled() == []
+
+
 def damage(entry: Path, how: str) -> None:
     cubin = entry / "kernel.cubin"
     if how == "a file instead":

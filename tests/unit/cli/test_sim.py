@@ -316,7 +316,13 @@ BAD = {
     "--json - --timeline -": "only one output can go to standard output",
     "--nodes 3": "nodes=3 must divide the 8 ranks",
     "--timeline /nonexistent/x.json": "cannot write /nonexistent/x.json: its folder does not exist",
+    "--json x.json --timeline x.json": "x.json is given for two outputs: give each its own file",
+    "--trace x.json --timeline ./x.json": "x.json is given for two outputs",
+    "--trace /tmp": "cannot write /tmp: it is a folder; give a file",
     "--batch-sizes 1,b": "'1,b' must be whole numbers from 1 on",
+    "--batch-sizes 1000000 --warmup none": "batch sizes 1000000 must lie in 1..131072",
+    "--stream 1000000": "token counts 1000000 must lie in 1..131072",
+    "--cuda-graphs 1000000": "graph batch sizes 1000000 must lie in 1..131072",
     "--batch-sizes 0": "'0' must be whole numbers from 1 on",
     "--warmup slow": "'slow'",
     "--stream 5,0": "'5,0' must be whole numbers from 1 on",
@@ -339,6 +345,23 @@ def test_invalid_input_is_a_one_line_error(arguments: str, capsys: Capture) -> N
     assert captured.out == ""
     err = captured.err
     assert err.startswith("error: ") and BAD[arguments] in err and err.count("\n") == 1
+
+
+def test_output_that_may_not_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    with monkeypatch.context() as read_only:  # Root may write everywhere.
+        read_only.setattr("os.access", lambda *_: False)
+        assert sim(*TINY, "--json", str(path)) == 2
+    line = f"error: cannot write {path}: you may not write there; give another file\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_outputs_can_share_a_device(capsys: Capture) -> None:
+    assert sim(*TINY, "--json", "/dev/null", "--timeline", "/dev/null") == 0
+    assert "wrote /dev/null" in capsys.readouterr().out
+    assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,8 @@ BAD = {
     "--prompt-len 0": "Invalid value for '--prompt-len': 0 is not in the range x>=1",
     "--plot x.gif": f"cannot plot to x.gif: suffix must be one of {', '.join(SUFFIXES)}",
     "--plot -": "--trace and --plot need a file",
+    "--json x.png --plot x.png": "x.png is given for two outputs: give each its own file",
+    "--json /tmp": "cannot write /tmp: it is a folder; give a file",
     "--json /nonexistent/x.json": "cannot write /nonexistent/x.json: its folder does not exist",
 }
 

@@ -162,9 +162,15 @@ def test_forbid_after_file_refuses_compiles_once_it_exists(room: Path, fake_nvcc
     assert ran.err[3:] == ["error: 1 compiles after they were forbidden; the command ended with 4"]
 
 
-def test_forbid_after_file_that_never_appears_refuses_nothing(room: Path, fake_nvcc: Path) -> None:
-    ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", "ready")
-    assert (ran.code, ran.compiles) == (0, ["compile 0 "])
+@pytest.mark.parametrize("after", ["ready", "9999"])
+def test_command_that_ends_before_compiles_are_forbidden_proves_nothing(
+    room: Path, fake_nvcc: Path, after: str
+) -> None:
+    ran = run(room, fake_nvcc, server(room, "compile=../small.cu"), "--forbid-after", after)
+    assert (ran.code, ran.compiles) == (1, ["compile 0 "])
+    assert ran.err[2:] == [
+        f"error: --forbid-after {after}: the command ended before that, so nothing was forbidden"
+    ]
     assert not (room / "ready").exists()
 
 

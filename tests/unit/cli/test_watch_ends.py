@@ -158,6 +158,15 @@ def test_watch_accepts_nvrtc_variable_set_to_0(room: Path, fake_nvcc: Path) -> N
         (["--forbid-after", "-1"], "--forbid-after -1 must be at least 0 seconds, or a file"),
         (["--forbid-after", "nan"], "--forbid-after nan must be at least 0 seconds, or a file"),
         (["--forbid-after", "inf"], "--forbid-after inf must be at least 0 seconds, or a file"),
+        (["--forbid-after", ""], "--forbid-after '' must be at least 0 seconds, or a file"),
+        (
+            ["--forbid-after", "no/ready"],
+            "--forbid-after no/ready: its folder does not exist; create it first",
+        ),
+        (
+            ["--forbid-after", "../small.cu"],
+            "--forbid-after ../small.cu exists already: remove it, or give 0 seconds",
+        ),
         (["--json", "-"], "--json needs a file: standard output belongs to the command"),
         (["--json", "no/x.json"], "cannot write no/x.json: its folder does not exist"),
         (["--json", "."], "Invalid value for '--json': File '.' is a directory."),

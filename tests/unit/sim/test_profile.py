@@ -146,6 +146,13 @@ def test_value_of_wrong_type_is_refused(where: str, value: Any, tmp_path: Path) 
         load_profile(str(path))
 
 
+def test_deeply_nested_profile_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is not a hardware profile: .*nested too deeply"):
+        load_profile(str(path))
+
+
 def test_obsolete_fields_of_older_profiles_are_ignored() -> None:
     old = copy.deepcopy(GOOD)
     old["compile"]["spread"], old["probe"]["settling"] = 0.05, "whatever"

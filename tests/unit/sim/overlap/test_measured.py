@@ -188,3 +188,10 @@ def test_invalid_settings_are_refused(name: str, value: Any, message: str, tmp_p
     path.write_text(json.dumps(data))
     with pytest.raises(UserError, match=f"is not a file from launch.steps: .*{message}"):
         read_steps(path)
+
+
+def test_deeply_nested_steps_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"is not a file from launch.steps: .*nested too deeply"):
+        read_steps(path)
