@@ -20,6 +20,8 @@ _COMMANDS = {
     "compile": "Build a deployment's kernels ahead of time, without a GPU.",
     "cache": "List, verify, move and pack kernel caches.",
     "standin": "Run any command on GPUs that do nothing.",
+    "record": "Run any server and record every DeepGEMM call.",
+    "rehearse": "Start a server without its GPU, and see what it would compile.",
     "watch": "Run any server and report every DeepGEMM compile.",
     "probe": "Measure how fast this machine compiles, compared with a profile's.",
     "calibrate": "Fit a hardware profile to measured runs.",

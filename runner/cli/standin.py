@@ -25,10 +25,13 @@ _UNKNOWN_NVCC = "Cuda compilation tools, release 13.0, V13.0.0\n"
 _PYTHON = re.compile(r"python[\d.]*")
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option(
+GPU_OPTION = click.option(
     "--gpu", required=True, metavar="GPU", help=f"One of {', '.join(gpu.name for gpu in GPUS)}."
 )
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@GPU_OPTION
 @click.option(
     "--num-sms",
     type=click.IntRange(1, MOST_SMS),
@@ -53,9 +56,9 @@ def standin(
     with tempfile.TemporaryDirectory(prefix="deepgemm-standin-") as folder:
         environment = standin_environment(
             gpu_named(gpu, num_sms),
-            python=_interpreter(command),
+            python=interpreter_of(command),
             environment=os.environ,
-            version_text=_version_text(nvcc),
+            version_text=version_text_of(nvcc),
             work_dir=Path(folder),
             devices=devices,
         )
@@ -73,7 +76,7 @@ def standin(
         raise WorkFailedError(f"the command ended with {code}", code)
 
 
-def _interpreter(command: Sequence[str]) -> Path:
+def interpreter_of(command: Sequence[str]) -> Path:
     """The Python that runs a command: the command itself, the one in its first line, or ours."""
     program = shutil.which(command[0])
     if program is None:
@@ -86,7 +89,8 @@ def _interpreter(command: Sequence[str]) -> Path:
     return Path((named and shutil.which(named)) or sys.executable)
 
 
-def _version_text(nvcc: Path | None) -> str:
+def version_text_of(nvcc: Path | None) -> str:
+    """The exact output of ``nvcc --version``; a made-up one if there is no nvcc."""
     if nvcc is None:
         _say("there is no nvcc: nothing is compiled, and cache keys differ from any real nvcc's")
         return _UNKNOWN_NVCC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TextIO
 
 from rich import box
 from rich.console import Console
@@ -14,12 +15,12 @@ PIPED_WIDTH = 100
 """Width in columns of output that does not go to a terminal."""
 
 
-def make_console(*, highlight: bool = True) -> Console:
+def make_console(*, highlight: bool = True, file: TextIO | None = None) -> Console:
     """A console as wide as the terminal, or :data:`PIPED_WIDTH` columns without one.
 
     It shows all text literally, since names come from files: no markup, no emoji codes.
     """
-    make = partial(Console, highlight=highlight, markup=False, emoji=False)
+    make = partial(Console, highlight=highlight, markup=False, emoji=False, file=file)
     console = make()
     return console if console.is_terminal else make(width=PIPED_WIDTH)
 

@@ -118,7 +118,7 @@ def watch(
 
 @contextmanager
 def running(
-    command: Sequence[str], environment: Mapping[str, str]
+    command: Sequence[str], environment: Mapping[str, str], stdout: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a command, pass signals on to it, and end it if the block is left early.
 
@@ -147,7 +147,10 @@ def running(
     try:
         try:
             child = subprocess.Popen(
-                list(command), env=dict(environment), process_group=None if shared else 0
+                list(command),
+                env=dict(environment),
+                stdout=stdout,
+                process_group=None if shared else 0,
             )
         except OSError as error:
             raise UserError(f"cannot run {command[0]}: {error.strerror}") from None

@@ -18,6 +18,7 @@ def key_of(value: Any) -> Hashable:
 
 
 def has_tensor(value: Any) -> bool:
+    """Whether there is a tensor in it, at any depth."""
     if isinstance(value, (tuple, list)):
         return any(map(has_tensor, value))
     return hasattr(value, "stride")

@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .describe import describe, has_tensor, key_of
 from .where import Where, entries_of
 
 _POLL_SECONDS = 0.25
+_MARK = "_deepgemm_coldstart_recorded"
 
 
 class _Call:
@@ -69,6 +71,10 @@ class Recorder:
 
     def count(self, kind: str, name: str) -> None:
         """Count something by name: it is noted when it is new, and its number at the next poll."""
+        if self.on:
+            self.safely(lambda: self._count(kind, name))
+
+    def _count(self, kind: str, name: str) -> None:
         key = f"{kind} {name}"
         new = key not in self._counts
         self._counts[key] = self._counts.get(key, 0) + 1
@@ -93,14 +99,15 @@ class Recorder:
         if self.on:
             self.on = False
             print(f"[runner record] recording stops in {os.getpid()}: {error!r}", file=sys.stderr)
-            self._try(lambda: self.note("stopped", error=repr(error)[:500]))
+            with suppress(Exception):
+                self.note("stopped", error=repr(error)[:500])
 
-    @staticmethod
-    def _try(action: Callable[[], None]) -> None:
+    def safely(self, action: Callable[[], None]) -> None:
+        """Do something that must not fail the server: recording stops instead."""
         try:
             action()
-        except Exception:  # noqa: S110  # the server goes on
-            pass
+        except Exception as error:
+            self.stop(error)
 
     def _poll_if_due(self) -> None:
         now = time.monotonic()
@@ -115,17 +122,11 @@ class Recorder:
         """Wrap every public function of a library's module."""
         version = getattr(module, "__version__", None)
         self.note("library", module=module.__name__, file=module.__file__, version=version)
-        wrapped: dict[int, Any] = {}
         for part in (module, *_parts(module)):
             for name, function in list(vars(part).items()):
-                if (
-                    not name.startswith("_")
-                    and callable(function)
-                    and not isinstance(function, type)
-                ):
-                    if id(function) not in wrapped:
-                        wrapped[id(function)] = self._wrap(name, function)
-                    setattr(part, name, wrapped[id(function)])
+                public = not name.startswith("_") and not isinstance(function, type)
+                if public and callable(function) and not hasattr(function, _MARK):
+                    setattr(part, name, self._wrap(name, function))
 
     def _wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         inside = self._inside
@@ -147,6 +148,7 @@ class Recorder:
             finally:
                 inside.call = False
 
+        setattr(recorded, _MARK, True)
         return recorded
 
     def _key(self, name: str, args: Any, kwargs: Any) -> object:
@@ -168,7 +170,7 @@ class Recorder:
         """Make a call for the first time, and note it with the cache entries that it made."""
         error = None
         started, clock = time.time(), time.perf_counter()
-        self._try(self._new_entries_unnoted)
+        self.safely(self._look_for_entries)
         try:
             return function(*args, **kwargs)
         except BaseException as raised:
@@ -176,17 +178,14 @@ class Recorder:
             raise
         finally:
             seconds = time.perf_counter() - clock
-            try:
-                with self._lock:
-                    self._note_call(name, args, kwargs, started, seconds, error)
-            except Exception as problem:
-                self.stop(problem)
+            self.safely(lambda: self._note_call(name, args, kwargs, started, seconds, error))
 
     def _note_call(
         self, name: str, args: Any, kwargs: Any, started: float, seconds: float, error: str | None
     ) -> None:
-        number = len(self._calls)
-        self._calls[self._key(name, args, kwargs)] = _Call(number)
+        with self._lock:
+            number = len(self._calls)
+            self._calls[self._key(name, args, kwargs)] = _Call(number)
         self.note(
             "call",
             number=number,
@@ -201,7 +200,8 @@ class Recorder:
             **self._where.now(),
         )
 
-    def _new_entries_unnoted(self) -> None:
+    def _look_for_entries(self) -> None:
+        """Know the entries there are, so that those a call makes stand out."""
         self._new_entries()
 
     def _new_entries(self) -> list[str]:

@@ -7,7 +7,7 @@ import faulthandler
 import os
 import signal
 
-from .imports import after_import
+from .imports import AfterImport, after_import
 from .recorder import Recorder
 
 LIBRARIES = ("deep_gemm", "sgl_deep_gemm", "vllm.third_party.deep_gemm")
@@ -17,14 +17,16 @@ def start() -> None:
     """Record from now on; in a rehearsal, also replace what a stand-in GPU cannot run."""
     folder = os.environ["DEEPGEMM_RECORD"]
     recorder = Recorder(folder)
-    after = {name: recorder.wrap_library for name in LIBRARIES}
+    after: dict[str, AfterImport] = dict.fromkeys(
+        LIBRARIES, lambda module: recorder.safely(lambda: recorder.wrap_library(module))
+    )
     if os.environ.get("DEEPGEMM_REHEARSE"):
         from .bypass import bypasses
 
         after.update(bypasses(recorder))
         _print_stacks_when_asked(folder)
     after_import(after)
-    atexit.register(recorder.flush)
+    atexit.register(lambda: recorder.safely(recorder.flush))
 
 
 def _print_stacks_when_asked(folder: str) -> None:

@@ -1,0 +1,263 @@
+"""A recording: which DeepGEMM calls a server made, when, and what they compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+from runner.files import parse_json
+from runner.kernels.call_template import NotGeneralError, Template, generalise, in_words
+from runner.kernels.types import MSteps, expand, steps_of
+from runner.recording.events import ProcessRecord, RecordedCall
+
+VERSION = 1
+
+
+@dataclass
+class Seen:
+    """Where a call was seen in one phase.
+
+    Attributes:
+        ms: its M, ascending; empty for a call without M.
+        calls: how often it was made, over all ranks.
+        entries: names of the cache entries that it made.
+        seconds: the longest first call.
+    """
+
+    ms: Sequence[int] = ()
+    calls: int = 0
+    entries: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class CallGroup:
+    """Calls that differ in M alone.
+
+    Attributes:
+        call: the call, its sizes open where they follow M.
+        reason: why it could not be opened, so that it holds for its own sizes only; else empty.
+        by: source lines of the server that made it, the nearest first.
+        phases: what was seen, by phase, in order of time.
+        errors: what it raised.
+    """
+
+    call: Template
+    num_sms: int | None
+    reason: str
+    by: list[str]
+    ranks: set[int] = field(default_factory=set)
+    phases: dict[str, Seen] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def ms(self) -> list[int]:
+        """All M that were seen, ascending."""
+        return sorted({m for seen in self.phases.values() for m in seen.ms})
+
+    @property
+    def title(self) -> str:
+        """The call as one line."""
+        return in_words(self.call.function, self.call.args, self.call.kwargs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to the server: prompt tokens, and start and end in seconds since the start."""
+
+    tokens: int
+    start: float
+    end: float
+    error: str = ""
+
+
+@dataclass
+class Recording:
+    """A server's run.
+
+    Attributes:
+        gpu: the stand-in's GPU; empty on a real one.
+        ready: seconds from the start until the server answered; None if it never did.
+        peak_bytes: most memory that each process held, by pid.
+        counts: bypasses and fallbacks, by ``kind name``.
+        problems: what went wrong with the recording itself.
+    """
+
+    command: list[str]
+    gpu: str
+    library: str
+    ready: float | None
+    requests: list[Request]
+    groups: list[CallGroup]
+    counts: dict[str, int]
+    peak_bytes: dict[int, int]
+    problems: list[str]
+
+    def entries(self, phases: Iterable[str] | None = None) -> list[str]:
+        """Distinct cache entries that were made, in all phases or in some."""
+        wanted = None if phases is None else set(phases)
+        return sorted(
+            {
+                entry
+                for group in self.groups
+                for phase, seen in group.phases.items()
+                if wanted is None or phase in wanted
+                for entry in seen.entries
+            }
+        )
+
+
+def group_calls(processes: Iterable[ProcessRecord]) -> list[CallGroup]:
+    """Join the calls of all processes that differ in M alone, in order of first appearance."""
+    calls = sorted((call for each in processes for call in each.calls), key=lambda c: c.started)
+    groups: dict[object, CallGroup] = {}
+    ms: dict[tuple[object, str], set[int]] = {}
+    for call in calls:
+        key, group, m = _group_of(call)
+        group = groups.setdefault(key, group)
+        seen = group.phases.setdefault(call.phase, Seen())
+        seen.calls += call.count
+        seen.seconds = max(seen.seconds, call.seconds)
+        seen.entries += call.entries
+        if m is not None:
+            ms.setdefault((key, call.phase), set()).add(m)
+        if call.rank is not None:
+            group.ranks.add(call.rank)
+        if call.error is not None and call.error not in group.errors:
+            group.errors.append(call.error)
+    for (key, phase), values in ms.items():
+        groups[key].phases[phase].ms = sorted(values)
+    return _joined(list(groups.values()))
+
+
+def _group_of(call: RecordedCall) -> tuple[object, CallGroup, int | None]:
+    reason, m = "", None
+    try:
+        template, m = generalise(call.function, call.args, call.kwargs)
+    except NotGeneralError as error:
+        template = Template(call.function, call.args, call.kwargs)
+        reason = str(error)
+    group = CallGroup(template, call.num_sms, reason, call.by)
+    return (group.title, call.num_sms), group, m
+
+
+def _joined(groups: list[CallGroup]) -> list[CallGroup]:
+    """Join a group of one M into another one that gives the same call at that M.
+
+    With one row, no stride shows whether it follows M.
+    """
+    kept = [group for group in groups if len(group.ms) != 1]
+    for group in (group for group in groups if len(group.ms) == 1):
+        (m,) = group.ms
+        sizes = group.call.at(m)
+        same = (
+            each
+            for each in kept
+            if (each.call.function, each.num_sms) == (group.call.function, group.num_sms)
+            and each.ms
+            and each.call.at(m) == sizes
+        )
+        into = next(same, None)
+        if into is None:
+            kept.append(group)
+        else:
+            _add(into, group)
+    order = {id(group): number for number, group in enumerate(groups)}
+    return sorted(kept, key=lambda group: order[id(group)])
+
+
+def _add(into: CallGroup, group: CallGroup) -> None:
+    into.ranks |= group.ranks
+    into.errors += [error for error in group.errors if error not in into.errors]
+    for phase, seen in group.phases.items():
+        known = into.phases.setdefault(phase, Seen())
+        known.ms = sorted({*known.ms, *seen.ms})
+        known.calls += seen.calls
+        known.entries += seen.entries
+        known.seconds = max(known.seconds, seen.seconds)
+
+
+# -- JSON
+
+
+def to_json(recording: Recording) -> dict[str, object]:
+    """The recording as plain data; :func:`read_recording` is the inverse."""
+    return {
+        "version": VERSION,
+        "kind": "recording",
+        "command": recording.command,
+        "gpu": recording.gpu,
+        "library": recording.library,
+        "ready": recording.ready,
+        "requests": [vars(request) for request in recording.requests],
+        "calls": [_group_json(group) for group in recording.groups],
+        "counts": recording.counts,
+        "peak_bytes": {str(pid): size for pid, size in recording.peak_bytes.items()},
+        "problems": recording.problems,
+    }
+
+
+def _group_json(group: CallGroup) -> dict[str, object]:
+    return {
+        "function": group.call.function,
+        "args": group.call.args,
+        "kwargs": group.call.kwargs,
+        "num_sms": group.num_sms,
+        "reason": group.reason,
+        "by": group.by,
+        "ranks": sorted(group.ranks),
+        "phases": {
+            phase: {**vars(seen), "ms": [list(step) for step in steps_of(seen.ms)]}
+            for phase, seen in group.phases.items()
+        },
+        "errors": group.errors,
+    }
+
+
+def read_recording(path: Path) -> Recording:
+    """Read the JSON of ``runner record`` and ``runner rehearse``.
+
+    Raises:
+        UserError: the file cannot be read, or is no recording of this version.
+    """
+    try:
+        data = parse_json(path.read_bytes())
+        if not isinstance(data, dict) or data.get("kind") != "recording":
+            raise UserError(f"{path} is not a recording of runner record or runner rehearse")
+        if data["version"] != VERSION:
+            raise UserError(f"{path} has version {data['version']}: this tool reads {VERSION}")
+        return Recording(
+            command=data["command"],
+            gpu=data["gpu"],
+            library=data["library"],
+            ready=data["ready"],
+            requests=[Request(**each) for each in data["requests"]],
+            groups=[_read_group(each) for each in data["calls"]],
+            counts=data["counts"],
+            peak_bytes={int(pid): size for pid, size in data["peak_bytes"].items()},
+            problems=data["problems"],
+        )
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a recording: {error!r}") from None
+
+
+def _read_group(data: Mapping[str, Any]) -> CallGroup:
+    return CallGroup(
+        Template(data["function"], data["args"], data["kwargs"]),
+        data["num_sms"],
+        data["reason"],
+        data["by"],
+        set(data["ranks"]),
+        {phase: _read_seen(seen) for phase, seen in data["phases"].items()},
+        data["errors"],
+    )
+
+
+def _read_seen(data: Mapping[str, Any]) -> Seen:
+    steps: MSteps = tuple((first, last, step) for first, last, step in data["ms"])
+    return Seen(expand(steps), data["calls"], data["entries"], data["seconds"])

@@ -1,0 +1,81 @@
+"""Print a recording: what a server called in each phase, and what still compiled in traffic."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from runner.recording.recording import CallGroup, Recording
+from runner.report.console import counted, make_console, make_table
+
+_SHOWN_M = 6
+START_PHASES = ("start", "load", "warm-up", "capture")
+
+
+def print_recording(recording: Recording, file: TextIO | None = None) -> None:
+    """Print phases, stalls after the server was ready, other JITs, and what is not general."""
+    console = make_console(file=file)
+    where = f"on a stand-in {recording.gpu}" if recording.gpu else "on the GPU here"
+    if recording.ready is None:
+        console.print(f"the server never became ready ({where})")
+    else:
+        console.print(f"ready after {recording.ready:.0f} s {where}")
+    if recording.peak_bytes:
+        most = max(recording.peak_bytes.values()) / 2**30
+        console.print(
+            f"memory of the largest of {len(recording.peak_bytes)} processes: {most:.1f} GiB"
+        )
+    console.print(_phase_table(recording))
+    _print_stalls(recording, console)
+    _print_counts(recording, console)
+    for group in recording.groups:
+        if group.reason:
+            console.print(f"for its own sizes only: {group.title} ({group.reason})")
+    for problem in recording.problems:
+        console.print(problem)
+
+
+def stalls_of(recording: Recording) -> list[tuple[str, CallGroup]]:
+    """(phase, call) of what made cache entries after the server was ready."""
+    return [
+        (phase, group)
+        for group in recording.groups
+        for phase, seen in group.phases.items()
+        if phase not in START_PHASES and seen.entries
+    ]
+
+
+def _phase_table(recording: Recording) -> Table:
+    table = make_table("Calls of DeepGEMM", ["phase"], ["functions", "calls", "entries made"])
+    phases = dict.fromkeys(phase for group in recording.groups for phase in group.phases)
+    for phase in phases:
+        groups = [group for group in recording.groups if phase in group.phases]
+        calls = sum(group.phases[phase].calls for group in groups)
+        entries = recording.entries([phase])
+        table.add_row(phase, str(len(groups)), str(calls), str(len(entries)))
+    return table
+
+
+def _print_stalls(recording: Recording, console: Console) -> None:
+    found = stalls_of(recording)
+    if not found:
+        if recording.requests:
+            console.print("no request compiled anything after the server was ready")
+        return
+    table = make_table("Compiled after it was ready", ["by", "call"], ["M", "entries"])
+    for phase, group in found:
+        seen = group.phases[phase]
+        ms = ", ".join(map(str, seen.ms[:_SHOWN_M])) or "-"
+        table.add_row(phase, group.title, ms, str(len(seen.entries)))
+    console.print(table)
+
+
+def _print_counts(recording: Recording, console: Console) -> None:
+    for kind, title in (("bypass", "bypassed"), ("fallback", "fell back")):
+        names = [name for name in recording.counts if name.startswith(f"{kind} ")]
+        if names:
+            console.print(f"{title}: {counted(len(names), 'thing')}")
+            for name in names:
+                console.print(f"  {name.removeprefix(f'{kind} ')} ({recording.counts[name]})")
