@@ -16,7 +16,7 @@ import click
 
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
-from runner.kernels.nvcc import find_nvcc
+from runner.kernels.nvcc import find_nvcc, toolkit_of
 from runner.standin.build import FAILURES, MOST_DEVICES, standin_environment
 from runner.standin.gpus import GPUS, MOST_SMS, gpu_named
 from runner.watch.command import running
@@ -63,7 +63,7 @@ def standin(
             devices=devices,
         )
         if nvcc is not None and not no_compile:
-            environment |= _real_compiler(nvcc.absolute())
+            environment |= _real_compiler(nvcc)
         with running(command, environment) as child:
             code = child.wait()
         failures = Path(environment[FAILURES])
@@ -104,12 +104,12 @@ def version_text_of(nvcc: Path | None) -> str:
 def _real_compiler(nvcc: Path) -> dict[str, str]:
     """Variables that give the command the real compiler."""
     found = {
-        "DG_JIT_NVCC_COMPILER": str(nvcc),
+        "DG_JIT_NVCC_COMPILER": str(nvcc.absolute()),
         "DG_JIT_USE_NVRTC": os.environ.get("DG_JIT_USE_NVRTC", "0"),
     }
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if not home or not Path(home).is_dir():
-        found["CUDA_HOME"] = str(nvcc.parent.parent)
+        found["CUDA_HOME"] = str(toolkit_of(nvcc))
     return found
 
 

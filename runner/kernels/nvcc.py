@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -107,3 +108,17 @@ def find_nvcc(environ: Environ) -> Path | None:
     folders = (Path(sysconfig.get_path(scheme)) for scheme in ("purelib", "platlib"))
     found = (folder / "nvidia" / "cu13" / "bin" / "nvcc" for folder in folders)
     return next((path for path in found if path.is_file()), None)
+
+
+_TOP = re.compile(r"^#\$ TOP=(.+)$", re.MULTILINE)
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """The CUDA toolkit of an nvcc, which may be a script on PATH that runs another one."""
+    command = [str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        match = _TOP.search(done.stderr)
+    except OSError:
+        match = None
+    return Path(match[1]).resolve() if match else nvcc.resolve().parent.parent

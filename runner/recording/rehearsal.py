@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.cache.kernel_cache import KernelCache
+from runner.kernels.nvcc import toolkit_of
 from runner.recording.recording import Recording
 from runner.recording.server import Server
 from runner.recording.session import Session, running_group
@@ -97,7 +98,7 @@ def _environment(rehearsal: Rehearsal, environment: Mapping[str, str]) -> dict[s
         "LD_LIBRARY_PATH": ":".join(folders),  # Where NVRTC finds its built-in headers.
     }
     if rehearsal.nvcc is not None:
-        base.setdefault("CUDA_HOME", str(rehearsal.nvcc.absolute().parent.parent))
+        base.setdefault("CUDA_HOME", str(toolkit_of(rehearsal.nvcc)))
     found = standin_environment(
         rehearsal.gpu,
         environment=base,
@@ -107,5 +108,5 @@ def _environment(rehearsal: Rehearsal, environment: Mapping[str, str]) -> dict[s
         devices=rehearsal.devices,
     )
     own = {"DG_JIT_CACHE_DIR": str(cache), "SGLANG_DG_CACHE_DIR": str(cache)}
-    bin_folder = rehearsal.python.parent
+    bin_folder = rehearsal.python.absolute().parent
     return {**found, **own, "PATH": f"{bin_folder}:{environment.get('PATH', '')}"}

@@ -112,6 +112,8 @@ def _loader_variables(root: Path, environment: Mapping[str, str]) -> dict[str, s
     """Variables through which the loader, the library and Triton find the stand-in."""
     library = root / LIBRARY
     found = {"TRITON_LIBCUDA_PATH": str(library.parent)}
+    # Servers also open NCCL by its file.
+    found |= dict.fromkeys(("SGLANG_NCCL_SO_PATH", "VLLM_NCCL_SO_PATH"), str(library))
     for name, own in (("LD_PRELOAD", library), ("LD_LIBRARY_PATH", library.parent)):
         old = environment.get(name)
         found[name] = f"{own}:{old}" if old else str(own)

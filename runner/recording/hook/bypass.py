@@ -137,15 +137,13 @@ def bypasses(recorder: Recorder) -> dict[str, AfterImport]:
             if str(names[0]) in _COMPILED_FOR_SGLANG:
                 return compile_module(*names, **kwargs)
             recorder.count("bypass", name)
-            return _Nothing(name, recorder, {})
+            return _Nothing(name, recorder, {"get_max_active_clusters": 16})
 
         module.load_jit = load_jit
 
     return {
         "sglang.srt.layers.quantization.kv_cache": sglang_kv_scales,
         "sglang.kernels.jit.utils.compile.loader": sglang_jit,
-        "sglang.kernels.jit.utils.compile": sglang_jit,
-        "sglang.kernels.jit.utils": sglang_jit,
         "vllm.v1.worker.gpu.model_runner": vllm_runner,
         "flashinfer.jit.core": flashinfer_core,
         "flashinfer.jit.cubin_loader": cubin_loader,
