@@ -10,11 +10,12 @@ from pathlib import Path
 
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.machine import TargetMachine
-from runner.cache.manifest import Manifest
+from runner.cache.manifest import Manifest, Use
 from runner.errors import UserError, WorkFailedError
+from runner.kernels.call_template import CallShape
 from runner.kernels.library_calls import call_library
 from runner.kernels.nvcc import find_nvcc
-from runner.kernels.table import Demand, by_shape
+from runner.kernels.table import Demand, Shape, by_shape
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.standin.build import read_compiles, standin_environment
 from runner.standin.gpus import gpu_named
@@ -92,15 +93,20 @@ def _demands(manifest: Manifest) -> list[Demand]:
         raise UserError("the manifest names no GEMM, or no GPU: build the cache again")
     demands = []
     for use in uses:
-        try:
-            kind = DeepGemmKernelType[use["type"].upper()]
-        except KeyError:
-            raise UserError(
-                f"the manifest has a GEMM of unknown type {use['type']!r}: verify it with the "
-                "version that built it"
-            ) from None
-        shape = GemmShape(kind, use["n"], use["k"], use["num_groups"], use.get("num_sms", 132))
-        step = use.get("m_step", 1)
+        shape, step = _shape_of(use), use.get("m_step", 1)
         ms = [m for first, last in use["m_ranges"] for m in range(first, last + 1, step)]
         demands.append(Demand(shape, ms))
     return by_shape(demands)
+
+
+def _shape_of(use: Use) -> Shape:
+    if "call" in use:
+        return CallShape(use["call"], use["num_sms"], use["m_step"])
+    try:
+        kind = DeepGemmKernelType[use["type"].upper()]
+    except KeyError:
+        raise UserError(
+            f"the manifest has a GEMM of unknown type {use['type']!r}: verify it with the version "
+            "that built it"
+        ) from None
+    return GemmShape(kind, use["n"], use["k"], use["num_groups"], use.get("num_sms", 132))

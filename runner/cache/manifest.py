@@ -209,11 +209,13 @@ def check_uses(uses: object) -> None:
     if not isinstance(uses, list):
         raise TypeError("uses must be a list")
     for use in uses:
-        numbers = [use[name] for name in ("n", "k", "num_groups")]
+        is_call = "call" in use
+        sizes = ("num_sms", "m_step") if is_call else ("n", "k", "num_groups")
+        numbers = [use[name] for name in sizes]
         numbers += [m for first, last in use["m_ranges"] for m in (first, last)]
         if not all(isinstance(number, int) for number in numbers):
             raise TypeError("whole numbers expected")
-        if not isinstance(use["type"], str) or not use["m_ranges"]:
+        if not isinstance(use["call" if is_call else "type"], str) or not use["m_ranges"]:
             raise TypeError("a use needs a type and ranges")
 
 

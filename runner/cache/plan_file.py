@@ -9,6 +9,7 @@ from pathlib import Path
 from runner.cache.manifest import Manifest, Use, check_uses
 from runner.errors import UserError
 from runner.files import parse_json
+from runner.kernels.call_template import CallShape
 from runner.kernels.describe import Config
 
 _SHOWN = 3
@@ -80,14 +81,20 @@ def read_plan_file(path: Path) -> PlanFile:
         raise UserError(f"{path} is not a plan from runner plan --json: {error!r}") from None
 
 
+def _name_of(use: Use) -> str:
+    if "call" in use:
+        return CallShape(use["call"], use["num_sms"]).describe()
+    groups = f":{use['num_groups']}" if use["num_groups"] > 1 else ""
+    return f"{use['type']}:{use['n']}:{use['k']}{groups}"
+
+
 def uses_in_words(uses: Sequence[Use]) -> str:
     """The first few uses, as ``gemm_nt_f8f8bf16:4096:1024 M 1..16; ...``."""
     words = []
     for use in uses[:_SHOWN]:
-        groups = f":{use['num_groups']}" if use["num_groups"] > 1 else ""
         pairs = [f"{a}" if a == b else f"{a}..{b}" for a, b in use["m_ranges"]]
         shown = pairs if len(pairs) <= _SHOWN else [*pairs[:_SHOWN], "..."]
-        words.append(f"{use['type']}:{use['n']}:{use['k']}{groups} M {', '.join(shown)}")
+        words.append(f"{_name_of(use)} M {', '.join(shown)}")
     more = len(uses) - _SHOWN
     if more > 0:
         words.append(f"and {more} more {'GEMM' if more == 1 else 'GEMMs'}")

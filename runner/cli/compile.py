@@ -14,7 +14,7 @@ from runner.api import build_request
 from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.lock import say_waiting
-from runner.cli.deployment import PlannedOptions, planned
+from runner.cli.deployment import PlannedOptions, planned, with_recording
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import WorkFailedError
@@ -73,8 +73,15 @@ def compile(  # noqa: A001  # the command's name
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     require_nvcc(environ)  # Asking the library takes a while: fail first.
     with progress("ask the library") as shown:
-        gpu = gpu_named(library.gpu or DEFAULT_GPU, what.most_sms)
-        target = target_of(library, gpu, environ, compiler=compiler, progress=counting(shown))
+        library = with_recording(what, library)
+        target = target_of(
+            library,
+            gpu_named(library.gpu or DEFAULT_GPU, what.most_sms),
+            environ,
+            compiler=compiler,
+            ask=what.calls is not None,
+            progress=counting(shown),
+        )
         result = planned(what, given, environ, target)
     cache = KernelCache.of_text(str(options.cache_dir or environ.jit_cache_dirs))
     request = build_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 from click.core import ParameterSource
@@ -11,13 +12,15 @@ from runner.config.environ import Bf16Fp32Algo, Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import DisaggregationMode
 from runner.errors import UserError
-from runner.kernels.table import Demand
+from runner.kernels.table import Demand, by_shape
 from runner.options import ScenarioOptions
+from runner.planning.call_demands import call_demands
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import Plan, make_plan, plan_of
+from runner.recording.recording import read_recording
 from runner.report.console import counted
 from runner.scenario import Scenario
-from runner.target import Target
+from runner.target import LibraryOptions, Target
 
 _MAX_M = 16384
 
@@ -34,6 +37,12 @@ class PlannedOptions:
     )
     gemm: tuple[str, ...] = option(
         (), OptionDetails("Plan single GEMMs instead of a model.", metavar="TYPE:N:K[:GROUPS]")
+    )
+    calls: Path | None = option(
+        None,
+        OptionDetails(
+            "Plan the calls in a recording of runner record or runner rehearse instead of a model."
+        ),
     )
     max_m: int | None = option(
         None, OptionDetails(f"Largest M of --gemm.  [default: {_MAX_M}]", metavar="N")
@@ -76,6 +85,8 @@ def planned(
     Raises:
         UserError: options that contradict each other or the model.
     """
+    if options.calls is not None:
+        return _planned_calls(options.calls, given, target)
     counts = tuple(dict.fromkeys(options.num_sms or (target.gpu.num_sms,)))
     if options.gemm:
         return _planned_gemms(options, given, counts, target)
@@ -100,6 +111,35 @@ def _planned_gemms(
             wanted.update(dict.fromkeys(found))
     title = f"{', '.join(options.gemm)}: M up to {max_m}, {_sms(counts)}"
     return Planned(None, title, make_plan(wanted, target.source.table(lambda: wanted)))
+
+
+def with_recording(options: PlannedOptions, library: LibraryOptions) -> LibraryOptions:
+    """The library and the GPU of a recording, where the options name no others."""
+    if options.calls is None:
+        return library
+    recording = read_recording(options.calls)
+    return LibraryOptions(
+        library=library.library or recording.library or None,
+        gpu=library.gpu or recording.gpu or None,
+    )
+
+
+def _planned_calls(path: Path, given: ScenarioOptions, target: Target) -> Planned:
+    context = click.get_current_context()
+    for item in given.options:
+        from_user = context.get_parameter_source(item.name) is ParameterSource.COMMANDLINE
+        if from_user and item.name != "max_tokens":
+            raise UserError(f"{item.flag} does not go with --calls: the calls say what is run")
+    max_tokens = given.given["max_tokens"]
+    assert isinstance(max_tokens, int)
+    recording = read_recording(path)
+    found = call_demands(recording, max_tokens=max_tokens, num_sms=target.gpu.num_sms)
+    for note in found.notes:
+        click.echo(note, err=True)
+    demands = by_shape(found.demands)
+    title = f"{counted(len(recording.groups), 'recorded call')} of {' '.join(recording.command)}"
+    title += f", forwards of up to {max_tokens} tokens"
+    return Planned(None, title, make_plan(demands, target.source.table(lambda: demands)))
 
 
 def _title(scenario: Scenario) -> str:

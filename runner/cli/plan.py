@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from runner.cli.deployment import Planned, PlannedOptions, planned
+from runner.cli.deployment import Planned, PlannedOptions, planned, with_recording
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -73,13 +73,14 @@ def plan(
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ, profile = Environ.read(os.environ), load_profile(options.hardware)
     _check(options, given)
+    library = with_recording(what, library)
     with progress("ask the library") as shown:
         target = target_of(
             library,
             gpu_named(library.gpu or gpu_of(profile), what.most_sms),
             environ,
             compiler=compiler,
-            ask=options.check,
+            ask=options.check or what.calls is not None,
             progress=counting(shown),
         )
         run = {} if given.given["stream"] else {"stream": ()}

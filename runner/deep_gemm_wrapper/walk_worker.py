@@ -12,7 +12,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TextIO, TypedDict
+from typing import TYPE_CHECKING, TextIO, TypedDict
+
+if TYPE_CHECKING:
+    from runner.kernels.table import Shape
 
 _MOST_LAUNCHES = 64
 """Most launches that one call can make; real calls make a handful."""
@@ -22,8 +25,8 @@ class Request(TypedDict):
     """The JSON on stdin."""
 
     library: str
-    demands: list[tuple[int, int, int, int, int, int, list[int]]]
-    """For each GEMM: type, n, k, groups, SMs, step between M, all M."""
+    demands: list[tuple[tuple[int | str, int, int], int, list[int]]]
+    """For each GEMM or recorded call: the fields of its shape, step between M, all M."""
 
 
 class Launches:
@@ -76,12 +79,11 @@ def main() -> int:
 def _walk_all(request: Request, answers: TextIO) -> None:
     from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper, import_library
     from runner.deep_gemm_wrapper.walker import walk
-    from runner.kernels.types import DeepGemmKernelType, GemmShape
 
     wrapper = DeepGemmWrapper(import_library(Path(request["library"])))
     launches = Launches()
-    for kind, n, k, groups, num_sms, step, ms in request["demands"]:
-        shape = GemmShape(DeepGemmKernelType(kind), n, k, groups, num_sms)
+    for fields, step, ms in request["demands"]:
+        shape = _shape_of(*fields)
         runs = _Runs(step)
 
         def note(m: int, runs: _Runs = runs) -> None:
@@ -96,6 +98,15 @@ def _walk_all(request: Request, answers: TextIO) -> None:
         if failed := launches.failed():
             raise RuntimeError(f"it called {', '.join(failed)}, which the stand-in GPU lacks")
         print(json.dumps(runs.answer(launches)), file=answers, flush=True)
+
+
+def _shape_of(kind: int | str, *sizes: int) -> Shape:
+    from runner.kernels.call_template import CallShape
+    from runner.kernels.types import DeepGemmKernelType, GemmShape
+
+    if isinstance(kind, str):
+        return CallShape(kind, *sizes)
+    return GemmShape(DeepGemmKernelType(kind), *sizes)
 
 
 class _Runs:

@@ -10,6 +10,8 @@ import torch
 
 from runner.deep_gemm_wrapper.calls import MASKED_ROWS, make_call
 from runner.deep_gemm_wrapper.entrypoint import DeepGemmWrapper
+from runner.deep_gemm_wrapper.replay import replay_call
+from runner.kernels.call_template import CallShape
 from runner.kernels.kernel import Kernel
 from runner.kernels.types import MASKED_TYPES, GemmShape, expand
 from runner.schedule import Walk
@@ -38,7 +40,7 @@ def compile_only(library: ModuleType) -> Iterator[None]:
 
 def walk(
     wrapper: DeepGemmWrapper,
-    shape: GemmShape,
+    shape: GemmShape | CallShape,
     ms: Sequence[int],
     after_call: Callable[[int], None] = lambda m: None,
     masked_rows: int = MASKED_ROWS,
@@ -50,7 +52,11 @@ def walk(
     if not ms:
         return
     with wrapper.configure_deep_gemm_num_sms(shape.num_sms), torch.inference_mode():
-        call = make_call(wrapper, shape, masked_rows if shape.type in MASKED_TYPES else ms[-1])
+        if isinstance(shape, CallShape):
+            call = replay_call(wrapper.library, shape.template, ms[-1])
+        else:
+            most = masked_rows if shape.type in MASKED_TYPES else ms[-1]
+            call = make_call(wrapper, shape, most)
         for m in ms:
             call(m)
             after_call(m)
@@ -69,7 +75,7 @@ def walk_list(wrapper: DeepGemmWrapper, op: Walk) -> None:
 
 
 def call_each(
-    wrapper: DeepGemmWrapper, calls: Iterable[tuple[Kernel, GemmShape, int]]
+    wrapper: DeepGemmWrapper, calls: Iterable[tuple[Kernel, GemmShape | CallShape, int]]
 ) -> list[Kernel]:
     """Call each kernel once, through a GEMM and M that use it, so that the library loads it.
 
@@ -79,7 +85,7 @@ def call_each(
         The kernels that were called.
     """
     called = []
-    by_shape: dict[GemmShape, dict[int, list[Kernel]]] = {}
+    by_shape: dict[GemmShape | CallShape, dict[int, list[Kernel]]] = {}
     for kernel, shape, m in calls:
         by_shape.setdefault(shape, {}).setdefault(m, []).append(kernel)
     for shape, by_m in by_shape.items():

@@ -7,6 +7,7 @@ function, from DeepGEMM's signatures (``deep_gemm/__init__.py`` of sgl-deep-gemm
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,35 @@ class Template:
         """The arguments with ``m`` in place."""
         args = [_replace(item, m) for item in self.args]
         return args, {name: _replace(item, m) for name, item in self.kwargs.items()}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CallShape:
+    """A template that can be a key: what :class:`runner.kernels.types.GemmShape` is for GEMMs.
+
+    Attributes:
+        text: the template as canonical JSON.
+        m_step: step between values of M with which it can be called.
+    """
+
+    text: str
+    num_sms: int
+    m_step: int = 1
+
+    @classmethod
+    def of(cls, template: Template, num_sms: int, m_step: int = 1) -> CallShape:
+        """The shape of a template; :attr:`template` gives it back."""
+        data = {"function": template.function, "args": template.args, "kwargs": template.kwargs}
+        return cls(json.dumps(data, sort_keys=True), num_sms, m_step)
+
+    @property
+    def template(self) -> Template:
+        return Template(**json.loads(self.text))
+
+    def describe(self) -> str:
+        """The call as one line."""
+        template = self.template
+        return in_words(template.function, template.args, template.kwargs)
 
 
 def generalise(

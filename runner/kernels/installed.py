@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,6 +65,17 @@ class Library:
     def generation(self) -> int:
         """Generation of the library's JIT: 2 since sgl-deep-gemm 0.2.0 (DeepJIT), 1 before."""
         return 2 if any(_COMMITTED in path.read_bytes() for path in self.extensions) else 1
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that imports it: the one of its environment, else this one."""
+        for folder in self.root.parents:
+            if folder.name in ("site-packages", "dist-packages"):
+                prefix = folder.parents[2]
+                python = prefix / "bin" / "python"
+                if prefix != Path(sys.prefix) and python.is_file():
+                    return python
+        return Path(sys.executable)
 
     @property
     def extensions(self) -> list[Path]:

@@ -114,6 +114,7 @@ class LibrarySource:
                 environment=plain,
                 version_text=self.version_text,
                 work_dir=Path(folder),
+                python=self.library.python,
             )
             environment["DG_JIT_CACHE_DIR"] = str(entries.parent)
             results = call_library(
@@ -173,7 +174,10 @@ def _locked(memo: Path) -> Iterator[None]:
 def _code_digest() -> str:
     """Digest of our code that calls the library, and of the stand-in GPU."""
     package = Path(__file__).parents[1]
-    code = "deep_gemm_wrapper/*.py", "standin/native/*.[ch]", "standin/*.py", "kernels/library*.py"
+    code = (
+        *("deep_gemm_wrapper/*.py", "standin/native/*.[ch]", "standin/*.py"),
+        *("kernels/library*.py", "kernels/call_template.py"),
+    )
     files = sorted(path for pattern in code for path in package.glob(pattern))
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

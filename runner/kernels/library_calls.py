@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from runner.errors import UserError, WorkFailedError
 from runner.kernels.installed import Library
-from runner.kernels.table import Demand, m_step
+from runner.kernels.table import Demand
 
 _FIRST_CALLS = 200
 """Cost of a GEMM's buffers and first compiles, counted in calls."""
@@ -80,13 +79,15 @@ def _run_worker(
 ) -> list[EntryRuns]:
     request = {
         "library": str(library.root),
-        "demands": [(*astuple(each.shape), m_step(each.shape), list(each.ms)) for each in demands],
+        "demands": [(astuple(each.shape), each.shape.m_step, list(each.ms)) for each in demands],
     }
-    here, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH")
+    path = environment.get("PYTHONPATH")
     lines = []
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryDirectory() as here:
+        # The library's Python may be another one: it gets this package, and nothing beside it.
+        Path(here, "runner").symlink_to(Path(__file__).parents[1])
         worker = subprocess.Popen(
-            [sys.executable, "-m", "runner.deep_gemm_wrapper.walk_worker"],
+            [library.python, "-m", "runner.deep_gemm_wrapper.walk_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -15,6 +15,7 @@ from itertools import pairwise
 
 from runner.config.environ import Environ
 from runner.errors import UserError
+from runner.kernels.call_template import CallShape
 from runner.kernels.heuristics_sm90 import (
     CONTIGUOUS_M_ALIGNMENT,
     M_GRANULE,
@@ -30,9 +31,9 @@ from runner.kernels.heuristics_sm90 import (
 from runner.kernels.heuristics_sm90 import GemmType as G
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import Recipe, first_recipe
-from runner.kernels.table import Kernels, KernelTable, Origin, Part, Source, append_part
+from runner.kernels.table import Kernels, KernelTable, Origin, Part, Shape, Source, append_part
 from runner.kernels.types import DeepGemmKernelType as T
-from runner.kernels.types import GemmShape, KernelCall
+from runner.kernels.types import KernelCall
 
 RULES_VERSION = "0.1.4.post1"
 """The version of sgl-deep-gemm that the rules are for and were checked against, on SM90."""
@@ -218,7 +219,9 @@ class RulesTable(KernelTable):
     def kernels_of(self, call: KernelCall) -> Kernels:
         return kernels_of(call)
 
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+    def parts(self, shape: Shape, ms: Sequence[int]) -> list[Part]:
+        if isinstance(shape, CallShape):
+            raise UserError(f"our rules do not cover recorded calls: give a library ({shape.text})")
         found: list[Part] = []
         starts = m_class_starts(shape.type, ms[-1]) if ms else ()
         edges = [*(bisect_left(ms, start) for start in starts), len(ms)]

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from runner.errors import UserError
-from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
+from runner.kernels.call_template import CallShape
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import Recipe
-from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, KernelCall
+from runner.kernels.types import GemmShape, KernelCall
 
 MRanges = tuple[tuple[int, int], ...]
 """Ascending, disjoint (first, last) pairs. For contiguous types only multiples of 128 count."""
 
 Kernels = tuple[Kernel, ...]
 """The kernels that one call runs, in order; empty if it runs none of DeepGEMM's."""
+
+Shape = GemmShape | CallShape
+"""What is called with many M: a GEMM by its sizes, or a recorded call."""
 
 Part = tuple[Kernels, int, int]
 """(kernels, low, high): the kernels that every M in ``ms[low:high]`` runs."""
@@ -28,7 +31,7 @@ Part = tuple[Kernels, int, int]
 class Demand:
     """A GEMM that a deployment runs, with its M in ascending order and its pipeline stages."""
 
-    shape: GemmShape
+    shape: Shape
     ms: Sequence[int]
     stages: tuple[int, ...] = (0,)
 
@@ -77,7 +80,7 @@ class KernelTable(ABC):
         return self
 
     @abstractmethod
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+    def parts(self, shape: Shape, ms: Sequence[int]) -> list[Part]:
         """Split ascending ``ms`` where the kernels change.
 
         Raises:
@@ -88,7 +91,7 @@ class KernelTable(ABC):
     def kernels_of(self, call: KernelCall) -> Kernels:
         """Kernels that the library runs for one call; none if ``m`` is 0."""
 
-    def kernel_ranges(self, shape: GemmShape, ms: Sequence[int]) -> dict[Kernel, MRanges]:
+    def kernel_ranges(self, shape: Shape, ms: Sequence[int]) -> dict[Kernel, MRanges]:
         """Kernels of one GEMM over ascending ``ms``, each with the ranges of M that run it."""
         found: dict[Kernel, list[tuple[int, int]]] = {}
         before = None
@@ -125,11 +128,11 @@ class RecordedTable(KernelTable):
 
     origin: Origin
     recipe: Recipe
-    runs: Mapping[GemmShape, tuple[Run, ...]]
+    runs: Mapping[Shape, tuple[Run, ...]]
     headers: Mapping[str, str] = field(default_factory=dict)
     _by_call: dict[KernelCall, Kernels] = field(default_factory=dict, repr=False)
 
-    def parts(self, shape: GemmShape, ms: Sequence[int]) -> list[Part]:
+    def parts(self, shape: Shape, ms: Sequence[int]) -> list[Part]:
         found: list[Part] = []
         at = 0
         for run in self.runs.get(shape, ()):
@@ -166,11 +169,6 @@ class RecordedTable(KernelTable):
         return [m for m in demand.ms if m > lasts[bisect_right(firsts, m)]]
 
 
-def m_step(shape: GemmShape) -> int:
-    """The step between values of M with which a GEMM can be called."""
-    return CONTIGUOUS_M_ALIGNMENT if shape.type in CONTIGUOUS_TYPES else 1
-
-
 def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
     """Merge two tables of the same origin, which agree where they overlap."""
     runs = dict(one.runs)
@@ -179,14 +177,14 @@ def merge_tables(one: RecordedTable, other: RecordedTable) -> RecordedTable:
     return RecordedTable(one.origin, one.recipe, runs, {**one.headers, **other.headers})
 
 
-def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
+def join_runs(shape: Shape, runs: Iterable[Run]) -> tuple[Run, ...]:
     """Sort the runs of one GEMM and join them into as few as possible; overlapping runs agree."""
     joined: list[Run] = []
     for run in sorted(runs, key=lambda run: run.first):
         before = joined[-1] if joined else None
         if before is not None and (
             run.first <= before.last
-            or (run.kernels == before.kernels and run.first == before.last + m_step(shape))
+            or (run.kernels == before.kernels and run.first == before.last + shape.m_step)
         ):
             joined[-1] = Run(before.first, max(before.last, run.last), before.kernels)
         else:
@@ -196,7 +194,7 @@ def join_runs(shape: GemmShape, runs: Iterable[Run]) -> tuple[Run, ...]:
 
 def by_shape(demands: Iterable[Demand]) -> list[Demand]:
     """Merge demands so that each GEMM has one demand with all its M."""
-    found: dict[GemmShape, set[int]] = {}
+    found: dict[Shape, set[int]] = {}
     for demand in demands:
         found.setdefault(demand.shape, set()).update(demand.ms)
     return [Demand(shape, tuple(sorted(ms))) for shape, ms in found.items() if ms]

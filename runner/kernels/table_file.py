@@ -12,9 +12,10 @@ from pathlib import Path
 
 from runner.errors import UserError
 from runner.files import parse_json, replacing
+from runner.kernels.call_template import CallShape
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import Recipe
-from runner.kernels.table import Origin, RecordedTable, Run, Source
+from runner.kernels.table import Origin, RecordedTable, Run, Shape, Source
 from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.standin.gpus import Gpu, gpu_named
 
@@ -57,14 +58,18 @@ def bundled_table(title: str, gpu: str) -> RecordedTable | None:
 def write_table(path: Path, table: RecordedTable) -> None:
     """Write a table atomically; equal tables produce equal bytes."""
     indices: dict[Kernel, int] = {}
-    gemms = []
-    for shape, runs in sorted(table.runs.items()):
+    gemms: list[object] = []
+    calls: list[object] = []
+    for shape in sorted(table.runs, key=lambda shape: (isinstance(shape, CallShape), shape)):
         numbered = [
             (run.first, run.last, [indices.setdefault(k, len(indices)) for k in run.kernels])
-            for run in runs
+            for run in table.runs[shape]
         ]
-        sizes = (shape.n, shape.k, shape.num_groups, shape.num_sms)
-        gemms.append((shape.type.name, *sizes, numbered))
+        if isinstance(shape, CallShape):
+            calls.append((shape.text, shape.num_sms, shape.m_step, numbered))
+        else:
+            sizes = (shape.n, shape.k, shape.num_groups, shape.num_sms)
+            gemms.append((shape.type.name, *sizes, numbered))
     data = {
         "version": _VERSION,
         "library": table.origin.library,
@@ -78,6 +83,8 @@ def write_table(path: Path, table: RecordedTable) -> None:
         "kernels": [(k.name, k.header, k.entry, k.arguments, k.prelude) for k in indices],
         "gemms": gemms,
     }
+    if calls:
+        data["calls"] = calls
     with (
         replacing(path) as temporary,
         temporary.open("wb") as raw,
@@ -105,13 +112,16 @@ def _parse(text: bytes) -> RecordedTable:
         Kernel(name, header, entry, tuple(arguments), prelude)
         for name, header, entry, arguments, prelude in data["kernels"]
     ]
-    runs = {
-        GemmShape(DeepGemmKernelType[kind], *sizes): tuple(
-            Run(first, last, tuple(kernels[index] for index in indices))
-            for first, last, indices in found
-        )
+
+    def runs_of(found: list[tuple[int, int, list[int]]]) -> tuple[Run, ...]:
+        return tuple(Run(a, b, tuple(kernels[index] for index in ran)) for a, b, ran in found)
+
+    runs: dict[Shape, tuple[Run, ...]] = {
+        GemmShape(DeepGemmKernelType[kind], *sizes): runs_of(found)
         for kind, *sizes, found in data["gemms"]
     }
+    for call, sms, step, found in data.get("calls", ()):
+        runs[CallShape(call, sms, step)] = runs_of(found)
     generation = data["generation"]
     recipe = Recipe(generation, tuple(data["flags"]), data["extra_signature"], data["options"])
     gpu, num_sms = data["gpu"], data["num_sms"]

@@ -89,6 +89,11 @@ class GemmShape:
     num_groups: int
     num_sms: int
 
+    @property
+    def m_step(self) -> int:
+        """The step between values of M with which it can be called."""
+        return CONTIGUOUS_M_ALIGNMENT if self.type in CONTIGUOUS_TYPES else 1
+
     def call(self, m: int) -> KernelCall:
         """The call with ``m`` rows."""
         return KernelCall(self.type, m, self.n, self.k, self.num_groups, self.num_sms)
@@ -99,6 +104,9 @@ class GemmShape:
         groups = f":{self.num_groups}" if always or self.num_groups > 1 else ""
         return f"{self.type.name.lower()}:{self.n}:{self.k}{groups}"
 
+
+CONTIGUOUS_M_ALIGNMENT = 128
+"""Rows of an expert in the contiguous layout are padded to a multiple of this."""
 
 MSteps = tuple[tuple[int, int, int], ...]
 """Ascending M as (first, last, step) runs."""

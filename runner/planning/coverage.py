@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from runner.config.parallel import ParallelConfig
 from runner.config.warmup import WarmupPolicy
 from runner.kernels.kernel import Kernel
-from runner.kernels.table import union
-from runner.kernels.types import GemmShape
+from runner.kernels.table import Shape, union
 from runner.planning.plan import KernelUse, Plan, plan_of, table_of, use_to_json
 from runner.planning.residency import Stall, kernels_at_start, kernels_once_up, stalls_of
 from runner.scenario import Scenario
@@ -67,7 +66,7 @@ def _uncovered(
     plan: Plan, parallel: ParallelConfig, disks: Mapping[int, frozenset[Kernel]]
 ) -> tuple[KernelUse, ...]:
     """Uncovered M of each GEMM over all nodes."""
-    uses: dict[GemmShape, list[KernelUse]] = {}
+    uses: dict[Shape, list[KernelUse]] = {}
     for stages, disk in {(node_stages(parallel, node), disk) for node, disk in disks.items()}:
         for use in plan.uncovered(disk, stages):
             uses.setdefault(use.shape, []).append(use)

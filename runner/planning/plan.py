@@ -9,12 +9,12 @@ from functools import cached_property, lru_cache
 
 from runner.backend.gemm_walks import ExecutionHook, fast_m_list, full_m_list, relaxed_ms
 from runner.config.warmup import WarmupPolicy
+from runner.kernels.call_template import CallShape
 from runner.kernels.describe import config_of
-from runner.kernels.heuristics_sm90 import CONTIGUOUS_M_ALIGNMENT
 from runner.kernels.kernel import Kernel
 from runner.kernels.keys import CacheKeys
-from runner.kernels.table import Demand, KernelTable, MRanges, union
-from runner.kernels.types import CONTIGUOUS_TYPES, GemmShape, expand, steps_of
+from runner.kernels.table import Demand, KernelTable, MRanges, Shape, union
+from runner.kernels.types import GemmShape, expand, steps_of
 from runner.planning.demands import demands
 from runner.scenario import Scenario
 from runner.schedule import Walk
@@ -24,7 +24,7 @@ from runner.schedule import Walk
 class KernelUse:
     """The values of M at which one GEMM runs a kernel."""
 
-    shape: GemmShape
+    shape: Shape
     m_ranges: MRanges
     stages: tuple[int, ...]
 
@@ -61,7 +61,7 @@ class Plan:
 
     def uncovered(self, covered: Collection[Kernel], stages: Collection[int]) -> list[KernelUse]:
         """M of each of the stages' GEMMs that would still compile with only ``covered``."""
-        missing: dict[GemmShape, list[KernelUse]] = {}
+        missing: dict[Shape, list[KernelUse]] = {}
         for planned in self.kernels:
             if planned.kernel not in covered:
                 for use in planned.uses:
@@ -122,15 +122,22 @@ def _kernel(item: PlannedKernel, keys: CacheKeys | None) -> dict[str, object]:
 
 
 def use_to_json(use: KernelUse) -> dict[str, object]:
-    """One GEMM with its M."""
+    """One GEMM, or one recorded call, with its M."""
     shape = use.shape
+    sizes: dict[str, object] = (
+        {"call": shape.text}
+        if isinstance(shape, CallShape)
+        else {
+            "type": shape.type.name.lower(),
+            "n": shape.n,
+            "k": shape.k,
+            "num_groups": shape.num_groups,
+        }
+    )
     return {
-        "type": shape.type.name.lower(),
-        "n": shape.n,
-        "k": shape.k,
-        "num_groups": shape.num_groups,
+        **sizes,
         "num_sms": shape.num_sms,
-        "m_step": CONTIGUOUS_M_ALIGNMENT if shape.type in CONTIGUOUS_TYPES else 1,
+        "m_step": shape.m_step,
         "m_ranges": [list(pair) for pair in use.m_ranges],
         "stages": list(use.stages),
     }
@@ -184,7 +191,8 @@ def run_demands(scenario: Scenario) -> list[Demand]:
     )
     served = demands(replace(scenario, max_tokens=tokens))
     hook = ExecutionHook(m_list=hook_m_list(scenario))
-    walks = [walk for demand in served for walk in hook.before(demand.shape.call(1))]
+    shapes = [demand.shape for demand in served if isinstance(demand.shape, GemmShape)]
+    walks = [walk for shape in shapes for walk in hook.before(shape.call(1))]
     if scenario.policy is WarmupPolicy.RELAX:
         for stage in range(scenario.parallel.pp):
             walks += relax_walks(scenario, stage)
@@ -204,10 +212,11 @@ def relax_walks(scenario: Scenario, stage: int) -> tuple[Walk, ...]:
     """What vLLM's ``relax`` warm-up walks on each rank of a stage."""
     walks = []
     for demand in demands(scenario):
-        if stage in demand.stages:
-            ms = relaxed_ms(demand.shape, demand.ms, scenario.max_tokens)
+        shape = demand.shape
+        if stage in demand.stages and isinstance(shape, GemmShape):
+            ms = relaxed_ms(shape, demand.ms, scenario.max_tokens)
             steps = steps_of(_up_to(ms, scenario.walk_max_m))
-            walks += [Walk(demand.shape, steps)] if steps else []
+            walks += [Walk(shape, steps)] if steps else []
     return tuple(walks)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
+from runner.kernels.call_template import CallShape
 from runner.kernels.kernel import Kernel
-from runner.kernels.types import DeepGemmKernelType
+from runner.kernels.table import Shape
+from runner.kernels.types import DeepGemmKernelType, GemmShape
 from runner.planning.coverage import Coverage
 from runner.planning.plan import Plan, PlannedKernel
 from runner.planning.residency import Stall
@@ -35,7 +37,7 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
     groups: dict[str, list[PlannedKernel]] = {}
     for item in plan.kernels:
         transpose = item.kernel.name == "transpose_fp32"
-        name = "layout transposes" if transpose else item.uses[0].shape.type.name.lower()
+        name = "layout transposes" if transpose else _type_name(item.uses[0].shape)
         groups.setdefault(name, []).append(item)
     table = _table("type", right=("GEMMs", "M up to", "kernels", "compile s"))
     for name, items in groups.items():
@@ -58,6 +60,13 @@ def print_plan(plan: Plan, machine: Machine, *, pp: int) -> None:
         f"compiled one by one {total:.0f} s, by runner compile on {machine.cores} cores "
         f"{machine.build_seconds:.0f} s (estimates for {machine.name})"
     )
+
+
+def _type_name(shape: Shape) -> str:
+    """A GEMM's type; a recorded call's function."""
+    if isinstance(shape, CallShape):
+        return shape.template.function
+    return shape.type.name.lower()
 
 
 def _table(*left: str, right: Sequence[str] = ()) -> Table:
@@ -86,7 +95,8 @@ def print_coverage(covered: Coverage, plan: Plan) -> None:
     for use in covered.uncovered:
         shape = use.shape
         name = shape.describe()
-        if shape.type is DeepGemmKernelType.TF32_HC_PRENORM_GEMM:
+        hyper = DeepGemmKernelType.TF32_HC_PRENORM_GEMM
+        if isinstance(shape, GemmShape) and shape.type is hyper:
             name = f"{shape.type.name.lower()}:{shape.n}:{shape.k}"
         rows.setdefault((name, str(shape.num_sms)), []).extend(use.m_ranges)
     table = _table("uncovered GEMM", right=["num_sms"])

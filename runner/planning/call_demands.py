@@ -1,0 +1,141 @@
+"""Every M that a server's recorded calls can have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from runner.backend.token_to_m import hc_num_splits
+from runner.kernels.call_template import CallShape, Template
+from runner.kernels.table import Demand
+from runner.kernels.types import CONTIGUOUS_M_ALIGNMENT
+from runner.recording.recording import CallGroup, Recording
+
+_WALKERS = ("deep_gemm_wrapper/compile_utils.py", "warmup/deep_gemm_warmup.py")
+"""Files of servers that walk lists of M at start-up: what they alone call is planned as seen."""
+
+_LEAST_M = {"kernels/linear/scaled_mm/flashinfer.py": 32}
+"""Callers that give fewer rows to another library (vLLM 0.33: FlashInfer's below 32)."""
+
+_SPLITS = "tf32_hc_prenorm_gemm"
+_BUCKETS = ((1, 4, 16), (1, 2, 4, 8, 16))
+"""Numbers of splits that fused kernels are made for; servers round down to one of them."""
+
+
+@dataclass
+class CallDemands:
+    """What to plan, and what could not be generalised, in words."""
+
+    demands: list[Demand] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def call_demands(recording: Recording, *, max_tokens: int, num_sms: int) -> CallDemands:
+    """Generalise each recorded call to all M of up to ``max_tokens`` tokens.
+
+    Args:
+        num_sms: SMs of the GPU, for calls made without a limit.
+    """
+    found = CallDemands()
+    families: dict[str, list[CallGroup]] = {}
+    for group in recording.groups:
+        sms = group.num_sms or num_sms
+        if group.reason:
+            found.notes.append(f"planned for its own sizes only: {group.title} ({group.reason})")
+        if group.call.function == _SPLITS and _splits_of(group.call) is not None:
+            families.setdefault(_family(group, sms), []).append(group)
+        else:
+            step = _m_step(group.call)
+            shape = CallShape.of(group.call, sms, step)
+            found.demands.append(Demand(shape, _ms(group, step, max_tokens)))
+    for groups in families.values():
+        found.demands += _split_demands(groups, found.notes, max_tokens, num_sms)
+    return found
+
+
+def _ms(group: CallGroup, step: int, max_tokens: int) -> Sequence[int]:
+    seen = group.ms
+    if not seen:
+        return (1,)  # It has no M.
+    if any(line.split(":")[0].endswith(_WALKERS) for line in group.by):
+        return seen
+    least = max(
+        (m for name, m in _LEAST_M.items() if any(name in line for line in group.by)), default=1
+    )
+    least = min(max(least, step), seen[0])
+    return range(least, max(max_tokens, seen[-1]) + 1, step)
+
+
+def _m_step(call: Template) -> int:
+    contiguous = call.function.endswith("_contiguous") and not call.kwargs.get("use_psum_layout")
+    return CONTIGUOUS_M_ALIGNMENT if contiguous else 1
+
+
+# -- the hyper-connection GEMM, whose number of splits follows M as the server chooses
+
+
+def _splits_of(call: Template) -> int | None:
+    splits = call.kwargs.get("num_splits", call.args[4] if len(call.args) > 4 else None)
+    return splits if isinstance(splits, int) else None
+
+
+def _with_splits(call: Template, splits: int) -> Template:
+    """The same call with another number of splits."""
+    old = _splits_of(call)
+
+    def change(item: object) -> object:
+        if isinstance(item, Mapping) and item["shape"][0] == old:
+            return {**item, "shape": [splits, *item["shape"][1:]]}
+        return splits if item == old else item
+
+    args = [*call.args[:2], *map(change, call.args[2:])]
+    return Template(call.function, args, {k: change(value) for k, value in call.kwargs.items()})
+
+
+def _family(group: CallGroup, num_sms: int) -> str:
+    """A key that is equal for calls that differ in M and splits alone, from one place."""
+    call = _with_splits(group.call, 0)
+    place = group.by[0].rpartition(":")[2] if group.by else ""
+    return json.dumps([call.args, call.kwargs, num_sms, place], sort_keys=True)
+
+
+def _split_demands(
+    groups: Sequence[CallGroup], notes: list[str], max_tokens: int, num_sms: int
+) -> Iterator[Demand]:
+    seen = {m: splits for group in groups for m in group.ms if (splits := _splits_of(group.call))}
+    first, sms = groups[0], groups[0].num_sms or num_sms
+    buckets = _buckets(seen, _k_of(first.call), sms)
+    if buckets is None:
+        notes.append(
+            f"planned for the numbers of splits that were seen only: {first.title} "
+            "(how the server chooses them is not known)"
+        )
+        for group in groups:
+            yield Demand(CallShape.of(group.call, sms), group.ms)
+        return
+    by_splits: dict[int, list[int]] = {}
+    for m in range(1, max(max_tokens, *seen) + 1):
+        by_splits.setdefault(_rounded(m, _k_of(first.call), sms, buckets), []).append(m)
+    for splits, ms in by_splits.items():
+        yield Demand(CallShape.of(_with_splits(first.call, splits), sms), ms)
+
+
+def _buckets(seen: Mapping[int, int], k: int, num_sms: int) -> tuple[int, ...] | None:
+    """The numbers that the server rounds down to, () for none; None if no rule explains them."""
+    for buckets in ((), *_BUCKETS):
+        if all(_rounded(m, k, num_sms, buckets) == splits for m, splits in seen.items()):
+            return buckets
+    return None
+
+
+def _rounded(m: int, k: int, num_sms: int, buckets: Sequence[int]) -> int:
+    wanted = hc_num_splits(m, k, num_sms)
+    return max((splits for splits in buckets if splits <= wanted), default=wanted)
+
+
+def _k_of(call: Template) -> int:
+    """K of the GEMM: columns of its first argument."""
+    first = call.args[0]
+    assert isinstance(first, Mapping)
+    return int(first["shape"][-1])
