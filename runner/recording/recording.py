@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from runner.errors import UserError
 from runner.files import parse_json
 from runner.kernels.call_template import NotGeneralError, Template, generalise, in_words
-from runner.kernels.types import MSteps, expand, steps_of
+from runner.kernels.types import steps_of
 from runner.recording.events import ProcessRecord, RecordedCall
 
 VERSION = 1
@@ -18,19 +18,34 @@ VERSION = 1
 
 @dataclass
 class Seen:
-    """Where a call was seen in one phase.
+    """Where a call was seen in one phase, over all ranks.
 
     Attributes:
-        ms: its M, ascending; empty for a call without M.
-        calls: how often it was made, over all ranks.
+        counts: how often it was made, by M; by 0 for a call without M.
         entries: names of the cache entries that it made.
         seconds: the longest first call.
     """
 
-    ms: Sequence[int] = ()
-    calls: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
     entries: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def ms(self) -> list[int]:
+        """M that were seen, ascending; none for a call without M."""
+        return sorted(m for m in self.counts if m)
+
+    @property
+    def calls(self) -> int:
+        """How often it was made."""
+        return sum(self.counts.values())
+
+    def add(self, other: Seen) -> None:
+        """Add what was seen elsewhere."""
+        for m, count in other.counts.items():
+            self.counts[m] = self.counts.get(m, 0) + count
+        self.entries += other.entries
+        self.seconds = max(self.seconds, other.seconds)
 
 
 @dataclass
@@ -57,6 +72,13 @@ class CallGroup:
     def ms(self) -> list[int]:
         """All M that were seen, ascending."""
         return sorted({m for seen in self.phases.values() for m in seen.ms})
+
+    def add(self, group: CallGroup) -> None:
+        """Add what another group of the same call has seen."""
+        self.ranks |= group.ranks
+        self.errors += [error for error in group.errors if error not in self.errors]
+        for phase, seen in group.phases.items():
+            self.phases.setdefault(phase, Seen()).add(seen)
 
     @property
     def title(self) -> str:
@@ -114,34 +136,33 @@ def group_calls(processes: Iterable[ProcessRecord]) -> list[CallGroup]:
     """Join the calls of all processes that differ in M alone, in order of first appearance."""
     calls = sorted((call for each in processes for call in each.calls), key=lambda c: c.started)
     groups: dict[object, CallGroup] = {}
-    ms: dict[tuple[object, str], set[int]] = {}
     for call in calls:
-        key, group, m = _group_of(call)
-        group = groups.setdefault(key, group)
-        seen = group.phases.setdefault(call.phase, Seen())
-        seen.calls += call.count
-        seen.seconds = max(seen.seconds, call.seconds)
-        seen.entries += call.entries
-        if m is not None:
-            ms.setdefault((key, call.phase), set()).add(m)
-        if call.rank is not None:
-            group.ranks.add(call.rank)
-        if call.error is not None and call.error not in group.errors:
-            group.errors.append(call.error)
-    for (key, phase), values in ms.items():
-        groups[key].phases[phase].ms = sorted(values)
+        group = _group_of(call)
+        key = group.title, group.num_sms
+        if key in groups:
+            groups[key].add(group)
+        else:
+            groups[key] = group
     return _joined(list(groups.values()))
 
 
-def _group_of(call: RecordedCall) -> tuple[object, CallGroup, int | None]:
+def _group_of(call: RecordedCall) -> CallGroup:
+    """The group of one call."""
     reason, m = "", None
     try:
         template, m = generalise(call.function, call.args, call.kwargs)
     except NotGeneralError as error:
         template = Template(call.function, call.args, call.kwargs)
         reason = str(error)
-    group = CallGroup(template, call.num_sms, reason, call.by)
-    return (group.title, call.num_sms), group, m
+    return CallGroup(
+        call=template,
+        num_sms=call.num_sms,
+        reason=reason,
+        by=call.by,
+        ranks=set() if call.rank is None else {call.rank},
+        phases={call.phase: Seen({m or 0: call.count}, list(call.entries), call.seconds)},
+        errors=[] if call.error is None else [call.error],
+    )
 
 
 def _joined(groups: list[CallGroup]) -> list[CallGroup]:
@@ -164,20 +185,9 @@ def _joined(groups: list[CallGroup]) -> list[CallGroup]:
         if into is None:
             kept.append(group)
         else:
-            _add(into, group)
+            into.add(group)
     order = {id(group): number for number, group in enumerate(groups)}
     return sorted(kept, key=lambda group: order[id(group)])
-
-
-def _add(into: CallGroup, group: CallGroup) -> None:
-    into.ranks |= group.ranks
-    into.errors += [error for error in group.errors if error not in into.errors]
-    for phase, seen in group.phases.items():
-        known = into.phases.setdefault(phase, Seen())
-        known.ms = sorted({*known.ms, *seen.ms})
-        known.calls += seen.calls
-        known.entries += seen.entries
-        known.seconds = max(known.seconds, seen.seconds)
 
 
 # -- JSON
@@ -210,11 +220,19 @@ def _group_json(group: CallGroup) -> dict[str, object]:
         "by": group.by,
         "ranks": sorted(group.ranks),
         "phases": {
-            phase: {**vars(seen), "ms": [list(step) for step in steps_of(seen.ms)]}
+            phase: {**vars(seen), "counts": _counts_json(seen.counts)}
             for phase, seen in group.phases.items()
         },
         "errors": group.errors,
     }
+
+
+def _counts_json(counts: Mapping[int, int]) -> list[list[int]]:
+    """[first M, last M, step, calls of each] for runs of M that were called equally often."""
+    by_count: dict[int, list[int]] = {}
+    for m in sorted(counts):
+        by_count.setdefault(counts[m], []).append(m)
+    return sorted([*run, n] for n, ms in by_count.items() for run in steps_of(ms))
 
 
 def read_recording(path: Path) -> Recording:
@@ -259,5 +277,9 @@ def _read_group(data: Mapping[str, Any]) -> CallGroup:
 
 
 def _read_seen(data: Mapping[str, Any]) -> Seen:
-    steps: MSteps = tuple((first, last, step) for first, last, step in data["ms"])
-    return Seen(expand(steps), data["calls"], data["entries"], data["seconds"])
+    counts = {
+        m: count
+        for first, last, step, count in data["counts"]
+        for m in range(first, last + 1, step)
+    }
+    return Seen(counts, data["entries"], data["seconds"])

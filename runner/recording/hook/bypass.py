@@ -5,6 +5,7 @@ Each replacement counts how often it was used, by name, so that the report can s
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -141,7 +142,20 @@ def bypasses(recorder: Recorder) -> dict[str, AfterImport]:
 
         module.load_jit = load_jit
 
+    def cuda_bindings(module: Any) -> None:
+        """They carry a CUDA runtime of their own; SGLang asks it this one question."""
+        native = ctypes.CDLL(None)
+
+        def capture_info(stream: Any) -> tuple[object, ...]:
+            status = ctypes.c_int()
+            native.cudaStreamIsCapturing(ctypes.c_void_p(int(stream)), ctypes.byref(status))
+            kind = module.cudaStreamCaptureStatus(status.value)
+            return module.cudaError_t.cudaSuccess, kind, 0, None
+
+        module.cudaStreamGetCaptureInfo = capture_info
+
     return {
+        "cuda.bindings.runtime": cuda_bindings,
         "sglang.srt.layers.quantization.kv_cache": sglang_kv_scales,
         "sglang.kernels.jit.utils.compile.loader": sglang_jit,
         "vllm.v1.worker.gpu.model_runner": vllm_runner,
