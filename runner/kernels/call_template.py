@@ -51,6 +51,7 @@ _MASKED_M = {
     "m_grouped_fp8_gemm_nt_masked": "expected_m",
     "m_grouped_fp8_fp4_gemm_nt_masked": "expected_m",
     "m_grouped_bf16_gemm_nt_masked": "expected_m",
+    "fp8_m_grouped_gemm_nt_masked": "expected_m",  # the name up to sgl-deep-gemm 0.1.x
 }
 """Masked GEMMs: M is a number, the expected rows of a group; the tensors do not depend on it."""
 _MASKED_PARAMETERS = "a b d masked_m expected_m"

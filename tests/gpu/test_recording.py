@@ -44,7 +44,7 @@ def shape_of(item: Any) -> list[int]:
 
 def sizes_of(function: str, args: Sequence[Any], kwargs: dict[str, Any], m: int) -> Call | None:
     """One call as (type, M, (n, k, groups)); None for what is no GEMM of the model."""
-    name = function.replace("fp8_fp4", "fp8")
+    name = function.replace("fp8_fp4", "fp8").replace("fp8_m_grouped", "m_grouped_fp8")
     if name not in TYPES:
         return None
     kind, sizes = TYPES[name]

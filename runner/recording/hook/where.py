@@ -71,7 +71,8 @@ def _server_frames(frame: FrameType | None) -> list[tuple[str, int, str]]:
 
 def _phase_of(functions: list[str]) -> str:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_current_stream_capturing():
+    cuda = None if torch is None else torch.cuda
+    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
         return "capture"
     for phase, names in _PHASES:
         if any(function in names for function in functions):
