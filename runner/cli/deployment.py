@@ -17,7 +17,7 @@ from runner.options import ScenarioOptions
 from runner.planning.call_demands import call_demands
 from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import Plan, make_plan, plan_of
-from runner.recording.recording import read_recording
+from runner.recording.recording import Recording, read_recording
 from runner.report.console import counted
 from runner.scenario import Scenario
 from runner.target import LibraryOptions, Target
@@ -130,9 +130,16 @@ def _planned_calls(path: Path, given: ScenarioOptions, target: Target) -> Planne
         from_user = context.get_parameter_source(item.name) is ParameterSource.COMMANDLINE
         if from_user and item.name != "max_tokens":
             raise UserError(f"{item.flag} does not go with --calls: the calls say what is run")
-    max_tokens = given.given["max_tokens"]
-    assert isinstance(max_tokens, int)
     recording = read_recording(path)
+    source = context.get_parameter_source("max_tokens")
+    max_tokens = given.given["max_tokens"]
+    if source is not ParameterSource.COMMANDLINE or not isinstance(max_tokens, int):
+        max_tokens = recording.most_rows
+    return planned_calls(recording, max_tokens, target)
+
+
+def planned_calls(recording: Recording, max_tokens: int, target: Target) -> Planned:
+    """Plan every kernel that a server's recorded calls can need with up to ``max_tokens``."""
     found = call_demands(recording, max_tokens=max_tokens, num_sms=target.gpu.num_sms)
     for note in found.notes:
         click.echo(note, err=True)

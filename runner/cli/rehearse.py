@@ -6,10 +6,13 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
+from runner import api
+from runner.cli.deployment import planned_calls
 from runner.cli.standin import GPU_OPTION, interpreter_of, version_text_of
 from runner.config.environ import Environ, cache_folder
 from runner.config.fields import OptionDetails, option
@@ -17,13 +20,15 @@ from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.nvcc import find_nvcc
 from runner.options import with_options
-from runner.recording.recording import to_json
+from runner.recording.recording import Recording, to_json
 from runner.recording.rehearsal import Rehearsal, rehearse_once
 from runner.recording.server import KINDS, Server, kind_of
 from runner.report.outputs import check_outputs
+from runner.report.progress import counting, progress
 from runner.report.recording_table import print_recording
 from runner.standin.build import MOST_DEVICES
 from runner.standin.gpus import gpu_named
+from runner.target import LibraryOptions, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,23 @@ class RehearseOptions:
         (1, 300, 4000), OptionDetails("Prompt lengths to ask for once it is ready.")
     )
     cache_dir: Path | None = option(
-        None, OptionDetails("Kernel cache that the server finds.  [default: an empty one]")
+        None,
+        OptionDetails(
+            "Kernel cache that the server finds, or --fix fills.  [default: an empty one]"
+        ),
+    )
+    fix: bool = option(
+        False,
+        OptionDetails(
+            "Build what the rehearsal calls, then rehearse again with other prompt lengths: it "
+            "must compile nothing."
+        ),
+    )
+    max_tokens: int | None = option(
+        None,
+        OptionDetails(
+            "Most tokens of a forward, for --fix.  [default: as the server says]", metavar="N"
+        ),
     )
     ready_timeout: float = option(
         900.0, OptionDetails("Longest wait until the server is ready.", unit="SECONDS")
@@ -65,33 +86,92 @@ def rehearse(options: RehearseOptions, command: tuple[str, ...], gpu: str) -> No
         raise UserError(f"{command[0]} is no server that can be rehearsed: give one of {known}")
     if options.devices > MOST_DEVICES:
         raise UserError(f"--devices {options.devices} must lie in 1..{MOST_DEVICES}")
+    if options.fix and options.cache_dir is None:
+        raise UserError("--fix builds a cache: say where with --cache-dir DIR")
+    run = partial(_run, options, Server(kind, command), _with_dummy(command, kind.dummy), gpu)
+    recording = run(options.request_tokens, None if options.fix else options.cache_dir)
+    if not options.fix:
+        _finish(recording, options)
+        return
+    print_recording(recording, sys.stderr)
+    _check_ran(recording)
+    assert options.cache_dir is not None
+    _build(recording, options.max_tokens or recording.most_rows, options.cache_dir)
+    again = run(tuple(map(_other_length, options.request_tokens)), options.cache_dir)
+    _finish(again, options)
+    if entries := again.entries():
+        raise WorkFailedError(f"{len(entries)} kernels were compiled in spite of the cache")
+    print(f"{options.cache_dir}: the server started and answered without a DeepGEMM compile")
+
+
+def _run(
+    options: RehearseOptions,
+    server: Server,
+    command: tuple[str, ...],
+    gpu: str,
+    request_tokens: tuple[int, ...],
+    cache: Path | None,
+) -> Recording:
+    nvcc = find_nvcc(Environ.read(os.environ))
     with tempfile.TemporaryDirectory(prefix="deepgemm-rehearsal-") as folder:
         rehearsal = Rehearsal(
-            command=_with_dummy(command, kind.dummy),
+            command=command,
             gpu=gpu_named(gpu),
             devices=options.devices,
             python=interpreter_of(command),
-            nvcc=find_nvcc(Environ.read(os.environ)),
-            version_text=version_text_of(find_nvcc(Environ.read(os.environ))),
+            nvcc=nvcc,
+            version_text=version_text_of(nvcc),
             folder=Path(folder),
             home=cache_folder(os.environ) / "rehearsal",
-            cache=options.cache_dir,
-            request_tokens=options.request_tokens,
+            cache=cache,
+            request_tokens=request_tokens,
             ready_timeout=options.ready_timeout,
             request_timeout=options.request_timeout,
         )
-        recording, stacks = rehearse_once(rehearsal, Server(kind, command), os.environ, _say)
+        recording, stacks = rehearse_once(rehearsal, server, os.environ, _say)
+    if stacks:
+        print(stacks, file=sys.stderr)
+    return recording
+
+
+def _finish(recording: Recording, options: RehearseOptions) -> None:
+    """Print and write a recording; raise WorkFailedError if the server did not do its part."""
     if str(options.json) != "-":
         print_recording(recording)
     if options.json is not None:
         write_json(options.json, to_json(recording))
-    if stacks:
-        print(stacks, file=sys.stderr)
+    _check_ran(recording)
+
+
+def _check_ran(recording: Recording) -> None:
     if recording.ready is None:
         raise WorkFailedError("the server never became ready")
     failed = [request for request in recording.requests if request.error]
     if failed:
         raise WorkFailedError(f"{len(failed)} of {len(recording.requests)} requests failed")
+
+
+def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> None:
+    """Build every kernel that the recorded calls can need with up to ``max_tokens`` tokens."""
+    environ = Environ.read(os.environ)
+    gpu = gpu_named(recording.gpu)
+    library = LibraryOptions(library=recording.library, gpu=recording.gpu)
+    with progress("ask the library") as shown:
+        target = target_of(library, gpu, environ, ask=True, progress=counting(shown))
+        result = planned_calls(recording, max_tokens, target)
+    with progress("compile") as show:
+        report = api.compile(
+            result.plan, target, cache_dir, environ=environ, title=result.title, progress=show
+        )
+    built = f"{report.built} built, {report.present} already there"
+    _say(f"{len(result.plan.kernels)} kernels for up to {max_tokens} tokens: {built}")
+    if report.failed:
+        raise WorkFailedError(f"{len(report.failed)} kernels do not compile")
+
+
+def _other_length(tokens: int) -> int:
+    """A prompt length that the first rehearsal did not ask for."""
+    return tokens - tokens // 3 if tokens > 2 else tokens + 1
 
 
 def _with_dummy(command: tuple[str, ...], dummy: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,9 +12,6 @@ from runner.kernels.table import Demand
 from runner.kernels.types import CONTIGUOUS_M_ALIGNMENT
 from runner.recording.recording import CallGroup, Recording
 
-_WALKERS = ("deep_gemm_wrapper/compile_utils.py", "warmup/deep_gemm_warmup.py")
-"""Files of servers that walk lists of M at start-up: what they alone call is planned as seen."""
-
 _LEAST_M = {"kernels/linear/scaled_mm/flashinfer.py": 32}
 """Callers that give fewer rows to another library (vLLM 0.33: FlashInfer's below 32)."""
 
@@ -58,7 +55,7 @@ def _ms(group: CallGroup, step: int, max_tokens: int) -> Sequence[int]:
     seen = group.ms
     if not seen:
         return (1,)  # It has no M.
-    if any(line.split(":")[0].endswith(_WALKERS) for line in group.by):
+    if group.walked:
         return seen
     least = max(
         (m for name, m in _LEAST_M.items() if any(name in line for line in group.by)), default=1

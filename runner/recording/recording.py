@@ -14,6 +14,8 @@ from runner.kernels.types import steps_of
 from runner.recording.events import ProcessRecord, RecordedCall
 
 VERSION = 1
+_WALKERS = ("deep_gemm_wrapper/compile_utils.py", "warmup/deep_gemm_warmup.py")
+"""Files of SGLang and vLLM that walk lists of M at start-up."""
 
 
 @dataclass
@@ -81,6 +83,11 @@ class CallGroup:
             self.phases.setdefault(phase, Seen()).add(seen)
 
     @property
+    def walked(self) -> bool:
+        """Whether a warm-up of the server made it, which walks lists of M."""
+        return any(line.split(":")[0].endswith(_WALKERS) for line in self.by)
+
+    @property
     def title(self) -> str:
         """The call as one line."""
         return in_words(self.call.function, self.call.args, self.call.kwargs)
@@ -103,6 +110,7 @@ class Recording:
     Attributes:
         gpu: the stand-in's GPU; empty on a real one.
         ready: seconds from the start until the server answered; None if it never did.
+        max_tokens: most tokens of a forward, as the server says; None if it does not.
         peak_bytes: most memory that each process held, by pid.
         counts: bypasses and fallbacks, by ``kind name``.
         problems: what went wrong with the recording itself.
@@ -112,11 +120,18 @@ class Recording:
     gpu: str
     library: str
     ready: float | None
+    max_tokens: int | None
     requests: list[Request]
     groups: list[CallGroup]
     counts: dict[str, int]
     peak_bytes: dict[int, int]
     problems: list[str]
+
+    @property
+    def most_rows(self) -> int:
+        """Most tokens of a forward: as the server says, else the largest M of its own calls."""
+        seen = [m for group in self.groups if not group.walked for m in group.ms]
+        return self.max_tokens or max(seen, default=1)
 
     def entries(self, phases: Iterable[str] | None = None) -> list[str]:
         """Distinct cache entries that were made, in all phases or in some."""
@@ -202,6 +217,7 @@ def to_json(recording: Recording) -> dict[str, object]:
         "gpu": recording.gpu,
         "library": recording.library,
         "ready": recording.ready,
+        "max_tokens": recording.max_tokens,
         "requests": [vars(request) for request in recording.requests],
         "calls": [_group_json(group) for group in recording.groups],
         "counts": recording.counts,
@@ -252,6 +268,7 @@ def read_recording(path: Path) -> Recording:
             gpu=data["gpu"],
             library=data["library"],
             ready=data["ready"],
+            max_tokens=data["max_tokens"],
             requests=[Request(**each) for each in data["requests"]],
             groups=[_read_group(each) for each in data["calls"]],
             counts=data["counts"],

@@ -59,7 +59,7 @@ class Server:
     """A server's endpoint on this machine."""
 
     def __init__(self, kind: ServerKind, command: Sequence[str]) -> None:
-        self.kind = kind
+        self.kind, self.command = kind, command
         host = option_of(command, "--host") or "127.0.0.1"
         host = "127.0.0.1" if host in ("0.0.0.0", "::") else host  # its own machine
         self.url = f"http://{host}:{option_of(command, '--port') or kind.port}"
@@ -71,6 +71,20 @@ class Server:
                 return bool(answer.status == 200)
         except OSError:
             return False
+
+    def max_tokens(self) -> int | None:
+        """Most tokens of a forward, if the server tells it or its command says it."""
+        for name in ("--chunked-prefill-size", "--max-num-batched-tokens"):
+            given = option_of(self.command, name)
+            if given is not None and given.isdecimal():
+                return int(given)
+        if self.kind.name != "SGLang":
+            return None
+        try:
+            size = self._post("get_server_info", _HEALTH_SECONDS)["chunked_prefill_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return size if isinstance(size, int) and size > 0 else None
 
     def ask(self, tokens: int, number: int, timeout: float) -> str:
         """Send a prompt of so many tokens; returns what went wrong, or nothing."""

@@ -37,6 +37,7 @@ class Session:
     say: Callable[[str], None]
     started: float = field(default_factory=time.monotonic)
     ready: float | None = None
+    max_tokens: int | None = None
     requests: list[Request] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     peak_bytes: dict[int, int] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Session:
         while child.poll() is None and self.seconds < timeout:
             if server is not None and server.is_ready():
                 self.ready = self.seconds
+                self.max_tokens = server.max_tokens()
                 self.note_memory()
                 self.set_phase("ready")
                 return True
@@ -131,6 +133,7 @@ class Session:
             gpu=gpu,
             library=str(Path(libraries[0]).parent) if libraries else "",
             ready=self.ready,
+            max_tokens=self.max_tokens,
             requests=self.requests,
             groups=group_calls(processes),
             counts=counts,

@@ -18,9 +18,9 @@ def print_recording(recording: Recording, file: TextIO | None = None) -> None:
     """Print phases, stalls after the server was ready, other JITs, and what is not general."""
     console = make_console(file=file)
     where = f"on a stand-in {recording.gpu}" if recording.gpu else "on the GPU here"
-    if recording.ready is None:
+    if recording.ready is None and recording.gpu:
         console.print(f"the server never became ready ({where})")
-    else:
+    elif recording.ready is not None:
         console.print(f"ready after {recording.ready:.0f} s {where}")
     if recording.peak_bytes:
         most = max(recording.peak_bytes.values()) / 2**30
@@ -49,8 +49,10 @@ def stalls_of(recording: Recording) -> list[tuple[str, CallGroup]]:
 
 def _phase_table(recording: Recording) -> Table:
     table = make_table("Calls of DeepGEMM", ["phase"], ["functions", "calls", "entries made"])
-    phases = dict.fromkeys(phase for group in recording.groups for phase in group.phases)
-    for phase in phases:
+    phases = {phase for group in recording.groups for phase in group.phases}
+    later = [f"request of {request.tokens} tokens" for request in recording.requests]
+    order = [*START_PHASES, "ready", *dict.fromkeys(later)]
+    for phase in (each for each in order if each in phases):
         groups = [group for group in recording.groups if phase in group.phases]
         calls = sum(group.phases[phase].calls for group in groups)
         entries = recording.entries([phase])
@@ -73,9 +75,20 @@ def _print_stalls(recording: Recording, console: Console) -> None:
 
 
 def _print_counts(recording: Recording, console: Console) -> None:
-    for kind, title in (("bypass", "bypassed"), ("fallback", "fell back")):
-        names = [name for name in recording.counts if name.startswith(f"{kind} ")]
-        if names:
-            console.print(f"{title}: {counted(len(names), 'thing')}")
-            for name in names:
-                console.print(f"  {name.removeprefix(f'{kind} ')} ({recording.counts[name]})")
+    for kind, title in (("bypass", "bypassed"), ("fallback", "fell back, as it logged")):
+        times = _times(recording, kind)
+        if times:
+            console.print(f"{title}:")
+        for name, count in times.items():
+            console.print(f"  {name} ({counted(count, 'time')})")
+
+
+def _times(recording: Recording, kind: str) -> dict[str, int]:
+    """How often each thing of a kind happened; a bypassed module counts for all its functions."""
+    found: dict[str, int] = {}
+    for name, count in recording.counts.items():
+        if name.startswith(f"{kind} "):
+            name = name.removeprefix(f"{kind} ")
+            name = name.partition(".")[0] if kind == "bypass" else name
+            found[name] = found.get(name, 0) + count
+    return found

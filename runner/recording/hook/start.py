@@ -22,8 +22,10 @@ def start() -> None:
     )
     if os.environ.get("DEEPGEMM_REHEARSE"):
         from .bypass import bypasses
+        from .fallbacks import note_fallbacks
 
         after.update(bypasses(recorder))
+        note_fallbacks(recorder)
         _print_stacks_when_asked(folder)
     after_import(after)
     atexit.register(lambda: recorder.safely(recorder.flush))
