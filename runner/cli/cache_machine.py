@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from runner.cache.manifest import (
     read_manifest,
 )
 from runner.cache.verify import Finding
+from runner.cli.calls import write_plan_of_calls
 from runner.config.environ import Environ, available_cores
 from runner.config.fields import OptionDetails, option
 from runner.errors import UserError, WorkFailedError
@@ -53,6 +55,10 @@ class VerifyOptions:
     """What to compare a cache with."""
 
     plan: Path | None = option(None, OptionDetails("JSON from runner plan."))
+    calls: Path | None = option(
+        None,
+        OptionDetails("A recording of runner record or rehearse, whose calls are planned first."),
+    )
     library: str | None = option(None, _LIBRARY)
     gpu: str | None = option(
         None,
@@ -79,12 +85,14 @@ def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -
     Entries are compared with the manifest and a plan. The machine they were built for is compared
     with this machine, or with the one that the options describe.
     """
-    result = verify_cache(
-        directory,
-        plan=options.plan,
-        library=LibraryOptions(library=options.library, gpu=options.gpu),
-        compiler=compiler,
-    )
+    if options.plan is not None and options.calls is not None:
+        raise UserError("--plan and --calls both say what the cache must hold: give one")
+    library = LibraryOptions(library=options.library, gpu=options.gpu)
+    with tempfile.TemporaryDirectory(prefix="deepgemm-verify-") as folder:
+        plan = options.plan
+        if options.calls is not None:
+            plan = write_plan_of_calls(options.calls, Path(folder), library, compiler)
+        result = verify_cache(directory, plan=plan, library=library, compiler=compiler)
     for line in result.differences:
         print(line)
     _print_findings(result.findings)
@@ -100,6 +108,7 @@ def verify(options: VerifyOptions, compiler: CompilerOptions, directory: Path) -
         f"{entries} entries": True,
         "manifest": result.manifest is not None,
         "plan": options.plan is not None,
+        "recorded calls": options.calls is not None,
         "this machine": machine is not None,
         "GPU": machine is not None and machine.device is not None,
     }

@@ -14,13 +14,15 @@ from runner.api import build_request
 from runner.build.prebuild import BuildRequest, prebuild
 from runner.cache.kernel_cache import KernelCache
 from runner.cache.lock import say_waiting
-from runner.cli.deployment import PlannedOptions, planned, with_recording
+from runner.cli.calls import library_of
+from runner.cli.deployment import PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.errors import WorkFailedError
 from runner.kernels.entry import CUBIN, kernels_in
 from runner.kernels.nvcc import require_nvcc
 from runner.options import ScenarioOptions, scenario_options, with_options
+from runner.recording.recording import read_recording
 from runner.report.progress import counting, progress
 from runner.standin.gpus import DEFAULT_GPU, gpu_named
 from runner.target import CompilerOptions, LibraryOptions, target_of
@@ -73,7 +75,8 @@ def compile(  # noqa: A001  # the command's name
         warnings.warn("NVRTC is not supported: kernels are compiled with nvcc", stacklevel=2)
     require_nvcc(environ)  # Asking the library takes a while: fail first.
     with progress("ask the library") as shown:
-        library = with_recording(what, library)
+        if what.calls is not None:
+            library = library_of(read_recording(what.calls), library)
         target = target_of(
             library,
             gpu_named(library.gpu or DEFAULT_GPU, what.most_sms),

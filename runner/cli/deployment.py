@@ -8,19 +8,19 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from runner.cli.calls import Planned, plan_calls
 from runner.config.environ import Bf16Fp32Algo, Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import DisaggregationMode
 from runner.errors import UserError
-from runner.kernels.table import Demand, by_shape
+from runner.kernels.table import Demand
 from runner.options import ScenarioOptions
-from runner.planning.call_demands import call_demands
 from runner.planning.gemm_spec import gemm_demands
-from runner.planning.plan import Plan, make_plan, plan_of
-from runner.recording.recording import Recording, read_recording
+from runner.planning.plan import make_plan, plan_of
+from runner.recording.recording import read_recording
 from runner.report.console import counted
 from runner.scenario import Scenario
-from runner.target import LibraryOptions, Target
+from runner.target import Target
 
 _MAX_M = 16384
 
@@ -56,21 +56,6 @@ class PlannedOptions:
     def most_sms(self) -> int | None:
         """The largest of the SM counts, if any was given."""
         return max(self.num_sms) if self.num_sms else None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The plan that the options ask for.
-
-    Attributes:
-        scenario: the scenario; None if single GEMMs are planned.
-        title: one line that describes the plan.
-        plan: the plan.
-    """
-
-    scenario: Scenario | None
-    title: str
-    plan: Plan
 
 
 def planned(
@@ -113,17 +98,6 @@ def _planned_gemms(
     return Planned(None, title, make_plan(wanted, target.source.table(lambda: wanted)))
 
 
-def with_recording(options: PlannedOptions, library: LibraryOptions) -> LibraryOptions:
-    """The library and the GPU of a recording, where the options name no others."""
-    if options.calls is None:
-        return library
-    recording = read_recording(options.calls)
-    return LibraryOptions(
-        library=library.library or recording.library or None,
-        gpu=library.gpu or recording.gpu or None,
-    )
-
-
 def _planned_calls(path: Path, given: ScenarioOptions, target: Target) -> Planned:
     context = click.get_current_context()
     for item in given.options:
@@ -135,18 +109,7 @@ def _planned_calls(path: Path, given: ScenarioOptions, target: Target) -> Planne
     max_tokens = given.given["max_tokens"]
     if source is not ParameterSource.COMMANDLINE or not isinstance(max_tokens, int):
         max_tokens = recording.most_rows
-    return planned_calls(recording, max_tokens, target)
-
-
-def planned_calls(recording: Recording, max_tokens: int, target: Target) -> Planned:
-    """Plan every kernel that a server's recorded calls can need with up to ``max_tokens``."""
-    found = call_demands(recording, max_tokens=max_tokens, num_sms=target.gpu.num_sms)
-    for note in found.notes:
-        click.echo(note, err=True)
-    demands = by_shape(found.demands)
-    title = f"{counted(len(recording.groups), 'recorded call')} of {' '.join(recording.command)}"
-    title += f", forwards of up to {max_tokens} tokens"
-    return Planned(None, title, make_plan(demands, target.source.table(lambda: demands)))
+    return plan_calls(recording, max_tokens, target)
 
 
 def _title(scenario: Scenario) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from runner.cli.deployment import Planned, PlannedOptions, planned, with_recording
+from runner.cli.calls import Planned, library_of
+from runner.cli.deployment import PlannedOptions, planned
 from runner.config.environ import Environ
 from runner.config.fields import OptionDetails, option
 from runner.config.warmup import WarmupPolicy
@@ -20,6 +21,7 @@ from runner.options import ScenarioOptions, scenario_options, with_options
 from runner.planning.coverage import Coverage, coverage
 from runner.planning.library_check import differences
 from runner.planning.plan import plan_to_json, use_to_json
+from runner.recording.recording import read_recording
 from runner.report.outputs import check_outputs
 from runner.report.plan_table import Machine, print_coverage, print_plan, print_stalls
 from runner.report.progress import counting, progress
@@ -73,7 +75,8 @@ def plan(
     check_outputs(timeline=None, trace=None, plot=None, others=(options.json,))
     environ, profile = Environ.read(os.environ), load_profile(options.hardware)
     _check(options, given)
-    library = with_recording(what, library)
+    if what.calls is not None:
+        library = library_of(read_recording(what.calls), library)
     with progress("ask the library") as shown:
         target = target_of(
             library,

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from runner import api
-from runner.cli.deployment import planned_calls
+from runner.cli.calls import plan_calls
 from runner.cli.standin import GPU_OPTION, interpreter_of, version_text_of
 from runner.config.environ import Environ, cache_folder
 from runner.config.fields import OptionDetails, option
@@ -158,7 +158,7 @@ def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> None:
     library = LibraryOptions(library=recording.library, gpu=recording.gpu)
     with progress("ask the library") as shown:
         target = target_of(library, gpu, environ, ask=True, progress=counting(shown))
-        result = planned_calls(recording, max_tokens, target)
+        result = plan_calls(recording, max_tokens, target)
     with progress("compile") as show:
         report = api.compile(
             result.plan, target, cache_dir, environ=environ, title=result.title, progress=show

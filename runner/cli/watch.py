@@ -13,12 +13,14 @@ from pathlib import Path
 import click
 
 from runner.cache.plan_file import PlanFile, read_plan_file, uses_in_words
+from runner.cli.calls import write_plan_of_calls
 from runner.config.environ import Environ
 from runner.errors import UserError, WorkFailedError
 from runner.files import write_json
 from runner.kernels.describe import config_of_source, in_words
 from runner.kernels.nvcc import find_nvcc
 from runner.report.outputs import check_outputs
+from runner.target import LibraryOptions
 from runner.watch.command import Watched
 from runner.watch.command import watch as run_watched
 from runner.watch.shim import FORBIDDEN_EXIT, CompileRecord
@@ -40,6 +42,12 @@ _SHOWN_PROCESSES = 8
     help="JSON from runner plan, to show which M a compiled kernel serves.",
 )
 @click.option(
+    "--calls",
+    "calls_path",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The same from a recording of runner record or rehearse.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -50,6 +58,7 @@ def watch(
     command: tuple[str, ...],
     forbid_after: str | None,
     plan_path: Path | None,
+    calls_path: Path | None,
     json_path: Path | None,
 ) -> None:
     """Run COMMAND unchanged and report each DeepGEMM compile: its start, process and duration."""
@@ -57,7 +66,7 @@ def watch(
         raise UserError("--json needs a file: standard output belongs to the command")
     check_outputs(others=(json_path,))
     forbid = _seconds_or_file(forbid_after)
-    plan = read_plan_file(plan_path) if plan_path else None
+    plan = _plan(plan_path, calls_path)
     environ = Environ.read(os.environ)
     if environ.use_nvrtc or environ.dg_jit_use_nvrtc:
         name = "SGLANG_DG_USE_NVRTC" if environ.use_nvrtc else "DG_JIT_USE_NVRTC"
@@ -78,6 +87,15 @@ def watch(
     if json_path is not None:
         write_json(json_path, _as_json(watched, command, plan), indent=1)
     _check(watched, forbid_after)
+
+
+def _plan(plan_path: Path | None, calls_path: Path | None) -> PlanFile | None:
+    if plan_path is not None and calls_path is not None:
+        raise UserError("--plan and --calls both name a plan: give one")
+    if calls_path is None:
+        return read_plan_file(plan_path) if plan_path else None
+    with tempfile.TemporaryDirectory(prefix="deepgemm-watch-") as folder:
+        return read_plan_file(write_plan_of_calls(calls_path, Path(folder), LibraryOptions()))
 
 
 def _check(watched: Watched, forbid_after: str | None) -> None:

@@ -86,9 +86,9 @@ def _print_counts(recording: Recording, console: Console) -> None:
 def _times(recording: Recording, kind: str) -> dict[str, int]:
     """How often each thing of a kind happened; a bypassed module counts for all its functions."""
     found: dict[str, int] = {}
-    for name, count in recording.counts.items():
-        if name.startswith(f"{kind} "):
-            name = name.removeprefix(f"{kind} ")
+    for key, count in recording.counts.items():
+        if key.startswith(f"{kind} "):
+            name = key.removeprefix(f"{kind} ")
             name = name.partition(".")[0] if kind == "bypass" else name
             found[name] = found.get(name, 0) + count
     return found
