@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 
+from runner.cli.standin import interpreter_of
 from runner.errors import WorkFailedError
 from runner.files import write_json
 from runner.recording.recording import to_json
-from runner.recording.server import Server, kind_of
+from runner.recording.server import Server, kind_of, version_of
 from runner.recording.session import Session
 from runner.report.outputs import check_outputs
 from runner.report.recording_table import print_recording
@@ -39,7 +40,8 @@ def record(command: tuple[str, ...], json_path: Path | None) -> None:
     kind = kind_of(command)
     server = Server(kind, command) if kind else None
     with tempfile.TemporaryDirectory(prefix="deepgemm-record-") as folder:
-        session = Session(command, Path(folder), _say)
+        name = f"{kind.name} {version_of(kind, interpreter_of(command))}" if kind else ""
+        session = Session(command, Path(folder), _say, name)
         with running(command, session.environment(os.environ)) as child:
             waiting = threading.Thread(
                 target=session.wait_until_ready, args=(server, child), daemon=True

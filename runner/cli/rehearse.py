@@ -66,7 +66,9 @@ class RehearseOptions:
     request_timeout: float = option(
         120.0, OptionDetails("Longest wait for the answer to a request.", unit="SECONDS")
     )
-    json: Path | None = option(None, OptionDetails("Write the recording as JSON (- for stdout)."))
+    json: Path | None = option(
+        None, OptionDetails("Write the (first) recording as JSON (- for stdout).")
+    )
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -90,18 +92,21 @@ def rehearse(options: RehearseOptions, command: tuple[str, ...], gpu: str) -> No
         raise UserError("--fix builds a cache: say where with --cache-dir DIR")
     run = partial(_run, options, Server(kind, command), _with_dummy(command, kind.dummy), gpu)
     recording = run(options.request_tokens, None if options.fix else options.cache_dir)
-    if not options.fix:
-        _finish(recording, options)
-        return
-    print_recording(recording, sys.stderr)
+    if options.json is not None:
+        write_json(options.json, to_json(recording))
+    if str(options.json) != "-":
+        print_recording(recording)
     _check_ran(recording)
+    if not options.fix:
+        return
     assert options.cache_dir is not None
     _build(recording, options.max_tokens or recording.most_rows, options.cache_dir)
     again = run(tuple(map(_other_length, options.request_tokens)), options.cache_dir)
-    _finish(again, options)
+    print_recording(again, sys.stderr)
+    _check_ran(again)
     if entries := again.entries():
         raise WorkFailedError(f"{len(entries)} kernels were compiled in spite of the cache")
-    print(f"{options.cache_dir}: the server started and answered without a DeepGEMM compile")
+    _say(f"{options.cache_dir}: the server started and answered without a DeepGEMM compile")
 
 
 def _run(
@@ -134,16 +139,8 @@ def _run(
     return recording
 
 
-def _finish(recording: Recording, options: RehearseOptions) -> None:
-    """Print and write a recording; raise WorkFailedError if the server did not do its part."""
-    if str(options.json) != "-":
-        print_recording(recording)
-    if options.json is not None:
-        write_json(options.json, to_json(recording))
-    _check_ran(recording)
-
-
 def _check_ran(recording: Recording) -> None:
+    """Raise WorkFailedError if the server did not start or did not answer."""
     if recording.ready is None:
         raise WorkFailedError("the server never became ready")
     failed = [request for request in recording.requests if request.error]

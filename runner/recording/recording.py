@@ -108,6 +108,7 @@ class Recording:
     """A server's run.
 
     Attributes:
+        server: its name and version; empty if it is no known server.
         gpu: the stand-in's GPU; empty on a real one.
         ready: seconds from the start until the server answered; None if it never did.
         max_tokens: most tokens of a forward, as the server says; None if it does not.
@@ -117,6 +118,7 @@ class Recording:
     """
 
     command: list[str]
+    server: str
     gpu: str
     library: str
     ready: float | None
@@ -214,6 +216,7 @@ def to_json(recording: Recording) -> dict[str, object]:
         "version": VERSION,
         "kind": "recording",
         "command": recording.command,
+        "server": recording.server,
         "gpu": recording.gpu,
         "library": recording.library,
         "ready": recording.ready,
@@ -265,6 +268,7 @@ def read_recording(path: Path) -> Recording:
             raise UserError(f"{path} has version {data['version']}: this tool reads {VERSION}")
         return Recording(
             command=data["command"],
+            server=data["server"],
             gpu=data["gpu"],
             library=data["library"],
             ready=data["ready"],

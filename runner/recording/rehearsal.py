@@ -9,7 +9,7 @@ from pathlib import Path
 from runner.cache.kernel_cache import KernelCache
 from runner.kernels.nvcc import toolkit_of
 from runner.recording.recording import Recording
-from runner.recording.server import Server
+from runner.recording.server import Server, version_of
 from runner.recording.session import Session, running_group
 from runner.standin.build import FAILURES, standin_environment
 from runner.standin.cuda_libraries import find_cuda_libraries
@@ -59,7 +59,10 @@ def rehearse_once(
     """
     records = rehearsal.folder / "records"
     records.mkdir()
-    session = Session(rehearsal.command, records, say)
+    kind, version = server.kind, version_of(server.kind, rehearsal.python)
+    session = Session(rehearsal.command, records, say, f"{kind.name} {version}")
+    if version != kind.rehearsed:
+        say(f"{kind.name} {version} was never checked, {kind.rehearsed} was: see what is bypassed")
     variables = session.environment(_environment(rehearsal, environment), rehearse=True)
     stacks = ""
     with running_group(rehearsal.command, variables) as child:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _HEALTH_SECONDS = 5.0
@@ -24,18 +26,24 @@ class ServerKind:
         words: words of its command, of which one is there.
         port: the port that it listens on unless it is told another.
         dummy: options for random weights and no tokenizer.
+        package: the distribution that it is part of.
+        rehearsed: its version whose rehearsals were checked.
     """
 
     name: str
     words: tuple[str, ...]
     port: int
     dummy: tuple[str, ...]
+    package: str
+    rehearsed: str
 
 
 _DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init")
 KINDS = (
-    ServerKind("SGLang", ("sglang.launch_server", "sglang"), 30000, _DUMMY),
-    ServerKind("vLLM", ("vllm", "vllm.entrypoints.openai.api_server"), 8000, _DUMMY),
+    ServerKind("SGLang", ("sglang.launch_server", "sglang"), 30000, _DUMMY, "sglang", "0.5.23"),
+    ServerKind(
+        "vLLM", ("vllm", "vllm.entrypoints.openai.api_server"), 8000, _DUMMY, "vllm", "0.33.0"
+    ),
 )
 
 
@@ -43,6 +51,13 @@ def kind_of(command: Sequence[str]) -> ServerKind | None:
     """The kind of server that a command starts; None if it is no known one."""
     names = {word.rpartition("/")[2] for word in command}
     return next((kind for kind in KINDS if names.intersection(kind.words)), None)
+
+
+def version_of(kind: ServerKind, python: Path) -> str:
+    """The server's version in an interpreter's environment; empty if it is not there."""
+    code = f"from importlib.metadata import version; print(version({kind.package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def option_of(command: Sequence[str], name: str) -> str | None:

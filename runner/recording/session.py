@@ -29,12 +29,14 @@ class Session:
 
     Attributes:
         folder: where its processes write what they record.
+        server: its name and version.
         say: shows one line to the user.
     """
 
     command: Sequence[str]
     folder: Path
     say: Callable[[str], None]
+    server: str = ""
     started: float = field(default_factory=time.monotonic)
     ready: float | None = None
     max_tokens: int | None = None
@@ -130,6 +132,7 @@ class Session:
             libraries += [file for _, file in process.libraries]
         return Recording(
             command=list(self.command),
+            server=self.server,
             gpu=gpu,
             library=str(Path(libraries[0]).parent) if libraries else "",
             ready=self.ready,

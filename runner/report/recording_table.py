@@ -17,6 +17,8 @@ START_PHASES = ("start", "load", "warm-up", "capture")
 def print_recording(recording: Recording, file: TextIO | None = None) -> None:
     """Print phases, stalls after the server was ready, other JITs, and what is not general."""
     console = make_console(file=file)
+    if recording.server:
+        console.print(f"{recording.server}, {recording.library or 'no DeepGEMM'}")
     where = f"on a stand-in {recording.gpu}" if recording.gpu else "on the GPU here"
     if recording.ready is None and recording.gpu:
         console.print(f"the server never became ready ({where})")
