@@ -100,8 +100,11 @@ def rehearse(options: RehearseOptions, command: tuple[str, ...], gpu: str) -> No
     if not options.fix:
         return
     assert options.cache_dir is not None
-    _build(recording, options.max_tokens or recording.most_rows, options.cache_dir)
+    kernels = _build(recording, options.max_tokens or recording.most_rows, options.cache_dir)
     again = run(tuple(map(_other_length, options.request_tokens)), options.cache_dir)
+    if options.json is not None:
+        after = {"kernels": kernels, "ready": again.ready, "entries": again.entries()}
+        write_json(options.json, {**to_json(recording), "after_fix": after})
     print_recording(again, sys.stderr)
     _check_ran(again)
     if entries := again.entries():
@@ -148,8 +151,8 @@ def _check_ran(recording: Recording) -> None:
         raise WorkFailedError(f"{len(failed)} of {len(recording.requests)} requests failed")
 
 
-def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> None:
-    """Build every kernel that the recorded calls can need with up to ``max_tokens`` tokens."""
+def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> int:
+    """Build the kernels of recorded calls with up to ``max_tokens`` tokens; returns their number."""
     environ = Environ.read(os.environ)
     gpu = gpu_named(recording.gpu)
     library = LibraryOptions(library=recording.library, gpu=recording.gpu)
@@ -164,6 +167,7 @@ def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> None:
     _say(f"{len(result.plan.kernels)} kernels for up to {max_tokens} tokens: {built}")
     if report.failed:
         raise WorkFailedError(f"{len(report.failed)} kernels do not compile")
+    return len(result.plan.kernels)
 
 
 def _other_length(tokens: int) -> int:

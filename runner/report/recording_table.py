@@ -77,7 +77,11 @@ def _print_stalls(recording: Recording, console: Console) -> None:
 
 
 def _print_counts(recording: Recording, console: Console) -> None:
-    for kind, title in (("bypass", "bypassed"), ("fallback", "fell back, as it logged")):
+    for kind, title in (
+        ("bypass", "bypassed"),
+        ("fallback", "fell back, as it logged"),
+        ("not hooked", "not hooked, so it ran as it is"),
+    ):
         times = _times(recording, kind)
         if times:
             console.print(f"{title}:")

@@ -1,6 +1,7 @@
 """What a rehearsal replaces, because a stand-in GPU cannot run it: other JITs, mainly.
 
-Each replacement counts how often it was used, by name, so that the report can show all of them.
+Each replacement counts how often it was used, by name, so that the report can show all of them. A
+hook that does not fit a release is in the report, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ from typing import Any
 
 from .imports import AfterImport
 from .recorder import Recorder
+
+_MOST_CLUSTERS = 16
+"""Clusters of a kernel that fit on a GPU, as modules are told that ask their kernels."""
+
+_COMPILED_FOR_SGLANG = ("dpsk_v4_compress_plan",)
+"""Modules of SGLang's JIT whose host code makes tensors that are needed: compiled for real."""
 
 
 class _Zero(int):
@@ -31,8 +38,8 @@ class _Zero(int):
 class _Nothing:
     """Stands for a compiled module: any function of it does nothing, and is counted."""
 
-    def __init__(self, name: str, recorder: Recorder, answers: dict[str, Any]) -> None:
-        self._name, self._recorder, self._answers = name, recorder, answers
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self._name, self._recorder = name, recorder
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -40,17 +47,25 @@ class _Nothing:
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             self._recorder.count("bypass", f"{self._name}.{name}")
-            if name in self._answers:
-                return self._answers[name]
-            zero = _Zero()
-            zero._of = self
-            return zero
+            return self._answer(name)
 
         nothing.__name__ = name
         return nothing
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self.__getattr__(name)
+
+    def _answer(self, function: str) -> Any:
+        answers: dict[str, Any] = {
+            "get_max_active_clusters": _MOST_CLUSTERS,
+            "get_tactic_num": 1,
+            "trtllm_get_valid_moe_configs": [[-1, -1]],
+        }
+        if function in answers:
+            return answers[function]
+        zero = _Zero()
+        zero._of = self
+        return zero
 
 
 class _NoSpec:
@@ -61,7 +76,7 @@ class _NoSpec:
 
     def build_and_load(self, *args: object, **kwargs: object) -> _Nothing:
         self._recorder.count("bypass", f"flashinfer {self.name}")
-        return _Nothing(f"flashinfer {self.name}", self._recorder, _flashinfer_answers(self))
+        return _Nothing(f"flashinfer {self.name}", self._recorder)
 
     def build(self, *args: object, **kwargs: object) -> None:
         pass
@@ -70,96 +85,106 @@ class _NoSpec:
         return []
 
 
-def _flashinfer_answers(spec: _NoSpec) -> dict[str, Any]:
-    runner = _Nothing(f"flashinfer {spec.name}", spec._recorder, {"get_tactic_num": 1})
-    return {
-        "get_max_active_clusters": 16,
-        "trtllm_get_valid_moe_configs": [[-1, -1]],
-        "init": runner,
-        "get_tactic_num": 1,
-    }
+def _flashinfer_core(recorder: Recorder, module: Any) -> None:
+    def build_and_load(spec: Any, *args: object, **kwargs: object) -> _Nothing:
+        return _NoSpec(spec.name, recorder).build_and_load()
+
+    module.JitSpec.build_and_load = build_and_load
+    module.JitSpec.build = _NoSpec.build
+    module.JitSpec.get_library_paths = _NoSpec.get_library_paths
 
 
-_COMPILED_FOR_SGLANG = ("dpsk_v4_compress_plan",)
-"""Modules of SGLang's JIT whose host code makes tensors that are needed: compiled for real."""
+def _flashinfer_generators(recorder: Recorder, module: Any) -> None:
+    for name in dir(module):
+        if name.startswith("gen_") and callable(getattr(module, name)):
+            setattr(module, name, lambda *args, _name=name, **kwargs: _NoSpec(_name, recorder))
+
+
+def _flashinfer_cubins(recorder: Recorder, module: Any) -> None:
+    """Nothing is downloaded."""
+    module.get_artifact = lambda *args, **kwargs: b"x"
+    module.get_meta_hash = lambda *args, **kwargs: "x"
+    for name in (
+        "ensure_symlink",
+        "verify_symlinked_headers",
+        "setup_cubin_loader",
+        "verify_cubin",
+        "download_file",
+    ):
+        setattr(module, name, lambda *args, **kwargs: True)
+
+
+def _sglang_kv_scales(recorder: Recorder, module: Any) -> None:
+    def scale_by_one(method: Any, layer: Any) -> None:
+        """The original compares scales that it reads back from the device."""
+        recorder.count("bypass", "sglang KV cache scales: 1")
+        layer.k_scale_float = layer.v_scale_float = 1.0
+
+    module.BaseKVCacheMethod.process_weights_after_loading = scale_by_one
+
+
+def _sglang_jit(recorder: Recorder, module: Any) -> None:
+    compile_module = module.load_jit
+
+    def load_jit(*names: Any, **kwargs: Any) -> Any:
+        if str(names[0]) in _COMPILED_FOR_SGLANG:
+            return compile_module(*names, **kwargs)
+        name = "sglang jit " + "_".join(map(str, names))
+        recorder.count("bypass", name)
+        return _Nothing(name, recorder)
+
+    module.load_jit = load_jit
+
+
+def _vllm_runner(recorder: Recorder, module: Any) -> None:
+    sample = module.GPUModelRunner.sample
+
+    def sample_one(runner: Any, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample one token a request once its prompt is done; a kernel would count them."""
+        found = sample(runner, hidden, batch, *args, **kwargs)
+        counts = found[0].num_sampled
+        done = batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+        counts.copy_(counts.new_tensor(done.astype("int32"), device="cpu"))
+        recorder.count("bypass", "vllm sampled tokens: one a request")
+        return found
+
+    module.GPUModelRunner.sample = sample_one
+
+
+def _cuda_bindings(recorder: Recorder, module: Any) -> None:
+    """They carry a CUDA runtime of their own; SGLang asks it this one question."""
+    native = ctypes.CDLL(None)
+
+    def capture_info(stream: Any) -> tuple[object, ...]:
+        status = ctypes.c_int()
+        native.cudaStreamIsCapturing(ctypes.c_void_p(int(stream)), ctypes.byref(status))
+        kind = module.cudaStreamCaptureStatus(status.value)
+        return module.cudaError_t.cudaSuccess, kind, 0, None
+
+    module.cudaStreamGetCaptureInfo = capture_info
+
+
+_HOOKS: dict[str, Callable[[Recorder, Any], None]] = {
+    "cuda.bindings.runtime": _cuda_bindings,
+    "flashinfer.jit.core": _flashinfer_core,
+    "flashinfer.jit.cubin_loader": _flashinfer_cubins,
+    "flashinfer.jit.fused_moe": _flashinfer_generators,
+    "sglang.kernels.jit.utils.compile.loader": _sglang_jit,
+    "sglang.srt.layers.quantization.kv_cache": _sglang_kv_scales,
+    "vllm.v1.worker.gpu.model_runner": _vllm_runner,
+}
 
 
 def bypasses(recorder: Recorder) -> dict[str, AfterImport]:
-    """Functions that replace parts of modules, by the module's name."""
+    """What to do after the import of each module that has something to replace."""
 
-    def flashinfer_core(module: Any) -> None:
-        def build_and_load(spec: Any, *args: object, **kwargs: object) -> _Nothing:
-            return _NoSpec(spec.name, recorder).build_and_load()
+    def hook(name: str) -> AfterImport:
+        def replace(module: Any) -> None:
+            try:
+                _HOOKS[name](recorder, module)
+            except Exception as error:
+                recorder.count("not hooked", f"{name}: {error!r}")
 
-        module.JitSpec.build_and_load = build_and_load
-        module.JitSpec.build = _NoSpec.build
-        module.JitSpec.get_library_paths = _NoSpec.get_library_paths
+        return replace
 
-    def generated(module: Any) -> None:
-        for name in dir(module):
-            if name.startswith("gen_") and callable(getattr(module, name)):
-                setattr(module, name, lambda *args, _name=name, **kwargs: _NoSpec(_name, recorder))
-
-    def cubin_loader(module: Any) -> None:
-        module.get_artifact = lambda *args, **kwargs: b"x"
-        module.get_meta_hash = lambda *args, **kwargs: "x"
-        for name in ("ensure_symlink", "verify_symlinked_headers", "setup_cubin_loader"):
-            setattr(module, name, lambda *args, **kwargs: True)
-        for name in ("verify_cubin", "download_file"):
-            setattr(module, name, lambda *args, **kwargs: True)
-
-    def vllm_runner(module: Any) -> None:
-        sample = module.GPUModelRunner.sample
-
-        def sample_one(runner: Any, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            """Sample one token a request once its prompt is done; a kernel would count them."""
-            found = sample(runner, hidden, batch, *args, **kwargs)
-            counts = found[0].num_sampled
-            done = batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
-            counts.copy_(counts.new_tensor(done.astype("int32"), device="cpu"))
-            recorder.count("bypass", "vllm sampled tokens: one a request")
-            return found
-
-        module.GPUModelRunner.sample = sample_one
-
-    def sglang_kv_scales(module: Any) -> None:
-        def scale_by_one(method: Any, layer: Any) -> None:
-            """The original compares scales that it reads back from the device."""
-            recorder.count("bypass", "sglang KV cache scales: 1")
-            layer.k_scale_float = layer.v_scale_float = 1.0
-
-        module.BaseKVCacheMethod.process_weights_after_loading = scale_by_one
-
-    def sglang_jit(module: Any) -> None:
-        compile_module = module.load_jit
-
-        def load_jit(*names: Any, **kwargs: Any) -> Any:
-            name = "sglang jit " + "_".join(map(str, names))
-            if str(names[0]) in _COMPILED_FOR_SGLANG:
-                return compile_module(*names, **kwargs)
-            recorder.count("bypass", name)
-            return _Nothing(name, recorder, {"get_max_active_clusters": 16})
-
-        module.load_jit = load_jit
-
-    def cuda_bindings(module: Any) -> None:
-        """They carry a CUDA runtime of their own; SGLang asks it this one question."""
-        native = ctypes.CDLL(None)
-
-        def capture_info(stream: Any) -> tuple[object, ...]:
-            status = ctypes.c_int()
-            native.cudaStreamIsCapturing(ctypes.c_void_p(int(stream)), ctypes.byref(status))
-            kind = module.cudaStreamCaptureStatus(status.value)
-            return module.cudaError_t.cudaSuccess, kind, 0, None
-
-        module.cudaStreamGetCaptureInfo = capture_info
-
-    return {
-        "cuda.bindings.runtime": cuda_bindings,
-        "sglang.srt.layers.quantization.kv_cache": sglang_kv_scales,
-        "sglang.kernels.jit.utils.compile.loader": sglang_jit,
-        "vllm.v1.worker.gpu.model_runner": vllm_runner,
-        "flashinfer.jit.core": flashinfer_core,
-        "flashinfer.jit.cubin_loader": cubin_loader,
-        "flashinfer.jit.fused_moe": generated,
-    }
+    return {name: hook(name) for name in _HOOKS}
