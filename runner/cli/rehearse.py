@@ -152,7 +152,7 @@ def _check_ran(recording: Recording) -> None:
 
 
 def _build(recording: Recording, max_tokens: int, cache_dir: Path) -> int:
-    """Build the kernels of recorded calls with up to ``max_tokens`` tokens; returns their number."""
+    """Build the kernels of the calls with up to ``max_tokens`` tokens; returns their number."""
     environ = Environ.read(os.environ)
     gpu = gpu_named(recording.gpu)
     library = LibraryOptions(library=recording.library, gpu=recording.gpu)

@@ -184,14 +184,20 @@ class _Rows:
 def _open_stride(dtype: str, shape: list[int], stride: list[int], at: int) -> list[Plain]:
     """Strides of the dimensions that lie outside of the rows follow the rows' number."""
     step = 4 if dtype in _SCALES_DTYPES else 1
-    padded = align(shape[at], step)
+    rows, padded = shape[at], align(shape[at], step)
+    outer = [
+        value for i, value in enumerate(stride) if i != at and shape[i] > 1 and value > stride[at]
+    ]
+    if rows == 1 and min(outer, default=0) != step:
+        return list(stride)  # One row shows nothing, unless its columns are padded.
     opened: list[Plain] = []
     for dimension, value in enumerate(stride):
-        outer = dimension != at and shape[dimension] > 1 and value > stride[at]
-        if outer and shape[at] > 1 and value % (padded * stride[at]) == 0:
+        if dimension == at or shape[dimension] == 1 or value <= stride[at]:
+            opened.append(value)
+        elif value % (padded * stride[at]) == 0:
             opened.append(_times(value // padded, f"align(M,{step})" if step > 1 else "M"))
-        elif outer and shape[at] > 1 and value % (shape[at] * stride[at]) == 0:
-            opened.append(_times(value // shape[at], "M"))
+        elif value % (rows * stride[at]) == 0:
+            opened.append(_times(value // rows, "M"))
         else:
             opened.append(value)
     return opened

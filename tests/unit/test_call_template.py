@@ -77,6 +77,18 @@ def test_transposed_activations_of_an_einsum_follow_m() -> None:
         assert template.at(777) == (call(777), {"recipe": [1, 128, 128]})
 
 
+def test_one_row_of_padded_scales_follows_m() -> None:
+    def call(m: int) -> list[Any]:
+        padded = (m + 3) // 4 * 4
+        scales = tensor("int32", m, 8, 8, stride=[1, 8 * padded, padded])
+        weight = [tensor("float8_e4m3fn", 8, 1024, 4096), tensor("int32", 8, 1024, 8)]
+        values = tensor("float8_e4m3fn", m, 8, 4096)
+        return ["bhr,hdr->bhd", [values, scales], weight, tensor("bfloat16", m, 8, 1024)]
+
+    template, m = generalise("fp8_einsum", call(1), {})
+    assert (m, template.at(100)) == (1, (call(100), {}))
+
+
 def test_rows_of_hyper_connections_are_not_the_first_dimension() -> None:
     args = [
         tensor("bfloat16", 300, 16384),
