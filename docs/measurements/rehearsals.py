@@ -5,7 +5,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).with_name("rehearsals")
 START = ("start", "load", "warm-up", "capture")
-HEAD = "| set-up | ready s | GiB | entries: start, load, warm-up, capture | after ready | after the fix |"
+HEAD = (
+    "| set-up | ready s | GiB | entries: start, load, warm-up, capture | after ready "
+    "| after the fix |"
+)
 
 
 def row(path: Path) -> str:
