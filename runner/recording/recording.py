@@ -168,10 +168,11 @@ def _group_of(call: RecordedCall) -> CallGroup:
 def _joined(groups: list[CallGroup]) -> list[CallGroup]:
     """Join a group of one M into another one that gives the same call at that M.
 
-    With one row, no stride shows whether it follows M.
+    With one row, no stride shows whether it follows M; so the groups of few rows join last.
     """
     kept = [group for group in groups if len(group.ms) != 1]
-    for group in (group for group in groups if len(group.ms) == 1):
+    of_one = (group for group in groups if len(group.ms) == 1)
+    for group in sorted(of_one, key=lambda group: group.ms, reverse=True):
         (m,) = group.ms
         sizes = group.call.at(m)
         same = (
