@@ -216,7 +216,7 @@ def test_hyper_connection_of_no_rows_is_planned_alone() -> None:
 @pytest.mark.parametrize("k", [256, 16384])
 def test_splits_by_name_and_other_keywords_are_kept(k: int) -> None:
     args = hyper(9, by_rule(9, k=k), k)
-    more = {"out": {"object": "float32"}, "flag": True, "eps": None}
+    more: dict[str, Any] = {"out": {"object": "float32"}, "flag": True, "eps": None}
     call = group("tf32_hc_prenorm_gemm", args[:4], [9], num_splits=args[4], **more)
     for demand in demands(call, max_tokens=200).demands:
         assert isinstance(demand.shape, CallShape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +32,12 @@ def tensor(dtype: str, *shape: int | str, **more: Any) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), **more, "device": "cpu"}
 
 
-def replayed(*args: Any, most: int = 64, m: int = 5, **kwargs: Any) -> Any:
-    return replay_call(Library(), Template("gemm", list(args), kwargs), most)(m)
+def replay(template: Template, most: int) -> Callable[[int], Any]:
+    return replay_call(Library(), template, most)
+
+
+def replayed(*args: Any, **kwargs: Any) -> Any:
+    return replay(Template("gemm", list(args), kwargs), 64)(5)
 
 
 def test_arguments_are_those_of_the_template_at_m() -> None:
@@ -51,9 +56,9 @@ def test_arguments_are_those_of_the_template_at_m() -> None:
         ],
         {"recipe": [1, 128, 128], "c": None, "expected_m": "M", "flag": True, "clamp": 0.5},
     )
-    call = replay_call(Library(), template, 64)
+    call = replay(template, 64)
     for m in (1, 2, 5, 64, 3):
-        args, kwargs = call(m)  # type: ignore[misc]
+        args, kwargs = call(m)
         assert ([describe(item) for item in args], describe_all(kwargs)) == template.at(m)
         assert isinstance(args[1], tuple)
         assert kwargs["recipe"] == (1, 128, 128)
@@ -96,8 +101,8 @@ def test_recorded_scales_are_laid_out_for_other_m(seen: int, other: int, more: i
 
     template, m = generalise("fp8_gemm_nt", [describe(item) for item in args(seen + 1)], {})
     assert m == seen + 1
-    call = replay_call(Library(), Template("gemm", template.args, {}), other + more)
-    made, _ = call(other)  # type: ignore[misc]
+    call = replay(Template("gemm", template.args, {}), other + more)
+    made, _ = call(other)
     assert [describe(item) for item in made] == [describe(item) for item in args(other)]
 
 
@@ -109,9 +114,9 @@ def test_types_and_numbers_that_json_does_not_have_are_restored() -> None:
 
 
 def test_tensor_is_of_zeros_and_shared_by_all_m() -> None:
-    call = replay_call(Library(), Template("gemm", [tensor("float32", "M", 4)], {}), 8)
-    (first,), _ = call(8)  # type: ignore[misc]
-    (second,), _ = call(3)  # type: ignore[misc]
+    call = replay(Template("gemm", [tensor("float32", "M", 4)], {}), 8)
+    (first,), _ = call(8)
+    (second,), _ = call(3)
     assert first.data_ptr() == second.data_ptr()
     assert first.count_nonzero() == 0
 

@@ -10,7 +10,7 @@ from runner.recording.events import ProcessRecord, RecordedCall, read_processes
 
 
 def call(number: int, function: str = "f", **values: Any) -> dict[str, Any]:
-    plain = {
+    plain: dict[str, Any] = {
         "args": [],
         "kwargs": {},
         "num_sms": None,

@@ -124,6 +124,9 @@ def test_processes_of_the_server_end_with_the_block(fake: FakeServer) -> None:
             time.sleep(0.02)
     assert child.poll() is not None
     pid = int((fake.root / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while state_of(pid) not in ("", "Z") and time.monotonic() < deadline:
+        time.sleep(0.02)  # A killed process takes a moment to end.
     assert state_of(pid) in ("", "Z")
 
 
