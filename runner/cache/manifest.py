@@ -17,6 +17,7 @@ from typing import Any
 from runner.cache.kernel_cache import KernelCache, size_of
 from runner.errors import UserError
 from runner.files import parse_json, replacing
+from runner.kernels.call_template import CallShape
 from runner.kernels.entry import CUBIN, SOURCE
 from runner.kernels.installed import Headers
 from runner.kernels.keys import INCLUDE, CacheKeys, Recipe
@@ -205,7 +206,7 @@ def _check_types(value: Manifest | Entry) -> None:
 
 
 def check_uses(uses: object) -> None:
-    """Raise TypeError or KeyError if ``uses`` is not what ``use_to_json`` writes."""
+    """Raise TypeError, ValueError or KeyError if ``uses`` is not what ``use_to_json`` writes."""
     if not isinstance(uses, list):
         raise TypeError("uses must be a list")
     for use in uses:
@@ -217,6 +218,10 @@ def check_uses(uses: object) -> None:
             raise TypeError("whole numbers expected")
         if not isinstance(use["call" if is_call else "type"], str) or not use["m_ranges"]:
             raise TypeError("a use needs a type and ranges")
+        if is_call:
+            CallShape(use["call"], use["num_sms"]).describe()
+        if use.get("m_step", 1) < 1:
+            raise ValueError("m_step must be at least 1")
 
 
 def manifest_text(manifest: Manifest) -> str:

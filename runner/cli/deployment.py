@@ -19,7 +19,7 @@ from runner.planning.gemm_spec import gemm_demands
 from runner.planning.plan import make_plan, plan_of
 from runner.recording.recording import read_recording
 from runner.report.console import counted
-from runner.scenario import Scenario
+from runner.scenario import MAX_TOKENS, Scenario
 from runner.target import Target
 
 _MAX_M = 16384
@@ -51,6 +51,8 @@ class PlannedOptions:
     def __post_init__(self) -> None:
         if self.max_m is not None and not self.gemm:
             raise UserError("--max-m goes with --gemm only: a deployment's limit is --max-tokens")
+        if self.calls is not None and self.gemm:
+            raise UserError("--calls and --gemm both say what is run: give one")
 
     @property
     def most_sms(self) -> int | None:
@@ -109,6 +111,8 @@ def _planned_calls(path: Path, given: ScenarioOptions, target: Target) -> Planne
     max_tokens = given.given["max_tokens"]
     if source is not ParameterSource.COMMANDLINE or not isinstance(max_tokens, int):
         max_tokens = recording.most_rows
+    if not 1 <= max_tokens <= MAX_TOKENS:
+        raise UserError(f"max-tokens {max_tokens} must lie in 1..{MAX_TOKENS}")
     return plan_calls(recording, max_tokens, target)
 
 

@@ -40,7 +40,7 @@ def record(command: tuple[str, ...], json_path: Path | None) -> None:
     kind = kind_of(command)
     server = Server(kind, command) if kind else None
     with tempfile.TemporaryDirectory(prefix="deepgemm-record-") as folder:
-        name = f"{kind.name} {version_of(kind, interpreter_of(command))}" if kind else ""
+        name = f"{kind.name} {version_of(kind, interpreter_of(command))}".strip() if kind else ""
         session = Session(command, Path(folder), _say, name)
         with running(command, session.environment(os.environ)) as child:
             waiting = threading.Thread(

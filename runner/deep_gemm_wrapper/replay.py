@@ -15,6 +15,9 @@ from runner.kernels.call_template import Template, size_at
 Described = Mapping[str, Any]  # type: ignore[explicit-any]  # JSON
 Argument = Callable[[int], object]
 
+_NOT_FINITE = ("inf", "-inf", "nan")
+"""Numbers that JSON does not have."""
+
 
 def replay_call(library: ModuleType, template: Template, most: int) -> Callable[[int], object]:
     """A function that makes the call with ``m`` of up to ``most`` rows.
@@ -49,6 +52,9 @@ def _argument(item: object, most: int) -> Argument:
 
 def _tensor(described: Described, most: int) -> Argument:
     if "object" in described:
+        if described["object"] in _NOT_FINITE:
+            value = float(described["object"])
+            return lambda m: value
         dtype = getattr(torch, described["object"], None)
         if isinstance(dtype, torch.dtype):
             return lambda m: dtype

@@ -70,7 +70,7 @@ class Library:
     def python(self) -> Path:
         """The interpreter that imports it: the one of its environment, else this one."""
         for folder in self.root.parents:
-            if folder.name in ("site-packages", "dist-packages"):
+            if folder.name in ("site-packages", "dist-packages") and len(folder.parents) > 2:
                 prefix = folder.parents[2]
                 python = prefix / "bin" / "python"
                 if prefix != Path(sys.prefix) and python.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,10 +41,10 @@ def call_demands(recording: Recording, *, max_tokens: int, num_sms: int) -> Call
         sms = group.num_sms or num_sms
         if group.reason:
             found.notes.append(f"planned for its own sizes only: {group.title} ({group.reason})")
-        if group.call.function == _SPLITS and _splits_of(group.call) is not None:
+        if group.call.function == _SPLITS and group.ms and _splits_of(group.call) is not None:
             families.setdefault(_family(group, sms), []).append(group)
         else:
-            step = _m_step(group.call)
+            step = _m_step(group)
             shape = CallShape.of(group.call, sms, step)
             found.demands.append(Demand(shape, _ms(group, step, max_tokens)))
     for groups in families.values():
@@ -64,9 +65,11 @@ def _ms(group: CallGroup, step: int, max_tokens: int) -> Sequence[int]:
     return range(least, max(max_tokens, seen[-1]) + 1, step)
 
 
-def _m_step(call: Template) -> int:
+def _m_step(group: CallGroup) -> int:
+    """The alignment of contiguous rows, which is smaller where the server has set another one."""
+    call = group.call
     contiguous = call.function.endswith("_contiguous") and not call.kwargs.get("use_psum_layout")
-    return CONTIGUOUS_M_ALIGNMENT if contiguous else 1
+    return math.gcd(CONTIGUOUS_M_ALIGNMENT, *group.ms) if contiguous else 1
 
 
 # -- the hyper-connection GEMM, whose number of splits follows M as the server chooses
@@ -82,9 +85,10 @@ def _with_splits(call: Template, splits: int) -> Template:
     old = _splits_of(call)
 
     def change(item: object) -> object:
-        if isinstance(item, Mapping) and item["shape"][0] == old:
-            return {**item, "shape": [splits, *item["shape"][1:]]}
-        return splits if item == old else item
+        shape = item.get("shape") if isinstance(item, Mapping) else None
+        if isinstance(item, Mapping) and shape and shape[0] == old:
+            return {**item, "shape": [splits, *shape[1:]]}
+        return splits if type(item) is int and item == old else item
 
     args = [*call.args[:2], *map(change, call.args[2:])]
     return Template(call.function, args, {k: change(value) for k, value in call.kwargs.items()})
@@ -100,7 +104,7 @@ def _family(group: CallGroup, num_sms: int) -> str:
 def _split_demands(
     groups: Sequence[CallGroup], notes: list[str], max_tokens: int, num_sms: int
 ) -> Iterator[Demand]:
-    seen = {m: splits for group in groups for m in group.ms if (splits := _splits_of(group.call))}
+    seen = [(m, _splits_of(group.call)) for group in groups for m in group.ms]
     first, sms = groups[0], groups[0].num_sms or num_sms
     buckets = _buckets(seen, _k_of(first.call), sms)
     if buckets is None:
@@ -112,16 +116,18 @@ def _split_demands(
             yield Demand(CallShape.of(group.call, sms), group.ms)
         return
     by_splits: dict[int, list[int]] = {}
-    for m in range(1, max(max_tokens, *seen) + 1):
+    for m in range(1, max(max_tokens, *(m for m, _ in seen)) + 1):
         by_splits.setdefault(_rounded(m, _k_of(first.call), sms, buckets), []).append(m)
     for splits, ms in by_splits.items():
         yield Demand(CallShape.of(_with_splits(first.call, splits), sms), ms)
 
 
-def _buckets(seen: Mapping[int, int], k: int, num_sms: int) -> tuple[int, ...] | None:
+def _buckets(
+    seen: Sequence[tuple[int, int | None]], k: int, num_sms: int
+) -> tuple[int, ...] | None:
     """The numbers that the server rounds down to, () for none; None if no rule explains them."""
     for buckets in ((), *_BUCKETS):
-        if all(_rounded(m, k, num_sms, buckets) == splits for m, splits in seen.items()):
+        if all(_rounded(m, k, num_sms, buckets) == splits for m, splits in seen):
             return buckets
     return None
 

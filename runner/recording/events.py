@@ -65,6 +65,7 @@ def _start_of(path: Path) -> int:
 
 def _read_process(path: Path) -> ProcessRecord:
     found = ProcessRecord()
+    by_number: dict[int, RecordedCall] = {}  # Threads may write their calls in another order.
     for event in _events(path):
         kind = event.pop("event")
         if kind == "process":
@@ -73,10 +74,12 @@ def _read_process(path: Path) -> ProcessRecord:
             found.libraries.append((event["module"], event["file"]))
         elif kind == "call":
             names = RecordedCall.__dataclass_fields__
-            found.calls.append(RecordedCall(**{k: v for k, v in event.items() if k in names}))
+            call = RecordedCall(**{k: v for k, v in event.items() if k in names})
+            by_number[event["number"]] = call
+            found.calls.append(call)
         elif kind == "calls":
             for number, count in event["counts"]:
-                found.calls[number].count = count
+                by_number[number].count = count
         elif kind == "counts":
             found.counts |= event["counts"]
         elif kind == "stopped":

@@ -117,17 +117,17 @@ class Recording:
         problems: what went wrong with the recording itself.
     """
 
-    command: list[str]
-    server: str
-    gpu: str
-    library: str
-    ready: float | None
-    max_tokens: int | None
-    requests: list[Request]
-    groups: list[CallGroup]
-    counts: dict[str, int]
-    peak_bytes: dict[int, int]
-    problems: list[str]
+    command: list[str] = field(default_factory=list)
+    server: str = ""
+    gpu: str = ""
+    library: str = ""
+    ready: float | None = None
+    max_tokens: int | None = None
+    requests: list[Request] = field(default_factory=list)
+    groups: list[CallGroup] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def most_rows(self) -> int:
@@ -185,10 +185,11 @@ def _group_of(call: RecordedCall) -> CallGroup:
 def _joined(groups: list[CallGroup]) -> list[CallGroup]:
     """Join a group of one M into another one that gives the same call at that M.
 
-    With one row, no stride shows whether it follows M.
+    With one row, no stride shows whether it follows M; so the groups of few rows join last.
     """
     kept = [group for group in groups if len(group.ms) != 1]
-    for group in (group for group in groups if len(group.ms) == 1):
+    of_one = (group for group in groups if len(group.ms) == 1)
+    for group in sorted(of_one, key=lambda group: group.ms, reverse=True):
         (m,) = group.ms
         sizes = group.call.at(m)
         same = (

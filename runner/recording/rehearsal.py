@@ -60,7 +60,7 @@ def rehearse_once(
     records = rehearsal.folder / "records"
     records.mkdir()
     kind, version = server.kind, version_of(server.kind, rehearsal.python)
-    session = Session(rehearsal.command, records, say, f"{kind.name} {version}")
+    session = Session(rehearsal.command, records, say, f"{kind.name} {version}".strip())
     if version != kind.rehearsed:
         say(f"{kind.name} {version} was never checked, {kind.rehearsed} was: see what is bypassed")
     variables = session.environment(_environment(rehearsal, environment), rehearse=True)

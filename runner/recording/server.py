@@ -7,11 +7,15 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 _HEALTH_SECONDS = 5.0
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""It asks directly: a proxy in the environment does not reach a server on this machine."""
 _NEW_TOKENS = 2
 """Enough for one prefill and one decode step."""
 _FIRST_TOKEN, _TOKENS = 10, 997
@@ -62,7 +66,7 @@ def version_of(kind: ServerKind, python: Path) -> str:
 
 def option_of(command: Sequence[str], name: str) -> str | None:
     """The value of a command's option, given as ``--name VALUE`` or ``--name=VALUE``."""
-    for word, value in zip(command, [*command[1:], ""], strict=True):
+    for word, value in zip(command, [*command[1:], ""], strict=False):
         if word == name:
             return value
         if word.startswith(f"{name}="):
@@ -82,9 +86,9 @@ class Server:
     def is_ready(self) -> bool:
         """Whether it answers that it is healthy."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=_HEALTH_SECONDS) as answer:
+            with _OPENER.open(f"{self.url}/health", timeout=_HEALTH_SECONDS) as answer:
                 return bool(answer.status == 200)
-        except OSError:
+        except (OSError, HTTPException):
             return False
 
     def max_tokens(self) -> int | None:
@@ -97,7 +101,7 @@ class Server:
             return None
         try:
             size = self._post("get_server_info", _HEALTH_SECONDS)["chunked_prefill_size"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, HTTPException, ValueError, KeyError, TypeError):
             return None
         return size if isinstance(size, int) and size > 0 else None
 
@@ -113,8 +117,8 @@ class Server:
                 parameters = {"max_tokens": _NEW_TOKENS, "temperature": 0, "ignore_eos": True}
                 self._post("v1/completions", timeout, model=model, prompt=prompt, **parameters)
         except urllib.error.HTTPError as error:
-            return f"HTTP {error.code}: {error.read().decode(errors='replace')[:300]}"
-        except (OSError, ValueError, KeyError, IndexError) as error:
+            return f"HTTP {error.code}: {_body(error)[:300]}"
+        except (OSError, HTTPException, ValueError, TypeError, KeyError, IndexError) as error:
             return f"{type(error).__name__}: {error}"
         return ""
 
@@ -123,5 +127,11 @@ class Server:
         data = json.dumps(fields).encode() if fields else None
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)  # ours
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with _OPENER.open(request, timeout=timeout) as answer:
             return json.load(answer)
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    with suppress(OSError, HTTPException):
+        return error.read().decode(errors="replace")
+    return ""

@@ -20,7 +20,7 @@ def print_recording(recording: Recording, file: TextIO | None = None) -> None:
     if recording.server:
         console.print(f"{recording.server}, {recording.library or 'no DeepGEMM'}")
     where = f"on a stand-in {recording.gpu}" if recording.gpu else "on the GPU here"
-    if recording.ready is None and recording.gpu:
+    if recording.ready is None and (recording.server or recording.gpu):
         console.print(f"the server never became ready ({where})")
     elif recording.ready is not None:
         console.print(f"ready after {recording.ready:.0f} s {where}")

@@ -72,8 +72,8 @@ def test_worker_receives_demands_and_answers_with_runs(worker: Worker, tmp_path:
     assert json.loads((tmp_path / "orders").read_text()) == {
         "library": "/dg",
         "demands": [
-            [DENSE.type, 4096, 1024, 1, 132, 1, [1, 2, 3, 4, 6]],
-            [GROUPED.type, 64, 128, 4, 132, 128, [128, 256]],
+            [[DENSE.type, 4096, 1024, 1, 132], 1, [1, 2, 3, 4, 6]],
+            [[GROUPED.type, 64, 128, 4, 132], 128, [128, 256]],
         ],
     }
 
@@ -178,7 +178,7 @@ def test_check_of_complete_cache_reports_no_compiles(
         path.name for path in (tmp_path / "cache" / "cache").iterdir()
     )
     orders = json.loads((tmp_path / "orders").read_text())
-    assert orders["demands"] == [[DENSE.type, 4096, 1024, 1, 132, 1, [*range(1, 65)]]]
+    assert orders["demands"] == [[[DENSE.type, 4096, 1024, 1, 132], 1, [*range(1, 65)]]]
 
 
 COMPILE = r"""

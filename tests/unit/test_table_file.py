@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.errors import UserError
+from runner.kernels.call_template import CallShape, Template
 from runner.kernels.kernel import Kernel
 from runner.kernels.table import Origin, RecordedTable, Run, Source
 from runner.kernels.table_file import (
@@ -64,7 +65,15 @@ def run_lists() -> st.SearchStrategy[tuple[Run, ...]]:
 
 def tables() -> st.SearchStrategy[RecordedTable]:
     sizes = st.integers(0, 1 << 30)
-    shapes = st.builds(GemmShape, st.sampled_from(list(T)), sizes, sizes, sizes, sizes)
+    gemms = st.builds(GemmShape, st.sampled_from(list(T)), sizes, sizes, sizes, sizes)
+    tensors = st.fixed_dictionaries({"dtype": st.text(), "shape": st.lists(sizes | st.just("M"))})
+    templates = st.builds(
+        Template,
+        st.text(),
+        st.lists(tensors | sizes | st.none(), max_size=2),
+        st.dictionaries(st.text(), st.text() | st.lists(sizes), max_size=2),
+    )
+    shapes = gemms | st.builds(CallShape.of, templates, sizes, sizes)
     recorded, arch = st.just(Source.RECORDED), st.just("sm_100f")
     origins = st.builds(Origin, st.text(), st.just(2), st.text(), sizes, arch, recorded)
     recipes = st.builds(replace, st.just(RECIPE), extra_signature=st.text(), options=st.text())
@@ -89,9 +98,32 @@ def test_tables_round_trip_and_equal_tables_give_equal_files(
     assert values(read_table(one)) == values(made)
 
 
+CALL = CallShape.of(Template("f", [{"dtype": "bfloat16", "shape": ["M", 8]}], {"c": None}), 148)
+
+
+def test_table_of_recorded_calls_is_read_back_beside_gemms(tmp_path: Path) -> None:
+    path = tmp_path / "t.json.gz"
+    write_table(path, replace(SMALL, runs={CALL: (Run(1, 9, (B,)),), **SMALL.runs}))
+    again = read_table(path)
+    assert again.parts(CALL, range(1, 10)) == [((B,), 0, 9)]
+    assert dict(again.runs) == {CALL: (Run(1, 9, (B,)),), **SMALL.runs}
+    with pytest.raises(UserError, match=r"has f\(bfloat16\[M,8\], c=None\) with M 10 on 148 SMs"):
+        again.parts(CALL, (9, 10))
+    with pytest.raises(UserError, match="has f"):
+        again.parts(replace(CALL, num_sms=132), (1,))
+
+
+def test_table_without_recorded_calls_has_no_field_for_them(tmp_path: Path) -> None:
+    write_table(tmp_path / "t", SMALL)
+    assert "calls" not in json.loads(gzip.decompress((tmp_path / "t").read_bytes()))
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"calls": 3},
+        {"calls": [["text", 1, []]]},
+        {"calls": [["text", 1, 1, [[1, 2, [99]]]]]},
         {"version": 2},
         {"kernels": [["a"]]},
         {"kernels": []},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -28,7 +29,7 @@ def describe(value: Any) -> object:
     """An argument as JSON data.
 
     A tensor is ``{"dtype", "shape"}``, with ``"stride"`` if it is not contiguous and ``"device"``
-    if that is not CUDA; a sequence is a list; what is no plain value is ``{"object": text}``.
+    if that is not CUDA; a sequence is a list; what JSON does not have is ``{"object": text}``.
     """
     if hasattr(value, "stride"):
         found = {"dtype": _word(value.dtype), "shape": list(value.shape)}
@@ -39,7 +40,8 @@ def describe(value: Any) -> object:
         return found
     if isinstance(value, (tuple, list)):
         return [describe(item) for item in value]
-    return value if isinstance(value, _PLAIN) else {"object": _word(value)}
+    plain = isinstance(value, _PLAIN) and (not isinstance(value, float) or math.isfinite(value))
+    return value if plain else {"object": _word(value)}
 
 
 def _word(value: Any) -> str:

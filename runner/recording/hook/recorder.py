@@ -48,6 +48,7 @@ class Recorder:
         self._path = os.path.join(self._folder, name)
         self._file = -1
         self._calls: dict[object, _Call] = {}
+        self._noted = 0
         self._counts: dict[str, int] = {}
         self._counted = 0
         self._where = Where(self._folder)
@@ -84,15 +85,16 @@ class Recorder:
 
     def flush(self) -> None:
         """Write how often each call was made, where that has changed."""
-        changed = [call for call in list(self._calls.values()) if call.count != call.written]
+        calls = list(self._calls.values())
+        changed = [(call, call.count) for call in calls if call.count != call.written]
         total = sum(self._counts.values())
         if changed:
-            self.note("calls", counts=[[call.number, call.count] for call in changed])
+            self.note("calls", counts=[[call.number, count] for call, count in changed])
         if total != self._counted:
             self._counted = total
             self.note("counts", counts=dict(self._counts))
-        for call in changed:
-            call.written = call.count
+        for call, count in changed:
+            call.written = count
 
     def stop(self, error: BaseException) -> None:
         """Give up recording in this process, and say so once."""
@@ -184,7 +186,8 @@ class Recorder:
         self, name: str, args: Any, kwargs: Any, started: float, seconds: float, error: str | None
     ) -> None:
         with self._lock:
-            number = len(self._calls)
+            number = self._noted  # Threads may have made the same first call: both are noted.
+            self._noted += 1
             self._calls[self._key(name, args, kwargs)] = _Call(number)
         self.note(
             "call",

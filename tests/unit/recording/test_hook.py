@@ -261,3 +261,27 @@ def test_half_a_line_at_the_end_is_left_out(server: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"event": "call", "numb')
     assert len(record(server).calls) == 1
     assert time.time() > record(server).calls[0].started
+
+
+def test_counts_of_threads_that_make_the_same_first_call(server: Path) -> None:
+    library = server / "deep_gemm" / "__init__.py"
+    library.write_text(
+        f"{LIBRARY}\nimport threading\nboth = threading.Barrier(2)\n"
+        "def meet(a):\n    both.wait(30)\n"
+    )
+    run(
+        server,
+        "import threading\na = Tensor(3, 4)\n"
+        "threads = [threading.Thread(target=deep_gemm.meet, args=(a,)) for _ in range(2)]\n"
+        "for each in threads: each.start()\n"
+        "for each in threads: each.join()\n"
+        f"for m in (7, 7, 7):\n    {GEMM}",
+    )
+    counts = [(call.function, call.count) for call in record(server).calls]
+    assert counts == [("meet", 1), ("meet", 1), ("bf16_gemm_nt", 3)]
+
+
+def test_numbers_that_json_does_not_have_are_words(server: Path) -> None:
+    run(server, "bf16_gemm_nt(Tensor(1, 2), float('inf'), [float('nan'), 0.5])")
+    (call,) = record(server).calls
+    assert call.args[1:] == [{"object": "inf"}, [{"object": "nan"}, 0.5]]
