@@ -86,13 +86,13 @@ def test_entries_of_the_start_are_no_stalls() -> None:
 
 
 def test_replaced_parts_calls_for_own_sizes_and_problems_are_listed() -> None:
-    counts = {"bypass flashinfer x": 1, "bypass flashinfer x.run": 4, "fallback y": 1, "bypass z": 2}
+    counts = {"bypass fi x": 1, "bypass fi x.run": 4, "fallback y": 1, "bypass z": 2}
     made = recording(
         group("f", "not known", load=Seen({0: 1})), counts=counts, problems=["one [b]", "two"]
     )
     assert printed(made)[-8:] == [
         "bypassed:",
-        "flashinfer x (5 times)",
+        "fi x (5 times)",
         "z (2 times)",
         "fell back, as it logged:",
         "y (1 time)",

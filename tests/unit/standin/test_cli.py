@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.cli.standin import _interpreter
+from runner.cli.standin import interpreter_of
 from tests.unit.standin.fake_torch import Child
 
 ASK = """
@@ -124,6 +124,6 @@ def test_interpreter_is_found_from_command_or_shebang(
         (tmp_path / name).write_text(f"{first}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert _interpreter(["python3.12"]) == _interpreter([str(other)]) == other
-    assert _interpreter(["direct"]) == _interpreter(["by-env"]) == other
-    assert _interpreter(["sh"]) == Path(sys.executable)
+    assert interpreter_of(["python3.12"]) == interpreter_of([str(other)]) == other
+    assert interpreter_of(["direct"]) == interpreter_of(["by-env"]) == other
+    assert interpreter_of(["sh"]) == Path(sys.executable)
