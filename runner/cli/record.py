@@ -48,6 +48,7 @@ def record(command: tuple[str, ...], json_path: Path | None) -> None:
             )
             waiting.start()
             code = child.wait()
+            waiting.join()
         recording = session.recording()
     if json_path is not None:
         write_json(json_path, to_json(recording))
