@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from runner.config.environ import Environ
+from runner.errors import UserError
 from runner.files import write_json
 from runner.kernels.table import by_shape
 from runner.planning.call_demands import call_demands
@@ -37,7 +38,16 @@ class Planned:
 
 
 def library_of(recording: Recording, wanted: LibraryOptions) -> LibraryOptions:
-    """The library and the GPU of a recording, where the options name no others."""
+    """The library and the GPU of a recording, where the options name no others.
+
+    Raises:
+        UserError: the library was recorded on another machine, or in another place.
+    """
+    if not wanted.library and recording.library and not Path(recording.library).is_dir():
+        raise UserError(
+            f"{recording.library}, the library of the recording, is not here: give one of the same "
+            "version with --library"
+        )
     return LibraryOptions(
         library=wanted.library or recording.library or None,
         gpu=wanted.gpu or recording.gpu or None,

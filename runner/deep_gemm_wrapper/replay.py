@@ -27,7 +27,9 @@ def replay_call(library: ModuleType, template: Template, most: int) -> Callable[
     Raises:
         UserError: the library has no such function, or an argument is no plain value.
     """
-    function = getattr(library, template.function, None)
+    utils = getattr(library, "utils", None)
+    places = (library, utils, getattr(utils, "layout", None))
+    function = next((f for p in places if (f := getattr(p, template.function, None))), None)
     if function is None:
         raise UserError(f"{library.__name__} has no function {template.function}")
     args = [_argument(item, most) for item in template.args]

@@ -17,6 +17,9 @@ _LEAST_M = {"kernels/linear/scaled_mm/flashinfer.py": 32}
 """Callers that give fewer rows to another library (vLLM 0.33: FlashInfer's below 32)."""
 
 _SPLITS = "tf32_hc_prenorm_gemm"
+_OBJECTS = ("float32", "bfloat16", "float16", "int32", "float8_e4m3fn", "inf", "-inf", "nan")
+"""Arguments that are objects and can be made again: types, and numbers that JSON does not have."""
+
 _BUCKETS = ((1, 4, 16), (1, 2, 4, 8, 16))
 """Numbers of splits that fused kernels are made for; servers round down to one of them."""
 
@@ -39,6 +42,9 @@ def call_demands(recording: Recording, *, max_tokens: int, num_sms: int) -> Call
     families: dict[str, list[CallGroup]] = {}
     for group in recording.groups:
         sms = group.num_sms or num_sms
+        if unplanned := _why_unplanned(group):
+            found.notes.append(f"not planned: {group.title} ({unplanned})")
+            continue
         if group.reason:
             found.notes.append(f"planned for its own sizes only: {group.title} ({group.reason})")
         if group.call.function == _SPLITS and group.ms and _splits_of(group.call) is not None:
@@ -50,6 +56,23 @@ def call_demands(recording: Recording, *, max_tokens: int, num_sms: int) -> Call
     for groups in families.values():
         found.demands += _split_demands(groups, found.notes, max_tokens, num_sms)
     return found
+
+
+def _why_unplanned(group: CallGroup) -> str:
+    """Why a call cannot be made again; empty if it can."""
+    if group.errors:
+        return f"it failed in the server: {group.errors[0]}"
+    objects = [*_objects([*group.call.args, *group.call.kwargs.values()])]
+    strange = [name for name in objects if name not in _OBJECTS]
+    return f"the argument {strange[0]} is no plain value" if strange else ""
+
+
+def _objects(items: Sequence[object]) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, list):
+            yield from _objects(item)
+        elif isinstance(item, Mapping) and "object" in item:
+            yield str(item["object"])
 
 
 def _ms(group: CallGroup, step: int, max_tokens: int) -> Sequence[int]:

@@ -260,3 +260,21 @@ def test_every_recorded_call_is_in_the_demands(calls: list[CallGroup], max_token
     for call in calls:
         sms = call.num_sms or 132
         assert planned[CallShape.of(call.call, sms).text, sms] >= set(call.ms)
+
+
+def test_call_that_failed_in_the_server_is_listed_and_not_planned() -> None:
+    made = group("bf16_gemm_nt", gemm(7), [7])
+    made.errors.append("RuntimeError: no such layout")
+    found = demands(made)
+    assert found.demands == []
+    assert found.notes == [
+        f"not planned: {made.title} (it failed in the server: RuntimeError: no such layout)"
+    ]
+
+
+def test_call_with_an_argument_that_cannot_be_made_again_is_listed_and_not_planned() -> None:
+    made = group("bf16_gemm_nt", [*gemm(7), {"object": "<Stream 7>"}], [7])
+    found = demands(made)
+    assert found.demands == []
+    assert found.notes == [f"not planned: {made.title} (the argument <Stream 7> is no plain value)"]
+    assert demands(group("bf16_gemm_nt", [*gemm(7), {"object": "float32"}], [7])).notes == []

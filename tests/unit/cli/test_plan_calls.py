@@ -185,3 +185,13 @@ def test_file_that_is_no_recording_is_refused(tmp_path: Path, capsys: Capture) -
     assert capsys.readouterr().err == (
         f"error: {path} is not a recording of runner record or runner rehearse\n"
     )
+
+
+def test_library_that_is_not_here_is_named(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "recording.json"
+    write_json(path, to_json(Recording(gpu="h200", library="/srv/deep_gemm")))
+    assert run("plan", "--calls", path) == 2
+    assert capsys.readouterr().err == (
+        "error: /srv/deep_gemm, the library of the recording, is not here: give one of the same "
+        "version with --library\n"
+    )
