@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.recording.events import read_processes
+from runner.recording.grouping import group_calls
 from runner.recording.hook.where import PHASE_FILE
-from runner.recording.recording import Recording, Request, group_calls
+from runner.recording.recording import Recording, Request
 from runner.recording.server import Server
 from runner.watch.command import running
 

@@ -14,12 +14,12 @@ from runner.errors import UserError
 from runner.files import write_json
 from runner.kernels.call_template import Template, generalise
 from runner.recording.events import ProcessRecord, RecordedCall
+from runner.recording.grouping import group_calls
 from runner.recording.recording import (
     CallGroup,
     Recording,
     Request,
     Seen,
-    group_calls,
     read_recording,
     to_json,
 )
