@@ -125,6 +125,8 @@ class Option:
         default = to_plain(self.default)
         if self.default == () or self.details.required or self.details.listed:
             default = None
+        if isinstance(default, list) and not self._repeats:
+            default = ",".join(map(str, default))
         flag = f"{self.flag}/{self._off_flag}" if self._off_flag else self.flag
         kind: dict[str, object] = {"type": self._click_type(), "multiple": self._repeats}
         if default is not None:
