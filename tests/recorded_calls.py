@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.kernels.types import DeepGemmKernelType as T
+from runner.kernels.types import KernelCall
 from runner.recording.recording import Recording
+from tests.schedules import schedule_from_json
 
 Call = tuple[str, int, tuple[int, ...]]
 
@@ -74,11 +76,13 @@ TYPES: dict[str, tuple[T, Sizes]] = {
 
 
 def scheduled_calls(path: Path) -> Counter[Call]:
-    found: Counter[Call] = Counter()
-    for ops in json.loads(path.read_text())["ranks"]:
-        for op in ops:
-            if op[1] in T.__members__ and op[2] > 0:
-                _, kind, m, n, k, groups, _ = op
-                sizes = () if kind == T.PAGED_MQA_LOGITS_METADATA.name else (n, k, groups)
-                found[kind, m, sizes] += 1
-    return found
+    schedule = schedule_from_json(json.loads(path.read_text()))
+    calls = (op for ops in schedule.ranks for op in ops if isinstance(op, KernelCall) and op.m)
+    return Counter(
+        (
+            call.type.name,
+            call.m,
+            () if call.type is T.PAGED_MQA_LOGITS_METADATA else (call.n, call.k, call.num_groups),
+        )
+        for call in calls
+    )

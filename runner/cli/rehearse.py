@@ -99,16 +99,18 @@ def rehearse(options: RehearseOptions, command: tuple[str, ...], gpu: str) -> No
     _check_ran(recording)
     if not options.fix:
         return
+    if not recording.groups:
+        raise WorkFailedError("no DeepGEMM call was recorded: there is nothing to build")
     assert options.cache_dir is not None
     kernels = _build(recording, options.max_tokens or recording.most_rows, options.cache_dir)
     again = run(tuple(map(_other_length, options.request_tokens)), options.cache_dir)
     if options.json is not None:
-        after = {"kernels": kernels, "ready": again.ready, "entries": again.entries()}
+        after = {"kernels": kernels, "ready": again.ready, "entries": again.made}
         write_json(options.json, {**to_json(recording), "after_fix": after})
     print_recording(again, sys.stderr)
     _check_ran(again)
-    if entries := again.entries():
-        raise WorkFailedError(f"{len(entries)} kernels were compiled in spite of the cache")
+    if again.made:
+        raise WorkFailedError(f"{len(again.made)} kernels were compiled in spite of the cache")
     _say(f"{options.cache_dir}: the server started and answered without a DeepGEMM compile")
 
 

@@ -113,6 +113,7 @@ class Recording:
         max_tokens: most tokens of a forward, as the server says; None if it does not.
         peak_bytes: most memory that each process held, by pid.
         counts: bypasses and fallbacks, by ``kind name``.
+        made: all entries that a rehearsal's cache got, whoever made them.
         problems: what went wrong with the recording itself.
     """
 
@@ -126,6 +127,7 @@ class Recording:
     groups: list[CallGroup] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     peak_bytes: dict[int, int] = field(default_factory=dict)
+    made: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -166,6 +168,7 @@ def to_json(recording: Recording) -> dict[str, object]:
         "calls": [_group_json(group) for group in recording.groups],
         "counts": recording.counts,
         "peak_bytes": {str(pid): size for pid, size in recording.peak_bytes.items()},
+        "made": recording.made,
         "problems": recording.problems,
     }
 
@@ -218,6 +221,7 @@ def read_recording(path: Path) -> Recording:
             groups=[_read_group(each) for each in data["calls"]],
             counts=data["counts"],
             peak_bytes={int(pid): size for pid, size in data["peak_bytes"].items()},
+            made=data["made"],
             problems=data["problems"],
         )
     except OSError as error:

@@ -79,16 +79,24 @@ def rehearse_once(
     if failures.is_file():
         missing = sorted(set(failures.read_text().split()))
         session.problems += [f"{name} is not stood in: it failed" for name in missing]
-    return session.recording(gpu=rehearsal.gpu.name), stacks
+    recording = session.recording(gpu=rehearsal.gpu.name)
+    entries = _entries_folder(rehearsal).iterdir()
+    recording.made = sorted(entry.name for entry in entries if not entry.is_symlink())
+    return recording, stacks
+
+
+def _entries_folder(rehearsal: Rehearsal) -> Path:
+    """The run's own cache; entries that were there before are links."""
+    return rehearsal.folder / "cache" / "cache"
 
 
 def _environment(rehearsal: Rehearsal, environment: Mapping[str, str]) -> dict[str, str]:
     """The server's variables: a stand-in GPU, and folders that are not the user's."""
-    cache = rehearsal.folder / "cache"
-    (cache / "cache").mkdir(parents=True)
+    entries = _entries_folder(rehearsal)
+    entries.mkdir(parents=True)
     if rehearsal.cache is not None:
         for entry in KernelCache.existing(rehearsal.cache).entries():
-            (cache / "cache" / entry.name).symlink_to(entry.resolve())
+            (entries / entry.name).symlink_to(entry.resolve())
     rehearsal.home.mkdir(parents=True, exist_ok=True)
     _, libraries = find_cuda_libraries(rehearsal.python, environment)
     old = environment.get("LD_LIBRARY_PATH")
@@ -110,6 +118,6 @@ def _environment(rehearsal: Rehearsal, environment: Mapping[str, str]) -> dict[s
         python=rehearsal.python,
         devices=rehearsal.devices,
     )
-    own = {"DG_JIT_CACHE_DIR": str(cache), "SGLANG_DG_CACHE_DIR": str(cache)}
+    own = dict.fromkeys(("DG_JIT_CACHE_DIR", "SGLANG_DG_CACHE_DIR"), str(entries.parent))
     bin_folder = rehearsal.python.absolute().parent
     return {**found, **own, "PATH": f"{bin_folder}:{environment.get('PATH', '')}"}
